@@ -1,0 +1,1 @@
+"""The vLLM plugin: hooks, attention backend, slots, scheduler and telemetry of the quantized cache."""

@@ -1,0 +1,16 @@
+"""Lets the engine's front end ask its core process for the state of the cache."""
+
+from __future__ import annotations
+
+from kvarn.vllm.hooks import Hook
+from kvarn.vllm.telemetry import CACHE_STATE_METHOD, cache_state
+
+
+def install() -> None:
+    """Add the utility method that `read_cache_state` calls."""
+    from vllm.v1.engine.core import EngineCore
+
+    setattr(EngineCore, CACHE_STATE_METHOD, cache_state)
+
+
+HOOK = Hook("cache state", ("vllm.v1.engine.core:EngineCore",), install)

@@ -1,0 +1,151 @@
+"""Sets what the quantized cache needs of an engine's configuration and refuses what it does not support."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import wraps
+from typing import Any
+
+from kvarn.presets import Preset, get_preset
+from kvarn.tile import TileLayout
+from kvarn.vllm.hooks import Hook, HookError
+
+TARGET = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
+DEFAULT_MAX_NUM_SEQS = 64
+
+
+def install() -> None:
+    """Wrap the one place where an engine's arguments become its configuration."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    stock_create = EngineArgs.create_engine_config
+
+    @wraps(stock_create)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not names_preset(self.kv_cache_dtype):
+            return stock_create(self, *args, **kwargs)
+        preset = get_preset(self.kv_cache_dtype)
+        _set_defaults(self, preset)
+        config = stock_create(self, *args, **kwargs)
+        _refuse_unsupported(config, preset)
+        _set_scheduler(config)
+        _log_limits(config)
+        return config
+
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def install_refusal(error: HookError) -> None:
+    """Make an engine that asks for a preset fail with `error`, on a vLLM some hook does not fit."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    stock_create = EngineArgs.create_engine_config
+
+    @wraps(stock_create)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if names_preset(self.kv_cache_dtype):
+            raise error
+        return stock_create(self, *args, **kwargs)
+
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def names_preset(kv_cache_dtype: str) -> bool:
+    """Whether a cache dtype is meant for us, so that a misspelt preset gets our error and not vLLM's."""
+    return kv_cache_dtype.startswith("kvarn")
+
+
+def _set_defaults(args: Any, preset: Preset) -> None:
+    if args.block_size is None:
+        args.block_size = preset.group
+    if args.block_size != preset.group:
+        raise ValueError(
+            f"block_size={args.block_size} does not fit kv_cache_dtype={preset.name!r}, whose blocks are tiles of "
+            f"{preset.group} tokens; leave block_size out or set it to {preset.group}."
+        )
+    if args.max_num_seqs is None:
+        args.max_num_seqs = DEFAULT_MAX_NUM_SEQS
+
+
+def _refuse_unsupported(config: Any, preset: Preset) -> None:
+    if problem := next(_problems(config, preset), None):
+        raise ValueError(f"kv_cache_dtype={preset.name!r} {problem}")
+
+
+def _problems(config: Any, preset: Preset) -> Iterator[str]:
+    """What of `config` the cache cannot serve, each the end of a sentence that says what to change."""
+    model, parallel = config.model_config, config.parallel_config
+    use_auto = "use kv_cache_dtype='auto' for this model."
+    if model.is_encoder_decoder or model.runner_type != "generate":
+        yield f"serves decoder-only generation, not a model of runner type {model.runner_type!r}; {use_auto}"
+    if model.use_mla:
+        yield f"does not support multi-head latent attention; {use_auto}"
+    if model.is_hybrid or model.is_attention_free:
+        yield f"needs every layer to be full attention, and this model has others; {use_auto}"
+    if model.get_sliding_window() is not None or _has_local_layers(model):
+        yield f"does not support sliding-window attention; {use_auto}"
+    try:
+        TileLayout(preset, model.get_head_size())
+    except ValueError as error:
+        yield f"cannot hold this model: {error}"
+    if config.cache_config.kv_cache_dtype_skip_layers:
+        yield "quantizes every layer; leave kv_cache_dtype_skip_layers out."
+    if config.kv_transfer_config is not None:
+        yield "does not support KV connectors; leave kv_transfer_config out."
+    if config.speculative_config is not None:
+        yield "does not support speculative decoding; leave speculative_config out."
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield "does not support context parallelism; use tensor_parallel_size instead."
+    if parallel.pipeline_parallel_size > 1:
+        yield "does not support pipeline parallelism; use tensor_parallel_size instead."
+    if config.model_config.enable_return_routed_experts:
+        yield "does not support returning routed experts; leave enable_return_routed_experts out."
+    if not issubclass(config.scheduler_config.get_scheduler_cls(), _scheduler_base(config)):
+        yield (
+            f"needs a scheduler that plans its slots, not {config.scheduler_config.scheduler_cls}; "
+            "derive yours from kvarn.vllm.scheduler.SlotPlanning."
+        )
+
+
+def _has_local_layers(model: Any) -> bool:
+    layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
+    return any(kind != "full_attention" for kind in layer_types)
+
+
+def _scheduler_base(config: Any) -> type:
+    from kvarn.vllm.scheduler import SlotPlanning
+
+    return object if config.scheduler_config.scheduler_cls is None else SlotPlanning
+
+
+def _set_scheduler(config: Any) -> None:
+    from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
+
+    scheduler = config.scheduler_config
+    if scheduler.scheduler_cls is None:
+        scheduler.scheduler_cls = KVarNAsyncScheduler if scheduler.async_scheduling else KVarNScheduler
+
+
+def _log_limits(config: Any) -> None:
+    from vllm.logger import init_logger
+
+    from kvarn.vllm.config import side_pool_slots
+
+    model, cache = config.model_config, config.cache_config
+    group = cache.block_size
+    heads = model.get_num_kv_heads(config.parallel_config)
+    layers = model.get_num_layers(config.parallel_config)
+    slots = side_pool_slots(config)
+    slot_bytes = 2 * 2 * layers * heads * group * model.get_head_size()
+    init_logger(__name__).info(
+        "KV cache %s keeps the tile being filled and the first tile of up to %d sequences raw: %d slots of %.1f MiB, "
+        "%.0f MiB a rank. Raise max_num_seqs for more sequences at once.",
+        cache.cache_dtype,
+        config.scheduler_config.max_num_seqs,
+        slots,
+        slot_bytes / 2**20,
+        slots * slot_bytes / 2**20,
+    )
+
+
+HOOK = Hook("engine configuration", (TARGET,), install)

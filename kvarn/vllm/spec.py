@@ -1,0 +1,39 @@
+"""The page size of a quantized layer, as vLLM's memory accounting asks for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from kvarn.tile import TileLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVarNSpec(FullAttentionSpec):
+    """Full attention over tiles: one block is one tile of `tile_bytes` bytes per KV head."""
+
+    tile_bytes: int
+
+    @classmethod
+    def of(cls, layout: TileLayout, num_kv_heads: int) -> KVarNSpec:
+        """The spec of a layer with `num_kv_heads` KV heads on this rank."""
+        return cls(
+            block_size=layout.preset.group,
+            num_kv_heads=num_kv_heads,
+            head_size=layout.head_dim,
+            dtype=torch.uint8,
+            tile_bytes=layout.nbytes,
+        )
+
+    @property
+    def real_page_size_bytes(self) -> int:
+        return self.num_kv_heads * self.tile_bytes
+
+    @classmethod
+    def merge(cls, specs: list[KVarNSpec]) -> KVarNSpec:
+        """Merge the specs of one KV cache group, which must be equal."""
+        if any(spec != specs[0] for spec in specs):
+            raise ValueError(f"Layers of one KV cache group need equal kvarn specs, got {set(specs)}.")
+        return replace(specs[0])
