@@ -1,0 +1,26 @@
+"""The application `serve run cluster/app.yaml` starts."""
+
+from __future__ import annotations
+
+from ray import serve
+
+from serve_app import engine, membership
+from serve_app.config import AppConfig
+from serve_app.gateway import Gateway
+
+
+def build(args: AppConfig) -> serve.Application:
+    """Engines and, bound to them, the gateways.
+
+    Args:
+        args: the settings; Serve makes them from the `args` of the YAML and refuses unknown keys.
+    """
+    config = args.gateway
+    engines = engine.deployment(args.model, args.engine, membership.ROUTER_CLASS)
+    return serve.deployment(
+        Gateway,
+        name="Gateway",
+        num_replicas=config.num_replicas,
+        ray_actor_options={"num_cpus": 0},  # CPUs are counted for engines, which are bound to theirs
+        graceful_shutdown_timeout_s=config.drain_grace_s + 10,
+    ).bind(args.model, args.model_name, config, engines)

@@ -1,0 +1,334 @@
+"""Clients of a gateway.
+
+    with Client("127.0.0.1:50051") as client:
+        client.wait_ready(timeout_s=60)
+        for delta in client.generate([{"role": "user", "content": "Hello"}], max_tokens=64, temperature=0):
+            print(delta.text, end="")
+
+A prompt is a string, a sequence of token ids, or a sequence of chat messages ({"role": ..., "content": ...}).
+Sampling parameters are keyword arguments under vLLM's names (`kvarn.v1.SamplingParams`). `AsyncClient` has the
+same methods as coroutines and asynchronous iterators. Leaving an iteration early cancels the request on the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from kvarn.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc, sampling_pb2
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+POLL_S = 0.25
+
+
+class ServingError(Exception):
+    """A call failed.
+
+    Attributes:
+        status: the gRPC status.
+        sentence: what was wrong and what to change, as the server said it.
+    """
+
+    def __init__(self, status: grpc.StatusCode, sentence: str) -> None:
+        super().__init__(f"{sentence} [{status.name}]")
+        self.status = status
+        self.sentence = sentence
+
+
+class InvalidRequestError(ServingError):
+    """The request can never work as it is."""
+
+
+class UnknownModelError(ServingError):
+    """The server does not hold that model."""
+
+
+class NoRoomError(ServingError):
+    """The message is too large, or no replica has room now."""
+
+
+class UnavailableError(ServingError):
+    """Nothing answers there, no replica is ready, or the one that served the request was lost."""
+
+
+class DeadlineExceededError(ServingError):
+    """The time allowed for the call has passed."""
+
+
+class RequestCancelledError(ServingError):
+    """The call was cancelled."""
+
+
+_ERRORS: dict[grpc.StatusCode, type[ServingError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
+    grpc.StatusCode.NOT_FOUND: UnknownModelError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: NoRoomError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+    grpc.StatusCode.CANCELLED: RequestCancelledError,
+}
+
+
+class Client:
+    """A synchronous client; safe to share between threads.
+
+    Args:
+        address: "host:port" of a gateway.
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._inference = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._cluster = cluster_pb2_grpc.ClusterStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; running calls are cancelled."""
+        self._channel.close()
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        request_id: str = "",
+        timeout_s: float | None = None,
+        **sampling: Any,
+    ) -> Iterator[inference_pb2.GenerateResponse]:
+        """Yield the output as it is sampled.
+
+        Raises:
+            ServingError: one of its subclasses, by the status of the call.
+        """
+        request = _generate_request(prompt, model, request_id, sampling)
+        call = self._inference.Generate(request, timeout=timeout_s)
+        try:
+            with _errors():
+                yield from call
+        finally:
+            call.cancel()
+
+    def generate_once(
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        request_id: str = "",
+        timeout_s: float | None = None,
+        **sampling: Any,
+    ) -> inference_pb2.GenerateOnceResponse:
+        """Return the whole output. Raises as `generate` does."""
+        request = _generate_once_request(prompt, model, request_id, sampling)
+        with _errors():
+            return self._inference.GenerateOnce(request, timeout=timeout_s)
+
+    def cache_state(self, timeout_s: float | None = 10) -> cluster_pb2.GetCacheStateResponse:
+        """Return the caches of all replicas as the gateway knows them."""
+        with _errors():
+            return self._cluster.GetCacheState(cluster_pb2.GetCacheStateRequest(), timeout=timeout_s)
+
+    def watch_cache(self, timeout_s: float | None = None) -> Iterator[cluster_pb2.WatchCacheResponse]:
+        """Yield a snapshot of all replicas' caches, then every change."""
+        call = self._cluster.WatchCache(cluster_pb2.WatchCacheRequest(), timeout=timeout_s)
+        try:
+            with _errors():
+                yield from call
+        finally:
+            call.cancel()
+
+    def is_ready(self, timeout_s: float = 5) -> bool:
+        """Whether the gateway answers and has a replica that takes requests."""
+        try:
+            response = self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.RpcError:
+            return False
+        return _is_serving(response)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until `is_ready`.
+
+        Raises:
+            DeadlineExceededError: it was not within `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self.is_ready():
+            if time.monotonic() > deadline:
+                _raise_not_ready(timeout_s)
+            time.sleep(POLL_S)
+
+
+class AsyncClient:
+    """An asynchronous client, for use in one event loop.
+
+    Args:
+        address: "host:port" of a gateway.
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._inference = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._cluster = cluster_pb2_grpc.ClusterStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; running calls are cancelled."""
+        await self._channel.close()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        request_id: str = "",
+        timeout_s: float | None = None,
+        **sampling: Any,
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Yield the output as it is sampled.
+
+        Raises:
+            ServingError: one of its subclasses, by the status of the call.
+        """
+        request = _generate_request(prompt, model, request_id, sampling)
+        call = self._inference.Generate(request, timeout=timeout_s)
+        try:
+            with _errors():
+                async for delta in call:
+                    yield delta
+        finally:
+            call.cancel()
+
+    async def generate_once(
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        request_id: str = "",
+        timeout_s: float | None = None,
+        **sampling: Any,
+    ) -> inference_pb2.GenerateOnceResponse:
+        """Return the whole output. Raises as `generate` does."""
+        request = _generate_once_request(prompt, model, request_id, sampling)
+        with _errors():
+            return await self._inference.GenerateOnce(request, timeout=timeout_s)
+
+    async def cache_state(self, timeout_s: float | None = 10) -> cluster_pb2.GetCacheStateResponse:
+        """Return the caches of all replicas as the gateway knows them."""
+        with _errors():
+            return await self._cluster.GetCacheState(cluster_pb2.GetCacheStateRequest(), timeout=timeout_s)
+
+    async def watch_cache(
+        self, timeout_s: float | None = None
+    ) -> AsyncIterator[cluster_pb2.WatchCacheResponse]:
+        """Yield a snapshot of all replicas' caches, then every change."""
+        call = self._cluster.WatchCache(cluster_pb2.WatchCacheRequest(), timeout=timeout_s)
+        try:
+            with _errors():
+                async for event in call:
+                    yield event
+        finally:
+            call.cancel()
+
+    async def is_ready(self, timeout_s: float = 5) -> bool:
+        """Whether the gateway answers and has a replica that takes requests."""
+        try:
+            response = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.RpcError:
+            return False
+        return _is_serving(response)
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Wait until `is_ready`.
+
+        Raises:
+            DeadlineExceededError: it was not within `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not await self.is_ready():
+            if time.monotonic() > deadline:
+                _raise_not_ready(timeout_s)
+            await asyncio.sleep(POLL_S)
+
+
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),  # the server's limit counts
+    ("grpc.max_send_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
+def _generate_request(
+    prompt: Prompt, model: str, request_id: str, sampling: dict[str, Any]
+) -> inference_pb2.GenerateRequest:
+    return inference_pb2.GenerateRequest(
+        model=model, request_id=request_id, prompt=_prompt(prompt), sampling_params=_sampling(sampling)
+    )
+
+
+def _generate_once_request(
+    prompt: Prompt, model: str, request_id: str, sampling: dict[str, Any]
+) -> inference_pb2.GenerateOnceRequest:
+    return inference_pb2.GenerateOnceRequest(
+        model=model, request_id=request_id, prompt=_prompt(prompt), sampling_params=_sampling(sampling)
+    )
+
+
+def _prompt(prompt: Prompt) -> inference_pb2.Prompt:
+    if isinstance(prompt, str):
+        return inference_pb2.Prompt(text=prompt)
+    if prompt and isinstance(prompt[0], Mapping):
+        messages = [inference_pb2.ChatMessage(**message) for message in prompt]  # type: ignore[arg-type]
+        return inference_pb2.Prompt(chat=inference_pb2.Chat(messages=messages))
+    try:
+        return inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=prompt))  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(
+            grpc.StatusCode.INVALID_ARGUMENT, f"The prompt must hold token ids from 0 to 2^32 - 1: {error}."
+        ) from error
+
+
+def _sampling(parameters: dict[str, Any]) -> sampling_pb2.SamplingParams:
+    try:
+        return sampling_pb2.SamplingParams(**parameters)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(
+            grpc.StatusCode.INVALID_ARGUMENT, f"The sampling parameters cannot be sent: {error}."
+        ) from error
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise _ERRORS.get(error.code(), ServingError)(error.code(), error.details() or "") from error
+
+
+def _is_serving(response: health_pb2.HealthCheckResponse) -> bool:
+    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _raise_not_ready(timeout_s: float) -> NoReturn:
+    raise DeadlineExceededError(
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        f"No replica was ready within {timeout_s:g} seconds: look at the server's log, or allow more time.",
+    )

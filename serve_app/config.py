@@ -1,0 +1,101 @@
+"""Settings of the application, as `args` of the Serve YAML gives them."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from kvarn.presets import get_preset
+
+Host = Annotated[str, Field(min_length=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+GIB = 1 << 30
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineConfig(Settings):
+    """The engine replicas. Fields that vLLM has too bear its names and meanings."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    device: Literal["cpu", "cuda"] = "cpu"
+    cpus_per_replica: int = Field(
+        default=1, ge=1, description="CPUs Ray reserves; on device cpu, the ones computed on"
+    )
+    dtype: str = "auto"
+    kv_cache_dtype: str = "kvarn_k4v2_g128"
+    kv_cache_memory_gib: float | None = Field(
+        default=None, gt=0, description="cache size; None on cuda: what is left"
+    )
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    max_model_len: int | None = Field(default=None, ge=1, description="tokens; None: the model's own limit")
+    max_num_seqs: int = Field(default=32, ge=1)
+    max_num_batched_tokens: int = Field(default=2048, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    distributed_executor_backend: Literal["mp", "ray", "uni"] = "mp"
+    enforce_eager: bool = False
+    host: Host = Field(
+        default="127.0.0.1", description="address of the engines' gRPC servers, open to gateways"
+    )
+    drain_grace_s: float = Field(
+        default=30, ge=0, description="time a stopping replica gives its streams to end"
+    )
+
+    @field_validator("kv_cache_dtype")
+    @classmethod
+    def _known_preset(cls, name: str) -> str:
+        return get_preset(name).name if name.startswith("kvarn") else name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.device == "cpu" and self.kv_cache_memory_gib is None:
+            raise ValueError(
+                "kv_cache_memory_gib must be set when device is cpu, e.g. kv_cache_memory_gib: 1"
+            )
+        if self.distributed_executor_backend == "uni" and self.tensor_parallel_size > 1:
+            raise ValueError(
+                "distributed_executor_backend uni runs one worker: set tensor_parallel_size to 1"
+            )
+        return self
+
+    @property
+    def kv_cache_memory_bytes(self) -> int | None:
+        """The cache size in bytes, or None to let vLLM measure what is left."""
+        return None if self.kv_cache_memory_gib is None else int(self.kv_cache_memory_gib * GIB)
+
+
+class GatewayConfig(Settings):
+    """The gateways. Several on one node share one port."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    host: Host = "127.0.0.1"
+    port: Port = 50051
+    max_message_bytes: int = Field(default=4 << 20, ge=1024, description="largest request or response")
+    default_max_tokens: int = Field(default=256, ge=1, description="for requests that do not set max_tokens")
+    drain_grace_s: float = Field(
+        default=30, ge=0, description="time a stopping gateway gives its streams to end"
+    )
+
+
+class AppConfig(Settings):
+    """The application: one model, its engines, and the gateways in front of them."""
+
+    model: str = Field(
+        "smollm2-135m-instruct", min_length=1, description="a known model's name or a local directory"
+    )
+    served_model_name: str | None = Field(
+        None, description="what clients call it; default: the last part of model"
+    )
+    engine: EngineConfig = EngineConfig(kv_cache_memory_gib=1)
+    gateway: GatewayConfig = GatewayConfig()
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.served_model_name or PurePath(self.model).name

@@ -1,0 +1,27 @@
+"""Which CPUs the engines of one node compute on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def thread_binding(allowed: Sequence[int], local_rank: int, cpus_per_replica: int, workers: int) -> str:
+    """The CPUs of one replica as vLLM takes them, e.g. "0,1|2,3" for two workers with two CPUs each.
+
+    Replicas take consecutive runs of `cpus_per_replica` CPUs, wrapping around when there are too few. Workers
+    share their replica's run evenly, and take at least one CPU each.
+
+    Args:
+        allowed: CPUs this process may use.
+        local_rank: the replica's number among those of its deployment on this node.
+        cpus_per_replica: CPUs of one replica.
+        workers: tensor-parallel workers of one replica.
+    """
+    per_worker = max(cpus_per_replica // workers, 1)
+    start = local_rank * per_worker * workers
+    runs = ([start + worker * per_worker + i for i in range(per_worker)] for worker in range(workers))
+    return "|".join(",".join(str(cpu) for cpu in _wrapped(allowed, run)) for run in runs)
+
+
+def _wrapped(allowed: Sequence[int], positions: Sequence[int]) -> list[int]:
+    return sorted({allowed[position % len(allowed)] for position in positions})

@@ -1,0 +1,139 @@
+"""The Engine deployment: one vLLM engine a replica, with its gRPC server beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import asdict
+from typing import Any
+
+import ray
+from ray import serve
+from vllm import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from kvarn.model import resolve_model
+from kvarn.v1 import engine_pb2_grpc
+from kvarn.vllm.telemetry import read_cache_state
+from serve_app.config import EngineConfig
+from serve_app.cpus import thread_binding
+from serve_app.engine_service import SERVICE_NAME, EngineService
+from serve_app.grpc_server import GrpcServer
+from serve_app.telemetry import CacheMonitor
+
+logger = logging.getLogger(__name__)
+LAME_DUCK_S = 0.2  # between telling gateways that this replica drains and refusing calls
+
+
+class Engine:
+    """One engine replica.
+
+    Args:
+        model: a known model's name or a local directory.
+        config: settings of the engines.
+    """
+
+    async def __init__(self, model: str, config: EngineConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._config = config
+        _bind_threads(config)
+        self._engine = AsyncLLM.from_engine_args(engine_args(model, config))
+        self._monitor = CacheMonitor(lambda: read_cache_state(self._engine))
+        await self._monitor.start()
+        self._monitoring = asyncio.create_task(self._monitor.run())
+        self._server = GrpcServer(f"{config.host}:0", [SERVICE_NAME])
+        service = EngineService(self._engine, self._monitor)
+        engine_pb2_grpc.add_EngineServicer_to_server(service, self._server.server)  # type: ignore[no-untyped-call]
+        self._address = f"{_advertised_host(config.host)}:{await self._server.start()}"
+        await self._server.set_serving(True)
+
+    async def record_replica_metadata(self) -> dict[str, Any]:
+        """What gateways need to reach this replica; Serve passes it on once."""
+        return {"address": self._address}
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """The cache's state, for gateways whose watch is not up."""
+        return asdict(self._monitor.snapshot)
+
+    async def check_health(self) -> None:
+        """Fail once the engine's processes are gone, so that Serve replaces this replica."""
+        if self._engine.errored or self._monitoring.done():
+            await self._server.set_serving(False)
+            self._monitor.close()
+            raise RuntimeError("the engine core has stopped: see its log")
+
+    async def __del__(self) -> None:
+        """Serve's shutdown hook: let gateways know, finish running streams, stop the engine."""
+        self._monitor.drain()
+        await asyncio.sleep(LAME_DUCK_S)
+        await self._server.stop(self._config.drain_grace_s)
+        self._monitoring.cancel()
+        self._engine.shutdown()
+
+
+def engine_args(model: str, config: EngineConfig) -> AsyncEngineArgs:
+    """The vLLM arguments of one replica."""
+    return AsyncEngineArgs(
+        model=str(resolve_model(model)),
+        dtype=config.dtype,
+        kv_cache_dtype=config.kv_cache_dtype,
+        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        tensor_parallel_size=config.tensor_parallel_size,
+        distributed_executor_backend=config.distributed_executor_backend,
+        enforce_eager=config.enforce_eager,
+        enable_prefix_caching=True,
+    )
+
+
+def deployment(model: str, config: EngineConfig, router_class: str) -> serve.Application:
+    """The Serve deployment of all replicas.
+
+    Args:
+        model: a known model's name or a local directory.
+        config: settings of the engines.
+        router_class: "module:Class" of the request router through which gateways learn of the replicas.
+    """
+    return serve.deployment(
+        Engine,
+        name="Engine",
+        num_replicas=config.num_replicas,
+        health_check_period_s=1,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=config.drain_grace_s + 10,
+        request_router_config=serve.config.RequestRouterConfig(
+            request_router_class=router_class, request_routing_stats_period_s=0.5
+        ),
+        **resources(config),
+    ).bind(model, config)
+
+
+def resources(config: EngineConfig) -> dict[str, Any]:
+    """What Ray reserves for one replica: with executor mp one node holds all its GPUs, with ray any nodes may."""
+    gpus = config.tensor_parallel_size if config.device == "cuda" else 0
+    if config.distributed_executor_backend != "ray":
+        return {"ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": gpus}}
+    worker = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
+    bundles = [{"CPU": float(config.cpus_per_replica)}, *[worker] * config.tensor_parallel_size]
+    return {
+        "ray_actor_options": {"num_cpus": config.cpus_per_replica},
+        "placement_group_bundles": bundles,
+        "placement_group_strategy": "PACK",
+    }
+
+
+def _bind_threads(config: EngineConfig) -> None:
+    """Give this replica CPUs of its own: vLLM would bind every engine of a node to the same ones."""
+    if config.device == "cpu":
+        rank = serve.get_replica_context().rank.local_rank
+        allowed = sorted(os.sched_getaffinity(0))
+        binding = thread_binding(allowed, rank, config.cpus_per_replica, config.tensor_parallel_size)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = binding
+
+
+def _advertised_host(host: str) -> str:
+    """The address gateways dial: a wildcard means this node's."""
+    return ray.util.get_node_ip_address() if host in ("0.0.0.0", "::", "[::]") else host

@@ -1,0 +1,155 @@
+"""The Engine service: token ids in, deltas out, on one vLLM engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from vllm import TokensPrompt
+from vllm.exceptions import VLLMClientError
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
+from serve_app import wire
+from serve_app.errors import InvalidRequestError, UnavailableError
+from serve_app.routing import CacheSnapshot, RequestNeed
+from serve_app.sampling import to_vllm
+from serve_app.telemetry import CacheMonitor
+
+if TYPE_CHECKING:
+    from vllm import CompletionOutput, RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+SERVICE_NAME = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
+_FINISH_REASONS = {
+    "stop": inference_pb2.FINISH_REASON_STOP,
+    "length": inference_pb2.FINISH_REASON_LENGTH,
+    "abort": inference_pb2.FINISH_REASON_ABORT,
+    "error": inference_pb2.FINISH_REASON_ERROR,
+    "repetition": inference_pb2.FINISH_REASON_REPETITION,
+}
+
+
+class EngineService(engine_pb2_grpc.EngineServicer):
+    """Serves gateways. Methods raise `RequestError`s, which the server's error boundary turns into statuses."""
+
+    def __init__(self, engine: AsyncLLM, monitor: CacheMonitor) -> None:
+        self._engine = engine
+        self._monitor = monitor
+
+    async def Generate(  # noqa: N802
+        self, request: engine_pb2.EngineGenerateRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """Stream a request's output; if the caller goes away, vLLM aborts the request and frees its blocks."""
+        with self._reserved(request), _engine_errors():
+            outputs = self._engine.generate(
+                TokensPrompt(prompt_token_ids=list(request.prompt_token_ids)),
+                to_vllm(request.sampling_params),
+                request.request_id,
+            )
+            meter = _Meter(self._monitor)
+            async with aclosing(outputs):
+                async for output in outputs:
+                    meter.count(output)
+                    await context.write(_delta(output))
+
+    async def WatchCache(  # noqa: N802
+        self, request: engine_pb2.EngineWatchCacheRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """Stream the cache's state: whole at first and after a gap, as deltas otherwise."""
+        if self._engine.errored:
+            raise UnavailableError(_ENGINE_LOST)
+        sequence = None
+        async with aclosing(self._monitor.watch()) as snapshots:
+            async for snapshot in snapshots:
+                await context.write(_event(snapshot, follows=sequence == snapshot.sequence - 1))
+                sequence = snapshot.sequence
+
+    @contextmanager
+    def _reserved(self, request: engine_pb2.EngineGenerateRequest) -> Iterator[None]:
+        need = RequestNeed(len(request.prompt_token_ids), request.sampling_params.max_tokens)
+        blocks = need.blocks(self._monitor.snapshot.capacity.tile_tokens)
+        self._monitor.reserve(request.gateway_id, blocks)
+        try:
+            yield
+        finally:
+            self._monitor.reserve(request.gateway_id, -blocks)
+
+
+class _Meter:
+    """Measures one request: prefill speed from its first output, inter-token latency from the others."""
+
+    def __init__(self, monitor: CacheMonitor) -> None:
+        self._monitor = monitor
+        self._last_s = 0.0
+
+    def count(self, output: RequestOutput) -> None:
+        now = time.monotonic()
+        if self._last_s:
+            tokens = len(output.outputs[0].token_ids)
+            self._monitor.inter_token_latency_s.add((now - self._last_s) / max(tokens, 1))
+        else:
+            self._count_prefill(output)
+        self._last_s = now
+        self._monitor.touch()
+
+    def _count_prefill(self, output: RequestOutput) -> None:
+        computed = len(output.prompt_token_ids or ()) - (output.num_cached_tokens or 0)
+        times = output.metrics
+        if times is not None and times.first_token_ts > times.scheduled_ts:
+            self._monitor.prefill_tokens_per_s.add(computed / (times.first_token_ts - times.scheduled_ts))
+
+
+@contextmanager
+def _engine_errors() -> Iterator[None]:
+    try:
+        yield
+    except VLLMClientError as error:
+        raise InvalidRequestError(str(error)) from error
+    except EngineDeadError as error:
+        raise UnavailableError(_ENGINE_LOST) from error
+
+
+_ENGINE_LOST = "The engine of this replica has stopped: send the request again."
+
+
+def _event(snapshot: CacheSnapshot, follows: bool) -> engine_pb2.EngineWatchCacheResponse:
+    if follows:
+        return engine_pb2.EngineWatchCacheResponse(delta=wire.delta_to_proto(snapshot))
+    return engine_pb2.EngineWatchCacheResponse(snapshot=wire.snapshot_to_proto(snapshot))
+
+
+def _delta(output: RequestOutput) -> engine_pb2.EngineGenerateResponse:
+    completion = output.outputs[0]
+    return engine_pb2.EngineGenerateResponse(
+        token_ids=completion.token_ids,
+        text=completion.text,
+        logprobs=[
+            _position(*at) for at in zip(completion.token_ids, completion.logprobs or (), strict=False)
+        ],
+        finish_reason=_FINISH_REASONS.get(completion.finish_reason or ""),
+        stop_reason=_stop_reason(completion),
+        cached_tokens=output.num_cached_tokens or 0,
+    )
+
+
+def _stop_reason(completion: CompletionOutput) -> inference_pb2.StopReason | None:
+    if isinstance(completion.stop_reason, str):
+        return inference_pb2.StopReason(stop=completion.stop_reason)
+    if isinstance(completion.stop_reason, int):
+        return inference_pb2.StopReason(stop_token_id=completion.stop_reason)
+    return None
+
+
+def _position(sampled: int, logprobs: dict[int, Any]) -> inference_pb2.PositionLogprobs:
+    """vLLM lists the sampled token with the likeliest ones; here it comes first."""
+    ranked = sorted(logprobs.items(), key=lambda item: (item[0] != sampled, item[1].rank))
+    return inference_pb2.PositionLogprobs(
+        candidates=[
+            inference_pb2.TokenLogprob(token_id=token, logprob=entry.logprob, rank=entry.rank)
+            for token, entry in ranked
+        ]
+    )

@@ -1,0 +1,136 @@
+"""One gateway's connections to all engine replicas, and what it learns through them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields
+from typing import Any
+
+import grpc
+
+from kvarn.v1 import engine_pb2, engine_pb2_grpc
+from serve_app import wire
+from serve_app.membership import Endpoint
+from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Router
+
+RETRY_S = 0.25
+KEEPALIVE_MS = 10_000
+
+
+class Fleet:
+    """Follows the replica list: connects to new replicas, watches their caches, lets go of gone ones.
+
+    Args:
+        router: learns every replica's state.
+        on_change: called with the id of a replica whose state changed or which is gone.
+        drain_s: time the streams of a gone replica have to end.
+    """
+
+    def __init__(self, router: Router, on_change: Callable[[str], None], drain_s: float) -> None:
+        self._router = router
+        self._on_change = on_change
+        self._drain_s = drain_s
+        self._links: dict[str, Link] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def set_members(self, endpoints: list[Endpoint]) -> None:
+        """Make `endpoints` the fleet."""
+        live = {endpoint.replica_id: endpoint for endpoint in endpoints}
+        for replica_id in self._links.keys() - live.keys():
+            self._remove(replica_id)
+        for replica_id, endpoint in live.items():
+            if replica_id not in self._links:
+                self._links[replica_id] = Link(endpoint, self._router, self._on_change)
+            self._take_stats(endpoint)
+
+    def stub(self, replica_id: str) -> engine_pb2_grpc.EngineStub:
+        """The Engine service of a replica."""
+        return self._links[replica_id].stub
+
+    def report_lost(self, replica_id: str) -> None:
+        """A call to this replica failed for want of a connection: use it again once its watch is back."""
+        if replica_id in self._links:
+            self._router.mark_reachable(replica_id, False)
+            self._on_change(replica_id)
+
+    async def close(self) -> None:
+        """Let go of all replicas."""
+        for replica_id in list(self._links):
+            self._remove(replica_id)
+        await asyncio.gather(*self._closing)
+
+    def _remove(self, replica_id: str) -> None:
+        link = self._links.pop(replica_id)
+        self._router.remove(replica_id)
+        self._on_change(replica_id)
+        closing = asyncio.create_task(link.close(self._drain_s))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    def _take_stats(self, endpoint: Endpoint) -> None:
+        """Serve's slower telemetry: ahead of the watch when a replica is new or its watch is down."""
+        if endpoint.stats and self._router.update(endpoint.replica_id, _snapshot_from_stats(endpoint.stats)):
+            self._on_change(endpoint.replica_id)
+
+
+class Link:
+    """The channel to one replica, and the watch of its cache that runs on it."""
+
+    def __init__(self, endpoint: Endpoint, router: Router, on_change: Callable[[str], None]) -> None:
+        self._replica_id = endpoint.replica_id
+        self._router = router
+        self._on_change = on_change
+        self._channel = grpc.aio.insecure_channel(
+            endpoint.address,
+            options=[
+                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+                ("grpc.max_receive_message_length", -1),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_reconnect_backoff_ms", 1000),
+            ],
+        )
+        self.stub = engine_pb2_grpc.EngineStub(self._channel)  # type: ignore[no-untyped-call]
+        self._watching = asyncio.create_task(self._watch_forever())
+
+    async def close(self, grace_s: float) -> None:
+        """Stop watching, and let streams go on for up to `grace_s` seconds."""
+        self._watching.cancel()
+        await self._channel.close(grace_s)
+
+    async def _watch_forever(self) -> None:
+        while True:
+            with suppress(grpc.aio.AioRpcError):
+                await self._watch()
+            self._router.mark_reachable(self._replica_id, False)
+            self._on_change(self._replica_id)
+            await asyncio.sleep(RETRY_S)
+
+    async def _watch(self) -> None:
+        """Follow one watch to its end; a gap in the sequence ends it, so that the next brings a snapshot."""
+        held: CacheSnapshot | None = None
+        async for event in self.stub.WatchCache(engine_pb2.EngineWatchCacheRequest()):
+            held = _next_snapshot(held, event)
+            if held is None:
+                return
+            self._router.update(self._replica_id, held)
+            self._router.mark_reachable(self._replica_id, True)
+            self._on_change(self._replica_id)
+
+
+def _next_snapshot(
+    held: CacheSnapshot | None, event: engine_pb2.EngineWatchCacheResponse
+) -> CacheSnapshot | None:
+    if event.HasField("snapshot"):
+        return wire.snapshot_from_proto(event.snapshot)
+    if held is None or event.delta.sequence != held.sequence + 1:
+        return None
+    return held.advanced(event.delta.sequence, wire.load_from_proto(event.delta.load), event.delta.draining)
+
+
+def _snapshot_from_stats(stats: dict[str, Any]) -> CacheSnapshot:
+    values = {f.name: stats[f.name] for f in fields(CacheSnapshot)}
+    values["capacity"] = CacheCapacity(**stats["capacity"])
+    values["load"] = CacheLoad(**stats["load"])
+    return CacheSnapshot(**values)

@@ -1,0 +1,82 @@
+"""The Gateway deployment: where clients connect."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from kvarn.model import resolve_model
+from kvarn.v1 import cluster_pb2_grpc, inference_pb2_grpc
+from serve_app import membership
+from serve_app.config import GatewayConfig
+from serve_app.dispatch import Dispatcher
+from serve_app.fleet import Fleet
+from serve_app.gateway_service import SERVICE_NAMES, ClusterService, InferenceService
+from serve_app.grpc_server import GrpcServer
+from serve_app.prompts import PromptEncoder
+from serve_app.routing import Router
+
+
+class Gateway:
+    """One gateway replica: SERVING as long as at least one engine replica takes requests.
+
+    Args:
+        model: a known model's name or a local directory.
+        model_name: what clients call it.
+        config: settings of the gateways.
+        engines: the engine deployment; used to learn of its replicas, never to send them requests.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, model: str, model_name: str, config: GatewayConfig, engines: DeploymentHandle
+    ) -> None:
+        self._config = config
+        gateway_id = serve.get_replica_context().replica_id.unique_id
+        self._router = Router(gateway_id)
+        self._fleet = Fleet(self._router, self._on_change, config.drain_grace_s)
+        self._cluster = ClusterService(model_name, self._router)
+        self._changed = asyncio.Event()
+        encoder = PromptEncoder(resolve_model(model))
+        dispatcher = Dispatcher(
+            gateway_id, model_name, encoder, self._router, self._fleet, config.default_max_tokens
+        )
+        await self._listen(InferenceService(dispatcher))
+        self._health = asyncio.create_task(self._follow_health())
+        membership.listen(engines, self._fleet.set_members)
+
+    async def check_health(self) -> None:
+        """Serve's liveness probe: answering it is enough."""
+
+    async def __del__(self) -> None:
+        """Serve's shutdown hook: refuse new calls, finish running streams."""
+        self._health.cancel()
+        self._cluster.close()
+        await self._server.stop(self._config.drain_grace_s)
+        await self._fleet.close()
+
+    async def _listen(self, inference: InferenceService) -> None:
+        config = self._config
+        self._server = GrpcServer(
+            f"{config.host}:{config.port}",
+            SERVICE_NAMES,
+            max_message_bytes=config.max_message_bytes,
+            reuse_port=config.num_replicas > 1,
+        )
+        inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server.server)  # type: ignore[no-untyped-call]
+        cluster_pb2_grpc.add_ClusterServicer_to_server(self._cluster, self._server.server)  # type: ignore[no-untyped-call]
+        await self._server.start()
+
+    def _on_change(self, replica_id: str) -> None:
+        self._cluster.report_change(replica_id)
+        self._changed.set()
+
+    async def _follow_health(self) -> None:
+        """Answer health checks by whether any replica takes requests."""
+        serving = False
+        while await self._changed.wait():
+            self._changed.clear()
+            if serving != self._router.is_ready():
+                serving = not serving
+                await self._server.set_serving(serving)

@@ -1,0 +1,116 @@
+"""The Inference and Cluster services of a gateway."""
+
+from __future__ import annotations
+
+import time
+from contextlib import aclosing
+
+import grpc
+
+from kvarn.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
+from serve_app import wire
+from serve_app.dispatch import Dispatcher
+from serve_app.feed import Feed
+from serve_app.routing import Router
+
+SERVICE_NAMES = [
+    inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
+    cluster_pb2.DESCRIPTOR.services_by_name["Cluster"].full_name,
+]
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """Generation for clients. Methods raise `RequestError`s, which the error boundary turns into statuses."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    async def Generate(  # noqa: N802
+        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """Write each delta as it comes from the engine."""
+        async with aclosing(self._dispatcher.generate(request, context.time_remaining())) as responses:
+            async for response in responses:
+                await context.write(response)
+
+    async def GenerateOnce(  # noqa: N802
+        self, request: inference_pb2.GenerateOnceRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.GenerateOnceResponse:
+        """Collect the deltas into one answer."""
+        merged, text = inference_pb2.GenerateResponse(), []
+        async with aclosing(self._dispatcher.generate(request, context.time_remaining())) as responses:
+            async for response in responses:
+                merged.MergeFrom(response)  # appends token_ids and logprobs, replaces everything else
+                text.append(response.text)
+        return _once(merged, "".join(text))
+
+
+class ClusterService(cluster_pb2_grpc.ClusterServicer):
+    """What this gateway knows of its replicas.
+
+    Args:
+        model_name: name of the served model.
+        router: holds the replicas' states.
+    """
+
+    def __init__(self, model_name: str, router: Router) -> None:
+        self._model_name = model_name
+        self._router = router
+        self._epoch = time.time_ns()
+        self._sequence = 0
+        self._feed = Feed(self._snapshot)
+
+    def report_change(self, replica_id: str) -> None:
+        """Tell watchers that a replica has changed or is gone."""
+        self._sequence += 1
+        self._feed.publish(self._change(replica_id))
+
+    def close(self) -> None:
+        """End every watch."""
+        self._feed.close()
+
+    async def GetCacheState(  # noqa: N802
+        self, request: cluster_pb2.GetCacheStateRequest, context: grpc.aio.ServicerContext
+    ) -> cluster_pb2.GetCacheStateResponse:
+        """All replicas now."""
+        return cluster_pb2.GetCacheStateResponse(model=self._model_name, replicas=self._replicas())
+
+    async def WatchCache(  # noqa: N802
+        self, request: cluster_pb2.WatchCacheRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """All replicas, then each change."""
+        async with aclosing(self._feed.watch()) as events:
+            async for event in events:
+                await context.write(event)
+
+    def _replicas(self) -> list[cluster_pb2.ReplicaCache]:
+        return [wire.replica_to_proto(replica) for replica in self._router.replicas()]
+
+    def _snapshot(self) -> cluster_pb2.WatchCacheResponse:
+        return cluster_pb2.WatchCacheResponse(
+            epoch=self._epoch,
+            sequence=self._sequence,
+            snapshot=cluster_pb2.FleetSnapshot(replicas=self._replicas()),
+        )
+
+    def _change(self, replica_id: str) -> cluster_pb2.WatchCacheResponse:
+        change = cluster_pb2.WatchCacheResponse(epoch=self._epoch, sequence=self._sequence)
+        replica = self._router.replica(replica_id)
+        if replica is None:
+            change.removed_replica_id = replica_id
+        else:
+            change.updated.CopyFrom(wire.replica_to_proto(replica))
+        return change
+
+
+def _once(merged: inference_pb2.GenerateResponse, text: str) -> inference_pb2.GenerateOnceResponse:
+    return inference_pb2.GenerateOnceResponse(
+        request_id=merged.request_id,
+        replica_id=merged.replica_id,
+        token_ids=merged.token_ids,
+        text=text,
+        logprobs=merged.logprobs,
+        finish_reason=merged.finish_reason,
+        stop_reason=merged.stop_reason if merged.HasField("stop_reason") else None,
+        usage=merged.usage,
+    )

@@ -1,0 +1,122 @@
+"""What every gRPC server here has: health, reflection, limits, and errors that leak nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from serve_app.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[Any, Any], Awaitable[Any]]
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class ErrorBoundary(grpc.aio.ServerInterceptor):
+    """Parses requests itself and turns every failure into a status with one sentence.
+
+    grpc.aio would answer an unparsable message with INTERNAL, and put the text of an exception in the details.
+    Methods behind it are coroutines that take (request, context); streams are written with `context.write`.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        if handler.response_streaming:
+            guarded = _guard(handler.unary_stream, handler.request_deserializer)
+            return grpc.unary_stream_rpc_method_handler(guarded, None, handler.response_serializer)
+        guarded = _guard(handler.unary_unary, handler.request_deserializer)
+        return grpc.unary_unary_rpc_method_handler(guarded, None, handler.response_serializer)
+
+
+def _guard(method: Handler, parse: Callable[[bytes], Any]) -> Handler:
+    async def guarded(message: bytes, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            request = parse(message)
+        except DecodeError:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _UNPARSABLE)
+        try:
+            return await method(request, context)
+        except RequestError as error:
+            await context.abort(error.status, error.sentence)
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception:
+            logger.exception("a request failed")
+            await context.abort(grpc.StatusCode.INTERNAL, _FAILED)
+
+    return guarded
+
+
+_UNPARSABLE = (
+    "The message cannot be parsed: send the request type of this method, with strings in valid UTF-8."
+)
+_FAILED = "The server failed on this request: its log says why."
+
+
+class GrpcServer:
+    """One grpc.aio server with health and reflection.
+
+    Args:
+        address: "host:port"; port 0 takes any free one.
+        services: full names of the services, for health and reflection.
+        max_message_bytes: largest message taken or sent.
+        reuse_port: let other processes listen on the same port and share its connections.
+    """
+
+    def __init__(
+        self, address: str, services: Sequence[str], max_message_bytes: int = -1, reuse_port: bool = False
+    ) -> None:
+        self._address = address
+        self._services = ("", *services)
+        self._health = health.aio.HealthServicer()
+        self.server = grpc.aio.server(
+            interceptors=[ErrorBoundary()],
+            options=[
+                ("grpc.so_reuseport", int(reuse_port)),
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_send_message_length", max_message_bytes),
+            ],
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        reflection.enable_server_reflection(
+            (*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server
+        )
+
+    async def start(self) -> int:
+        """Listen, not yet SERVING; return the port.
+
+        Raises:
+            OSError: if the address cannot be bound.
+        """
+        await self.set_serving(False)
+        try:
+            port = self.server.add_insecure_port(self._address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {self._address}: free it or configure another port") from error
+        await self.server.start()
+        return int(port)
+
+    async def set_serving(self, serving: bool) -> None:
+        """Answer health checks with SERVING or NOT_SERVING."""
+        for service in self._services:
+            await self._health.set(service, SERVING if serving else NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, and let running ones go on for up to `grace_s` seconds."""
+        await self._health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)

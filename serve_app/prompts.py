@@ -1,0 +1,82 @@
+"""Prompts to token ids."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoConfig, AutoTokenizer
+
+from kvarn.v1 import inference_pb2
+from serve_app.errors import InvalidRequestError
+from serve_app.sampling import check_token_ids
+
+LONG_TEXT_CHARACTERS = (
+    8192  # from here on tokenizing takes milliseconds, and a thread costs less than the wait
+)
+
+
+class PromptEncoder:
+    """Tokenizes prompts and renders conversations for one model.
+
+    Args:
+        model_dir: a local directory in Hugging Face format.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
+        self.vocab_size: int = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
+
+    async def encode(self, prompt: inference_pb2.Prompt) -> list[int]:
+        """The token ids of a prompt.
+
+        Raises:
+            InvalidRequestError: it is empty, or the model cannot take it.
+        """
+        ids = await self._ids(prompt)
+        if not ids:
+            raise InvalidRequestError("The prompt is empty: give text, token ids or chat messages.")
+        return ids
+
+    async def _ids(self, prompt: inference_pb2.Prompt) -> list[int]:
+        match prompt.WhichOneof("content"):
+            case "text":
+                return await self._tokenize(prompt.text, add_special_tokens=True)
+            case "token_ids":
+                check_token_ids(prompt.token_ids.ids, self.vocab_size, "prompt.token_ids")
+                return list(prompt.token_ids.ids)
+            case "chat":
+                return await self._tokenize(self._render(prompt.chat), add_special_tokens=False)
+            case _:
+                return []
+
+    async def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+        if not text:
+            return []
+        if len(text) < LONG_TEXT_CHARACTERS:
+            return self._tokenize_now(text, add_special_tokens)
+        return await asyncio.to_thread(self._tokenize_now, text, add_special_tokens)
+
+    def _tokenize_now(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return ids
+
+    def _render(self, chat: inference_pb2.Chat) -> str:
+        if not chat.messages:
+            return ""
+        if self._tokenizer.chat_template is None:
+            raise InvalidRequestError(
+                "The model has no chat template: send prompt.text instead of prompt.chat."
+            )
+        messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise InvalidRequestError(
+                f"The model's chat template refuses these messages: {error}."
+            ) from error
+        return text

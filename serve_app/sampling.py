@@ -1,0 +1,96 @@
+"""Sampling parameters: what callers may ask for, and the same as vLLM takes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from kvarn.v1 import sampling_pb2
+from serve_app.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+MAX_LOGPROBS = 20
+_RANGES = {
+    "temperature": (0.0, 2.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "top_k": (-1, 2**31 - 1),
+    "logprobs": (0, MAX_LOGPROBS),
+}
+_POSITIVE_RANGES = {"top_p": 1.0, "repetition_penalty": math.inf}
+
+
+def check_sampling(params: sampling_pb2.SamplingParams, vocab_size: int) -> None:
+    """Refuse values outside vLLM's ranges, NaN included.
+
+    Raises:
+        InvalidRequestError: names the field, what was expected and what it was.
+    """
+    for name, (low, high) in _RANGES.items():
+        value = getattr(params, name)
+        if params.HasField(name) and not low <= value <= high:
+            raise InvalidRequestError(f"{name} must be from {low:g} to {high:g}, got {value:g}.")
+    for name, high in _POSITIVE_RANGES.items():
+        value = getattr(params, name)
+        if params.HasField(name) and not (0 < value <= high and math.isfinite(value)):
+            limit = f" and at most {high:g}" if math.isfinite(high) else " and finite"
+            raise InvalidRequestError(f"{name} must be above 0{limit}, got {value:g}.")
+    _check_lengths(params)
+    _check_stops(params.stop)
+    _check_tokens(params, vocab_size)
+
+
+def check_token_ids(ids: Iterable[int], vocab_size: int, field: str) -> None:
+    """Refuse ids the model does not have.
+
+    Raises:
+        InvalidRequestError: names the field and the id.
+    """
+    highest = max(ids, default=0)
+    if highest >= vocab_size:
+        raise InvalidRequestError(
+            f"{field} must hold ids below {vocab_size}, the model's vocabulary, got {highest}."
+        )
+
+
+def to_vllm(params: sampling_pb2.SamplingParams) -> SamplingParams:
+    """The vLLM parameters of a request that streams: unset fields keep vLLM's defaults."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(**_set_fields(params), output_kind=RequestOutputKind.DELTA)
+
+
+def _check_lengths(params: sampling_pb2.SamplingParams) -> None:
+    if params.HasField("max_tokens") and params.max_tokens < 1:
+        raise InvalidRequestError("max_tokens must be at least 1, got 0.")
+    if params.HasField("max_tokens") and params.min_tokens > params.max_tokens:
+        raise InvalidRequestError(
+            f"min_tokens must be at most max_tokens={params.max_tokens}, got {params.min_tokens}."
+        )
+
+
+def _check_stops(stops: Iterable[str]) -> None:
+    if not all(stops):
+        raise InvalidRequestError("stop must hold strings of at least one character, got an empty one.")
+
+
+def _check_tokens(params: sampling_pb2.SamplingParams, vocab_size: int) -> None:
+    for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        check_token_ids(getattr(params, field), vocab_size, field)
+    if not all(math.isfinite(bias) for bias in params.logit_bias.values()):
+        raise InvalidRequestError("logit_bias must hold finite numbers, got NaN or infinity.")
+
+
+def _set_fields(params: sampling_pb2.SamplingParams) -> dict[str, Any]:
+    plain = {field.name: value for field, value in params.ListFields()}
+    for name in ("stop", "stop_token_ids", "allowed_token_ids"):
+        if name in plain:
+            plain[name] = list(plain[name])
+    if "logit_bias" in plain:
+        plain["logit_bias"] = dict(plain["logit_bias"])
+    return plain

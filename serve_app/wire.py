@@ -1,0 +1,59 @@
+"""Between the wire's messages and the types of `serve_app.routing`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from kvarn.v1 import cache_pb2, cluster_pb2
+from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, ReplicaState
+
+
+def snapshot_to_proto(snapshot: CacheSnapshot) -> cache_pb2.CacheSnapshot:
+    return cache_pb2.CacheSnapshot(
+        epoch=snapshot.epoch,
+        sequence=snapshot.sequence,
+        capacity=cache_pb2.CacheCapacity(**_values(snapshot.capacity)),
+        load=load_to_proto(snapshot.load),
+        draining=snapshot.draining,
+    )
+
+
+def snapshot_from_proto(message: cache_pb2.CacheSnapshot) -> CacheSnapshot:
+    capacity = CacheCapacity(**{f.name: getattr(message.capacity, f.name) for f in fields(CacheCapacity)})
+    load = load_from_proto(message.load)
+    return CacheSnapshot(message.epoch, message.sequence, capacity, load, message.draining)
+
+
+def load_to_proto(load: CacheLoad) -> cache_pb2.CacheLoad:
+    return cache_pb2.CacheLoad(**_values(load))
+
+
+def load_from_proto(message: cache_pb2.CacheLoad) -> CacheLoad:
+    values: dict[str, Any] = {f.name: getattr(message, f.name) for f in fields(CacheLoad)}
+    return CacheLoad(**{**values, "reserved_blocks": dict(message.reserved_blocks)})
+
+
+def delta_to_proto(snapshot: CacheSnapshot) -> cache_pb2.CacheDelta:
+    """What changed in the state `snapshot.sequence`."""
+    return cache_pb2.CacheDelta(
+        sequence=snapshot.sequence, load=load_to_proto(snapshot.load), draining=snapshot.draining
+    )
+
+
+def replica_to_proto(replica: ReplicaState) -> cluster_pb2.ReplicaCache:
+    return cluster_pb2.ReplicaCache(
+        replica_id=replica.replica_id, status=_status(replica), cache=snapshot_to_proto(replica.snapshot)
+    )
+
+
+def _status(replica: ReplicaState) -> cluster_pb2.ReplicaStatus:
+    if not replica.reachable:
+        return cluster_pb2.REPLICA_STATUS_UNREACHABLE
+    if replica.snapshot.draining:
+        return cluster_pb2.REPLICA_STATUS_DRAINING
+    return cluster_pb2.REPLICA_STATUS_READY
+
+
+def _values(record: CacheCapacity | CacheLoad) -> dict[str, Any]:
+    return {f.name: getattr(record, f.name) for f in fields(record)}
