@@ -1,0 +1,47 @@
+"""The cache formats a user can name: bits for keys and values, and tokens per tile."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One quantized cache format.
+
+    Attributes:
+        name: what `--kv-cache-dtype` takes.
+        key_bits: bits per key code, 2 or 4.
+        value_bits: bits per value code, 2 or 4.
+        group: tokens per tile, which is also the vLLM block size.
+    """
+
+    name: str
+    key_bits: int
+    value_bits: int
+    group: int
+
+
+def _preset(key_bits: int, value_bits: int, group: int) -> Preset:
+    return Preset(f"kvarn_k{key_bits}v{value_bits}_g{group}", key_bits, value_bits, group)
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        _preset(key_bits=4, value_bits=2, group=128),
+        _preset(key_bits=4, value_bits=4, group=128),
+        _preset(key_bits=4, value_bits=2, group=64),
+        _preset(key_bits=4, value_bits=4, group=64),
+        _preset(key_bits=2, value_bits=2, group=128),
+    )
+}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset called `name`.
+
+    Raises:
+        ValueError: if no preset has that name; the message lists those that exist.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown KVarN preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,68 @@
+"""The read rule in plain fp32: which tokens a query sees raw, and which through their record.
+
+A query in tile t reads its own tile raw up to its position, tile 0 raw where a sink slot keeps it, and every other tile
+below t from its record. The rule depends on positions only.
+"""
+
+import torch
+from torch import Tensor
+
+from kvarn.reference.codec import dequantize, quantize
+from kvarn.reference.hadamard import rotate
+from kvarn.tile import TileLayout
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    sink_kept: bool,
+    scale: float,
+    layout: TileLayout,
+) -> Tensor:
+    """Attention of queries anywhere in one sequence.
+
+    Args:
+        query: [N, Hq, D] any float dtype, not rotated.
+        key: [L, H, D] rotated and rounded to float16: the whole sequence, at least up to the last position.
+        value: [L, H, D] likewise.
+        positions: [N] int64, positions of the queries, each below L.
+        sink_kept: whether tile 0 is kept raw.
+        scale: softmax scale.
+        layout: the records' layout.
+
+    Returns:
+        [N, Hq, D] float32, un-rotated.
+    """
+    per_head = query.shape[1] // key.shape[1]
+    raw = torch.stack([key, value]).float().repeat_interleave(per_head, dim=2)
+    recorded = torch.stack(_through_records(key, value, layout)).repeat_interleave(per_head, dim=2)
+    context = torch.arange(key.shape[0])
+    outputs = []
+    for row, position in zip(query, positions.tolist(), strict=True):
+        is_raw = context // layout.group == position // layout.group
+        if sink_kept:
+            is_raw |= context < layout.group
+        seen_key, seen_value = torch.where(is_raw[:, None, None], raw, recorded)[:, : position + 1]
+        scores = torch.einsum("hd,nhd->hn", rotate(row), seen_key) * scale
+        outputs.append(torch.einsum("hn,nhd->hd", scores.softmax(-1), seen_value))
+    return rotate(torch.stack(outputs))
+
+
+def _through_records(key: Tensor, value: Tensor, layout: TileLayout) -> tuple[Tensor, Tensor]:
+    """Keys and values [L, H, D] after a round trip through records; the unfilled last tile stays raw."""
+    group = layout.group
+    filled = key.shape[0] // group * group
+    if not filled:
+        return key.float(), value.float()
+
+    def tiles(x: Tensor) -> Tensor:
+        return x[:filled].unflatten(0, (-1, group)).transpose(1, 2)
+
+    round_trip = dequantize(quantize(tiles(key), tiles(value), layout), layout)
+    key_back, value_back = (
+        torch.cat([back.transpose(1, 2).flatten(0, 1), x[filled:].float()])
+        for back, x in zip(round_trip, (key, value), strict=True)
+    )
+    return key_back, value_back

@@ -1,0 +1,271 @@
+"""Byte layout of one packed record: the codes and scales of one tile of one KV head.
+
+A record holds, one after the other (D = head_dim, G = group, little-endian)::
+
+    key codes             D * G * key_bits / 8 bytes     fragment order, contracted over channels
+    value codes           D * G * value_bits / 8 bytes   fragment order, contracted over tokens
+    key scale, key zero   2 * D float16                  per channel
+    value channel scale   D float16                      per channel
+    key token scale       G float8_e4m3fn                per token
+    value scale, zero     2 * G float8_e4m3fn            per token
+
+and reads back as `key[n, d] = (code * scale[d] + zero[d]) * token_scale[n]` and
+`value[n, d] = (code * scale[n] + zero[n]) * channel_scale[d]`. Why the token axis needs only eight bits
+is measured in docs/decisions/0001-token-scales-in-8-bits.md.
+
+Fragment order makes a GPU thread's 16-byte load its B operand of `mma.m16n8k16`. A code has a contracted index
+(keys: channel, values: token) and a free index (keys: token, values: channel); they split into the fragment
+the code lies in, the lane that holds it there, and its place in that lane's registers::
+
+    contracted = step * 16 + half * 8 + lane_k * 2 + pair        free = column_tile * 8 + lane_n
+
+Fragments are numbered `step * (free size / 8) + column_tile`, and the number is cut into three fields, high to
+low: `slot` (place inside a 16-bit word, one of 16 / bits), `quad` (two values), `rep`. Words then lie in the order
+`[rep, lane_n, lane_k, quad, half, pair]`, so a lane's 16 bytes are eight consecutive words, two words that differ
+in `pair` make one register, and one shift and mask of that register gives the operands of one fragment.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvarn.presets import Preset
+
+HEAD_DIMS = (64, 128, 256)
+FLOAT16_BYTES = 2
+BYTES_PER_LANE_HALF = 8  # words [half, pair] of one (rep, lane, quad): the unit the CPU path moves
+
+
+class Tile(NamedTuple):
+    """Codes and scales of tiles, any leading dims `...` (D = head_dim, G = group)."""
+
+    key_codes: Tensor  # [..., G, D] uint8
+    key_scale: Tensor  # [..., D] float16
+    key_zero: Tensor  # [..., D] float16
+    key_token_scale: Tensor  # [..., G] float8_e4m3fn
+    value_codes: Tensor  # [..., G, D] uint8
+    value_scale: Tensor  # [..., G] float8_e4m3fn
+    value_zero: Tensor  # [..., G] float8_e4m3fn
+    value_channel_scale: Tensor  # [..., D] float16
+
+
+@dataclass(frozen=True)
+class CodeOrder:
+    """Fragment order of one `contracted x free` matrix of codes (see the module docstring).
+
+    `slot`, `quad` and `rep` are fields of the fragment number; each may straddle the boundary between its
+    step bits (high) and its column-tile bits (low), so each splits into a step part and a column part.
+    """
+
+    bits: int
+    contracted: int
+    free: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.contracted * self.free * self.bits // 8
+
+    @property
+    def codes_per_byte(self) -> int:
+        return 8 // self.bits
+
+    @cached_property
+    def _splits(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """(step, column) sizes of slot, quad and rep."""
+        steps, columns = self.contracted // 16, self.free // 8
+        sizes = []
+        for size in (16 // self.bits, 2):
+            step_part = min(size, steps)
+            sizes.append((step_part, size // step_part))
+            steps, columns = steps // step_part, columns // (size // step_part)
+        return sizes[0], sizes[1], (steps, columns)
+
+    @property
+    def word_shape(self) -> tuple[int, ...]:
+        """Stored order of the 8-byte units: [step_rep, column_rep, lane_n, lane_k, step_quad, column_quad]."""
+        _, (step_quad, column_quad), (step_rep, column_rep) = self._splits
+        return (step_rep, column_rep, 8, 4, step_quad, column_quad)
+
+    # Units with the free axis outermost and in natural order: [column_quad, column_rep, lane_n, step_quad, step_rep, lane_k].
+    FREE_FIRST: ClassVar = (5, 1, 2, 4, 0, 3)
+
+    @cached_property
+    def unpacked_order(self) -> Tensor:
+        """Natural contracted index at each position of the contracted axis of `unpack_free_first`, int64."""
+        (step_slot, _), (step_quad, _), (step_rep, _) = self._splits
+        step_low = step_slot // 2
+        natural = torch.arange(self.contracted).view(2, step_low, step_quad, step_rep, 2, 4, 2)
+        # [byte, step_low, step_quad, step_rep, half, lane_k, pair] -> in-memory order of one free row
+        return natural.permute(1, 2, 3, 5, 4, 6, 0).reshape(-1)
+
+    def unpack_free_first(self, packed: Tensor) -> Tensor:
+        """Codes as float32, free axis first, contracted axis in `unpacked_order`.
+
+        Moves 8-byte units and converts straight into place: the cheapest order for a CPU.
+
+        Args:
+            packed: [..., nbytes] uint8, contiguous in its last axis, 8-byte aligned.
+
+        Returns:
+            [..., free, contracted] float32.
+        """
+        lead = packed.shape[:-1]
+        (step_slot, column_slot), _, _ = self._splits
+        step_low, rows_per_slot = step_slot // 2, self.free // column_slot
+        units = packed.view(torch.int64).view(lead.numel(), *self.word_shape)
+        units = units.permute(0, *(1 + axis for axis in self.FREE_FIRST))
+        rows = units.reshape(lead.numel(), self.nbytes // BYTES_PER_LANE_HALF).view(torch.uint8)
+        rows = rows.view(lead.numel(), rows_per_slot, self.nbytes // rows_per_slot)
+        codes = torch.empty(lead.numel(), column_slot, rows_per_slot, step_low, rows.shape[2])
+        mask = (1 << self.bits) - 1
+        for place in range(self.codes_per_byte):
+            step, column = divmod(place, column_slot)
+            codes[:, column, :, step].copy_((rows >> (place * self.bits)) & mask)
+        return codes.view(*lead, self.free, self.contracted)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes [..., free, contracted] uint8, both axes in natural order -> [..., nbytes] uint8."""
+        lead = codes.shape[:-2]
+        (step_slot, column_slot), _, _ = self._splits
+        step_low = step_slot // 2
+        ordered = codes.index_select(-1, self.unpacked_order)
+        ordered = ordered.reshape(
+            lead.numel(), column_slot, self.free // column_slot, step_low, self.contracted // step_low
+        )
+        rows = torch.zeros_like(ordered[:, 0, :, 0])
+        for place in range(self.codes_per_byte):
+            step, column = divmod(place, column_slot)
+            rows |= ordered[:, column, :, step] << (place * self.bits)
+        free_first_shape = [self.word_shape[axis] for axis in self.FREE_FIRST]
+        units = rows.view(lead.numel(), *free_first_shape, BYTES_PER_LANE_HALF)
+        inverse = sorted(range(6), key=self.FREE_FIRST.__getitem__)
+        units = units.permute(0, *(1 + axis for axis in inverse), 7)
+        return units.reshape(*lead, self.nbytes)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Inverse of `pack`: [..., nbytes] uint8 -> [..., free, contracted] uint8, natural order."""
+        return self.unpack_float(packed).to(torch.uint8)
+
+    def unpack_float(self, packed: Tensor) -> Tensor:
+        """`unpack` without the conversion to uint8: [..., nbytes] -> [..., free, contracted] float32."""
+        return self.unpack_free_first(packed).index_select(-1, self.unpacked_order.argsort())
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """Sizes and byte offsets of a record of `preset` at `head_dim`.
+
+    Raises:
+        ValueError: if head_dim is not 64, 128 or 256.
+    """
+
+    preset: Preset
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        if self.head_dim not in HEAD_DIMS:
+            raise ValueError(
+                f"head_dim {self.head_dim} is not supported by KVarN: use a model whose head_dim is 64, 128 or 256"
+            )
+
+    @property
+    def group(self) -> int:
+        """Tokens per tile."""
+        return self.preset.group
+
+    @cached_property
+    def key_order(self) -> CodeOrder:
+        return CodeOrder(self.preset.key_bits, contracted=self.head_dim, free=self.group)
+
+    @cached_property
+    def value_order(self) -> CodeOrder:
+        return CodeOrder(self.preset.value_bits, contracted=self.group, free=self.head_dim)
+
+    @cached_property
+    def offsets(self) -> "Offsets":
+        channel_bytes, token_bytes = self.head_dim * FLOAT16_BYTES, self.group
+        sizes = (
+            self.key_order.nbytes,
+            self.value_order.nbytes,
+            *(channel_bytes,) * 3,
+            *(token_bytes,) * 3,
+        )
+        starts = [sum(sizes[:field]) for field in range(len(sizes) + 1)]
+        return Offsets(*starts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one record; a multiple of `group`."""
+        return self.offsets.end
+
+
+class Offsets(NamedTuple):
+    """First byte of each field of a record, and the end of the record."""
+
+    key_codes: int
+    value_codes: int
+    key_scale: int
+    key_zero: int
+    value_channel_scale: int
+    key_token_scale: int
+    value_scale: int
+    value_zero: int
+    end: int
+
+
+def pack(tile: Tile, layout: TileLayout) -> Tensor:
+    """Records of tiles: fields with leading dims `...` -> [..., layout.nbytes] uint8.
+
+    Raises:
+        ValueError: if the codes are not [..., group, head_dim] of the layout.
+    """
+    for name, codes in (("key_codes", tile.key_codes), ("value_codes", tile.value_codes)):
+        if codes.shape[-2:] != (layout.group, layout.head_dim):
+            raise ValueError(
+                f"{name} ends in {tuple(codes.shape[-2:])}: expected (group, head_dim) = "
+                f"({layout.group}, {layout.head_dim})"
+            )
+    fields = (
+        layout.key_order.pack(tile.key_codes),
+        layout.value_order.pack(tile.value_codes.transpose(-1, -2)),
+        tile.key_scale,
+        tile.key_zero,
+        tile.value_channel_scale,
+        tile.key_token_scale,
+        tile.value_scale,
+        tile.value_zero,
+    )
+    return torch.cat([field.contiguous().view(torch.uint8) for field in fields], dim=-1)
+
+
+def unpack(records: Tensor, layout: TileLayout) -> Tile:
+    """Inverse of `pack`: [..., layout.nbytes] uint8 -> fields with leading dims `...`.
+
+    Raises:
+        ValueError: if the last axis is not one record long, or the dtype is not uint8.
+    """
+    if records.dtype != torch.uint8 or records.shape[-1] != layout.nbytes:
+        raise ValueError(
+            f"records are {records.dtype} with last axis {records.shape[-1]}: expected torch.uint8 and "
+            f"{layout.nbytes} bytes"
+        )
+    at = layout.offsets
+
+    def field(start: int, end: int, dtype: torch.dtype) -> Tensor:
+        return records[..., start:end].contiguous().view(dtype)
+
+    key_codes = layout.key_order.unpack(records[..., at.key_codes : at.value_codes])
+    value_codes = layout.value_order.unpack(records[..., at.value_codes : at.key_scale])
+    return Tile(
+        key_codes=key_codes,
+        key_scale=field(at.key_scale, at.key_zero, torch.float16),
+        key_zero=field(at.key_zero, at.value_channel_scale, torch.float16),
+        key_token_scale=field(at.key_token_scale, at.value_scale, torch.float8_e4m3fn),
+        value_codes=value_codes.transpose(-1, -2),
+        value_scale=field(at.value_scale, at.value_zero, torch.float8_e4m3fn),
+        value_zero=field(at.value_zero, at.end, torch.float8_e4m3fn),
+        value_channel_scale=field(at.value_channel_scale, at.key_token_scale, torch.float16),
+    )
