@@ -17,6 +17,7 @@ from serve_app.errors import RequestError
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[Any, Any], Awaitable[Any]]
+MIN_PING_INTERVAL_MS = 5_000  # idle watches are kept alive by pings, which gRPC allows only every 5 minutes
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -90,6 +91,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", int(reuse_port)),
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
             ],
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)

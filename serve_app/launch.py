@@ -1,0 +1,205 @@
+"""Starts Ray on this machine and the application of a Serve YAML on it: what `kvarn serve` does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from serve_app.config import AppConfig
+
+LOOPBACK = "127.0.0.1"
+BUILDER = "serve_app.app:build"
+POLL_S = 0.5
+OBJECT_STORE_BYTES = 128 << 20  # requests travel over gRPC, not through Ray's object store
+_EXCEPTION = re.compile(r"^(?:ray\.exceptions\.)?[A-Za-z_][\w.]*(?:Error|Exception)(?:\(\w+\))?: (.+)$")
+
+
+class LaunchError(RuntimeError):
+    """The application cannot be started; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """One deployment while it starts."""
+
+    name: str
+    running: int
+    wanted: int
+
+
+@dataclass(frozen=True)
+class App:
+    """The one application of a Serve YAML.
+
+    Attributes:
+        name: the application's name.
+        config: its settings.
+        schema: the whole YAML, as Serve takes it.
+    """
+
+    name: str
+    config: AppConfig
+    schema: dict[str, Any]
+
+    @property
+    def address(self) -> str:
+        """Where its gateways answer."""
+        return f"{self.config.gateway.host}:{self.config.gateway.port}"
+
+
+def read_app(path: Path) -> App:
+    """Reads and checks a Serve YAML.
+
+    Raises:
+        LaunchError: there is no such file, it is no Serve YAML with one application of ours, or a setting is wrong.
+    """
+    try:
+        schema = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise LaunchError(f"{path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise LaunchError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    applications = schema.get("applications") if isinstance(schema, dict) else None
+    if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
+        raise LaunchError(f"{path} must hold one application: a list `applications` with one entry")
+    application = applications[0]
+    if application.get("import_path") != BUILDER:
+        raise LaunchError(f"{path}: import_path is {application.get('import_path')!r}, expected {BUILDER!r}")
+    try:
+        config = AppConfig.model_validate(application.get("args") or {})
+    except ValidationError as error:
+        raise LaunchError(f"{path}: {_first_problem(error)}") from None
+    return App(application.get("name", "default"), config, schema)
+
+
+def check_machine(app: App) -> None:
+    """Looks for what would keep the application from starting here.
+
+    Raises:
+        LaunchError: the gateway's port is taken, or the engines ask for more CPUs than there are.
+    """
+    engine = app.config.engine
+    needed, present = engine.num_replicas * engine.cpus_per_replica, os.cpu_count() or 1
+    if engine.device == "cpu" and needed > present:
+        raise LaunchError(
+            f"the engines need {needed} CPUs and this machine has {present}: "
+            "lower engine.num_replicas or engine.cpus_per_replica"
+        )
+    if app.config.gateway.port and not _is_free(app.config.gateway.host, app.config.gateway.port):
+        raise LaunchError(f"{app.address} is in use: stop what listens there, or set another gateway.port")
+
+
+@contextmanager
+def running(app: App, on_progress: Callable[[list[Deployment]], None], timeout_s: float) -> Iterator[None]:
+    """Runs the application on a Ray of its own, open to this machine only; leaving the block stops both.
+
+    Args:
+        app: what to run.
+        on_progress: called with the state of the deployments while they start.
+        timeout_s: seconds the start may take.
+
+    Raises:
+        LaunchError: an engine or gateway fails to start, or the start takes too long.
+    """
+    # Ray reads these when it is imported. Without the first, a cluster of one listens on every interface.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    from ray import serve
+
+    context = ray.init(
+        address="local",
+        _node_ip_address=LOOPBACK,
+        dashboard_host=LOOPBACK,
+        include_dashboard=True,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        _deploy(app, f"http://{context.dashboard_url}", on_progress, timeout_s)
+        try:
+            yield
+        finally:
+            serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+def _deploy(
+    app: App, dashboard: str, on_progress: Callable[[list[Deployment]], None], timeout_s: float
+) -> None:
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    client = ServeSubmissionClient(dashboard)
+    try:
+        client.deploy_applications(app.schema)
+    except RuntimeError as error:
+        raise LaunchError(f"Serve refuses the application: {_sentence(str(error))}") from None
+    deadline = time.monotonic() + timeout_s
+    while True:
+        details = client.get_serve_details()["applications"].get(app.name, {})
+        on_progress(_deployments(details))
+        if failure := _failure(details):
+            raise LaunchError(failure)
+        if details.get("status") == "RUNNING":
+            return
+        if time.monotonic() > deadline:
+            raise LaunchError(f"the application was not ready within {timeout_s:g} seconds: allow more time")
+        time.sleep(POLL_S)
+
+
+def _deployments(details: dict[str, Any]) -> list[Deployment]:
+    return [
+        Deployment(
+            name=name,
+            running=sum(replica["state"] == "RUNNING" for replica in deployment["replicas"]),
+            wanted=deployment["target_num_replicas"],
+        )
+        for name, deployment in details.get("deployments", {}).items()
+    ]
+
+
+def _failure(details: dict[str, Any]) -> str | None:
+    """Serve tries again and again; the first failure is what a person wants to read."""
+    for name, deployment in details.get("deployments", {}).items():
+        if "failed to start" in deployment["message"]:
+            return f"{name} failed to start: {_sentence(deployment['message'])}"
+    if details.get("status") == "DEPLOY_FAILED":
+        return f"the application failed to start: {_sentence(details['message'])}"
+    return None
+
+
+def _sentence(message: str) -> str:
+    """What the last exception in a traceback says, else the last line."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    said = [match[1] for line in lines if (match := _EXCEPTION.match(line))]
+    return (said or lines or ["no reason was given"])[-1]
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in ("args", *problem["loc"]))
+    return f"{place}: {problem['msg']}"
+
+
+def _is_free(host: str, port: int) -> bool:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,71 @@
+"""Settings: what is refused, and that the YAML that ships is accepted."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from kvarn.presets import PRESETS
+from serve_app.config import AppConfig
+from serve_app.cpus import thread_binding
+
+CLUSTER = Path(__file__).parents[2] / "cluster"
+
+
+def test_defaults_serve_the_default_model() -> None:
+    config = AppConfig()
+    assert config.model_name == config.model == "smollm2-135m-instruct"
+    assert config.engine.kv_cache_dtype in PRESETS
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTER.glob("app*.yaml")), ids=lambda path: path.name)
+def test_shipped_yaml_is_valid(path: Path) -> None:
+    for application in yaml.safe_load(path.read_text())["applications"]:
+        AppConfig.model_validate(application["args"])
+
+
+def test_a_directory_is_served_under_its_last_part() -> None:
+    assert AppConfig(model="/models/llama-3.2-1b/").model_name == "llama-3.2-1b"
+    assert AppConfig(model="/models/x", served_model_name="mine").model_name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"modle": "x"}, "Extra inputs are not permitted"),
+        ({"engine": {"kv_cache_memory_gib": 1, "max_len": 1}}, "Extra inputs are not permitted"),
+        (
+            {"engine": {"kv_cache_memory_gib": 1, "kv_cache_dtype": "kvarn_k3v2_g128"}},
+            "choose one of kvarn_k4v2",
+        ),
+        ({"engine": {"device": "cpu"}}, "kv_cache_memory_gib must be set"),
+        ({"engine": {"kv_cache_memory_gib": 0}}, "greater than 0"),
+        ({"gateway": {"port": 65536}}, "less than or equal to 65535"),
+        (
+            {"engine": {"device": "cuda", "distributed_executor_backend": "uni", "tensor_parallel_size": 2}},
+            "set tensor_parallel_size to 1",
+        ),
+    ],
+)
+def test_mistakes_are_refused(values: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        AppConfig.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "rank", "cpus", "workers", "expected"),
+    [
+        ([0, 1], 0, 1, 1, "0"),
+        ([0, 1], 1, 1, 1, "1"),
+        ([0, 1], 2, 1, 1, "0"),
+        ([0, 1], 0, 2, 2, "0|1"),
+        ([4, 5, 6, 7], 1, 2, 1, "6,7"),
+        (list(range(8)), 1, 4, 2, "4,5|6,7"),
+        ([0], 0, 1, 2, "0|0"),
+    ],
+)
+def test_replicas_compute_on_cpus_of_their_own(
+    allowed: list[int], rank: int, cpus: int, workers: int, expected: str
+) -> None:
+    assert thread_binding(allowed, rank, cpus, workers) == expected
