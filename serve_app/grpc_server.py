@@ -91,7 +91,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", int(reuse_port)),
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+                ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
             ],
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)

@@ -3,9 +3,9 @@
 import asyncio
 from contextlib import aclosing
 
+from kvarn.vllm.telemetry import CacheState
 from serve_app.feed import MAX_PENDING, Feed
 from serve_app.telemetry import CacheMonitor
-from kvarn.vllm.telemetry import CacheState
 
 
 async def take(feed: Feed[int], count: int, started: asyncio.Event) -> list[int]:

@@ -1,0 +1,10 @@
+"""Runs the end-to-end module after everything else: it is slow, and a failure elsewhere should show first."""
+
+import pytest
+
+LAST = "test_e2e_serve.py"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name == LAST)

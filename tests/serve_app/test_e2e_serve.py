@@ -1,0 +1,453 @@
+"""A real application - two engine replicas, one gateway - driven by real clients over TCP.
+
+The tests share one application and run in the order they are written: those that kill or replace replicas are last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+import ray
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from ray import serve
+
+from kvarn.v1 import cluster_pb2, inference_pb2
+from serve_app.app import build
+from serve_app.client import (
+    AsyncClient,
+    Client,
+    DeadlineExceededError,
+    InvalidRequestError,
+    NoRoomError,
+    ServingError,
+    UnavailableError,
+    UnknownModelError,
+)
+from serve_app.config import AppConfig
+
+pytestmark = pytest.mark.timeout(900)
+
+APP = "kvarn"
+REPLICAS = 2
+CONTEXT = 1024
+START_S = 300
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+LONG: dict[str, Any] = {"max_tokens": 900, "ignore_eos": True}
+
+
+def settings(model: Path, port: int, max_num_seqs: int = 8) -> AppConfig:
+    return AppConfig.model_validate(
+        {
+            "model": str(model),
+            "engine": {
+                "num_replicas": REPLICAS,
+                "kv_cache_memory_gib": 0.05,
+                "max_model_len": CONTEXT,
+                "max_num_seqs": max_num_seqs,
+                "max_num_batched_tokens": 512,
+                "enforce_eager": True,
+                "drain_grace_s": 120,
+            },
+            "gateway": {"port": port, "max_message_bytes": 1 << 20},
+        }
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class App:
+    """The running application, and what a client saw of it before its engines were up."""
+
+    model: Path
+    port: int
+    early_error: ServingError
+    early_health: bool
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+
+def deploy(config: AppConfig) -> None:
+    target = serve.RunTarget(build(config), name=APP, route_prefix=None)
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+@pytest.fixture(scope="module")
+def app(model_dir: Path) -> Iterator[App]:
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray then stays on loopback
+    port = free_port()
+    ray.init(num_cpus=REPLICAS, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+    serve.start(proxy_location="Disabled")
+    try:
+        deploy(settings(model_dir, port))
+        with Client(f"127.0.0.1:{port}") as client:
+            early_error = first_answer(client)
+            early_health = client.is_ready()
+            wait_for(lambda: len(ready(client)) == REPLICAS, START_S)
+        yield App(model_dir, port, early_error, early_health)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.fixture
+def client(app: App) -> Iterator[Client]:
+    with Client(app.address) as client:
+        yield client
+
+
+@pytest.fixture
+async def aclient(app: App) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(app.address) as client:
+        yield client
+
+
+@pytest.fixture
+def nothing_left(client: Client) -> Iterator[None]:
+    """Fails a test after which blocks are still in use or reserved."""
+    yield
+    wait_for(lambda: is_idle(client), 10)
+
+
+def first_answer(client: Client) -> ServingError:
+    """The first error that comes from the gateway itself rather than from a closed port."""
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        try:
+            client.generate_once("Hello")
+        except ServingError as error:
+            if "replica" in error.sentence:
+                return error
+        time.sleep(0.05)
+    raise AssertionError("the gateway did not answer")
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {condition}"
+        time.sleep(0.05)
+
+
+def ready(client: Client) -> set[str]:
+    """Ids of the replicas that take requests; empty while no gateway answers."""
+    try:
+        replicas = client.cache_state().replicas
+    except UnavailableError:
+        return set()
+    return {r.replica_id for r in replicas if r.status == cluster_pb2.REPLICA_STATUS_READY}
+
+
+def is_idle(client: Client) -> bool:
+    loads = [replica.cache.load for replica in client.cache_state().replicas]
+    return all(not (load.used_blocks or load.reserved_blocks or load.running_requests) for load in loads)
+
+
+def in_replica(replica_id: str, function: Callable[[Any], Any]) -> Any:
+    """Run `function` on the deployment's object inside an engine replica."""
+    actor = ray.get_actor(f"SERVE_REPLICA::{APP}#Engine#{replica_id}", namespace="serve")
+    return ray.get(actor.__ray_call__.remote(lambda self: function(self._replica_impl.user_callable)))
+
+
+def health_of(address: str, service: str) -> int:
+    with grpc.insecure_channel(address) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        return int(check(health_pb2.HealthCheckRequest(service=service), timeout=5).status)
+
+
+def services_of(address: str) -> set[str]:
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    with grpc.insecure_channel(address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        (answer,) = stub.ServerReflectionInfo(iter([request]), timeout=5)
+        return {service.name for service in answer.list_services_response.service}
+
+
+def test_a_gateway_that_is_up_before_its_engines_says_so(app: App) -> None:
+    assert isinstance(app.early_error, UnavailableError)
+    assert app.early_error.sentence == "No engine replica is ready yet: try again in a few seconds."
+    assert not app.early_health
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_chat_streams_text_as_it_is_generated(client: Client) -> None:
+    deltas = list(client.generate(QUESTION, max_tokens=24, temperature=0, request_id="mine"))
+    text = "".join(delta.text for delta in deltas)
+    assert "Paris" in text
+    assert len(deltas) > 3
+    assert {delta.request_id for delta in deltas} == {"mine"}
+    assert {delta.replica_id for delta in deltas} <= ready(client)
+    last = deltas[-1]
+    assert last.finish_reason in (inference_pb2.FINISH_REASON_STOP, inference_pb2.FINISH_REASON_LENGTH)
+    assert last.usage.prompt_tokens > 7  # the template adds its own
+    assert last.usage.completion_tokens == sum(len(delta.token_ids) for delta in deltas) <= 24
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_token_ids_and_text_give_the_same_answer_in_one_piece(client: Client) -> None:
+    by_text = client.generate_once("The sky is", max_tokens=8, temperature=0, logprobs=2)
+    ids = in_replica(by_text.replica_id, lambda engine: engine._engine.get_tokenizer().encode("The sky is"))
+    by_ids = client.generate_once(ids, max_tokens=8, temperature=0)
+    assert by_text.usage.prompt_tokens == by_ids.usage.prompt_tokens == len(ids)
+    assert (by_text.text, list(by_text.token_ids)) == (by_ids.text, list(by_ids.token_ids))
+    assert len(by_text.token_ids) == len(by_text.logprobs) == 8
+    assert by_text.finish_reason == inference_pb2.FINISH_REASON_LENGTH
+    for token, position in zip(by_text.token_ids, by_text.logprobs, strict=True):
+        assert position.candidates[0].token_id == token
+        assert position.candidates[0].logprob == max(c.logprob for c in position.candidates) <= 0
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_stop_conditions_are_reported(client: Client) -> None:
+    answer = client.generate_once(QUESTION, max_tokens=32, temperature=0, stop=["Paris"])
+    assert answer.finish_reason == inference_pb2.FINISH_REASON_STOP
+    assert answer.stop_reason.stop == "Paris"
+    assert "Paris" not in answer.text
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_repeated_prefix_is_found_in_the_cache(client: Client) -> None:
+    prompt = [7 + i % 50 for i in range(400)]
+    answers = [client.generate_once(prompt, max_tokens=4, temperature=0) for _ in range(REPLICAS + 1)]
+    assert answers[0].usage.cached_tokens == 0
+    assert max(answer.usage.cached_tokens for answer in answers) == 384  # three whole tiles of 128
+    assert len({tuple(answer.token_ids) for answer in answers}) == 1
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_concurrent_requests_spread_over_the_replicas(aclient: AsyncClient) -> None:
+    answers = await asyncio.gather(
+        *(aclient.generate_once(f"Count from {i}:", max_tokens=16, ignore_eos=True) for i in range(8))
+    )
+    assert len({answer.replica_id for answer in answers}) == REPLICAS
+    assert all(answer.usage.completion_tokens == 16 for answer in answers)
+
+
+def test_the_cache_state_tells_capacity_and_load(client: Client) -> None:
+    state = client.cache_state()
+    assert len(state.replicas) == REPLICAS
+    for replica in state.replicas:
+        capacity, load = replica.cache.capacity, replica.cache.load
+        assert (capacity.cache_dtype, capacity.tile_tokens) == ("kvarn_k4v2_g128", 128)
+        assert capacity.max_model_len == CONTEXT
+        assert capacity.bytes_per_tile * capacity.total_blocks <= 0.05 * (1 << 30)
+        assert load.free_blocks + load.evictable_blocks + load.used_blocks == capacity.total_blocks
+        assert load.inter_token_latency_s > 0
+        assert load.prefill_tokens_per_s > 0
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_a_watch_gives_a_snapshot_and_then_numbered_changes(aclient: AsyncClient) -> None:
+    async with aclosing(aclient.watch_cache(timeout_s=60)) as events:
+        first = await anext(events)
+        assert len(first.snapshot.replicas) == REPLICAS
+        request = asyncio.create_task(aclient.generate_once("Hello", max_tokens=48, ignore_eos=True))
+        sequence, peak = first.sequence, 0
+        async for event in events:
+            assert (event.epoch, event.sequence) == (first.epoch, sequence + 1)
+            sequence = event.sequence
+            load = event.updated.cache.load
+            peak = max(peak, sum(load.reserved_blocks.values()))
+            if peak and not load.reserved_blocks:
+                break
+    assert (await request).usage.completion_tokens == 48
+    assert peak == 1
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_cancelling_frees_the_blocks(client: Client) -> None:
+    stream = client.generate("Once upon a time", **LONG)
+    for _ in range(3):
+        next(stream)
+    wait_for(lambda: not is_idle(client), 5)
+    stream.close()
+    wait_for(lambda: is_idle(client), 5)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_deadline_ends_the_request_on_the_engine_too(client: Client) -> None:
+    with pytest.raises(DeadlineExceededError):
+        client.generate_once("Once upon a time", timeout_s=1, **LONG)
+    wait_for(lambda: is_idle(client), 5)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_client_that_dies_frees_its_blocks(app: App, client: Client) -> None:
+    script = (
+        "from serve_app.client import Client\n"
+        f"for _ in Client('{app.address}').generate('Once upon a time', max_tokens=900, ignore_eos=True):\n"
+        "    print('token', flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"token\n"
+        wait_for(lambda: not is_idle(client), 5)
+        process.kill()
+    wait_for(lambda: is_idle(client), 5)
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize(
+    ("prompt", "options", "error", "sentence"),
+    [
+        ("", {}, InvalidRequestError, "The prompt is empty"),
+        ([], {}, InvalidRequestError, "The prompt is empty"),
+        ("Hi", {"temperature": -1}, InvalidRequestError, "temperature must be from 0 to 2, got -1."),
+        ("Hi", {"top_p": float("nan")}, InvalidRequestError, "top_p must be above 0 and at most 1, got nan."),
+        ("Hi", {"max_tokens": 0}, InvalidRequestError, "max_tokens must be at least 1, got 0."),
+        ("Hi", {"max_tokens": CONTEXT}, InvalidRequestError, f"more than the context of {CONTEXT} tokens"),
+        ([5] * 2000, {}, InvalidRequestError, f"more than the context of {CONTEXT} tokens"),
+        ([5, 49152], {}, InvalidRequestError, "prompt.token_ids must hold ids below 49152"),
+        (
+            "Hi",
+            {"stop_token_ids": [1 << 31]},
+            InvalidRequestError,
+            "stop_token_ids must hold ids below 49152",
+        ),
+        ("Hi", {"request_id": "x" * 129}, InvalidRequestError, "request_id must have at most 128 characters"),
+        ("Hi", {"model": "gpt-2"}, UnknownModelError, "The model 'gpt-2' is not served here"),
+        ("x" * (2 << 20), {}, NoRoomError, "larger than max"),
+    ],
+)
+def test_bad_requests_get_one_sentence(
+    client: Client, prompt: Any, options: dict[str, Any], error: type[ServingError], sentence: str
+) -> None:
+    with pytest.raises(error) as refusal:
+        list(client.generate(prompt, **options))
+    assert sentence in refusal.value.sentence
+    assert "Traceback" not in refusal.value.sentence
+    assert "\n" not in refusal.value.sentence
+
+
+@pytest.mark.parametrize(
+    "message", [b"\xff\xff\xff", b"\x12\x04\x0a\x02\xff\xfe"], ids=["garbage", "bad UTF-8"]
+)
+@pytest.mark.parametrize("method", ["Generate", "GenerateOnce"])
+def test_what_cannot_be_parsed_is_an_invalid_argument(app: App, method: str, message: bytes) -> None:
+    with grpc.insecure_channel(app.address) as channel:
+        call = channel.unary_stream(f"/kvarn.v1.Inference/{method}")(message)
+        with pytest.raises(grpc.RpcError) as refusal:
+            next(call)
+    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "valid UTF-8" in refusal.value.details()
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_a_full_fleet_refuses_at_once_and_recovers(aclient: AsyncClient) -> None:
+    capacities = [replica.cache.capacity for replica in (await aclient.cache_state()).replicas]
+    blocks_each = -(-CONTEXT // capacities[0].tile_tokens)
+    fitting = sum(capacity.total_blocks // blocks_each for capacity in capacities)
+    prompt, max_tokens = [5], CONTEXT - 1
+
+    async def first_delta() -> ServingError | None:
+        stream = aclient.generate(prompt, max_tokens=max_tokens, ignore_eos=True)
+        try:
+            async with aclosing(stream):
+                await anext(stream)
+                await filled.wait()
+        except ServingError as error:
+            return error
+        return None
+
+    filled = asyncio.Event()
+    requests = [asyncio.create_task(first_delta()) for _ in range(fitting + 1)]
+    done, _ = await asyncio.wait(requests, timeout=60, return_when=asyncio.FIRST_COMPLETED)
+    for request in requests:
+        request.cancel()
+    (refused,) = done
+    error = refused.result()
+    assert isinstance(error, NoRoomError)
+    assert "no replica has room for that now" in error.sentence
+
+
+def test_health_and_reflection_on_gateway_and_engine(app: App, client: Client) -> None:
+    assert services_of(app.address) >= {"kvarn.v1.Inference", "kvarn.v1.Cluster", "grpc.health.v1.Health"}
+    for service in ("", "kvarn.v1.Inference", "kvarn.v1.Cluster"):
+        assert health_of(app.address, service) == health_pb2.HealthCheckResponse.SERVING
+    engine = in_replica(min(ready(client)), lambda engine: engine._address)
+    assert services_of(engine) >= {"kvarn.v1.Engine", "grpc.health.v1.Health"}
+    assert health_of(engine, "kvarn.v1.Engine") == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_replicas_killed_in_mid_stream_are_replaced(client: Client) -> None:
+    """First one replica's engine core, then the other's whole process: each stream ends UNAVAILABLE."""
+    before = ready(client)
+    first, second = (client.generate("Once upon a time", **LONG) for _ in range(REPLICAS))
+    served_by = next(first).replica_id
+    other = next(second).replica_id
+    assert {served_by, other} == before
+    core = psutil.Process(in_replica(served_by, lambda engine: os.getpid())).children()
+    kill_all(process for process in core if "EngineCore" in process.name())
+    assert_lost(first)
+    assert client.generate_once("Hello", max_tokens=2).replica_id == other
+    replica = psutil.Process(in_replica(other, lambda engine: os.getpid()))
+    orphans = replica.children(recursive=True)
+    kill_all([replica])
+    assert_lost(second)
+    wait_for(lambda: len(ready(client)) == REPLICAS and not ready(client) & before, START_S)
+    assert client.generate_once(QUESTION, max_tokens=24, temperature=0).text.count("Paris")
+    assert not [process for process in orphans if process.is_running()]
+
+
+def kill_all(processes: Any) -> None:
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+
+
+def assert_lost(stream: Iterator[inference_pb2.GenerateResponse]) -> None:
+    with pytest.raises(UnavailableError, match="The replica that served this request was lost"):
+        for _ in stream:
+            pass
+
+
+async def test_a_rolling_update_completes_open_streams_and_refuses_none(
+    app: App, client: Client, aclient: AsyncClient
+) -> None:
+    before = ready(client)
+    refused: list[ServingError] = []
+    updated = asyncio.Event()
+
+    async def open_stream() -> int:
+        deltas = [delta async for delta in aclient.generate("Once upon a time", **LONG)]
+        return deltas[-1].usage.completion_tokens
+
+    async def keep_asking() -> None:
+        while not updated.is_set():
+            try:
+                await aclient.generate_once("Hello", max_tokens=2)
+            except ServingError as error:
+                refused.append(error)
+            await asyncio.sleep(0.1)
+
+    streams = [asyncio.create_task(open_stream()) for _ in range(4)]
+    asking = asyncio.create_task(keep_asking())
+    await asyncio.sleep(1)
+    await asyncio.to_thread(deploy, settings(app.model, app.port, max_num_seqs=6))
+    replaced = lambda: len(ready(client)) == REPLICAS and not ready(client) & before  # noqa: E731
+    await asyncio.to_thread(wait_for, replaced, START_S)
+    updated.set()
+    await asking
+    assert await asyncio.gather(*streams) == [LONG["max_tokens"]] * 4
+    assert refused == []
