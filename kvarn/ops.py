@@ -161,10 +161,12 @@ class _Partial(NamedTuple):
 def _attend_slots(query: Tensor, pool: Tensor, slots: Tensor, rows: Tensor) -> _Partial:
     """Attention over the first `rows` [P] rows of raw slots [P]; query [P, H, M, D] rotated and scaled."""
     filled = int(rows.max())
-    raw = pool[:, :, :, :filled].index_select(0, slots).float()
-    unwritten = torch.arange(filled) >= rows[:, None]
-    raw = raw.masked_fill_(unwritten[:, None, None, :, None], 0.0)
-    scores = (query @ raw[:, 0].transpose(-1, -2)).masked_fill_(unwritten[:, None, None, :], -torch.inf)
+    written = torch.arange(filled) < rows[:, None]
+    raw = pool.index_select(0, slots)[:, :, :, :filled]
+    # Rows not written yet may hold anything, NaN included: all their bits are cleared, which is cheaper than a fill.
+    bits = raw.view(torch.int16) & -written[:, None, None, :, None].to(torch.int16)
+    raw = bits.view(torch.float16).float()
+    scores = (query @ raw[:, 0].transpose(-1, -2)).masked_fill_(~written[:, None, None, :], -torch.inf)
     top, probabilities, total = _softmax_parts(scores)
     return _Partial(top, total, probabilities @ raw[:, 1])
 
@@ -172,23 +174,20 @@ def _attend_slots(query: Tensor, pool: Tensor, slots: Tensor, rows: Tensor) -> _
 def _attend_records(query: Tensor, cache: Tensor, blocks: Tensor, layout: TileLayout) -> _Partial:
     """Attention over whole records of `blocks` [P]; query [P, H, M, D] rotated and scaled.
 
-    Nothing is dequantized: scales and zeros go into the query and the probabilities, whose channels and tokens are
-    put in the codes' order.
+    Nothing is dequantized: scales and zeros go into the query, the scores and the probabilities.
     """
     pairs, heads, rows, head_dim = query.shape
     fields = _RecordFields.of(cache.index_select(0, blocks).view(pairs * heads, layout.nbytes), layout)
     query = query.reshape(pairs * heads, rows, head_dim)
 
     bias = query @ fields.key_zero[:, :, None]
-    scaled = (query * fields.key_scale[:, None, :]).index_select(-1, layout.key_order.unpacked_order)
-    codes = layout.key_order.unpack_free_first(fields.key_codes)
-    scores = torch.baddbmm(bias, scaled, codes.transpose(1, 2)).mul_(fields.key_token_scale[:, None, :])
+    scores = layout.key_order.contract(query * fields.key_scale[:, None, :], fields.key_codes)
+    scores = scores.add_(bias).mul_(fields.key_token_scale[:, None, :])
 
     top, probabilities, total = _softmax_parts(scores)
     bias = probabilities @ fields.value_zero[:, :, None]
-    scaled = (probabilities * fields.value_scale[:, None, :]).index_select(-1, layout.value_order.unpacked_order)
-    codes = layout.value_order.unpack_free_first(fields.value_codes)
-    weighted = torch.baddbmm(bias, scaled, codes.transpose(1, 2)).mul_(fields.value_channel_scale[:, None, :])
+    weighted = layout.value_order.contract(probabilities * fields.value_scale[:, None, :], fields.value_codes)
+    weighted = weighted.add_(bias).mul_(fields.value_channel_scale[:, None, :])
     return _Partial(
         top.view(pairs, heads, rows), total.view(pairs, heads, rows), weighted.view(pairs, heads, rows, head_dim)
     )
@@ -205,7 +204,7 @@ def _combine(partials: list[_Partial], requests: Tensor, count: int) -> Tensor:
     """Joins softmax parts of the pairs that belong to the same request: -> [count, H, M, D] float32."""
     top, total, weighted = (torch.cat(field) for field in zip(*partials, strict=True))
     most = top.new_full((count, *top.shape[1:]), -torch.inf)
-    most.index_reduce_(0, requests, top, "amax")
+    most.scatter_reduce_(0, requests[:, None, None].expand_as(top), top, "amax")
     share = (top - most[requests]).exp_()
     total = torch.zeros_like(most).index_add_(0, requests, total * share)
     joined = weighted.new_zeros(count, *weighted.shape[1:])
@@ -244,8 +243,7 @@ def _e4m3_to_float32(bits: Tensor) -> Tensor:
 
     Exponent and mantissa shifted into a float16 read 2^-8 of the value: much faster on a CPU than torch's conversion.
     """
-    wide = bits.to(torch.int16)
-    half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
+    half = (bits.view(torch.int8).to(torch.int16) << 7) & ~0x4000  # the shift left a copy of the sign in bit 14
     return half.view(torch.float16).float().mul_(256.0)
 
 

@@ -93,65 +93,82 @@ class CodeOrder:
     FREE_FIRST: ClassVar = (5, 1, 2, 4, 0, 3)
 
     @cached_property
-    def unpacked_order(self) -> Tensor:
-        """Natural contracted index at each position of the contracted axis of `unpack_free_first`, int64."""
+    def _contracted_order(self) -> Tensor:
+        """Natural contracted index at each position of `_planes`' (place, byte) axes, int64."""
         (step_slot, _), (step_quad, _), (step_rep, _) = self._splits
-        step_low = step_slot // 2
-        natural = torch.arange(self.contracted).view(2, step_low, step_quad, step_rep, 2, 4, 2)
-        # [byte, step_low, step_quad, step_rep, half, lane_k, pair] -> in-memory order of one free row
-        return natural.permute(1, 2, 3, 5, 4, 6, 0).reshape(-1)
+        byte, place, quad, rep, half, lane_k, pair = range(7)
+        natural = torch.arange(self.contracted).view(2, step_slot // 2, step_quad, step_rep, 2, 4, 2)
+        return natural.permute(place, quad, rep, lane_k, half, pair, byte).reshape(-1)
 
-    def unpack_free_first(self, packed: Tensor) -> Tensor:
-        """Codes as float32, free axis first, contracted axis in `unpacked_order`.
+    @cached_property
+    def _natural_order(self) -> Tensor:
+        return self._contracted_order.argsort()
 
-        Moves 8-byte units and converts straight into place: the cheapest order for a CPU.
+    def _planes(self, packed: Tensor) -> Tensor:
+        """Codes in the cheapest order for a CPU: one plane per place inside a byte, converted by whole runs.
 
         Args:
-            packed: [..., nbytes] uint8, contiguous in its last axis, 8-byte aligned.
+            packed: [T, nbytes] uint8, contiguous in its last axis, 8-byte aligned.
 
         Returns:
-            [..., free, contracted] float32.
+            [T, step places, column places, rows, bytes] float32. Free index: (column place, row), in natural order;
+            contracted index: (step place, byte), in `_contracted_order`.
         """
-        lead = packed.shape[:-1]
+        tiles = packed.shape[0]
         (step_slot, column_slot), _, _ = self._splits
-        step_low, rows_per_slot = step_slot // 2, self.free // column_slot
-        units = packed.view(torch.int64).view(lead.numel(), *self.word_shape)
+        units = packed.view(torch.int64).view(tiles, *self.word_shape)
         units = units.permute(0, *(1 + axis for axis in self.FREE_FIRST))
-        rows = units.reshape(lead.numel(), self.nbytes // BYTES_PER_LANE_HALF).view(torch.uint8)
-        rows = rows.view(lead.numel(), rows_per_slot, self.nbytes // rows_per_slot)
-        codes = torch.empty(lead.numel(), column_slot, rows_per_slot, step_low, rows.shape[2])
+        rows = units.reshape(tiles, self.nbytes // BYTES_PER_LANE_HALF).view(torch.uint8)
+        planes = torch.empty(tiles, step_slot // 2, column_slot, self.nbytes)
         mask = (1 << self.bits) - 1
         for place in range(self.codes_per_byte):
             step, column = divmod(place, column_slot)
-            codes[:, column, :, step].copy_((rows >> (place * self.bits)) & mask)
-        return codes.view(*lead, self.free, self.contracted)
+            planes[:, step, column] = (rows >> (place * self.bits)) & mask
+        return planes.view(*planes.shape[:3], self.free // column_slot, -1)
 
-    def pack(self, codes: Tensor) -> Tensor:
-        """Codes [..., free, contracted] uint8, both axes in natural order -> [..., nbytes] uint8."""
-        lead = codes.shape[:-2]
-        (step_slot, column_slot), _, _ = self._splits
-        step_low = step_slot // 2
-        ordered = codes.index_select(-1, self.unpacked_order)
-        ordered = ordered.reshape(
-            lead.numel(), column_slot, self.free // column_slot, step_low, self.contracted // step_low
-        )
-        rows = torch.zeros_like(ordered[:, 0, :, 0])
-        for place in range(self.codes_per_byte):
-            step, column = divmod(place, column_slot)
-            rows |= ordered[:, column, :, step] << (place * self.bits)
-        free_first_shape = [self.word_shape[axis] for axis in self.FREE_FIRST]
-        units = rows.view(lead.numel(), *free_first_shape, BYTES_PER_LANE_HALF)
-        inverse = sorted(range(6), key=self.FREE_FIRST.__getitem__)
-        units = units.permute(0, *(1 + axis for axis in inverse), 7)
-        return units.reshape(*lead, self.nbytes)
+    def contract(self, weights: Tensor, packed: Tensor) -> Tensor:
+        """Weighted sums of codes, without putting them in natural order first.
 
-    def unpack(self, packed: Tensor) -> Tensor:
-        """Inverse of `pack`: [..., nbytes] uint8 -> [..., free, contracted] uint8, natural order."""
-        return self.unpack_float(packed).to(torch.uint8)
+        Args:
+            weights: [T, M, contracted] float32.
+            packed: [T, nbytes] uint8, contiguous in its last axis, 8-byte aligned.
+
+        Returns:
+            [T, M, free] float32: weights @ codes.
+        """
+        planes = self._planes(packed)
+        tiles, steps, columns, rows, width = planes.shape
+        weights = weights.index_select(-1, self._contracted_order)
+        weights = weights.view(tiles, -1, steps, width).transpose(1, 2)
+        sums = weights[:, :, None] @ planes.transpose(-1, -2)
+        return sums.sum(1).transpose(1, 2).reshape(tiles, -1, self.free)
 
     def unpack_float(self, packed: Tensor) -> Tensor:
-        """`unpack` without the conversion to uint8: [..., nbytes] -> [..., free, contracted] float32."""
-        return self.unpack_free_first(packed).index_select(-1, self.unpacked_order.argsort())
+        """Codes in natural order: [T, nbytes] uint8 -> [T, free, contracted] float32."""
+        planes = self._planes(packed).permute(0, 2, 3, 1, 4)
+        codes = planes.reshape(packed.shape[0], self.free, self.contracted)
+        return codes.index_select(-1, self._natural_order)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Inverse of `pack`: [..., nbytes] uint8 -> [..., free, contracted] uint8."""
+        lead = packed.shape[:-1]
+        codes = self.unpack_float(packed.reshape(lead.numel(), self.nbytes))
+        return codes.to(torch.uint8).view(*lead, self.free, self.contracted)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes [..., free, contracted] uint8 in natural order -> [..., nbytes] uint8."""
+        lead = codes.shape[:-2]
+        tiles = lead.numel()
+        (step_slot, column_slot), _, _ = self._splits
+        planes = codes.reshape(tiles, self.free, self.contracted).index_select(-1, self._contracted_order)
+        planes = planes.view(tiles, column_slot, self.free // column_slot, step_slot // 2, -1)
+        rows = torch.zeros_like(planes[:, 0, :, 0])
+        for place in range(self.codes_per_byte):
+            step, column = divmod(place, column_slot)
+            rows |= planes[:, column, :, step] << (place * self.bits)
+        units = rows.view(tiles, *(self.word_shape[axis] for axis in self.FREE_FIRST), BYTES_PER_LANE_HALF)
+        stored_axes = (1 + self.FREE_FIRST.index(axis) for axis in range(6))
+        return units.permute(0, *stored_axes, 7).reshape(*lead, self.nbytes)
 
 
 @dataclass(frozen=True)

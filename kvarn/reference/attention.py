@@ -38,16 +38,16 @@ def attend(
     per_head = query.shape[1] // key.shape[1]
     raw = torch.stack([key, value]).float().repeat_interleave(per_head, dim=2)
     recorded = torch.stack(_through_records(key, value, layout)).repeat_interleave(per_head, dim=2)
-    context = torch.arange(key.shape[0])
-    outputs = []
-    for row, position in zip(query, positions.tolist(), strict=True):
-        is_raw = context // layout.group == position // layout.group
-        if sink_kept:
-            is_raw |= context < layout.group
-        seen_key, seen_value = torch.where(is_raw[:, None, None], raw, recorded)[:, : position + 1]
-        scores = torch.einsum("hd,nhd->hn", rotate(row), seen_key) * scale
-        outputs.append(torch.einsum("hn,nhd->hd", scores.softmax(-1), seen_value))
-    return rotate(torch.stack(outputs))
+    token, position = torch.arange(key.shape[0]), positions[:, None]
+    is_raw = token // layout.group == position // layout.group
+    if sink_kept:
+        is_raw |= token < layout.group
+    is_past = token <= position
+    seen = torch.cat([is_past & is_raw, is_past & ~is_raw], -1)
+    seen_key, seen_value = torch.cat([raw, recorded], dim=1)
+    scores = torch.einsum("qhd,nhd->hqn", rotate(query), seen_key) * scale
+    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return rotate(torch.einsum("hqn,nhd->qhd", probabilities, seen_value))
 
 
 def _through_records(key: Tensor, value: Tensor, layout: TileLayout) -> tuple[Tensor, Tensor]:
