@@ -8,8 +8,8 @@ from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from vllm import TokensPrompt
 from vllm.exceptions import VLLMClientError
+from vllm.inputs import tokens_input
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
@@ -46,7 +46,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         """Stream a request's output; if the caller goes away, vLLM aborts the request and frees its blocks."""
         with self._reserved(request), _engine_errors():
             outputs = self._engine.generate(
-                TokensPrompt(prompt_token_ids=list(request.prompt_token_ids)),
+                tokens_input(list(request.prompt_token_ids)),
                 to_vllm(request.sampling_params),
                 request.request_id,
             )

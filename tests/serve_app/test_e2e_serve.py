@@ -97,7 +97,7 @@ def deploy(config: AppConfig) -> None:
 def app(model_dir: Path) -> Iterator[App]:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray then stays on loopback
     port = free_port()
-    ray.init(num_cpus=REPLICAS, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+    ray.init("local", num_cpus=REPLICAS, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
     serve.start(proxy_location="Disabled")
     try:
         deploy(settings(model_dir, port))
