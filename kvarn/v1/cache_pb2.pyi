@@ -7,25 +7,23 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CacheCapacity(_message.Message):
-    __slots__ = ("cache_dtype", "tile_tokens", "bytes_per_tile", "total_blocks", "tail_slots", "sink_slots", "max_model_len")
+    __slots__ = ("cache_dtype", "tile_tokens", "bytes_per_tile", "total_blocks", "total_slots", "max_model_len")
     CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     TILE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_TILE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    TAIL_SLOTS_FIELD_NUMBER: _ClassVar[int]
-    SINK_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_SLOTS_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     cache_dtype: str
     tile_tokens: int
     bytes_per_tile: int
     total_blocks: int
-    tail_slots: int
-    sink_slots: int
+    total_slots: int
     max_model_len: int
-    def __init__(self, cache_dtype: _Optional[str] = ..., tile_tokens: _Optional[int] = ..., bytes_per_tile: _Optional[int] = ..., total_blocks: _Optional[int] = ..., tail_slots: _Optional[int] = ..., sink_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ...) -> None: ...
+    def __init__(self, cache_dtype: _Optional[str] = ..., tile_tokens: _Optional[int] = ..., bytes_per_tile: _Optional[int] = ..., total_blocks: _Optional[int] = ..., total_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ...) -> None: ...
 
 class CacheLoad(_message.Message):
-    __slots__ = ("free_blocks", "evictable_blocks", "used_blocks", "reserved_blocks", "tail_slots_used", "sink_slots_used", "running_requests", "waiting_requests", "waiting_prefill_tokens", "preemptions", "prefill_tokens_per_s", "inter_token_latency_s")
+    __slots__ = ("free_blocks", "evictable_blocks", "used_blocks", "reserved_blocks", "tail_slots_used", "sink_slots_used", "sink_slots_idle", "sinks_missing", "running_requests", "waiting_requests", "waiting_prefill_tokens", "preemptions", "prefill_tokens_per_s", "inter_token_latency_s")
     class ReservedBlocksEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +37,8 @@ class CacheLoad(_message.Message):
     RESERVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TAIL_SLOTS_USED_FIELD_NUMBER: _ClassVar[int]
     SINK_SLOTS_USED_FIELD_NUMBER: _ClassVar[int]
+    SINK_SLOTS_IDLE_FIELD_NUMBER: _ClassVar[int]
+    SINKS_MISSING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     WAITING_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -51,13 +51,15 @@ class CacheLoad(_message.Message):
     reserved_blocks: _containers.ScalarMap[str, int]
     tail_slots_used: int
     sink_slots_used: int
+    sink_slots_idle: int
+    sinks_missing: int
     running_requests: int
     waiting_requests: int
     waiting_prefill_tokens: int
     preemptions: int
     prefill_tokens_per_s: float
     inter_token_latency_s: float
-    def __init__(self, free_blocks: _Optional[int] = ..., evictable_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., reserved_blocks: _Optional[_Mapping[str, int]] = ..., tail_slots_used: _Optional[int] = ..., sink_slots_used: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., inter_token_latency_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, free_blocks: _Optional[int] = ..., evictable_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., reserved_blocks: _Optional[_Mapping[str, int]] = ..., tail_slots_used: _Optional[int] = ..., sink_slots_used: _Optional[int] = ..., sink_slots_idle: _Optional[int] = ..., sinks_missing: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., inter_token_latency_s: _Optional[float] = ...) -> None: ...
 
 class CacheSnapshot(_message.Message):
     __slots__ = ("epoch", "sequence", "capacity", "load", "draining")

@@ -1,7 +1,10 @@
 """Runs the end-to-end module after everything else: it is slow, and a failure elsewhere should show first."""
 
+import os
+
 import pytest
 
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read when ray is imported: it then stays on loopback
 LAST = "test_e2e_serve.py"
 
 

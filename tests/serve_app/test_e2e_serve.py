@@ -95,9 +95,10 @@ def deploy(config: AppConfig) -> None:
 
 @pytest.fixture(scope="module")
 def app(model_dir: Path) -> Iterator[App]:
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray then stays on loopback
     port = free_port()
-    ray.init("local", num_cpus=REPLICAS, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+    ray.init(
+        "local", num_cpus=REPLICAS, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False
+    )
     serve.start(proxy_location="Disabled")
     try:
         deploy(settings(model_dir, port))
@@ -167,7 +168,11 @@ def is_idle(client: Client) -> bool:
 def in_replica(replica_id: str, function: Callable[[Any], Any]) -> Any:
     """Run `function` on the deployment's object inside an engine replica."""
     actor = ray.get_actor(f"SERVE_REPLICA::{APP}#Engine#{replica_id}", namespace="serve")
-    return ray.get(actor.__ray_call__.remote(lambda self: function(self._replica_impl.user_callable)))
+    return ray.get(actor.__ray_call__.remote(lambda self: function(deployment_object(self))))
+
+
+def deployment_object(replica_actor: Any) -> Any:
+    return replica_actor._replica_impl._user_callable_wrapper._callable
 
 
 def health_of(address: str, service: str) -> int:
