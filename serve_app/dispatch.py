@@ -12,17 +12,16 @@ from kvarn.v1 import engine_pb2, inference_pb2, sampling_pb2
 from serve_app.errors import (
     DeadlineExceededError,
     InvalidRequestError,
-    NoRoomError,
-    RequestError,
     UnavailableError,
     UnknownModelError,
 )
 from serve_app.fleet import Fleet
 from serve_app.prompts import PromptEncoder
-from serve_app.routing import Candidate, Decision, Refusal, RequestNeed, Router
+from serve_app.refusals import NOT_READY, refusal
+from serve_app.routing import Candidate, RequestNeed, Router
 from serve_app.sampling import check_sampling
 
-MAX_REQUEST_ID_CHARACTERS = 128
+MAX_NAME_CHARACTERS = 128
 Request = inference_pb2.GenerateRequest | inference_pb2.GenerateOnceRequest
 
 
@@ -62,10 +61,17 @@ class Dispatcher:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        ids, sampling = await self._prepare(request)
+        context_tokens = self._context_tokens()
+        self._check(request)
+        ids = await self._encoder.encode(request.prompt)
+        sampling = self._with_max_tokens(request.sampling_params, context_tokens - len(ids))
+        need = RequestNeed(len(ids), sampling.max_tokens)
         reservation = uuid.uuid4().hex
         request_id = request.request_id or reservation
-        chosen = self._admit(reservation, RequestNeed(len(ids), sampling.max_tokens))
+        decision = self._router.admit(reservation, need)
+        chosen = decision.chosen
+        if chosen is None:
+            raise refusal(decision, need, context_tokens)
         try:
             call = self._call(chosen, request_id, ids, sampling, timeout_s)
             usage = inference_pb2.Usage(prompt_tokens=len(ids))
@@ -77,33 +83,33 @@ class Dispatcher:
         finally:
             self._router.release(reservation)
 
-    async def _prepare(self, request: Request) -> tuple[list[int], sampling_pb2.SamplingParams]:
-        self._require_replicas()
-        _check_request_id(request.request_id)
-        if request.model and request.model != self._model_name:
-            raise UnknownModelError(
-                f"The model {request.model!r} is not served here: use {self._model_name!r}."
-            )
-        check_sampling(request.sampling_params, self._encoder.vocab_size)
-        ids = await self._encoder.encode(request.prompt)
-        sampling = sampling_pb2.SamplingParams()
-        sampling.CopyFrom(request.sampling_params)
-        if not sampling.HasField("max_tokens"):
-            sampling.max_tokens = max(1, min(self._default_max_tokens, self._context_tokens() - len(ids)))
-        return ids, sampling
-
-    def _require_replicas(self) -> None:
-        if not self._router.replicas():
-            raise UnavailableError(_NOT_READY)
-
     def _context_tokens(self) -> int:
-        return max(r.snapshot.capacity.max_model_len for r in self._router.replicas())
+        """The longest context of any replica."""
+        contexts = [replica.snapshot.capacity.max_model_len for replica in self._router.replicas()]
+        if not contexts:
+            raise UnavailableError(NOT_READY)
+        return max(contexts)
 
-    def _admit(self, reservation: str, need: RequestNeed) -> Candidate:
-        decision = self._router.admit(reservation, need)
-        if decision.chosen is None:
-            raise _refuse(decision, need, self._context_tokens())
-        return decision.chosen
+    def _check(self, request: Request) -> None:
+        if len(request.request_id) > MAX_NAME_CHARACTERS:
+            raise InvalidRequestError(
+                f"request_id must have at most {MAX_NAME_CHARACTERS} characters, "
+                f"got {len(request.request_id)}."
+            )
+        if request.model and request.model != self._model_name:
+            name = request.model[:MAX_NAME_CHARACTERS]  # statuses travel in headers, which are small
+            raise UnknownModelError(f"The model {name!r} is not served here: use {self._model_name!r}.")
+        check_sampling(request.sampling_params, self._encoder.vocab_size)
+
+    def _with_max_tokens(
+        self, asked: sampling_pb2.SamplingParams, room_tokens: int
+    ) -> sampling_pb2.SamplingParams:
+        sampling = sampling_pb2.SamplingParams()
+        sampling.CopyFrom(asked)
+        if not sampling.HasField("max_tokens"):
+            default = max(self._default_max_tokens, sampling.min_tokens)
+            sampling.max_tokens = max(1, min(default, room_tokens))
+        return sampling
 
     async def _call(
         self,
@@ -139,34 +145,8 @@ class Dispatcher:
         return error
 
 
-_NOT_READY = "No engine replica is ready yet: try again in a few seconds."
 _LOST = "The replica that served this request was lost: send the request again."
 _TOO_LATE = "The deadline passed before the output was complete: allow more time or lower max_tokens."
-
-
-def _check_request_id(request_id: str) -> None:
-    if len(request_id) > MAX_REQUEST_ID_CHARACTERS:
-        raise InvalidRequestError(
-            f"request_id must have at most {MAX_REQUEST_ID_CHARACTERS} characters, got {len(request_id)}."
-        )
-
-
-def _refuse(decision: Decision, need: RequestNeed, context_tokens: int) -> RequestError:
-    """The refusal a caller can do most about."""
-    refusals = decision.refusals
-    asked = f"The prompt has {need.prompt_tokens} tokens and max_tokens is {need.max_tokens}"
-    if Refusal.NO_ROOM in refusals:
-        return NoRoomError(
-            f"{asked}, and no replica has room for that now: try again later or lower max_tokens."
-        )
-    if not all(refusal.is_permanent for refusal in refusals):
-        return UnavailableError(_NOT_READY)
-    limit = f"the context of {context_tokens} tokens"
-    if Refusal.PAST_CONTEXT not in refusals:
-        limit = "what the cache of any replica can hold"
-    return InvalidRequestError(
-        f"{asked}, together more than {limit}: shorten the prompt or lower max_tokens."
-    )
 
 
 def _response(

@@ -332,6 +332,7 @@ def test_a_client_that_dies_frees_its_blocks(app: App, client: Client) -> None:
         ),
         ("Hi", {"request_id": "x" * 129}, InvalidRequestError, "request_id must have at most 128 characters"),
         ("Hi", {"model": "gpt-2"}, UnknownModelError, "The model 'gpt-2' is not served here"),
+        ("Hi", {"model": "x" * 100_000}, UnknownModelError, "is not served here"),
         ("x" * (2 << 20), {}, NoRoomError, "larger than max"),
     ],
 )

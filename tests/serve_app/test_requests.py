@@ -7,7 +7,9 @@ import pytest
 from kvarn.v1.sampling_pb2 import SamplingParams
 from serve_app.client import InvalidRequestError as ClientInvalidRequestError
 from serve_app.client import _generate_request
-from serve_app.errors import InvalidRequestError
+from serve_app.errors import InvalidRequestError, NoRoomError, RequestError, UnavailableError
+from serve_app.refusals import refusal
+from serve_app.routing import Candidate, Decision, Refusal, RequestNeed
 from serve_app.sampling import check_sampling, to_vllm
 
 VOCAB = 1000
@@ -75,3 +77,27 @@ def test_only_set_fields_reach_vllm() -> None:
 def test_what_cannot_be_sent_fails_in_the_client(prompt: object, sampling: dict[str, object]) -> None:
     with pytest.raises(ClientInvalidRequestError):
         _generate_request(prompt, "", "", sampling)
+
+
+@pytest.mark.parametrize(
+    ("refusals", "error", "part"),
+    [
+        ([], UnavailableError, "No engine replica is ready yet"),
+        ([Refusal.UNREACHABLE, Refusal.DRAINING], UnavailableError, "No engine replica is ready yet"),
+        (
+            [Refusal.PAST_CONTEXT, Refusal.PAST_CONTEXT],
+            InvalidRequestError,
+            "more than the context of 64 tokens",
+        ),
+        ([Refusal.PAST_CACHE], InvalidRequestError, "more than what the cache of any replica can hold"),
+        ([Refusal.PAST_CONTEXT, Refusal.UNREACHABLE], UnavailableError, "No engine replica is ready yet"),
+        ([Refusal.UNREACHABLE, Refusal.NO_ROOM], NoRoomError, "no replica has room for that now"),
+    ],
+)
+def test_a_refusal_says_what_the_caller_can_do(
+    refusals: list[Refusal], error: type[RequestError], part: str
+) -> None:
+    candidates = tuple(Candidate(str(i), 1, 1.0, why) for i, why in enumerate(refusals))
+    refused = refusal(Decision(None, candidates), RequestNeed(60, 10), context_tokens=64)
+    assert type(refused) is error
+    assert part in refused.sentence
