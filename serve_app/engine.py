@@ -17,9 +17,9 @@ from kvarn.model import resolve_model
 from kvarn.v1 import engine_pb2_grpc
 from kvarn.vllm.telemetry import read_cache_state
 from serve_app.config import EngineConfig
-from serve_app.cpus import thread_binding
 from serve_app.engine_service import SERVICE_NAME, EngineService
 from serve_app.grpc_server import GrpcServer
+from serve_app.placement import resources, thread_binding
 from serve_app.telemetry import CacheMonitor
 
 logger = logging.getLogger(__name__)
@@ -109,20 +109,6 @@ def deployment(model: str, config: EngineConfig, router_class: str) -> serve.App
         ),
         **resources(config),
     ).bind(model, config)
-
-
-def resources(config: EngineConfig) -> dict[str, Any]:
-    """What Ray reserves for one replica: with executor mp one node holds all its GPUs, with ray any nodes may."""
-    gpus = config.tensor_parallel_size if config.device == "cuda" else 0
-    if config.distributed_executor_backend != "ray":
-        return {"ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": gpus}}
-    worker = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
-    bundles = [{"CPU": float(config.cpus_per_replica)}, *[worker] * config.tensor_parallel_size]
-    return {
-        "ray_actor_options": {"num_cpus": config.cpus_per_replica},
-        "placement_group_bundles": bundles,
-        "placement_group_strategy": "PACK",
-    }
 
 
 def _bind_threads(config: EngineConfig) -> None:

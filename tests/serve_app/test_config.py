@@ -7,8 +7,8 @@ import yaml
 from pydantic import ValidationError
 
 from kvarn.presets import PRESETS
-from serve_app.config import AppConfig
-from serve_app.cpus import thread_binding
+from serve_app.config import AppConfig, EngineConfig
+from serve_app.placement import resources, thread_binding
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 
@@ -69,3 +69,15 @@ def test_replicas_compute_on_cpus_of_their_own(
     allowed: list[int], rank: int, cpus: int, workers: int, expected: str
 ) -> None:
     assert thread_binding(allowed, rank, cpus, workers) == expected
+
+
+def test_one_node_holds_the_gpus_of_a_replica() -> None:
+    config = EngineConfig(device="cuda", tensor_parallel_size=4, cpus_per_replica=8)
+    assert resources(config) == {"ray_actor_options": {"num_cpus": 8, "num_gpus": 4}}
+
+
+def test_with_the_ray_executor_each_worker_has_a_bundle() -> None:
+    config = EngineConfig(device="cuda", tensor_parallel_size=2, distributed_executor_backend="ray")
+    options = resources(config)
+    assert options["placement_group_bundles"] == [{"CPU": 1.0}, *[{"CPU": 1.0, "GPU": 1.0}] * 2]
+    assert "num_gpus" not in options["ray_actor_options"]

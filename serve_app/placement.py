@@ -1,8 +1,31 @@
-"""Which CPUs the engines of one node compute on."""
+"""What an engine replica takes of its node: Ray resources, and the CPUs it computes on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from serve_app.config import EngineConfig
+
+
+def resources(config: EngineConfig) -> dict[str, Any]:
+    """The Serve deployment options that reserve one replica's CPUs and GPUs.
+
+    With executors mp and uni the replica's own processes hold all GPUs, so they are on one node. With ray, each
+    tensor-parallel worker is an actor with a bundle of its own, on the same node if possible.
+    """
+    gpus = config.tensor_parallel_size if config.device == "cuda" else 0
+    if config.distributed_executor_backend != "ray":
+        return {"ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": gpus}}
+    worker = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
+    return {
+        "ray_actor_options": {"num_cpus": config.cpus_per_replica},
+        "placement_group_bundles": [
+            {"CPU": float(config.cpus_per_replica)},
+            *[worker] * config.tensor_parallel_size,
+        ],
+        "placement_group_strategy": "PACK",
+    }
 
 
 def thread_binding(allowed: Sequence[int], local_rank: int, cpus_per_replica: int, workers: int) -> str:
