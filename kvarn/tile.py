@@ -100,6 +100,12 @@ class CodeOrder:
         natural = torch.arange(self.contracted).view(2, step_slot // 2, step_quad, step_rep, 2, 4, 2)
         return natural.permute(place, quad, rep, lane_k, half, pair, byte).reshape(-1)
 
+    @property
+    def _plane_width(self) -> int:
+        """Bytes of one row of a plane, which is codes of one contracted row per place in the byte."""
+        (step_slot, _), _, _ = self._splits
+        return self.contracted // (step_slot // 2)
+
     @cached_property
     def _natural_order(self) -> Tensor:
         return self._contracted_order.argsort()
@@ -124,7 +130,7 @@ class CodeOrder:
         for place in range(self.codes_per_byte):
             step, column = divmod(place, column_slot)
             planes[:, step, column] = (rows >> (place * self.bits)) & mask
-        return planes.view(*planes.shape[:3], self.free // column_slot, -1)
+        return planes.view(*planes.shape[:3], self.free // column_slot, self._plane_width)
 
     def contract(self, weights: Tensor, packed: Tensor) -> Tensor:
         """Weighted sums of codes, without putting them in natural order first.
@@ -137,11 +143,11 @@ class CodeOrder:
             [T, M, free] float32: weights @ codes.
         """
         planes = self._planes(packed)
-        tiles, steps, columns, rows, width = planes.shape
+        tiles, steps, _, _, width = planes.shape
         weights = weights.index_select(-1, self._contracted_order)
-        weights = weights.view(tiles, -1, steps, width).transpose(1, 2)
+        weights = weights.view(tiles, weights.shape[1], steps, width).transpose(1, 2)
         sums = weights[:, :, None] @ planes.transpose(-1, -2)
-        return sums.sum(1).transpose(1, 2).reshape(tiles, -1, self.free)
+        return sums.sum(1).transpose(1, 2).reshape(tiles, weights.shape[2], self.free)
 
     def unpack_float(self, packed: Tensor) -> Tensor:
         """Codes in natural order: [T, nbytes] uint8 -> [T, free, contracted] float32."""
@@ -161,7 +167,7 @@ class CodeOrder:
         tiles = lead.numel()
         (step_slot, column_slot), _, _ = self._splits
         planes = codes.reshape(tiles, self.free, self.contracted).index_select(-1, self._contracted_order)
-        planes = planes.view(tiles, column_slot, self.free // column_slot, step_slot // 2, -1)
+        planes = planes.view(tiles, column_slot, self.free // column_slot, step_slot // 2, self._plane_width)
         rows = torch.zeros_like(planes[:, 0, :, 0])
         for place in range(self.codes_per_byte):
             step, column = divmod(place, column_slot)

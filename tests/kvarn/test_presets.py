@@ -1,0 +1,32 @@
+import subprocess
+import sys
+
+import pytest
+
+from kvarn.presets import PRESETS, get_preset
+
+
+@pytest.mark.parametrize(
+    ("name", "key_bits", "value_bits", "group"),
+    [
+        ("kvarn_k4v2_g128", 4, 2, 128),
+        ("kvarn_k4v4_g128", 4, 4, 128),
+        ("kvarn_k4v2_g64", 4, 2, 64),
+        ("kvarn_k4v4_g64", 4, 4, 64),
+        ("kvarn_k2v2_g128", 2, 2, 128),
+    ],
+)
+def test_preset_fields(name: str, key_bits: int, value_bits: int, group: int) -> None:
+    preset = get_preset(name)
+    assert (preset.name, preset.key_bits, preset.value_bits, preset.group) == (name, key_bits, value_bits, group)
+
+
+def test_unknown_preset_is_refused_with_the_names_that_exist() -> None:
+    with pytest.raises(ValueError, match="kvarn_k3v3_g32") as error:
+        get_preset("kvarn_k3v3_g32")
+    assert all(name in str(error.value) for name in PRESETS)
+
+
+def test_presets_need_neither_torch_nor_vllm() -> None:
+    check = "import sys, kvarn.presets; sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
