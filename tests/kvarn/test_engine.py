@@ -1,0 +1,249 @@
+"""The read rule on a real engine and a real model: the same request gives the same tokens however it is served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+from vllm import LLM
+
+from tests.kvarn.engines import (
+    MIB,
+    Answer,
+    ask,
+    ask_cold,
+    engine,
+    make_llama,
+    make_matmuls_row_invariant,
+    num_blocks,
+    scheduler_of,
+)
+
+TILE = 128
+LENGTHS = (1, TILE - 1, TILE, TILE + 1, 2 * TILE - 1, 2 * TILE, 2 * TILE + 1, 3 * TILE + 40, 900)
+
+
+@pytest.fixture(scope="module")
+def monkeypatch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def text(model_dir: Path) -> list[int]:
+    """Token ids of a long real text."""
+    license_text = (Path(__file__).parents[2] / "LICENSE").read_text()
+    ids: list[int] = AutoTokenizer.from_pretrained(model_dir).encode(license_text)
+    return ids
+
+
+@pytest.fixture(scope="module")
+def llm(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+    make_matmuls_row_invariant(monkeypatch)
+    with engine(monkeypatch, model_dir, kv_cache_dtype="kvarn_k4v2_g128") as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def cold(llm: LLM, text: list[int]) -> dict[int, Answer]:
+    """Answers to the first n tokens of the text, each alone on an empty cache."""
+    return {length: ask_cold(llm, text[:length]) for length in LENGTHS}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_allocated(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "llm" not in request.fixturenames:
+        return
+    llm: LLM = request.getfixturevalue("llm")
+    slots = scheduler_of(llm).slots
+    assert llm.reset_prefix_cache()
+    ask(llm, [[1]], max_tokens=1)
+    assert llm.reset_prefix_cache()
+    ask(llm, [[1]], max_tokens=1)
+    assert slots.num_free >= slots.num_slots - 1
+
+
+def other_prompts(text: list[int]) -> list[list[int]]:
+    return [text[1000 + i : 1300 + i] for i in range(3)]
+
+
+@contextmanager
+def chunks_of(llm: LLM, tokens: int) -> Iterator[None]:
+    scheduler = scheduler_of(llm)
+    usual = scheduler.max_num_scheduled_tokens
+    scheduler.max_num_scheduled_tokens = tokens
+    try:
+        yield
+    finally:
+        scheduler.max_num_scheduled_tokens = usual
+
+
+@contextmanager
+def free_blocks(llm: LLM, blocks: int) -> Iterator[None]:
+    """Leave only `blocks` blocks to the engine."""
+    assert llm.reset_prefix_cache()
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    held = pool.get_new_blocks(pool.get_num_free_blocks() - blocks)
+    try:
+        yield
+    finally:
+        pool.free_blocks(held)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_prefix_hit_after_another_request_ran(
+    llm: LLM, text: list[int], cold: dict[int, Answer], length: int
+) -> None:
+    ask_cold(llm, text[:length])
+    ask(llm, other_prompts(text))
+    (hit,) = ask(llm, [text[:length]])
+    assert hit.cached == (length - 1) // TILE * TILE
+    hit.assert_same(cold[length])
+
+
+@pytest.mark.parametrize("chunk", [64, TILE - 1, TILE, TILE + 1, 333])
+def test_chunked_prefill(llm: LLM, text: list[int], cold: dict[int, Answer], chunk: int) -> None:
+    with chunks_of(llm, chunk):
+        for length in LENGTHS:
+            ask_cold(llm, text[:length]).assert_same(cold[length])
+
+
+def test_concurrent_batch(llm: LLM, text: list[int]) -> None:
+    prompts = [text[10 * i : 10 * i + length] for i, length in enumerate(LENGTHS[:8])]
+    alone = [ask_cold(llm, prompt) for prompt in prompts]
+    assert llm.reset_prefix_cache()
+    for together, single in zip(ask(llm, prompts), alone, strict=True):
+        together.assert_same(single)
+
+
+def test_concurrent_batch_in_odd_chunks(llm: LLM, text: list[int], cold: dict[int, Answer]) -> None:
+    assert llm.reset_prefix_cache()
+    with chunks_of(llm, 200):
+        answers = ask(llm, [text[:length] for length in LENGTHS[-3:]])
+    for answer, length in zip(answers, LENGTHS[-3:], strict=True):
+        answer.assert_same(cold[length])
+
+
+def test_a_prefix_hit_in_the_very_step_that_computes_it(
+    llm: LLM, text: list[int], cold: dict[int, Answer]
+) -> None:
+    assert llm.reset_prefix_cache()
+    first, second = ask(llm, [text[:900], text[:900]])
+    assert (first.cached, second.cached) == (0, 7 * TILE)
+    first.assert_same(cold[900])
+    second.assert_same(cold[900])
+
+
+def test_decode_across_tile_boundaries_equals_prefill_of_the_same_tokens(llm: LLM, text: list[int]) -> None:
+    prompt = text[: TILE - 20]
+    decoded = ask_cold(llm, prompt, max_tokens=2 * TILE)
+    ask(llm, other_prompts(text))
+    continued = ask_cold(llm, prompt + list(decoded.tokens[: TILE + 30]), max_tokens=20)
+    assert continued.tokens == decoded.tokens[TILE + 30 : TILE + 50]
+    ask(llm, [prompt], max_tokens=2 * TILE)
+    (hit,) = ask(llm, [prompt + list(decoded.tokens[: TILE + 30])], max_tokens=20)
+    assert hit.cached == 2 * TILE - TILE
+    hit.assert_same(continued)
+
+
+def test_preempted_requests(llm: LLM, text: list[int]) -> None:
+    prompts = [text[300 * i : 300 * i + 2 * TILE - 10] for i in range(4)]
+    alone = [ask_cold(llm, prompt, max_tokens=40) for prompt in prompts]
+    before = scheduler_of(llm).preemptions
+    with free_blocks(llm, 10):
+        together = ask(llm, prompts, max_tokens=40)
+    assert scheduler_of(llm).preemptions > before
+    for answer, single in zip(together, alone, strict=True):
+        answer.assert_same(single)
+
+
+def test_aborted_request_frees_its_blocks_and_slots(llm: LLM, text: list[int]) -> None:
+    assert llm.reset_prefix_cache()
+    core = llm.llm_engine
+    from vllm import SamplingParams
+
+    core.add_request("doomed", {"prompt_token_ids": text[:500]}, SamplingParams(max_tokens=100))
+    for _ in range(5):
+        core.step()
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    free_while_running = pool.get_num_free_blocks()
+    core.abort_request(["doomed"])
+    core.step()
+    assert pool.get_num_free_blocks() == free_while_running + 4
+
+
+def test_more_prefixes_than_retained_sinks_stay_exact(
+    llm: LLM, text: list[int], cold: dict[int, Answer]
+) -> None:
+    """A prefix whose sink had to go leaves the prefix cache with it and is computed anew."""
+    ask_cold(llm, text[:900])
+    slots = scheduler_of(llm).slots
+    for first in range(slots.num_slots):
+        ask(llm, [[first + 5, *text[200 : 200 + TILE]]], max_tokens=1)
+    (again,) = ask(llm, [text[:900]])
+    assert again.cached == 0
+    again.assert_same(cold[900])
+    assert slots.sinks_missing == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "preset"),
+    [(4, 2, 64, "kvarn_k4v2_g64"), (2, 2, 128, "kvarn_k4v4_g128"), (6, 2, 256, "kvarn_k2v2_g128")],
+)
+def test_head_dims_and_dtypes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    preset: str,
+) -> None:
+    model = make_llama(tmp_path, heads, kv_heads, head_dim)
+    prompt = [(7 * i * i + 3 * i) % 500 for i in range(300)]
+    settings = {"kv_cache_dtype": preset, "dtype": dtype, "skip_tokenizer_init": True}
+    with engine(monkeypatch, model, kv_cache_memory_bytes=16 * MIB, **settings) as llm:
+        cold = ask_cold(llm, prompt)
+        (hit,) = ask(llm, [prompt])
+        assert hit.cached > 0
+        hit.assert_same(cold, tolerance=1e-3 if dtype == "float32" else 0.05)
+
+
+def test_capacity_and_text_against_the_unquantized_cache(
+    model_dir: Path, text: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [text[start : start + 400] for start in (0, 500, 900, 1400)]
+    tokens, answers = {}, {}
+    for dtype in ("auto", "kvarn_k4v4_g128", "kvarn_k4v2_g128", "kvarn_k4v4_g64"):
+        with engine(monkeypatch, model_dir, kv_cache_dtype=dtype, dtype="bfloat16") as llm:
+            tokens[dtype] = num_blocks(llm) * scheduler_of(llm).block_size
+            if dtype in ("auto", "kvarn_k4v4_g128"):
+                answers[dtype] = [a.tokens for a in ask(llm, prompts, max_tokens=24)]
+    assert tokens["kvarn_k4v2_g128"] >= 4.7 * tokens["auto"]
+    assert tokens["kvarn_k4v4_g64"] >= 3.5 * tokens["auto"]
+    assert answers["kvarn_k4v4_g128"] == answers["auto"]
+
+
+def test_tensor_parallel_in_processes_equals_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_llama(tmp_path)
+    prompts = [[(11 * i * i + k * i) % 500 for i in range(300 + 40 * k)] for k in range(3)]
+    settings = {
+        "kv_cache_dtype": "kvarn_k4v2_g128",
+        "skip_tokenizer_init": True,
+        "kv_cache_memory_bytes": 16 * MIB,
+    }
+    with engine(monkeypatch, model, **settings) as llm:
+        expected = ask(llm, prompts)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with engine(monkeypatch, model, in_process=False, tensor_parallel_size=2, **settings) as llm:
+        for answers in (ask(llm, prompts), ask(llm, prompts)):
+            for answer, single in zip(answers, expected, strict=True):
+                answer.assert_same(single)
+    assert all(answer.cached > 0 for answer in answers)
