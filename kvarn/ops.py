@@ -1,11 +1,11 @@
 """What the attention backend calls: rotate, append, quantize_tiles, decode, prefill. Here for the CPU, in torch.
 
-Keys and values are rotated (`rotate`) before anything else and stay rotated in the cache and the side pool. Queries come
-in as the model makes them and results go out un-rotated. R = requests, N = tokens, Hq = query heads, H = KV heads,
-D = head_dim, G = tokens per tile; tile t of a sequence holds its tokens t * G .. t * G + G - 1.
+Keys and values are rotated (`rotate`) before anything else and stay rotated in the cache and the side pool. Queries
+come in as the model makes them and results go out un-rotated. R = requests, N = tokens, Hq = query heads,
+H = KV heads, D = head_dim, G = tokens per tile; tile t of a sequence holds its tokens t * G .. t * G + G - 1.
 
-The read rule: a query reads its own tile raw (side pool or the current chunk), tile 0 raw where a sink slot keeps it, and
-every other tile from its record.
+The read rule: a query reads its own tile raw (side pool or the current chunk), tile 0 raw where a sink slot keeps
+it, and every other tile from its record.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Orthonormal Hadamard rotation along the last axis, in fp32, saturated to +-65504.
+    """Orthonormal Hadamard rotation along the last axis, saturated to +-65504.
 
     Args:
         x: [..., D] float, D a power of two.
@@ -31,12 +31,21 @@ def rotate(x: Tensor) -> Tensor:
     Returns:
         [..., D] float16.
     """
-    return hadamard.rotate(x).clamp_(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
+    return hadamard.rotate(_widen(x)).clamp_(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
 
 
 def unrotate(x: Tensor) -> Tensor:
-    """Inverse of `rotate` up to rounding: [..., D] float -> [..., D] float32."""
+    """Inverse of `rotate` up to rounding: [..., D] float -> [..., D] float64 for float64, else float32."""
     return hadamard.rotate(x)
+
+
+def _widen(x: Tensor) -> Tensor:
+    """The dtype arithmetic on a model's tensors runs in: float64 for a float32 model, else float32.
+
+    A float64 result rounded to float32 does not depend on how rows were grouped; see
+    docs/decisions/0011-exactness-is-bitwise.md.
+    """
+    return x.double() if x.dtype == torch.float32 else x.float()
 
 
 def append(pool: Tensor, key: Tensor, value: Tensor, slot_rows: Tensor) -> None:
@@ -125,7 +134,7 @@ def decode(
     if requests == 0:
         return torch.empty_like(query)
 
-    rotated = (hadamard.rotate(query) * scale).view(requests, heads, query_heads // heads, head_dim)
+    rotated = (hadamard.rotate(_widen(query)) * scale).view(requests, heads, query_heads // heads, head_dim)
     last_position = seq_lens.long() - 1
     own_tile = last_position // group
     reads_sink = (sink_slots >= 0) & (own_tile > 0)
@@ -165,7 +174,7 @@ def _attend_slots(query: Tensor, pool: Tensor, slots: Tensor, rows: Tensor) -> _
     raw = pool.index_select(0, slots)[:, :, :, :filled]
     # Rows not written yet may hold anything, NaN included: all their bits are cleared, which is cheaper than a fill.
     bits = raw.view(torch.int16) & -written[:, None, None, :, None].to(torch.int16)
-    raw = bits.view(torch.float16).float()
+    raw = bits.view(torch.float16).to(query.dtype)
     scores = (query @ raw[:, 0].transpose(-1, -2)).masked_fill_(~written[:, None, None, :], -torch.inf)
     top, probabilities, total = _softmax_parts(scores)
     return _Partial(top, total, probabilities @ raw[:, 1])
@@ -177,7 +186,9 @@ def _attend_records(query: Tensor, cache: Tensor, blocks: Tensor, layout: TileLa
     Nothing is dequantized: scales and zeros go into the query, the scores and the probabilities.
     """
     pairs, heads, rows, head_dim = query.shape
-    fields = _RecordFields.of(cache.index_select(0, blocks).view(pairs * heads, layout.nbytes), layout)
+    fields = _RecordFields.of(
+        cache.index_select(0, blocks).view(pairs * heads, layout.nbytes), layout, query.dtype
+    )
     query = query.reshape(pairs * heads, rows, head_dim)
 
     bias = query @ fields.key_zero[:, :, None]
@@ -189,7 +200,9 @@ def _attend_records(query: Tensor, cache: Tensor, blocks: Tensor, layout: TileLa
     weighted = layout.value_order.contract(probabilities * fields.value_scale[:, None, :], fields.value_codes)
     weighted = weighted.add_(bias).mul_(fields.value_channel_scale[:, None, :])
     return _Partial(
-        top.view(pairs, heads, rows), total.view(pairs, heads, rows), weighted.view(pairs, heads, rows, head_dim)
+        top.view(pairs, heads, rows),
+        total.view(pairs, heads, rows),
+        weighted.view(pairs, heads, rows, head_dim),
     )
 
 
@@ -201,7 +214,7 @@ def _softmax_parts(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _combine(partials: list[_Partial], requests: Tensor, count: int) -> Tensor:
-    """Joins softmax parts of the pairs that belong to the same request: -> [count, H, M, D] float32."""
+    """Joins softmax parts of the pairs that belong to the same request: -> [count, H, M, D]."""
     top, total, weighted = (torch.cat(field) for field in zip(*partials, strict=True))
     most = top.new_full((count, *top.shape[1:]), -torch.inf)
     most.scatter_reduce_(0, requests[:, None, None].expand_as(top), top, "amax")
@@ -213,7 +226,7 @@ def _combine(partials: list[_Partial], requests: Tensor, count: int) -> Tensor:
 
 
 class _RecordFields(NamedTuple):
-    """Views of P flat records: codes still packed, scales in float32."""
+    """Views of P flat records: codes still packed, scales in `dtype`."""
 
     key_codes: Tensor
     value_codes: Tensor
@@ -225,11 +238,11 @@ class _RecordFields(NamedTuple):
     value_zero: Tensor
 
     @classmethod
-    def of(cls, records: Tensor, layout: TileLayout) -> "_RecordFields":
+    def of(cls, records: Tensor, layout: TileLayout, dtype: torch.dtype) -> "_RecordFields":
         at, channels, tokens = layout.offsets, layout.head_dim, layout.group
         lead = records.shape[:-1]
-        by_channel = records[..., at.key_scale : at.key_token_scale].view(torch.float16).float()
-        by_token = _e4m3_to_float32(records[..., at.key_token_scale : at.end])
+        by_channel = records[..., at.key_scale : at.key_token_scale].view(torch.float16).to(dtype)
+        by_token = _e4m3_to_float32(records[..., at.key_token_scale : at.end]).to(dtype)
         return cls(
             records[..., at.key_codes : at.value_codes],
             records[..., at.value_codes : at.key_scale],
@@ -243,7 +256,9 @@ def _e4m3_to_float32(bits: Tensor) -> Tensor:
 
     Exponent and mantissa shifted into a float16 read 2^-8 of the value: much faster on a CPU than torch's conversion.
     """
-    half = (bits.view(torch.int8).to(torch.int16) << 7) & ~0x4000  # the shift left a copy of the sign in bit 14
+    half = (
+        bits.view(torch.int8).to(torch.int16) << 7
+    ) & ~0x4000  # the shift left a copy of the sign in bit 14
     return half.view(torch.float16).float().mul_(256.0)
 
 
@@ -262,8 +277,8 @@ def prefill(
 ) -> Tensor:
     """Attention of one request's chunk of N >= 0 tokens at positions start .. start + N - 1.
 
-    Tiles the chunk fills are quantized into the cache before the call. Which tile is read raw depends on positions and on
-    `sink_slot` only, never on where chunks begin or end.
+    Tiles the chunk fills are quantized into the cache before the call. Which tile is read raw depends on positions
+    and on `sink_slot` only, never on where chunks begin or end.
 
     Args:
         query: [N, Hq, D] float32, bfloat16 or float16, not rotated.
@@ -293,22 +308,24 @@ def prefill(
     if start < 0:
         raise ValueError(f"start is {start}: expected the number of tokens before the chunk, 0 or more")
     if start % group and tail_slot < 0:
-        raise ValueError(f"tail_slot is {tail_slot} but the chunk starts inside a tile: pass the slot of its rows")
+        raise ValueError(
+            f"tail_slot is {tail_slot} but the chunk starts inside a tile: pass the slot of its rows"
+        )
     if tokens == 0:
         return torch.empty_like(query)
 
     per_head = query_heads // heads
-    rotated = hadamard.rotate(query).view(tokens, heads, per_head, head_dim).permute(1, 2, 0, 3).contiguous()
-    raw = _raw_tiles(key, value, pool, start % group, tail_slot)
+    rotated = hadamard.rotate(_widen(query)).view(tokens, heads, per_head, head_dim).permute(1, 2, 0, 3).contiguous()
+    raw = _raw_tiles(key, value, pool, start % group, tail_slot).to(rotated.dtype)
     attention = _attend_own_tiles(rotated, raw, start % group, scale)
 
     first_tile, last_tile = start // group, (start + tokens - 1) // group
     step = max(1, CONTEXT_TOKENS // group)
     for begin in range(0, last_tile, step):
         end = min(begin + step, last_tile)
-        context = _dequantize(cache.index_select(0, block_table[begin:end]), layout)
+        context = _dequantize(cache.index_select(0, block_table[begin:end]), layout, rotated.dtype)
         if begin == 0 and sink_slot >= 0:
-            context[:, 0] = raw[:, 0] if first_tile == 0 else pool[sink_slot].float()
+            context[:, 0] = raw[:, 0] if first_tile == 0 else pool[sink_slot]
         flat = context.permute(0, 2, 1, 3, 4).reshape(2, heads, (end - begin) * group, head_dim)
         inside, beyond = (min(max(tile * group - start, 0), tokens) for tile in (begin + 1, end))
         if inside < beyond:
@@ -325,8 +342,8 @@ class _Attention:
     """Attention output of N tokens built up from disjoint parts of their context, joined by log-sum-exp."""
 
     def __init__(self, output: Tensor, lse: Tensor) -> None:
-        self.output = output  # [H, M, N, D] float32
-        self.lse = lse  # [H, M, N] float32
+        self.output = output  # [H, M, N, D]
+        self.lse = lse  # [H, M, N]
 
     def add(self, query: Tensor, context: Tensor, rows: slice, hidden: Tensor | None, scale: float) -> None:
         """Joins `context` [2, H, C, D] into the given rows of query [H, M, N, D]; hidden [rows, C] or None."""
@@ -338,7 +355,9 @@ class _Attention:
         self.lse[..., rows] = joined
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     """(output, log-sum-exp) of attention; the M query heads of a KV head are stacked as rows.
 
     query [B, H, M, N, D], key and value [B, H, C, D], hidden [N, C] bool -> [B, H, M, N, D], [B, H, M, N].
@@ -346,7 +365,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, sca
     batch, heads, per_head, tokens, head_dim = query.shape
     mask = None
     if hidden is not None:
-        mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf).repeat(per_head, 1)
+        mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -torch.inf).repeat(per_head, 1)
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query.reshape(batch, heads, per_head * tokens, head_dim), key, value, attn_mask=mask, scale=scale
     )
@@ -384,15 +403,15 @@ def _attend_own_tiles(query: Tensor, raw: Tensor, offset: int, scale: float) -> 
     return _Attention(output[:, :, rows].contiguous(), lse[..., rows].contiguous())
 
 
-def _dequantize(records: Tensor, layout: TileLayout) -> Tensor:
-    """Records [T, H, nbytes] -> keys and values [2, T, H, G, D] float32."""
+def _dequantize(records: Tensor, layout: TileLayout, dtype: torch.dtype) -> Tensor:
+    """Records [T, H, nbytes] -> keys and values [2, T, H, G, D] of `dtype`."""
     tiles, heads, _ = records.shape
-    fields = _RecordFields.of(records.view(tiles * heads, layout.nbytes), layout)
-    flat = torch.empty(2, tiles * heads, layout.group, layout.head_dim)
-    key = layout.key_order.unpack_float(fields.key_codes)
+    fields = _RecordFields.of(records.view(tiles * heads, layout.nbytes), layout, dtype)
+    flat = torch.empty(2, tiles * heads, layout.group, layout.head_dim, dtype=dtype)
+    key = layout.key_order.unpack_float(fields.key_codes).to(dtype)
     torch.addcmul(fields.key_zero[:, None, :], key, fields.key_scale[:, None, :], out=flat[0])
     flat[0].mul_(fields.key_token_scale[:, :, None])
-    value = layout.value_order.unpack_float(fields.value_codes).transpose(1, 2)
+    value = layout.value_order.unpack_float(fields.value_codes).transpose(1, 2).to(dtype)
     torch.addcmul(fields.value_zero[:, :, None], value, fields.value_scale[:, :, None], out=flat[1])
     flat[1].mul_(fields.value_channel_scale[:, None, :])
     return flat.view(2, tiles, heads, layout.group, layout.head_dim)
@@ -406,7 +425,9 @@ def _check_attention_inputs(query: Tensor, cache: Tensor, pool: Tensor, layout: 
         raise ValueError(f"query is {query.dtype}: expected float32, bfloat16 or float16")
     _check_shape("query", query, (None, None, head_dim))
     if query.shape[1] % heads:
-        raise ValueError(f"query has {query.shape[1]} heads: expected a multiple of the cache's {heads} KV heads")
+        raise ValueError(
+            f"query has {query.shape[1]} heads: expected a multiple of the cache's {heads} KV heads"
+        )
 
 
 def _check_cache(cache: Tensor, layout: TileLayout) -> None:

@@ -89,8 +89,9 @@ class CodeOrder:
         _, (step_quad, column_quad), (step_rep, column_rep) = self._splits
         return (step_rep, column_rep, 8, 4, step_quad, column_quad)
 
-    # Units with the free axis outermost and in natural order: [column_quad, column_rep, lane_n, step_quad, step_rep, lane_k].
-    FREE_FIRST: ClassVar = (5, 1, 2, 4, 0, 3)
+    # Axes of word_shape with the free ones first and in natural order:
+    # [column_quad, column_rep, lane_n, step_quad, step_rep, lane_k].
+    FREE_FIRST: ClassVar[tuple[int, ...]] = (5, 1, 2, 4, 0, 3)
 
     @cached_property
     def _contracted_order(self) -> Tensor:
@@ -136,13 +137,13 @@ class CodeOrder:
         """Weighted sums of codes, without putting them in natural order first.
 
         Args:
-            weights: [T, M, contracted] float32.
+            weights: [T, M, contracted] float32 or float64.
             packed: [T, nbytes] uint8, contiguous in its last axis, 8-byte aligned.
 
         Returns:
-            [T, M, free] float32: weights @ codes.
+            [T, M, free]: weights @ codes, in the dtype of the weights.
         """
-        planes = self._planes(packed)
+        planes = self._planes(packed).to(weights.dtype)
         tiles, steps, _, _, width = planes.shape
         weights = weights.index_select(-1, self._contracted_order)
         weights = weights.view(tiles, weights.shape[1], steps, width).transpose(1, 2)

@@ -58,7 +58,7 @@ def _through_records(key: Tensor, value: Tensor, layout: TileLayout) -> tuple[Te
         return key.float(), value.float()
 
     def tiles(x: Tensor) -> Tensor:
-        return x[:filled].unflatten(0, (-1, group)).transpose(1, 2)
+        return x[:filled].view(-1, group, *x.shape[1:]).transpose(1, 2)
 
     round_trip = dequantize(quantize(tiles(key), tiles(value), layout), layout)
     key_back, value_back = (

@@ -34,5 +34,6 @@ def hadamard_matrix(size: int) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotates the last axis: [..., D] any float dtype -> [..., D] float32. Its own inverse."""
-    return x.float() @ hadamard_matrix(x.shape[-1]).to(x.device)
+    """Rotates the last axis: [..., D] any float dtype -> [..., D] float64 for float64, else float32. Its own inverse."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return x @ hadamard_matrix(x.shape[-1]).to(x)

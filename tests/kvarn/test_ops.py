@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,6 +14,15 @@ TAIL, SINK = 1, 2
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 K4V2 = TileLayout(get_preset("kvarn_k4v2_g128"), 64)
 SMALL = TileLayout(get_preset("kvarn_k4v4_g64"), 64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower with more, and much slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def boundary_lengths(group: int) -> list[int]:
@@ -64,7 +74,7 @@ class Sequence:
         )
 
     def write_tokens(self, start: int, end: int) -> None:
-        """What a backend does after a chunk's attention: the tile still open goes to the tail slot, tile 0 to the sink."""
+        """What a backend does after a chunk's attention: the open tile goes to the tail slot, tile 0 to the sink."""
         group = self.layout.group
         positions = torch.arange(start, end)
         in_tail = positions // group == end // group
@@ -209,7 +219,9 @@ def test_decode_of_a_batch_is_decode_of_each_request() -> None:
     ]
     for s in sequences:
         s.store()
-    torch.testing.assert_close(decode(sequences), torch.cat([decode([s]) for s in sequences]), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        decode(sequences), torch.cat([decode([s]) for s in sequences]), rtol=0, atol=2e-5
+    )
 
 
 def test_decode_of_a_long_context_in_several_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,12 +360,12 @@ def test_prefill_names_the_argument_that_is_wrong(name: str, wrong: object) -> N
 
 def test_append_and_quantize_name_the_argument_that_is_wrong() -> None:
     key, value, rows = VALID.key[:2], VALID.value[:2], torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="^slot_rows "):
+    with pytest.raises(ValueError, match=r"^slot_rows "):
         ops.append(VALID.pool.clone(), key, value, rows.int())
-    with pytest.raises(ValueError, match="^key "):
+    with pytest.raises(ValueError, match=r"^key "):
         ops.append(VALID.pool.clone(), key[:1], value, rows)
     tiles = torch.zeros(1, 2, 64, 64, dtype=torch.float16)
-    with pytest.raises(ValueError, match="^value "):
+    with pytest.raises(ValueError, match=r"^value "):
         ops.quantize_tiles(VALID.cache.clone(), tiles, tiles.float(), torch.tensor([0]), SMALL)
-    with pytest.raises(ValueError, match="^blocks "):
+    with pytest.raises(ValueError, match=r"^blocks "):
         ops.quantize_tiles(VALID.cache.clone(), tiles, tiles, torch.tensor([0], dtype=torch.int32), SMALL)

@@ -18,7 +18,12 @@ from kvarn.presets import PRESETS, get_preset
 )
 def test_preset_fields(name: str, key_bits: int, value_bits: int, group: int) -> None:
     preset = get_preset(name)
-    assert (preset.name, preset.key_bits, preset.value_bits, preset.group) == (name, key_bits, value_bits, group)
+    assert (preset.name, preset.key_bits, preset.value_bits, preset.group) == (
+        name,
+        key_bits,
+        value_bits,
+        group,
+    )
 
 
 def test_unknown_preset_is_refused_with_the_names_that_exist() -> None:

@@ -107,7 +107,9 @@ def test_contract_is_a_product_with_the_codes(layout: TileLayout, side: str) -> 
     codes = torch.randint(0, 2**order.bits, (2, order.free, order.contracted), dtype=torch.uint8)
     weights = torch.randn(2, 3, order.contracted)
     expected = weights.double() @ codes.double().transpose(1, 2)
-    torch.testing.assert_close(order.contract(weights, order.pack(codes)).double(), expected, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(
+        order.contract(weights, order.pack(codes)).double(), expected, rtol=1e-5, atol=1e-3
+    )
 
 
 def test_pack_refuses_codes_of_another_shape() -> None:

@@ -1,0 +1,216 @@
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvarn.presets import PRESETS, get_preset
+from kvarn.reference import codec, hadamard, rtn, variance_norm
+from kvarn.tile import HEAD_DIMS, TileLayout, unpack
+
+K4V2 = TileLayout(get_preset("kvarn_k4v2_g128"), 64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower with more, and much slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+layouts = st.builds(TileLayout, st.sampled_from(list(PRESETS.values())), st.sampled_from((64, 128)))
+seeds = st.integers(0, 2**31)
+
+
+def normal_tiles(layout: TileLayout, *lead: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, *lead, layout.group, layout.head_dim)
+    key, value = torch.randn(shape, generator=generator).half().float()
+    return key, value
+
+
+def relative_error(x: Tensor, back: Tensor) -> float:
+    return float((x - back).norm() / x.norm())
+
+
+@pytest.mark.parametrize("size", [1, 2, *HEAD_DIMS])
+def test_hadamard_is_orthonormal_and_its_own_inverse(size: int) -> None:
+    matrix = hadamard.hadamard_matrix(size)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size), rtol=0, atol=1e-6)
+    torch.testing.assert_close(matrix @ matrix, torch.eye(size), rtol=0, atol=1e-6)
+    torch.testing.assert_close(matrix.abs(), torch.full((size, size), size**-0.5))
+
+
+def test_hadamard_spreads_an_outlier_channel() -> None:
+    x = torch.zeros(64)
+    x[7] = 8.0
+    torch.testing.assert_close(hadamard.rotate(x).abs(), torch.ones(64))
+
+
+@pytest.mark.parametrize("size", [0, 3, 96, -4])
+def test_hadamard_refuses_other_sizes(size: int) -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        hadamard.hadamard_matrix(size)
+
+
+@given(seed=seeds, rows=st.sampled_from((64, 128)), columns=st.sampled_from((64, 128, 256)))
+@settings(max_examples=20, deadline=None)
+def test_normalization_evens_out_the_standard_deviations(seed: int, rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    row_factor, column_factor = (torch.randn(n, generator=generator).exp() for n in (rows, columns))
+    x = torch.randn(rows, columns, generator=generator) * row_factor[:, None] * column_factor
+    row_scale, column_scale = variance_norm.normalize(x)
+    y = x / (row_scale[:, None] * column_scale)
+    std = torch.cat([y.std(0, correction=0), y.std(1, correction=0)])
+    assert std.max() / std.min() < 1.02
+
+
+def test_normalization_never_leaves_a_tile_less_even_than_it_was() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 64, 64, generator=generator) * torch.randn(50, 64, 64, generator=generator).exp() ** 2
+    row_scale, column_scale = variance_norm.normalize(x)
+    y = x / (row_scale[..., :, None] * column_scale[..., None, :])
+
+    def imbalance(z: Tensor) -> Tensor:
+        std = torch.cat([z.std(-1, correction=0), z.std(-2, correction=0)], -1)
+        return std.amax(-1) / std.amin(-1)
+
+    assert (imbalance(y) <= imbalance(x) * 1.001).all()
+
+
+def test_normalization_leaves_flat_rows_alone() -> None:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 5
+    x[3], x[9] = 0.0, 0.0
+    row_scale, column_scale = variance_norm.normalize(x)
+    assert row_scale[3] == row_scale[9] == 1.0
+    assert row_scale.isfinite().all()
+    assert column_scale.isfinite().all()
+
+
+def test_rounding_error_is_at_most_half_a_step() -> None:
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 4):
+        scale, zero = rtn.scale_and_zero(x.amin(-1), x.amax(-1), bits)
+        codes = rtn.round_to_codes(x, scale[:, None], zero[:, None], bits)
+        assert codes.unique().tolist() == list(range(2**bits))
+        error = (codes * scale[:, None] + zero[:, None] - x).abs()
+        assert (error <= scale[:, None] * 0.5001).all()
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_error_falls_with_bits(head_dim: int) -> None:
+    error = {}
+    for name in ("kvarn_k2v2_g128", "kvarn_k4v4_g128"):
+        layout = TileLayout(get_preset(name), head_dim)
+        tiles = normal_tiles(layout, 4)
+        back = codec.dequantize(codec.quantize(*tiles, layout), layout)
+        error[name] = [relative_error(x, y) for x, y in zip(tiles, back, strict=True)]
+    for two_bits, four_bits in zip(*error.values(), strict=True):
+        assert 0.2 < two_bits < 0.6
+        assert 0.05 < four_bits < 0.15
+        assert four_bits < two_bits / 3
+
+
+def test_normalization_helps_tiles_with_uneven_tokens_and_channels() -> None:
+    key, value = normal_tiles(K4V2, 8)
+    uneven = torch.randn(128, 1, generator=torch.Generator().manual_seed(1)).exp()
+    back, _ = codec.dequantize(codec.quantize(key * uneven, value, K4V2), K4V2)
+    per_token = (back - key * uneven).norm(dim=-1) / (key * uneven).norm(dim=-1)
+    scale, zero = rtn.scale_and_zero((key * uneven).amin(-2), (key * uneven).amax(-2), 4)
+    codes = rtn.round_to_codes(key * uneven, scale[:, None], zero[:, None], 4)
+    plain = codes * scale[:, None] + zero[:, None]
+    plain_per_token = (plain - key * uneven).norm(dim=-1) / (key * uneven).norm(dim=-1)
+    assert per_token.mean() < plain_per_token.mean() / 2
+
+
+@given(layout=layouts, lead=st.lists(st.integers(0, 3), max_size=2), seed=seeds)
+@settings(max_examples=25, deadline=None)
+def test_round_trip_keeps_shape_and_tiles_apart(layout: TileLayout, lead: list[int], seed: int) -> None:
+    key, value = normal_tiles(layout, *lead, seed=seed)
+    records = codec.quantize(key, value, layout)
+    assert records.shape == (*lead, layout.nbytes)
+    key_back, value_back = codec.dequantize(records, layout)
+    assert key_back.shape == key.shape
+    assert value_back.shape == value.shape
+    if math.prod(lead) > 1:
+        first = (0,) * len(lead)
+        alone, _ = codec.dequantize(codec.quantize(key[first], value[first], layout), layout)
+        torch.testing.assert_close(alone, key_back[first], rtol=0, atol=0.5)
+        assert relative_error(alone, key_back[first]) < 0.02
+
+
+@given(layout=layouts, key=st.floats(-60000, 60000, width=16), value=st.floats(-60000, 60000, width=16))
+@settings(max_examples=30, deadline=None)
+def test_constant_tiles_come_back(layout: TileLayout, key: float, value: float) -> None:
+    shape = (layout.group, layout.head_dim)
+    records = codec.quantize(torch.full(shape, key), torch.full(shape, value), layout)
+    for constant, back in zip((key, value), codec.dequantize(records, layout), strict=True):
+        torch.testing.assert_close(back, torch.full(shape, constant), rtol=2e-3, atol=1e-6)
+
+
+@given(layout=layouts)
+@settings(max_examples=10, deadline=None)
+def test_zero_tiles_come_back_exactly(layout: TileLayout) -> None:
+    zeros = torch.zeros(layout.group, layout.head_dim)
+    key, value = codec.dequantize(codec.quantize(zeros, zeros, layout), layout)
+    assert not key.any()
+    assert not value.any()
+
+
+@given(
+    layout=layouts,
+    seed=seeds,
+    magnitude=st.sampled_from((1e3, 65504.0, 1e6, 1e30)),
+    count=st.integers(1, 200),
+)
+@settings(max_examples=30, deadline=None)
+def test_outliers_beyond_float16_saturate(
+    layout: TileLayout, seed: int, magnitude: float, count: int
+) -> None:
+    tiles = normal_tiles(layout, seed=seed)
+    where = torch.randperm(layout.group * layout.head_dim, generator=torch.Generator().manual_seed(seed))[
+        :count
+    ]
+    for x in tiles:
+        x.view(-1)[where] = torch.where(where % 2 == 0, magnitude, -magnitude)
+    records = codec.quantize(*tiles, layout)
+    assert all(part.float().isfinite().all() for part in unpack(records, layout))
+    for x, back in zip(tiles, codec.dequantize(records, layout), strict=True):
+        assert back.isfinite().all()
+        if count == 1:
+            stored = x.clamp(-65504, 65504).flatten()[where]
+            torch.testing.assert_close(back.flatten()[where], stored, rtol=0.1, atol=0)
+
+
+@given(layout=layouts, seed=seeds, row=st.integers(0, 63))
+@settings(max_examples=20, deadline=None)
+def test_one_enormous_token_does_not_drown_the_others(layout: TileLayout, seed: int, row: int) -> None:
+    key, value = normal_tiles(layout, seed=seed)
+    key[row] *= 3000
+    value[row] *= 3000
+    others = torch.arange(layout.group) != row
+    key_back, value_back = codec.dequantize(codec.quantize(key, value, layout), layout)
+    assert relative_error(key[others], key_back[others]) < (0.15 if layout.preset.key_bits == 4 else 0.6)
+    assert relative_error(value[others], value_back[others]) < (0.2 if layout.preset.value_bits == 4 else 0.6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["key", "value"])
+def test_nan_and_infinity_are_refused(bad: float, which: str) -> None:
+    tiles = dict(zip(("key", "value"), normal_tiles(K4V2, 2), strict=True))
+    tiles[which][1, 5, 6] = bad
+    with pytest.raises(ValueError, match=f"{which} holds NaN or infinity"):
+        codec.quantize(tiles["key"], tiles["value"], K4V2)
+
+
+def test_wrong_tile_shape_is_refused() -> None:
+    key, value = normal_tiles(K4V2)
+    with pytest.raises(ValueError, match="key has shape"):
+        codec.quantize(key[:64], value[:64], K4V2)
+    with pytest.raises(ValueError, match="value has shape"):
+        codec.quantize(key, value[None], K4V2)
