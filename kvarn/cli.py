@@ -139,6 +139,8 @@ def bench_engine(
     from kvarn.bench import engine
 
     with _one_sentence_errors():
+        if json_path is not None and not json_path.absolute().parent.is_dir():
+            _fail(f"--json {json_path}: there is no directory {json_path.absolute().parent}")
         bench = EngineBench(
             model=model,
             dtype=dtype,
@@ -150,6 +152,7 @@ def bench_engine(
             kv_cache_memory_gib=kv_cache_memory_gib,
             enforce_eager=enforce_eager,
         )
+        resolve_model(bench.model)  # may show a progress bar of its own
         with _bench_progress() as progress:
             results = engine.run(bench, progress)
         out.print(engine.table(bench, results))

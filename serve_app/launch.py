@@ -184,8 +184,13 @@ def _failure(details: dict[str, Any]) -> str | None:
 def _sentence(message: str) -> str:
     """What the last exception in a traceback says, else the last line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    said = [match[1] for line in lines if (match := _EXCEPTION.match(line))]
-    return (said or lines or ["no reason was given"])[-1]
+    said = [index for index, line in enumerate(lines) if _EXCEPTION.match(line)]
+    if not said:
+        return (lines or ["no reason was given"])[-1]
+    last = _EXCEPTION.sub(r"\1", lines[said[-1]])
+    if "validation error" in last:  # pydantic: what is wrong stands on the following lines
+        last = next((line for line in lines[said[-1] + 1 :] if "error, " in line), last)
+    return last.partition(" [type=")[0].removeprefix("Value error, ")
 
 
 def _first_problem(error: ValidationError) -> str:

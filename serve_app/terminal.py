@@ -102,9 +102,10 @@ def answer_table(answer: Answer) -> Table:
 
 
 def cache_table(state: cluster_pb2.GetCacheStateResponse, model_dir: Path) -> Table:
-    """The replicas' caches: what each can hold, and how much more that is than bfloat16 in the same memory."""
-    made = Table("replica", "cache dtype", title="KV cache", title_justify="left")
-    for heading in ("blocks", "tokens per block", "capacity, tokens", "in bf16, tokens", "ratio"):
+    """The replicas' caches: blocks, tokens of one block and of all, and what bfloat16 holds in the same memory."""
+    made = Table("replica", title="KV cache, capacity in tokens", title_justify="left")
+    made.add_column("cache dtype", no_wrap=True)
+    for heading in ("blocks", "tokens", "capacity", "as bf16", "ratio"):
         made.add_column(heading, justify="right")
     bf16_bytes = bf16_bytes_per_token(model_dir)
     for replica in state.replicas:

@@ -1,10 +1,18 @@
-"""What every test may ask for."""
+"""What every test may ask for, and the order they run in: a failure should show as early as it can."""
 
 from pathlib import Path
 
 import pytest
 
 from kvarn.model import DEFAULT_MODEL, resolve_model
+
+# Fast tests come first, then those that start engines, then those that start a cluster.
+SLOW_MODULES = ("test_bench.py", "test_engine.py", "test_serve_command.py", "test_e2e_serve.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(SLOW_MODULES, start=1)}
+    items.sort(key=lambda item: rank.get(item.path.name, 0))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,144 @@
+"""The command line: bad input is one sentence and exit code 1, output that is data is clean JSON."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from kvarn import cli, doctor
+from kvarn.doctor import Check, Report
+
+APP_YAML = Path(__file__).parents[2] / "cluster" / "app.yaml"
+SOUND = Report(
+    versions={"python": "3.11", "ray": None},
+    machine={"cpu": "some"},
+    hooks=[Check("page size", ok=True, detail="vllm.attention")],
+    self_test=[Check("kvarn_k4v2_g128", ok=True, detail="close")],
+)
+BROKEN = Report(SOUND.versions, SOUND.machine, [Check("page size", ok=False, detail="gone")], SOUND.self_test)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def assert_refused(result: Result, *words: str) -> None:
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.fixture
+def write_app(tmp_path: Path):
+    """Writes cluster/app.yaml with some of its args changed; returns the path."""
+
+    def write(engine: dict | None = None, gateway: dict | None = None, **application: object) -> Path:
+        content = yaml.safe_load(APP_YAML.read_text())
+        entry = content["applications"][0]
+        entry.update(application)
+        entry["args"]["engine"].update(engine or {})
+        entry["args"]["gateway"].update(gateway or {})
+        path = tmp_path / "app.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch", 0], ["batch_size is 0", "at least 1"]),
+        (["--context", -5], ["context_tokens is -5"]),
+        (["--output-tokens", 1], ["output_tokens is 1", "at least 2"]),
+        (["--repeats", 0], ["repeats is 0"]),
+        (["--kv-cache-memory-gib", 0], ["above 0"]),
+        (["--kv-cache-memory-gib", "nan"], ["above 0"]),
+        (["--kv-cache-dtypes", " , "], ["name at least one"]),
+        (["--kv-cache-dtypes", "auto,kvarn_k9v9"], ["kvarn_k9v9", "kvarn_k4v2_g128"]),
+        (["--model", "no/such/dir"], ["no/such/dir", "directory"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_bench_refuses(arguments, words):
+    assert_refused(run("bench", "engine", *arguments), *words)
+
+
+def test_bench_refuses_an_output_it_could_not_write():
+    assert_refused(run("bench", "engine", "--json", "/no/such/dir/out.json"), "/no/such/dir")
+
+
+def test_doctor_prints_tables(monkeypatch):
+    monkeypatch.setattr(doctor, "examine", lambda: SOUND)
+    result = run("doctor")
+    assert result.exit_code == 0
+    assert "page size" in result.stdout
+    assert "not installed" in result.stdout
+
+
+def test_doctor_prints_json(monkeypatch):
+    monkeypatch.setattr(doctor, "examine", lambda: SOUND)
+    report = json.loads(run("doctor", "--json").stdout)
+    assert report["ok"]
+    assert report["hooks"] == [{"name": "page size", "ok": True, "detail": "vllm.attention"}]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]], ids=["table", "json"])
+def test_doctor_fails_with_a_failed_check(monkeypatch, arguments):
+    monkeypatch.setattr(doctor, "examine", lambda: BROKEN)
+    assert run("doctor", *arguments).exit_code == 1
+
+
+def test_serve_refuses_a_missing_file():
+    assert_refused(run("serve", "no.yaml"), "no.yaml", "No such file")
+
+
+@pytest.mark.parametrize("text", ["a: [", "just text", "applications: []", "applications: {}", ""])
+def test_serve_refuses_what_is_no_serve_yaml(tmp_path, text):
+    path = tmp_path / "app.yaml"
+    path.write_text(text)
+    assert_refused(run("serve", path), "app.yaml")
+
+
+def test_serve_refuses_another_application(write_app):
+    assert_refused(run("serve", write_app(import_path="other:app")), "other:app", "serve_app.app:build")
+
+
+def test_serve_refuses_an_unknown_setting(write_app):
+    assert_refused(run("serve", write_app(engine={"max_seqs": 3})), "args.engine.max_seqs", "not permitted")
+
+
+def test_serve_refuses_an_unknown_preset(write_app):
+    path = write_app(engine={"kv_cache_dtype": "kvarn_k9v9_g128"})
+    assert_refused(run("serve", path), "args.engine.kv_cache_dtype", "kvarn_k4v2_g128")
+
+
+def test_serve_refuses_more_cpus_than_there_are(write_app):
+    assert_refused(run("serve", write_app(engine={"num_replicas": 10_000})), "10000 CPUs", "num_replicas")
+
+
+def test_serve_refuses_a_taken_port(write_app):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        path = write_app(engine={"num_replicas": 1}, gateway={"port": port})
+        assert_refused(run("serve", path), f"127.0.0.1:{port} is in use", "gateway.port")
+
+
+def test_serve_refuses_a_missing_model(write_app):
+    content = write_app(engine={"num_replicas": 1}, gateway={"port": 0})
+    content.write_text(content.read_text().replace("smollm2-135m-instruct", "no/such/model"))
+    assert_refused(run("serve", content), "no/such/model")
+
+
+def test_chat_says_when_nobody_answers():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        assert_refused(run("chat", "--address", address, "hello"), address)
