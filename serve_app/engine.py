@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
-from vllm import AsyncEngineArgs
-from vllm.v1.engine.async_llm import AsyncLLM
 
 from kvarn.model import resolve_model
 from kvarn.v1 import engine_pb2_grpc
 from kvarn.vllm.telemetry import read_cache_state
 from serve_app.config import EngineConfig
-from serve_app.engine_service import SERVICE_NAME, EngineService
 from serve_app.grpc_server import GrpcServer
 from serve_app.placement import resources, thread_binding
 from serve_app.telemetry import CacheMonitor
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from vllm import AsyncEngineArgs
+
 LAME_DUCK_S = 0.2  # between telling gateways that this replica drains and refusing calls
 
 
@@ -35,6 +33,11 @@ class Engine:
     """
 
     async def __init__(self, model: str, config: EngineConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        # Imported by replicas only: vLLM takes seconds to import, and whoever deploys needs none of it.
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from serve_app.engine_service import SERVICE_NAME, EngineService
+
         self._config = config
         _bind_threads(config)
         self._engine = AsyncLLM.from_engine_args(engine_args(model, config))
@@ -73,6 +76,8 @@ class Engine:
 
 def engine_args(model: str, config: EngineConfig) -> AsyncEngineArgs:
     """The vLLM arguments of one replica."""
+    from vllm import AsyncEngineArgs
+
     return AsyncEngineArgs(
         model=str(resolve_model(model)),
         dtype=config.dtype,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoTokenizer
 
 from kvarn.v1 import inference_pb2
 from serve_app.errors import InvalidRequestError
@@ -26,6 +25,11 @@ class PromptEncoder:
     """
 
     def __init__(self, model_dir: Path) -> None:
+        from transformers import (
+            AutoConfig,
+            AutoTokenizer,
+        )  # takes seconds, and whoever deploys needs none of it
+
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
         self.vocab_size: int = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
 

@@ -47,6 +47,7 @@ REPLICAS = 2
 CONTEXT = 1024
 START_S = 300
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+TOKENS = 200  # of streams that should still be open when an update begins
 LONG: dict[str, Any] = {"max_tokens": 900, "ignore_eos": True}
 
 
@@ -61,9 +62,9 @@ def settings(model: Path, port: int, max_num_seqs: int = 8) -> AppConfig:
                 "max_num_seqs": max_num_seqs,
                 "max_num_batched_tokens": 512,
                 "enforce_eager": True,
-                "drain_grace_s": 120,
+                "drain_grace_s": 240,
             },
-            "gateway": {"num_replicas": 2, "port": port, "max_message_bytes": 1 << 20, "drain_grace_s": 120},
+            "gateway": {"num_replicas": 2, "port": port, "max_message_bytes": 1 << 20, "drain_grace_s": 240},
         }
     )
 
@@ -432,14 +433,13 @@ async def test_a_rolling_update_completes_open_streams_and_refuses_none(
     app: App, client: Client, aclient: AsyncClient
 ) -> None:
     before = ready(client)
+    generated: dict[str, int] = {}
     refused: list[ServingError] = []
     updated = asyncio.Event()
 
-    async def open_stream() -> int:
-        deltas = [
-            delta async for delta in aclient.generate("Once upon a time", max_tokens=500, ignore_eos=True)
-        ]
-        return deltas[-1].usage.completion_tokens
+    async def open_stream() -> None:
+        async for delta in aclient.generate("Once upon a time", max_tokens=TOKENS, ignore_eos=True):
+            generated[delta.request_id] = delta.usage.completion_tokens
 
     async def keep_asking() -> None:
         while not updated.is_set():
@@ -451,11 +451,12 @@ async def test_a_rolling_update_completes_open_streams_and_refuses_none(
 
     streams = [asyncio.create_task(open_stream()) for _ in range(4)]
     asking = asyncio.create_task(keep_asking())
-    await asyncio.sleep(1)
+    await asyncio.to_thread(wait_for, lambda: len(generated) == len(streams), START_S)
     await asyncio.to_thread(deploy, settings(app.model, app.port, max_num_seqs=6))
     replaced = lambda: len(ready(client)) == REPLICAS and not ready(client) & before  # noqa: E731
     await asyncio.to_thread(wait_for, replaced, START_S)
     updated.set()
     await asking
-    assert await asyncio.gather(*streams) == [500] * 4
+    lost = await asyncio.gather(*streams, return_exceptions=True)
+    assert (lost, list(generated.values())) == ([None] * 4, [TOKENS] * 4)
     assert refused == []
