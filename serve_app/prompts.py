@@ -25,10 +25,8 @@ class PromptEncoder:
     """
 
     def __init__(self, model_dir: Path) -> None:
-        from transformers import (
-            AutoConfig,
-            AutoTokenizer,
-        )  # takes seconds, and whoever deploys needs none of it
+        # Imported by gateways only: it takes seconds, and whoever deploys needs none of it.
+        from transformers import AutoConfig, AutoTokenizer
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
         self.vocab_size: int = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
