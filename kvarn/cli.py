@@ -223,14 +223,15 @@ def _wait_for_interrupt() -> None:
 def _start_progress() -> Iterator[Callable[[list[Deployment]], None]]:
     """A bar for each deployment: replicas that run, of those wanted."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TextColumn("replicas"), TimeElapsedColumn(), console=err) as progress:
-        tasks = {"Ray": progress.add_task("starting Ray", total=None)}
+    with Progress(*columns, TimeElapsedColumn(), console=err) as progress:
+        ray = progress.add_task("starting Ray", total=None)
+        tasks: dict[str, TaskID] = {}
 
         def update(deployments: list[Deployment]) -> None:
-            progress.update(tasks["Ray"], total=1, completed=1)
+            progress.update(ray, total=1, completed=1)
             for deployment in deployments:
                 if deployment.name not in tasks:
-                    tasks[deployment.name] = progress.add_task(f"starting {deployment.name}")
+                    tasks[deployment.name] = progress.add_task(f"starting {deployment.name} replicas")
                 progress.update(tasks[deployment.name], completed=deployment.running, total=deployment.wanted)
 
         yield update
