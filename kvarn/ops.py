@@ -256,9 +256,8 @@ def _e4m3_to_float32(bits: Tensor) -> Tensor:
 
     Exponent and mantissa shifted into a float16 read 2^-8 of the value: much faster on a CPU than torch's conversion.
     """
-    half = (
-        bits.view(torch.int8).to(torch.int16) << 7
-    ) & ~0x4000  # the shift left a copy of the sign in bit 14
+    shifted = bits.view(torch.int8).to(torch.int16) << 7  # leaves a copy of the sign in bit 14
+    half = shifted & ~0x4000
     return half.view(torch.float16).float().mul_(256.0)
 
 
@@ -315,7 +314,12 @@ def prefill(
         return torch.empty_like(query)
 
     per_head = query_heads // heads
-    rotated = hadamard.rotate(_widen(query)).view(tokens, heads, per_head, head_dim).permute(1, 2, 0, 3).contiguous()
+    rotated = (
+        hadamard.rotate(_widen(query))
+        .view(tokens, heads, per_head, head_dim)
+        .permute(1, 2, 0, 3)
+        .contiguous()
+    )
     raw = _raw_tiles(key, value, pool, start % group, tail_slot).to(rotated.dtype)
     attention = _attend_own_tiles(rotated, raw, start % group, scale)
 
@@ -365,7 +369,9 @@ def _flash(
     batch, heads, per_head, tokens, head_dim = query.shape
     mask = None
     if hidden is not None:
-        mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -torch.inf).repeat(per_head, 1)
+        mask = (
+            torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -torch.inf).repeat(per_head, 1)
+        )
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query.reshape(batch, heads, per_head * tokens, head_dim), key, value, attn_mask=mask, scale=scale
     )
