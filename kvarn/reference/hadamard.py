@@ -34,6 +34,6 @@ def hadamard_matrix(size: int) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotates the last axis: [..., D] any float dtype -> [..., D] float64 for float64, else float32. Its own inverse."""
+    """Rotates the last axis: [..., D] float -> [..., D] float64 for float64, else float32. Its own inverse."""
     x = x if x.dtype == torch.float64 else x.float()
     return x @ hadamard_matrix(x.shape[-1]).to(x)
