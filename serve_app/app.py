@@ -1,6 +1,8 @@
-"""The application `serve run cluster/app.yaml` starts."""
+"""The application `serve run cluster/app.yaml` starts.
 
-from __future__ import annotations
+Serve turns the YAML's `args` into the builder's annotated class, which it cannot see if annotations are strings: so
+this module has no `from __future__ import annotations`.
+"""
 
 from ray import serve
 

@@ -123,7 +123,7 @@ class Answer:
                 assert mine[token] == pytest.approx(theirs[token], abs=tolerance)
 
 
-def ask(llm: LLM, prompts: list[list[int]], max_tokens: int = 12, logprobs: int = 5) -> list[Answer]:
+def ask(llm: LLM, prompts: list[list[int]], max_tokens: int = 6, logprobs: int = 5) -> list[Answer]:
     """Greedy answers to token-id prompts sent together."""
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=logprobs, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
-from vllm import LLM
+from vllm import LLM, SamplingParams
 
 from tests.kvarn.engines import (
     MIB,
@@ -23,7 +23,8 @@ from tests.kvarn.engines import (
 )
 
 TILE = 128
-LENGTHS = (1, TILE - 1, TILE, TILE + 1, 2 * TILE - 1, 2 * TILE, 2 * TILE + 1, 3 * TILE + 40, 900)
+LENGTHS = (1, TILE - 1, TILE, TILE + 1, 2 * TILE, 2 * TILE + 1, 3 * TILE + 40)
+LONGEST = LENGTHS[-1]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def nothing_left_allocated(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def other_prompts(text: list[int]) -> list[list[int]]:
-    return [text[1000 + i : 1300 + i] for i in range(3)]
+    return [text[1000 + i : 1200 + i] for i in range(2)]
 
 
 @contextmanager
@@ -113,7 +114,7 @@ def test_chunked_prefill(llm: LLM, text: list[int], cold: dict[int, Answer], chu
 
 
 def test_concurrent_batch(llm: LLM, text: list[int]) -> None:
-    prompts = [text[10 * i : 10 * i + length] for i, length in enumerate(LENGTHS[:8])]
+    prompts = [text[10 * i : 10 * i + length] for i, length in enumerate(LENGTHS)]
     alone = [ask_cold(llm, prompt) for prompt in prompts]
     assert llm.reset_prefix_cache()
     for together, single in zip(ask(llm, prompts), alone, strict=True):
@@ -132,30 +133,29 @@ def test_a_prefix_hit_in_the_very_step_that_computes_it(
     llm: LLM, text: list[int], cold: dict[int, Answer]
 ) -> None:
     assert llm.reset_prefix_cache()
-    first, second = ask(llm, [text[:900], text[:900]])
-    assert (first.cached, second.cached) == (0, 7 * TILE)
-    first.assert_same(cold[900])
-    second.assert_same(cold[900])
+    first, second = ask(llm, [text[:LONGEST], text[:LONGEST]])
+    assert (first.cached, second.cached) == (0, 3 * TILE)
+    first.assert_same(cold[LONGEST])
+    second.assert_same(cold[LONGEST])
 
 
-def test_decode_across_tile_boundaries_equals_prefill_of_the_same_tokens(llm: LLM, text: list[int]) -> None:
-    prompt = text[: TILE - 20]
-    decoded = ask_cold(llm, prompt, max_tokens=2 * TILE)
-    ask(llm, other_prompts(text))
-    continued = ask_cold(llm, prompt + list(decoded.tokens[: TILE + 30]), max_tokens=20)
-    assert continued.tokens == decoded.tokens[TILE + 30 : TILE + 50]
-    ask(llm, [prompt], max_tokens=2 * TILE)
-    (hit,) = ask(llm, [prompt + list(decoded.tokens[: TILE + 30])], max_tokens=20)
-    assert hit.cached == 2 * TILE - TILE
-    hit.assert_same(continued)
+def test_a_tile_filled_by_decode_equals_one_filled_by_prefill(llm: LLM, text: list[int]) -> None:
+    prompt, turn = text[: 2 * TILE - 20], 30
+    decoded = ask_cold(llm, prompt, max_tokens=turn + 8)
+    longer = prompt + list(decoded.tokens[:turn])
+    (hit,) = ask(llm, [longer], max_tokens=8)
+    assert hit.cached == 2 * TILE
+    cold = ask_cold(llm, longer, max_tokens=8)
+    assert cold.tokens == decoded.tokens[turn:]
+    hit.assert_same(cold)
 
 
 def test_preempted_requests(llm: LLM, text: list[int]) -> None:
-    prompts = [text[300 * i : 300 * i + 2 * TILE - 10] for i in range(4)]
-    alone = [ask_cold(llm, prompt, max_tokens=40) for prompt in prompts]
+    prompts = [text[300 * i : 300 * i + 2 * TILE - 4] for i in range(3)]
+    alone = [ask_cold(llm, prompt) for prompt in prompts]
     before = scheduler_of(llm).preemptions
-    with free_blocks(llm, 10):
-        together = ask(llm, prompts, max_tokens=40)
+    with free_blocks(llm, 7):
+        together = ask(llm, prompts)
     assert scheduler_of(llm).preemptions > before
     for answer, single in zip(together, alone, strict=True):
         answer.assert_same(single)
@@ -164,9 +164,7 @@ def test_preempted_requests(llm: LLM, text: list[int]) -> None:
 def test_aborted_request_frees_its_blocks_and_slots(llm: LLM, text: list[int]) -> None:
     assert llm.reset_prefix_cache()
     core = llm.llm_engine
-    from vllm import SamplingParams
-
-    core.add_request("doomed", {"prompt_token_ids": text[:500]}, SamplingParams(max_tokens=100))
+    core.add_request("doomed", {"prompt_token_ids": text[:LONGEST]}, SamplingParams(max_tokens=100))
     for _ in range(5):
         core.step()
     pool = scheduler_of(llm).kv_cache_manager.block_pool
@@ -180,29 +178,32 @@ def test_more_prefixes_than_retained_sinks_stay_exact(
     llm: LLM, text: list[int], cold: dict[int, Answer]
 ) -> None:
     """A prefix whose sink had to go leaves the prefix cache with it and is computed anew."""
-    ask_cold(llm, text[:900])
+    ask_cold(llm, text[:LONGEST])
     slots = scheduler_of(llm).slots
     for first in range(slots.num_slots):
         ask(llm, [[first + 5, *text[200 : 200 + TILE]]], max_tokens=1)
-    (again,) = ask(llm, [text[:900]])
+    (again,) = ask(llm, [text[:LONGEST]])
     assert again.cached == 0
-    again.assert_same(cold[900])
+    again.assert_same(cold[LONGEST])
     assert slots.sinks_missing == 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "preset"),
-    [(4, 2, 64, "kvarn_k4v2_g64"), (2, 2, 128, "kvarn_k4v4_g128"), (6, 2, 256, "kvarn_k2v2_g128")],
+    ("heads", "kv_heads", "head_dim", "preset", "dtype"),
+    [
+        (4, 2, 64, "kvarn_k4v2_g64", "float32"),
+        (2, 2, 128, "kvarn_k4v4_g128", "bfloat16"),
+        (6, 2, 256, "kvarn_k2v2_g128", "float16"),
+    ],
 )
 def test_head_dims_and_dtypes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    dtype: str,
     heads: int,
     kv_heads: int,
     head_dim: int,
     preset: str,
+    dtype: str,
 ) -> None:
     model = make_llama(tmp_path, heads, kv_heads, head_dim)
     prompt = [(7 * i * i + 3 * i) % 500 for i in range(300)]
