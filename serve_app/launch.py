@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -118,16 +119,17 @@ def running(app: App, on_progress: Callable[[list[Deployment]], None], timeout_s
     import ray
     from ray import serve
 
-    context = ray.init(
-        address="local",
-        _node_ip_address=LOOPBACK,
-        dashboard_host=LOOPBACK,
-        include_dashboard=True,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
     try:
+        with _signals_held_back():
+            context = ray.init(
+                address="local",
+                _node_ip_address=LOOPBACK,
+                dashboard_host=LOOPBACK,
+                include_dashboard=True,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         _deploy(app, f"http://{context.dashboard_url}", on_progress, timeout_s)
         try:
             yield
@@ -135,6 +137,23 @@ def running(app: App, on_progress: Callable[[list[Deployment]], None], timeout_s
             serve.shutdown()
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Lets SIGINT and SIGTERM wait until the block is left: a Ray that is half started cannot be shut down."""
+    received: list[int] = []
+    handled = (signal.SIGINT, signal.SIGTERM)
+    previous = {
+        number: signal.signal(number, lambda number, _: received.append(number)) for number in handled
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
 
 
 def _deploy(
