@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from pydantic import ValidationError
 
@@ -22,6 +25,8 @@ from serve_app.config import AppConfig
 LOOPBACK = "127.0.0.1"
 BUILDER = "serve_app.app:build"
 POLL_S = 0.5
+PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl(2)
+GRACE_S = 5  # for Ray's processes to end by themselves
 OBJECT_STORE_BYTES = 128 << 20  # requests travel over gRPC, not through Ray's object store
 _EXCEPTION = re.compile(r"^(?:ray\.exceptions\.)?[A-Za-z_][\w.]*(?:Error|Exception)(?:\(\w+\))?: (.+)$")
 
@@ -119,6 +124,7 @@ def running(app: App, on_progress: Callable[[list[Deployment]], None], timeout_s
     import ray
     from ray import serve
 
+    _adopt_orphans()
     try:
         with _signals_held_back():
             context = ray.init(
@@ -137,6 +143,22 @@ def running(app: App, on_progress: Callable[[list[Deployment]], None], timeout_s
             serve.shutdown()
     finally:
         ray.shutdown()
+        _end_descendants()
+
+
+def _adopt_orphans() -> None:
+    """Makes this process the parent of what its descendants leave behind, so that `_end_descendants` finds it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _end_descendants() -> None:
+    """Ends what a Ray that was stopped while it started leaves behind: agents whose raylet went before them."""
+    while family := psutil.Process().children(recursive=True):
+        _, left = psutil.wait_procs(family, timeout=GRACE_S)
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 @contextmanager
