@@ -154,8 +154,8 @@ def _adopt_orphans() -> None:
 
 def _end_descendants() -> None:
     """Ends what a Ray that was stopped while it started leaves behind: agents whose raylet went before them."""
-    while family := psutil.Process().children(recursive=True):
-        _, left = psutil.wait_procs(family, timeout=GRACE_S)
+    for _ in range(3):  # what is ended may have left orphans in turn
+        _, left = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=GRACE_S)
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
