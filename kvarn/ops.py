@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvarn.reference import codec, hadamard
-from kvarn.tile import TileLayout
+from kvarn.tile import TileLayout, lanes_to_contracted, lanes_to_free
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 WORKSPACE_ELEMENTS = 1 << 21  # codes unpacked to float32 at a time: 8 MiB, small enough to stay in cache
@@ -243,11 +243,14 @@ class _RecordFields(NamedTuple):
         lead = records.shape[:-1]
         by_channel = records[..., at.key_scale : at.key_token_scale].view(torch.float16).to(dtype)
         by_token = _e4m3_to_float32(records[..., at.key_token_scale : at.end]).to(dtype)
+        key_scale, key_zero, value_channel_scale = by_channel.view(*lead, 3, channels).unbind(-2)
         return cls(
             records[..., at.key_codes : at.value_codes],
             records[..., at.value_codes : at.key_scale],
-            *by_channel.view(*lead, 3, channels).unbind(-2),
-            *by_token.view(*lead, 3, tokens).unbind(-2),
+            lanes_to_contracted(key_scale),
+            lanes_to_contracted(key_zero),
+            lanes_to_free(value_channel_scale),
+            *lanes_to_free(by_token.view(*lead, 3, tokens)).unbind(-2),
         )
 
 

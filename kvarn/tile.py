@@ -4,10 +4,10 @@ A record holds, one after the other (D = head_dim, G = group, little-endian)::
 
     key codes             D * G * key_bits / 8 bytes     fragment order, contracted over channels
     value codes           D * G * value_bits / 8 bytes   fragment order, contracted over tokens
-    key scale, key zero   2 * D float16                  per channel
-    value channel scale   D float16                      per channel
-    key token scale       G float8_e4m3fn                per token
-    value scale, zero     2 * G float8_e4m3fn            per token
+    key scale, key zero   2 * D float16                  per channel, contracted lane order
+    value channel scale   D float16                      per channel, free lane order
+    key token scale       G float8_e4m3fn                per token, free lane order
+    value scale, zero     2 * G float8_e4m3fn            per token, free lane order
 
 and reads back as `key[n, d] = (code * scale[d] + zero[d]) * token_scale[n]` and
 `value[n, d] = (code * scale[n] + zero[n]) * channel_scale[d]`. Why the token axis needs only eight bits
@@ -23,6 +23,9 @@ Fragments are numbered `step * (free size / 8) + column_tile`, and the number is
 low: `slot` (place inside a 16-bit word, one of 16 / bits), `quad` (two values), `rep`. Words then lie in the order
 `[rep, lane_n, lane_k, quad, half, pair]`, so a lane's 16 bytes are eight consecutive words, two words that differ
 in `pair` make one register, and one shift and mask of that register gives the operands of one fragment.
+
+Lane order keeps what one lane multiplies side by side, so that it is one 16-byte load too: factors along a free index
+lie in the order `[lane_n, column_tile]`, those along a contracted index in the order `[lane_k, step, half, pair]`.
 """
 
 from dataclasses import dataclass
@@ -73,7 +76,7 @@ class CodeOrder:
         return 8 // self.bits
 
     @cached_property
-    def _splits(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    def splits(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """(step, column) sizes of slot, quad and rep."""
         steps, columns = self.contracted // 16, self.free // 8
         sizes = []
@@ -86,7 +89,7 @@ class CodeOrder:
     @property
     def word_shape(self) -> tuple[int, ...]:
         """Stored order of the 8-byte units: [step_rep, column_rep, lane_n, lane_k, step_quad, column_quad]."""
-        _, (step_quad, column_quad), (step_rep, column_rep) = self._splits
+        _, (step_quad, column_quad), (step_rep, column_rep) = self.splits
         return (step_rep, column_rep, 8, 4, step_quad, column_quad)
 
     # Axes of word_shape with the free ones first and in natural order:
@@ -96,7 +99,7 @@ class CodeOrder:
     @cached_property
     def _contracted_order(self) -> Tensor:
         """Natural contracted index at each position of `_planes`' (place, byte) axes, int64."""
-        (step_slot, _), (step_quad, _), (step_rep, _) = self._splits
+        (step_slot, _), (step_quad, _), (step_rep, _) = self.splits
         byte, place, quad, rep, half, lane_k, pair = range(7)
         natural = torch.arange(self.contracted).view(2, step_slot // 2, step_quad, step_rep, 2, 4, 2)
         return natural.permute(place, quad, rep, lane_k, half, pair, byte).reshape(-1)
@@ -104,7 +107,7 @@ class CodeOrder:
     @property
     def _plane_width(self) -> int:
         """Bytes of one row of a plane, which is codes of one contracted row per place in the byte."""
-        (step_slot, _), _, _ = self._splits
+        (step_slot, _), _, _ = self.splits
         return self.contracted // (step_slot // 2)
 
     @cached_property
@@ -122,7 +125,7 @@ class CodeOrder:
             contracted index: (step place, byte), in `_contracted_order`.
         """
         tiles = packed.shape[0]
-        (step_slot, column_slot), _, _ = self._splits
+        (step_slot, column_slot), _, _ = self.splits
         units = packed.view(torch.int64).view(tiles, *self.word_shape)
         units = units.permute(0, *(1 + axis for axis in self.FREE_FIRST))
         rows = units.reshape(tiles, self.nbytes // BYTES_PER_LANE_HALF).view(torch.uint8)
@@ -166,7 +169,7 @@ class CodeOrder:
         """Codes [..., free, contracted] uint8 in natural order -> [..., nbytes] uint8."""
         lead = codes.shape[:-2]
         tiles = lead.numel()
-        (step_slot, column_slot), _, _ = self._splits
+        (step_slot, column_slot), _, _ = self.splits
         planes = codes.reshape(tiles, self.free, self.contracted).index_select(-1, self._contracted_order)
         planes = planes.view(tiles, column_slot, self.free // column_slot, step_slot // 2, self._plane_width)
         rows = torch.zeros_like(planes[:, 0, :, 0])
@@ -240,6 +243,26 @@ class Offsets(NamedTuple):
     end: int
 
 
+def free_to_lanes(x: Tensor) -> Tensor:
+    """Factors of a free index in natural order -> in lane order, along the last axis."""
+    return x.unflatten(-1, (-1, 8)).transpose(-1, -2).flatten(-2)
+
+
+def lanes_to_free(x: Tensor) -> Tensor:
+    """Inverse of `free_to_lanes`."""
+    return x.unflatten(-1, (8, -1)).transpose(-1, -2).flatten(-2)
+
+
+def contracted_to_lanes(x: Tensor) -> Tensor:
+    """Factors of a contracted index in natural order -> in lane order, along the last axis."""
+    return x.unflatten(-1, (-1, 2, 4, 2)).movedim(-2, -4).flatten(-4)
+
+
+def lanes_to_contracted(x: Tensor) -> Tensor:
+    """Inverse of `contracted_to_lanes`."""
+    return x.unflatten(-1, (4, -1, 2, 2)).movedim(-4, -2).flatten(-4)
+
+
 def pack(tile: Tile, layout: TileLayout) -> Tensor:
     """Records of tiles: fields with leading dims `...` -> [..., layout.nbytes] uint8.
 
@@ -255,12 +278,12 @@ def pack(tile: Tile, layout: TileLayout) -> Tensor:
     fields = (
         layout.key_order.pack(tile.key_codes),
         layout.value_order.pack(tile.value_codes.transpose(-1, -2)),
-        tile.key_scale,
-        tile.key_zero,
-        tile.value_channel_scale,
-        tile.key_token_scale,
-        tile.value_scale,
-        tile.value_zero,
+        contracted_to_lanes(tile.key_scale),
+        contracted_to_lanes(tile.key_zero),
+        free_to_lanes(tile.value_channel_scale),
+        free_to_lanes(tile.key_token_scale),
+        free_to_lanes(tile.value_scale),
+        free_to_lanes(tile.value_zero),
     )
     return torch.cat([field.contiguous().view(torch.uint8) for field in fields], dim=-1)
 
@@ -285,11 +308,13 @@ def unpack(records: Tensor, layout: TileLayout) -> Tile:
     value_codes = layout.value_order.unpack(records[..., at.value_codes : at.key_scale])
     return Tile(
         key_codes=key_codes,
-        key_scale=field(at.key_scale, at.key_zero, torch.float16),
-        key_zero=field(at.key_zero, at.value_channel_scale, torch.float16),
-        key_token_scale=field(at.key_token_scale, at.value_scale, torch.float8_e4m3fn),
+        key_scale=lanes_to_contracted(field(at.key_scale, at.key_zero, torch.float16)),
+        key_zero=lanes_to_contracted(field(at.key_zero, at.value_channel_scale, torch.float16)),
+        key_token_scale=lanes_to_free(field(at.key_token_scale, at.value_scale, torch.float8_e4m3fn)),
         value_codes=value_codes.transpose(-1, -2),
-        value_scale=field(at.value_scale, at.value_zero, torch.float8_e4m3fn),
-        value_zero=field(at.value_zero, at.end, torch.float8_e4m3fn),
-        value_channel_scale=field(at.value_channel_scale, at.key_token_scale, torch.float16),
+        value_scale=lanes_to_free(field(at.value_scale, at.value_zero, torch.float8_e4m3fn)),
+        value_zero=lanes_to_free(field(at.value_zero, at.end, torch.float8_e4m3fn)),
+        value_channel_scale=lanes_to_free(
+            field(at.value_channel_scale, at.key_token_scale, torch.float16)
+        ),
     )

@@ -1,8 +1,13 @@
 """What every test may ask for, and the order they run in: a failure should show as early as it can."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything imports one
 
 from kvarn.model import DEFAULT_MODEL, resolve_model
 

@@ -9,7 +9,8 @@ has the same standard deviation. Alternates, in the log domain and in the manner
     log c[j] += log std_i y[i, j]        then        log r[i] += log std_j y[i, j]
 
 and keeps the state whose imbalance - the largest standard deviation of any row or column over the smallest - is
-least, because the iteration need not improve monotonically.
+least. It ends when a round no longer lowers that by `PROGRESS`: the scales are stored in 3 to 10 bits of mantissa, which
+nothing finer survives, and most tiles are there after three rounds.
 
 y is never formed: with u = 1 / r, the column moments are weighted sums of x and x^2,
 
@@ -19,7 +20,8 @@ y is never formed: with u = 1 / r, the column moments are weighted sums of x and
 import torch
 from torch import Tensor
 
-ITERATIONS = 8
+ITERATIONS = 8  # at most
+PROGRESS = 0.01
 FLAT = 1e-3  # a std below this part of the root mean square is float16 rounding noise
 
 
@@ -45,6 +47,7 @@ def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
 
     best = _imbalance(row_std, row_moves, column_std, column_moves)
     best_row, best_column = log_row, log_column
+    improving = torch.ones_like(best, dtype=torch.bool)
     for _ in range(ITERATIONS):
         log_column = log_column + torch.where(column_moves, column_std.log(), 0.0)
         row_std, _ = _std(x, squares, log_row, log_column)
@@ -52,7 +55,8 @@ def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
         column_std, _ = _std(transposed, transposed_squares, log_column, log_row)
         # The update just made has set every moving row's std to 1.
         current = _imbalance(torch.ones_like(row_std), row_moves, column_std, column_moves)
-        better = current < best
+        better = improving & (current < best)
+        improving &= current < best * (1 - PROGRESS)
         best = torch.where(better, current, best)
         best_row = torch.where(better[..., None], log_row, best_row)
         best_column = torch.where(better[..., None], log_column, best_column)

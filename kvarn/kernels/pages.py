@@ -1,0 +1,105 @@
+"""Records read back into fp16 pages, for prefill: earlier tiles of a prompt as a paged attention kernel takes them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvarn.kernels.checks import check_packed
+from kvarn.kernels.records import (
+    code_words,
+    codes,
+    column_weights,
+    contracted_place,
+    from_e4m3,
+    record_constants,
+    row_place,
+    step_weights,
+)
+from kvarn.tile import TileLayout
+
+
+@triton.jit
+def _fill_pages(
+    Cache,  # [B, H, RECORD] uint8
+    Pool,  # [S, 2, H, G, D] float16
+    Pages,  # [2, P, G, H, D] float16
+    Entries,  # [3, T] int32: page to fill, block to read, slot to read instead or -1
+    entries,
+    value_pages,  # elements from a key's place in Pages to its value's
+    H: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    RECORD: tl.constexpr,
+    VALUE_CODES: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+):
+    head = tl.program_id(0) % H
+    entry = tl.program_id(0) // H
+    page = tl.load(Entries + entry).to(tl.int64)
+    block = tl.load(Entries + entries + entry).to(tl.int64)
+    slot = tl.load(Entries + 2 * entries + entry).to(tl.int64)
+    token, channel = tl.arange(0, G), tl.arange(0, D)
+    out = Pages + (page * G * H + head) * D + token[:, None] * (H * D) + channel[None, :]
+    if slot >= 0:
+        raw = Pool + (slot * 2 * H + head) * G * D + token[:, None] * D + channel[None, :]
+        tl.store(out, tl.load(raw))
+        tl.store(out + value_pages, tl.load(raw + H * G * D))
+    else:
+        record = Cache + (block * H + head) * RECORD
+        by_channel = (record + BY_CHANNEL).to(tl.pointer_type(tl.float16))
+        by_token = record + BY_TOKEN
+        place = contracted_place(channel, D)
+        key = codes(code_words(record.to(tl.pointer_type(tl.int16)), KEY_BITS, D, G), KEY_BITS, D, G, NATURAL=True)
+        unit = step_weights(channel, KEY_BITS, D, G)[None, :] * column_weights(token, KEY_BITS, D, G)[:, None]
+        scale = tl.load(by_channel + place).to(tl.float32)[None, :] * unit
+        zero = tl.load(by_channel + D + place).to(tl.float32)[None, :]
+        factor = from_e4m3(tl.load(by_token + row_place(token, G)))[:, None]
+        key = (key.to(tl.float32) * scale + zero) * factor
+        tl.store(out, key.to(tl.float16))
+
+        words = code_words((record + VALUE_CODES).to(tl.pointer_type(tl.int16)), VALUE_BITS, G, D)
+        value = tl.trans(codes(words, VALUE_BITS, G, D, NATURAL=True))
+        unit = step_weights(token, VALUE_BITS, G, D)[:, None] * column_weights(channel, VALUE_BITS, G, D)[None, :]
+        scale = from_e4m3(tl.load(by_token + G + row_place(token, G)))[:, None] * unit
+        zero = from_e4m3(tl.load(by_token + 2 * G + row_place(token, G)))[:, None]
+        factor = tl.load(by_channel + 2 * D + row_place(channel, D)).to(tl.float32)[None, :]
+        value = (value.to(tl.float32) * scale + zero) * factor
+        tl.store(out + value_pages, value.to(tl.float16))
+
+
+def fill_pages(cache: Tensor, pool: Tensor, pages: Tensor, entries: Tensor, layout: TileLayout) -> None:
+    """Fills pages with tiles read back from records, or from slots that keep them raw.
+
+    Args:
+        cache: [B, H, layout.nbytes] uint8 records.
+        pool: [S, 2, H, G, D] float16 side pool.
+        pages: [2, P, G, H, D] float16, keys and values, rotated; written.
+        entries: [3, T] int32: page to fill, block to read, slot to read instead or -1.
+        layout: the records' layout.
+
+    Raises:
+        ValueError: if a shape, stride or dtype is not as above.
+    """
+    heads, group, head_dim = cache.shape[1], layout.group, layout.head_dim
+    check_packed("cache", cache, (None, None, layout.nbytes), torch.uint8)
+    check_packed("pool", pool, (None, 2, heads, group, head_dim), torch.float16)
+    check_packed("pages", pages, (2, None, group, heads, head_dim), torch.float16)
+    check_packed("entries", entries, (3, None), torch.int32)
+    if entries.shape[1]:
+        _fill_pages[(entries.shape[1] * heads,)](
+            cache,
+            pool,
+            pages,
+            entries,
+            entries.shape[1],
+            pages.stride(0),
+            H=heads,
+            **record_constants(layout),
+            num_warps=4,
+        )

@@ -1,0 +1,113 @@
+"""Attention over pages, for prefill, where FlashAttention 3 is not available: every query tile is a sequence of its own
+whose last page holds its own tile raw and whose other pages hold what the read rule says."""
+
+from __future__ import annotations
+
+from math import log2, e
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvarn.kernels.checks import check_packed
+
+
+@triton.jit
+def _attend_pages(
+    Query,  # [N, H * PER_HEAD, D] float16, rotated
+    Pages,  # [2, P, G, H, D] float16
+    FirstQuery,  # [T + 1] int32, first query token of each query tile
+    KeyLens,  # [T] int32, tokens up to and including each tile's last query
+    PageTable,  # [T, table_stride] int32
+    Out,  # [N, H * PER_HEAD, D] float16
+    scale_log2,
+    table_stride,
+    value_pages,
+    H: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks_per_tile: tl.constexpr = G // BLOCK
+    block = tl.program_id(0) % blocks_per_tile
+    head = tl.program_id(0) // blocks_per_tile % (H * PER_HEAD)
+    tile = (tl.program_id(0) // blocks_per_tile // (H * PER_HEAD)).to(tl.int64)
+    first, last = tl.load(FirstQuery + tile), tl.load(FirstQuery + tile + 1)
+    key_len = tl.load(KeyLens + tile)
+    row = first + block * BLOCK + tl.arange(0, BLOCK)
+    if first + block * BLOCK >= last:
+        return
+    channel, token = tl.arange(0, D), tl.arange(0, G)
+    at = (row.to(tl.int64)[:, None] * (H * PER_HEAD) + head) * D + channel[None, :]
+    q = tl.load(Query + at, mask=row[:, None] < last, other=0.0)
+    position = key_len - last + row
+    acc = tl.zeros([BLOCK, D], tl.float32)
+    top = tl.full([BLOCK], -1e30, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for index in range(0, tl.cdiv(key_len, G)):
+        page = tl.load(PageTable + tile * table_stride + index).to(tl.int64)
+        source = Pages + (page * G * H + head // PER_HEAD) * D + token[:, None] * (H * D) + channel[None, :]
+        visible = (index * G + token)[None, :] <= position[:, None]
+        score = tl.dot(q, tl.trans(tl.load(source))) * scale_log2
+        score = tl.where(visible, score, -1e30)
+        new_top = tl.maximum(top, tl.max(score, 1))
+        p, fade = tl.exp2(score - new_top[:, None]), tl.exp2(top - new_top)
+        p = tl.where(visible, p, 0.0)
+        total, top = total * fade + tl.sum(p, 1), new_top
+        value = tl.load(source + value_pages, mask=(index * G + token)[:, None] < key_len, other=0.0)
+        acc = tl.dot(p.to(tl.float16), value, acc * fade[:, None])
+    tl.store(Out + at, (acc / total[:, None]).to(tl.float16), mask=row[:, None] < last)
+
+
+def attend_pages(
+    query: Tensor,
+    pages: Tensor,
+    first_query: Tensor,
+    key_lens: Tensor,
+    page_table: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Causal attention of query tiles over their pages.
+
+    Args:
+        query: [N, Hq, D] float16, rotated.
+        pages: [2, P, G, H, D] float16, keys and values, rotated.
+        first_query: [T + 1] int32, first token of each query tile; a tile has at most G tokens.
+        key_lens: [T] int32, tokens up to and including each tile's last query.
+        page_table: [T, W] int32, the page of each of a query tile's key tiles; the last holds its own tile.
+        scale: softmax scale.
+        out: [N, Hq, D] float16, rotated; written.
+
+    Raises:
+        ValueError: if a shape, stride or dtype is not as above.
+    """
+    _, _, group, heads, head_dim = pages.shape
+    tokens, query_heads, _ = query.shape
+    tiles = key_lens.shape[0]
+    check_packed("query", query, (None, None, head_dim), torch.float16)
+    check_packed("pages", pages, (2, None, None, None, None), torch.float16)
+    check_packed("first_query", first_query, (tiles + 1,), torch.int32)
+    check_packed("key_lens", key_lens, (None,), torch.int32)
+    check_packed("page_table", page_table, (tiles, None), torch.int32)
+    check_packed("out", out, (tokens, query_heads, head_dim), torch.float16)
+    if tiles:
+        _attend_pages[(tiles * query_heads * (group // 64),)](
+            query,
+            pages,
+            first_query,
+            key_lens,
+            page_table,
+            out,
+            scale * log2(e),
+            page_table.stride(0),
+            pages.stride(0),
+            H=heads,
+            PER_HEAD=query_heads // heads,
+            D=head_dim,
+            G=group,
+            BLOCK=64,
+            num_warps=4,
+        )

@@ -1,0 +1,282 @@
+"""What kernels know of a record (`kvarn.tile`): its codes as tensor-core operands and its scales, lane by lane.
+
+Codes are never converted to numbers. Four (2-bit: eight) codes of a 16-bit word are cut out by masks, and what is left
+is read as float16: a subnormal worth `code * 2^(offset - 24)`, exact, which tensor cores multiply at full speed. The
+2^-24 is taken out of the float32 result and the offset, which depends on the code's place in the word alone, out of the
+other operand (`step_weights`) or the result (`column_weights`).
+
+Inside a dot the contracted index is counted as [step, lane_k, half, pair] where a record counts [step, half, lane_k, pair]
+(`contracted_view`): the order in which Triton's operand layout finds a lane's codes in the registers they were loaded to,
+so that between load and tensor core nothing moves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+from kvarn.tile import CodeOrder, TileLayout
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+CODE_UNIT = tl.constexpr(2.0**24)  # a code read as a subnormal float16 is worth this much less
+E4M3_UNIT = tl.constexpr(2.0**8)  # an e4m3 whose bits are shifted into a float16 is worth this much less
+
+
+def record_constants(layout: TileLayout) -> dict[str, Any]:
+    """Compile-time arguments that describe records of `layout`, for kernels that declare them."""
+    at = layout.offsets
+    return {
+        "D": layout.head_dim,
+        "G": layout.group,
+        "KEY_BITS": layout.preset.key_bits,
+        "VALUE_BITS": layout.preset.value_bits,
+        "RECORD": layout.nbytes,
+        "VALUE_CODES": at.value_codes,
+        "BY_CHANNEL": at.key_scale,
+        "BY_TOKEN": at.key_token_scale,
+    }
+
+
+@triton.constexpr_function
+def _splits(bits: int, contracted: int, free: int) -> tuple[int, ...]:
+    """(step, column) sizes of slot, quad and rep; see `CodeOrder`."""
+    return tuple(size for pair in CodeOrder(bits, contracted, free).splits for size in pair)
+
+
+@triton.jit
+def _cut_nibbles(words):
+    """int16 words -> 4 float16 tensors, code s of each word as a subnormal."""
+    if not INTERPRETED:
+        c0, c1, c2, c3 = tl.inline_asm_elementwise(
+            """{ .reg .b32 high;
+            shr.u32 high, $4, 8;
+            and.b32 $0, $4, 0x000f000f;   and.b32 $1, $4, 0x00f000f0;
+            and.b32 $2, high, 0x000f000f; and.b32 $3, high, 0x00f000f0; }""",
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.float16,) * 4,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        high = words >> 8
+        c0 = (words & 0x0F).to(tl.float16, bitcast=True)
+        c1 = (words & 0xF0).to(tl.float16, bitcast=True)
+        c2 = (high & 0x0F).to(tl.float16, bitcast=True)
+        c3 = (high & 0xF0).to(tl.float16, bitcast=True)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _cut_pairs(words):
+    """int16 words -> 8 float16 tensors, code s of each word as a subnormal."""
+    if not INTERPRETED:
+        c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
+            """{ .reg .b32 high;
+            shr.u32 high, $8, 8;
+            and.b32 $0, $8, 0x00030003;   and.b32 $1, $8, 0x000c000c;
+            and.b32 $2, $8, 0x00300030;   and.b32 $3, $8, 0x00c000c0;
+            and.b32 $4, high, 0x00030003; and.b32 $5, high, 0x000c000c;
+            and.b32 $6, high, 0x00300030; and.b32 $7, high, 0x00c000c0; }""",
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.float16,) * 8,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        high = words >> 8
+        c0 = (words & 0x03).to(tl.float16, bitcast=True)
+        c1 = (words & 0x0C).to(tl.float16, bitcast=True)
+        c2 = (words & 0x30).to(tl.float16, bitcast=True)
+        c3 = (words & 0xC0).to(tl.float16, bitcast=True)
+        c4 = (high & 0x03).to(tl.float16, bitcast=True)
+        c5 = (high & 0x0C).to(tl.float16, bitcast=True)
+        c6 = (high & 0x30).to(tl.float16, bitcast=True)
+        c7 = (high & 0xC0).to(tl.float16, bitcast=True)
+    return c0, c1, c2, c3, c4, c5, c6, c7
+
+
+@triton.jit
+def code_words(ptr, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
+    """The int16 words of a matrix of codes at `ptr` (int16 pointer)."""
+    return tl.load(ptr + tl.arange(0, CONTRACTED * FREE * BITS // 16))
+
+
+@triton.jit
+def codes(
+    words, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr, NATURAL: tl.constexpr = False
+):
+    """Codes: [FREE, CONTRACTED] float16, code * 2^(offset - 24); contracted in `contracted_view` order, for an MMA
+    operand, or in natural order."""
+    SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
+    if BITS == 4:
+        c0, c1, c2, c3 = _cut_nibbles(words)
+        x = tl.join(tl.join(c0, c2), tl.join(c1, c3))
+    else:
+        c0, c1, c2, c3, c4, c5, c6, c7 = _cut_pairs(words)
+        even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
+        x = tl.join(even, tl.join(tl.join(c1, c5), tl.join(c3, c7)))
+    # [step_rep, column_rep, lane_n, lane_k, step_quad, column_quad, half, pair, step_slot, column_slot]
+    x = tl.reshape(x, [SIZES[4], SIZES[5], 8, 4, SIZES[2], SIZES[3], 2, 2, SIZES[0], SIZES[1]])
+    if NATURAL:
+        x = tl.permute(x, [9, 5, 1, 2, 8, 4, 0, 6, 3, 7])
+    else:
+        x = tl.permute(x, [9, 5, 1, 2, 8, 4, 0, 3, 6, 7])
+    return tl.reshape(x, [FREE, CONTRACTED])
+
+
+@triton.jit
+def contracted_view(x, CONTRACTED: tl.constexpr, N: tl.constexpr):
+    """[CONTRACTED, N] in natural order -> the order `codes` contracts in."""
+    x = tl.reshape(x, [CONTRACTED // 16, 2, 4, 2, N])
+    return tl.reshape(tl.permute(x, [0, 2, 1, 3, 4]), [CONTRACTED, N])
+
+
+@triton.jit
+def step_weights(contracted, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
+    """What `codes` must be multiplied by along the natural contracted indices given: float32, powers of two."""
+    SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
+    slot = contracted // (CONTRACTED // SIZES[0]) * SIZES[1]
+    return tl.exp2(-((slot % (8 // BITS)) * BITS).to(tl.float32))
+
+
+@triton.jit
+def column_weights(free, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
+    """What sums over `codes` must be multiplied by along the natural free indices given: float32, powers of two."""
+    SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
+    slot = free // (FREE // SIZES[1])
+    return tl.exp2(-((slot % (8 // BITS)) * BITS).to(tl.float32)) * CODE_UNIT
+
+
+@triton.jit
+def bias_rows(bias, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr, N: tl.constexpr):
+    """bias [N] as the start of a sum over `codes`, to be multiplied by `column_weights` with it: [FREE, N]."""
+    SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
+    if SIZES[1] == 1:
+        return tl.broadcast_to(bias[None, :] / CODE_UNIT, [FREE, N])
+    else:
+        return bias[None, :] / column_weights(tl.arange(0, FREE), BITS, CONTRACTED, FREE)[:, None]
+
+
+@triton.jit
+def _halves_of_e4m3(words):
+    """int16 words of two e4m3 -> two float16 tensors (low byte, high byte), 2^-8 of the values."""
+    if not INTERPRETED:
+        low, high = tl.inline_asm_elementwise(
+            """{ .reg .b32 bits, sign;
+            and.b32 bits, $2, 0x007f007f; shl.b32 bits, bits, 7;
+            and.b32 sign, $2, 0x00800080; shl.b32 sign, sign, 8; or.b32 $0, bits, sign;
+            and.b32 bits, $2, 0x7f007f00; shr.u32 bits, bits, 1;
+            and.b32 sign, $2, 0x80008000; or.b32 $1, bits, sign; }""",
+            "=r,=r,r",
+            [words],
+            dtype=(tl.float16,) * 2,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        low = (((words & 0x7F) << 7) | ((words & 0x80) << 8)).to(tl.float16, bitcast=True)
+        high = (((words >> 1) & 0x3F80) | (words & -0x8000)).to(tl.float16, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def by_row(ptr, ROWS: tl.constexpr):
+    """e4m3 factors of a dot's ROWS rows at `ptr` (int16 pointer): [ROWS, 4] float32, 2^-8 of the values.
+
+    Stored lane by lane; each of the four lanes that share a row loads it, so that nothing is exchanged.
+    """
+    lane = tl.arange(0, 8)[:, None, None] * (ROWS // 16) + tl.zeros([1, 4, 1], tl.int32)
+    low, high = _halves_of_e4m3(tl.load(ptr + lane + tl.arange(0, ROWS // 16)[None, None, :]))
+    x = tl.reshape(tl.join(low, high), [8, 4, ROWS // 8]).to(tl.float32)
+    return tl.reshape(tl.permute(x, [2, 0, 1]), [ROWS, 4])
+
+
+@triton.jit
+def by_row_half(ptr, ROWS: tl.constexpr):
+    """float16 factors of a dot's ROWS rows at `ptr` (float16 pointer): [ROWS, 4] float32; see `by_row`."""
+    lane = tl.arange(0, 8)[:, None, None] * (ROWS // 8) + tl.zeros([1, 4, 1], tl.int32)
+    x = tl.load(ptr + lane + tl.arange(0, ROWS // 8)[None, None, :]).to(tl.float32)
+    return tl.reshape(tl.permute(x, [2, 0, 1]), [ROWS, 4])
+
+
+@triton.jit
+def scale_rows(x, factor, ROWS: tl.constexpr, N: tl.constexpr):
+    """x [ROWS, N] * factor [ROWS, 4], each lane with its own copy of the factor."""
+    return tl.reshape(tl.reshape(x, [ROWS, N // 8, 4, 2]) * factor[:, None, :, None], [ROWS, N])
+
+
+@triton.jit
+def by_contracted(ptr, CONTRACTED: tl.constexpr):
+    """float16 factors of a dot's contracted index at `ptr`, stored lane by lane: [1, 8, 4, CONTRACTED // 4], the axes of
+    `query_lanes`; each of the eight lanes that share an index loads it."""
+    lane = tl.zeros([1, 8, 1, 1], tl.int32) + tl.arange(0, 4)[None, None, :, None] * (CONTRACTED // 4)
+    return tl.load(ptr + lane + tl.arange(0, CONTRACTED // 4)[None, None, None, :])
+
+
+@triton.jit
+def lane_channels(D: tl.constexpr):
+    """Natural channel at each [lane_k, (step, half, pair)]: [1, 1, 4, D // 4] int32."""
+    place = tl.arange(0, D // 4)[None, None, None, :]
+    lane = tl.arange(0, 4)[None, None, :, None]
+    return place // 4 * 16 + place // 2 % 2 * 8 + lane * 2 + place % 2
+
+
+@triton.jit
+def lanes_to_operand(x, D: tl.constexpr, N: tl.constexpr):
+    """[N // 8, 8, 4, D // 4] -> [D in `contracted_view` order, N]: registers renamed."""
+    x = tl.reshape(x, [N // 8, 8, 4, D // 16, 2, 2])
+    return tl.reshape(tl.permute(x, [3, 2, 4, 5, 0, 1]), [D, N])
+
+
+@triton.jit
+def pack_codes(x, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
+    """Codes [FREE, CONTRACTED] int32 in natural order -> [CONTRACTED * FREE * BITS // 16] int16 words of a record."""
+    SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
+    free = tl.arange(0, FREE)[:, None] // (FREE // SIZES[1])
+    contracted = tl.arange(0, CONTRACTED)[None, :] // (CONTRACTED // SIZES[0])
+    x = x << ((contracted * SIZES[1] + free) * BITS)
+    # [column_slot, column_quad, column_rep, lane_n, step_slot, step_quad, step_rep, half, lane_k, pair]
+    x = tl.reshape(x, [SIZES[1], SIZES[3], SIZES[5], 8, SIZES[0], SIZES[2], SIZES[4], 2, 4, 2])
+    x = tl.permute(x, [6, 2, 3, 8, 5, 1, 7, 9, 4, 0])
+    return tl.sum(tl.reshape(x, [CONTRACTED * FREE * BITS // 16, 16 // BITS]), 1).to(tl.int16)
+
+
+@triton.jit
+def row_place(row, ROWS: tl.constexpr):
+    """Where a record keeps the factor of a dot's row: lane by lane (see `by_row`)."""
+    return row % 8 * (ROWS // 8) + row // 8
+
+
+@triton.jit
+def contracted_place(index, CONTRACTED: tl.constexpr):
+    """Where a record keeps the factor of a contracted index: lane by lane (see `by_contracted`)."""
+    lane = index // 2 % 4
+    return lane * (CONTRACTED // 4) + index // 16 * 4 + index // 8 % 2 * 2 + index % 2
+
+
+@triton.jit
+def to_e4m3(x):
+    """float32 -> bits of the nearest float8_e4m3fn, ties to even, saturating at +-448: uint8.
+
+    In integers, because Triton's own conversion needs compute capability 8.9 and its interpreter's rounds some values
+    to half of what they are.
+    """
+    magnitude = tl.minimum(tl.abs(x), 448.0)
+    bits = magnitude.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    subnormal = (magnitude * 512.0 + 8388608.0).to(tl.int32, bitcast=True) - 0x4B000000
+    code = tl.where(magnitude < 2.0**-6, subnormal, normal)
+    return (code | tl.where(x < 0, 0x80, 0)).to(tl.uint8)
+
+
+@triton.jit
+def from_e4m3(code):
+    """Inverse of `to_e4m3`: uint8 -> float32."""
+    bits = code.to(tl.int32)
+    half = ((bits & 0x7F) << 7) | ((bits & 0x80) << 8)
+    return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * E4M3_UNIT

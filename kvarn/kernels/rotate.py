@@ -1,0 +1,176 @@
+"""Rotation of a step's queries, keys and values, and where each goes: buffer, side pool, pages."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvarn.kernels.checks import MODEL_DTYPES, check_packed, check_rows
+from kvarn.kernels.records import INTERPRETED
+from kvarn.reference.hadamard import hadamard_matrix
+
+FLOAT16_MAX = tl.constexpr(65504.0)
+
+
+@triton.jit
+def _rotated(x, Hadamard, D: tl.constexpr):
+    """x [M, D] rotated and saturated: float16. Entries of Hadamard are +-1 in x's dtype, so products are exact."""
+    channel = tl.arange(0, D)
+    hadamard = tl.load(Hadamard + channel[:, None] * D + channel[None, :])
+    if INTERPRETED:  # its bfloat16 dot multiplies the bits
+        x, hadamard = x.to(tl.float32), hadamard.to(tl.float32)
+    y = tl.dot(x, hadamard, input_precision="ieee") * (1.0 / tl.sqrt(D * 1.0))
+    return tl.minimum(tl.maximum(y, -FLOAT16_MAX), FLOAT16_MAX).to(tl.float16)
+
+
+@triton.jit
+def _rotate_store(
+    Query,  # [N, H * PER_HEAD, D], token stride query_stride
+    Key,  # [N, H, D], token stride key_stride
+    Value,  # [N, H, D], token stride value_stride
+    Hadamard,  # [D, D] of the inputs' dtype, entries +-1
+    Rotated,  # [N, H * PER_HEAD, D] float16
+    Pool,  # [S, 2, H, G, D] float16
+    SlotRows,  # [N] int32, slot * G + row, negative for none
+    Pages,  # [2, P, G, H, D] float16
+    PageRows,  # [N] int32, page * G + row, negative for none
+    tokens,
+    query_stride,
+    key_stride,
+    value_stride,
+    value_pages,  # elements from a key's place in Pages to its value's
+    H: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    heads = H * (PER_HEAD + 2)
+    which = tl.program_id(0) % heads
+    token = (tl.program_id(0) // heads).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid, channel = token < tokens, tl.arange(0, D)
+    if which < H * PER_HEAD:
+        source = Query + token[:, None] * query_stride + which * D + channel[None, :]
+    elif which < H * (PER_HEAD + 1):
+        source = Key + token[:, None] * key_stride + (which - H * PER_HEAD) * D + channel[None, :]
+    else:
+        source = Value + token[:, None] * value_stride + (which - H * (PER_HEAD + 1)) * D + channel[None, :]
+    y = _rotated(tl.load(source, mask=valid[:, None], other=0.0), Hadamard, D)
+    if which < H * PER_HEAD:
+        at = (token * H * PER_HEAD + which) * D
+        tl.store(Rotated + at[:, None] + channel[None, :], y, mask=valid[:, None])
+    else:
+        head = which % H
+        is_value = (which >= H * (PER_HEAD + 1)).to(tl.int64)
+        row = tl.load(SlotRows + token, mask=valid, other=-1).to(tl.int64)
+        at = (((row // G) * 2 + is_value) * H + head) * G * D + row % G * D
+        tl.store(Pool + at[:, None] + channel[None, :], y, mask=(row >= 0)[:, None])
+        row = tl.load(PageRows + token, mask=valid, other=-1).to(tl.int64)
+        at = is_value * value_pages + (row * H + head) * D
+        tl.store(Pages + at[:, None] + channel[None, :], y, mask=(row >= 0)[:, None])
+
+
+@triton.jit
+def _unrotate(
+    X,  # [rows, D] float16
+    Hadamard,  # [D, D] float16, entries +-1
+    Out,  # [rows, D]
+    rows,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, D)
+    at = row[:, None] * D + channel[None, :]
+    hadamard = tl.load(Hadamard + channel[:, None] * D + channel[None, :])
+    y = tl.dot(tl.load(X + at, mask=row[:, None] < rows, other=0.0), hadamard) * (1.0 / tl.sqrt(D * 1.0))
+    tl.store(Out + at, y.to(Out.dtype.element_ty), mask=row[:, None] < rows)
+
+
+@lru_cache
+def signs(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The Hadamard matrix without its 1 / sqrt(head_dim): [head_dim, head_dim] of `dtype`, entries +-1."""
+    return hadamard_matrix(head_dim).sign().to(device, dtype)
+
+
+def rotate_store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotated: Tensor,
+    pool: Tensor,
+    slot_rows: Tensor,
+    pages: Tensor,
+    page_rows: Tensor,
+) -> None:
+    """Rotates a step's tokens: queries to `rotated`, keys and values to their side-pool slots and their pages.
+
+    Args:
+        query: [N, Hq, D] float32, bfloat16 or float16.
+        key, value: [N, H, D] of the query's dtype.
+        rotated: [N, Hq, D] float16; written.
+        pool: [S, 2, H, G, D] float16 side pool; written.
+        slot_rows: [N] int32, slot * G + row of each token, negative for a token no slot keeps.
+        pages: [2, P, G, H, D] float16; written.
+        page_rows: [N] int32, page * G + row of each token, negative for a token no page keeps.
+
+    Raises:
+        ValueError: if a shape, stride or dtype is not as above.
+    """
+    tokens, query_heads, head_dim = query.shape
+    heads, group = pool.shape[2], pool.shape[3]
+    check_rows("query", query, (None, None, head_dim), *MODEL_DTYPES)
+    check_rows("key", key, (tokens, heads, head_dim), query.dtype)
+    check_rows("value", value, (tokens, heads, head_dim), query.dtype)
+    check_packed("rotated", rotated, (tokens, query_heads, head_dim), torch.float16)
+    check_packed("pool", pool, (None, 2, heads, None, head_dim), torch.float16)
+    check_packed("pages", pages, (2, None, group, heads, head_dim), torch.float16)
+    check_packed("slot_rows", slot_rows, (tokens,), torch.int32)
+    check_packed("page_rows", page_rows, (tokens,), torch.int32)
+    if not tokens:
+        return
+    block = 16 if tokens <= 1024 else 64
+    _rotate_store[(triton.cdiv(tokens, block) * (query_heads + 2 * heads),)](
+        query,
+        key,
+        value,
+        signs(head_dim, query.dtype, query.device),
+        rotated,
+        pool,
+        slot_rows,
+        pages,
+        page_rows,
+        tokens,
+        query.stride(0),
+        key.stride(0),
+        value.stride(0),
+        pages.stride(0),
+        H=heads,
+        PER_HEAD=query_heads // heads,
+        D=head_dim,
+        G=group,
+        BLOCK=block,
+        num_warps=4,
+    )
+
+
+def unrotate(x: Tensor, out: Tensor) -> None:
+    """Rotates rows back.
+
+    Args:
+        x: [N, Hq, D] float16, rotated.
+        out: [N, Hq, D] float32, bfloat16 or float16; written.
+
+    Raises:
+        ValueError: if a shape, stride or dtype is not as above.
+    """
+    check_packed("x", x, (None, None, None), torch.float16)
+    check_packed("out", out, tuple(x.shape), *MODEL_DTYPES)
+    rows, head_dim = x.shape[0] * x.shape[1], x.shape[2]
+    if rows:
+        hadamard = signs(head_dim, torch.float16, x.device)
+        _unrotate[(triton.cdiv(rows, 64),)](x, hadamard, out, rows, D=head_dim, BLOCK=64, num_warps=4)

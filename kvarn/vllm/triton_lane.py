@@ -1,0 +1,436 @@
+"""The attention backend's work on a GPU: kernels planned on the device, so that a decode step is one CUDA graph.
+
+Decode rows are planned by a kernel from tensors that stay in place (block table, sequence lengths, slot map); the host
+plans prefill chunks, whose lengths it knows. Prefill attends pages: each query tile is a sequence of its own, whose last
+page is its own tile raw and whose other pages are what the read rule says, so that any paged attention kernel serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.platforms import current_platform
+from vllm.utils.math_utils import cdiv
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionLayer,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+
+from kvarn.kernels import decode, pages, plan, prefill, quantize, rotate
+from kvarn.tile import TileLayout
+from kvarn.vllm.attention import KVarNImpl
+from kvarn.vllm.slot_map import NO_SLOT, SlotMap
+from kvarn.vllm.spec import KVarNSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+WARPS_PER_PROCESSOR = 8  # of the decode kernel, as its registers allow
+
+
+class Workspace:
+    """What all layers of a model share on a worker, allocated with the weights so that vLLM's memory profile counts it.
+
+    Attributes:
+        rotated: [tokens, query heads, head_dim] float16, a step's rotated queries.
+        attended: as `rotated`, prefill's attention before it is un-rotated.
+        pages: [2, P, group, KV heads, head_dim] float16, tiles of the prompts that a step prefills.
+        parts: the decode kernel's partial results.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, layout: TileLayout, num_heads: int, num_kv_heads: int, device: torch.device
+    ) -> None:
+        scheduler = vllm_config.scheduler_config
+        tokens, group, head_dim = scheduler.max_num_batched_tokens, layout.group, layout.head_dim
+        # The longest sequence through records, and a step's own tiles raw: two more where a chunk begins and ends.
+        page_count = cdiv(vllm_config.model_config.max_model_len, group) + cdiv(tokens, group) + 2
+        self.rotated = torch.zeros(tokens, num_heads, head_dim, dtype=torch.float16, device=device)
+        self.attended = torch.zeros_like(self.rotated)
+        self.pages = torch.zeros(2, page_count, group, num_kv_heads, head_dim, dtype=torch.float16, device=device)
+        self.concurrent_parts = _processors(device) * WARPS_PER_PROCESSOR
+        rows = max(self.concurrent_parts, 2 * scheduler.max_num_seqs * num_kv_heads) * (num_heads // num_kv_heads)
+        self.parts = decode.Parts(rows, head_dim, device)
+
+    def splits(self, requests: int, num_kv_heads: int) -> int:
+        """Shares to cut each sequence into, so that all parts run at once where they can."""
+        return max(1, self.concurrent_parts // (requests * num_kv_heads) - 1)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@dataclass
+class DecodeBatch:
+    """The requests of a step that have one query token: the batch's first R rows, one token each; all on the device.
+
+    Attributes:
+        block_table: [R, W] int32.
+        seq_lens: [R] int32, 0 for a row that pads the batch.
+        tail_slots, sink_slots: [R] int32, `NO_SLOT` for none.
+        fill_blocks: [R] int32, the block whose tile fills in this step, or -1.
+    """
+
+    block_table: Tensor
+    seq_lens: Tensor
+    tail_slots: Tensor
+    sink_slots: Tensor
+    fill_blocks: Tensor
+
+
+@dataclass
+class PrefillWave:
+    """Chunks whose tiles fit the pages at once: batch tokens `first:last`, T query tiles; tensors on the device.
+
+    Attributes:
+        begun: [3, E] int32 entries of `pages.fill_pages`: tiles that earlier steps began, from their slots.
+        filled_pages, filled_blocks: [F] int32: tiles that this step completes.
+        context: [3, C] int32 entries of `pages.fill_pages`: the tiles read through records or from the sink.
+        first_query: [T + 1] int32, first token of each query tile, counted from `first`.
+        key_lens: [T] int32, tokens up to and including each tile's last query.
+        page_table: [T, W] int32.
+        longest: the largest key length.
+    """
+
+    first: int
+    last: int
+    begun: Tensor
+    filled_pages: Tensor
+    filled_blocks: Tensor
+    context: Tensor
+    first_query: Tensor
+    key_lens: Tensor
+    page_table: Tensor
+    longest: int
+
+
+@dataclass
+class TritonMetadata:
+    """One step over all layers.
+
+    Attributes:
+        num_actual_tokens: tokens of the step, decode rows' first.
+        slot_rows, page_rows: [tokens] int32, where each token's key and value go; negative for nowhere.
+    """
+
+    num_actual_tokens: int
+    slot_rows: Tensor
+    page_rows: Tensor
+    decode: DecodeBatch | None
+    prefill: list[PrefillWave]
+
+
+class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
+    """Plans a step into tensors that stay in place, without waiting for the device."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    reorder_batch_threshold: int = 1
+
+    def __init__(
+        self, kv_cache_spec: KVarNSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._group = kv_cache_spec.block_size
+        impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
+        self._slot_map: SlotMap = impl.slot_map
+        self._page_count: int = impl.workspace.pages.shape[1]
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self._token_rows = torch.full((2, tokens), NO_SLOT, dtype=torch.int32, device=device)
+        requests = vllm_config.scheduler_config.max_num_seqs
+        self._decode_rows = torch.full((3, requests), NO_SLOT, dtype=torch.int32, device=device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> TritonMetadata:
+        common = common_attn_metadata
+        offsets = common.query_start_loc_cpu.numpy().astype(np.int64)
+        longer = np.flatnonzero(np.diff(offsets) > 1)
+        decodes = int(longer[0]) if len(longer) else len(offsets) - 1
+        tokens = int(offsets[-1])
+        slot_of = self._slot_map.on_device(self.device)
+        return TritonMetadata(
+            num_actual_tokens=tokens,
+            slot_rows=self._token_rows[0, :tokens],
+            page_rows=self._token_rows[1, :tokens],
+            decode=self._plan_decode(common, decodes, slot_of) if decodes else None,
+            prefill=self._plan_prefill(common, decodes, offsets, slot_of) if len(longer) else [],
+        )
+
+    def _plan_decode(self, common: CommonAttentionMetadata, rows: int, slot_of: Tensor) -> DecodeBatch:
+        batch = DecodeBatch(
+            common.block_table_tensor[:rows], common.seq_lens[:rows], *(x[:rows] for x in self._decode_rows)
+        )
+        plan.plan_decode(
+            batch.block_table,
+            batch.seq_lens,
+            slot_of,
+            self._group,
+            batch.tail_slots,
+            batch.sink_slots,
+            self._token_rows[0, :rows],
+            self._token_rows[1, :rows],
+            batch.fill_blocks,
+        )
+        return batch
+
+    def _plan_prefill(
+        self, common: CommonAttentionMetadata, decodes: int, offsets: np.ndarray, slot_of: Tensor
+    ) -> list[PrefillWave]:
+        lengths = common.seq_lens_cpu_upper_bound
+        assert lengths is not None, "vLLM gave no sequence lengths on the host"
+        seq_lens = lengths.numpy().astype(np.int64)
+        chunks = [
+            _Chunk(row, int(offsets[row]), int(offsets[row + 1]), int(seq_lens[row]), self._group)
+            for row in range(decodes, len(offsets) - 1)
+        ]
+        lookup = _Lookup(common.block_table_tensor, slot_of, self.device)
+        first, last = chunks[0].first, chunks[-1].last
+        waves = []
+        page_rows: list[np.ndarray] = []
+        for wave in _waves(chunks, self._page_count):
+            built, rows = _build_wave(wave, self._group, lookup)
+            waves.append(built)
+            page_rows.append(rows)
+        request = np.concatenate([np.full(chunk.last - chunk.first, chunk.row) for chunk in chunks])
+        position = np.concatenate([np.arange(chunk.start, chunk.seq_len) for chunk in chunks])
+        where = lookup.to_device(np.concatenate(page_rows), position % self._group)
+        slots = lookup.slots(lookup.blocks(request, position // self._group))
+        self._token_rows[1, first:last] = where[0]
+        self._token_rows[0, first:last] = torch.where(slots >= 0, slots * self._group + where[1], NO_SLOT)
+        return waves
+
+
+class _Chunk:
+    """One request's chunk: batch tokens `first:last`, which end at `seq_len` tokens of its sequence."""
+
+    def __init__(self, row: int, first: int, last: int, seq_len: int, group: int) -> None:
+        self.row, self.first, self.last, self.seq_len = row, first, last, seq_len
+        self.start = seq_len - (last - first)
+        self.first_tile, self.last_tile = self.start // group, (seq_len - 1) // group
+        self.filled_end = seq_len // group  # tiles first_tile .. filled_end - 1 are complete after this chunk
+
+    @property
+    def pages(self) -> int:
+        """Its context, tile by tile, and then its own tiles raw."""
+        return self.last_tile + self.last_tile - self.first_tile + 1
+
+
+def _waves(chunks: list[_Chunk], page_count: int) -> Iterator[list[_Chunk]]:
+    """Runs of chunks that fit the pages together; one chunk always does."""
+    wave: list[_Chunk] = []
+    used = 0
+    for chunk in chunks:
+        if wave and used + chunk.pages > page_count:
+            yield wave
+            wave, used = [], 0
+        wave.append(chunk)
+        used += chunk.pages
+    yield wave
+
+
+class _Lookup:
+    """Block ids and slots of (request, tile) pairs that the host names and only the device knows."""
+
+    def __init__(self, block_table: Tensor, slot_of: Tensor, device: torch.device) -> None:
+        self._block_table, self._slot_of, self._device = block_table, slot_of, device
+
+    def to_device(self, *rows: np.ndarray) -> Tensor:
+        """Rows of equal length as one int32 tensor, copied without waiting."""
+        host = torch.from_numpy(np.stack(rows).astype(np.int32))
+        if self._device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self._device, non_blocking=True)
+
+    def blocks(self, requests: np.ndarray, tiles: np.ndarray) -> Tensor:
+        """int32 block ids."""
+        request, tile = self.to_device(requests, tiles)
+        return self._block_table[request, tile]
+
+    def slots(self, blocks: Tensor) -> Tensor:
+        """int32 slots, `NO_SLOT` for blocks without one."""
+        known = blocks < self._slot_of.shape[0]
+        return torch.where(known, self._slot_of[torch.where(known, blocks, 0)], NO_SLOT)
+
+
+def _build_wave(chunks: list[_Chunk], group: int, lookup: _Lookup) -> tuple[PrefillWave, np.ndarray]:
+    """The wave of `chunks`, and the page row of each of its tokens."""
+    first = chunks[0].first
+    begun, filled, context = [], [], []
+    first_query, key_lens, tables, page_rows = [0], [], [], []
+    page = 0
+    for chunk in chunks:
+        own_page = page + chunk.last_tile - chunk.first_tile  # page of its tile t raw is own_page + t
+        if chunk.start % group:
+            begun.append((own_page + chunk.first_tile, chunk.row, chunk.first_tile))
+        filled += [(own_page + t, chunk.row, t) for t in range(chunk.first_tile, chunk.filled_end)]
+        context += [(page + t, chunk.row, t) for t in range(chunk.last_tile)]
+        for tile in range(chunk.first_tile, chunk.last_tile + 1):
+            end = min((tile + 1) * group, chunk.seq_len)
+            first_query.append(chunk.first - first + end - chunk.start)
+            key_lens.append(end)
+            tables.append(np.append(np.arange(page, page + tile), own_page + tile))
+        position = np.arange(chunk.start, chunk.seq_len)
+        page_rows.append(own_page * group + position)
+        page += chunk.pages
+    page_table = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
+    for row, table in zip(page_table, tables, strict=True):
+        row[: len(table)] = table
+    filled_pages, filled_blocks, _ = _entries(filled, lookup, keeps_slot=lambda tiles: np.zeros(len(tiles), bool))
+    wave = PrefillWave(
+        first=first,
+        last=chunks[-1].last,
+        begun=_entries(begun, lookup, keeps_slot=lambda tiles: np.ones(len(tiles), bool)),
+        filled_pages=filled_pages,
+        filled_blocks=filled_blocks,
+        context=_entries(context, lookup, keeps_slot=lambda tiles: tiles == 0),
+        first_query=lookup.to_device(np.array(first_query))[0],
+        key_lens=lookup.to_device(np.array(key_lens))[0],
+        page_table=lookup.to_device(*page_table),
+        longest=max(key_lens),
+    )
+    return wave, np.concatenate(page_rows)
+
+
+def _entries(
+    tiles: list[tuple[int, int, int]], lookup: _Lookup, keeps_slot: Callable[[np.ndarray], np.ndarray]
+) -> Tensor:
+    """(page, request, tile) triples -> [3, E] int32: page, block, slot to read where `keeps_slot` of the tile, else -1."""
+    page, request, tile = np.array(tiles, dtype=np.int64).reshape(-1, 3).T
+    pages_and_kept = lookup.to_device(page, keeps_slot(tile))
+    blocks = lookup.blocks(request, tile)
+    slots = torch.where(pages_and_kept[1] > 0, lookup.slots(blocks), NO_SLOT)
+    return torch.stack([pages_and_kept[0], blocks, slots])
+
+
+class TritonImpl(KVarNImpl):
+    """One layer on a GPU.
+
+    Attributes:
+        workspace: one object for all layers of a model.
+    """
+
+    workspace: Workspace
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._vllm_config = get_current_vllm_config()
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        super().process_weights_after_loading(act_dtype)
+        device = torch.device(current_platform.device_type)
+        layers = self._vllm_config.compilation_config.static_forward_context.values()
+        shared = (getattr(getattr(layer, "impl", None), "workspace", None) for layer in layers)
+        self.workspace = next((found for found in shared if found is not None), None) or Workspace(
+            self._vllm_config, self.layout, self.num_heads, self.num_kv_heads, device
+        )
+        self._attend = _page_attention(self.layout.head_dim)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: TritonMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Fill `output`, shaped as `query` [N, heads, head_dim], from `key` and `value` [N, KV heads, head_dim]."""
+        if attn_metadata is None:  # vLLM profiles memory without a batch
+            return output.zero_()
+        tokens, layout, work = attn_metadata.num_actual_tokens, self.layout, self.workspace
+        for wave in attn_metadata.prefill:
+            pages.fill_pages(kv_cache, self.pool, work.pages, wave.begun, layout)
+        rotate.rotate_store(
+            query[:tokens],
+            key[:tokens],
+            value[:tokens],
+            work.rotated[:tokens],
+            self.pool,
+            attn_metadata.slot_rows,
+            work.pages,
+            attn_metadata.page_rows,
+        )
+        if attn_metadata.decode is not None:
+            self._decode(attn_metadata.decode, kv_cache, output)
+        for wave in attn_metadata.prefill:
+            self._prefill(wave, kv_cache, output)
+        return output
+
+    def _decode(self, batch: DecodeBatch, kv_cache: Tensor, output: Tensor) -> None:
+        rows, work = batch.seq_lens.shape[0], self.workspace
+        quantize.quantize_slots(self.pool, batch.tail_slots, batch.fill_blocks, kv_cache, self.layout)
+        decode.decode(
+            work.rotated[:rows],
+            kv_cache,
+            self.pool,
+            batch.block_table,
+            batch.seq_lens,
+            batch.tail_slots,
+            batch.sink_slots,
+            self.scale,
+            self.layout,
+            work.splits(rows, self.num_kv_heads),
+            work.parts,
+            output[:rows],
+        )
+
+    def _prefill(self, wave: PrefillWave, kv_cache: Tensor, output: Tensor) -> None:
+        work = self.workspace
+        quantize.quantize_pages(work.pages, wave.filled_pages, wave.filled_blocks, kv_cache, self.layout)
+        pages.fill_pages(kv_cache, self.pool, work.pages, wave.context, self.layout)
+        attended = work.attended[wave.first : wave.last]
+        self._attend(work.rotated[wave.first : wave.last], work.pages, wave, self.scale, attended)
+        rotate.unrotate(attended, output[wave.first : wave.last])
+
+
+PageAttention = Callable[[Tensor, Tensor, PrefillWave, float, Tensor], None]
+
+
+def _page_attention(head_dim: int) -> PageAttention:
+    """FlashAttention 3 as vLLM ships it where this device has it, else our own kernel."""
+    if current_platform.is_cuda():
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+        if get_flash_attn_version(head_size=head_dim) == 3:
+            return _attend_with_flash_attention
+    return _attend_with_triton
+
+
+def _attend_with_flash_attention(
+    query: Tensor, page_pool: Tensor, wave: PrefillWave, scale: float, out: Tensor
+) -> None:
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    flash_attn_varlen_func(
+        q=query,
+        k=page_pool[0],
+        v=page_pool[1],
+        max_seqlen_q=page_pool.shape[2],
+        cu_seqlens_q=wave.first_query,
+        max_seqlen_k=wave.longest,
+        seqused_k=wave.key_lens,
+        softmax_scale=scale,
+        causal=True,
+        block_table=wave.page_table,
+        out=out,
+        fa_version=3,
+        num_splits=1,
+    )
+
+
+def _attend_with_triton(
+    query: Tensor, page_pool: Tensor, wave: PrefillWave, scale: float, out: Tensor
+) -> None:
+    prefill.attend_pages(query, page_pool, wave.first_query, wave.key_lens, wave.page_table, scale, out)
