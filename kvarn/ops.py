@@ -215,10 +215,11 @@ class _Partial(NamedTuple):
 
 def _attend_slots(query: Tensor, pool: Tensor, slots: Tensor, written: Tensor) -> _Partial:
     """Attention over the rows of raw slots [S] that are `written` [S, F]; query [S, H, M, D] rotated and scaled."""
-    raw = pool[:, :, :, : written.shape[1]].index_select(0, slots)
+    key, value = pool.index_select(0, slots)[:, :, :, : written.shape[1]].unbind(1)
     # Rows not written yet may hold anything, NaN included: all their bits are cleared, which is cheaper than a fill.
-    raw.view(torch.int16).bitwise_and_(-written[:, None, None, :, None].to(torch.int16))
-    key, value = (part.to(query.dtype) for part in raw.unbind(1))  # each contiguous, or matmul would copy it
+    # Those of keys may stay, since their scores are replaced.
+    value = (value.view(torch.int16) & -written[:, None, :, None].to(torch.int16)).view(torch.float16)
+    key, value = key.to(query.dtype), value.to(query.dtype)
     scores = (query @ key.transpose(-1, -2)).masked_fill_(~written[:, None, None, :], -torch.inf)
     top, probabilities, total = _softmax_parts(scores)
     return _Partial(top, total, probabilities @ value)

@@ -54,7 +54,7 @@ class EngineBench:
     batch_size: int = 4
     context_tokens: int = 1000
     output_tokens: int = 64
-    repeats: int = 3
+    repeats: int = 2
     kv_cache_memory_gib: float = 0.5
     max_num_batched_tokens: int = 2048
     enforce_eager: bool = False
