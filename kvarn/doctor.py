@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -123,17 +124,14 @@ class _Sequence:
 
     def decode_error(self) -> float:
         """Largest difference of `ops.decode` from the reference at the last position."""
-        result = ops.decode(
-            self.query[-1:],
-            self.cache,
-            self.pool,
-            self.block_table[None],
-            torch.tensor([self.length], dtype=torch.int32),
-            torch.tensor([TAIL_SLOT]),
-            torch.tensor([SINK_SLOT]),
-            self.scale,
-            self.layout,
+        plan = ops.plan_decode(
+            self.block_table.numpy()[None],
+            np.array([self.length]),
+            np.array([TAIL_SLOT]),
+            np.array([SINK_SLOT]),
+            self.layout.group,
         )
+        result = ops.decode(self.query[-1:], self.cache, self.pool, plan, self.scale, self.layout)
         return self._error(result, torch.tensor([self.length - 1]))
 
     def prefill_error(self) -> float:

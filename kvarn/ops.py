@@ -8,8 +8,10 @@ The read rule: a query reads its own tile raw (side pool or the current chunk), 
 it, and every other tile from its record.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,27 +96,85 @@ def quantize_tiles(cache: Tensor, key: Tensor, value: Tensor, blocks: Tensor, la
         cache[blocks] = codec.encode(key.float(), value.float(), layout)
 
 
+@dataclass(frozen=True)
+class DecodePlan:
+    """Which raw tiles and which records one decode step reads, the same in every layer; made by `plan_decode`.
+
+    R requests read S >= R raw tiles and P records.
+
+    Attributes:
+        num_requests: R.
+        requests: [S + P] int64, the request that reads each raw tile, then each record.
+        raw_slots: [S] int64, slots of the side pool.
+        raw_written: [S, F] bool, the rows to read of each raw tile; no request reads more than its first F.
+        blocks: [P] int64, blocks of the records.
+    """
+
+    num_requests: int
+    requests: Tensor
+    raw_slots: Tensor
+    raw_written: Tensor
+    blocks: Tensor
+
+
+def plan_decode(
+    block_table: np.ndarray, seq_lens: np.ndarray, tail_slots: np.ndarray, sink_slots: np.ndarray, group: int
+) -> DecodePlan:
+    """Applies the read rule to one new token per request, at position seq_lens - 1.
+
+    Args:
+        block_table: [R, W] integer; entries from a sequence's last tile on are never read.
+        seq_lens: [R] integer, tokens including the new one, at least 1.
+        tail_slots: [R] integer, slot of the tile the new token is in.
+        sink_slots: [R] integer, slot of tile 0, or -1 to read its record. Ignored while tile 0 is the tail.
+        group: tokens per tile.
+
+    Raises:
+        ValueError: if a shape or dtype is not as above, a sequence is empty or a tail has no slot.
+    """
+    requests = len(seq_lens)
+    _check_integers("block_table", block_table, (requests, None))
+    _check_integers("seq_lens", seq_lens, (None,))
+    _check_integers("tail_slots", tail_slots, (requests,))
+    _check_integers("sink_slots", sink_slots, (requests,))
+    if (seq_lens < 1).any():
+        raise ValueError(
+            f"seq_lens is {seq_lens.min()} somewhere: expected 1 or more, the new token included"
+        )
+    if (tail_slots < 0).any():
+        raise ValueError(f"tail_slots is {tail_slots.min()} somewhere: every new token needs a slot")
+
+    own_tile, own_row = np.divmod(seq_lens - 1, group)
+    reads_sink = (sink_slots >= 0) & (own_tile > 0)
+    sink_requests = np.flatnonzero(reads_sink)
+    raw_rows = np.concatenate([own_row + 1, np.full(len(sink_requests), group)])
+
+    tile = np.arange(own_tile.max(initial=0))
+    from_record = (tile < own_tile[:, None]) & ((tile > 0) | ~reads_sink[:, None])
+    record_requests, record_tiles = np.nonzero(from_record)
+    return DecodePlan(
+        num_requests=requests,
+        requests=_int64(np.concatenate([np.arange(requests), sink_requests, record_requests])),
+        raw_slots=_int64(np.concatenate([tail_slots, sink_slots[sink_requests]])),
+        raw_written=torch.from_numpy(np.arange(raw_rows.max(initial=0)) < raw_rows[:, None]),
+        blocks=_int64(block_table[record_requests, record_tiles]),
+    )
+
+
+def _int64(x: np.ndarray) -> Tensor:
+    return torch.from_numpy(x.astype(np.int64))
+
+
 def decode(
-    query: Tensor,
-    cache: Tensor,
-    pool: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    tail_slots: Tensor,
-    sink_slots: Tensor,
-    scale: float,
-    layout: TileLayout,
+    query: Tensor, cache: Tensor, pool: Tensor, plan: DecodePlan, scale: float, layout: TileLayout
 ) -> Tensor:
-    """Attention of one new token per request, at position seq_lens - 1.
+    """Attention of one new token per request.
 
     Args:
         query: [R, Hq, D] float32, bfloat16 or float16, not rotated.
         cache: [B, H, layout.nbytes] uint8 records.
         pool: [S, 2, H, G, D] float16 side pool; the new token is in its tail slot already.
-        block_table: [R, W] int32; entries past a sequence's last tile are never read.
-        seq_lens: [R] int32, tokens including the new one, at least 1.
-        tail_slots: [R] int64, slot of the tile the new token is in.
-        sink_slots: [R] int64, slot of tile 0, or -1 to read its record. Ignored while tile 0 is the tail.
+        plan: what the step reads.
         scale: softmax scale.
         layout: the records' layout.
 
@@ -126,36 +186,22 @@ def decode(
     """
     _check_attention_inputs(query, cache, pool, layout)
     requests, query_heads, head_dim = query.shape
-    heads, group = cache.shape[1], layout.group
-    _check_tensor("block_table", block_table, (requests, None), torch.int32)
-    _check_tensor("seq_lens", seq_lens, (requests,), torch.int32)
-    _check_tensor("tail_slots", tail_slots, (requests,), torch.int64)
-    _check_tensor("sink_slots", sink_slots, (requests,), torch.int64)
+    heads = cache.shape[1]
+    if requests != plan.num_requests:
+        raise ValueError(f"plan is for {plan.num_requests} requests: expected one for the query's {requests}")
     if requests == 0:
         return torch.empty_like(query)
 
     rotated = (hadamard.rotate(_widen(query)) * scale).view(requests, heads, query_heads // heads, head_dim)
-    last_position = seq_lens.long() - 1
-    own_tile = last_position // group
-    reads_sink = (sink_slots >= 0) & (own_tile > 0)
-
-    tail_requests = torch.arange(requests)
-    sink_requests = reads_sink.nonzero().view(-1)
-    raw_requests = torch.cat([tail_requests, sink_requests])
-    raw_slots = torch.cat([tail_slots, sink_slots[sink_requests]])
-    raw_rows = torch.cat([last_position % group + 1, sink_requests.new_full(sink_requests.shape, group)])
-    partials = [_attend_slots(rotated[raw_requests], pool, raw_slots, raw_rows)]
-
-    tile = torch.arange(int(own_tile.max()))
-    from_record = (tile < own_tile[:, None]) & ((tile > 0) | ~reads_sink[:, None])
-    record_requests, record_tiles = from_record.nonzero(as_tuple=True)
-    blocks = block_table[record_requests, record_tiles]
-    step = max(1, WORKSPACE_ELEMENTS // (heads * group * head_dim))
-    for start in range(0, len(blocks), step):
+    by_tile = rotated.index_select(0, plan.requests)
+    raw_query, record_query = by_tile.tensor_split([len(plan.raw_slots)])
+    partials = [_attend_slots(raw_query, pool, plan.raw_slots, plan.raw_written)]
+    step = max(1, WORKSPACE_ELEMENTS // (heads * layout.group * head_dim))
+    for start in range(0, len(plan.blocks), step):
         part = slice(start, start + step)
-        partials.append(_attend_records(rotated[record_requests[part]], cache, blocks[part], layout))
+        partials.append(_attend_records(record_query[part], cache, plan.blocks[part], layout))
 
-    output = _combine(partials, torch.cat([raw_requests, record_requests]), requests)
+    output = _combine(partials, plan.requests, requests)
     return unrotate(output).view(requests, query_heads, head_dim).to(query.dtype)
 
 
@@ -167,17 +213,16 @@ class _Partial(NamedTuple):
     weighted: Tensor  # [P, H, M, D] sum of exp(score - top) * value
 
 
-def _attend_slots(query: Tensor, pool: Tensor, slots: Tensor, rows: Tensor) -> _Partial:
-    """Attention over the first `rows` [P] rows of raw slots [P]; query [P, H, M, D] rotated and scaled."""
-    filled = int(rows.max())
-    written = torch.arange(filled) < rows[:, None]
-    raw = pool.index_select(0, slots)[:, :, :, :filled]
+def _attend_slots(query: Tensor, pool: Tensor, slots: Tensor, written: Tensor) -> _Partial:
+    """Attention over the rows of raw slots [S] that are `written` [S, F]; query [S, H, M, D] rotated and scaled."""
+    key, value = pool.index_select(0, slots)[:, :, :, : written.shape[1]].unbind(1)
     # Rows not written yet may hold anything, NaN included: all their bits are cleared, which is cheaper than a fill.
-    bits = raw.view(torch.int16) & -written[:, None, None, :, None].to(torch.int16)
-    raw = bits.view(torch.float16).to(query.dtype)
-    scores = (query @ raw[:, 0].transpose(-1, -2)).masked_fill_(~written[:, None, None, :], -torch.inf)
+    # Those of keys may stay, since their scores are replaced.
+    value = (value.view(torch.int16) & -written[:, None, :, None].to(torch.int16)).view(torch.float16)
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    scores = (query @ key.transpose(-1, -2)).masked_fill_(~written[:, None, None, :], -torch.inf)
     top, probabilities, total = _softmax_parts(scores)
-    return _Partial(top, total, probabilities @ raw[:, 1])
+    return _Partial(top, total, probabilities @ value)
 
 
 def _attend_records(query: Tensor, cache: Tensor, blocks: Tensor, layout: TileLayout) -> _Partial:
@@ -259,9 +304,10 @@ def _e4m3_to_float32(bits: Tensor) -> Tensor:
 
     Exponent and mantissa shifted into a float16 read 2^-8 of the value: much faster on a CPU than torch's conversion.
     """
-    shifted = bits.view(torch.int8).to(torch.int16) << 7  # leaves a copy of the sign in bit 14
-    half = shifted & ~0x4000
-    return half.view(torch.float16).float().mul_(256.0)
+    shifted = (
+        bits.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
+    )  # leaves a copy of the sign in bit 14
+    return shifted.bitwise_and_(~0x4000).view(torch.float16).float().mul_(256.0)
 
 
 def prefill(
@@ -448,13 +494,19 @@ def _check_tensor(name: str, x: Tensor, shape: tuple[int | None, ...], dtype: to
     _check_dtype(name, x, dtype)
 
 
-def _check_shape(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
-    matches = x.dim() == len(shape) and all(
+def _check_shape(name: str, x: Tensor | np.ndarray, shape: tuple[int | None, ...]) -> None:
+    matches = x.ndim == len(shape) and all(
         expected is None or actual == expected for actual, expected in zip(x.shape, shape, strict=True)
     )
     if not matches:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {tuple(x.shape)}: expected [{wanted}]")
+
+
+def _check_integers(name: str, x: np.ndarray, shape: tuple[int | None, ...]) -> None:
+    _check_shape(name, x, shape)
+    if not np.issubdtype(x.dtype, np.integer):
+        raise ValueError(f"{name} is {x.dtype}: expected integers")
 
 
 def _check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:

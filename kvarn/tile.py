@@ -40,6 +40,9 @@ from kvarn.presets import Preset
 HEAD_DIMS = (64, 128, 256)
 FLOAT16_BYTES = 2
 BYTES_PER_LANE_HALF = 8  # words [half, pair] of one (rep, lane, quad): the unit the CPU path moves
+PLANE_ELEMENTS = (
+    1 << 17
+)  # codes the CPU path widens at a time: 512 KiB in float32, to stay in a core's L2 cache
 
 
 class Tile(NamedTuple):
@@ -92,49 +95,60 @@ class CodeOrder:
         _, (step_quad, column_quad), (step_rep, column_rep) = self.splits
         return (step_rep, column_rep, 8, 4, step_quad, column_quad)
 
-    # Axes of word_shape with the free ones first and in natural order:
-    # [column_quad, column_rep, lane_n, step_quad, step_rep, lane_k].
-    FREE_FIRST: ClassVar[tuple[int, ...]] = (5, 1, 2, 4, 0, 3)
+    # Axes of word_shape with the free ones first: [column_quad, column_rep, lane_n, step_rep, lane_k, step_quad].
+    FREE_FIRST: ClassVar[tuple[int, ...]] = (5, 1, 2, 0, 3, 4)
+
+    @property
+    def _place_sizes(self) -> tuple[int, int]:
+        """(column, step) sizes of a code's place inside a byte; place = step * columns + column, lowest bits first."""
+        (step_slot, column_slot), _, _ = self.splits
+        return column_slot, step_slot // 2
 
     @cached_property
     def _contracted_order(self) -> Tensor:
-        """Natural contracted index at each position of `_planes`' (place, byte) axes, int64."""
+        """Natural contracted index at each position of a row of `_planes`, int64."""
         (step_slot, _), (step_quad, _), (step_rep, _) = self.splits
         byte, place, quad, rep, half, lane_k, pair = range(7)
         natural = torch.arange(self.contracted).view(2, step_slot // 2, step_quad, step_rep, 2, 4, 2)
-        return natural.permute(place, quad, rep, lane_k, half, pair, byte).reshape(-1)
-
-    @property
-    def _plane_width(self) -> int:
-        """Bytes of one row of a plane, which is codes of one contracted row per place in the byte."""
-        (step_slot, _), _, _ = self.splits
-        return self.contracted // (step_slot // 2)
+        return natural.permute(place, rep, lane_k, quad, half, pair, byte).reshape(-1)
 
     @cached_property
     def _natural_order(self) -> Tensor:
         return self._contracted_order.argsort()
 
+    @cached_property
+    def _masks(self) -> Tensor:
+        """[step places, column places, ...] int64, to go with `word_shape`: the bits of eight codes in eight bytes."""
+        columns, steps = self._place_sizes
+        code = (1 << self.bits) - 1
+        masks = torch.tensor([code << (self.bits * place) for place in range(self.codes_per_byte)])
+        words = masks.to(torch.uint8)[:, None].repeat(1, 8).view(torch.int64)
+        return words.view(steps, columns, *[1] * len(self.word_shape))
+
+    @cached_property
+    def _place_weight(self) -> Tensor:
+        """[step places, column places, 1, 1] float32: what a code of `_planes` must be multiplied by."""
+        columns, steps = self._place_sizes
+        return torch.exp2(-self.bits * torch.arange(self.codes_per_byte)).view(steps, columns, 1, 1)
+
     def _planes(self, packed: Tensor) -> Tensor:
-        """Codes in the cheapest order for a CPU: one plane per place inside a byte, converted by whole runs.
+        """Codes as they lie in their bytes, not shifted down: a mask on words of eight is all that takes.
 
         Args:
             packed: [T, nbytes] uint8, contiguous in its last axis, 8-byte aligned.
 
         Returns:
-            [T, step places, column places, rows, bytes] float32. Free index: (column place, row), in natural order;
+            [T, step places, column places, rows, bytes] uint8. Free index: (column place, row), in natural order;
             contracted index: (step place, byte), in `_contracted_order`.
         """
         tiles = packed.shape[0]
-        (step_slot, column_slot), _, _ = self.splits
-        units = packed.view(torch.int64).view(tiles, *self.word_shape)
-        units = units.permute(0, *(1 + axis for axis in self.FREE_FIRST))
-        rows = units.reshape(tiles, self.nbytes // BYTES_PER_LANE_HALF).view(torch.uint8)
-        planes = torch.empty(tiles, step_slot // 2, column_slot, self.nbytes)
-        mask = (1 << self.bits) - 1
-        for place in range(self.codes_per_byte):
-            step, column = divmod(place, column_slot)
-            planes[:, step, column] = (rows >> (place * self.bits)) & mask
-        return planes.view(*planes.shape[:3], self.free // column_slot, self._plane_width)
+        columns, steps = self._place_sizes
+        units = packed.view(torch.int64).view(tiles, 1, 1, *self.word_shape)
+        units = units.permute(0, 1, 2, *(3 + axis for axis in self.FREE_FIRST))
+        planes = torch.empty(tiles, steps, columns, *units.shape[3:], dtype=torch.int64)
+        torch.bitwise_and(units, self._masks, out=planes)
+        rows, width = self.free // columns, self.contracted // steps
+        return planes.view(torch.uint8).view(tiles, steps, columns, rows, width)
 
     def contract(self, weights: Tensor, packed: Tensor) -> Tensor:
         """Weighted sums of codes, without putting them in natural order first.
@@ -146,16 +160,23 @@ class CodeOrder:
         Returns:
             [T, M, free]: weights @ codes, in the dtype of the weights.
         """
-        planes = self._planes(packed).to(weights.dtype)
-        tiles, steps, _, _, width = planes.shape
-        weights = weights.index_select(-1, self._contracted_order)
-        weights = weights.view(tiles, weights.shape[1], steps, width).transpose(1, 2)
-        sums = weights[:, :, None] @ planes.transpose(-1, -2)
-        return sums.sum(1).transpose(1, 2).reshape(tiles, weights.shape[2], self.free)
+        tiles, rows, _ = weights.shape
+        columns, steps = self._place_sizes
+        weights = weights.view(tiles * rows, self.contracted).index_select(-1, self._contracted_order)
+        weights = weights.view(tiles, rows, steps, 1, -1).permute(0, 2, 3, 1, 4) * self._place_weight
+        planes = self._planes(packed).flatten(0, 2)
+        step = max(1, PLANE_ELEMENTS * self.codes_per_byte // (self.free * self.contracted))
+        sums = weights.new_empty(len(planes), rows, planes.shape[1])
+        weights = weights.flatten(0, 2)
+        for start in range(0, len(planes), step):
+            part = slice(start, start + step)
+            torch.bmm(weights[part], planes[part].to(weights.dtype).transpose(1, 2), out=sums[part])
+        sums = sums.view(tiles, steps, columns, rows, -1).sum(1)
+        return sums.transpose(1, 2).reshape(tiles, rows, self.free)
 
     def unpack_float(self, packed: Tensor) -> Tensor:
         """Codes in natural order: [T, nbytes] uint8 -> [T, free, contracted] float32."""
-        planes = self._planes(packed).permute(0, 2, 3, 1, 4)
+        planes = (self._planes(packed) * self._place_weight).permute(0, 2, 3, 1, 4)
         codes = planes.reshape(packed.shape[0], self.free, self.contracted)
         return codes.index_select(-1, self._natural_order)
 
@@ -169,12 +190,12 @@ class CodeOrder:
         """Codes [..., free, contracted] uint8 in natural order -> [..., nbytes] uint8."""
         lead = codes.shape[:-2]
         tiles = lead.numel()
-        (step_slot, column_slot), _, _ = self.splits
+        columns, steps = self._place_sizes
         planes = codes.reshape(tiles, self.free, self.contracted).index_select(-1, self._contracted_order)
-        planes = planes.view(tiles, column_slot, self.free // column_slot, step_slot // 2, self._plane_width)
+        planes = planes.view(tiles, columns, self.free // columns, steps, self.contracted // steps)
         rows = torch.zeros_like(planes[:, 0, :, 0])
         for place in range(self.codes_per_byte):
-            step, column = divmod(place, column_slot)
+            step, column = divmod(place, columns)
             rows |= planes[:, column, :, step] << (place * self.bits)
         units = rows.view(tiles, *(self.word_shape[axis] for axis in self.FREE_FIRST), BYTES_PER_LANE_HALF)
         stored_axes = (1 + self.FREE_FIRST.index(axis) for axis in range(6))

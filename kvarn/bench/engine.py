@@ -39,7 +39,7 @@ class EngineBench:
         batch_size: requests that run together.
         context_tokens: prompt length of each.
         output_tokens: tokens each generates.
-        repeats: measured batches, after one that warms up.
+        repeats: measured batches, after a short one that warms up.
         kv_cache_memory_gib: memory given to the cache, the same for all; KVarN's side pool comes on top.
         max_num_batched_tokens: most tokens of one step, prefill chunks included.
         enforce_eager: do not compile the model.
@@ -54,7 +54,7 @@ class EngineBench:
     batch_size: int = 4
     context_tokens: int = 1000
     output_tokens: int = 64
-    repeats: int = 3
+    repeats: int = 2
     kv_cache_memory_gib: float = 0.5
     max_num_batched_tokens: int = 2048
     enforce_eager: bool = False

@@ -162,17 +162,7 @@ class KVarNImpl(AttentionImpl[KVarNMetadata]):
         if rows is None:
             return
         tokens = slice(metadata.num_actual_tokens) if rows.tokens is None else rows.tokens
-        output[tokens] = ops.decode(
-            query[tokens],
-            kv_cache,
-            self.pool,
-            rows.block_table,
-            rows.seq_lens,
-            rows.tail_slots,
-            rows.sink_slots,
-            self.scale,
-            self.layout,
-        )
+        output[tokens] = ops.decode(query[tokens], kv_cache, self.pool, rows.plan, self.scale, self.layout)
 
     def _prefill(
         self,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 
+from kvarn.ops import DecodePlan, plan_decode
 from kvarn.vllm.scheduler import SLOT_PLAN
 from kvarn.vllm.slots import SlotPlan
 from kvarn.vllm.spec import KVarNSpec
@@ -46,16 +47,11 @@ class DecodeRows:
 
     Attributes:
         tokens: [R] int64, each row's token in the batch; None when the batch is exactly these rows.
-        block_table: [R, W] int32.
-        seq_lens: [R] int32, tokens including the new one.
-        tail_slots, sink_slots: [R] int64, `NO_SLOT` where the record is to be read.
+        plan: what they read.
     """
 
     tokens: torch.Tensor | None
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    tail_slots: torch.Tensor
-    sink_slots: torch.Tensor
+    plan: DecodePlan
 
 
 @dataclass
@@ -171,13 +167,12 @@ class _Batch:
         if not len(rows):
             return None
         own_tile = self.blocks[rows, (self.seq_lens[rows] - 1) // self.group]
-        index = torch.from_numpy(rows)
+        tail_slots = self.slot_map.slots(own_tile)
         return DecodeRows(
             tokens=None if len(rows) == len(self.first) else torch.from_numpy(self.first[rows]),
-            block_table=self.block_table[index],
-            seq_lens=torch.from_numpy(self.seq_lens[rows].astype(np.int32)),
-            tail_slots=torch.from_numpy(self.slot_map.slots(own_tile)),
-            sink_slots=torch.from_numpy(self.sink_slots[rows]),
+            plan=plan_decode(
+                self.blocks[rows], self.seq_lens[rows], tail_slots, self.sink_slots[rows], self.group
+            ),
         )
 
     def prefill_chunks(self) -> list[PrefillChunk]:

@@ -82,10 +82,6 @@ class SlotTable:
         """Slots that hold nothing."""
         return len(self._free)
 
-    def slot(self, block_id: int) -> int | None:
-        """The slot that holds `block_id`'s raw tile, if any."""
-        return self._slot_of.get(block_id)
-
     def step(
         self,
         scheduled: Sequence[ScheduledTokens],

@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -138,20 +139,19 @@ def decode(sequences: list[Sequence]) -> Tensor:
     tables, tails, sinks = [], [], []
     for s in sequences:
         own_tile = (s.tokens - 1) // s.layout.group
-        table = torch.full((width,), 2**31 - 1, dtype=torch.int32)
-        table[:own_tile] = s.block_table[:own_tile] + blocks
+        table = np.full(width, 2**31 - 1, dtype=np.int32)
+        table[:own_tile] = s.block_table[:own_tile].numpy() + blocks
         tables.append(table)
         tails.append(TAIL + slots)
         sinks.append(SINK + slots if s.sink else -1)
         slots, blocks = slots + len(s.pool), blocks + len(s.cache)
+    lengths = np.array([s.tokens for s in sequences])
+    plan = ops.plan_decode(np.stack(tables), lengths, np.array(tails), np.array(sinks), first.layout.group)
     return ops.decode(
         torch.stack([s.query[-1] for s in sequences]),
         torch.cat([s.cache for s in sequences]),
         torch.cat([s.pool for s in sequences]),
-        torch.stack(tables),
-        torch.tensor([s.tokens for s in sequences], dtype=torch.int32),
-        torch.tensor(tails),
-        torch.tensor(sinks),
+        plan,
         first.scale,
         first.layout,
     )
@@ -232,12 +232,25 @@ def test_decode_of_a_long_context_in_several_workspaces(monkeypatch: pytest.Monk
     torch.testing.assert_close(decode([s]), whole, rtol=0, atol=1e-5)
 
 
+def test_a_plan_reads_each_tile_once_and_the_sink_raw_where_it_is_kept() -> None:
+    plan = ops.plan_decode(
+        block_table=np.array([[10, 11, 12], [20, 21, 22], [30, 31, 32]], dtype=np.int32),
+        seq_lens=np.array([130, 129, 5]),
+        tail_slots=np.array([0, 1, 2]),
+        sink_slots=np.array([7, -1, 2]),
+        group=64,
+    )
+    assert plan.raw_slots.tolist() == [0, 1, 2, 7]
+    assert plan.raw_written.sum(1).tolist() == [2, 1, 5, 64]
+    assert plan.blocks.tolist() == [11, 20, 21]
+    assert plan.requests.tolist() == [0, 1, 2, 0, 0, 1, 1]
+
+
 def test_decode_of_nothing_is_nothing() -> None:
     s = Sequence(SMALL, 10)
-    empty = torch.empty(0, dtype=torch.int64)
-    output = ops.decode(
-        s.query[:0], s.cache, s.pool, s.block_table[None][:0], empty.int(), empty, empty, s.scale, s.layout
-    )
+    empty = np.empty(0, dtype=np.int64)
+    plan = ops.plan_decode(np.empty((0, 4), dtype=np.int32), empty, empty, empty, s.layout.group)
+    output = ops.decode(s.query[:0], s.cache, s.pool, plan, s.scale, s.layout)
     assert output.shape == (0, 6, 64)
 
 
@@ -299,6 +312,12 @@ def test_records_and_raw_tiles_differ_enough_for_these_tests_to_fail() -> None:
 
 
 VALID = Sequence(SMALL, 100)
+VALID_STEP = {
+    "block_table": VALID.block_table.numpy()[None],
+    "seq_lens": np.array([100]),
+    "tail_slots": np.array([TAIL]),
+    "sink_slots": np.array([-1]),
+}
 
 
 @pytest.mark.parametrize(
@@ -311,25 +330,38 @@ VALID = Sequence(SMALL, 100)
         ("cache", VALID.cache.to(torch.int8)),
         ("pool", VALID.pool.float()),
         ("pool", VALID.pool[:, :1]),
-        ("block_table", VALID.block_table[None].long()),
-        ("block_table", VALID.block_table),
-        ("seq_lens", torch.tensor([100])),
-        ("tail_slots", torch.tensor([1, 1])),
-        ("sink_slots", torch.tensor([1], dtype=torch.int32)),
+        (
+            "plan",
+            ops.plan_decode(**{name: np.repeat(x, 2, axis=0) for name, x in VALID_STEP.items()}, group=64),
+        ),
     ],
 )
-def test_decode_names_the_argument_that_is_wrong(name: str, wrong: Tensor) -> None:
+def test_decode_names_the_argument_that_is_wrong(name: str, wrong: object) -> None:
     arguments = {
         "query": VALID.query[-1:],
         "cache": VALID.cache,
         "pool": VALID.pool,
-        "block_table": VALID.block_table[None],
-        "seq_lens": torch.tensor([100], dtype=torch.int32),
-        "tail_slots": torch.tensor([TAIL]),
-        "sink_slots": torch.tensor([-1]),
+        "plan": ops.plan_decode(**VALID_STEP, group=64),
     }
     with pytest.raises(ValueError, match=f"^{name} "):
         ops.decode(**{**arguments, name: wrong}, scale=1.0, layout=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("block_table", VALID_STEP["block_table"][0]),
+        ("block_table", VALID_STEP["block_table"].astype(np.float32)),
+        ("seq_lens", np.array([0])),
+        ("seq_lens", np.array([[100]])),
+        ("tail_slots", np.array([1, 1])),
+        ("tail_slots", np.array([-1])),
+        ("sink_slots", np.array([1.0])),
+    ],
+)
+def test_plan_decode_names_the_argument_that_is_wrong(name: str, wrong: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=f"^{name} "):
+        ops.plan_decode(**{**VALID_STEP, name: wrong}, group=64)
 
 
 @pytest.mark.parametrize(

@@ -229,53 +229,56 @@ def test_all_slots_return_when_everything_departs() -> None:
     assert cluster.slots.num_free == cluster.slots.num_slots
 
 
-def one_step(
-    table: SlotTable, *scheduled: ScheduledTokens, departed: tuple[str, ...] = ()
-) -> list[tuple[int, int]]:
-    return table.step(scheduled, departed, lambda block: f"hash-{block}", lambda blocks: None).assigned
+class Worker:
+    """A SlotTable, and the slots that its plans leave to the blocks."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.table = SlotTable(num_slots, GROUP)
+        self.slot_of: dict[int, int] = {}
+        self.evicted: set[int] = set()
+
+    def step(self, *scheduled: ScheduledTokens, departed: tuple[str, ...] = ()) -> None:
+        plan = self.table.step(scheduled, departed, lambda block: f"hash-{block}", self.evicted.update)
+        for block in plan.released:
+            del self.slot_of[block]
+        self.slot_of.update(plan.assigned)
 
 
 def test_a_request_not_scheduled_keeps_its_tail() -> None:
-    table = SlotTable(8, GROUP)
-    one_step(table, ScheduledTokens("a", 0, 6, 1, [1, 2]))
-    slot = table.slot(2)
-    one_step(table)
-    one_step(table)
-    assert table.slot(2) == slot
+    worker = Worker(8)
+    worker.step(ScheduledTokens("a", 0, 6, 1, [1, 2]))
+    slot = worker.slot_of[2]
+    worker.step()
+    worker.step()
+    assert worker.slot_of[2] == slot
 
 
 def test_a_filled_tail_serves_its_own_step_and_is_free_in_the_next() -> None:
-    table = SlotTable(8, GROUP)
-    one_step(table, ScheduledTokens("a", 0, 6, 1, [1, 2]))
-    one_step(table, ScheduledTokens("a", 6, 8, 1, [2]))
-    assert table.slot(2) is not None
-    one_step(table, ScheduledTokens("a", 8, 9, 1, [3]))
-    assert table.slot(2) is None
+    worker = Worker(8)
+    worker.step(ScheduledTokens("a", 0, 6, 1, [1, 2]))
+    worker.step(ScheduledTokens("a", 6, 8, 1, [2]))
+    assert 2 in worker.slot_of
+    worker.step(ScheduledTokens("a", 8, 9, 1, [3]))
+    assert 2 not in worker.slot_of
 
 
 def test_least_recently_idle_sink_goes_first_and_leaves_the_prefix_cache() -> None:
-    table = SlotTable(3, GROUP)
-    evicted: set[int] = set()
-    for step, request in enumerate("abc"):
-        table.step(
-            [ScheduledTokens(request, 0, 4, step + 1, [step + 1])],
-            [],
-            lambda block: f"hash-{block}",
-            evicted.update,
-        )
-        one_step(table, departed=(request,))
-    table.step([ScheduledTokens("d", 0, 4, 9, [9])], [], lambda block: f"hash-{block}", evicted.update)
-    assert evicted == {1}
-    assert table.slot(1) is None
-    assert {2, 3, 9} == {block for block in range(10) if table.slot(block) is not None}
+    worker = Worker(3)
+    for block, request in enumerate("abc", start=1):
+        worker.step(ScheduledTokens(request, 0, 4, block, [block]))
+        worker.step(departed=(request,))
+    worker.step(ScheduledTokens("d", 0, 4, 9, [9]))
+    assert worker.evicted == {1}
+    assert set(worker.slot_of) == {2, 3, 9}
 
 
 def test_a_sink_shared_by_two_requests_outlives_the_first() -> None:
-    table = SlotTable(8, GROUP)
-    one_step(table, ScheduledTokens("a", 0, 4, 1, [1]), ScheduledTokens("b", 4, 5, 1, [2]))
-    one_step(table, departed=("a",))
+    worker = Worker(8)
+    table = worker.table
+    worker.step(ScheduledTokens("a", 0, 4, 1, [1]), ScheduledTokens("b", 4, 5, 1, [2]))
+    worker.step(departed=("a",))
     assert table.num_live_sinks == 1
-    one_step(table, departed=("b",))
+    worker.step(departed=("b",))
     assert (table.num_live_sinks, table.num_idle_sinks, table.num_tails) == (0, 1, 0)
 
 

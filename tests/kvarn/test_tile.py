@@ -112,6 +112,15 @@ def test_contract_is_a_product_with_the_codes(layout: TileLayout, side: str) -> 
     )
 
 
+def test_contract_of_more_tiles_than_are_widened_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = TileLayout(get_preset("kvarn_k4v2_g128"), 64).value_order
+    codes = torch.randint(0, 4, (5, order.free, order.contracted), dtype=torch.uint8)
+    weights = torch.randn(5, 3, order.contracted, dtype=torch.float64)
+    monkeypatch.setattr("kvarn.tile.PLANE_ELEMENTS", 3 * order.free * order.contracted // 2)
+    expected = weights @ codes.double().transpose(1, 2)
+    torch.testing.assert_close(order.contract(weights, order.pack(codes)), expected)
+
+
 def test_pack_refuses_codes_of_another_shape() -> None:
     layout = TileLayout(get_preset("kvarn_k4v2_g128"), 64)
     tile = random_tile(layout)

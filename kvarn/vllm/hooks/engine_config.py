@@ -100,7 +100,7 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield "does not support pipeline parallelism; use tensor_parallel_size instead."
     if config.model_config.enable_return_routed_experts:
         yield "does not support returning routed experts; leave enable_return_routed_experts out."
-    if not issubclass(config.scheduler_config.get_scheduler_cls(), _scheduler_base(config)):
+    if _has_own_scheduler(config) and not _plans_slots(config):
         yield (
             f"needs a scheduler that plans its slots, not {config.scheduler_config.scheduler_cls}; "
             "derive yours from kvarn.vllm.scheduler.SlotPlanning."
@@ -112,17 +112,21 @@ def _has_local_layers(model: Any) -> bool:
     return any(kind != "full_attention" for kind in layer_types)
 
 
-def _scheduler_base(config: Any) -> type:
+def _has_own_scheduler(config: Any) -> bool:
+    return config.scheduler_config.scheduler_cls is not None
+
+
+def _plans_slots(config: Any) -> bool:
     from kvarn.vllm.scheduler import SlotPlanning
 
-    return object if config.scheduler_config.scheduler_cls is None else SlotPlanning
+    return issubclass(config.scheduler_config.get_scheduler_cls(), SlotPlanning)
 
 
 def _set_scheduler(config: Any) -> None:
     from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
 
     scheduler = config.scheduler_config
-    if scheduler.scheduler_cls is None:
+    if not _has_own_scheduler(config):
         scheduler.scheduler_cls = KVarNAsyncScheduler if scheduler.async_scheduling else KVarNScheduler
 
 
