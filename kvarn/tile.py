@@ -266,22 +266,22 @@ class Offsets(NamedTuple):
 
 def free_to_lanes(x: Tensor) -> Tensor:
     """Factors of a free index in natural order -> in lane order, along the last axis."""
-    return x.unflatten(-1, (-1, 8)).transpose(-1, -2).flatten(-2)
+    return torch.unflatten(x, -1, (-1, 8)).transpose(-1, -2).flatten(-2)
 
 
 def lanes_to_free(x: Tensor) -> Tensor:
     """Inverse of `free_to_lanes`."""
-    return x.unflatten(-1, (8, -1)).transpose(-1, -2).flatten(-2)
+    return torch.unflatten(x, -1, (8, -1)).transpose(-1, -2).flatten(-2)
 
 
 def contracted_to_lanes(x: Tensor) -> Tensor:
     """Factors of a contracted index in natural order -> in lane order, along the last axis."""
-    return x.unflatten(-1, (-1, 2, 4, 2)).movedim(-2, -4).flatten(-4)
+    return torch.unflatten(x, -1, (-1, 2, 4, 2)).movedim(-2, -4).flatten(-4)
 
 
 def lanes_to_contracted(x: Tensor) -> Tensor:
     """Inverse of `contracted_to_lanes`."""
-    return x.unflatten(-1, (4, -1, 2, 2)).movedim(-4, -2).flatten(-4)
+    return torch.unflatten(x, -1, (4, -1, 2, 2)).movedim(-4, -2).flatten(-4)
 
 
 def pack(tile: Tile, layout: TileLayout) -> Tensor:
@@ -335,7 +335,5 @@ def unpack(records: Tensor, layout: TileLayout) -> Tile:
         value_codes=value_codes.transpose(-1, -2),
         value_scale=lanes_to_free(field(at.value_scale, at.value_zero, torch.float8_e4m3fn)),
         value_zero=lanes_to_free(field(at.value_zero, at.end, torch.float8_e4m3fn)),
-        value_channel_scale=lanes_to_free(
-            field(at.value_channel_scale, at.key_token_scale, torch.float16)
-        ),
+        value_channel_scale=lanes_to_free(field(at.value_channel_scale, at.key_token_scale, torch.float16)),
     )

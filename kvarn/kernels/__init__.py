@@ -1,1 +1,1 @@
-"""Triton kernels of the quantized cache, one family a file, each beside the reference in `kvarn.reference` it must match."""
+"""Triton kernels of the quantized cache, one family a file; each names the reference it must match."""

@@ -11,7 +11,9 @@ MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check(name: str, x: Tensor, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> None:
     """Raises ValueError naming the argument unless x has one of `dtypes`, the shape (None: any size), and is packed
     along its last axis."""
-    fits = x.dim() == len(shape) and all(want in (None, size) for size, want in zip(x.shape, shape, strict=True))
+    fits = x.dim() == len(shape) and all(
+        want in (None, size) for size, want in zip(x.shape, shape, strict=True)
+    )
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {tuple(x.shape)}: expected [{wanted}]")

@@ -1,7 +1,8 @@
 """Decode attention over records and raw slots, and the joining of its parts.
 
 One warp attends one share of a sequence's tiles for the query heads of one KV head. Codes are the left operand of both
-dots, `scores^T = K q^T` and `out^T = V^T p^T`, so that few query rows fill an 8-wide operand instead of half of a 16-wide one.
+dots, `scores^T = K q^T` and `out^T = V^T p^T`, so that few query rows fill an 8-wide operand instead of half of a
+16-wide one.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from kvarn.kernels.rotate import signs
 from kvarn.tile import TileLayout
 
 RAW_ROWS = 32  # rows of a raw tile taken at a time
+NUM_STAGES = 2  # records in flight to shared memory; more leave no room for eight programs on a processor
 
 
 @triton.jit
@@ -74,7 +76,7 @@ def _decode_part(
     share = tl.cdiv(tl.maximum(own_tile - first_tile, 0), splits)
     if seq_len <= 0:
         return
-    if (part < splits) & (part * share >= own_tile - first_tile):
+    if (part > 0) & ((part - 1) * share >= own_tile - first_tile):
         return
 
     lane_rows = tl.arange(0, N // 8)[:, None, None, None] * 8 + tl.arange(0, 8)[None, :, None, None]
@@ -89,11 +91,12 @@ def _decode_part(
     acc = tl.zeros([D, N], tl.float32)
     top = tl.full([N], -1e30, tl.float32)
     total = tl.zeros([N], tl.float32)
-    if part == splits:
+    if part == 0:  # its few tiles take longest: it starts first
         q_operand = lanes_to_operand(q, D, N)
         for which in range(0, 1 + first_tile):
             slot = tl.load(TailSlots + request) if which == 0 else sink_slot
             filled = seq_len - own_tile * G if which == 0 else G
+            filled = tl.where(slot >= 0, filled, 0)  # vLLM's warm-up steps own no slots
             raw = Pool + (slot.to(tl.int64) * 2 * H + head) * G * D
             for start in range(0, filled, RAW_ROWS):
                 rows = start + tl.arange(0, RAW_ROWS)
@@ -115,8 +118,8 @@ def _decode_part(
         value_unit = step_weights(token, VALUE_BITS, G, D) * E4M3_UNIT
         channel_unit = column_weights(channel, VALUE_BITS, G, D)
         table = BlockTable + request * table_stride
-        last_tile = tl.minimum(first_tile + (part + 1) * share, own_tile)
-        for tile in range(first_tile + part * share, last_tile):
+        last_tile = tl.minimum(first_tile + part * share, own_tile)
+        for tile in range(first_tile + (part - 1) * share, last_tile):
             block = tl.load(table + tile).to(tl.int64)
             record = Cache + (block * H + head) * RECORD
             key_words = code_words(record.to(tl.pointer_type(tl.int16)), KEY_BITS, D, G)
@@ -187,23 +190,25 @@ def _combine_parts(
     used = tl.cdiv(records, tl.maximum(tl.cdiv(records, splits), 1))
     first = (request * H + head) * (splits + 1)
 
-    raw = (first + splits) * ROWS + row
+    raw = first * ROWS + row
     top = tl.load(Top + raw, mask=row < ROWS, other=0.0)
     total = tl.load(Total + raw, mask=row < ROWS, other=1.0)
     acc = tl.load(Weighted + raw[:, None] * D + channel[None, :], mask=row[:, None] < ROWS, other=0.0)
     for start in range(0, used, BLOCK_PARTS):
-        part = start + tl.arange(0, BLOCK_PARTS)
-        valid = (part[:, None] < used) & (row[None, :] < ROWS)
+        part = 1 + start + tl.arange(0, BLOCK_PARTS)
+        valid = (part[:, None] <= used) & (row[None, :] < ROWS)
         at = (first + part[:, None]) * ROWS + row[None, :]
         tops = tl.load(Top + at, mask=valid, other=-1e30)
         totals = tl.load(Total + at, mask=valid, other=0.0)
         new_top = tl.maximum(top, tl.max(tops, 0))
         fade, shares = tl.exp2(top - new_top), tl.exp2(tops - new_top[None, :])
-        parts = tl.load(Weighted + at[:, :, None] * D + channel[None, None, :], mask=valid[:, :, None], other=0.0)
+        parts = tl.load(
+            Weighted + at[:, :, None] * D + channel[None, None, :], mask=valid[:, :, None], other=0.0
+        )
         acc = acc * fade[:, None] + tl.sum(parts * shares[:, :, None], 0)
         total = total * fade + tl.sum(totals * shares, 0)
         top = new_top
-    mean = acc / total[:, None]
+    mean = acc / tl.maximum(total, 1e-30)[:, None]  # 0 in a warm-up step, which reads nothing
     hadamard = tl.load(Hadamard + channel[:, None] * D + channel[None, :])
     if BLOCK_ROWS == 1:
         unrotated = tl.sum(hadamard.to(tl.float32) * mean, 1)[None, :]
@@ -298,7 +303,7 @@ def decode(
         RAW_ROWS=RAW_ROWS,
         **record_constants(layout),
         num_warps=1,
-        num_stages=1,
+        num_stages=NUM_STAGES,
     )
     block_rows = 1 if splits > 8 else max(4, triton.next_power_of_2(rows))
     _combine_parts[(requests * heads * triton.cdiv(rows, block_rows),)](

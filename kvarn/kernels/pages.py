@@ -55,7 +55,9 @@ def _fill_pages(
         by_channel = (record + BY_CHANNEL).to(tl.pointer_type(tl.float16))
         by_token = record + BY_TOKEN
         place = contracted_place(channel, D)
-        key = codes(code_words(record.to(tl.pointer_type(tl.int16)), KEY_BITS, D, G), KEY_BITS, D, G, NATURAL=True)
+        key = codes(
+            code_words(record.to(tl.pointer_type(tl.int16)), KEY_BITS, D, G), KEY_BITS, D, G, NATURAL=True
+        )
         unit = step_weights(channel, KEY_BITS, D, G)[None, :] * column_weights(token, KEY_BITS, D, G)[:, None]
         scale = tl.load(by_channel + place).to(tl.float32)[None, :] * unit
         zero = tl.load(by_channel + D + place).to(tl.float32)[None, :]
@@ -65,7 +67,10 @@ def _fill_pages(
 
         words = code_words((record + VALUE_CODES).to(tl.pointer_type(tl.int16)), VALUE_BITS, G, D)
         value = tl.trans(codes(words, VALUE_BITS, G, D, NATURAL=True))
-        unit = step_weights(token, VALUE_BITS, G, D)[:, None] * column_weights(channel, VALUE_BITS, G, D)[None, :]
+        unit = (
+            step_weights(token, VALUE_BITS, G, D)[:, None]
+            * column_weights(channel, VALUE_BITS, G, D)[None, :]
+        )
         scale = from_e4m3(tl.load(by_token + G + row_place(token, G)))[:, None] * unit
         zero = from_e4m3(tl.load(by_token + 2 * G + row_place(token, G)))[:, None]
         factor = tl.load(by_channel + 2 * D + row_place(channel, D)).to(tl.float32)[None, :]

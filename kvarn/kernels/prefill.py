@@ -3,7 +3,7 @@ whose last page holds its own tile raw and whose other pages hold what the read 
 
 from __future__ import annotations
 
-from math import log2, e
+from math import e, log2
 
 import torch
 import triton

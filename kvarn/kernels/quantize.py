@@ -46,14 +46,17 @@ def _std(x, squares, weight, axis: tl.constexpr):
 
 @triton.jit
 def _balance(x):
-    """Row and column scales of x [rows, columns] that balance its standard deviations; see `variance_norm.normalize`."""
+    """Row and column scales that balance the standard deviations of x; see `variance_norm.normalize`."""
     squares = x * x
     row_std, row_moves = _std(x, squares, 1.0, 1)
     column_std, column_moves = _std(x, squares, 1.0, 0)
     any_row = tl.max(row_moves.to(tl.int32)) > 0
-    largest = tl.maximum(tl.max(tl.where(row_moves, row_std, 0.0)), tl.max(tl.where(column_moves, column_std, 0.0)))
+    largest = tl.maximum(
+        tl.max(tl.where(row_moves, row_std, 0.0)), tl.max(tl.where(column_moves, column_std, 0.0))
+    )
     smallest = tl.minimum(
-        tl.min(tl.where(row_moves, row_std, float("inf"))), tl.min(tl.where(column_moves, column_std, float("inf")))
+        tl.min(tl.where(row_moves, row_std, float("inf"))),
+        tl.min(tl.where(column_moves, column_std, float("inf"))),
     )
     best = largest / smallest  # 0 where nothing moves: then no state is better
     row_scale, column_scale = tl.full([x.shape[0]], 1.0, tl.float32), tl.full([x.shape[1]], 1.0, tl.float32)
@@ -214,7 +217,12 @@ def quantize_pages(pages: Tensor, tiles: Tensor, blocks: Tensor, cache: Tensor, 
 
 
 def _launch(
-    tiles: Tensor, sources: Tensor, blocks: Tensor, cache: Tensor, strides: tuple[int, ...], layout: TileLayout
+    tiles: Tensor,
+    sources: Tensor,
+    blocks: Tensor,
+    cache: Tensor,
+    strides: tuple[int, ...],
+    layout: TileLayout,
 ) -> None:
     check_packed("cache", cache, (None, None, layout.nbytes), torch.uint8)
     check_packed("blocks", blocks, (None,), torch.int32)

@@ -2,12 +2,12 @@
 
 Codes are never converted to numbers. Four (2-bit: eight) codes of a 16-bit word are cut out by masks, and what is left
 is read as float16: a subnormal worth `code * 2^(offset - 24)`, exact, which tensor cores multiply at full speed. The
-2^-24 is taken out of the float32 result and the offset, which depends on the code's place in the word alone, out of the
-other operand (`step_weights`) or the result (`column_weights`).
+2^-24 is taken out of the float32 result, and the offset, which depends on the code's place in the word alone, out of
+the other operand (`step_weights`) or the result (`column_weights`).
 
-Inside a dot the contracted index is counted as [step, lane_k, half, pair] where a record counts [step, half, lane_k, pair]
-(`contracted_view`): the order in which Triton's operand layout finds a lane's codes in the registers they were loaded to,
-so that between load and tensor core nothing moves.
+Inside a dot the contracted index is counted as [step, lane_k, half, pair] where a record counts [step, half, lane_k,
+pair] (`contracted_view`): the order in which Triton's operand layout finds a lane's codes in the registers they were
+loaded to, so that between load and tensor core nothing moves.
 """
 
 from __future__ import annotations
@@ -122,10 +122,8 @@ def codes(
         x = tl.join(even, tl.join(tl.join(c1, c5), tl.join(c3, c7)))
     # [step_rep, column_rep, lane_n, lane_k, step_quad, column_quad, half, pair, step_slot, column_slot]
     x = tl.reshape(x, [SIZES[4], SIZES[5], 8, 4, SIZES[2], SIZES[3], 2, 2, SIZES[0], SIZES[1]])
-    if NATURAL:
-        x = tl.permute(x, [9, 5, 1, 2, 8, 4, 0, 6, 3, 7])
-    else:
-        x = tl.permute(x, [9, 5, 1, 2, 8, 4, 0, 3, 6, 7])
+    half_and_lane: tl.constexpr = (6, 3) if NATURAL else (3, 6)
+    x = tl.permute(x, [9, 5, 1, 2, 8, 4, 0, half_and_lane[0], half_and_lane[1], 7])
     return tl.reshape(x, [FREE, CONTRACTED])
 
 
@@ -158,8 +156,7 @@ def bias_rows(bias, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.const
     SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
     if SIZES[1] == 1:
         return tl.broadcast_to(bias[None, :] / CODE_UNIT, [FREE, N])
-    else:
-        return bias[None, :] / column_weights(tl.arange(0, FREE), BITS, CONTRACTED, FREE)[:, None]
+    return bias[None, :] / column_weights(tl.arange(0, FREE), BITS, CONTRACTED, FREE)[:, None]
 
 
 @triton.jit
@@ -212,8 +209,8 @@ def scale_rows(x, factor, ROWS: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def by_contracted(ptr, CONTRACTED: tl.constexpr):
-    """float16 factors of a dot's contracted index at `ptr`, stored lane by lane: [1, 8, 4, CONTRACTED // 4], the axes of
-    `query_lanes`; each of the eight lanes that share an index loads it."""
+    """float16 factors of a dot's contracted index at `ptr`, stored lane by lane: [1, 8, 4, CONTRACTED // 4], the axes
+    `lanes_to_operand` takes; each of the eight lanes that share an index loads it."""
     lane = tl.zeros([1, 8, 1, 1], tl.int32) + tl.arange(0, 4)[None, None, :, None] * (CONTRACTED // 4)
     return tl.load(ptr + lane + tl.arange(0, CONTRACTED // 4)[None, None, None, :])
 

@@ -1,14 +1,16 @@
 """The attention backend's work on a GPU: kernels planned on the device, so that a decode step is one CUDA graph.
 
-Decode rows are planned by a kernel from tensors that stay in place (block table, sequence lengths, slot map); the host
-plans prefill chunks, whose lengths it knows. Prefill attends pages: each query tile is a sequence of its own, whose last
-page is its own tile raw and whose other pages are what the read rule says, so that any paged attention kernel serves.
+Decode rows are planned by a kernel from tensors that stay in place (block table, sequence lengths, slot map); the
+host plans prefill chunks, whose lengths it knows. Prefill attends pages: each query tile is a sequence of its own,
+whose last page is its own tile raw and whose other pages are what the read rule says, so that any paged attention
+kernel serves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -26,7 +28,7 @@ from vllm.v1.attention.backend import (
 
 from kvarn.kernels import decode, pages, plan, prefill, quantize, rotate
 from kvarn.tile import TileLayout
-from kvarn.vllm.attention import KVarNImpl
+from kvarn.vllm.layer import KVarNLayer
 from kvarn.vllm.slot_map import NO_SLOT, SlotMap
 from kvarn.vllm.spec import KVarNSpec
 
@@ -47,7 +49,12 @@ class Workspace:
     """
 
     def __init__(
-        self, vllm_config: VllmConfig, layout: TileLayout, num_heads: int, num_kv_heads: int, device: torch.device
+        self,
+        vllm_config: VllmConfig,
+        layout: TileLayout,
+        num_heads: int,
+        num_kv_heads: int,
+        device: torch.device,
     ) -> None:
         scheduler = vllm_config.scheduler_config
         tokens, group, head_dim = scheduler.max_num_batched_tokens, layout.group, layout.head_dim
@@ -55,9 +62,13 @@ class Workspace:
         page_count = cdiv(vllm_config.model_config.max_model_len, group) + cdiv(tokens, group) + 2
         self.rotated = torch.zeros(tokens, num_heads, head_dim, dtype=torch.float16, device=device)
         self.attended = torch.zeros_like(self.rotated)
-        self.pages = torch.zeros(2, page_count, group, num_kv_heads, head_dim, dtype=torch.float16, device=device)
+        self.pages = torch.zeros(
+            2, page_count, group, num_kv_heads, head_dim, dtype=torch.float16, device=device
+        )
         self.concurrent_parts = _processors(device) * WARPS_PER_PROCESSOR
-        rows = max(self.concurrent_parts, 2 * scheduler.max_num_seqs * num_kv_heads) * (num_heads // num_kv_heads)
+        rows = max(self.concurrent_parts, 2 * scheduler.max_num_seqs * num_kv_heads) * (
+            num_heads // num_kv_heads
+        )
         self.parts = decode.Parts(rows, head_dim, device)
 
     def splits(self, requests: int, num_kv_heads: int) -> int:
@@ -284,7 +295,9 @@ def _build_wave(chunks: list[_Chunk], group: int, lookup: _Lookup) -> tuple[Pref
     page_table = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
     for row, table in zip(page_table, tables, strict=True):
         row[: len(table)] = table
-    filled_pages, filled_blocks, _ = _entries(filled, lookup, keeps_slot=lambda tiles: np.zeros(len(tiles), bool))
+    filled_pages, filled_blocks, _ = _entries(
+        filled, lookup, keeps_slot=lambda tiles: np.zeros(len(tiles), bool)
+    )
     wave = PrefillWave(
         first=first,
         last=chunks[-1].last,
@@ -303,7 +316,7 @@ def _build_wave(chunks: list[_Chunk], group: int, lookup: _Lookup) -> tuple[Pref
 def _entries(
     tiles: list[tuple[int, int, int]], lookup: _Lookup, keeps_slot: Callable[[np.ndarray], np.ndarray]
 ) -> Tensor:
-    """(page, request, tile) triples -> [3, E] int32: page, block, slot to read where `keeps_slot` of the tile, else -1."""
+    """(page, request, tile) triples -> [3, E] int32: page, block, and slot where `keeps_slot` of the tile, else -1."""
     page, request, tile = np.array(tiles, dtype=np.int64).reshape(-1, 3).T
     pages_and_kept = lookup.to_device(page, keeps_slot(tile))
     blocks = lookup.blocks(request, tile)
@@ -311,7 +324,7 @@ def _entries(
     return torch.stack([pages_and_kept[0], blocks, slots])
 
 
-class TritonImpl(KVarNImpl):
+class TritonLayer(KVarNLayer):
     """One layer on a GPU.
 
     Attributes:
@@ -349,24 +362,46 @@ class TritonImpl(KVarNImpl):
         """Fill `output`, shaped as `query` [N, heads, head_dim], from `key` and `value` [N, KV heads, head_dim]."""
         if attn_metadata is None:  # vLLM profiles memory without a batch
             return output.zero_()
-        tokens, layout, work = attn_metadata.num_actual_tokens, self.layout, self.workspace
-        for wave in attn_metadata.prefill:
-            pages.fill_pages(kv_cache, self.pool, work.pages, wave.begun, layout)
-        rotate.rotate_store(
-            query[:tokens],
-            key[:tokens],
-            value[:tokens],
-            work.rotated[:tokens],
-            self.pool,
-            attn_metadata.slot_rows,
-            work.pages,
-            attn_metadata.page_rows,
-        )
+        waves = attn_metadata.prefill
+        starts = [0, *(wave.first for wave in waves[1:])]
+        for start, wave in zip_longest(starts, waves):
+            end = attn_metadata.num_actual_tokens if wave is None else wave.last
+            self._store(query, key, value, kv_cache, attn_metadata, slice(start, end), wave)
         if attn_metadata.decode is not None:
             self._decode(attn_metadata.decode, kv_cache, output)
-        for wave in attn_metadata.prefill:
+        for wave in waves:
+            if len(waves) > 1:  # the pages hold the last wave's tiles
+                self._store(query, key, value, kv_cache, attn_metadata, slice(wave.first, wave.last), wave)
             self._prefill(wave, kv_cache, output)
         return output
+
+    def _store(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        metadata: TritonMetadata,
+        tokens: slice,
+        wave: PrefillWave | None,
+    ) -> None:
+        """Rotates tokens into the side pool and the wave's pages, beside what earlier steps left of their tiles, and
+        quantizes the tiles they fill."""
+        work = self.workspace
+        if wave is not None:
+            pages.fill_pages(kv_cache, self.pool, work.pages, wave.begun, self.layout)
+        rotate.rotate_store(
+            query[tokens],
+            key[tokens],
+            value[tokens],
+            work.rotated[tokens],
+            self.pool,
+            metadata.slot_rows[tokens],
+            work.pages,
+            metadata.page_rows[tokens],
+        )
+        if wave is not None:
+            quantize.quantize_pages(work.pages, wave.filled_pages, wave.filled_blocks, kv_cache, self.layout)
 
     def _decode(self, batch: DecodeBatch, kv_cache: Tensor, output: Tensor) -> None:
         rows, work = batch.seq_lens.shape[0], self.workspace
@@ -388,7 +423,6 @@ class TritonImpl(KVarNImpl):
 
     def _prefill(self, wave: PrefillWave, kv_cache: Tensor, output: Tensor) -> None:
         work = self.workspace
-        quantize.quantize_pages(work.pages, wave.filled_pages, wave.filled_blocks, kv_cache, self.layout)
         pages.fill_pages(kv_cache, self.pool, work.pages, wave.context, self.layout)
         attended = work.attended[wave.first : wave.last]
         self._attend(work.rotated[wave.first : wave.last], work.pages, wave, self.scale, attended)

@@ -12,7 +12,9 @@ from kvarn.tile import TileLayout
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 LAYOUTS = [
-    TileLayout(get_preset(name), head_dim) for name in PRESETS for head_dim in ((64, 128, 256) if ON_GPU else (64, 128))
+    TileLayout(get_preset(name), head_dim)
+    for name in PRESETS
+    for head_dim in ((64, 128, 256) if ON_GPU else (64, 128))
 ]
 K4V2 = TileLayout(get_preset("kvarn_k4v2_g128"), 128)
 SMALL = TileLayout(get_preset("kvarn_k4v4_g64"), 64)
@@ -46,7 +48,9 @@ def quantized(x: Tensor, layout: TileLayout) -> Tensor:
     """Records [count, heads, nbytes] of tiles [count, 2, heads, G, D], by the kernel."""
     count, _, heads, _, _ = x.shape
     cache = torch.full((count + 1, heads, layout.nbytes), 0x7F, dtype=torch.uint8, device=DEVICE)
-    quantize.quantize_slots(x.to(DEVICE), int32([*range(count), 0]), int32([*range(count), -1]), cache, layout)
+    quantize.quantize_slots(
+        x.to(DEVICE), int32([*range(count), 0]), int32([*range(count), -1]), cache, layout
+    )
     assert (cache[count] == 0x7F).all(), "an entry to skip was written"
     return cache[:count].cpu()
 
@@ -131,7 +135,12 @@ class TestRotate:
         slot_rows, page_rows = [NO_SLOT] * tokens, [NO_SLOT] * tokens
         slot_rows[4], slot_rows[20], page_rows[0], page_rows[4] = 70, 5, 127, 3
         rotate.rotate_store(
-            *(x.to(DEVICE) for x in (query, key, value)), rotated, pool, int32(slot_rows), paged, int32(page_rows)
+            *(x.to(DEVICE) for x in (query, key, value)),
+            rotated,
+            pool,
+            int32(slot_rows),
+            paged,
+            int32(page_rows),
         )
 
         def expected(x: Tensor) -> Tensor:
@@ -159,7 +168,9 @@ class TestRotate:
 class Sequence:
     """One sequence in a cache and a pool whose every other part is poison."""
 
-    def __init__(self, layout: TileLayout, tokens: int, heads: int, per_head: int, sink: bool, seed: int = 0) -> None:
+    def __init__(
+        self, layout: TileLayout, tokens: int, heads: int, per_head: int, sink: bool, seed: int = 0
+    ) -> None:
         group, head_dim = layout.group, layout.head_dim
         generator = torch.Generator().manual_seed(seed)
         count = -(-tokens // group)
@@ -240,7 +251,8 @@ class TestDecode:
         group = layout.group
         lengths = [1, group, group + 1, 3 * group + 5, 5 * group]
         sequences = [
-            Sequence(layout, tokens, heads=1, per_head=4, sink=tokens % 2 == 1, seed=tokens) for tokens in lengths
+            Sequence(layout, tokens, heads=1, per_head=4, sink=tokens % 2 == 1, seed=tokens)
+            for tokens in lengths
         ]
         ours = decoded(sequences, splits)
         for row, sequence in enumerate(sequences):
@@ -301,7 +313,13 @@ class TestPrefill:
         query = hadamard.rotate(sequence.query[positions]).half().to(DEVICE)
         out = torch.full(query.shape, torch.nan, dtype=torch.float16, device=DEVICE)
         prefill.attend_pages(
-            query, both, int32([0, *(end - start for end in ends)]), int32(ends), int32(table), sequence.scale, out
+            query,
+            both,
+            int32([0, *(end - start for end in ends)]),
+            int32(ends),
+            int32(table),
+            sequence.scale,
+            out,
         )
         unrotated = torch.full(query.shape, torch.nan, dtype=torch.float32, device=DEVICE)
         rotate.unrotate(out, unrotated)

@@ -12,7 +12,7 @@ def install() -> None:
     """Wrap the worker's step, from which the CPU worker's derives too."""
     from vllm.v1.worker.gpu_worker import Worker
 
-    from kvarn.vllm.backend import find_slot_map
+    from kvarn.vllm.slot_map import find_slot_map
 
     stock_execute = Worker.execute_model
 

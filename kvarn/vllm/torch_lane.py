@@ -1,4 +1,4 @@
-"""What one engine step does to the quantized cache, planned once and shared by all layers."""
+"""The attention backend's work on a CPU: a step is planned with numpy, its layers are computed by `kvarn.ops`."""
 
 from __future__ import annotations
 
@@ -7,38 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionLayer, AttentionMetadataBuilder, CommonAttentionMetadata
 
+from kvarn import ops
 from kvarn.ops import DecodePlan, plan_decode
-from kvarn.vllm.scheduler import SLOT_PLAN
-from kvarn.vllm.slots import SlotPlan
+from kvarn.vllm.layer import KVarNLayer
+from kvarn.vllm.slot_map import NO_SLOT, SlotMap
 from kvarn.vllm.spec import KVarNSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.core.sched.output import SchedulerOutput
-
-NO_SLOT = -1
-
-
-class SlotMap:
-    """A worker's view of the side pool: block id -> slot, as the scheduler's plans leave it."""
-
-    def __init__(self) -> None:
-        self._slot_of: dict[int, int] = {}
-
-    def apply(self, scheduler_output: SchedulerOutput) -> None:
-        """Take over the step's `SlotPlan`; vLLM's own warm-up steps carry none."""
-        plan: SlotPlan | None = getattr(scheduler_output, SLOT_PLAN, None)
-        if plan is None:
-            return
-        for block in plan.released:
-            del self._slot_of[block]
-        self._slot_of.update(plan.assigned)
-
-    def slots(self, block_ids: np.ndarray) -> np.ndarray:
-        """int64 slots of `block_ids`, `NO_SLOT` where a block has none."""
-        return np.fromiter((self._slot_of.get(int(b), NO_SLOT) for b in block_ids), np.int64, len(block_ids))
 
 
 @dataclass
@@ -82,7 +60,7 @@ class FilledTiles:
 
 
 @dataclass
-class KVarNMetadata:
+class TorchMetadata:
     """One step over all layers. `slot_rows` [N] int64: slot * group + offset of each token, negative for none."""
 
     num_actual_tokens: int
@@ -92,7 +70,7 @@ class KVarNMetadata:
     prefill: list[PrefillChunk]
 
 
-class KVarNMetadataBuilder(AttentionMetadataBuilder[KVarNMetadata]):
+class TorchMetadataBuilder(AttentionMetadataBuilder[TorchMetadata]):
     """Plans a step from sequence lengths, block tables and the slot map; changes none of them."""
 
     def __init__(
@@ -108,10 +86,10 @@ class KVarNMetadataBuilder(AttentionMetadataBuilder[KVarNMetadata]):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> KVarNMetadata:
+    ) -> TorchMetadata:
         common = common_attn_metadata
         batch = _Batch(common, self._group, self._slot_map)
-        return KVarNMetadata(
+        return TorchMetadata(
             num_actual_tokens=common.num_actual_tokens,
             slot_rows=batch.slot_rows(),
             filled=batch.filled_tiles(),
@@ -189,3 +167,75 @@ class _Batch:
             tail_slot=int(tail[0]) if start % self.group else NO_SLOT,
             sink_slot=int(self.sink_slots[row]),
         )
+
+
+class TorchLayer(KVarNLayer):
+    """One layer on a CPU."""
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TorchMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Fill `output`, shaped as `query` [N, heads, head_dim], from `key` and `value` [N, KV heads, head_dim]."""
+        if attn_metadata is None:  # vLLM profiles memory without a batch
+            return output.zero_()
+        num_tokens = attn_metadata.num_actual_tokens
+        rotated_key, rotated_value = ops.rotate(key[:num_tokens]), ops.rotate(value[:num_tokens])
+        self._store(rotated_key, rotated_value, kv_cache, attn_metadata)
+        self._decode(query, kv_cache, attn_metadata, output)
+        self._prefill(query, rotated_key, rotated_value, kv_cache, attn_metadata, output)
+        return output
+
+    def _store(
+        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: TorchMetadata
+    ) -> None:
+        ops.append(self.pool, key, value, metadata.slot_rows)
+        filled = metadata.filled
+        if filled is None:
+            return
+        from_slots = self.pool[filled.slots]
+        tile_keys = torch.cat([key[filled.tokens].transpose(1, 2), from_slots[:, 0]])
+        tile_values = torch.cat([value[filled.tokens].transpose(1, 2), from_slots[:, 1]])
+        ops.quantize_tiles(kv_cache, tile_keys, tile_values, filled.blocks, self.layout)
+
+    def _decode(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: TorchMetadata, output: torch.Tensor
+    ) -> None:
+        rows = metadata.decode
+        if rows is None:
+            return
+        tokens = slice(metadata.num_actual_tokens) if rows.tokens is None else rows.tokens
+        output[tokens] = ops.decode(query[tokens], kv_cache, self.pool, rows.plan, self.scale, self.layout)
+
+    def _prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: TorchMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        for chunk in metadata.prefill:
+            tokens = slice(chunk.first, chunk.last)
+            output[tokens] = ops.prefill(
+                query[tokens],
+                key[tokens],
+                value[tokens],
+                kv_cache,
+                self.pool,
+                chunk.block_table,
+                chunk.start,
+                chunk.tail_slot,
+                chunk.sink_slot,
+                self.scale,
+                self.layout,
+            )

@@ -1,0 +1,76 @@
+"""What every lane's attention layer has: its features checked, its records' layout, its share of the side pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from kvarn.presets import get_preset
+from kvarn.tile import TileLayout
+from kvarn.vllm.config import side_pool_slots
+from kvarn.vllm.slot_map import SlotMap, find_slot_map
+
+
+class KVarNLayer(AttentionImpl[Any]):
+    """One layer; a lane's subclass stores the step's keys and values, quantizes tiles that fill and attends.
+
+    Attributes:
+        slot_map: the worker's block -> slot map, one object for all layers of a model.
+        pool: [slots, 2, KV heads, group, head_dim] float16 side pool of rotated raw tiles (keys, values).
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        _refuse_features(
+            kv_cache_dtype,
+            {
+                "ALiBi": alibi_slopes is not None,
+                "a sliding window": sliding_window is not None,
+                "logit soft-capping": bool(logits_soft_cap),
+                f"attention of type {attn_type!r}": attn_type != AttentionType.DECODER,
+                "KV sharing between layers": kv_sharing_target_layer_name is not None,
+                **{name: value is not None for name, value in extra.items()},
+            },
+        )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.layout = TileLayout(get_preset(kv_cache_dtype), head_size)
+        vllm_config = get_current_vllm_config()
+        self._num_slots = side_pool_slots(vllm_config)
+        self.slot_map = find_slot_map(vllm_config) or SlotMap()
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Allocate the side pool with the weights, so that vLLM's memory profile counts it."""
+        group, head_dim = self.layout.preset.group, self.layout.head_dim
+        self.pool = torch.zeros(
+            (self._num_slots, 2, self.num_kv_heads, group, head_dim),
+            dtype=torch.float16,
+            device=current_platform.device_type,
+        )
+
+
+def _refuse_features(kv_cache_dtype: str, features: dict[str, bool]) -> None:
+    if wanted := [name for name, used in features.items() if used]:
+        raise ValueError(
+            f"This model needs {' and '.join(wanted)}, which the {kv_cache_dtype} cache does not support; "
+            "use kv_cache_dtype='auto' for it."
+        )

@@ -1,0 +1,67 @@
+"""A worker's view of the side pool: which slot holds which block's raw tile."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kvarn.vllm.scheduler import SLOT_PLAN
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    from kvarn.vllm.slots import SlotPlan
+
+NO_SLOT = -1
+
+
+class SlotMap:
+    """A worker's view of the side pool: block id -> slot, as the scheduler's plans leave it."""
+
+    def __init__(self) -> None:
+        self._slot_of: dict[int, int] = {}
+        self._changed: set[int] = set()  # blocks whose slot the device does not know yet
+        self._table = torch.empty(0, dtype=torch.int32)
+
+    def apply(self, scheduler_output: SchedulerOutput) -> None:
+        """Take over the step's `SlotPlan`; vLLM's own warm-up steps carry none."""
+        plan: SlotPlan | None = getattr(scheduler_output, SLOT_PLAN, None)
+        if plan is None:
+            return
+        for block in plan.released:
+            del self._slot_of[block]
+        self._slot_of.update(plan.assigned)
+        self._changed.update(plan.released, (block for block, _ in plan.assigned))
+
+    def slots(self, block_ids: np.ndarray) -> np.ndarray:
+        """int64 slots of `block_ids`, `NO_SLOT` where a block has none."""
+        return np.fromiter((self._slot_of.get(int(b), NO_SLOT) for b in block_ids), np.int64, len(block_ids))
+
+    def on_device(self, device: torch.device) -> torch.Tensor:
+        """The map as [blocks] int32 on `device`, `NO_SLOT` where a block has none; it ends after the last that had one.
+
+        Only what changed since the last call is copied, without waiting for the device.
+        """
+        if not self._changed:
+            return self._table
+        blocks = np.fromiter(self._changed, np.int64, len(self._changed))
+        self._changed.clear()
+        if (needed := int(blocks.max()) + 1) > self._table.shape[0]:
+            grown = torch.full((2 * needed,), NO_SLOT, dtype=torch.int32, device=device)
+            grown[: self._table.shape[0]] = self._table.to(device)
+            self._table = grown
+        changes = torch.from_numpy(np.stack([blocks, self.slots(blocks)]))
+        if device.type == "cuda":
+            changes = changes.pin_memory()
+        block, slot = changes.to(device, non_blocking=True)
+        self._table[block] = slot.int()
+        return self._table
+
+
+def find_slot_map(vllm_config: Any) -> SlotMap | None:
+    """The slot map that the layers of `vllm_config`'s model share on this worker, if any layer has one yet."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    maps = (getattr(getattr(layer, "impl", None), "slot_map", None) for layer in layers)
+    return next((m for m in maps if m is not None), None)

@@ -1,0 +1,76 @@
+"""The GPU lane inside a real engine, its kernels in Triton's interpreter: the answers are those of the CPU lane."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from vllm import LLM
+
+from kvarn.vllm import backend, triton_lane
+from tests.kvarn.engines import Answer, ask, ask_cold, engine, make_llama
+
+PRESET = "kvarn_k4v2_g64"
+GROUP = 64
+SETTINGS = {"kv_cache_dtype": PRESET, "skip_tokenizer_init": True, "max_model_len": 512, "max_num_seqs": 4}
+TOLERANCE = 0.05  # rotated queries and attention weights are float16 on a GPU, float64 on a CPU
+
+
+def prompt(tokens: int, seed: int = 1) -> list[int]:
+    return [(seed * 7919 + i * i * 31 + i) % 500 for i in range(tokens)]
+
+
+PROMPTS = [prompt(5), prompt(GROUP), prompt(GROUP + 1), prompt(2 * GROUP - 2, seed=2), prompt(200, seed=3)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("llama"), heads=2, kv_heads=1, head_dim=64)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[Answer]:
+    """Cold answers of the CPU lane, to each prompt alone."""
+    with pytest.MonkeyPatch.context() as patch, engine(patch, model, **SETTINGS) as llm:
+        return [ask_cold(llm, p) for p in PROMPTS]
+
+
+@pytest.fixture(scope="module", params=[512, 96], ids=["whole prompts", "chunks"])
+def llm(request: pytest.FixtureRequest, model: Path, expected: list[Answer]) -> Iterator[LLM]:
+    """An engine of the GPU lane; it starts after the CPU lane's has ended, for a process holds one at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        gpu_lane = backend.Lane(triton_lane.TritonMetadataBuilder, triton_lane.TritonLayer)
+        patch.setattr(backend, "lane", lambda: gpu_lane)
+        with engine(patch, model, max_num_batched_tokens=request.param, **SETTINGS) as made:
+            yield made
+
+
+def test_cold_answers_are_those_of_the_cpu_lane(llm: LLM, expected: list[Answer]) -> None:
+    for given, answer in zip(PROMPTS, expected, strict=True):
+        ask_cold(llm, given).assert_same(answer, TOLERANCE)
+
+
+def test_a_prefix_hit_changes_nothing(llm: LLM, expected: list[Answer]) -> None:
+    ask_cold(llm, PROMPTS[4])
+    ask(llm, [PROMPTS[3]])
+    (again,) = ask(llm, [PROMPTS[4]])
+    assert again.cached == 3 * GROUP
+    again.assert_same(expected[4], TOLERANCE)
+
+
+def test_a_batch_changes_nothing(llm: LLM, expected: list[Answer]) -> None:
+    assert llm.reset_prefix_cache()
+    for ours, theirs in zip(ask(llm, PROMPTS), expected, strict=True):
+        ours.assert_same(theirs, TOLERANCE)
+
+
+def test_chunks_that_do_not_fit_the_pages_together_go_in_waves(
+    llm: LLM, expected: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.attn_groups
+    ours = builder[0][0].get_metadata_builder()
+    monkeypatch.setattr(ours, "_page_count", 2)
+    assert llm.reset_prefix_cache()
+    for answer, theirs in zip(ask(llm, PROMPTS), expected, strict=True):
+        answer.assert_same(theirs, TOLERANCE)
