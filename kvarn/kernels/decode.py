@@ -35,10 +35,14 @@ from kvarn.kernels.rotate import signs
 from kvarn.tile import TileLayout
 
 RAW_ROWS = 32  # rows of a raw tile taken at a time
+FEW_SPLITS = 8  # up to here one program joins the parts of all query heads of a KV head
+SPLITS_OF_VARIANTS = (1, FEW_SPLITS + 1)  # between them they need every compiled variant of `decode`
 NUM_STAGES = 2  # records in flight to shared memory; more leave no room for eight programs on a processor
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["splits"], do_not_specialize_on_alignment=["SeqLens", "TailSlots", "SinkSlots"]
+)
 def _decode_part(
     Query,  # [R, Hq, D] float16, rotated
     Cache,  # [B, H, RECORD] uint8
@@ -158,7 +162,7 @@ def _decode_part(
     tl.store(Weighted + at[None, :] * D + tl.arange(0, D)[:, None], acc, mask=row[None, :] < ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["SeqLens", "SinkSlots"])
 def _combine_parts(
     Weighted,  # [R, H, splits + 1, ROWS, D] float32
     Top,  # [R, H, splits + 1, ROWS] float32
@@ -305,7 +309,8 @@ def decode(
         num_warps=1,
         num_stages=NUM_STAGES,
     )
-    block_rows = 1 if splits > 8 else max(4, triton.next_power_of_2(rows))
+    single = splits > FEW_SPLITS or out.dtype == torch.float32  # a float32 dot needs more shared memory than there is
+    block_rows = 1 if single else max(4, triton.next_power_of_2(rows))
     _combine_parts[(requests * heads * triton.cdiv(rows, block_rows),)](
         parts.weighted,
         parts.top,

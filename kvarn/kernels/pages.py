@@ -21,7 +21,7 @@ from kvarn.kernels.records import (
 from kvarn.tile import TileLayout
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["Entries"])
 def _fill_pages(
     Cache,  # [B, H, RECORD] uint8
     Pool,  # [S, 2, H, G, D] float16

@@ -17,7 +17,10 @@ def _slots_of(SlotOf, block, blocks, valid):
     return tl.load(SlotOf + block, mask=valid & (block >= 0) & (block < blocks), other=-1)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["rows", "blocks"],
+    do_not_specialize_on_alignment=["SlotOf", "TailSlots", "SinkSlots", "SlotRows", "PageRows", "FillBlocks"],
+)
 def _plan_decode(
     BlockTable,  # [R, table_stride] int32
     SeqLens,  # [R] int32

@@ -13,7 +13,9 @@ from torch import Tensor
 from kvarn.kernels.checks import check_packed
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["FirstQuery", "KeyLens", "PageTable"]
+)
 def _attend_pages(
     Query,  # [N, H * PER_HEAD, D] float16, rotated
     Pages,  # [2, P, G, H, D] float16

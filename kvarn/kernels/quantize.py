@@ -142,7 +142,7 @@ def _store_value(x, values, by_channel, by_token, BITS: tl.constexpr, D: tl.cons
     tl.store(by_token + 2 * G + place, zero)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[], do_not_specialize_on_alignment=["Sources", "Blocks"])
 def _quantize_tiles(
     Tiles,  # float16; keys of tile i and head h begin at i * tile_stride + h * head_stride
     Sources,  # [T] int32, the tile each entry reads

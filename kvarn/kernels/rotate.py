@@ -27,7 +27,7 @@ def _rotated(x, Hadamard, D: tl.constexpr):
     return tl.minimum(tl.maximum(y, -FLOAT16_MAX), FLOAT16_MAX).to(tl.float16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["SlotRows", "PageRows"])
 def _rotate_store(
     Query,  # [N, H * PER_HEAD, D], token stride query_stride
     Key,  # [N, H, D], token stride key_stride
@@ -74,7 +74,7 @@ def _rotate_store(
         tl.store(Pages + at[:, None] + channel[None, :], y, mask=(row >= 0)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=[])
 def _unrotate(
     X,  # [rows, D] float16
     Hadamard,  # [D, D] float16, entries +-1
@@ -95,6 +95,18 @@ def _unrotate(
 def signs(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The Hadamard matrix without its 1 / sqrt(head_dim): [head_dim, head_dim] of `dtype`, entries +-1."""
     return hadamard_matrix(head_dim).sign().to(device, dtype)
+
+
+FEW_TOKENS = 1024  # up to here small programs, which fill more of the device
+
+
+def token_counts_of_variants(most: int) -> list[int]:
+    """Numbers of tokens, up to `most`, that between them need every compiled variant of `rotate_store`."""
+    return [tokens for tokens in (1, FEW_TOKENS + 1) if tokens <= most]
+
+
+def _block(tokens: int) -> int:
+    return 16 if tokens <= FEW_TOKENS else 64
 
 
 def rotate_store(
@@ -133,7 +145,7 @@ def rotate_store(
     check_packed("page_rows", page_rows, (tokens,), torch.int32)
     if not tokens:
         return
-    block = 16 if tokens <= 1024 else 64
+    block = _block(tokens)
     _rotate_store[(triton.cdiv(tokens, block) * (query_heads + 2 * heads),)](
         query,
         key,

@@ -23,7 +23,7 @@ class SlotMap:
     def __init__(self) -> None:
         self._slot_of: dict[int, int] = {}
         self._changed: set[int] = set()  # blocks whose slot the device does not know yet
-        self._table = torch.empty(0, dtype=torch.int32)
+        self._table = torch.full((1,), NO_SLOT, dtype=torch.int32)
 
     def apply(self, scheduler_output: SchedulerOutput) -> None:
         """Take over the step's `SlotPlan`; vLLM's own warm-up steps carry none."""
@@ -44,13 +44,15 @@ class SlotMap:
 
         Only what changed since the last call is copied, without waiting for the device.
         """
+        if self._table.device.type != device.type:
+            self._table = self._table.to(device)
         if not self._changed:
             return self._table
         blocks = np.fromiter(self._changed, np.int64, len(self._changed))
         self._changed.clear()
         if (needed := int(blocks.max()) + 1) > self._table.shape[0]:
             grown = torch.full((2 * needed,), NO_SLOT, dtype=torch.int32, device=device)
-            grown[: self._table.shape[0]] = self._table.to(device)
+            grown[: self._table.shape[0]] = self._table
             self._table = grown
         changes = torch.from_numpy(np.stack([blocks, self.slots(blocks)]))
         if device.type == "cuda":

@@ -46,6 +46,7 @@ class Workspace:
         attended: as `rotated`, prefill's attention before it is un-rotated.
         pages: [2, P, group, KV heads, head_dim] float16, tiles of the prompts that a step prefills.
         parts: the decode kernel's partial results.
+        is_new: whether the kernels that use it are still to be compiled.
     """
 
     def __init__(
@@ -65,15 +66,20 @@ class Workspace:
         self.pages = torch.zeros(
             2, page_count, group, num_kv_heads, head_dim, dtype=torch.float16, device=device
         )
+        self.is_new = True
         self.concurrent_parts = _processors(device) * WARPS_PER_PROCESSOR
-        rows = max(self.concurrent_parts, 2 * scheduler.max_num_seqs * num_kv_heads) * (
-            num_heads // num_kv_heads
-        )
-        self.parts = decode.Parts(rows, head_dim, device)
+        rows = max(self.concurrent_parts, 2 * most_decode_rows(vllm_config) * num_kv_heads)
+        self.parts = decode.Parts(rows * (num_heads // num_kv_heads), head_dim, device)
 
     def splits(self, requests: int, num_kv_heads: int) -> int:
         """Shares to cut each sequence into, so that all parts run at once where they can."""
         return max(1, self.concurrent_parts // (requests * num_kv_heads) - 1)
+
+
+def most_decode_rows(vllm_config: VllmConfig) -> int:
+    """Decode rows a step may have, those that pad a CUDA graph included."""
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(vllm_config.scheduler_config.max_num_seqs, captured)
 
 
 def _processors(device: torch.device) -> int:
@@ -156,8 +162,8 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
         self._page_count: int = impl.workspace.pages.shape[1]
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._token_rows = torch.full((2, tokens), NO_SLOT, dtype=torch.int32, device=device)
-        requests = vllm_config.scheduler_config.max_num_seqs
-        self._decode_rows = torch.full((3, requests), NO_SLOT, dtype=torch.int32, device=device)
+        rows = most_decode_rows(vllm_config)
+        self._decode_rows = torch.full((3, rows), NO_SLOT, dtype=torch.int32, device=device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -346,6 +352,49 @@ class TritonLayer(KVarNLayer):
             self._vllm_config, self.layout, self.num_heads, self.num_kv_heads, device
         )
         self._attend = _page_attention(self.layout.head_dim)
+        if self.workspace.is_new:
+            self.workspace.is_new = False
+            self._compile_kernels(act_dtype)
+
+    def _compile_kernels(self, dtype: torch.dtype) -> None:
+        """Launches every variant of every kernel once, so that none is compiled while requests wait."""
+        work, layout = self.workspace, self.layout
+        device, none = self.pool.device, torch.full((1,), NO_SLOT, dtype=torch.int32, device=self.pool.device)
+        cache = torch.zeros(1, self.num_kv_heads, layout.nbytes, dtype=torch.uint8, device=device)
+        for tokens in rotate.token_counts_of_variants(work.rotated.shape[0]):
+            nowhere = none.expand(tokens).contiguous()
+            heads = self.num_heads + 2 * self.num_kv_heads
+            packed = torch.zeros(tokens, heads, layout.head_dim, dtype=dtype, device=device)
+            query, key, value = torch.split(
+                packed, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1
+            )
+            rotate.rotate_store(
+                query, key, value, work.rotated[:tokens], self.pool, nowhere, work.pages, nowhere
+            )
+        quantize.quantize_slots(self.pool, none, none, cache, layout)
+        quantize.quantize_pages(work.pages, none, none, cache, layout)
+        zero = torch.zeros_like(none)
+        pages.fill_pages(cache, self.pool, work.pages, torch.stack([zero, zero, none]), layout)
+        out = torch.zeros(1, self.num_heads, layout.head_dim, dtype=dtype, device=device)
+        rotate.unrotate(work.attended[:1], out)
+        for splits in decode.SPLITS_OF_VARIANTS:
+            parts = decode.Parts(self.num_heads * (splits + 1), layout.head_dim, device)
+            table = zero[:, None]
+            decode.decode(
+                work.rotated[:1],
+                cache,
+                self.pool,
+                table,
+                zero,
+                none,
+                none,
+                self.scale,
+                layout,
+                splits,
+                parts,
+                out,
+            )
+        plan.plan_decode(table, zero, none, layout.group, *(torch.empty_like(none) for _ in range(5)))
 
     def forward(
         self,

@@ -68,7 +68,9 @@ def test_a_batch_changes_nothing(llm: LLM, expected: list[Answer]) -> None:
 def test_chunks_that_do_not_fit_the_pages_together_go_in_waves(
     llm: LLM, expected: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    builder = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.attn_groups
+    builder = (
+        llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.attn_groups
+    )
     ours = builder[0][0].get_metadata_builder()
     monkeypatch.setattr(ours, "_page_count", 2)
     assert llm.reset_prefix_cache()
