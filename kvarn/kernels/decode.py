@@ -309,7 +309,9 @@ def decode(
         num_warps=1,
         num_stages=NUM_STAGES,
     )
-    single = splits > FEW_SPLITS or out.dtype == torch.float32  # a float32 dot needs more shared memory than there is
+    single = (
+        splits > FEW_SPLITS or out.dtype == torch.float32
+    )  # a float32 dot needs more shared memory than there is
     block_rows = 1 if single else max(4, triton.next_power_of_2(rows))
     _combine_parts[(requests * heads * triton.cdiv(rows, block_rows),)](
         parts.weighted,

@@ -12,16 +12,24 @@ from torch import Tensor
 
 from kvarn.kernels.checks import check_packed
 from kvarn.kernels.records import (
+    INTERPRETED,
+    by_slot_contracted,
+    by_slot_free,
     contracted_place,
     from_e4m3,
     pack_codes,
     record_constants,
     row_place,
+    slot_places,
     to_e4m3,
 )
 from kvarn.reference import variance_norm
 from kvarn.tile import TileLayout
 
+ELEMENTS_PER_WARP = 2048  # of a tile: 64 registers a thread hold them
+REGISTERS = (
+    128  # a thread's, so that two programs of eight warps share a processor and hide each other's barriers
+)
 ITERATIONS = tl.constexpr(variance_norm.ITERATIONS)
 PROGRESS = tl.constexpr(variance_norm.PROGRESS)
 FLAT_SQUARED = tl.constexpr(variance_norm.FLAT**2)
@@ -34,45 +42,76 @@ E4M3_MIN_NORMAL = tl.constexpr(2.0**-6)
 
 
 @triton.jit
-def _std(x, squares, weight, axis: tl.constexpr):
-    """Standard deviation of x * weight along `axis`, and where it is not flat; see `variance_norm._std`."""
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _widen_ranges(low, high, other_low, other_high):
+    return tl.minimum(low, other_low), tl.maximum(high, other_high)
+
+
+@triton.jit
+def _sums(x, axis: tl.constexpr):
+    """Sums of x and of its squares along `axis`, in one exchange between threads."""
+    if INTERPRETED:  # it reduces pairs element by element, far too slowly
+        total, squares = tl.sum(x, axis), tl.sum(x * x, axis)
+    else:
+        total, squares = tl.reduce((x, x * x), axis, _add_pairs)
+    return total, squares
+
+
+@triton.jit
+def _range(low, high, axis: tl.constexpr):
+    """Minimum of `low` and maximum of `high` along `axis`, in one exchange between threads."""
+    if INTERPRETED:
+        lowest, highest = tl.min(low, axis), tl.max(high, axis)
+    else:
+        lowest, highest = tl.reduce((low, high), axis, _widen_ranges)
+    return lowest, highest
+
+
+@triton.jit
+def _std(x, axis: tl.constexpr):
+    """Standard deviation of x along `axis`, and where it is not flat; see `variance_norm._std`."""
     count: tl.constexpr = 1.0 / x.shape[axis]
-    mean = tl.sum(x * weight, axis) * count
-    mean_square = tl.sum(squares * (weight * weight), axis) * count
+    mean, mean_square = _sums(x, axis)
+    mean, mean_square = mean * count, mean_square * count
     variance = mean_square - mean * mean
     noise = mean_square * FLAT_SQUARED
     return tl.sqrt(tl.maximum(tl.maximum(variance, noise), TINY)), variance > noise
 
 
 @triton.jit
+def _std_range(std, moves):
+    """Smallest and largest standard deviation of those that move; infinity and 0 where none does."""
+    return _range(tl.where(moves, std, float("inf")), tl.where(moves, std, 0.0), 0)
+
+
+@triton.jit
 def _balance(x):
     """Row and column scales that balance the standard deviations of x; see `variance_norm.normalize`."""
-    squares = x * x
-    row_std, row_moves = _std(x, squares, 1.0, 1)
-    column_std, column_moves = _std(x, squares, 1.0, 0)
-    any_row = tl.max(row_moves.to(tl.int32)) > 0
-    largest = tl.maximum(
-        tl.max(tl.where(row_moves, row_std, 0.0)), tl.max(tl.where(column_moves, column_std, 0.0))
-    )
-    smallest = tl.minimum(
-        tl.min(tl.where(row_moves, row_std, float("inf"))),
-        tl.min(tl.where(column_moves, column_std, float("inf"))),
-    )
-    best = largest / smallest  # 0 where nothing moves: then no state is better
+    row_std, row_moves = _std(x, 1)
+    column_std, column_moves = _std(x, 0)
+    row_smallest, row_largest = _std_range(row_std, row_moves)
+    smallest, largest = _std_range(column_std, column_moves)
+    best = tl.maximum(largest, row_largest) / tl.minimum(
+        smallest, row_smallest
+    )  # 0 where nothing moves: stays best
+    # Each round sets every moving row's standard deviation to 1.
+    some_row, no_row = (row_largest > 0).to(tl.float32), tl.where(row_largest > 0, 1.0, float("inf"))
     row_scale, column_scale = tl.full([x.shape[0]], 1.0, tl.float32), tl.full([x.shape[1]], 1.0, tl.float32)
     best_row, best_column = row_scale, column_scale
     iteration = 0
     while iteration < ITERATIONS:
         column_scale = tl.where(column_moves, column_scale * column_std, column_scale)
-        row_std, _moves = _std(x, squares, (1.0 / column_scale)[None, :], 1)
+        inverse = 1.0 / column_scale
+        row_std, _moves = _std(x * inverse[None, :], 1)
         row_scale = tl.where(row_moves, row_std, row_scale)
-        column_std, _moves = _std(x, squares, (1.0 / row_scale)[:, None], 0)
-        column_std = column_std / column_scale
-        # The update just made has set every moving row's standard deviation to 1.
-        largest = tl.maximum(tl.max(tl.where(column_moves, column_std, 0.0)), tl.where(any_row, 1.0, 0.0))
-        smallest = tl.min(tl.where(column_moves, column_std, float("inf")))
-        smallest = tl.minimum(smallest, tl.where(any_row, 1.0, float("inf")))
-        current = largest / smallest
+        column_std, _moves = _std(x * (1.0 / row_scale)[:, None], 0)
+        column_std = column_std * inverse
+        smallest, largest = _std_range(column_std, column_moves)
+        current = tl.maximum(largest, some_row) / tl.minimum(smallest, no_row)
         iteration = tl.where(current < best * (1 - PROGRESS), iteration + 1, ITERATIONS)
         better = current < best
         best = tl.where(better, current, best)
@@ -104,40 +143,72 @@ def _codes(x, scale, zero, BITS: tl.constexpr):
 
 
 @triton.jit
-def _store_key(x, record, by_channel, by_token, BITS: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
-    """Key fields of the record of x [G, D] float32; see `codec.quantize_key`."""
+def _store_key(
+    source, row_stride, record, by_channel, by_token, BITS: tl.constexpr, D: tl.constexpr, G: tl.constexpr
+):
+    """Key fields of the record of the tile [G, D] float16 at `source`; see `codec.quantize_key`."""
+    token, channel = tl.arange(0, G), tl.arange(0, D)
+    x = tl.load(source + token[:, None] * row_stride + channel[None, :]).to(tl.float32)
     token_scale, _columns = _balance(x)
     token_scale = token_scale / _magnitude(token_scale, E4M3_MAX)
     token_scale = to_e4m3(tl.maximum(token_scale, E4M3_MIN_NORMAL))
-    y = x * (1.0 / from_e4m3(token_scale))[:, None]
-    low, high = tl.min(y, 0), tl.max(y, 0)
+    inverse = 1.0 / from_e4m3(token_scale)
+    y = x * inverse[:, None]
+    low, high = _range(y, y, 0)
     scale, zero = _to_float16((high - low) / ((1 << BITS) - 1)), _to_float16(low)
-    codes = _codes(y, scale.to(tl.float32)[None, :], zero.to(tl.float32)[None, :], BITS)
+
+    # Read again, arranged as codes lie in words, so that packing moves no more than the words.
+    free, contracted = slot_places(BITS, D, G)
+    x = tl.load(source + free * row_stride + contracted).to(tl.float32)
+    codes = _codes(
+        x * by_slot_free(inverse, BITS, D, G),
+        by_slot_contracted(scale.to(tl.float32), BITS, D, G),
+        by_slot_contracted(zero.to(tl.float32), BITS, D, G),
+        BITS,
+    )
     words = pack_codes(codes, BITS, D, G)
     tl.store(record.to(tl.pointer_type(tl.int16)) + tl.arange(0, D * G * BITS // 16), words)
-    place = contracted_place(tl.arange(0, D), D)
+    place = contracted_place(channel, D)
     tl.store(by_channel + place, scale)
     tl.store(by_channel + D + place, zero)
-    tl.store(by_token + row_place(tl.arange(0, G), G), token_scale)
+    tl.store(by_token + row_place(token, G), token_scale)
 
 
 @triton.jit
-def _store_value(x, values, by_channel, by_token, BITS: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
-    """Value fields of the record of x [G, D] float32; see `codec.quantize_value`."""
+def _store_value(
+    source, row_stride, values, by_channel, by_token, BITS: tl.constexpr, D: tl.constexpr, G: tl.constexpr
+):
+    """Value fields of the record of the tile [G, D] float16 at `source`; see `codec.quantize_value`."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
+    token, channel = tl.arange(0, G), tl.arange(0, D)
+    x = tl.load(source + token[:, None] * row_stride + channel[None, :]).to(tl.float32)
     _rows, channel_scale = _balance(x)
     y = x * (1.0 / channel_scale)[None, :]
-    low, high = tl.minimum(tl.min(y, 1), 0.0), tl.maximum(tl.max(y, 1), 0.0)
+    low, high = _range(y, y, 1)
+    low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
     channel_scale = channel_scale * _magnitude((high - low) / LEVELS, E4M3_MAX / LEVELS)
     channel_scale = _to_float16(tl.maximum(channel_scale, FLOAT16_TINY))
-    y = x * (1.0 / channel_scale.to(tl.float32))[None, :]
-    low, high = tl.minimum(tl.min(y, 1), 0.0), tl.maximum(tl.max(y, 1), 0.0)
+    inverse = 1.0 / channel_scale.to(tl.float32)
+    y = x * inverse[None, :]
+    low, high = _range(y, y, 1)
+    low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
     scale, zero = to_e4m3((high - low) / LEVELS), to_e4m3(low)
-    codes = _codes(y, from_e4m3(scale)[:, None], from_e4m3(zero)[:, None], BITS)
-    words = pack_codes(tl.trans(codes), BITS, G, D)
+
+    free, contracted = slot_places(BITS, G, D)
+    # Channels last, as they lie in memory.
+    x = tl.load(source + tl.permute(contracted, [0, 2, 1]) * row_stride + tl.permute(free, [0, 2, 1])).to(
+        tl.float32
+    )
+    codes = _codes(
+        x * tl.permute(by_slot_free(inverse, BITS, G, D), [0, 2, 1]),
+        tl.permute(by_slot_contracted(from_e4m3(scale), BITS, G, D), [0, 2, 1]),
+        tl.permute(by_slot_contracted(from_e4m3(zero), BITS, G, D), [0, 2, 1]),
+        BITS,
+    )
+    words = pack_codes(tl.permute(codes, [0, 2, 1]), BITS, G, D)
     tl.store(values.to(tl.pointer_type(tl.int16)) + tl.arange(0, D * G * BITS // 16), words)
-    place = row_place(tl.arange(0, G), G)
-    tl.store(by_channel + 2 * D + row_place(tl.arange(0, D), D), channel_scale)
+    place = row_place(token, G)
+    tl.store(by_channel + 2 * D + row_place(channel, D), channel_scale)
     tl.store(by_token + G + place, scale)
     tl.store(by_token + 2 * G + place, zero)
 
@@ -172,12 +243,11 @@ def _quantize_tiles(
     record = Cache + (block * H + head) * RECORD
     by_channel = (record + BY_CHANNEL).to(tl.pointer_type(tl.float16))
     by_token = record + BY_TOKEN
-    at = tl.arange(0, G)[:, None] * row_stride + tl.arange(0, D)[None, :]
     if is_value == 0:
-        _store_key(tl.load(tile + at).to(tl.float32), record, by_channel, by_token, KEY_BITS, D, G)
+        _store_key(tile, row_stride, record, by_channel, by_token, KEY_BITS, D, G)
     else:
-        value = tl.load(tile + value_offset + at).to(tl.float32)
-        _store_value(value, record + VALUE_CODES, by_channel, by_token, VALUE_BITS, D, G)
+        values = record + VALUE_CODES
+        _store_value(tile + value_offset, row_stride, values, by_channel, by_token, VALUE_BITS, D, G)
 
 
 def quantize_slots(pool: Tensor, slots: Tensor, blocks: Tensor, cache: Tensor, layout: TileLayout) -> None:
@@ -229,7 +299,6 @@ def _launch(
     check_packed("sources", sources, (blocks.shape[0],), torch.int32)
     heads = cache.shape[1]
     if blocks.shape[0]:
-        elements = layout.head_dim * layout.group
         _quantize_tiles[(blocks.shape[0] * heads * 2,)](
             tiles,
             sources,
@@ -238,5 +307,6 @@ def _launch(
             *strides,
             H=heads,
             **record_constants(layout),
-            num_warps=max(4, elements // 4096),
+            num_warps=layout.head_dim * layout.group // ELEMENTS_PER_WARP,
+            maxnreg=REGISTERS,
         )

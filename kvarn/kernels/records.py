@@ -231,16 +231,45 @@ def lanes_to_operand(x, D: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def pack_codes(x, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
-    """Codes [FREE, CONTRACTED] int32 in natural order -> [CONTRACTED * FREE * BITS // 16] int16 words of a record."""
+def slot_places(BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
+    """Natural (free, contracted) indices of codes arranged by their place in a word: int32, of shapes
+    [S, FREE // columns, 1] and [S, 1, CONTRACTED // steps], S = 16 / BITS = steps * columns codes to a word."""
     SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
-    free = tl.arange(0, FREE)[:, None] // (FREE // SIZES[1])
-    contracted = tl.arange(0, CONTRACTED)[None, :] // (CONTRACTED // SIZES[0])
-    x = x << ((contracted * SIZES[1] + free) * BITS)
-    # [column_slot, column_quad, column_rep, lane_n, step_slot, step_quad, step_rep, half, lane_k, pair]
-    x = tl.reshape(x, [SIZES[1], SIZES[3], SIZES[5], 8, SIZES[0], SIZES[2], SIZES[4], 2, 4, 2])
-    x = tl.permute(x, [6, 2, 3, 8, 5, 1, 7, 9, 4, 0])
-    return tl.sum(tl.reshape(x, [CONTRACTED * FREE * BITS // 16, 16 // BITS]), 1).to(tl.int16)
+    slot = tl.arange(0, 16 // BITS)[:, None, None]
+    free = slot % SIZES[1] * (FREE // SIZES[1]) + tl.arange(0, FREE // SIZES[1])[None, :, None]
+    contracted = (
+        slot // SIZES[1] * (CONTRACTED // SIZES[0]) + tl.arange(0, CONTRACTED // SIZES[0])[None, None, :]
+    )
+    return free, contracted
+
+
+@triton.jit
+def by_slot_free(x, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
+    """Factors [FREE] arranged as `slot_places`' free index."""
+    SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
+    x = tl.broadcast_to(
+        tl.reshape(x, [1, SIZES[1], FREE // SIZES[1]]), [SIZES[0], SIZES[1], FREE // SIZES[1]]
+    )
+    return tl.reshape(x, [16 // BITS, FREE // SIZES[1], 1])
+
+
+@triton.jit
+def by_slot_contracted(x, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
+    """Factors [CONTRACTED] arranged as `slot_places`' contracted index."""
+    SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
+    x = tl.reshape(x, [SIZES[0], 1, CONTRACTED // SIZES[0]])
+    x = tl.broadcast_to(x, [SIZES[0], SIZES[1], CONTRACTED // SIZES[0]])
+    return tl.reshape(x, [16 // BITS, 1, CONTRACTED // SIZES[0]])
+
+
+@triton.jit
+def pack_codes(x, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
+    """Codes int32 arranged as `slot_places` -> [CONTRACTED * FREE * BITS // 16] int16 words of a record."""
+    SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
+    words = tl.sum(x << (tl.arange(0, 16 // BITS) * BITS)[:, None, None], 0).to(tl.int16)
+    # [column_quad, column_rep, lane_n, step_quad, step_rep, half, lane_k, pair]
+    words = tl.reshape(words, [SIZES[3], SIZES[5], 8, SIZES[2], SIZES[4], 2, 4, 2])
+    return tl.reshape(tl.permute(words, [4, 1, 2, 6, 3, 0, 5, 7]), [CONTRACTED * FREE * BITS // 16])
 
 
 @triton.jit

