@@ -1,0 +1,130 @@
+"""The read rule, CUDA graphs and steps that never wait, on a real engine and GPU, with a model made here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from triton import knobs
+from vllm import LLM
+
+from kvarn.vllm.triton_lane import TritonLayer, TritonMetadataBuilder
+from tests.kvarn.engines import MIB, Answer, ask, ask_cold, engine, make_llama
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+TILE = 128
+SETTINGS: dict[str, Any] = {
+    "kv_cache_dtype": "kvarn_k4v2_g128",
+    "dtype": "float16",
+    "skip_tokenizer_init": True,
+    "enforce_eager": False,
+    "kv_cache_memory_bytes": 256 * MIB,
+}
+# Linear layers round a row by how many rows share the batch, and codes that flip make more of it.
+TOLERANCE = 0.3
+RESIDUES = [2 * TILE + residue for residue in range(TILE)]
+
+
+def prompt(tokens: int, seed: int = 1) -> list[int]:
+    return [(seed * 7919 + i * i * 31 + i * seed) % 500 for i in range(tokens)]
+
+
+def assert_alike(ours: list[Answer], theirs: list[Answer]) -> None:
+    """Every first token's log-probabilities agree, and nearly all tokens are the same."""
+    same = total = 0
+    for one, other in zip(ours, theirs, strict=True):
+        shared = one.logprobs[0].keys() & other.logprobs[0].keys()
+        assert all(abs(one.logprobs[0][t] - other.logprobs[0][t]) < TOLERANCE for t in shared)
+        same += sum(a == b for a, b in zip(one.tokens, other.tokens, strict=True))
+        total += len(one.tokens)
+    assert same >= 0.97 * total, f"{same} of {total} tokens are the same"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("llama"), heads=8, kv_heads=2, head_dim=128)
+
+
+@pytest.fixture(scope="module")
+def cold(model: Path) -> list[Answer]:
+    """Answers to prompts of every residue, each alone on an empty cache."""
+    with pytest.MonkeyPatch.context() as patch, engine(patch, model, **SETTINGS) as llm:
+        return [ask_cold(llm, prompt(length, seed=length)) for length in RESIDUES]
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path, cold: list[Answer]) -> Iterator[LLM]:
+    with pytest.MonkeyPatch.context() as patch, engine(patch, model, **SETTINGS) as made:
+        yield made
+
+
+def test_a_prefix_hit_changes_nothing(llm: LLM, cold: list[Answer]) -> None:
+    hits = []
+    for length in RESIDUES:
+        ask(llm, [prompt(length, seed=length)], max_tokens=1)
+        ask(llm, [prompt(150, seed=3)], max_tokens=1)
+        hits += ask(llm, [prompt(length, seed=length)])
+    assert all(answer.cached >= TILE for answer in hits)
+    assert_alike(hits, cold)
+
+
+def test_a_batch_changes_nothing(llm: LLM, cold: list[Answer]) -> None:
+    assert llm.reset_prefix_cache()
+    assert_alike(ask(llm, [prompt(length, seed=length) for length in RESIDUES]), cold)
+
+
+def test_nothing_is_compiled_while_serving(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        knobs.runtime, "jit_post_compile_hook", lambda **event: compiled.append(event["repr"])
+    )
+    assert llm.reset_prefix_cache()
+    ask(llm, [prompt(length, seed=5) for length in (1, 7, 128, 129, 700, 1500)], max_tokens=140)
+    assert [name for name in compiled if "kvarn" in name or name.startswith("_")] == []
+
+
+@pytest.mark.parametrize("chunk", [200])
+def test_chunks_change_nothing(
+    model: Path, cold: list[Answer], monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    with engine(
+        monkeypatch, model, **{**SETTINGS, "max_num_batched_tokens": chunk, "enforce_eager": True}
+    ) as llm:
+        assert_alike([ask_cold(llm, prompt(length, seed=length)) for length in RESIDUES], cold)
+
+
+def test_preemption_changes_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [prompt(TILE * 2 + 60 * k, seed=k) for k in range(1, 7)]
+    with engine(monkeypatch, model, **{**SETTINGS, "enforce_eager": True}) as llm:
+        expected = ask(llm, prompts, max_tokens=200)
+    # Room for the longest sequence and little more: running all together must preempt.
+    few = {**SETTINGS, "enforce_eager": True, "kv_cache_memory_bytes": None, "num_gpu_blocks_override": 17}
+    with engine(monkeypatch, model, **few) as llm:
+        assert_alike(ask(llm, prompts, max_tokens=200), expected)
+
+
+def test_a_decode_step_never_waits_for_the_device(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits_refused = 0
+
+    def refusing(stock: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal waits_refused
+            waits_refused += 1
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return stock(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return call
+
+    with engine(monkeypatch, model, **{**SETTINGS, "enforce_eager": True}) as llm:
+        ask(llm, [prompt(100), prompt(300)], max_tokens=2)
+        monkeypatch.setattr(TritonMetadataBuilder, "build", refusing(TritonMetadataBuilder.build))
+        monkeypatch.setattr(TritonLayer, "forward", refusing(TritonLayer.forward))
+        ask(llm, [prompt(126), prompt(300, seed=2)], max_tokens=8)
+    assert waits_refused > 8
