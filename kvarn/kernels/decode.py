@@ -37,7 +37,7 @@ from kvarn.tile import TileLayout
 RAW_ROWS = 32  # rows of a raw tile taken at a time
 FEW_SPLITS = 8  # up to here one program joins the parts of all query heads of a KV head
 SPLITS_OF_VARIANTS = (1, FEW_SPLITS + 1)  # between them they need every compiled variant of `decode`
-NUM_STAGES = 2  # records in flight to shared memory; more leave no room for eight programs on a processor
+NUM_STAGES = 1  # two or three, through shared memory, were measured to be no faster
 
 
 @triton.jit(

@@ -154,9 +154,11 @@ def column_weights(free, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.
 def bias_rows(bias, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr, N: tl.constexpr):
     """bias [N] as the start of a sum over `codes`, to be multiplied by `column_weights` with it: [FREE, N]."""
     SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
-    if SIZES[1] == 1:
-        return tl.broadcast_to(bias[None, :] / CODE_UNIT, [FREE, N])
-    return bias[None, :] / column_weights(tl.arange(0, FREE), BITS, CONTRACTED, FREE)[:, None]
+    if SIZES[1] == 1:  # all rows have one weight
+        rows = tl.broadcast_to(bias[None, :] / CODE_UNIT, [FREE, N])
+    else:
+        rows = bias[None, :] / column_weights(tl.arange(0, FREE), BITS, CONTRACTED, FREE)[:, None]
+    return rows
 
 
 @triton.jit

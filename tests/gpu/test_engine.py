@@ -87,13 +87,9 @@ def test_nothing_is_compiled_while_serving(llm: LLM, monkeypatch: pytest.MonkeyP
     assert [name for name in compiled if "kvarn" in name or name.startswith("_")] == []
 
 
-@pytest.mark.parametrize("chunk", [200])
-def test_chunks_change_nothing(
-    model: Path, cold: list[Answer], monkeypatch: pytest.MonkeyPatch, chunk: int
-) -> None:
-    with engine(
-        monkeypatch, model, **{**SETTINGS, "max_num_batched_tokens": chunk, "enforce_eager": True}
-    ) as llm:
+def test_chunks_change_nothing(model: Path, cold: list[Answer], monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = {**SETTINGS, "max_num_batched_tokens": 200, "enforce_eager": True}
+    with engine(monkeypatch, model, **odd) as llm:
         assert_alike([ask_cold(llm, prompt(length, seed=length)) for length in RESIDUES], cold)
 
 
