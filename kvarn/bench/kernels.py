@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from kvarn.bench.engine import BenchError, Progress
 from kvarn.bench.kernel_settings import AttentionBench, KernelBench
@@ -171,16 +172,17 @@ def table(report: Report) -> Table:
         f"{bench.name}: {bench.preset}, {heads}{bench.kv_heads} KV heads of {bench.head_dim}; "
         f"copy {report.copy_bytes_per_s / 1e12:.2f} TB/s"
     )
-    made = Table(title=title, caption="floor: its bytes at copy bandwidth")
+    absent = dict.fromkeys(f"{m.contender} did not run: {m.reason}" for m in report.measurements if m.reason)
+    made = Table(title=title, caption=Text("\n".join(["floor: its bytes at copy bandwidth", *absent])))
     made.add_column("case", no_wrap=True)
-    made.add_column("kernel")
+    made.add_column("kernel", no_wrap=True)
     for heading in ("us", "floor us", "of copy", bench.rate_unit, "vs FA3 fp16"):
         made.add_column(heading, justify="right")
     previous = ""
     for m in report.measurements:
         made.add_row(
             m.case if m.case != previous else "",
-            m.contender if m.reason is None else f"{m.contender}: {m.reason}",
+            m.contender,
             _shown(m.us, ".1f"),
             f"{report.floor_us(m):.1f}",
             _shown(report.of_copy_bandwidth(m), ".0%"),

@@ -57,5 +57,5 @@ def draw(path: Path, report: Report) -> None:
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylabel(f"times as fast as {BASELINE}" if as_ratios else "share of copy bandwidth")
     axes.set_title(f"{report.bench.name}, {report.bench.preset}, head_dim {report.bench.head_dim}")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
