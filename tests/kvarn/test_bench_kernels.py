@@ -1,6 +1,8 @@
 """The kernel benchmarks: their inputs and launches, their arithmetic, what they write, how they fail."""
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,24 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
 
 def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
     return float((ours.cpu().float() - expected).norm() / expected.norm())
+
+
+def flash_by_torch(*, q, k, v, cu_seqlens_q, seqused_k, block_table, out, **options) -> None:
+    """Stands in for vLLM's FlashAttention; fp8 inputs are taken as they are."""
+    for request, tokens in enumerate(seqused_k.tolist()):
+        rows = slice(*cu_seqlens_q[request : request + 2].tolist())
+        key, value = (x[block_table[request].long()].flatten(0, 1)[:tokens] for x in (k, v))
+        out[rows] = attention(q[rows], key, value).to(out)
+
+
+@pytest.fixture
+def torch_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("vllm.vllm_flash_attn")
+    module.flash_attn_varlen_func = flash_by_torch
+    module.is_fa_version_supported = lambda version: True
+    module.fa_version_unsupported_reason = lambda version: None
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", module)
 
 
 def made_up(bench: KernelBench, with_baseline: bool = True) -> Report:
@@ -92,6 +112,29 @@ class TestCases:
         )
         expected = hadamard.rotate(attention(hadamard.rotate(query.float()), key, value))
         assert relative_error(out, expected) < 0.1  # 4-bit codes of the tiles before each query's own
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+    def test_flash_attention_gets_the_same_sequences(self, torch_flash: None, dtype: torch.dtype) -> None:
+        case = kernel_cases.DecodeCase(DecodeBench(**TINY, query_heads=2), 2, 190, DEVICE)
+        ours, theirs = case.prepare_ours(), case.prepare_flash(dtype)
+        ours()
+        theirs()
+        out = theirs.keywords["out"].cpu().float()
+        assert relative_error(ours.keywords["out"], hadamard.rotate(out)) < 0.15
+        assert theirs.keywords["k"].dtype == theirs.keywords["q"].dtype == dtype
+
+    def test_prefill_pages_serve_flash_attention(self, torch_flash: None) -> None:
+        bench = PrefillBench(**TINY, query_heads=2, chunk=128, starts=(128,))
+        case = kernel_cases.PrefillCase(bench, 128, DEVICE)
+        names = [contender.name for contender in case.case().contenders]
+        assert names == [BASELINE, OURS, kernel_cases.OURS_WITHOUT_FLASH]
+        with_flash, without = (case.prepare_ours(with_flash=choice)() for choice in (True, False))
+        assert relative_error(with_flash, without.cpu().float()) < 0.01
+        theirs = case.prepare_flash()
+        theirs()
+        assert theirs.keywords["out"].isfinite().all()
+        assert theirs.keywords["max_seqlen_q"] == 128
+        assert theirs.keywords["seqused_k"].tolist() == [256]
 
     def test_quantize_writes_every_record(self) -> None:
         bench = QuantizeBench(**TINY, tiles=2)
