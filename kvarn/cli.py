@@ -26,6 +26,14 @@ from rich.progress import (
 
 from kvarn.bench.engine import BenchError, EngineBench
 from kvarn.bench.engine import Progress as BenchProgress
+from kvarn.bench.kernel_settings import (
+    DecodeBench,
+    KernelBench,
+    PrefillBench,
+    QuantizeBench,
+    parse_cases,
+    parse_starts,
+)
 from kvarn.model import ModelError, resolve_model
 
 if TYPE_CHECKING:
@@ -43,6 +51,15 @@ app.add_typer(bench_app, name="bench")
 out = Console()
 err = Console(stderr=True)
 DEFAULTS = EngineBench()
+DECODE, QUANTIZE, PREFILL = DecodeBench(), QuantizeBench(), PrefillBench()
+
+PresetOption = Annotated[str, typer.Option("--preset", help="The cache format.")]
+HeadDimOption = Annotated[int, typer.Option(help="Channels of a head: 64, 128 or 256.")]
+KvHeadsOption = Annotated[int, typer.Option(help="Heads of the cache.")]
+QueryHeadsOption = Annotated[int, typer.Option(help="Heads of the queries.")]
+RepeatsOption = Annotated[int, typer.Option(help="Timed replays; the median counts.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results here too.")]
+PlotOption = Annotated[Path | None, typer.Option("--plot", help="Draw the results: a .png or .svg file.")]
 
 
 def main() -> None:
@@ -133,14 +150,13 @@ def bench_engine(
         float, typer.Option(help="Memory of the cache, GiB.")
     ] = DEFAULTS.kv_cache_memory_gib,
     enforce_eager: Annotated[bool, typer.Option(help="Do not compile the model.")] = DEFAULTS.enforce_eager,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here too.")] = None,
+    json_path: JsonOption = None,
 ) -> None:
     """Compare vLLM's speed and capacity with several KV cache dtypes, each in a process of its own."""
     from kvarn.bench import engine
 
     with _one_sentence_errors():
-        if json_path is not None and not json_path.absolute().parent.is_dir():
-            _fail(f"--json {json_path}: there is no directory {json_path.absolute().parent}")
+        _check_directory("--json", json_path)
         bench = EngineBench(
             model=model,
             dtype=dtype,
@@ -153,11 +169,87 @@ def bench_engine(
             enforce_eager=enforce_eager,
         )
         resolve_model(bench.model)  # may show a progress bar of its own
-        with _bench_progress() as progress:
+        with _bench_progress("batches") as progress:
             results = engine.run(bench, progress)
         out.print(engine.table(bench, results))
         if json_path is not None:
             engine.write(json_path, bench, results)
+
+
+@bench_app.command("decode")
+def bench_decode(
+    cases: Annotated[
+        str, typer.Option(help="Requests x context tokens of each case, separated by commas.")
+    ] = ",".join(f"{requests}x{context}" for requests, context in DECODE.cases),
+    preset: PresetOption = DECODE.preset,
+    head_dim: HeadDimOption = DECODE.head_dim,
+    kv_heads: KvHeadsOption = DECODE.kv_heads,
+    query_heads: QueryHeadsOption = DECODE.query_heads,
+    repeats: RepeatsOption = DECODE.repeats,
+    json_path: JsonOption = None,
+    plot_path: PlotOption = None,
+) -> None:
+    """Compare decode attention with FlashAttention 3, fp16 and fp8, and with copy bandwidth; needs a GPU."""
+    with _one_sentence_errors():
+        bench = DecodeBench(preset, head_dim, kv_heads, repeats, query_heads, parse_cases(cases))
+        _bench_kernels(bench, json_path, plot_path)
+
+
+@bench_app.command("quantize")
+def bench_quantize(
+    tiles: Annotated[int, typer.Option(help="Tiles of keys and values of all KV heads.")] = QUANTIZE.tiles,
+    preset: PresetOption = QUANTIZE.preset,
+    head_dim: HeadDimOption = QUANTIZE.head_dim,
+    kv_heads: KvHeadsOption = QUANTIZE.kv_heads,
+    repeats: RepeatsOption = QUANTIZE.repeats,
+    json_path: JsonOption = None,
+    plot_path: PlotOption = None,
+) -> None:
+    """Compare the speed tiles are quantized at with copy bandwidth; needs a GPU."""
+    with _one_sentence_errors():
+        _bench_kernels(QuantizeBench(preset, head_dim, kv_heads, repeats, tiles), json_path, plot_path)
+
+
+@bench_app.command("prefill")
+def bench_prefill(
+    chunk: Annotated[int, typer.Option(help="Tokens of the chunk.")] = PREFILL.chunk,
+    starts: Annotated[
+        str, typer.Option(help="Tokens before the chunk, of each case, separated by commas.")
+    ] = ",".join(map(str, PREFILL.starts)),
+    preset: PresetOption = PREFILL.preset,
+    head_dim: HeadDimOption = PREFILL.head_dim,
+    kv_heads: KvHeadsOption = PREFILL.kv_heads,
+    query_heads: QueryHeadsOption = PREFILL.query_heads,
+    repeats: RepeatsOption = PREFILL.repeats,
+    json_path: JsonOption = None,
+    plot_path: PlotOption = None,
+) -> None:
+    """Compare a prompt chunk's whole path with FlashAttention 3 fp16; needs a GPU."""
+    with _one_sentence_errors():
+        bench = PrefillBench(preset, head_dim, kv_heads, repeats, query_heads, chunk, parse_starts(starts))
+        _bench_kernels(bench, json_path, plot_path)
+
+
+def _bench_kernels(bench: KernelBench, json_path: Path | None, plot_path: Path | None) -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from kvarn.bench import kernels, plot
+
+    _check_directory("--json", json_path)
+    _check_directory("--plot", plot_path)
+    if plot_path is not None:
+        plot.check(plot_path)
+    with _bench_progress("measured") as progress:
+        report = kernels.run(bench, progress)
+    out.print(kernels.table(report))
+    if json_path is not None:
+        kernels.write(json_path, report)
+    if plot_path is not None:
+        plot.draw(plot_path, report)
+
+
+def _check_directory(option: str, path: Path | None) -> None:
+    if path is not None and not path.absolute().parent.is_dir():
+        _fail(f"{option} {path}: there is no directory {path.absolute().parent}")
 
 
 @contextmanager
@@ -238,9 +330,9 @@ def _start_progress() -> Iterator[Callable[[list[Deployment]], None]]:
 
 
 @contextmanager
-def _bench_progress() -> Iterator[BenchProgress]:
+def _bench_progress(counted: str) -> Iterator[BenchProgress]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TextColumn("batches"), TimeElapsedColumn(), console=err) as progress:
+    with Progress(*columns, TextColumn(counted), TimeElapsedColumn(), console=err) as progress:
         tasks: dict[str, TaskID] = {}
 
         def update(label: str, done: int, total: int) -> None:

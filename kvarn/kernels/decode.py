@@ -7,6 +7,7 @@ dots, `scores^T = K q^T` and `out^T = V^T p^T`, so that few query rows fill an 8
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import e, log2
 
 import torch
@@ -38,6 +39,7 @@ RAW_ROWS = 32  # rows of a raw tile taken at a time
 FEW_SPLITS = 8  # up to here one program joins the parts of all query heads of a KV head
 SPLITS_OF_VARIANTS = (1, FEW_SPLITS + 1)  # between them they need every compiled variant of `decode`
 NUM_STAGES = 1  # two or three, through shared memory, were measured to be no faster
+WARPS_PER_PROCESSOR = 8  # that run at once, as the registers of `_decode_part` allow
 
 
 @triton.jit(
@@ -219,6 +221,19 @@ def _combine_parts(
     else:
         unrotated = tl.trans(tl.dot(hadamard, tl.trans(mean.to(hadamard.dtype)), input_precision="ieee"))
     tl.store(out, (unrotated * (1.0 / tl.sqrt(D * 1.0))).to(Out.dtype.element_ty), mask=row[:, None] < ROWS)
+
+
+@lru_cache
+def concurrent_parts(device: torch.device) -> int:
+    """Parts of attention, each of one KV head, that `device` computes at once."""
+    if device.type != "cuda":
+        return WARPS_PER_PROCESSOR
+    return torch.cuda.get_device_properties(device).multi_processor_count * WARPS_PER_PROCESSOR
+
+
+def splits_for(requests: int, kv_heads: int, device: torch.device) -> int:
+    """Shares to cut each sequence into, so that all parts of a call to `decode` run at once where they can."""
+    return max(1, concurrent_parts(device) // (requests * kv_heads) - 1)
 
 
 class Parts:

@@ -35,8 +35,6 @@ from kvarn.vllm.spec import KVarNSpec
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-WARPS_PER_PROCESSOR = 8  # of the decode kernel, as its registers allow
-
 
 class Workspace:
     """What all layers of a model share on a worker, allocated with the weights so that vLLM's memory profile counts it.
@@ -67,23 +65,14 @@ class Workspace:
             2, page_count, group, num_kv_heads, head_dim, dtype=torch.float16, device=device
         )
         self.is_new = True
-        self.concurrent_parts = _processors(device) * WARPS_PER_PROCESSOR
-        rows = max(self.concurrent_parts, 2 * most_decode_rows(vllm_config) * num_kv_heads)
+        rows = max(decode.concurrent_parts(device), 2 * most_decode_rows(vllm_config) * num_kv_heads)
         self.parts = decode.Parts(rows * (num_heads // num_kv_heads), head_dim, device)
-
-    def splits(self, requests: int, num_kv_heads: int) -> int:
-        """Shares to cut each sequence into, so that all parts run at once where they can."""
-        return max(1, self.concurrent_parts // (requests * num_kv_heads) - 1)
 
 
 def most_decode_rows(vllm_config: VllmConfig) -> int:
     """Decode rows a step may have, those that pad a CUDA graph included."""
     captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     return max(vllm_config.scheduler_config.max_num_seqs, captured)
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @dataclass
@@ -465,7 +454,7 @@ class TritonLayer(KVarNLayer):
             batch.sink_slots,
             self.scale,
             self.layout,
-            work.splits(rows, self.num_kv_heads),
+            decode.splits_for(rows, self.num_kv_heads, kv_cache.device),
             work.parts,
             output[:rows],
         )

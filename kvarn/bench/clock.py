@@ -1,0 +1,66 @@
+"""Times of GPU work: CUDA graphs replayed between events, and the bandwidth of a copy to judge them by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+Launch = Callable[[], object]
+
+WARM_UPS = 3
+COPIED_BYTES = 2 * 2**30
+READ_BETWEEN_BYTES = 256 * 2**20  # more than any GPU's L2 cache holds
+
+
+class Clock:
+    """Measures on one CUDA device.
+
+    Args:
+        device: a CUDA device.
+        repeats: replays; their median counts.
+    """
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self._device, self._repeats = device, repeats
+        self._read_between = torch.zeros(READ_BETWEEN_BYTES // 4, device=device)
+        self._sum = torch.zeros((), device=device)
+
+    def median_us(self, launch: Launch) -> float:
+        """Microseconds of the work `launch` enqueues on the current stream, without what the host adds.
+
+        Before each replay a large buffer is read: the L2 cache then holds nothing of the last replay, as between the
+        layers of a model, and the host has enqueued the replay before the device comes to it.
+
+        Args:
+            launch: is called a few times to warm up and once to be captured; must not wait for the device.
+        """
+        for _ in range(WARM_UPS):
+            launch()
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launch()
+        graph.replay()
+        starts, ends = self._events(), self._events()
+        for start, end in zip(starts, ends, strict=True):
+            torch.sum(self._read_between, 0, out=self._sum)
+            start.record()
+            graph.replay()
+            end.record()
+        torch.cuda.synchronize(self._device)
+        return median(start.elapsed_time(end) * 1e3 for start, end in zip(starts, ends, strict=True))
+
+    def copy_bytes_per_s(self) -> float:
+        """Bytes read and written per second by torch's copy of 2 GiB of float32, or of what fits."""
+        free, _ = torch.cuda.mem_get_info(self._device)
+        source = torch.zeros(min(COPIED_BYTES, free // 4) // 4, device=self._device)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / self.median_us(lambda: target.copy_(source)) * 1e6
+
+    def _events(self) -> list[torch.cuda.Event]:
+        return [
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(self._repeats)
+        ]

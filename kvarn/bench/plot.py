@@ -1,0 +1,61 @@
+"""A chart of kernel benchmarks. Needs matplotlib."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from kvarn.bench.engine import BenchError
+from kvarn.bench.kernels import BASELINE, Report
+
+FORMATS = (".png", ".svg")
+
+
+def check(path: Path) -> None:
+    """Refuses, before anything is measured, a chart that could not be written.
+
+    Raises:
+        BenchError: matplotlib is missing, or the file's name ends in neither .png nor .svg.
+    """
+    if path.suffix not in FORMATS:
+        raise BenchError(f"--plot {path}: give a file name that ends in {' or '.join(FORMATS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BenchError("--plot needs matplotlib: install it with `pip install matplotlib`")
+
+
+def draw(path: Path, report: Report) -> None:
+    """Writes a bar for each contender of each case. Bars are ratios to the baseline where it ran in every case, else
+    shares of copy bandwidth. A benchmark limited by the bytes it moves has a mark where a copy's bandwidth would put
+    each bar.
+
+    Args:
+        path: a .png or .svg file, see `check`.
+        report: what to draw; contenders that did not run have no bar.
+    """
+    from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys(m.case for m in report.measurements))
+    names = list(dict.fromkeys(m.contender for m in report.measurements))
+    as_ratios = all(
+        any((m.case, m.contender) == (label, BASELINE) and m.us is not None for m in report.measurements)
+        for label in labels
+    )
+    figure = Figure(figsize=(max(6.0, 2.2 * len(labels)), 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(names)
+    for place, name in enumerate(names):
+        shown = [m for m in report.measurements if m.contender == name and m.us is not None]
+        x = [labels.index(m.case) - 0.4 + width * (place + 0.5) for m in shown]
+        heights = [report.ratio(m) if as_ratios else report.of_copy_bandwidth(m) for m in shown]
+        if report.bench.moves_bytes:
+            floors = [report.ratio_at_floor(m) if as_ratios else 1.0 for m in shown]
+            axes.hlines(floors, [at - width * 0.45 for at in x], [at + width * 0.45 for at in x], "black")
+        bars = axes.bar(x, heights, width * 0.9, label=name)
+        axes.bar_label(bars, fmt="%.2f", fontsize=8)
+    if report.bench.moves_bytes:
+        axes.plot([], [], color="black", label="floor: its bytes at copy bandwidth")
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylabel(f"times as fast as {BASELINE}" if as_ratios else "share of copy bandwidth")
+    axes.set_title(f"{report.bench.name}, {report.bench.preset}, head_dim {report.bench.head_dim}")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.savefig(path, dpi=150)
