@@ -53,11 +53,14 @@ class Clock:
         return median(start.elapsed_time(end) * 1e3 for start, end in zip(starts, ends, strict=True))
 
     def copy_bytes_per_s(self) -> float:
-        """Bytes read and written per second by torch's copy of 2 GiB of float32, or of what fits."""
+        """Bytes read and written per second by a kernel that copies 2 GiB of float32 plus one, or what fits.
+
+        Not torch's `copy_`: captured in a graph it becomes a memory-copy node, slower than a kernel.
+        """
         free, _ = torch.cuda.mem_get_info(self._device)
         source = torch.zeros(min(COPIED_BYTES, free // 4) // 4, device=self._device)
         target = torch.empty_like(source)
-        return 2 * source.nbytes / self.median_us(lambda: target.copy_(source)) * 1e6
+        return 2 * source.nbytes / self.median_us(lambda: torch.add(source, 1.0, out=target)) * 1e6
 
     def _events(self) -> list[torch.cuda.Event]:
         return [

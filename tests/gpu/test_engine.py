@@ -87,22 +87,6 @@ def test_nothing_is_compiled_while_serving(llm: LLM, monkeypatch: pytest.MonkeyP
     assert [name for name in compiled if "kvarn" in name or name.startswith("_")] == []
 
 
-def test_chunks_change_nothing(model: Path, cold: list[Answer], monkeypatch: pytest.MonkeyPatch) -> None:
-    odd = {**SETTINGS, "max_num_batched_tokens": 200, "enforce_eager": True}
-    with engine(monkeypatch, model, **odd) as llm:
-        assert_alike([ask_cold(llm, prompt(length, seed=length)) for length in RESIDUES], cold)
-
-
-def test_preemption_changes_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = [prompt(TILE * 2 + 60 * k, seed=k) for k in range(1, 7)]
-    with engine(monkeypatch, model, **{**SETTINGS, "enforce_eager": True}) as llm:
-        expected = ask(llm, prompts, max_tokens=200)
-    # Room for the longest sequence and little more: running all together must preempt.
-    few = {**SETTINGS, "enforce_eager": True, "kv_cache_memory_bytes": None, "num_gpu_blocks_override": 17}
-    with engine(monkeypatch, model, **few) as llm:
-        assert_alike(ask(llm, prompts, max_tokens=200), expected)
-
-
 def test_a_decode_step_never_waits_for_the_device(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits_refused = 0
 
