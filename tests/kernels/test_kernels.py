@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvarn.kernels import decode, pages, prefill, quantize, rotate
+from kvarn.kernels import decode, pages, plan, prefill, quantize, rotate
 from kvarn.presets import PRESETS, get_preset
 from kvarn.reference import attention, codec, hadamard
 from kvarn.tile import TileLayout
@@ -294,6 +294,23 @@ class TestDecode:
                 decode.Parts(1, 64, DEVICE),
                 torch.empty(1, 1, 64, device=DEVICE),
             )
+
+
+class TestPlan:
+    def test_tokens_go_where_their_tiles_slots_are(self) -> None:
+        group = 64
+        table = int32([[4, 7, 9], [5, 6, 3], [8, 2, 1], [0, 0, 0], [70, 71, 0]])
+        lengths = int32([2 * group + 3, 2 * group, 1, 0, group + 1])
+        slot_of = torch.full((10,), NO_SLOT, dtype=torch.int32, device=DEVICE)
+        slot_of[int32([4, 9, 6, 8])] = int32([20, 21, 22, 23])
+        made = [torch.full((5,), -7, dtype=torch.int32, device=DEVICE) for _ in range(5)]
+        plan.plan_decode(table, lengths, slot_of, group, *made)
+        tails, sinks, rows, page_rows, fills = (x.tolist() for x in made)
+        assert tails == [21, 22, 23, NO_SLOT, NO_SLOT]
+        assert sinks == [20, NO_SLOT, 23, NO_SLOT, NO_SLOT]  # blocks 5 and 70 have none; row 3 pads the batch
+        assert rows == [21 * group + 2, 22 * group + group - 1, 23 * group, NO_SLOT, NO_SLOT]
+        assert page_rows == [NO_SLOT] * 5
+        assert fills == [NO_SLOT, 6, NO_SLOT, NO_SLOT, NO_SLOT]
 
 
 class TestPrefill:
