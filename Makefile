@@ -10,7 +10,7 @@ STAMP := .venv/.installed
 PROTOS := $(wildcard protos/kvarn/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock proto lint test run clean
+.PHONY: help env lock proto lint browser test run clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -41,8 +41,14 @@ lint: env  ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# Tests of pages need a real browser; where it is missing and cannot be installed they skip and say so.
+browser:  ## Install Chromium from Debian's packages, if it is missing and this is root
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	  || echo "no Chromium: tests of pages will skip" >&2
+
 # Fast tests first and the serving cluster last, so that a failure shows early.
-test: env lint  ## Lint, then every test
+test: env lint browser  ## Lint, then every test
 	$(BIN)/python -m pytest tests
 
 run: env  ## Serve cluster/app.yaml on loopback, say one thing to it, and stay up until Ctrl-C
