@@ -1,9 +1,10 @@
-"""A chart of kernel benchmarks. Needs matplotlib."""
+"""A chart of kernel benchmarks."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
+
+import numpy as np
 
 from kvarn.bench.engine import BenchError
 from kvarn.bench.kernels import BASELINE, Report
@@ -15,12 +16,10 @@ def check(path: Path) -> None:
     """Refuses, before anything is measured, a chart that could not be written.
 
     Raises:
-        BenchError: matplotlib is missing, or the file's name ends in neither .png nor .svg.
+        BenchError: the file's name ends in neither .png nor .svg.
     """
     if path.suffix not in FORMATS:
         raise BenchError(f"--plot {path}: give a file name that ends in {' or '.join(FORMATS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BenchError("--plot needs matplotlib: install it with `pip install matplotlib`")
 
 
 def draw(path: Path, report: Report) -> None:
@@ -46,9 +45,11 @@ def draw(path: Path, report: Report) -> None:
     for place, name in enumerate(names):
         shown = [m for m in report.measurements if m.contender == name and m.us is not None]
         x = [labels.index(m.case) - 0.4 + width * (place + 0.5) for m in shown]
-        heights = [report.ratio(m) if as_ratios else report.of_copy_bandwidth(m) for m in shown]
+        heights = np.array(
+            [report.ratio(m) if as_ratios else report.of_copy_bandwidth(m) for m in shown], float
+        )
         if report.bench.moves_bytes:
-            floors = [report.ratio_at_floor(m) if as_ratios else 1.0 for m in shown]
+            floors = np.array([report.ratio_at_floor(m) if as_ratios else 1.0 for m in shown], float)
             axes.hlines(floors, [at - width * 0.45 for at in x], [at + width * 0.45 for at in x], "black")
         bars = axes.bar(x, heights, width * 0.9, label=name)
         axes.bar_label(bars, fmt="%.2f", fontsize=8)

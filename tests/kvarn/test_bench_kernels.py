@@ -252,15 +252,11 @@ class TestOutput:
     @pytest.mark.parametrize("with_baseline", [True, False])
     @pytest.mark.parametrize("name", ["out.png", "out.svg"])
     def test_plot(self, tmp_path: Path, name: str, with_baseline: bool) -> None:
-        pytest.importorskip("matplotlib")
         plot.check(tmp_path / name)
         plot.draw(tmp_path / name, made_up(DecodeBench(), with_baseline))
         assert (tmp_path / name).stat().st_size > 1000
 
-    def test_plot_names_the_package_it_needs(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(BenchError, match="pip install matplotlib"):
-            plot.check(Path("out.png"))
+    def test_plot_names_the_formats_it_writes(self) -> None:
         with pytest.raises(BenchError, match="ends in"):
             plot.check(Path("out.txt"))
 
