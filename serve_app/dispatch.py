@@ -18,7 +18,7 @@ from serve_app.errors import (
 from serve_app.fleet import Fleet
 from serve_app.prompts import PromptEncoder
 from serve_app.refusals import NOT_READY, refusal
-from serve_app.routing import Candidate, RequestNeed, Router
+from serve_app.routing import Caller, Candidate, RequestNeed, Router
 from serve_app.sampling import check_sampling
 
 MAX_NAME_CHARACTERS = 128
@@ -54,9 +54,9 @@ class Dispatcher:
         self._default_max_tokens = default_max_tokens
 
     async def generate(
-        self, request: Request, timeout_s: float | None
+        self, request: Request, timeout_s: float | None, caller: Caller
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        """Yield the output of `request`, of which at most `timeout_s` seconds are left.
+        """Yield the output of `request` from `caller`, of which at most `timeout_s` seconds are left.
 
         Raises:
             RequestError: with the sentence for the caller.

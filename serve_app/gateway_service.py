@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
 import grpc
 
 from kvarn.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 from serve_app import wire
-from serve_app.dispatch import Dispatcher
+from serve_app.dispatch import MAX_NAME_CHARACTERS, Dispatcher, Request
+from serve_app.errors import InvalidRequestError
 from serve_app.feed import Feed
-from serve_app.routing import Router
+from serve_app.routing import Caller, Router
 
 SERVICE_NAMES = [
     inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
     cluster_pb2.DESCRIPTOR.services_by_name["Cluster"].full_name,
 ]
+TENANT_KEY = "x-kvarn-tenant"
+PRIORITY_KEY = "x-kvarn-priority"
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -29,7 +34,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         """Write each delta as it comes from the engine."""
-        async with aclosing(self._dispatcher.generate(request, context.time_remaining())) as responses:
+        async with aclosing(self._responses(request, context)) as responses:
             async for response in responses:
                 await context.write(response)
 
@@ -38,11 +43,36 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.GenerateOnceResponse:
         """Collect the deltas into one answer."""
         merged, text = inference_pb2.GenerateResponse(), []
-        async with aclosing(self._dispatcher.generate(request, context.time_remaining())) as responses:
+        async with aclosing(self._responses(request, context)) as responses:
             async for response in responses:
                 merged.MergeFrom(response)  # appends token_ids and logprobs, replaces everything else
                 text.append(response.text)
         return _once(merged, "".join(text))
+
+    def _responses(
+        self, request: Request, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        caller = caller_from_metadata(context.invocation_metadata() or ())
+        return self._dispatcher.generate(request, context.time_remaining(), caller)
+
+
+def caller_from_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
+    """Who asks, by the keys `x-kvarn-tenant` and `x-kvarn-priority` of a call's metadata.
+
+    Raises:
+        InvalidRequestError: the tenant's name is too long or the priority no 32-bit integer.
+    """
+    given = dict(metadata)
+    tenant, priority = str(given.get(TENANT_KEY, "")), str(given.get(PRIORITY_KEY, "0"))
+    if len(tenant) > MAX_NAME_CHARACTERS:
+        raise InvalidRequestError(
+            f"{TENANT_KEY} must have at most {MAX_NAME_CHARACTERS} characters, got {len(tenant)}."
+        )
+    if not re.fullmatch(r"-?\d{1,9}", priority, re.ASCII):
+        raise InvalidRequestError(
+            f"{PRIORITY_KEY} must be an integer of at most 9 digits, got {priority[:20]!r}."
+        )
+    return Caller(tenant, int(priority))
 
 
 class ClusterService(cluster_pb2_grpc.ClusterServicer):

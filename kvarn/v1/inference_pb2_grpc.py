@@ -30,6 +30,7 @@ class InferenceStub:
     INVALID_ARGUMENT for a request that can never work, NOT_FOUND for a model this server does not hold,
     RESOURCE_EXHAUSTED for an oversized message or when no replica has room now, UNAVAILABLE when no replica is
     ready or the one that served the request was lost.
+    Metadata of a call: x-kvarn-tenant names who asks, x-kvarn-priority is an integer, lower first, 0 by default.
     """
 
     def __init__(self, channel):
@@ -55,6 +56,7 @@ class InferenceServicer:
     INVALID_ARGUMENT for a request that can never work, NOT_FOUND for a model this server does not hold,
     RESOURCE_EXHAUSTED for an oversized message or when no replica has room now, UNAVAILABLE when no replica is
     ready or the one that served the request was lost.
+    Metadata of a call: x-kvarn-tenant names who asks, x-kvarn-priority is an integer, lower first, 0 by default.
     """
 
     def Generate(self, request, context):
@@ -97,6 +99,7 @@ class Inference:
     INVALID_ARGUMENT for a request that can never work, NOT_FOUND for a model this server does not hold,
     RESOURCE_EXHAUSTED for an oversized message or when no replica has room now, UNAVAILABLE when no replica is
     ready or the one that served the request was lost.
+    Metadata of a call: x-kvarn-tenant names who asks, x-kvarn-priority is an integer, lower first, 0 by default.
     """
 
     @staticmethod

@@ -86,6 +86,14 @@ class ReplicaState:
 
 
 @dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: `tenant` is what shares are fair between; lower `priority` goes first, as in vLLM."""
+
+    tenant: str = ""
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RequestNeed:
     """What a request takes of a cache at its full length, in tokens."""
 
