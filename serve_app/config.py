@@ -70,12 +70,20 @@ class EngineConfig(Settings):
         return None if self.kv_cache_memory_gib is None else int(self.kv_cache_memory_gib * GIB)
 
 
+class HttpConfig(Settings):
+    """Where a gateway answers over HTTP."""
+
+    host: Host = "127.0.0.1"
+    port: Port = 8000
+
+
 class GatewayConfig(Settings):
     """The gateways. Several on one node share one port."""
 
     num_replicas: int = Field(default=1, ge=1)
     host: Host = "127.0.0.1"
     port: Port = 50051
+    http: HttpConfig = HttpConfig()
     max_message_bytes: int = Field(default=4 << 20, ge=1024, description="largest request or response")
     default_max_tokens: int = Field(default=256, ge=1, description="for requests that do not set max_tokens")
     drain_grace_s: float = Field(

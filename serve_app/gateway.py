@@ -15,6 +15,8 @@ from serve_app.dispatch import Dispatcher
 from serve_app.fleet import Fleet
 from serve_app.gateway_service import SERVICE_NAMES, ClusterService, InferenceService
 from serve_app.grpc_server import GrpcServer
+from serve_app.http_app import http_app, probes
+from serve_app.http_server import HttpServer
 from serve_app.prompts import PromptEncoder
 from serve_app.routing import Router
 
@@ -53,20 +55,24 @@ class Gateway:
         """Serve's shutdown hook: refuse new calls, finish running streams."""
         self._health.cancel()
         self._cluster.close()
-        await self._server.stop(self._config.drain_grace_s)
+        await asyncio.gather(self._server.stop(self._config.drain_grace_s), self._http.stop())
         await self._fleet.close()
 
     async def _listen(self, inference: InferenceService) -> None:
         config = self._config
+        shared = config.num_replicas > 1
         self._server = GrpcServer(
             f"{config.host}:{config.port}",
             SERVICE_NAMES,
             max_message_bytes=config.max_message_bytes,
-            reuse_port=config.num_replicas > 1,
+            reuse_port=shared,
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server.server)  # type: ignore[no-untyped-call]
         cluster_pb2_grpc.add_ClusterServicer_to_server(self._cluster, self._server.server)  # type: ignore[no-untyped-call]
+        app = http_app([probes(self._router.is_ready)])
+        self._http = HttpServer(app, config.http.host, config.http.port, shared, config.drain_grace_s)
         await self._server.start()
+        self._http.start()
 
     def _on_change(self, replica_id: str) -> None:
         self._cluster.report_change(replica_id)

@@ -93,7 +93,7 @@ def check_machine(app: App) -> None:
     """Looks for what would keep the application from starting here.
 
     Raises:
-        LaunchError: the gateway's port is taken, or the engines ask for more CPUs than there are.
+        LaunchError: a gateway's port is taken, or the engines ask for more CPUs than there are.
     """
     engine = app.config.engine
     needed, present = engine.num_replicas * engine.cpus_per_replica, os.cpu_count() or 1
@@ -102,8 +102,13 @@ def check_machine(app: App) -> None:
             f"the engines need {needed} CPUs and this machine has {present}: "
             "lower engine.num_replicas or engine.cpus_per_replica"
         )
-    if app.config.gateway.port and not _is_free(app.config.gateway.host, app.config.gateway.port):
-        raise LaunchError(f"{app.address} is in use: stop what listens there, or set another gateway.port")
+    gateway = app.config.gateway
+    for setting, listener in (("gateway.port", gateway), ("gateway.http.port", gateway.http)):
+        if listener.port and not _is_free(listener.host, listener.port):
+            raise LaunchError(
+                f"{listener.host}:{listener.port} is in use: "
+                f"stop what listens there, or set another {setting}"
+            )
 
 
 @contextmanager

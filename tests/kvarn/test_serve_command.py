@@ -26,7 +26,7 @@ def write_app(path: Path, **engine: object) -> Path:
     content = yaml.safe_load(APP_YAML.read_text())
     arguments = content["applications"][0]["args"]
     arguments["engine"].update({"num_replicas": 1, "kv_cache_memory_gib": 0.25, **engine})
-    arguments["gateway"]["port"] = free_port()
+    arguments["gateway"].update(port=free_port(), http={"port": free_port()})
     path.write_text(yaml.safe_dump(content))
     return path
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import psutil
 import pytest
 import ray
@@ -51,7 +52,7 @@ TOKENS = 200  # of streams that should still be open when an update begins
 LONG: dict[str, Any] = {"max_tokens": 900, "ignore_eos": True}
 
 
-def settings(model: Path, port: int, max_num_seqs: int = 8) -> AppConfig:
+def settings(model: Path, port: int, http_port: int, max_num_seqs: int = 8) -> AppConfig:
     return AppConfig.model_validate(
         {
             "model": str(model),
@@ -64,7 +65,13 @@ def settings(model: Path, port: int, max_num_seqs: int = 8) -> AppConfig:
                 "enforce_eager": True,
                 "drain_grace_s": 240,
             },
-            "gateway": {"num_replicas": 2, "port": port, "max_message_bytes": 1 << 20, "drain_grace_s": 240},
+            "gateway": {
+                "num_replicas": 2,
+                "port": port,
+                "http": {"port": http_port},
+                "max_message_bytes": 1 << 20,
+                "drain_grace_s": 240,
+            },
         }
     )
 
@@ -81,6 +88,7 @@ class App:
 
     model: Path
     port: int
+    http_port: int
     early_error: ServingError
     early_health: bool
 
@@ -96,18 +104,18 @@ def deploy(config: AppConfig) -> None:
 
 @pytest.fixture(scope="module")
 def app(model_dir: Path) -> Iterator[App]:
-    port = free_port()
+    port, http_port = free_port(), free_port()
     ray.init(
         "local", num_cpus=REPLICAS, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False
     )
     serve.start(proxy_location="Disabled")
     try:
-        deploy(settings(model_dir, port))
+        deploy(settings(model_dir, port, http_port))
         with Client(f"127.0.0.1:{port}") as client:
             early_error = first_answer(client)
             early_health = client.is_ready()
             wait_for(lambda: len(ready(client)) == REPLICAS, START_S)
-        yield App(model_dir, port, early_error, early_health)
+        yield App(model_dir, port, http_port, early_error, early_health)
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -388,6 +396,11 @@ async def test_a_full_fleet_refuses_at_once_and_recovers(aclient: AsyncClient) -
     assert "no replica has room for that now" in error.sentence
 
 
+def test_http_probes_answer_beside_grpc(app: App) -> None:
+    for probe in ("livez", "readyz"):
+        assert httpx.get(f"http://127.0.0.1:{app.http_port}/{probe}").status_code == 204
+
+
 def test_health_and_reflection_on_gateway_and_engine(app: App, client: Client) -> None:
     assert services_of(app.address) >= {"kvarn.v1.Inference", "kvarn.v1.Cluster", "grpc.health.v1.Health"}
     for service in ("", "kvarn.v1.Inference", "kvarn.v1.Cluster"):
@@ -452,7 +465,7 @@ async def test_a_rolling_update_completes_open_streams_and_refuses_none(
     streams = [asyncio.create_task(open_stream()) for _ in range(4)]
     asking = asyncio.create_task(keep_asking())
     await asyncio.to_thread(wait_for, lambda: len(generated) == len(streams), START_S)
-    await asyncio.to_thread(deploy, settings(app.model, app.port, max_num_seqs=6))
+    await asyncio.to_thread(deploy, settings(app.model, app.port, app.http_port, max_num_seqs=6))
     replaced = lambda: len(ready(client)) == REPLICAS and not ready(client) & before  # noqa: E731
     await asyncio.to_thread(wait_for, replaced, START_S)
     updated.set()
