@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,46 @@ class PromptEncoder:
             raise InvalidRequestError(
                 "The model has no chat template: send prompt.text instead of prompt.chat."
             )
-        messages = [{"role": message.role, "content": message.content} for message in chat.messages]
         try:
             text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                [_message(message) for message in chat.messages],
+                tools=[_tool(tool) for tool in chat.tools] or None,
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except TemplateError as error:
             raise InvalidRequestError(
                 f"The model's chat template refuses these messages: {error}."
             ) from error
         return text
+
+
+def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
+    """A message as chat templates take it."""
+    made: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        made["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+    if message.tool_call_id:
+        made["tool_call_id"] = message.tool_call_id
+    return made
+
+
+def _tool_call(call: inference_pb2.ToolCall) -> dict[str, Any]:
+    arguments = _json_object(call.arguments, f"The arguments of the tool call {call.name!r}")
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _tool(tool: inference_pb2.Tool) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name, "description": tool.description}
+    function["parameters"] = _json_object(tool.parameters, f"The parameters of the tool {tool.name!r}")
+    return {"type": "function", "function": function}
+
+
+def _json_object(text: str, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"{what} must be a JSON object: send valid JSON text.")
+    return value

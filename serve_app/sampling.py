@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvarn.v1 import sampling_pb2
+from serve_app import structured_outputs
 from serve_app.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def check_sampling(params: sampling_pb2.SamplingParams, vocab_size: int) -> None
     _check_lengths(params)
     _check_stops(params.stop)
     _check_tokens(params, vocab_size)
+    if params.HasField("structured_outputs"):
+        structured_outputs.check_structured_outputs(params.structured_outputs)
 
 
 def check_token_ids(ids: Iterable[int], vocab_size: int, field: str) -> None:
@@ -93,4 +96,6 @@ def _set_fields(params: sampling_pb2.SamplingParams) -> dict[str, Any]:
             plain[name] = list(plain[name])
     if "logit_bias" in plain:
         plain["logit_bias"] = dict(plain["logit_bias"])
+    if "structured_outputs" in plain:
+        plain["structured_outputs"] = structured_outputs.to_vllm(plain["structured_outputs"])
     return plain

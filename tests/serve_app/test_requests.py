@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from kvarn.v1.sampling_pb2 import SamplingParams
+from kvarn.v1.sampling_pb2 import Choice, SamplingParams, StructuredOutputs
 from serve_app.client import InvalidRequestError as ClientInvalidRequestError
 from serve_app.client import _generate_request
 from serve_app.errors import InvalidRequestError, NoRoomError, RequestError, UnavailableError
@@ -50,6 +50,20 @@ def test_values_in_range_pass(params: SamplingParams) -> None:
         (SamplingParams(stop_token_ids=[1000]), "stop_token_ids must hold ids below 1000"),
         (SamplingParams(allowed_token_ids=[5, 2000]), "allowed_token_ids must hold ids below 1000"),
         (SamplingParams(logit_bias={1: math.nan}), "logit_bias must hold finite numbers"),
+        *[
+            (SamplingParams(structured_outputs=constraint), sentence)
+            for constraint, sentence in [
+                (StructuredOutputs(), "structured_outputs must hold one of json_schema, json_object"),
+                (StructuredOutputs(json_object=False), "structured_outputs.json_object must be true"),
+                (StructuredOutputs(json_schema="{"), "structured_outputs.json_schema must be JSON text"),
+                (StructuredOutputs(json_schema="[" * 60_000), "structured_outputs.json_schema must be JSON"),
+                (StructuredOutputs(json_schema="[]"), "structured_outputs.json_schema must be a JSON object"),
+                (StructuredOutputs(regex=" "), "structured_outputs.regex must not be empty"),
+                (StructuredOutputs(regex="x" * 70_000), "structured_outputs.regex must have at most 65536"),
+                (StructuredOutputs(choice=Choice()), "structured_outputs.choice must hold 1 to 1024 strings"),
+                (StructuredOutputs(choice=Choice(options=["a", ""])), "structured_outputs.choice must hold"),
+            ]
+        ],
     ],
 )
 def test_values_out_of_range_are_refused_in_one_sentence(params: SamplingParams, sentence: str) -> None:
@@ -63,6 +77,13 @@ def test_only_set_fields_reach_vllm() -> None:
     params = to_vllm(SamplingParams(temperature=0, max_tokens=7, stop=["x"], logit_bias={3: 1.0}))
     assert (params.temperature, params.max_tokens, params.stop, params.logit_bias) == (0, 7, ["x"], {3: 1.0})
     assert (params.top_p, params.seed, params.skip_special_tokens) == (1.0, None, True)
+
+
+def test_a_constraint_reaches_vllm() -> None:
+    made = to_vllm(SamplingParams(structured_outputs=StructuredOutputs(choice=Choice(options=["a", "b"]))))
+    assert made.structured_outputs.choice == ["a", "b"]
+    schema = to_vllm(SamplingParams(structured_outputs=StructuredOutputs(json_schema="{}")))
+    assert schema.structured_outputs.json == "{}"
 
 
 @pytest.mark.parametrize(
