@@ -58,6 +58,10 @@ class EngineConfig(Settings):
             raise ValueError(
                 "kv_cache_memory_gib must be set when device is cpu, e.g. kv_cache_memory_gib: 1"
             )
+        if self.device == "cpu" and self.distributed_executor_backend == "ray":
+            raise ValueError(
+                "vLLM runs distributed_executor_backend ray on GPUs only: use mp when device is cpu"
+            )
         if self.distributed_executor_backend == "uni" and self.tensor_parallel_size > 1:
             raise ValueError(
                 "distributed_executor_backend uni runs one worker: set tensor_parallel_size to 1"

@@ -241,10 +241,11 @@ def lead_where_they_part(stock: Answer, ours: Answer) -> float:
     return logprobs[stock.tokens[step]] - logprobs.get(ours.tokens[step], -math.inf)
 
 
+@pytest.mark.parametrize("kv_heads", [2, 1], ids=["a head a rank", "both ranks hold the one head"])
 def test_tensor_parallel_in_processes_equals_one_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_heads: int
 ) -> None:
-    model = make_llama(tmp_path)
+    model = make_llama(tmp_path, kv_heads=kv_heads)
     prompts = [[(11 * i * i + k * i) % 500 for i in range(300 + 40 * k)] for k in range(3)]
     settings = {
         "kv_cache_dtype": "kvarn_k4v2_g128",

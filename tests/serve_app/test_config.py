@@ -46,6 +46,10 @@ def test_a_directory_is_served_under_its_last_part() -> None:
             {"engine": {"device": "cuda", "distributed_executor_backend": "uni", "tensor_parallel_size": 2}},
             "set tensor_parallel_size to 1",
         ),
+        (
+            {"engine": {"kv_cache_memory_gib": 1, "distributed_executor_backend": "ray"}},
+            "use mp when device is cpu",
+        ),
     ],
 )
 def test_mistakes_are_refused(values: dict[str, object], sentence: str) -> None:
