@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
+from ipaddress import ip_address
+from pathlib import Path, PurePath
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -12,6 +13,14 @@ from kvarn.presets import get_preset
 Host = Annotated[str, Field(min_length=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 GIB = 1 << 30
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server on `host`; a name other than localhost may be any."""
+    try:
+        return host == "localhost" or ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 class Settings(BaseModel):
@@ -74,6 +83,40 @@ class EngineConfig(Settings):
         return None if self.kv_cache_memory_gib is None else int(self.kv_cache_memory_gib * GIB)
 
 
+class TlsConfig(Settings):
+    """Files in PEM format. A new version is used by the connections that follow it, without a restart."""
+
+    certificate: Path = Field(description="the gateway's certificate, then those up to its CA")
+    private_key: Path
+    client_ca: Path | None = Field(
+        default=None, description="if set, clients must present a certificate of this CA"
+    )
+
+
+class SecurityConfig(Settings):
+    """Who may call the gateways."""
+
+    tls: TlsConfig | None = None
+    api_keys: Path | None = Field(default=None, description="file made with `kvarn keys create`")
+    salt_cache_by_tenant: bool = Field(
+        default=False, description="cached prefixes are shared only within a tenant, so that none probes another's"
+    )
+    allow_insecure: bool = Field(
+        default=False, description="listen beyond loopback even without TLS and API keys"
+    )
+
+
+class LimitsConfig(Settings):
+    """What one client may take of a gateway; times in seconds."""
+
+    max_connections: int = Field(default=4096, ge=1, description="of each protocol")
+    max_header_bytes: int = Field(default=16 << 10, ge=1024, description="request line and headers together")
+    header_timeout_s: float = Field(default=10, gt=0, description="for a request's headers, and a handshake")
+    body_timeout_s: float = Field(default=60, gt=0, description="for a request's body")
+    write_timeout_s: float = Field(default=60, gt=0, description="for a client to read what waits for it")
+    idle_timeout_s: float = Field(default=300, gt=0, description="for connections without a call")
+
+
 class HttpConfig(Settings):
     """Where a gateway answers over HTTP."""
 
@@ -88,11 +131,26 @@ class GatewayConfig(Settings):
     host: Host = "127.0.0.1"
     port: Port = 50051
     http: HttpConfig = HttpConfig()
+    security: SecurityConfig = SecurityConfig()
+    limits: LimitsConfig = LimitsConfig()
     max_message_bytes: int = Field(default=4 << 20, ge=1024, description="largest request or response")
     default_max_tokens: int = Field(default=256, ge=1, description="for requests that do not set max_tokens")
     drain_grace_s: float = Field(
         default=30, ge=0, description="time a stopping gateway gives its streams to end"
     )
+
+    @model_validator(mode="after")
+    def _closed_unless_asked(self) -> Self:
+        security = self.security
+        if (security.tls and security.api_keys) or security.allow_insecure:
+            return self
+        for setting, host in (("host", self.host), ("http.host", self.http.host)):
+            if not is_loopback(host):
+                raise ValueError(
+                    f"{setting} {host} is open to other machines: set security.tls and security.api_keys, "
+                    "or security.allow_insecure: true if something else guards it"
+                )
+        return self
 
 
 class AppConfig(Settings):

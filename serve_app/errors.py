@@ -6,19 +6,41 @@ import grpc
 
 
 class RequestError(Exception):
-    """A request refused; `sentence` says what was wrong, what was expected and what to change."""
+    """A request refused.
+
+    Args:
+        sentence: what was wrong, what was expected and what to change.
+        retry_after_s: seconds after which the same request may succeed, if known.
+    """
 
     status = grpc.StatusCode.INTERNAL
 
-    def __init__(self, sentence: str) -> None:
+    def __init__(self, sentence: str, retry_after_s: float | None = None) -> None:
         super().__init__(sentence)
         self.sentence = sentence
+        self.retry_after_s = retry_after_s
 
 
 class InvalidRequestError(RequestError):
     """It can never work as it is."""
 
     status = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class ContextLengthError(InvalidRequestError):
+    """It is longer than any replica can hold."""
+
+
+class UnauthenticatedError(RequestError):
+    """It bears no API key, or an unknown one."""
+
+    status = grpc.StatusCode.UNAUTHENTICATED
+
+
+class RateLimitError(RequestError):
+    """Its API key has used up what it may."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class UnknownModelError(RequestError):

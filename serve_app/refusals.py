@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serve_app.errors import InvalidRequestError, NoRoomError, RequestError, UnavailableError
+from serve_app.errors import ContextLengthError, NoRoomError, RequestError, UnavailableError
 from serve_app.routing import Decision, Refusal, RequestNeed
 
 NOT_READY = "No engine replica is ready yet: try again in a few seconds."
@@ -29,6 +29,6 @@ def refusal(decision: Decision, need: RequestNeed, context_tokens: int) -> Reque
     limit = f"the context of {context_tokens} tokens"
     if Refusal.PAST_CONTEXT not in refusals:
         limit = "what the cache of any replica can hold"
-    return InvalidRequestError(
+    return ContextLengthError(
         f"{asked}, together more than {limit}: shorten the prompt or lower max_tokens."
     )

@@ -1,0 +1,107 @@
+"""From the headers of a call to the `Caller` it is from; the same for gRPC metadata and HTTP."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from serve_app.errors import InvalidRequestError, UnauthenticatedError
+from serve_app.routing import Caller
+from serve_app.security.files import Reloaded
+from serve_app.security.keys import ApiKey, KeyFile, read_keys
+from serve_app.security.limits import Limits
+
+TENANT_KEY = "x-kvarn-tenant"
+PRIORITY_KEY = "x-kvarn-priority"
+MAX_TENANT_CHARACTERS = 128
+NO_KEY = "An API key is needed: send the header `authorization: Bearer KEY`."
+
+Headers = Mapping[str, str]
+
+
+class Access:
+    """Decides who may call, and as whom.
+
+    With API keys, a call's tenant and priority are those of its key; `x-kvarn-priority` may only make it wait longer.
+    Without, both come from the headers `x-kvarn-tenant` and `x-kvarn-priority`.
+
+    Args:
+        api_keys: the file of keys, read again when it changes; None lets everyone in.
+
+    Raises:
+        KeyFileError: the file is not valid.
+    """
+
+    def __init__(self, api_keys: Path | None = None) -> None:
+        self._keys: Reloaded[KeyFile] | None = None
+        if api_keys is not None:
+            self._keys = Reloaded([api_keys], lambda: read_keys(api_keys))
+        self._limits = Limits()
+
+    def check(self, headers: Headers) -> None:
+        """Refuse a call without a valid key.
+
+        Raises:
+            UnauthenticatedError: with the sentence for the caller.
+        """
+        self._key(headers)
+
+    @contextmanager
+    def admitted(self, headers: Headers) -> Iterator[Caller]:
+        """Count a request within its key's limits for as long as the block lasts.
+
+        Args:
+            headers: of the call, by lower-case name.
+
+        Raises:
+            UnauthenticatedError, RateLimitError, InvalidRequestError: with the sentence for the caller.
+        """
+        key = self._key(headers)
+        priority = _priority(headers)
+        if key is None:
+            yield Caller(_tenant(headers), priority or 0)
+            return
+        with self._limits.admitted(key):
+            yield Caller(key.tenant, key.priority if priority is None else max(key.priority, priority))
+
+    def _key(self, headers: Headers) -> ApiKey | None:
+        if self._keys is None:
+            return None
+        return self._keys.value.authenticate(_presented(headers.get("authorization", "")))
+
+
+def _presented(authorization: str) -> str:
+    """The key of an authorization header: a bearer token, or the password of basic authentication."""
+    scheme, _, credentials = authorization.partition(" ")
+    if scheme.lower() == "bearer" and credentials:
+        return credentials.strip()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            raise UnauthenticatedError(NO_KEY) from None
+    raise UnauthenticatedError(NO_KEY)
+
+
+def _tenant(headers: Headers) -> str:
+    tenant = headers.get(TENANT_KEY, "")
+    if len(tenant) > MAX_TENANT_CHARACTERS:
+        raise InvalidRequestError(
+            f"{TENANT_KEY} must have at most {MAX_TENANT_CHARACTERS} characters, got {len(tenant)}."
+        )
+    return tenant
+
+
+def _priority(headers: Headers) -> int | None:
+    given = headers.get(PRIORITY_KEY)
+    if given is None:
+        return None
+    if not re.fullmatch(r"-?\d{1,9}", given, re.ASCII):
+        raise InvalidRequestError(
+            f"{PRIORITY_KEY} must be an integer of at most 9 digits, got {given[:20]!r}."
+        )
+    return int(given)

@@ -1,0 +1,69 @@
+"""How much one key may ask for: a token bucket, and a count of what runs."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from serve_app.errors import RateLimitError
+from serve_app.security.keys import ApiKey
+
+
+@dataclass
+class Bucket:
+    """Tokens left at a moment, in seconds of some clock."""
+
+    tokens: float
+    at_s: float
+
+
+class Limits:
+    """The requests of all keys at one gateway.
+
+    Args:
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._buckets: dict[str, Bucket] = {}
+        self._running: Counter[str] = Counter()
+
+    @contextmanager
+    def admitted(self, key: ApiKey) -> Iterator[None]:
+        """Count one request of `key` for as long as the block lasts.
+
+        Raises:
+            RateLimitError: it is one too many.
+        """
+        if key.max_concurrent is not None and self._running[key.id] >= key.max_concurrent:
+            raise RateLimitError(
+                f"This API key may run {key.max_concurrent} requests at once: wait for one of them to end.",
+                retry_after_s=1,
+            )
+        self._take(key)
+        self._running[key.id] += 1
+        try:
+            yield
+        finally:
+            self._running[key.id] -= 1
+            self._running += Counter()  # drops the counts that reached zero
+
+    def _take(self, key: ApiKey) -> None:
+        if key.requests_per_minute is None:
+            return
+        now, per_s = self._clock(), key.requests_per_minute / 60
+        bucket = self._buckets.setdefault(key.id, Bucket(key.burst, now))
+        bucket.tokens = min(float(key.burst), bucket.tokens + (now - bucket.at_s) * per_s)
+        bucket.at_s = now
+        if bucket.tokens < 1:
+            wait_s = (1 - bucket.tokens) / per_s
+            raise RateLimitError(
+                f"This API key may send {key.requests_per_minute:g} requests a minute: "
+                f"try again in {wait_s:.1f} seconds.",
+                retry_after_s=wait_s,
+            )
+        bucket.tokens -= 1
