@@ -99,7 +99,8 @@ class SecurityConfig(Settings):
     tls: TlsConfig | None = None
     api_keys: Path | None = Field(default=None, description="file made with `kvarn keys create`")
     salt_cache_by_tenant: bool = Field(
-        default=False, description="cached prefixes are shared only within a tenant, so that none probes another's"
+        default=False,
+        description="cached prefixes are shared only within a tenant, so that none probes another's",
     )
     allow_insecure: bool = Field(
         default=False, description="listen beyond loopback even without TLS and API keys"

@@ -6,6 +6,7 @@ import asyncio
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
 
 from kvarn.model import resolve_model
 from kvarn.v1 import cluster_pb2_grpc, inference_pb2_grpc
@@ -16,9 +17,12 @@ from serve_app.fleet import Fleet
 from serve_app.gateway_service import SERVICE_NAMES, ClusterService, InferenceService
 from serve_app.grpc_server import GrpcServer
 from serve_app.http_app import http_app, probes
+from serve_app.http_guard import HttpGuard
 from serve_app.http_server import HttpServer
 from serve_app.prompts import PromptEncoder
 from serve_app.routing import Router
+from serve_app.security.access import Access
+from serve_app.security.tls import ServerTls
 
 
 class Gateway:
@@ -44,7 +48,7 @@ class Gateway:
         dispatcher = Dispatcher(
             gateway_id, model_name, encoder, self._router, self._fleet, config.default_max_tokens
         )
-        await self._listen(InferenceService(dispatcher))
+        await self._listen(model_name, dispatcher)
         self._health = asyncio.create_task(self._follow_health())
         membership.listen(engines, self._fleet.set_members)
 
@@ -58,21 +62,42 @@ class Gateway:
         await asyncio.gather(self._server.stop(self._config.drain_grace_s), self._http.stop())
         await self._fleet.close()
 
-    async def _listen(self, inference: InferenceService) -> None:
-        config = self._config
-        shared = config.num_replicas > 1
-        self._server = GrpcServer(
-            f"{config.host}:{config.port}",
-            SERVICE_NAMES,
-            max_message_bytes=config.max_message_bytes,
-            reuse_port=shared,
-        )
+    async def _listen(self, model_name: str, dispatcher: Dispatcher) -> None:
+        config, security = self._config, self._config.security
+        tls = ServerTls(security.tls) if security.tls else None
+        access = Access(security.api_keys)
+        self._server = self._grpc_server(access, tls)
+        inference = InferenceService(dispatcher, access, config.limits.write_timeout_s)
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server.server)  # type: ignore[no-untyped-call]
         cluster_pb2_grpc.add_ClusterServicer_to_server(self._cluster, self._server.server)  # type: ignore[no-untyped-call]
         app = http_app([probes(self._router.is_ready)])
-        self._http = HttpServer(app, config.http.host, config.http.port, shared, config.drain_grace_s)
+        self._http = self._http_server(app, access, tls)
         await self._server.start()
         self._http.start()
+
+    def _grpc_server(self, access: Access, tls: ServerTls | None) -> GrpcServer:
+        config = self._config
+        return GrpcServer(
+            f"{config.host}:{config.port}",
+            SERVICE_NAMES,
+            max_message_bytes=config.max_message_bytes,
+            reuse_port=config.num_replicas > 1,
+            check=access.check,
+            credentials=tls.grpc_credentials() if tls else None,
+            limits=config.limits,
+        )
+
+    def _http_server(self, app: ASGIApp, access: Access, tls: ServerTls | None) -> HttpServer:
+        config = self._config
+        return HttpServer(
+            HttpGuard(app, access, config.limits, config.max_message_bytes),
+            config.http.host,
+            config.http.port,
+            reuse_port=config.num_replicas > 1,
+            drain_grace_s=config.drain_grace_s,
+            limits=config.limits,
+            tls=tls.ssl_context() if tls else None,
+        )
 
     def _on_change(self, replica_id: str) -> None:
         self._cluster.report_change(replica_id)

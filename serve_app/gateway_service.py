@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import re
+import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import grpc
 
 from kvarn.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 from serve_app import wire
-from serve_app.dispatch import MAX_NAME_CHARACTERS, Dispatcher, Request
-from serve_app.errors import InvalidRequestError
+from serve_app.dispatch import Dispatcher, Request
+from serve_app.errors import DeadlineExceededError
 from serve_app.feed import Feed
-from serve_app.routing import Caller, Router
+from serve_app.grpc_server import headers_of
+from serve_app.routing import Router
+from serve_app.security.access import Access
 
 SERVICE_NAMES = [
     inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
     cluster_pb2.DESCRIPTOR.services_by_name["Cluster"].full_name,
 ]
-TENANT_KEY = "x-kvarn-tenant"
-PRIORITY_KEY = "x-kvarn-priority"
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Generation for clients. Methods raise `RequestError`s, which the error boundary turns into statuses."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Dispatcher, access: Access, write_timeout_s: float) -> None:
         self._dispatcher = dispatcher
+        self._access = access
+        self._write_timeout_s = write_timeout_s
 
     async def Generate(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
@@ -36,7 +38,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Write each delta as it comes from the engine."""
         async with aclosing(self._responses(request, context)) as responses:
             async for response in responses:
-                await context.write(response)
+                await self._write(context, response)
 
     async def GenerateOnce(  # noqa: N802
         self, request: inference_pb2.GenerateOnceRequest, context: grpc.aio.ServicerContext
@@ -49,30 +51,26 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 text.append(response.text)
         return _once(merged, "".join(text))
 
-    def _responses(
+    async def _responses(
         self, request: Request, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        caller = caller_from_metadata(context.invocation_metadata() or ())
-        return self._dispatcher.generate(request, context.time_remaining(), caller)
+        with self._access.admitted(headers_of(context.invocation_metadata())) as caller:
+            responses = self._dispatcher.generate(request, context.time_remaining(), caller)
+            async with aclosing(responses):
+                async for response in responses:
+                    yield response
 
-
-def caller_from_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
-    """Who asks, by the keys `x-kvarn-tenant` and `x-kvarn-priority` of a call's metadata.
-
-    Raises:
-        InvalidRequestError: the tenant's name is too long or the priority no 32-bit integer.
-    """
-    given = dict(metadata)
-    tenant, priority = str(given.get(TENANT_KEY, "")), str(given.get(PRIORITY_KEY, "0"))
-    if len(tenant) > MAX_NAME_CHARACTERS:
-        raise InvalidRequestError(
-            f"{TENANT_KEY} must have at most {MAX_NAME_CHARACTERS} characters, got {len(tenant)}."
-        )
-    if not re.fullmatch(r"-?\d{1,9}", priority, re.ASCII):
-        raise InvalidRequestError(
-            f"{PRIORITY_KEY} must be an integer of at most 9 digits, got {priority[:20]!r}."
-        )
-    return Caller(tenant, int(priority))
+    async def _write(
+        self, context: grpc.aio.ServicerContext, response: inference_pb2.GenerateResponse
+    ) -> None:
+        """A client that does not read would keep its blocks for ever."""
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await context.write(response)
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"The client has read nothing for {self._write_timeout_s:g} seconds: read the stream as it comes."
+            ) from None
 
 
 class ClusterService(cluster_pb2_grpc.ClusterServicer):

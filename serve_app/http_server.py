@@ -5,9 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
+import ssl
+from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp
+
+from serve_app.config import LimitsConfig
+from serve_app.http_protocol import GuardedProtocol
 
 BACKLOG = 2048
 
@@ -21,21 +26,36 @@ class HttpServer:
         port: port to listen on; 0 takes any free one.
         reuse_port: let other processes listen on the same port and share its connections.
         drain_grace_s: seconds that `stop` gives running responses to end.
+        limits: on what clients take.
+        tls: for HTTPS; None is plain text.
     """
 
     def __init__(
-        self, app: ASGIApp, host: str, port: int, reuse_port: bool = False, drain_grace_s: float = 0
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        reuse_port: bool = False,
+        drain_grace_s: float = 0,
+        limits: LimitsConfig | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        limits = limits or LimitsConfig()
         self._host = host
         self._port = port
         self._reuse_port = reuse_port
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
+                http=partial(GuardedProtocol, limits=limits),  # type: ignore[arg-type]  # uvicorn only calls it
+                ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=math.ceil(limits.idle_timeout_s),
+                h11_max_incomplete_event_size=limits.max_header_bytes,
+                ssl_context_factory=None if tls is None else lambda *_: tls,
                 timeout_graceful_shutdown=math.ceil(drain_grace_s),
             )
         )

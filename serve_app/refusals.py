@@ -29,6 +29,4 @@ def refusal(decision: Decision, need: RequestNeed, context_tokens: int) -> Reque
     limit = f"the context of {context_tokens} tokens"
     if Refusal.PAST_CONTEXT not in refusals:
         limit = "what the cache of any replica can hold"
-    return ContextLengthError(
-        f"{asked}, together more than {limit}: shorten the prompt or lower max_tokens."
-    )
+    return ContextLengthError(f"{asked}, together more than {limit}: shorten the prompt or lower max_tokens.")

@@ -11,7 +11,6 @@ import hmac
 import os
 import secrets
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -52,7 +51,7 @@ class ApiKey(Settings):
 class KeyFile(Settings):
     """All keys."""
 
-    keys: list[ApiKey] = []
+    keys: tuple[ApiKey, ...] = ()
 
     @model_validator(mode="after")
     def _unique(self) -> Self:
@@ -109,7 +108,7 @@ def create_key(path: Path, tenant: str, **limits: object) -> tuple[str, ApiKey]:
     except ValidationError as error:
         problem = error.errors()[0]
         raise KeyFileError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
-    _write(path, KeyFile(keys=[*held.keys, key]))
+    _write(path, KeyFile(keys=(*held.keys, key)))
     return presented, key
 
 
@@ -120,7 +119,7 @@ def revoke_key(path: Path, identifier: str) -> None:
         KeyFileError: the file is not valid, or does not hold that key.
     """
     held = read_keys(path)
-    left = [key for key in held.keys if key.id != identifier]
+    left = tuple(key for key in held.keys if key.id != identifier)
     if len(left) == len(held.keys):
         raise KeyFileError(f"{path} holds no key of id {identifier!r}: `kvarn keys list` shows them")
     _write(path, KeyFile(keys=left))
@@ -132,7 +131,7 @@ def _hash(presented: str) -> str:
 
 def _write(path: Path, keys: KeyFile) -> None:
     """Replaces the file in one step: a server that reads it sees the old or the new keys."""
-    text = yaml.safe_dump(keys.model_dump(exclude_defaults=True), sort_keys=False)
+    text = yaml.safe_dump(keys.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     try:
         descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     except OSError as error:
@@ -140,5 +139,3 @@ def _write(path: Path, keys: KeyFile) -> None:
     with os.fdopen(descriptor, "w") as file:
         file.write(text)
     os.replace(scratch, path)
-
-

@@ -7,10 +7,15 @@ import pytest
 from kvarn.v1.sampling_pb2 import Choice, SamplingParams, StructuredOutputs
 from serve_app.client import InvalidRequestError as ClientInvalidRequestError
 from serve_app.client import _generate_request
-from serve_app.errors import InvalidRequestError, NoRoomError, RequestError, UnavailableError
-from serve_app.gateway_service import caller_from_metadata
+from serve_app.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    NoRoomError,
+    RequestError,
+    UnavailableError,
+)
 from serve_app.refusals import refusal
-from serve_app.routing import Caller, Candidate, Decision, Refusal, RequestNeed
+from serve_app.routing import Candidate, Decision, Refusal, RequestNeed
 from serve_app.sampling import check_sampling, to_vllm
 
 VOCAB = 1000
@@ -108,10 +113,10 @@ def test_what_cannot_be_sent_fails_in_the_client(prompt: object, sampling: dict[
         ([Refusal.UNREACHABLE, Refusal.DRAINING], UnavailableError, "No engine replica is ready yet"),
         (
             [Refusal.PAST_CONTEXT, Refusal.PAST_CONTEXT],
-            InvalidRequestError,
+            ContextLengthError,
             "more than the context of 64 tokens",
         ),
-        ([Refusal.PAST_CACHE], InvalidRequestError, "more than what the cache of any replica can hold"),
+        ([Refusal.PAST_CACHE], ContextLengthError, "more than what the cache of any replica can hold"),
         ([Refusal.PAST_CONTEXT, Refusal.UNREACHABLE], UnavailableError, "No engine replica is ready yet"),
         ([Refusal.UNREACHABLE, Refusal.NO_ROOM], NoRoomError, "no replica has room for that now"),
     ],
@@ -123,29 +128,3 @@ def test_a_refusal_says_what_the_caller_can_do(
     refused = refusal(Decision(None, candidates), RequestNeed(60, 10), context_tokens=64)
     assert type(refused) is error
     assert part in refused.sentence
-
-
-@pytest.mark.parametrize(
-    ("metadata", "caller"),
-    [
-        ((), Caller("", 0)),
-        ((("x-kvarn-tenant", "acme"), ("x-kvarn-priority", "-3")), Caller("acme", -3)),
-        ((("user-agent", "grpc"), ("x-kvarn-priority", "7")), Caller("", 7)),
-    ],
-)
-def test_metadata_tells_who_asks(metadata: tuple[tuple[str, str], ...], caller: Caller) -> None:
-    assert caller_from_metadata(metadata) == caller
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "sentence"),
-    [
-        ("x-kvarn-priority", "high", "x-kvarn-priority must be an integer of at most 9 digits, got 'high'."),
-        ("x-kvarn-priority", "1" * 50, "x-kvarn-priority must be an integer of at most 9 digits"),
-        ("x-kvarn-tenant", "x" * 129, "x-kvarn-tenant must have at most 128 characters, got 129."),
-    ],
-)
-def test_metadata_that_cannot_be_read_is_refused(key: str, value: str, sentence: str) -> None:
-    with pytest.raises(InvalidRequestError) as refused:
-        caller_from_metadata([(key, value)])
-    assert refused.value.sentence.startswith(sentence)

@@ -1,0 +1,71 @@
+"""Refusals in the shape and with the status OpenAI's clients expect."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fastapi.responses import JSONResponse
+
+from serve_app import errors
+
+FAILED = "The server failed on this request: its log says why."
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a kind of error shows: the HTTP status, and OpenAI's `type` and `code`."""
+
+    status: int
+    type: str
+    code: str | None = None
+
+
+_INVALID = Kind(400, "invalid_request_error")
+_FAILED = Kind(500, "server_error")
+_KINDS: dict[type[errors.RequestError], Kind] = {
+    errors.ContextLengthError: Kind(400, "invalid_request_error", "context_length_exceeded"),
+    errors.InvalidRequestError: _INVALID,
+    errors.UnauthenticatedError: Kind(401, "invalid_request_error", "invalid_api_key"),
+    errors.UnknownModelError: Kind(404, "invalid_request_error", "model_not_found"),
+    errors.RateLimitError: Kind(429, "requests", "rate_limit_exceeded"),
+    errors.NoRoomError: Kind(429, "server_error", "no_room"),
+    errors.UnavailableError: Kind(503, "server_error", "unavailable"),
+    errors.DeadlineExceededError: Kind(504, "server_error", "deadline_exceeded"),
+}
+
+
+def error_response(error: errors.RequestError) -> JSONResponse:
+    """The answer to a refused request."""
+    kind = _kind(error)
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    if kind.status == 401:
+        headers["www-authenticate"] = 'Basic realm="KVarN: the password is your API key"'
+    return JSONResponse(error_body(error), kind.status, headers)
+
+
+def error_body(error: errors.RequestError) -> dict[str, object]:
+    """The error as it stands in a body or a stream's event."""
+    kind = _kind(error)
+    return body(error.sentence, kind.type, code=kind.code)
+
+
+def invalid(sentence: str, status: int = 400, param: str | None = None) -> JSONResponse:
+    """The answer to a request that HTTP or the schema refuses."""
+    return JSONResponse(body(sentence, _INVALID.type, param), status)
+
+
+def failed() -> JSONResponse:
+    """The answer when the server is at fault."""
+    return JSONResponse(body(FAILED, _FAILED.type), _FAILED.status)
+
+
+def body(sentence: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
+    """OpenAI's error object."""
+    return {"error": {"message": sentence, "type": kind, "param": param, "code": code}}
+
+
+def _kind(error: errors.RequestError) -> Kind:
+    return next((_KINDS[kind] for kind in type(error).__mro__ if kind in _KINDS), _FAILED)
