@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,31 @@ def resolve_model(name_or_dir: str) -> Path:
             f"model directory {name_or_dir!r} has no config.json: give a directory in Hugging Face format"
         )
     return directory.resolve()
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """The shape of what a model caches for one token."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def bytes_per_token_16_bit(self) -> int:
+        """Bytes of one token's keys and values in fp16 or bf16, over all layers and KV heads."""
+        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
+
+
+def kv_shape(model_dir: Path) -> KvShape:
+    """Reads the shape from a model's config.json."""
+    config = json.loads((model_dir / "config.json").read_text())
+    config = config.get("text_config", config)
+    return KvShape(
+        layers=config["num_hidden_layers"],
+        kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+    )
 
 
 def cache_directory() -> Path:

@@ -18,11 +18,11 @@ def build(args: AppConfig) -> serve.Application:
         args: the settings; Serve makes them from the `args` of the YAML and refuses unknown keys.
     """
     config = args.gateway
-    engines = engine.deployment(args.model, args.engine, membership.ROUTER_CLASS)
+    engines = engine.deployment(args.model, args.engine, args.observability, membership.ROUTER_CLASS)
     return serve.deployment(
         Gateway,
         name="Gateway",
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": 0},  # CPUs are counted for engines, which are bound to theirs
         graceful_shutdown_timeout_s=config.drain_grace_s + 10,
-    ).bind(args.model, args.model_name, config, engines)
+    ).bind(args.model, args.model_name, config, args.observability, engines)

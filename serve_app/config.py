@@ -154,6 +154,27 @@ class GatewayConfig(Settings):
         return self
 
 
+class TracingConfig(Settings):
+    """Where OpenTelemetry spans go."""
+
+    otlp_endpoint: str = Field(
+        pattern="^https?://", description="an OTLP collector's gRPC address, e.g. http://127.0.0.1:4317"
+    )
+    sample_ratio: float = Field(
+        default=1, ge=0, le=1, description="share of traces kept, if the client does not decide"
+    )
+    export_interval_s: float = Field(default=5, gt=0)
+
+
+class ObservabilityConfig(Settings):
+    """What the application tells of its requests, beside its metrics."""
+
+    request_log: bool = Field(
+        default=True, description="one line of JSON a request on the gateways' standard output"
+    )
+    tracing: TracingConfig | None = None
+
+
 class AppConfig(Settings):
     """The application: one model, its engines, and the gateways in front of them."""
 
@@ -165,6 +186,7 @@ class AppConfig(Settings):
     )
     engine: EngineConfig = EngineConfig(kv_cache_memory_gib=1)
     gateway: GatewayConfig = GatewayConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
 
     @property
     def model_name(self) -> str:

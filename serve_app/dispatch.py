@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 import grpc
@@ -16,6 +17,7 @@ from serve_app.errors import (
     UnknownModelError,
 )
 from serve_app.fleet import Fleet
+from serve_app.observation import Observation, Observer, Responses
 from serve_app.prompts import PromptEncoder
 from serve_app.refusals import NOT_READY, refusal
 from serve_app.routing import Caller, Candidate, RequestNeed, Router
@@ -35,6 +37,7 @@ class Dispatcher:
         router: chooses replicas and holds reservations.
         fleet: reaches them.
         default_max_tokens: for requests that set none.
+        observer: is told of every request.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Dispatcher:
         router: Router,
         fleet: Fleet,
         default_max_tokens: int,
+        observer: Observer,
     ) -> None:
         self._gateway_id = gateway_id
         self._model_name = model_name
@@ -52,15 +56,20 @@ class Dispatcher:
         self._router = router
         self._fleet = fleet
         self._default_max_tokens = default_max_tokens
+        self._observer = observer
 
-    async def generate(
-        self, request: Request, timeout_s: float | None, caller: Caller
-    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+    def generate(self, request: Request, timeout_s: float | None, caller: Caller) -> Responses:
         """Yield the output of `request` from `caller`, of which at most `timeout_s` seconds are left.
 
         Raises:
             RequestError: with the sentence for the caller.
         """
+        observation = self._observer.begin(request.request_id, caller)
+        return observation.through(self._generate(request, timeout_s, caller, observation))
+
+    async def _generate(
+        self, request: Request, timeout_s: float | None, caller: Caller, observation: Observation
+    ) -> Responses:
         context_tokens = self._context_tokens()
         self._check(request)
         ids = await self._encoder.encode(request.prompt)
@@ -68,12 +77,14 @@ class Dispatcher:
         need = RequestNeed(len(ids), sampling.max_tokens)
         reservation = uuid.uuid4().hex
         request_id = request.request_id or reservation
+        start = time.perf_counter()
         decision = self._router.admit(reservation, need)
+        observation.routed(decision, time.perf_counter() - start)
         chosen = decision.chosen
         if chosen is None:
             raise refusal(decision, need, context_tokens)
         try:
-            call = self._call(chosen, request_id, ids, sampling, timeout_s)
+            call = self._call(chosen, request_id, ids, sampling, timeout_s, observation.headers())
             usage = inference_pb2.Usage(prompt_tokens=len(ids))
             async with aclosing(call):
                 async for delta in call:
@@ -118,6 +129,7 @@ class Dispatcher:
         ids: list[int],
         sampling: sampling_pb2.SamplingParams,
         timeout_s: float | None,
+        metadata: Sequence[tuple[str, str]],
     ) -> AsyncGenerator[engine_pb2.EngineGenerateResponse, None]:
         message = engine_pb2.EngineGenerateRequest(
             request_id=request_id,
@@ -125,7 +137,7 @@ class Dispatcher:
             prompt_token_ids=ids,
             sampling_params=sampling,
         )
-        call = self._fleet.stub(chosen.replica_id).Generate(message, timeout=timeout_s)
+        call = self._fleet.stub(chosen.replica_id).Generate(message, timeout=timeout_s, metadata=metadata)
         try:
             async for delta in call:
                 yield delta

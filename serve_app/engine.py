@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 
-from kvarn.model import resolve_model
+from kvarn.model import kv_shape, resolve_model
 from kvarn.v1 import engine_pb2_grpc
 from kvarn.vllm.telemetry import read_cache_state
-from serve_app.config import EngineConfig
+from serve_app.config import EngineConfig, ObservabilityConfig
+from serve_app.engine_metrics import EngineMetrics
 from serve_app.grpc_server import GrpcServer
+from serve_app.metrics import ENGINE_METRICS, RayRecorder
 from serve_app.placement import resources, thread_binding
 from serve_app.telemetry import CacheMonitor
+from serve_app.tracing import Tracing
 
 if TYPE_CHECKING:
     from vllm import AsyncEngineArgs
@@ -30,9 +33,12 @@ class Engine:
     Args:
         model: a known model's name or a local directory.
         config: settings of the engines.
+        observability: where its spans go.
     """
 
-    async def __init__(self, model: str, config: EngineConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, model: str, config: EngineConfig, observability: ObservabilityConfig
+    ) -> None:
         # Imported by replicas only: vLLM takes seconds to import, and whoever deploys needs none of it.
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -45,7 +51,11 @@ class Engine:
         await self._monitor.start()
         self._monitoring = asyncio.create_task(self._monitor.run())
         self._server = GrpcServer(f"{config.host}:0", [SERVICE_NAME])
-        service = EngineService(self._engine, self._monitor)
+        metrics = EngineMetrics(RayRecorder(ENGINE_METRICS), kv_shape(resolve_model(model)))
+        self._recording = asyncio.create_task(metrics.follow(self._monitor.watch()))
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        self._spans = Tracing("kvarn-engine", replica_id, observability.tracing)
+        service = EngineService(self._engine, self._monitor, metrics, self._spans)
         engine_pb2_grpc.add_EngineServicer_to_server(service, self._server.server)  # type: ignore[no-untyped-call]
         self._address = f"{_advertised_host(config.host)}:{await self._server.start()}"
         await self._server.set_serving(True)
@@ -71,6 +81,8 @@ class Engine:
         await asyncio.sleep(LAME_DUCK_S)
         await self._server.stop(self._config.drain_grace_s)
         self._monitoring.cancel()
+        self._recording.cancel()
+        self._spans.close()
         self._engine.shutdown()
 
 
@@ -94,12 +106,15 @@ def engine_args(model: str, config: EngineConfig) -> AsyncEngineArgs:
     )
 
 
-def deployment(model: str, config: EngineConfig, router_class: str) -> serve.Application:
+def deployment(
+    model: str, config: EngineConfig, observability: ObservabilityConfig, router_class: str
+) -> serve.Application:
     """The Serve deployment of all replicas.
 
     Args:
         model: a known model's name or a local directory.
         config: settings of the engines.
+        observability: where their spans go.
         router_class: "module:Class" of the request router through which gateways learn of the replicas.
     """
     return serve.deployment(
@@ -113,7 +128,7 @@ def deployment(model: str, config: EngineConfig, router_class: str) -> serve.App
             request_router_class=router_class, request_routing_stats_period_s=0.5
         ),
         **resources(config),
-    ).bind(model, config)
+    ).bind(model, config, observability)
 
 
 def _bind_threads(config: EngineConfig) -> None:

@@ -8,16 +8,19 @@ from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from opentelemetry.trace import Span
 from vllm.exceptions import VLLMClientError
 from vllm.inputs import tokens_input
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
 from serve_app import wire
+from serve_app.engine_metrics import EngineMetrics
 from serve_app.errors import InvalidRequestError, UnavailableError
 from serve_app.routing import CacheSnapshot, RequestNeed
 from serve_app.sampling import to_vllm
 from serve_app.telemetry import CacheMonitor
+from serve_app.tracing import Tracing
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, RequestOutput
@@ -36,21 +39,29 @@ _FINISH_REASONS = {
 class EngineService(engine_pb2_grpc.EngineServicer):
     """Serves gateways. Methods raise `RequestError`s, which the server's error boundary turns into statuses."""
 
-    def __init__(self, engine: AsyncLLM, monitor: CacheMonitor) -> None:
+    def __init__(
+        self, engine: AsyncLLM, monitor: CacheMonitor, metrics: EngineMetrics, spans: Tracing
+    ) -> None:
         self._engine = engine
         self._monitor = monitor
+        self._metrics = metrics
+        self._tracer = spans.tracer
 
     async def Generate(  # noqa: N802
         self, request: engine_pb2.EngineGenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         """Stream a request's output; if the caller goes away, vLLM aborts the request and frees its blocks."""
-        with self._reserved(request), _engine_errors():
+        with (
+            self._reserved(request),
+            _engine_errors(),
+            self._tracer.start_as_current_span("engine generate", record_exception=False) as span,
+        ):
             outputs = self._engine.generate(
                 tokens_input(list(request.prompt_token_ids)),
                 to_vllm(request.sampling_params),
                 request.request_id,
             )
-            meter = _Meter(self._monitor)
+            meter = _Meter(self._monitor, self._metrics, span)
             async with aclosing(outputs):
                 async for output in outputs:
                     meter.count(output)
@@ -82,22 +93,42 @@ class EngineService(engine_pb2_grpc.EngineServicer):
 class _Meter:
     """Measures one request: prefill speed from its first output, inter-token latency from the others."""
 
-    def __init__(self, monitor: CacheMonitor) -> None:
+    def __init__(self, monitor: CacheMonitor, metrics: EngineMetrics, span: Span) -> None:
         self._monitor = monitor
+        self._metrics = metrics
+        self._span = span
         self._last_s = 0.0
+        self._tokens = 0
+        self._filled_blocks = 0
 
     def count(self, output: RequestOutput) -> None:
         now = time.monotonic()
+        tokens = len(output.outputs[0].token_ids)
         if self._last_s:
-            tokens = len(output.outputs[0].token_ids)
             self._monitor.inter_token_latency_s.add((now - self._last_s) / max(tokens, 1))
         else:
             self._count_prefill(output)
         self._last_s = now
+        self._metrics.generated(tokens)
+        self._count_blocks(tokens)
         self._monitor.touch()
 
+    def _count_blocks(self, tokens: int) -> None:
+        """Count the blocks filled since the last output; the newest token is not in the cache yet."""
+        capacity = self._monitor.snapshot.capacity
+        self._tokens += tokens
+        filled = max(self._tokens - 1, 0) // capacity.tile_tokens
+        self._metrics.filled(filled - self._filled_blocks, capacity.cache_dtype)
+        self._filled_blocks = filled
+
     def _count_prefill(self, output: RequestOutput) -> None:
-        computed = len(output.prompt_token_ids or ()) - (output.num_cached_tokens or 0)
+        prompt, cached = len(output.prompt_token_ids or ()), output.num_cached_tokens or 0
+        self._metrics.started(prompt, cached)
+        self._span.set_attributes({"kvarn.prompt_tokens": prompt, "kvarn.cached_tokens": cached})
+        self._span.add_event("first token")
+        self._tokens = prompt
+        self._filled_blocks = cached // self._monitor.snapshot.capacity.tile_tokens
+        computed = prompt - cached
         times = output.metrics
         if times is not None and times.first_token_ts > times.scheduled_ts:
             self._monitor.prefill_tokens_per_s.add(computed / (times.first_token_ts - times.scheduled_ts))

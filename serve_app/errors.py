@@ -11,9 +11,14 @@ class RequestError(Exception):
     Args:
         sentence: what was wrong, what was expected and what to change.
         retry_after_s: seconds after which the same request may succeed, if known.
+
+    Attributes:
+        status: the gRPC status.
+        reason: the kind of refusal in metrics, logs and traces.
     """
 
     status = grpc.StatusCode.INTERNAL
+    reason = "internal"
 
     def __init__(self, sentence: str, retry_after_s: float | None = None) -> None:
         super().__init__(sentence)
@@ -25,43 +30,52 @@ class InvalidRequestError(RequestError):
     """It can never work as it is."""
 
     status = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "invalid_request"
 
 
 class ContextLengthError(InvalidRequestError):
     """It is longer than any replica can hold."""
+
+    reason = "context_length"
 
 
 class UnauthenticatedError(RequestError):
     """It bears no API key, or an unknown one."""
 
     status = grpc.StatusCode.UNAUTHENTICATED
+    reason = "unauthenticated"
 
 
 class RateLimitError(RequestError):
     """Its API key has used up what it may."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "rate_limit"
 
 
 class UnknownModelError(RequestError):
     """It names a model that is not served here."""
 
     status = grpc.StatusCode.NOT_FOUND
+    reason = "unknown_model"
 
 
 class NoRoomError(RequestError):
     """No replica can hold it now."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "no_room"
 
 
 class UnavailableError(RequestError):
     """No replica is ready, or the one that served it was lost."""
 
     status = grpc.StatusCode.UNAVAILABLE
+    reason = "unavailable"
 
 
 class DeadlineExceededError(RequestError):
     """The caller's deadline passed."""
 
     status = grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = "deadline"

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from kvarn.model import resolve_model
 from kvarn.v1 import cluster_pb2_grpc, inference_pb2_grpc
 from serve_app import membership
-from serve_app.config import GatewayConfig
+from serve_app.config import GatewayConfig, ObservabilityConfig
 from serve_app.dispatch import Dispatcher
 from serve_app.fleet import Fleet
 from serve_app.gateway_service import SERVICE_NAMES, ClusterService, InferenceService
@@ -19,10 +19,13 @@ from serve_app.grpc_server import GrpcServer
 from serve_app.http_app import http_app, probes
 from serve_app.http_guard import HttpGuard
 from serve_app.http_server import HttpServer
+from serve_app.metrics import GATEWAY_METRICS, RayRecorder
+from serve_app.observation import Observer, log_requests_to_stdout
 from serve_app.prompts import PromptEncoder
 from serve_app.routing import Router
 from serve_app.security.access import Access
 from serve_app.security.tls import ServerTls
+from serve_app.tracing import Tracing
 
 
 class Gateway:
@@ -32,11 +35,17 @@ class Gateway:
         model: a known model's name or a local directory.
         model_name: what clients call it.
         config: settings of the gateways.
+        observability: what it tells of its requests.
         engines: the engine deployment; used to learn of its replicas, never to send them requests.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, model: str, model_name: str, config: GatewayConfig, engines: DeploymentHandle
+        self,
+        model: str,
+        model_name: str,
+        config: GatewayConfig,
+        observability: ObservabilityConfig,
+        engines: DeploymentHandle,
     ) -> None:
         self._config = config
         gateway_id = serve.get_replica_context().replica_id.unique_id
@@ -45,8 +54,12 @@ class Gateway:
         self._cluster = ClusterService(model_name, self._router)
         self._changed = asyncio.Event()
         encoder = PromptEncoder(resolve_model(model))
+        self._spans = Tracing("kvarn-gateway", gateway_id, observability.tracing)
+        if observability.request_log:
+            log_requests_to_stdout()
+        observer = Observer(RayRecorder(GATEWAY_METRICS), self._spans)
         dispatcher = Dispatcher(
-            gateway_id, model_name, encoder, self._router, self._fleet, config.default_max_tokens
+            gateway_id, model_name, encoder, self._router, self._fleet, config.default_max_tokens, observer
         )
         await self._listen(model_name, dispatcher)
         self._health = asyncio.create_task(self._follow_health())
@@ -61,6 +74,7 @@ class Gateway:
         self._cluster.close()
         await asyncio.gather(self._server.stop(self._config.drain_grace_s), self._http.stop())
         await self._fleet.close()
+        self._spans.close()
 
     async def _listen(self, model_name: str, dispatcher: Dispatcher) -> None:
         config, security = self._config, self._config.security

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from serve_app.config import LimitsConfig
 from serve_app.errors import RequestError
+from serve_app.tracing import adopt_parent
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):
 
 def _guard(method: Handler, parse: Callable[[bytes], Any]) -> Handler:
     async def guarded(message: bytes, context: grpc.aio.ServicerContext) -> Any:
+        adopt_parent(context.invocation_metadata() or ())
         try:
             request = parse(message)
         except DecodeError:

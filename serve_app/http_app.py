@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable
 
 from fastapi import APIRouter, FastAPI, Response
 
+from serve_app.tracing import TraceContext
+
 
 def http_app(routers: Iterable[APIRouter]) -> FastAPI:
     """One application of all `routers`."""
     app = FastAPI(title="KVarN serving", openapi_url="/openapi.json", docs_url=None, redoc_url=None)
+    app.add_middleware(TraceContext)
     for router in routers:
         app.include_router(router)
     return app

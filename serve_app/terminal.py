@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from kvarn.model import kv_shape
 from kvarn.v1 import cluster_pb2
 from serve_app.client import Client, ServingError
 
 Message = dict[str, str]
-BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def cache_table(state: cluster_pb2.GetCacheStateResponse, model_dir: Path) -> Ta
     made.add_column("cache dtype", no_wrap=True)
     for heading in ("blocks", "tokens", "capacity", "as bf16", "ratio"):
         made.add_column(heading, justify="right")
-    bf16_bytes = bf16_bytes_per_token(model_dir)
+    bf16_bytes = kv_shape(model_dir).bytes_per_token_16_bit
     for replica in state.replicas:
         capacity = replica.cache.capacity
         held = capacity.total_blocks * capacity.tile_tokens
@@ -122,11 +121,3 @@ def cache_table(state: cluster_pb2.GetCacheStateResponse, model_dir: Path) -> Ta
             f"{held / held_in_bf16:.2f}x" if held_in_bf16 else "",
         )
     return made
-
-
-def bf16_bytes_per_token(model_dir: Path) -> int:
-    """Bytes of keys and values of one token in bfloat16, over all layers and KV heads."""
-    config = json.loads((model_dir / "config.json").read_text())
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return int(2 * BF16_BYTES * config["num_hidden_layers"] * heads * head_dim)

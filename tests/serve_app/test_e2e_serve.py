@@ -6,14 +6,16 @@ The tests share one application and run in the order they are written: those tha
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from ray import serve
 
 from kvarn.v1 import cluster_pb2, inference_pb2
+from serve_app import metrics
 from serve_app.app import build
 from serve_app.client import (
     AsyncClient,
@@ -41,6 +44,8 @@ from serve_app.client import (
 )
 from serve_app.config import AppConfig
 
+from .observing import Collector, Samples, otlp_collector, scraped, total
+
 pytestmark = pytest.mark.timeout(900)
 
 APP = "kvarn"
@@ -52,7 +57,7 @@ TOKENS = 200  # of streams that should still be open when an update begins
 LONG: dict[str, Any] = {"max_tokens": 900, "ignore_eos": True}
 
 
-def settings(model: Path, port: int, http_port: int, max_num_seqs: int = 8) -> AppConfig:
+def settings(model: Path, port: int, http_port: int, otlp_endpoint: str, max_num_seqs: int = 8) -> AppConfig:
     return AppConfig.model_validate(
         {
             "model": str(model),
@@ -72,6 +77,7 @@ def settings(model: Path, port: int, http_port: int, max_num_seqs: int = 8) -> A
                 "max_message_bytes": 1 << 20,
                 "drain_grace_s": 240,
             },
+            "observability": {"tracing": {"otlp_endpoint": otlp_endpoint, "export_interval_s": 0.2}},
         }
     )
 
@@ -89,6 +95,7 @@ class App:
     model: Path
     port: int
     http_port: int
+    collector: Collector
     early_error: ServingError
     early_health: bool
 
@@ -103,19 +110,25 @@ def deploy(config: AppConfig) -> None:
 
 
 @pytest.fixture(scope="module")
-def app(model_dir: Path) -> Iterator[App]:
+def collector() -> Iterator[Collector]:
+    with otlp_collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def app(model_dir: Path, collector: Collector) -> Iterator[App]:
     port, http_port = free_port(), free_port()
     ray.init(
         "local", num_cpus=REPLICAS, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False
     )
     serve.start(proxy_location="Disabled")
     try:
-        deploy(settings(model_dir, port, http_port))
+        deploy(settings(model_dir, port, http_port, collector.address))
         with Client(f"127.0.0.1:{port}") as client:
             early_error = first_answer(client)
             early_health = client.is_ready()
             wait_for(lambda: len(ready(client)) == REPLICAS, START_S)
-        yield App(model_dir, port, http_port, early_error, early_health)
+        yield App(model_dir, port, http_port, collector, early_error, early_health)
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -396,6 +409,59 @@ async def test_a_full_fleet_refuses_at_once_and_recovers(aclient: AsyncClient) -
     assert "no replica has room for that now" in error.sentence
 
 
+def test_a_request_leaves_one_trace_and_one_line_of_json(app: App, client: Client) -> None:
+    name = "e2e-traced"
+    answer = client.generate_once("a secret prompt", max_tokens=4, ignore_eos=True, request_id=name)
+    mine = lambda span: span.attributes.get("kvarn.request_id") == name  # noqa: E731
+    wait_for(lambda: any(mine(span) for span in app.collector.spans), 20)
+    (gateway,) = filter(mine, app.collector.spans)
+    in_engine = lambda span: span.parent_id == gateway.span_id  # noqa: E731
+    wait_for(lambda: any(in_engine(span) for span in app.collector.spans), 20)
+    (engine,) = filter(in_engine, app.collector.spans)
+    assert (gateway.service, engine.service) == ("kvarn-gateway", "kvarn-engine")
+    assert gateway.trace_id == engine.trace_id
+    assert gateway.attributes["kvarn.routing.replica_id"] == answer.replica_id
+    weighed = [json.loads(text) for text in gateway.attributes["kvarn.routing.candidates"]]
+    assert {candidate["replica_id"] for candidate in weighed} == ready(client)
+    assert engine.attributes["kvarn.prompt_tokens"] == answer.usage.prompt_tokens
+    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
+    lines = [
+        line for log in logs.glob("worker-*.out") for line in log.read_text().splitlines() if name in line
+    ]
+    (line,) = map(json.loads, lines)
+    assert line["trace_id"] == gateway.trace_id
+    assert (line["status"], line["completion_tokens"]) == ("OK", 4)
+    assert "secret" not in str(app.collector.spans) + lines[0]
+
+
+def test_metrics_are_exported_under_their_names(client: Client) -> None:
+    long = [11 + i % 40 for i in range(300)]
+    for _ in range(REPLICAS + 1):
+        client.generate_once(long, max_tokens=100, ignore_eos=True)
+    with pytest.raises(InvalidRequestError):
+        client.generate_once("")
+    rare = {metric.exported for metric in (metrics.PREEMPTIONS, metrics.MISSING_SINKS)}
+    expected = {metric.exported for metric in metrics.ALL_METRICS} - rare
+    with suppress(AssertionError):
+        wait_for(lambda: expected <= base_names(scraped()), 30)
+    samples = scraped()
+    assert expected - base_names(samples) == set()
+    ours = {name for name in base_names(samples) if name.startswith("ray_kvarn_")}
+    assert ours <= expected | rare
+    capacity = sum(
+        replica.cache.capacity.total_blocks * replica.cache.capacity.tile_tokens
+        for replica in client.cache_state().replicas
+    )
+    assert total(samples, metrics.CACHE_CAPACITY.exported, application=APP) == capacity
+    assert total(samples, metrics.QUANTIZED_TILES.exported) % (30 * 3) == 0
+    assert total(samples, metrics.REJECTS.exported, reason="invalid_request") >= 1
+    assert total(samples, metrics.TTFT.exported + "_count") > 0
+
+
+def base_names(samples: Samples) -> set[str]:
+    return {re.sub("_(bucket|sum|count)$", "", name) for name in samples}
+
+
 def test_http_probes_answer_beside_grpc(app: App) -> None:
     for probe in ("livez", "readyz"):
         assert httpx.get(f"http://127.0.0.1:{app.http_port}/{probe}").status_code == 204
@@ -465,7 +531,9 @@ async def test_a_rolling_update_completes_open_streams_and_refuses_none(
     streams = [asyncio.create_task(open_stream()) for _ in range(4)]
     asking = asyncio.create_task(keep_asking())
     await asyncio.to_thread(wait_for, lambda: len(generated) == len(streams), START_S)
-    await asyncio.to_thread(deploy, settings(app.model, app.port, app.http_port, max_num_seqs=6))
+    await asyncio.to_thread(
+        deploy, settings(app.model, app.port, app.http_port, app.collector.address, max_num_seqs=6)
+    )
     replaced = lambda: len(ready(client)) == REPLICAS and not ready(client) & before  # noqa: E731
     await asyncio.to_thread(wait_for, replaced, START_S)
     updated.set()

@@ -1,0 +1,159 @@
+"""What a gateway tells of each request: metrics, a span, and one line of JSON in its log.
+
+Neither prompts nor outputs nor keys appear in any of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from datetime import UTC, datetime
+from typing import Any
+
+import grpc
+from opentelemetry.trace import SpanKind, Status, StatusCode
+
+from kvarn.v1 import inference_pb2
+from serve_app import metrics, tracing
+from serve_app.errors import RequestError
+from serve_app.metrics import Recorder
+from serve_app.routing import Caller, Decision
+from serve_app.tracing import Tracing
+
+logger = logging.getLogger("serve_app.requests")
+Responses = AsyncGenerator[inference_pb2.GenerateResponse, None]
+
+
+def log_requests_to_stdout() -> None:
+    """Write one line of JSON a request to standard output, which Ray keeps with its logs."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+class Observer:
+    """Observes every request of one gateway.
+
+    Args:
+        recorder: where metrics go.
+        spans: makes the spans.
+    """
+
+    def __init__(self, recorder: Recorder, spans: Tracing) -> None:
+        self.recorder = recorder
+        self.tracer = spans.tracer
+        self._open = 0
+
+    def begin(self, request_id: str, caller: Caller) -> Observation:
+        """A request from `caller`, by its own name `request_id`, has arrived."""
+        return Observation(self, request_id, caller)
+
+    def count_open(self, change: int) -> None:
+        """Count requests that have not ended."""
+        self._open += change
+        self.recorder.set(metrics.STREAMS, self._open)
+
+
+class Observation:
+    """One request, from its arrival to its end."""
+
+    def __init__(self, observer: Observer, request_id: str, caller: Caller) -> None:
+        self._observer = observer
+        self._recorder = observer.recorder
+        self._request_id = request_id
+        self._caller = caller
+        self._start = time.perf_counter()
+        self._last = 0.0
+        self._first_token_s: float | None = None
+        self._response = inference_pb2.GenerateResponse()
+        self._reason = ""
+        self._span = observer.tracer.start_span("generate", kind=SpanKind.SERVER)
+
+    def routed(self, decision: Decision, decision_s: float) -> None:
+        """A replica was chosen for it, or none, in `decision_s` seconds."""
+        self._recorder.observe(metrics.DECISION, decision_s)
+        self._span.set_attributes(tracing.explanation(decision))
+
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """The metadata of calls on its behalf."""
+        return tracing.headers_of(self._span)
+
+    async def through(self, responses: Responses) -> Responses:
+        """Pass the responses on, and report the request when they end."""
+        self._observer.count_open(1)
+        status = grpc.StatusCode.CANCELLED  # if closed before its end: the caller went away
+        try:
+            async with aclosing(responses):
+                async for response in responses:
+                    self._count(response)
+                    yield response
+            status = grpc.StatusCode.OK
+        except RequestError as error:
+            status, self._reason = error.status, error.reason
+            raise
+        except Exception:
+            status, self._reason = grpc.StatusCode.INTERNAL, RequestError.reason
+            raise
+        finally:
+            self._end(grpc.StatusCode.OK if self._response.finish_reason else status)
+
+    def _count(self, response: inference_pb2.GenerateResponse) -> None:
+        now = time.perf_counter()
+        tokens = len(response.token_ids)
+        self._response = response
+        if tokens and self._first_token_s is None:
+            self._first_token_s = now - self._start
+            self._recorder.observe(metrics.TTFT, self._first_token_s)
+            self._span.add_event("first token")
+        elif tokens:
+            self._recorder.observe(metrics.ITL, (now - self._last) / tokens)
+        self._last = now
+
+    def _end(self, status: grpc.StatusCode) -> None:
+        duration_s = time.perf_counter() - self._start
+        self._observer.count_open(-1)
+        self._recorder.add(metrics.REQUESTS, status=status.name)
+        self._recorder.observe(metrics.DURATION, duration_s)
+        if self._reason:
+            self._recorder.add(metrics.REJECTS, reason=self._reason)
+        record = self._record(status, duration_s)
+        self._span.set_attributes(
+            {f"kvarn.{key}": value for key, value in record.items() if value is not None}
+        )
+        if self._reason:
+            self._span.set_status(Status(StatusCode.ERROR, self._reason))
+        self._span.end()
+        logger.info(json.dumps({"time": datetime.now(UTC).isoformat(), **record}))
+
+    def _record(self, status: grpc.StatusCode, duration_s: float) -> dict[str, Any]:
+        usage = self._response.usage
+        return {
+            "request_id": self._response.request_id or self._request_id,
+            "trace_id": tracing.trace_id_of(self._span),
+            "tenant": self._caller.tenant,
+            "replica_id": self._response.replica_id or None,
+            "status": status.name,
+            "reason": self._reason or None,
+            "finish_reason": _finish_reason(self._response),
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "time_to_first_token_s": _rounded(self._first_token_s),
+            "duration_s": _rounded(duration_s),
+        }
+
+
+def _finish_reason(response: inference_pb2.GenerateResponse) -> str | None:
+    if not response.finish_reason:
+        return None
+    return inference_pb2.FinishReason.Name(response.finish_reason).removeprefix("FINISH_REASON_").lower()
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)

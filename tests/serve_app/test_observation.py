@@ -1,0 +1,231 @@
+"""Metrics, spans and the log line of requests: what they say, and what they must not."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import grpc
+import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from kvarn.model import KvShape
+from kvarn.v1 import inference_pb2, inference_pb2_grpc
+from serve_app import metrics, tracing
+from serve_app.config import TracingConfig
+from serve_app.engine_metrics import EngineMetrics
+from serve_app.errors import NoRoomError, RequestError
+from serve_app.grpc_server import GrpcServer
+from serve_app.metrics import ALL_METRICS, Kind
+from serve_app.observation import Observation, Observer
+from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Caller, Candidate, Decision, Refusal
+from serve_app.tracing import Tracing
+
+from .observing import Remembered
+
+TRACING = TracingConfig(otlp_endpoint="http://127.0.0.1:1")
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+HERE = Candidate("here", 2, 0.25)
+FULL = Candidate("full", 2, 1.5, Refusal.NO_ROOM)
+TEXT = "a secret answer"
+
+
+class Watched:
+    """An observer whose metrics, spans and log lines can be looked at."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self.recorder = Remembered()
+        self._exporter = InMemorySpanExporter()
+        self._spans = Tracing("test", "one", TRACING, self._exporter)
+        self._observer = Observer(self.recorder, self._spans)
+        self._caplog = caplog
+
+    def begin(self) -> Observation:
+        return self._observer.begin("mine", Caller("acme", 0))
+
+    @property
+    def spans(self) -> Any:
+        self._spans.close()
+        return self._exporter.get_finished_spans()
+
+    @property
+    def line(self) -> dict[str, Any]:
+        (record,) = [r for r in self._caplog.records if r.name == "serve_app.requests"]
+        line: dict[str, Any] = json.loads(record.getMessage())
+        return line
+
+
+@pytest.fixture
+def watched(caplog: pytest.LogCaptureFixture) -> Watched:
+    caplog.set_level(logging.INFO, "serve_app.requests")
+    return Watched(caplog)
+
+
+async def answer(error: Exception | None = None) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+    completion = 0
+    for tokens in (1, 2, 1):
+        completion += tokens
+        yield inference_pb2.GenerateResponse(
+            request_id="mine",
+            replica_id="here",
+            token_ids=range(tokens),
+            text=TEXT,
+            finish_reason=inference_pb2.FINISH_REASON_LENGTH if completion == 4 and not error else None,
+            usage=inference_pb2.Usage(prompt_tokens=300, cached_tokens=256, completion_tokens=completion),
+        )
+    if error is not None:
+        raise error
+
+
+async def test_an_answered_request_is_measured_traced_and_logged(watched: Watched) -> None:
+    observation = watched.begin()
+    observation.routed(Decision(HERE, (HERE, FULL)), 0.001)
+    received = [response async for response in observation.through(answer())]
+    assert len(received) == 3
+    recorder = watched.recorder
+    assert recorder.values[metrics.REQUESTS, "OK"] == 1
+    assert recorder.values[metrics.STREAMS,] == 0
+    assert recorder.observed[metrics.DECISION] == [0.001]
+    assert {m: len(v) for m, v in recorder.observed.items()} == {
+        metrics.DECISION: 1,
+        metrics.TTFT: 1,
+        metrics.ITL: 2,
+        metrics.DURATION: 1,
+    }
+    line = watched.line
+    assert (
+        line.items()
+        >= {
+            "request_id": "mine",
+            "tenant": "acme",
+            "replica_id": "here",
+            "status": "OK",
+            "reason": None,
+            "finish_reason": "length",
+            "prompt_tokens": 300,
+            "cached_tokens": 256,
+            "completion_tokens": 4,
+        }.items()
+    )
+    assert 0 <= line["time_to_first_token_s"] <= line["duration_s"]
+    (span,) = watched.spans
+    assert line["trace_id"] == f"{span.context.trace_id:032x}"
+    assert span.attributes["kvarn.routing.replica_id"] == "here"
+    here, full = map(json.loads, span.attributes["kvarn.routing.candidates"])
+    assert (here["replica_id"], here["refusal"]) == ("here", None)
+    assert (full["replica_id"], full["refusal"]) == ("full", "no room now")
+    assert [event.name for event in span.events] == ["first token"]
+    assert TEXT not in span.to_json() + json.dumps(line)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (NoRoomError("No room."), "RESOURCE_EXHAUSTED", "no_room"),
+        (ValueError("a secret"), "INTERNAL", "internal"),
+    ],
+)
+async def test_a_failed_request_has_a_reason(
+    watched: Watched, error: Exception, status: str, reason: str
+) -> None:
+    with pytest.raises(type(error)):
+        async for _ in watched.begin().through(answer(error)):
+            pass
+    assert watched.recorder.values[metrics.REQUESTS, status] == 1
+    assert watched.recorder.values[metrics.REJECTS, reason] == 1
+    line = watched.line
+    assert (line["status"], line["reason"]) == (status, reason)
+    (span,) = watched.spans
+    assert span.status.description == reason
+    assert "secret" not in span.to_json() + json.dumps(line)
+
+
+async def test_a_caller_that_leaves_is_cancelled_unless_it_has_everything(watched: Watched) -> None:
+    for read, status in ((1, "CANCELLED"), (3, "OK")):
+        responses = watched.begin().through(answer())
+        for _ in range(read):
+            await anext(responses)
+        await responses.aclose()
+        assert watched.recorder.values[metrics.REQUESTS, status] == 1
+    assert watched.recorder.values[metrics.STREAMS,] == 0
+
+
+def test_every_refusal_names_its_reason() -> None:
+    kinds = RequestError.__subclasses__()
+    assert kinds
+    assert all("reason" in vars(kind) for kind in kinds)
+
+
+class Downstream(inference_pb2_grpc.InferenceServicer):
+    """A server whose spans should belong to its caller's trace."""
+
+    def __init__(self, spans: Tracing) -> None:
+        self._tracer = spans.tracer
+
+    async def GenerateOnce(self, request: Any, context: Any) -> inference_pb2.GenerateOnceResponse:  # noqa: N802
+        with self._tracer.start_as_current_span("downstream"):
+            return inference_pb2.GenerateOnceResponse()
+
+
+async def test_a_trace_goes_on_over_grpc() -> None:
+    exporter = InMemorySpanExporter()
+    spans = Tracing("test", "one", TRACING, exporter)
+    server = GrpcServer("127.0.0.1:0", [])
+    inference_pb2_grpc.add_InferenceServicer_to_server(Downstream(spans), server.server)  # type: ignore[no-untyped-call]
+    port = await server.start()
+    upstream = spans.tracer.start_span("upstream")
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+        await stub.GenerateOnce(inference_pb2.GenerateOnceRequest(), metadata=tracing.headers_of(upstream))
+        await stub.GenerateOnce(inference_pb2.GenerateOnceRequest())
+    upstream.end()
+    await server.stop(0)
+    spans.close()
+    first, second, _ = exporter.get_finished_spans()
+    assert first.parent.span_id == upstream.get_span_context().span_id
+    assert first.context.trace_id == upstream.get_span_context().trace_id
+    assert second.parent is None
+
+
+def test_without_tracing_nothing_is_sent_on() -> None:
+    span = Tracing("test", "one", None).tracer.start_span("any")
+    assert tracing.headers_of(span) == ()
+    assert tracing.trace_id_of(span) is None
+
+
+def test_the_states_of_the_cache_sum_to_its_capacity() -> None:
+    recorder = Remembered()
+    engine = EngineMetrics(recorder, KvShape(layers=30, kv_heads=3, head_dim=64))
+    capacity = CacheCapacity("kvarn_k4v2_g128", 128, 622_080, 100, 1024, 8)
+    load = CacheLoad(60, 30, 10, {"a": 12, "b": 3}, preemptions=2, sinks_missing=1)
+    for sequence in (1, 2):
+        engine.record(CacheSnapshot(1, sequence, capacity, load))
+    values = recorder.values
+    by_state = {state: values[metrics.CACHE_TOKENS, state] for state in ("free", "evictable", "live")}
+    assert by_state == {"free": 7680, "evictable": 3840, "live": 1280}
+    assert values[metrics.CACHE_CAPACITY,] == 12800
+    assert values[metrics.CACHE_RESERVED,] == 15 * 128
+    fp16_block = 2 * 2 * 30 * 3 * 64 * 128
+    assert values[metrics.CACHE_SAVED,] == 40 * (fp16_block - 622_080)
+    assert values[metrics.PREEMPTIONS,] == 2
+    assert values[metrics.MISSING_SINKS,] == 1
+
+
+def test_tiles_are_counted_for_quantized_caches_only() -> None:
+    recorder = Remembered()
+    engine = EngineMetrics(recorder, KvShape(layers=30, kv_heads=3, head_dim=64))
+    engine.filled(2, "auto")
+    engine.filled(2, "kvarn_k4v2_g128")
+    assert recorder.values[metrics.QUANTIZED_TILES,] == 180
+
+
+@pytest.mark.parametrize("metric", ALL_METRICS, ids=lambda metric: metric.name)
+def test_names_follow_prometheus(metric: metrics.Metric) -> None:
+    assert metric.name.startswith("kvarn_")
+    assert metric.help.endswith(".")
+    assert not metric.name.endswith("_total")  # Ray adds it to counters
+    if metric.kind is Kind.HISTOGRAM:
+        assert metric.name.endswith("_seconds")
+        assert list(metric.boundaries) == sorted(metric.boundaries)
