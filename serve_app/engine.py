@@ -16,7 +16,7 @@ from kvarn.vllm.telemetry import read_cache_state
 from serve_app.config import EngineConfig, ObservabilityConfig
 from serve_app.engine_metrics import EngineMetrics
 from serve_app.grpc_server import GrpcServer
-from serve_app.metrics import ENGINE_METRICS, RayRecorder
+from serve_app.metrics import ENGINE_METRICS, RayRecorder, record_forever
 from serve_app.placement import resources, thread_binding
 from serve_app.telemetry import CacheMonitor
 from serve_app.tracing import Tracing
@@ -52,7 +52,7 @@ class Engine:
         self._monitoring = asyncio.create_task(self._monitor.run())
         self._server = GrpcServer(f"{config.host}:0", [SERVICE_NAME])
         metrics = EngineMetrics(RayRecorder(ENGINE_METRICS), kv_shape(resolve_model(model)))
-        self._recording = asyncio.create_task(metrics.follow(self._monitor.watch()))
+        self._recording = asyncio.create_task(record_forever(lambda: metrics.record(self._monitor.snapshot)))
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._spans = Tracing("kvarn-engine", replica_id, observability.tracing)
         service = EngineService(self._engine, self._monitor, metrics, self._spans)

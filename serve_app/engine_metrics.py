@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 from kvarn.model import KvShape
 from kvarn.presets import PRESETS
 from serve_app import metrics
@@ -24,11 +22,6 @@ class EngineMetrics:
         self._shape = shape
         self._preemptions = 0
         self._missing_sinks = 0
-
-    async def follow(self, snapshots: AsyncIterator[CacheSnapshot]) -> None:
-        """Record every state of the cache."""
-        async for snapshot in snapshots:
-            self.record(snapshot)
 
     def record(self, snapshot: CacheSnapshot) -> None:
         """Record one state of the cache."""

@@ -19,7 +19,7 @@ from serve_app.grpc_server import GrpcServer
 from serve_app.http_app import http_app, probes
 from serve_app.http_guard import HttpGuard
 from serve_app.http_server import HttpServer
-from serve_app.metrics import GATEWAY_METRICS, RayRecorder
+from serve_app.metrics import GATEWAY_METRICS, RayRecorder, record_forever
 from serve_app.observation import Observer, log_requests_to_stdout
 from serve_app.prompts import PromptEncoder
 from serve_app.routing import Router
@@ -62,7 +62,10 @@ class Gateway:
             gateway_id, model_name, encoder, self._router, self._fleet, config.default_max_tokens, observer
         )
         await self._listen(model_name, dispatcher)
-        self._health = asyncio.create_task(self._follow_health())
+        self._tasks = [
+            asyncio.create_task(self._follow_health()),
+            asyncio.create_task(record_forever(observer.record)),
+        ]
         membership.listen(engines, self._fleet.set_members)
 
     async def check_health(self) -> None:
@@ -70,7 +73,8 @@ class Gateway:
 
     async def __del__(self) -> None:
         """Serve's shutdown hook: refuse new calls, finish running streams."""
-        self._health.cancel()
+        for task in self._tasks:
+            task.cancel()
         self._cluster.close()
         await asyncio.gather(self._server.stop(self._config.drain_grace_s), self._http.stop())
         await self._fleet.close()

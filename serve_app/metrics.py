@@ -6,10 +6,13 @@ Ray's metrics agent on each node exports them to Prometheus and adds Serve's lab
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
+
+RECORD_INTERVAL_S = 2.0
 
 
 class Kind(Enum):
@@ -148,6 +151,13 @@ class RayRecorder:
 
     def observe(self, metric: Metric, value: float) -> None:
         self._instruments[metric].observe(value)
+
+
+async def record_forever(record: Callable[[], None]) -> None:
+    """Call `record` again and again: Ray's agents forget a gauge that is not set for a while."""
+    while True:
+        record()
+        await asyncio.sleep(RECORD_INTERVAL_S)
 
 
 def _instrument(metric: Metric) -> Any:

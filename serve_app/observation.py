@@ -57,6 +57,9 @@ class Observer:
     def count_open(self, change: int) -> None:
         """Count requests that have not ended."""
         self._open += change
+
+    def record(self) -> None:
+        """Give the gauges their values."""
         self.recorder.set(metrics.STREAMS, self._open)
 
 

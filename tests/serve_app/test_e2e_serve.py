@@ -444,15 +444,16 @@ def test_metrics_are_exported_under_their_names(client: Client) -> None:
     expected = {metric.exported for metric in metrics.ALL_METRICS} - rare
     with suppress(AssertionError):
         wait_for(lambda: expected <= base_names(scraped()), 30)
-    samples = scraped()
-    assert expected - base_names(samples) == set()
-    ours = {name for name in base_names(samples) if name.startswith("ray_kvarn_")}
-    assert ours <= expected | rare
+    assert expected - base_names(scraped()) == set()
     capacity = sum(
         replica.cache.capacity.total_blocks * replica.cache.capacity.tile_tokens
         for replica in client.cache_state().replicas
     )
-    assert total(samples, metrics.CACHE_CAPACITY.exported, application=APP) == capacity
+    exported = metrics.CACHE_CAPACITY.exported
+    wait_for(lambda: total(scraped(), exported, application=APP) == capacity, 30)
+    samples = scraped()
+    ours = {name for name in base_names(samples) if name.startswith("ray_kvarn_")}
+    assert ours <= expected | rare
     assert total(samples, metrics.QUANTIZED_TILES.exported) % (30 * 3) == 0
     assert total(samples, metrics.REJECTS.exported, reason="invalid_request") >= 1
     assert total(samples, metrics.TTFT.exported + "_count") > 0
