@@ -451,11 +451,11 @@ def test_metrics_are_exported_under_their_names(client: Client) -> None:
     )
     exported = metrics.CACHE_CAPACITY.exported
     wait_for(lambda: total(scraped(), exported, application=APP) == capacity, 30)
+    wait_for(lambda: total(scraped(), metrics.REJECTS.exported, reason="invalid_request") >= 1, 30)
     samples = scraped()
     ours = {name for name in base_names(samples) if name.startswith("ray_kvarn_")}
     assert ours <= expected | rare
     assert total(samples, metrics.QUANTIZED_TILES.exported) % (30 * 3) == 0
-    assert total(samples, metrics.REJECTS.exported, reason="invalid_request") >= 1
     assert total(samples, metrics.TTFT.exported + "_count") > 0
 
 
