@@ -23,7 +23,7 @@ from kvarn.kernels.records import (
     slot_places,
     to_e4m3,
 )
-from kvarn.reference import variance_norm
+from kvarn.reference import rtn, variance_norm
 from kvarn.tile import TileLayout
 
 ELEMENTS_PER_WARP = 2048  # of a tile: 64 registers a thread hold them
@@ -130,6 +130,15 @@ def _magnitude(factor, largest):
 
 
 @triton.jit
+def _narrow(low, high, PART: tl.constexpr):
+    """Ends of the range to cover; see `rtn.narrowed_range`."""
+    if PART < 1.0:
+        middle, half = (low + high) * 0.5, (high - low) * (0.5 * PART)
+        low, high = middle - half, middle + half
+    return low, high
+
+
+@triton.jit
 def _to_float16(x):
     return tl.minimum(tl.maximum(x, -FLOAT16_MAX), FLOAT16_MAX).to(tl.float16)
 
@@ -144,7 +153,15 @@ def _codes(x, scale, zero, BITS: tl.constexpr):
 
 @triton.jit
 def _store_key(
-    source, row_stride, record, by_channel, by_token, BITS: tl.constexpr, D: tl.constexpr, G: tl.constexpr
+    source,
+    row_stride,
+    record,
+    by_channel,
+    by_token,
+    BITS: tl.constexpr,
+    COVERED: tl.constexpr,  # of the range
+    D: tl.constexpr,
+    G: tl.constexpr,
 ):
     """Key fields of the record of the tile [G, D] float16 at `source`; see `codec.quantize_key`."""
     token, channel = tl.arange(0, G), tl.arange(0, D)
@@ -155,6 +172,7 @@ def _store_key(
     inverse = 1.0 / from_e4m3(token_scale)
     y = x * inverse[:, None]
     low, high = _range(y, y, 0)
+    low, high = _narrow(low, high, COVERED)
     scale, zero = _to_float16((high - low) / ((1 << BITS) - 1)), _to_float16(low)
 
     # Read again, arranged as codes lie in words, so that packing moves no more than the words.
@@ -176,7 +194,15 @@ def _store_key(
 
 @triton.jit
 def _store_value(
-    source, row_stride, values, by_channel, by_token, BITS: tl.constexpr, D: tl.constexpr, G: tl.constexpr
+    source,
+    row_stride,
+    values,
+    by_channel,
+    by_token,
+    BITS: tl.constexpr,
+    COVERED: tl.constexpr,  # of the range
+    D: tl.constexpr,
+    G: tl.constexpr,
 ):
     """Value fields of the record of the tile [G, D] float16 at `source`; see `codec.quantize_value`."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
@@ -185,12 +211,14 @@ def _store_value(
     _rows, channel_scale = _balance(x)
     y = x * (1.0 / channel_scale)[None, :]
     low, high = _range(y, y, 1)
+    low, high = _narrow(low, high, COVERED)
     low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
     channel_scale = channel_scale * _magnitude((high - low) / LEVELS, E4M3_MAX / LEVELS)
     channel_scale = _to_float16(tl.maximum(channel_scale, FLOAT16_TINY))
     inverse = 1.0 / channel_scale.to(tl.float32)
     y = x * inverse[None, :]
     low, high = _range(y, y, 1)
+    low, high = _narrow(low, high, COVERED)
     low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
     scale, zero = to_e4m3((high - low) / LEVELS), to_e4m3(low)
 
@@ -228,6 +256,8 @@ def _quantize_tiles(
     G: tl.constexpr,
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
+    KEY_COVERED: tl.constexpr,
+    VALUE_COVERED: tl.constexpr,
     RECORD: tl.constexpr,
     VALUE_CODES: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
@@ -244,10 +274,12 @@ def _quantize_tiles(
     by_channel = (record + BY_CHANNEL).to(tl.pointer_type(tl.float16))
     by_token = record + BY_TOKEN
     if is_value == 0:
-        _store_key(tile, row_stride, record, by_channel, by_token, KEY_BITS, D, G)
+        _store_key(tile, row_stride, record, by_channel, by_token, KEY_BITS, KEY_COVERED, D, G)
     else:
         values = record + VALUE_CODES
-        _store_value(tile + value_offset, row_stride, values, by_channel, by_token, VALUE_BITS, D, G)
+        _store_value(
+            tile + value_offset, row_stride, values, by_channel, by_token, VALUE_BITS, VALUE_COVERED, D, G
+        )
 
 
 def quantize_slots(pool: Tensor, slots: Tensor, blocks: Tensor, cache: Tensor, layout: TileLayout) -> None:
@@ -306,6 +338,8 @@ def _launch(
             cache,
             *strides,
             H=heads,
+            KEY_COVERED=rtn.narrowing(layout.preset.key_bits, layout.group),
+            VALUE_COVERED=rtn.narrowing(layout.preset.value_bits, layout.head_dim),
             **record_constants(layout),
             num_warps=layout.head_dim * layout.group // ELEMENTS_PER_WARP,
             maxnreg=REGISTERS,

@@ -52,7 +52,9 @@ def quantize_key(key: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     token_scale = token_scale / magnitude(token_scale, E4M3_MAX)
     token_scale = to_e4m3(token_scale.clamp_min(E4M3_MIN_NORMAL))
     y = key / token_scale.float()[..., :, None]
-    scale, zero = (to_float16(factor) for factor in rtn.scale_and_zero(y.amin(-2), y.amax(-2), bits))
+    scale, zero = (
+        to_float16(factor) for factor in rtn.scale_and_zero(*rtn.narrowed_range(y, -2, bits), bits)
+    )
     codes = rtn.round_to_codes(y, scale.float()[..., None, :], zero.float()[..., None, :], bits)
     return codes, scale, zero, token_scale
 
@@ -74,7 +76,8 @@ def quantize_value(value: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _scale_and_zero_around_0(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    return rtn.scale_and_zero(x.amin(-1).clamp_max(0.0), x.amax(-1).clamp_min(0.0), bits)
+    low, high = rtn.narrowed_range(x, -1, bits)
+    return rtn.scale_and_zero(low.clamp_max(0.0), high.clamp_min(0.0), bits)
 
 
 def encode(key: Tensor, value: Tensor, layout: TileLayout) -> Tensor:

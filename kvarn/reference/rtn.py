@@ -1,15 +1,36 @@
-"""Stage 3: asymmetric round-to-nearest (arXiv 2606.03458).
+"""Stage 3: asymmetric round-to-nearest (arXiv 2606.03458), over a range narrower than the paper's.
 
-Along one axis, with L = 2^bits - 1 steps between the smallest and the largest value:
+Along one axis, with L = 2^bits - 1 steps between the ends of the range:
 
-    zero = min x,   scale = (max x - min x) / L,   code = clamp(round((x - zero) / scale), 0, L)
+    zero = low,   scale = (high - low) / L,   code = clamp(round((x - zero) / scale), 0, L)
 
 and x ~ code * scale + zero. The codes are chosen for the scale and zero as they are *stored*, so what a narrow
 storage type rounds away is not lost twice.
+
+The paper's range is min x .. max x. Four codes represent most values better when the rarest are clipped, so with 2 bits
+the range is narrowed around its middle by a factor that depends on the number of values alone: after the rotation
+tiles are near to Gaussian. Measured in docs/decisions/0002-narrowed-ranges.md.
 """
 
 import torch
 from torch import Tensor
+
+COVERED_STDS = 4.0  # width of the range that four codes should cover, in standard deviations
+EXPECTED_RANGE_STDS = {64: 4.69, 128: 5.19, 256: 5.65}  # mean of max - min of that many normal values
+
+
+def narrowing(bits: int, count: int) -> float:
+    """The part of its range that codes of `bits` should cover of `count` values (64, 128 or 256)."""
+    return COVERED_STDS / EXPECTED_RANGE_STDS[count] if bits == 2 else 1.0
+
+
+def narrowed_range(x: Tensor, axis: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Ends of the range to cover of x along `axis`: float32 -> (low, high), without that axis."""
+    low, high = x.amin(axis), x.amax(axis)
+    if (part := narrowing(bits, x.shape[axis])) == 1.0:
+        return low, high
+    middle, half = (low + high) / 2, (high - low) / 2 * part
+    return middle - half, middle + half
 
 
 def scale_and_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -25,13 +25,15 @@ PROGRESS = 0.05
 FLAT = 1e-3  # a std below this part of the root mean square is float16 rounding noise
 
 
-def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
+def normalize(x: Tensor, iterations: int = ITERATIONS, progress: float = PROGRESS) -> tuple[Tensor, Tensor]:
     """Row and column scales that balance the standard deviations of each matrix.
 
     Flat rows and columns (zero, or constant up to rounding) keep scale 1 and do not count towards the imbalance.
 
     Args:
         x: [..., rows, columns] float32, finite.
+        iterations: most rounds.
+        progress: part by which a round must lower the imbalance for another to follow.
 
     Returns:
         (row_scale [..., rows], column_scale [..., columns]), float32, positive and finite.
@@ -48,7 +50,7 @@ def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
     best = _imbalance(row_std, row_moves, column_std, column_moves)
     best_row, best_column = log_row, log_column
     improving = torch.ones_like(best, dtype=torch.bool)
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         log_column = log_column + torch.where(column_moves, column_std.log(), 0.0)
         row_std, _ = _std(x, squares, log_row, log_column)
         log_row = log_row + torch.where(row_moves, row_std.log(), 0.0)
@@ -56,7 +58,7 @@ def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
         # The update just made has set every moving row's std to 1.
         current = _imbalance(torch.ones_like(row_std), row_moves, column_std, column_moves)
         better = improving & (current < best)
-        improving &= current < best * (1 - PROGRESS)
+        improving &= current < best * (1 - progress)
         best = torch.where(better, current, best)
         best_row = torch.where(better[..., None], log_row, best_row)
         best_column = torch.where(better[..., None], log_column, best_column)

@@ -102,6 +102,24 @@ def test_rounding_error_is_at_most_half_a_step() -> None:
         assert (error <= scale[:, None] * 0.5001).all()
 
 
+@pytest.mark.parametrize("count", [64, 128, 256])
+def test_the_narrowed_range_beats_min_and_max_on_normal_values(count: int) -> None:
+    x = torch.randn(2000, count, generator=torch.Generator().manual_seed(0))
+
+    def error(low: Tensor, high: Tensor) -> float:
+        scale, zero = (factor[:, None] for factor in rtn.scale_and_zero(low, high, bits=2))
+        return relative_error(x, rtn.round_to_codes(x, scale, zero, bits=2) * scale + zero)
+
+    assert error(*rtn.narrowed_range(x, 1, bits=2)) < 0.9 * error(x.amin(1), x.amax(1))
+
+
+def test_four_bits_keep_their_whole_range() -> None:
+    x = torch.randn(64, 64)
+    low, high = rtn.narrowed_range(x, 1, bits=4)
+    assert torch.equal(low, x.amin(1))
+    assert torch.equal(high, x.amax(1))
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_error_falls_with_bits(head_dim: int) -> None:
     error = {}
@@ -184,7 +202,8 @@ def test_outliers_beyond_float16_saturate(
         assert back.isfinite().all()
         if count == 1:
             stored = x.clamp(-65504, 65504).flatten()[where]
-            torch.testing.assert_close(back.flatten()[where], stored, rtol=0.1, atol=0)
+            # The narrowed range of 2 bits clips a lone outlier by 1 - narrowing of half the range.
+            torch.testing.assert_close(back.flatten()[where], stored, rtol=0.13, atol=0)
 
 
 @given(layout=layouts, seed=seeds, row=st.integers(0, 63))
