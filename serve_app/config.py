@@ -132,6 +132,9 @@ class GatewayConfig(Settings):
     host: Host = "127.0.0.1"
     port: Port = 50051
     http: HttpConfig = HttpConfig()
+    tool_parser: str | None = Field(
+        default=None, description="vLLM's parser of the tool calls this model makes by itself, e.g. hermes"
+    )
     security: SecurityConfig = SecurityConfig()
     limits: LimitsConfig = LimitsConfig()
     max_message_bytes: int = Field(default=4 << 20, ge=1024, description="largest request or response")

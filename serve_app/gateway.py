@@ -6,25 +6,18 @@ import asyncio
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from starlette.types import ASGIApp
 
 from kvarn.model import resolve_model
-from kvarn.v1 import cluster_pb2_grpc, inference_pb2_grpc
 from serve_app import membership
 from serve_app.config import GatewayConfig, ObservabilityConfig
 from serve_app.dispatch import Dispatcher
 from serve_app.fleet import Fleet
-from serve_app.gateway_service import SERVICE_NAMES, ClusterService, InferenceService
-from serve_app.grpc_server import GrpcServer
-from serve_app.http_app import http_app, probes
-from serve_app.http_guard import HttpGuard
-from serve_app.http_server import HttpServer
+from serve_app.front import Front
+from serve_app.gateway_service import ClusterService
 from serve_app.metrics import GATEWAY_METRICS, RayRecorder, record_forever
 from serve_app.observation import Observer, log_requests_to_stdout
 from serve_app.prompts import PromptEncoder
 from serve_app.routing import Router
-from serve_app.security.access import Access
-from serve_app.security.tls import ServerTls
 from serve_app.tracing import Tracing
 
 
@@ -47,7 +40,6 @@ class Gateway:
         observability: ObservabilityConfig,
         engines: DeploymentHandle,
     ) -> None:
-        self._config = config
         gateway_id = serve.get_replica_context().replica_id.unique_id
         self._router = Router(gateway_id)
         self._fleet = Fleet(self._router, self._on_change, config.drain_grace_s)
@@ -61,7 +53,8 @@ class Gateway:
         dispatcher = Dispatcher(
             gateway_id, model_name, encoder, self._router, self._fleet, config.default_max_tokens, observer
         )
-        await self._listen(model_name, dispatcher)
+        self._front = Front(config, model_name, dispatcher, encoder, self._cluster, self._router.is_ready)
+        await self._front.start()
         self._tasks = [
             asyncio.create_task(self._follow_health()),
             asyncio.create_task(record_forever(observer.record)),
@@ -76,46 +69,9 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         self._cluster.close()
-        await asyncio.gather(self._server.stop(self._config.drain_grace_s), self._http.stop())
+        await self._front.stop()
         await self._fleet.close()
         self._spans.close()
-
-    async def _listen(self, model_name: str, dispatcher: Dispatcher) -> None:
-        config, security = self._config, self._config.security
-        tls = ServerTls(security.tls) if security.tls else None
-        access = Access(security.api_keys)
-        self._server = self._grpc_server(access, tls)
-        inference = InferenceService(dispatcher, access, config.limits.write_timeout_s)
-        inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server.server)  # type: ignore[no-untyped-call]
-        cluster_pb2_grpc.add_ClusterServicer_to_server(self._cluster, self._server.server)  # type: ignore[no-untyped-call]
-        app = http_app([probes(self._router.is_ready)])
-        self._http = self._http_server(app, access, tls)
-        await self._server.start()
-        self._http.start()
-
-    def _grpc_server(self, access: Access, tls: ServerTls | None) -> GrpcServer:
-        config = self._config
-        return GrpcServer(
-            f"{config.host}:{config.port}",
-            SERVICE_NAMES,
-            max_message_bytes=config.max_message_bytes,
-            reuse_port=config.num_replicas > 1,
-            check=access.check,
-            credentials=tls.grpc_credentials() if tls else None,
-            limits=config.limits,
-        )
-
-    def _http_server(self, app: ASGIApp, access: Access, tls: ServerTls | None) -> HttpServer:
-        config = self._config
-        return HttpServer(
-            HttpGuard(app, access, config.limits, config.max_message_bytes),
-            config.http.host,
-            config.http.port,
-            reuse_port=config.num_replicas > 1,
-            drain_grace_s=config.drain_grace_s,
-            limits=config.limits,
-            tls=tls.ssl_context() if tls else None,
-        )
 
     def _on_change(self, replica_id: str) -> None:
         self._cluster.report_change(replica_id)
@@ -128,4 +84,4 @@ class Gateway:
             self._changed.clear()
             if serving != self._router.is_ready():
                 serving = not serving
-                await self._server.set_serving(serving)
+                await self._front.set_serving(serving)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from serve_app.errors import RequestError
+from serve_app.openai.errors import error_response, failed, invalid
+from serve_app.openai.schema import problem
 
 from serve_app.tracing import TraceContext
 
@@ -15,6 +21,10 @@ def http_app(routers: Iterable[APIRouter]) -> FastAPI:
     app.add_middleware(TraceContext)
     for router in routers:
         app.include_router(router)
+    app.add_exception_handler(RequestError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(Exception, _failed)
     return app
 
 
@@ -36,3 +46,26 @@ def probes(is_ready: Callable[[], bool]) -> APIRouter:
         return Response(status_code=204 if is_ready() else 503)
 
     return router
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error_response(error)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    sentence, param = problem(error.errors())
+    return invalid(sentence, param=param)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods, and bodies that are no JSON at all."""
+    assert isinstance(error, HTTPException)
+    response = invalid(f"{request.method} {request.url.path[:128]}: {error.detail}.", error.status_code)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return failed()

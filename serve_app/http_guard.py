@@ -17,7 +17,7 @@ from serve_app.security.access import Access
 
 OPEN_PATHS = frozenset({"/livez", "/readyz"})  # probes bear no keys
 REQUEST_ID = "x-request-id"
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,120}")
 
 
 class HttpGuard:

@@ -16,6 +16,7 @@ from serve_app.sampling import check_token_ids
 LONG_TEXT_CHARACTERS = (
     8192  # from here on tokenizing takes milliseconds, and a thread costs less than the wait
 )
+LONE_SURROGATE = "The request holds a lone surrogate (\\ud800 to \\udfff): send valid Unicode."
 
 
 class PromptEncoder:
@@ -29,7 +30,7 @@ class PromptEncoder:
         # Imported by gateways only: it takes seconds, and whoever deploys needs none of it.
         from transformers import AutoConfig, AutoTokenizer
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
         self.vocab_size: int = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
 
     async def encode(self, prompt: inference_pb2.Prompt) -> list[int]:
@@ -42,6 +43,11 @@ class PromptEncoder:
         if not ids:
             raise InvalidRequestError("The prompt is empty: give text, token ids or chat messages.")
         return ids
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token; a part of a character reads as U+FFFD."""
+        text: str = self.tokenizer.decode([token_id])
+        return text
 
     async def _ids(self, prompt: inference_pb2.Prompt) -> list[int]:
         match prompt.WhichOneof("content"):
@@ -58,33 +64,43 @@ class PromptEncoder:
     async def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         if not text:
             return []
+        if not text.isascii():
+            _check_unicode(text)
         if len(text) < LONG_TEXT_CHARACTERS:
             return self._tokenize_now(text, add_special_tokens)
         return await asyncio.to_thread(self._tokenize_now, text, add_special_tokens)
 
     def _tokenize_now(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
     def _render(self, chat: inference_pb2.Chat) -> str:
         if not chat.messages:
             return ""
-        if self._tokenizer.chat_template is None:
+        if self.tokenizer.chat_template is None:
             raise InvalidRequestError(
                 "The model has no chat template: send prompt.text instead of prompt.chat."
             )
         try:
-            text: str = self._tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 [_message(message) for message in chat.messages],
                 tools=[_tool(tool) for tool in chat.tools] or None,
                 tokenize=False,
                 add_generation_prompt=True,
             )
-        except TemplateError as error:
+        except (TemplateError, RecursionError) as error:
             raise InvalidRequestError(
                 f"The model's chat template refuses these messages: {error}."
             ) from error
         return text
+
+
+def _check_unicode(text: str) -> None:
+    """JSON can hold halves of characters, which a chat template may bring into the text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError(LONE_SURROGATE) from None
 
 
 def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:

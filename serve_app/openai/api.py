@@ -1,0 +1,179 @@
+"""The routes of OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
+from typing import Any, Protocol, TypeVar
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
+
+from serve_app.errors import RequestError, UnknownModelError
+from serve_app.openai.chat import ChatService
+from serve_app.openai.completions import CompletionService
+from serve_app.openai.errors import FAILED, body, error_body
+from serve_app.openai.responses import Head
+from serve_app.openai.schema import ChatCompletionRequest, CompletionRequest, Sampling
+from serve_app.routing import Caller
+from serve_app.security.access import Access
+
+logger = logging.getLogger(__name__)
+RequestT = TypeVar("RequestT", bound=Sampling, contravariant=True)
+T = TypeVar("T")
+CLIENT_CLOSED_REQUEST = 499  # as nginx has it; nobody is there to read it
+_DONE = "data: [DONE]\n\n"
+
+
+class Service(Protocol[RequestT]):
+    """Answers one kind of request, whole or piece by piece."""
+
+    async def complete(self, request: RequestT, head: Head, caller: Caller) -> BaseModel:
+        """The whole answer."""
+
+    def stream(self, request: RequestT, head: Head, caller: Caller) -> AsyncGenerator[BaseModel, None]:
+        """The answer piece by piece."""
+
+
+def openai_api(
+    model_name: str, chat: ChatService, completions: CompletionService, access: Access
+) -> APIRouter:
+    """OpenAI's routes.
+
+    Args:
+        model_name: the served model.
+        chat: answers conversations.
+        completions: continues texts.
+        access: knows the callers.
+    """
+    router = APIRouter(prefix="/v1", tags=["openai"])
+    model = Model(id=model_name, created=int(time.time()), object="model", owned_by="kvarn")
+
+    @router.get("/models")
+    async def list_models() -> dict[str, Any]:
+        """The served model, alone in its list."""
+        return {"object": "list", "data": [model.to_dict()]}
+
+    @router.get("/models/{name:path}")
+    async def retrieve_model(name: str) -> dict[str, object]:
+        """The served model."""
+        if name != model_name:
+            raise UnknownModelError(f"The model {name[:128]!r} is not served here: use {model_name!r}.")
+        return model.to_dict()
+
+    @router.post("/chat/completions", response_model=None, responses=_responses(ChatCompletion))
+    async def create_chat_completion(request: Request, wanted: ChatCompletionRequest) -> Response:
+        """Answer a conversation."""
+        head = _head("chatcmpl", request, model_name)
+        return await _answer(chat, request, wanted, head, access)
+
+    @router.post("/completions", response_model=None, responses=_responses(Completion))
+    async def create_completion(request: Request, wanted: CompletionRequest) -> Response:
+        """Continue texts."""
+        head = _head("cmpl", request, model_name)
+        return await _answer(completions, request, wanted, head, access)
+
+    return router
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events from a generator, which is closed as soon as nobody reads them."""
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+
+async def _answer(
+    service: Service[RequestT], request: Request, wanted: RequestT, head: Head, access: Access
+) -> Response:
+    if wanted.stream:
+        chunks = _admitted_stream(service, request, wanted, head, access)
+        first = await _unless_gone(request, anext(chunks))  # a refusal still gets its status
+        return EventStream(_events(first, chunks)) if first is not None else _gone()
+    answer = await _unless_gone(request, _admitted(service, request, wanted, head, access))
+    if answer is None:
+        return _gone()
+    return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+
+
+async def _admitted(
+    service: Service[RequestT], request: Request, wanted: RequestT, head: Head, access: Access
+) -> BaseModel:
+    with access.admitted(request.headers) as caller:
+        return await service.complete(wanted, head, caller)
+
+
+async def _admitted_stream(
+    service: Service[RequestT], request: Request, wanted: RequestT, head: Head, access: Access
+) -> AsyncGenerator[BaseModel, None]:
+    with access.admitted(request.headers) as caller:
+        async with aclosing(service.stream(wanted, head, caller)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+
+async def _events(first: BaseModel, rest: AsyncGenerator[BaseModel, None]) -> AsyncGenerator[str, None]:
+    """All chunks as server-sent events; once a stream has begun, an error is an event too."""
+    async with aclosing(rest):
+        yield _event(first)
+        try:
+            async for chunk in rest:
+                yield _event(chunk)
+        except RequestError as error:
+            yield _event_text(json.dumps(error_body(error)))
+        except Exception:
+            logger.exception("a request failed")
+            yield _event_text(json.dumps(body(FAILED, "server_error")))
+        yield _DONE
+
+
+def _event(chunk: BaseModel) -> str:
+    return _event_text(chunk.model_dump_json(exclude_unset=True))
+
+
+def _event_text(data: str) -> str:
+    return f"data: {data}\n\n"
+
+
+async def _unless_gone(request: Request, answer: Awaitable[T]) -> T | None:
+    """The answer, or None if the client went away meanwhile; then the work for it is cancelled."""
+    working = asyncio.ensure_future(answer)
+    leaving = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        leaving.cancel()
+        working.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _gone() -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _head(prefix: str, request: Request, model_name: str) -> Head:
+    request_id = request.state.request_id
+    return Head(request_id, f"{prefix}-{request_id}", int(time.time()), model_name)
+
+
+def _responses(answer: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    return {200: {"model": answer, "content": {"text/event-stream": {}}}}

@@ -1,0 +1,89 @@
+"""One or several generations of one HTTP request, as one stream of pieces."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from kvarn.v1 import inference_pb2
+from serve_app.dispatch import Dispatcher
+from serve_app.errors import RequestError, UnavailableError
+from serve_app.routing import Caller
+
+MAX_WAITING = 16  # pieces a client is behind before its generations wait
+
+Piece = tuple[int, inference_pb2.GenerateResponse]
+
+
+@dataclass
+class Usage:
+    """Tokens of all choices; a prompt counts once, however many choices continue it."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    @classmethod
+    def of(cls, last: Sequence[inference_pb2.Usage], choices_per_prompt: int) -> Usage:
+        """The sum over every choice's last count, in the order of choices."""
+        first = last[::choices_per_prompt]
+        return cls(
+            sum(usage.prompt_tokens for usage in first),
+            sum(usage.cached_tokens for usage in first),
+            sum(usage.completion_tokens for usage in last),
+        )
+
+
+async def generate_all(
+    dispatcher: Dispatcher, requests: Sequence[inference_pb2.GenerateRequest], caller: Caller
+) -> AsyncGenerator[Piece, None]:
+    """Yield the pieces of all requests as they come, with the number of the request each belongs to.
+
+    Leaving the generator ends all of them, and so does the failure of one.
+
+    Raises:
+        RequestError: with the sentence for the caller.
+    """
+    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(MAX_WAITING)
+
+    async def follow(index: int, request: inference_pb2.GenerateRequest) -> None:
+        try:
+            async with aclosing(dispatcher.generate(request, None, caller)) as pieces:
+                async for piece in pieces:
+                    _raise_if_failed(piece)
+                    await queue.put((index, piece))
+        except Exception as error:
+            await queue.put(error)
+        else:
+            await queue.put(None)
+
+    tasks = [asyncio.create_task(follow(*numbered)) for numbered in enumerate(requests)]
+    try:
+        async for piece in _until_all_ended(queue, len(tasks)):
+            yield piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _until_all_ended(
+    queue: asyncio.Queue[Piece | Exception | None], running: int
+) -> AsyncIterator[Piece]:
+    while running:
+        match await queue.get():
+            case None:
+                running -= 1
+            case Exception() as error:
+                raise error
+            case piece:
+                yield piece
+
+
+def _raise_if_failed(piece: inference_pb2.GenerateResponse) -> None:
+    if piece.finish_reason == inference_pb2.FINISH_REASON_ABORT:
+        raise UnavailableError("The engine dropped this request: send it again.")
+    if piece.finish_reason == inference_pb2.FINISH_REASON_ERROR:
+        raise RequestError("The engine failed on this request: its log says why.")

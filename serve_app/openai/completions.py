@@ -1,0 +1,110 @@
+"""Text completions: prompts to continue, each once or several times."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from openai.types import Completion
+from openai.types.completion_choice import CompletionChoice, Logprobs
+
+from kvarn.v1 import inference_pb2
+from serve_app.dispatch import Dispatcher
+from serve_app.openai import responses
+from serve_app.openai.choices import Usage, generate_all
+from serve_app.openai.requests import completion_prompts, completion_sampling, numbered, valid_unicode
+from serve_app.openai.responses import Head, TokenText
+from serve_app.openai.schema import CompletionRequest
+from serve_app.routing import Caller
+
+
+@dataclass
+class TextState:
+    """One choice while its pieces come."""
+
+    text: list[str] = field(default_factory=list)
+    logprobs: list[inference_pb2.PositionLogprobs] = field(default_factory=list)
+    token_characters: int = 0
+    finish_reason: int = inference_pb2.FINISH_REASON_UNSPECIFIED
+    usage: inference_pb2.Usage = field(default_factory=inference_pb2.Usage)
+
+
+class CompletionService:
+    """Continues texts.
+
+    Args:
+        dispatcher: the gateway's way to the engines.
+        text_of: the text of a token id.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, text_of: TokenText) -> None:
+        self._dispatcher = dispatcher
+        self._text_of = text_of
+
+    async def complete(self, request: CompletionRequest, head: Head, caller: Caller) -> Completion:
+        """All choices, whole.
+
+        Raises:
+            RequestError: with the sentence for the caller.
+        """
+        requests = _requests(request, head)
+        states = [TextState() for _ in requests]
+        async with aclosing(generate_all(self._dispatcher, requests, caller)) as pieces:
+            async for index, piece in pieces:
+                state = states[index]
+                state.text.append(piece.text)
+                state.logprobs += piece.logprobs
+                state.finish_reason = piece.finish_reason
+                state.usage = piece.usage
+        choices = [self._choice(request, index, state) for index, state in enumerate(states)]
+        return responses.completion(head, choices, _counted(request, states))
+
+    async def stream(
+        self, request: CompletionRequest, head: Head, caller: Caller
+    ) -> AsyncGenerator[Completion, None]:
+        """All choices, piece by piece.
+
+        Raises:
+            RequestError: with the sentence for the caller.
+        """
+        requests = _requests(request, head)
+        states = [TextState() for _ in requests]
+        async with aclosing(generate_all(self._dispatcher, requests, caller)) as pieces:
+            async for index, piece in pieces:
+                states[index].usage = piece.usage
+                if piece.text or piece.finish_reason or piece.logprobs:
+                    yield responses.completion(
+                        head, [self._piece(request, index, states[index], piece)], None
+                    )
+        if request.stream_options and request.stream_options.include_usage:
+            yield responses.completion(head, [], _counted(request, states))
+
+    def _choice(self, request: CompletionRequest, index: int, state: TextState) -> CompletionChoice:
+        logprobs = self._logprobs(request, state, state.logprobs)
+        return responses.completion_choice(index, "".join(state.text), state.finish_reason, logprobs)
+
+    def _piece(
+        self, request: CompletionRequest, index: int, state: TextState, piece: inference_pb2.GenerateResponse
+    ) -> CompletionChoice:
+        logprobs = self._logprobs(request, state, list(piece.logprobs))
+        return responses.completion_choice(index, piece.text, piece.finish_reason, logprobs)
+
+    def _logprobs(
+        self, request: CompletionRequest, state: TextState, positions: list[inference_pb2.PositionLogprobs]
+    ) -> Logprobs | None:
+        if request.logprobs is None:
+            return None
+        made = responses.completion_logprobs(positions, self._text_of, state.token_characters)
+        state.token_characters += sum(map(len, made.tokens or ()))
+        return made
+
+
+def _requests(request: CompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:
+    with valid_unicode():
+        prompts, params = completion_prompts(request), completion_sampling(request)
+        return numbered(head.request_id, request, prompts, params)
+
+
+def _counted(request: CompletionRequest, states: list[TextState]) -> Usage:
+    return Usage.of([state.usage for state in states], request.n or 1)

@@ -1,0 +1,188 @@
+"""From OpenAI's requests to the gateway's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from kvarn.v1 import inference_pb2, sampling_pb2
+from serve_app.errors import InvalidRequestError
+from serve_app.openai.schema import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    Message,
+    ResponseFormat,
+    Sampling,
+    StructuredOutputs,
+    Tool,
+)
+from serve_app.prompts import LONE_SURROGATE
+
+MAX_PROMPTS = 128
+_SAME_NAME = (
+    "temperature",
+    "top_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "min_tokens",
+    "stop_token_ids",
+    "allowed_token_ids",
+    "ignore_eos",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+)
+
+
+@contextmanager
+def valid_unicode() -> Iterator[None]:
+    """JSON can hold halves of characters, which protobuf's strings cannot.
+
+    Raises:
+        InvalidRequestError: such a half was met in the block.
+    """
+    try:
+        yield
+    except UnicodeEncodeError:
+        raise InvalidRequestError(LONE_SURROGATE) from None
+
+
+def completion_prompts(request: CompletionRequest) -> list[inference_pb2.Prompt]:
+    """Every prompt of a completion.
+
+    Raises:
+        InvalidRequestError: there are none, or too many.
+    """
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return [inference_pb2.Prompt(text=prompt)]
+    if not prompt or (len(prompt) > MAX_PROMPTS and not isinstance(prompt[0], int)):
+        raise InvalidRequestError(f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(prompt)}.")
+    if isinstance(prompt[0], int):
+        return [_token_ids(prompt)]
+    return [inference_pb2.Prompt(text=one) if isinstance(one, str) else _token_ids(one) for one in prompt]
+
+
+def chat_prompt(request: ChatCompletionRequest) -> inference_pb2.Prompt:
+    """The conversation, and the tools the model may know of."""
+    tools = [] if request.tool_choice == "none" else request.tools or []
+    return inference_pb2.Prompt(
+        chat=inference_pb2.Chat(
+            messages=[_message(message) for message in request.messages],
+            tools=[_tool(tool) for tool in tools],
+        )
+    )
+
+
+def completion_sampling(request: CompletionRequest) -> sampling_pb2.SamplingParams:
+    """How the tokens of a completion are drawn."""
+    params = _sampling(request)
+    if request.max_tokens is not None:
+        params.max_tokens = request.max_tokens
+    if request.logprobs is not None:
+        params.logprobs = request.logprobs
+    return params
+
+
+def chat_sampling(request: ChatCompletionRequest) -> sampling_pb2.SamplingParams:
+    """How the tokens of an answer are drawn; what a choice of tools asks for is not part of it."""
+    params = _sampling(request)
+    max_tokens = (
+        request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    )
+    if max_tokens is not None:
+        params.max_tokens = max_tokens
+    if request.logprobs:
+        params.logprobs = request.top_logprobs or 0
+    if request.response_format is not None:
+        _set_format(params, request.response_format)
+    return params
+
+
+def numbered(
+    request_id: str,
+    request: Sampling,
+    prompts: Sequence[inference_pb2.Prompt],
+    params: sampling_pb2.SamplingParams,
+) -> list[inference_pb2.GenerateRequest]:
+    """One request for each choice of each prompt, in OpenAI's order."""
+    choices = request.n or 1
+    made = []
+    for index in range(len(prompts) * choices):
+        one = inference_pb2.GenerateRequest(
+            model=request.model,
+            prompt=prompts[index // choices],
+            sampling_params=params,
+            request_id=f"{request_id}-{index}" if index else request_id,
+        )
+        if params.HasField("seed"):  # choices must differ: seeds count up, as in vLLM
+            one.sampling_params.seed = min(params.seed + index % choices, 2**63 - 1)
+        made.append(one)
+    return made
+
+
+def _sampling(request: Sampling) -> sampling_pb2.SamplingParams:
+    given = {name: getattr(request, name) for name in _SAME_NAME}
+    params = sampling_pb2.SamplingParams(
+        **{name: value for name, value in given.items() if value is not None}
+    )
+    params.stop.extend([request.stop] if isinstance(request.stop, str) else request.stop or ())
+    for token, bias in (request.logit_bias or {}).items():
+        if int(token) > 2**32 - 1:
+            raise InvalidRequestError(f"logit_bias must hold token ids as keys, got {token}.")
+        params.logit_bias[int(token)] = bias
+    if request.structured_outputs is not None:
+        params.structured_outputs.CopyFrom(_structured_outputs(request.structured_outputs))
+    return params
+
+
+def _structured_outputs(wanted: StructuredOutputs) -> sampling_pb2.StructuredOutputs:
+    if wanted.choice is not None:
+        return sampling_pb2.StructuredOutputs(choice=sampling_pb2.Choice(options=wanted.choice))
+    schema = wanted.json_schema
+    if schema is not None:
+        return sampling_pb2.StructuredOutputs(
+            json_schema=schema if isinstance(schema, str) else json.dumps(schema)
+        )
+    return sampling_pb2.StructuredOutputs(
+        regex=wanted.regex, grammar=wanted.grammar, json_object=wanted.json_object
+    )
+
+
+def _set_format(params: sampling_pb2.SamplingParams, wanted: ResponseFormat) -> None:
+    if wanted.json_schema is not None:
+        params.structured_outputs.json_schema = json.dumps(wanted.json_schema.schema_)
+    elif wanted.type == "json_object":
+        params.structured_outputs.json_object = True
+
+
+def _token_ids(ids: Sequence[int]) -> inference_pb2.Prompt:
+    return inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=ids))
+
+
+def _message(message: Message) -> inference_pb2.ChatMessage:
+    content = message.content
+    text = content if isinstance(content, str) else "".join(part.text for part in content or ())
+    calls = [
+        inference_pb2.ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
+        for call in message.tool_calls or ()
+    ]
+    return inference_pb2.ChatMessage(
+        role="system" if message.role == "developer" else message.role,
+        content=text,
+        tool_calls=calls,
+        tool_call_id=message.tool_call_id or "",
+    )
+
+
+def _tool(tool: Tool) -> inference_pb2.Tool:
+    function = tool.function
+    return inference_pb2.Tool(
+        name=function.name,
+        description=function.description or "",
+        parameters=json.dumps(function.parameters) if function.parameters is not None else "",
+    )

@@ -1,0 +1,244 @@
+"""From the engine's pieces to OpenAI's objects, in OpenAI's own types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from openai.types import Completion, CompletionChoice, CompletionUsage
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat.chat_completion import Choice as ChatChoice
+from openai.types.chat.chat_completion import ChoiceLogprobs
+from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
+from openai.types.chat.chat_completion_chunk import (
+    ChoiceDelta,
+    ChoiceDeltaToolCall,
+    ChoiceDeltaToolCallFunction,
+)
+from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
+from openai.types.chat.chat_completion_message import ChatCompletionMessage
+from openai.types.chat.chat_completion_message_function_tool_call import (
+    ChatCompletionMessageFunctionToolCall,
+    Function,
+)
+from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob, TopLogprob
+from openai.types.completion_choice import Logprobs
+from openai.types.completion_usage import PromptTokensDetails
+
+from kvarn.v1 import inference_pb2
+from serve_app.openai.choices import Usage
+from serve_app.openai.tools import CallDelta, Found, Reader
+
+TokenText = Callable[[int], str]
+_REASONS: dict[int, Any] = {
+    inference_pb2.FINISH_REASON_STOP: "stop",
+    inference_pb2.FINISH_REASON_LENGTH: "length",
+    inference_pb2.FINISH_REASON_REPETITION: "stop",
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """What all objects of one answer share, and the name of the request in logs."""
+
+    request_id: str
+    id: str
+    created: int
+    model: str
+
+
+@dataclass
+class ChatState:
+    """One choice of a chat while its pieces come."""
+
+    reader: Reader
+    with_logprobs: bool
+    content: str = ""
+    calls: list[CallDelta] = field(default_factory=list)
+    logprobs: list[ChatCompletionTokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    usage: inference_pb2.Usage = field(default_factory=inference_pb2.Usage)
+
+    def take(self, piece: inference_pb2.GenerateResponse) -> Found:
+        """Read one piece; returns what it adds."""
+        reason = _REASONS.get(piece.finish_reason)
+        found = self.reader.read(piece.text, piece.token_ids, is_last=reason is not None)
+        self.usage = piece.usage
+        self.content += found.content
+        self.calls = _joined(self.calls, found.calls)
+        if reason is not None:
+            self.finish_reason = "tool_calls" if self.calls and reason == "stop" else reason
+        return found
+
+
+def usage(counted: Usage) -> CompletionUsage:
+    """The tokens of an answer."""
+    return CompletionUsage(
+        prompt_tokens=counted.prompt_tokens,
+        completion_tokens=counted.completion_tokens,
+        total_tokens=counted.prompt_tokens + counted.completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=counted.cached_tokens),
+    )
+
+
+def chat_completion(head: Head, states: Sequence[ChatState], counted: Usage) -> ChatCompletion:
+    """The whole answer."""
+    return ChatCompletion(
+        id=head.id,
+        created=head.created,
+        model=head.model,
+        object="chat.completion",
+        choices=[_chat_choice(index, state) for index, state in enumerate(states)],
+        usage=usage(counted),
+    )
+
+
+def first_chunk(head: Head, index: int) -> ChatCompletionChunk:
+    """The chunk that opens a choice."""
+    return _chunk(
+        head, ChunkChoice(index=index, delta=ChoiceDelta(role="assistant", content=""), finish_reason=None)
+    )
+
+
+def chunk(
+    head: Head, index: int, found: Found, finish_reason: str | None, logprobs: ChunkLogprobs | None
+) -> ChatCompletionChunk | None:
+    """The chunk for a piece; None if there is nothing to tell yet."""
+    if not (found.content or found.calls or finish_reason or logprobs):
+        return None
+    delta = ChoiceDelta()
+    if found.content:
+        delta.content = found.content
+    if found.calls:
+        delta.tool_calls = [_call_chunk(call) for call in found.calls]
+    choice = ChunkChoice(index=index, delta=delta, finish_reason=finish_reason)  # type: ignore[arg-type]
+    if logprobs is not None:
+        choice.logprobs = logprobs
+    return _chunk(head, choice)
+
+
+def usage_chunk(head: Head, counted: Usage) -> ChatCompletionChunk:
+    """The chunk that ends a stream whose caller asked for its usage."""
+    made = _chunk(head)
+    made.usage = usage(counted)
+    return made
+
+
+def chat_logprobs(
+    positions: Iterable[inference_pb2.PositionLogprobs], text_of: TokenText
+) -> list[ChatCompletionTokenLogprob]:
+    """Log probabilities as chats show them: the sampled token, and the likeliest below it."""
+    return [_position(position, text_of) for position in positions if position.candidates]
+
+
+def completion(head: Head, choices: Sequence[CompletionChoice], counted: Usage | None) -> Completion:
+    """A whole text completion, or one event of its stream."""
+    made = Completion(
+        id=head.id, created=head.created, model=head.model, object="text_completion", choices=list(choices)
+    )
+    if counted is not None:
+        made.usage = usage(counted)
+    return made
+
+
+def completion_choice(
+    index: int, text: str, finish_reason: int, logprobs: Logprobs | None
+) -> CompletionChoice:
+    """One choice of a text completion, or a piece of it."""
+    # A piece in the middle has no reason yet, which OpenAI's type does not know.
+    return CompletionChoice.model_construct(
+        index=index, text=text, finish_reason=_REASONS.get(finish_reason), logprobs=logprobs
+    )
+
+
+def completion_logprobs(
+    positions: Iterable[inference_pb2.PositionLogprobs], text_of: TokenText, offset: int
+) -> Logprobs:
+    """Log probabilities as text completions show them; `offset` is the first token's place in the text."""
+    made = Logprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
+    assert made.tokens is not None
+    assert made.text_offset is not None
+    assert made.token_logprobs is not None
+    assert made.top_logprobs is not None
+    for position in positions:
+        sampled = position.candidates[0]
+        token = text_of(sampled.token_id)
+        made.tokens.append(token)
+        made.text_offset.append(offset)
+        made.token_logprobs.append(sampled.logprob)
+        made.top_logprobs.append({text_of(other.token_id): other.logprob for other in position.candidates})
+        offset += len(token)
+    return made
+
+
+def _chunk(head: Head, *choices: ChunkChoice) -> ChatCompletionChunk:
+    return ChatCompletionChunk(
+        id=head.id,
+        created=head.created,
+        model=head.model,
+        object="chat.completion.chunk",
+        choices=list(choices),
+    )
+
+
+def _chat_choice(index: int, state: ChatState) -> ChatChoice:
+    message = ChatCompletionMessage(role="assistant", content=state.content or (None if state.calls else ""))
+    message.refusal = None
+    if state.calls:
+        message.tool_calls = [_call(call) for call in state.calls]
+    logprobs = ChoiceLogprobs(content=state.logprobs, refusal=None) if state.with_logprobs else None
+    return ChatChoice(
+        index=index,
+        message=message,
+        logprobs=logprobs,
+        finish_reason=state.finish_reason or "stop",  # type: ignore[arg-type]
+    )
+
+
+def _joined(calls: list[CallDelta], parts: Iterable[CallDelta]) -> list[CallDelta]:
+    """The calls so far with further parts: a part continues the call of its index, or starts it."""
+    held = {call.index: call for call in calls}
+    for part in parts:
+        before = held.get(part.index, CallDelta(part.index))
+        held[part.index] = CallDelta(
+            part.index,
+            before.arguments + part.arguments,
+            before.id or part.id,
+            before.name or part.name,
+        )
+    return [held[index] for index in sorted(held)]
+
+
+def _call(call: CallDelta) -> ChatCompletionMessageFunctionToolCall:
+    return ChatCompletionMessageFunctionToolCall(
+        id=call.id or "", type="function", function=Function(name=call.name or "", arguments=call.arguments)
+    )
+
+
+def _call_chunk(call: CallDelta) -> ChoiceDeltaToolCall:
+    function = ChoiceDeltaToolCallFunction(arguments=call.arguments)
+    made = ChoiceDeltaToolCall(index=call.index, function=function)
+    if call.id is not None:
+        function.name = call.name
+        made.id, made.type = call.id, "function"
+    return made
+
+
+def _position(position: inference_pb2.PositionLogprobs, text_of: TokenText) -> ChatCompletionTokenLogprob:
+    sampled = position.candidates[0]
+    return ChatCompletionTokenLogprob(
+        **_token(sampled, text_of),
+        top_logprobs=[TopLogprob(**_token(other, text_of)) for other in _likeliest(position.candidates)],
+    )
+
+
+def _likeliest(candidates: Sequence[inference_pb2.TokenLogprob]) -> list[inference_pb2.TokenLogprob]:
+    """By rank; the sampled token is listed with vLLM's candidates even if it is not among the likeliest."""
+    ranked = sorted(candidates, key=lambda candidate: candidate.rank)
+    return [candidate for candidate in ranked if candidate.rank <= len(candidates)]
+
+
+def _token(candidate: inference_pb2.TokenLogprob, text_of: TokenText) -> dict[str, Any]:
+    text = text_of(candidate.token_id)
+    return {"token": text, "logprob": candidate.logprob, "bytes": list(text.encode())}

@@ -1,0 +1,238 @@
+"""The requests of OpenAI's API that are served, with vLLM's further sampling parameters.
+
+OpenAI's own types for requests are TypedDicts of everything its service has; here an unknown field is an error. Fields
+that only describe the caller to OpenAI are taken and left unread, since clients send them unasked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+MAX_CHOICES = 16
+Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Uint32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
+TokenId = Uint32
+Stop = str | Annotated[list[str], Field(max_length=64)] | None
+Unread = Annotated[JsonValue, Field(description="taken and left unread")]
+
+
+class Model(BaseModel):
+    """Base of all requests: values keep their JSON types, unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(Model):
+    """What a stream tells beside its text."""
+
+    include_usage: bool = False
+    include_obfuscation: Unread = None
+
+
+class StructuredOutputs(Model):
+    """vLLM's constraints on the output, of which one may be set."""
+
+    json_schema: dict[str, JsonValue] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if len(self.model_fields_set) != 1:
+            raise ValueError("set one of json, regex, choice, grammar and json_object")
+        return self
+
+
+class Sampling(Model):
+    """What both kinds of completion have in common."""
+
+    model: str = ""
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: Int64 | None = None
+    stop: Stop = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], float] | None = None
+
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: Uint32 | None = None
+    stop_token_ids: list[TokenId] | None = None
+    allowed_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    user: Unread = None
+    metadata: Unread = None
+    store: Unread = None
+    service_tier: Unread = None
+    safety_identifier: Unread = None
+    prompt_cache_key: Unread = None
+
+    @model_validator(mode="after")
+    def _usage_of_streams_only(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options may be set only if stream is true")
+        return self
+
+
+class CompletionRequest(Sampling):
+    """A text to continue."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: Uint32 | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: Literal[False] | None = Field(default=None, description="not served")
+    suffix: None = Field(default=None, description="not served")
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
+        default=None, description="must equal n"
+    )
+
+    @model_validator(mode="after")
+    def _not_more_than_asked(self) -> Self:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of must equal n, as every choice is returned")
+        return self
+
+
+class TextPart(Model):
+    """A piece of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Model):
+    """A call's function and its arguments, as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class MessageToolCall(Model):
+    """A call in a message of the assistant."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Model):
+    """One message of a conversation."""
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str | list[TextPart] | None = None
+    name: Unread = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: Unread = None
+    annotations: Unread = None
+    audio: None = None
+    function_call: None = None
+
+
+class Function(Model):
+    """A function the model may call; `parameters` is a JSON schema."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, JsonValue] | None = None
+    strict: Unread = None
+
+
+class Tool(Model):
+    """A tool the model may use."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Model):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedToolChoice(Model):
+    """The one tool to use."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(Model):
+    """A JSON schema by name."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    description: str | None = None
+    schema_: dict[str, JsonValue] = Field(alias="schema")
+    strict: Unread = None
+
+
+class ResponseFormat(Model):
+    """The form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _with_its_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema must be set if type is json_schema, and only then")
+        return self
+
+
+class ChatCompletionRequest(Sampling):
+    """A conversation to answer."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Uint32 | None = None
+    max_tokens: Uint32 | None = Field(default=None, description="the older name of max_completion_tokens")
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Unread = None
+    modalities: list[Literal["text"]] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs may be set only if logprobs is true")
+        if self.structured_outputs and self.response_format and self.response_format.type != "text":
+            raise ValueError("set response_format or structured_outputs, not both")
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(names) != len(set(names)):
+            raise ValueError("every tool needs a name of its own")
+        if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
+            raise ValueError("tool_choice must name one of tools")
+        if self.tool_choice in ("auto", "required") and not names:
+            raise ValueError(f"tool_choice {self.tool_choice} needs tools")
+        return self
+
+
+def problem(errors: Sequence[Any]) -> tuple[str, str | None]:
+    """One sentence of pydantic's errors, and the field it is about."""
+    first = errors[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(place) or None
+    if first["type"] == "extra_forbidden":
+        return f"The field {param!r} is not known here: leave it out.", param
+    if first["type"] == "json_invalid":
+        return "The body must be JSON text in UTF-8.", None
+    said = first["msg"].removeprefix("Value error, ")
+    return (f"{param}: {said}." if param else f"{said[:1].upper()}{said[1:]}."), param

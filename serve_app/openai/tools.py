@@ -1,0 +1,217 @@
+"""Tool calls: what a choice of tools asks of the output, and the calls found in it.
+
+If the caller demands a call, the output is constrained to JSON, which is read here. If the model decides, its own
+notation is read by one of vLLM's tool parsers.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import JsonValue
+
+from kvarn.v1 import sampling_pb2
+from serve_app.errors import InvalidRequestError
+from serve_app.openai.schema import ChatCompletionRequest, NamedToolChoice, Tool
+
+if TYPE_CHECKING:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest as VllmRequest
+    from vllm.tool_parsers import ToolParser
+
+
+@dataclass(frozen=True)
+class CallDelta:
+    """A part of a tool call: `id` and `name` with its first part, then text of its arguments."""
+
+    index: int
+    arguments: str = ""
+    id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a piece of the output says: text for the reader, and parts of tool calls."""
+
+    content: str = ""
+    calls: Sequence[CallDelta] = field(default_factory=tuple)
+
+
+class Reader(Protocol):
+    """Reads the output of one choice piece by piece."""
+
+    def read(self, text: str, token_ids: Sequence[int], is_last: bool) -> Found:
+        """What the next piece of the output adds."""
+
+
+class PlainReader:
+    """Takes all output as text."""
+
+    def read(self, text: str, token_ids: Sequence[int], is_last: bool) -> Found:
+        return Found(text)
+
+
+class NamedReader:
+    """Takes all output as the arguments of one function."""
+
+    def __init__(self, name: str) -> None:
+        self._name: str | None = name
+
+    def read(self, text: str, token_ids: Sequence[int], is_last: bool) -> Found:
+        if self._name is None:
+            return Found(calls=(CallDelta(0, text),)) if text else Found()
+        name, self._name = self._name, None
+        return Found(calls=(CallDelta(0, text, _new_id(), name),))
+
+
+class RequiredReader:
+    """Takes the output as a JSON list of calls, which is read once it is whole; cut off, it is text."""
+
+    def __init__(self) -> None:
+        self._text = ""
+
+    def read(self, text: str, token_ids: Sequence[int], is_last: bool) -> Found:
+        self._text += text
+        if not is_last:
+            return Found()
+        try:
+            calls = [(call["name"], json.dumps(call["parameters"])) for call in json.loads(self._text)]
+        except (ValueError, TypeError, KeyError):
+            return Found(self._text)
+        deltas = (CallDelta(i, arguments, _new_id(), name) for i, (name, arguments) in enumerate(calls))
+        return Found(calls=tuple(deltas))
+
+
+class ParserReader:
+    """Hands the output to one of vLLM's tool parsers."""
+
+    def __init__(self, parser: ToolParser, request: VllmRequest) -> None:
+        self._parser = parser
+        self._request = request
+        self._text = ""
+        self._ids: list[int] = []
+
+    def read(self, text: str, token_ids: Sequence[int], is_last: bool) -> Found:
+        before, ids_before = self._text, list(self._ids)
+        self._text += text
+        self._ids += token_ids
+        delta = self._parser.extract_tool_calls_streaming(
+            before, self._text, text, ids_before, self._ids, list(token_ids), self._request
+        )
+        if delta is None:
+            return Found()
+        return Found(delta.content or "", tuple(_call_delta(call) for call in delta.tool_calls))
+
+
+class ToolParsers:
+    """Makes readers, and with a parser lets the model decide.
+
+    Args:
+        name: of one of vLLM's tool parsers; None serves only demanded calls.
+        tokenizer: the model's.
+
+    Raises:
+        ValueError: vLLM has no such parser.
+    """
+
+    def __init__(self, name: str | None, tokenizer: Any) -> None:
+        self._parser_class: type[ToolParser] | None = None
+        self._tokenizer = tokenizer
+        if name is not None:
+            # Imported only where it is wanted: it takes seconds.
+            from vllm.tool_parsers import ToolParserManager
+
+            try:
+                self._parser_class = ToolParserManager.get_tool_parser(name)
+            except KeyError:
+                known = ", ".join(ToolParserManager.list_registered())
+                raise ValueError(f"tool_parser is {name!r}, expected one of {known}") from None
+
+    def prepare(self, request: ChatCompletionRequest, params: sampling_pb2.SamplingParams) -> None:
+        """Constrain the output to what the choice of tools asks for.
+
+        Raises:
+            InvalidRequestError: it leaves the decision to the model, whose calls nothing here could read.
+        """
+        if not request.tools or request.tool_choice == "none":
+            return
+        if isinstance(request.tool_choice, NamedToolChoice):
+            (function,) = (
+                tool.function
+                for tool in request.tools
+                if tool.function.name == request.tool_choice.function.name
+            )
+            params.structured_outputs.json_schema = json.dumps(function.parameters or {"type": "object"})
+        elif request.tool_choice == "required":
+            several = request.parallel_tool_calls is not False
+            params.structured_outputs.json_schema = json.dumps(calls_schema(request.tools, several))
+        elif self._parser_class is None:
+            raise InvalidRequestError(
+                "This server is not configured to find tool calls the model makes by itself: set tool_choice to "
+                "required or to one function, or gateway.tool_parser on the server."
+            )
+        else:
+            params.skip_special_tokens = False  # the marks of tool calls are special tokens in some models
+
+    def reader(self, request: ChatCompletionRequest) -> Reader:
+        """A reader for one choice."""
+        if not request.tools or request.tool_choice == "none":
+            return PlainReader()
+        if isinstance(request.tool_choice, NamedToolChoice):
+            return NamedReader(request.tool_choice.function.name)
+        if request.tool_choice == "required":
+            return RequiredReader()
+        return self._parser_reader(request)
+
+    def _parser_reader(self, request: ChatCompletionRequest) -> ParserReader:
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest as VllmRequest
+
+        assert self._parser_class is not None  # `prepare` refused
+        tools = [tool.model_dump(exclude={"function": {"strict"}}) for tool in request.tools or ()]
+        made = VllmRequest(messages=[], model=request.model, tools=tools, tool_choice="auto")
+        return ParserReader(self._parser_class(self._tokenizer, made.tools), made)
+
+
+def calls_schema(tools: Sequence[Tool], several: bool) -> dict[str, JsonValue]:
+    """The JSON schema of a list of calls: one at least, and one at most unless `several`."""
+    definitions: dict[str, JsonValue] = {}
+    calls: list[JsonValue] = []
+    for tool in tools:
+        parameters = dict(tool.function.parameters or {"type": "object"})
+        for keyword in ("$defs", "definitions"):
+            hoisted = parameters.pop(keyword, {})  # references count from the root
+            if isinstance(hoisted, dict) and hoisted:
+                held = definitions.setdefault(keyword, {})
+                assert isinstance(held, dict)
+                held.update(hoisted)
+        calls.append(
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string", "enum": [tool.function.name]},
+                    "parameters": parameters,
+                },
+                "required": ["name", "parameters"],
+                "additionalProperties": False,
+            }
+        )
+    schema: dict[str, JsonValue] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}, **definitions}
+    return schema if several else {**schema, "maxItems": 1}
+
+
+def _call_delta(call: Any) -> CallDelta:
+    function = call.function
+    return CallDelta(
+        index=call.index,
+        arguments=(function.arguments if function else None) or "",
+        id=call.id or (_new_id() if function and function.name else None),
+        name=function.name if function else None,
+    )
+
+
+def _new_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"

@@ -1,0 +1,408 @@
+"""OpenAI's HTTP API as the official client sees it, in front of a dispatcher that answers by itself.
+
+What depends on a model and an engine is tested in the end-to-end module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI
+
+from kvarn.v1 import inference_pb2
+from serve_app.errors import (
+    ContextLengthError,
+    DeadlineExceededError,
+    NoRoomError,
+    RateLimitError,
+    RequestError,
+    UnavailableError,
+)
+from serve_app.prompts import PromptEncoder
+from serve_app.routing import Caller
+from tests.serve_app.fronts import CACHED, MODEL, Running, running_front, settled
+
+ASK = [{"role": "user", "content": "What is the capital of France?"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"$ref": "#/$defs/city"}},
+            "$defs": {"city": {}},
+        },
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+CALLS = [{"name": "weather", "parameters": {"city": "Paris"}}, {"name": "clock", "parameters": {}}]
+
+
+@pytest.fixture(scope="module")
+def encoder(model_dir: Path) -> PromptEncoder:
+    return PromptEncoder(model_dir)
+
+
+@pytest.fixture
+async def front(encoder: PromptEncoder) -> AsyncIterator[Running]:
+    async with running_front(encoder, tool_parser="hermes") as running:
+        yield running
+
+
+@pytest.fixture
+async def client(front: Running) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+async def test_models(client: AsyncOpenAI) -> None:
+    assert [model.id async for model in client.models.list()] == [MODEL]
+    assert (await client.models.retrieve(MODEL)).owned_by == "kvarn"
+    with pytest.raises(openai.NotFoundError, match="The model 'gpt-9' is not served here: use 'small'"):
+        await client.models.retrieve("gpt-9")
+
+
+async def test_a_chat(front: Running, client: AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(
+        model=MODEL, messages=ASK, seed=7, stop=["END"], max_tokens=9
+    )
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", "Paris is the capital.")
+    assert (choice.finish_reason, choice.message.tool_calls, choice.logprobs) == ("stop", None, None)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == CACHED
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.id == f"chatcmpl-{answer._request_id}"
+    (request,) = front.script.requests
+    assert request.request_id == answer._request_id
+    params = request.sampling_params
+    assert (params.seed, list(params.stop), params.max_tokens) == (7, ["END"], 9)
+    assert request.prompt.chat.messages[0].content == ASK[0]["content"]
+
+
+async def test_a_streamed_chat_tells_role_text_reason_and_usage(client: AsyncOpenAI) -> None:
+    stream = await client.chat.completions.create(
+        model=MODEL, messages=ASK, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == "Paris is the capital."
+    assert [c.choices[0].finish_reason for c in chunks[:-1] if c.choices[0].finish_reason] == ["stop"]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == len(chunks) - 2
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+async def test_several_choices_are_several_generations_with_seeds_of_their_own(
+    front: Running, client: AsyncOpenAI
+) -> None:
+    answer = await client.chat.completions.create(model=MODEL, messages=ASK, n=3, seed=5)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert sorted(request.sampling_params.seed for request in front.script.requests) == [5, 6, 7]
+    assert len({request.request_id for request in front.script.requests}) == 3
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens % 3 == 0
+    single = await client.chat.completions.create(model=MODEL, messages=ASK)
+    assert single.usage is not None
+    assert answer.usage.prompt_tokens == single.usage.prompt_tokens
+    stream = await client.chat.completions.create(model=MODEL, messages=ASK, n=2, stream=True)
+    texts = ["", ""]
+    async for chunk in stream:
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == ["Paris is the capital."] * 2
+
+
+async def test_log_probabilities_of_chats(client: AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(model=MODEL, messages=ASK, logprobs=True, top_logprobs=2)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert "".join(position.token for position in logprobs.content) == "Paris is the capital."
+    assert [len(position.top_logprobs) for position in logprobs.content] == [2] * len(logprobs.content)
+    assert bytes(logprobs.content[0].bytes or ()) == b"Paris"
+    stream = await client.chat.completions.create(model=MODEL, messages=ASK, logprobs=True, stream=True)
+    streamed = [c.choices[0].logprobs async for c in stream if c.choices[0].logprobs]
+    assert len(streamed) == len(logprobs.content)
+
+
+async def test_text_completions(front: Running, client: AsyncOpenAI) -> None:
+    answer = await client.completions.create(model=MODEL, prompt=["One", "Two"], n=2, logprobs=1)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert [request.prompt.text for request in front.script.requests] == ["One", "One", "Two", "Two"]
+    logprobs = answer.choices[3].logprobs
+    assert logprobs is not None
+    assert "".join(logprobs.tokens or ()) == "Paris is the capital."
+    assert (logprobs.text_offset or ())[:2] == [0, 5]
+    assert {request.sampling_params.max_tokens for request in front.script.requests} == {16}
+    by_ids = await client.completions.create(model=MODEL, prompt=[5, 6, 7])
+    assert by_ids.usage is not None
+    assert by_ids.usage.prompt_tokens == 3
+    stream = await client.completions.create(model=MODEL, prompt="x", stream=True)
+    assert "".join([c.choices[0].text async for c in stream]) == "Paris is the capital."
+
+
+async def test_a_json_schema_reaches_the_engine(front: Running, client: AsyncOpenAI) -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    await client.chat.completions.create(
+        model=MODEL,
+        messages=ASK,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": schema, "strict": True},
+        },
+    )
+    await client.chat.completions.create(model=MODEL, messages=ASK, response_format={"type": "json_object"})
+    await client.completions.create(
+        model=MODEL, prompt="x", extra_body={"structured_outputs": {"choice": ["yes", "no"]}, "top_k": 3}
+    )
+    by_schema, by_object, by_choice = (r.sampling_params for r in front.script.requests)
+    assert json.loads(by_schema.structured_outputs.json_schema) == schema
+    assert by_object.structured_outputs.json_object
+    assert list(by_choice.structured_outputs.choice.options) == ["yes", "no"]
+    assert by_choice.top_k == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_demanded_call(front: Running, client: AsyncOpenAI, stream: bool) -> None:
+    front.script.answer = json.dumps(CALLS)
+    calls, reason = await called(client, stream, tools=[WEATHER, CLOCK], tool_choice="required")
+    assert calls == [("weather", {"city": "Paris"}), ("clock", {})]
+    assert reason == "tool_calls"
+    request = front.script.requests[-1]
+    schema = json.loads(request.sampling_params.structured_outputs.json_schema)
+    names = [call["properties"]["name"]["enum"] for call in schema["items"]["anyOf"]]
+    assert names == [["weather"], ["clock"]]
+    assert schema["$defs"] == {"city": {}}
+    assert [tool.name for tool in request.prompt.chat.tools] == ["weather", "clock"]
+    front.script.answer = '{"city": "Oslo"}'
+    named = {"type": "function", "function": {"name": "weather"}}
+    assert (await called(client, stream, tools=[WEATHER], tool_choice=named))[0] == [
+        ("weather", {"city": "Oslo"})
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_calls_the_model_makes_by_itself(front: Running, client: AsyncOpenAI, stream: bool) -> None:
+    call = json.dumps({"name": "weather", "arguments": {"city": "Paris"}})
+    front.script.answer = f"Let me see. <tool_call>\n{call}\n</tool_call>"
+    calls, reason = await called(client, stream, tools=[WEATHER])
+    assert (calls, reason) == ([("weather", {"city": "Paris"})], "tool_calls")
+    assert front.script.requests[-1].sampling_params.skip_special_tokens is False
+    front.script.answer = "Paris."
+    assert await called(client, stream, tools=[WEATHER]) == ([], "stop")
+
+
+async def called(
+    client: AsyncOpenAI, stream: bool, **options: Any
+) -> tuple[list[tuple[str, Any]], str | None]:
+    """The calls of an answer, and its finish reason."""
+    if not stream:
+        answer = await client.chat.completions.create(model=MODEL, messages=ASK, **options)
+        functions = [call.function for call in answer.choices[0].message.tool_calls or ()]
+        return [(f.name, json.loads(f.arguments)) for f in functions], answer.choices[0].finish_reason
+    names: dict[int, str] = {}
+    arguments: dict[int, str] = {}
+    async for chunk in await client.chat.completions.create(
+        model=MODEL, messages=ASK, stream=True, **options
+    ):
+        for call in chunk.choices[0].delta.tool_calls or ():
+            names.setdefault(call.index, call.function.name or "")
+            arguments[call.index] = arguments.get(call.index, "") + (call.function.arguments or "")
+    return [(names[i], json.loads(arguments[i])) for i in names], chunk.choices[0].finish_reason
+
+
+async def test_a_conversation_with_calls_is_rendered(front: Running, client: AsyncOpenAI) -> None:
+    call = {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "weather", "arguments": '{"city": "Paris"}'},
+    }
+    messages = [
+        {
+            "role": "developer",
+            "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}],
+        },
+        *ASK,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    ]
+    await client.chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER], tool_choice="none")
+    chat = front.script.requests[-1].prompt.chat
+    assert (chat.messages[0].role, chat.messages[0].content) == ("system", "Be brief.")
+    assert chat.messages[2].tool_calls[0].arguments == '{"city": "Paris"}'
+    assert chat.messages[3].tool_call_id == "call_1"
+    assert not chat.tools
+
+
+async def test_without_a_parser_only_demanded_calls_are_served(encoder: PromptEncoder) -> None:
+    async with (
+        running_front(encoder) as front,
+        AsyncOpenAI(base_url=f"{front.url}/v1", api_key="-") as client,
+    ):
+        with pytest.raises(openai.BadRequestError, match="set tool_choice to required"):
+            await client.chat.completions.create(model=MODEL, messages=ASK, tools=[WEATHER])
+        front.script.answer = json.dumps(CALLS[:1])
+        assert (await called(client, False, tools=[WEATHER], tool_choice="required"))[0]
+
+
+def test_an_unknown_parser_refuses_the_start(encoder: PromptEncoder) -> None:
+    from serve_app.openai.tools import ToolParsers
+
+    with pytest.raises(ValueError, match=r"tool_parser is 'nosuch', expected one of .*hermes"):
+        ToolParsers("nosuch", encoder.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "code"),
+    [
+        (ContextLengthError("Too long."), openai.BadRequestError, "context_length_exceeded"),
+        (NoRoomError("Full."), openai.RateLimitError, "no_room"),
+        (RateLimitError("Slow.", retry_after_s=1.2), openai.RateLimitError, "rate_limit_exceeded"),
+        (UnavailableError("Gone."), openai.InternalServerError, "unavailable"),
+        (DeadlineExceededError("Late."), openai.InternalServerError, "deadline_exceeded"),
+        (RequestError("Odd."), openai.InternalServerError, None),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_refusals_have_openai_statuses_and_shapes(
+    front: Running,
+    client: AsyncOpenAI,
+    error: RequestError,
+    raised: type[openai.APIStatusError],
+    code: str | None,
+    stream: bool,
+) -> None:
+    front.script.error_after = (0, error)
+    with pytest.raises(raised) as refused:
+        await client.chat.completions.create(model=MODEL, messages=ASK, stream=stream)
+    assert refused.value.body["message"] == error.sentence
+    assert refused.value.code == code
+    assert refused.value.response.headers.get("retry-after") == ("2" if error.retry_after_s else None)
+
+
+async def test_an_error_in_the_middle_of_a_stream_is_an_event(front: Running, client: AsyncOpenAI) -> None:
+    front.script.error_after = (2, UnavailableError("The replica was lost."))
+    stream = await client.chat.completions.create(model=MODEL, messages=ASK, stream=True)
+    with pytest.raises(openai.APIError, match=r"The replica was lost\."):
+        async for _ in stream:
+            pass
+    assert front.script.running == 0
+
+
+async def test_a_bug_tells_nothing_of_itself(front: Running, client: AsyncOpenAI) -> None:
+    front.script.error_after = (0, ZeroDivisionError("secret"))
+    with pytest.raises(
+        openai.InternalServerError, match="The server failed on this request: its log says why"
+    ):
+        await client.chat.completions.create(model=MODEL, messages=ASK)
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"temprature": 1}, "The field 'temprature' is not known here: leave it out."),
+        ({"temperature": "hot"}, "temperature: Input should be a valid number"),
+        ({"temperature": 3}, "temperature must be from 0 to 2, got 3."),
+        ({"n": 0}, "n: Input should be greater than or equal to 1"),
+        ({"n": 1000}, "n: Input should be less than or equal to 16"),
+        ({"stop": [""]}, "stop must hold strings of at least one character"),
+        ({"seed": 1 << 70}, "seed: "),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"logit_bias": {"99999999": 1}}, "logit_bias must hold ids below"),
+        ({"stream_options": {"include_usage": True}}, "Stream_options may be set only if stream is true."),
+        ({"model": "gpt-9"}, "The model 'gpt-9' is not served here"),
+        ({"structured_outputs": {}}, "structured_outputs: set one of"),
+        ({"structured_outputs": {"regex": "x", "choice": ["x"]}}, "structured_outputs: set one of"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0."),
+        ({"messages": "hi", "prompt": {}}, ""),
+    ],
+)
+async def test_bad_requests_are_one_sentence(front: Running, path: str, change: Any, sentence: str) -> None:
+    good: dict[str, Any] = {"messages": ASK} if path.startswith("chat") else {"prompt": "Hi"}
+    async with httpx.AsyncClient() as http:
+        answer = await http.post(f"{front.url}/v1/{path}", json={**good, **change})
+    assert answer.status_code == (404 if "model" in change else 400), answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"].startswith(sentence)
+    assert front.script.requests == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"messages": []}, "messages: List should have at least 1 item"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "The request holds a lone surrogate"),
+        ({"top_logprobs": 2}, "Top_logprobs may be set only if logprobs is true."),
+        ({"tools": [WEATHER, WEATHER]}, "Every tool needs a name of its own."),
+        ({"tool_choice": "required"}, "Tool_choice required needs tools."),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+            "Tool_choice must",
+        ),
+        ({"response_format": {"type": "json_schema"}}, "response_format: json_schema must be set"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{"}}],
+                    }
+                ]
+            },
+            "The arguments of the tool call 'f' must be a JSON object",
+        ),
+    ],
+)
+async def test_bad_chats_are_one_sentence(front: Running, change: Any, sentence: str) -> None:
+    async with httpx.AsyncClient() as http:
+        content = json.dumps({"messages": ASK, **change})
+        headers = {"content-type": "application/json"}
+        answer = await http.post(f"{front.url}/v1/chat/completions", content=content, headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(sentence)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_ends_its_generations(
+    front: Running, client: AsyncOpenAI, stream: bool
+) -> None:
+    front.script.wait = asyncio.Event()
+    asking = asyncio.create_task(
+        client.chat.completions.create(model=MODEL, messages=ASK, n=2, stream=stream)
+    )
+    await settled(lambda: front.script.running == 2)
+    if stream:
+        await (await asking).close()
+    else:
+        asking.cancel()
+    await settled(lambda: front.script.running == 0)
+
+
+async def test_headers_tell_who_asks_and_name_the_request(front: Running, client: AsyncOpenAI) -> None:
+    headers = {"x-kvarn-tenant": "acme", "x-kvarn-priority": "4", "x-request-id": "mine"}
+    answer = await client.chat.completions.create(model=MODEL, messages=ASK, extra_headers=headers)
+    assert front.script.callers == [Caller("acme", 4)]
+    assert (answer._request_id, front.script.requests[0].request_id) == ("mine", "mine")
+    unfit = await client.chat.completions.create(
+        model=MODEL, messages=ASK, extra_headers={"x-request-id": "x" * 121}
+    )
+    assert len(unfit._request_id or "") == 32
+
+
+async def test_a_dropped_request_is_not_passed_off_as_an_answer(front: Running, client: AsyncOpenAI) -> None:
+    front.script.finish = inference_pb2.FINISH_REASON_ABORT
+    with pytest.raises(openai.InternalServerError, match="The engine dropped this request"):
+        await client.chat.completions.create(model=MODEL, messages=ASK)
