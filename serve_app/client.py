@@ -22,6 +22,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvarn.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc, sampling_pb2
+from serve_app.channels import HeaderChannel, Tls, caller_headers
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -51,7 +52,7 @@ class UnknownModelError(ServingError):
 
 
 class NoRoomError(ServingError):
-    """The message is too large, or no replica has room now."""
+    """The message is too large, no replica has room now, or the API key has used up what it may."""
 
 
 class UnavailableError(ServingError):
@@ -60,6 +61,10 @@ class UnavailableError(ServingError):
 
 class DeadlineExceededError(ServingError):
     """The time allowed for the call has passed."""
+
+
+class UnauthenticatedError(ServingError):
+    """The API key is missing, or not known to the server."""
 
 
 class RequestCancelledError(ServingError):
@@ -72,6 +77,7 @@ _ERRORS: dict[grpc.StatusCode, type[ServingError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: NoRoomError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
     grpc.StatusCode.CANCELLED: RequestCancelledError,
 }
 
@@ -81,12 +87,28 @@ class Client:
 
     Args:
         address: "host:port" of a gateway.
+        tls: for gateways with TLS; None is plain text.
+        api_key: for gateways that ask for one.
+        tenant, priority: who asks; gateways with API keys know that from the key, and let it only lower its priority.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        self._inference = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._cluster = cluster_pb2_grpc.ClusterStub(self._channel)  # type: ignore[no-untyped-call]
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        tls: Tls | None = None,
+        api_key: str = "",
+        tenant: str = "",
+        priority: int | None = None,
+    ) -> None:
+        if tls is None:
+            self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        else:
+            credentials = tls.channel_credentials()
+            self._channel = grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+        channel = HeaderChannel(self._channel, caller_headers(api_key, tenant, priority))
+        self._inference = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+        self._cluster = cluster_pb2_grpc.ClusterStub(channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -175,12 +197,28 @@ class AsyncClient:
 
     Args:
         address: "host:port" of a gateway.
+        tls: for gateways with TLS; None is plain text.
+        api_key: for gateways that ask for one.
+        tenant, priority: who asks; gateways with API keys know that from the key, and let it only lower its priority.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        self._inference = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._cluster = cluster_pb2_grpc.ClusterStub(self._channel)  # type: ignore[no-untyped-call]
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        tls: Tls | None = None,
+        api_key: str = "",
+        tenant: str = "",
+        priority: int | None = None,
+    ) -> None:
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        else:
+            credentials = tls.channel_credentials()
+            self._channel = grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+        channel = HeaderChannel(self._channel, caller_headers(api_key, tenant, priority))
+        self._inference = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+        self._cluster = cluster_pb2_grpc.ClusterStub(channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
     async def __aenter__(self) -> Self:

@@ -9,14 +9,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from serve_app.channels import PRIORITY_KEY, TENANT_KEY
 from serve_app.errors import InvalidRequestError, UnauthenticatedError
 from serve_app.routing import Caller
 from serve_app.security.files import Reloaded
 from serve_app.security.keys import ApiKey, KeyFile, read_keys
 from serve_app.security.limits import Limits
 
-TENANT_KEY = "x-kvarn-tenant"
-PRIORITY_KEY = "x-kvarn-priority"
 MAX_TENANT_CHARACTERS = 128
 NO_KEY = "An API key is needed: send the header `authorization: Bearer KEY`."
 

@@ -22,11 +22,13 @@ from typing import Any
 
 import grpc
 import httpx
+import openai
 import psutil
 import pytest
 import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from openai import OpenAI
 from ray import serve
 
 from kvarn.v1 import cluster_pb2, inference_pb2
@@ -143,6 +145,12 @@ def client(app: App) -> Iterator[Client]:
 @pytest.fixture
 async def aclient(app: App) -> AsyncIterator[AsyncClient]:
     async with AsyncClient(app.address) as client:
+        yield client
+
+
+@pytest.fixture
+def openai_client(app: App) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"http://127.0.0.1:{app.http_port}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
@@ -466,6 +474,119 @@ def base_names(samples: Samples) -> set[str]:
 def test_http_probes_answer_beside_grpc(app: App) -> None:
     for probe in ("livez", "readyz"):
         assert httpx.get(f"http://127.0.0.1:{app.http_port}/{probe}").status_code == 204
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_openai_clients_get_what_grpc_clients_get(openai_client: OpenAI, client: Client) -> None:
+    by_grpc = client.generate_once(QUESTION, max_tokens=24, temperature=0, logprobs=0)
+    answer = openai_client.chat.completions.create(
+        model="", messages=QUESTION, max_tokens=24, temperature=0, logprobs=True, top_logprobs=2
+    )
+    (choice,) = answer.choices
+    assert choice.message.content == by_grpc.text
+    assert [p.logprob for p in choice.logprobs.content] == pytest.approx(
+        [p.candidates[0].logprob for p in by_grpc.logprobs], abs=1e-3
+    )
+    assert answer.usage.completion_tokens == by_grpc.usage.completion_tokens
+    stream = openai_client.chat.completions.create(
+        model="", messages=QUESTION, max_tokens=24, temperature=0, stream=True
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == by_grpc.text
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_openai_completions_report_stops_choices_and_cached_tokens(openai_client: OpenAI) -> None:
+    prompt = [9 + i % 40 for i in range(300)]
+    for _ in range(REPLICAS + 1):
+        answer = openai_client.completions.create(model="", prompt=prompt, max_tokens=2)
+    assert answer.usage.prompt_tokens_details.cached_tokens == 256
+    answer = openai_client.completions.create(
+        model="", prompt="The capital of France is", n=2, seed=1, max_tokens=12, stop=[" Paris"]
+    )
+    again = openai_client.completions.create(
+        model="", prompt="The capital of France is", n=2, seed=1, max_tokens=12, stop=[" Paris"]
+    )
+    assert [choice.text for choice in answer.choices] == [choice.text for choice in again.choices]
+    assert all(" Paris" not in choice.text for choice in answer.choices)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_openai_answers_conform_to_a_schema_and_call_tools(openai_client: OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "big": {"type": "boolean"}},
+        "required": ["city", "big"],
+        "additionalProperties": False,
+    }
+    answer = openai_client.chat.completions.create(
+        model="",
+        messages=QUESTION,
+        max_tokens=60,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+    )
+    assert set(json.loads(answer.choices[0].message.content)) == {"city", "big"}
+    tools = [{"type": "function", "function": {"name": "locate", "parameters": schema}}]
+    called = openai_client.chat.completions.create(
+        model="",
+        messages=QUESTION,
+        tools=tools,
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=100,
+    )
+    (call,) = called.choices[0].message.tool_calls
+    assert (call.function.name, called.choices[0].finish_reason) == ("locate", "tool_calls")
+    assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize(
+    ("options", "error", "code"),
+    [
+        ({"max_tokens": CONTEXT}, openai.BadRequestError, "context_length_exceeded"),
+        ({"model": "gpt-9"}, openai.NotFoundError, "model_not_found"),
+        ({"temperature": 9}, openai.BadRequestError, None),
+        ({"extra_body": {"structured_outputs": {"regex": "("}}}, openai.BadRequestError, None),
+        ({"extra_body": {"structured_outputs": {"grammar": "nonsense"}}}, openai.BadRequestError, None),
+        (
+            {"extra_body": {"structured_outputs": {"json": {"type": "nonsense"}}}},
+            openai.BadRequestError,
+            None,
+        ),
+    ],
+)
+def test_openai_errors(
+    openai_client: OpenAI, options: dict[str, Any], error: type[openai.APIStatusError], code: str | None
+) -> None:
+    with pytest.raises(error) as refused:
+        openai_client.chat.completions.create(**{"model": "", "messages": QUESTION, **options})
+    assert refused.value.code == code
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_an_openai_client_that_leaves_frees_its_blocks(openai_client: OpenAI, client: Client) -> None:
+    options = {"max_tokens": 900, "extra_body": {"ignore_eos": True}}
+    stream = openai_client.completions.create(model="", prompt="Once", stream=True, **options)
+    next(iter(stream))
+    wait_for(lambda: not is_idle(client), 5)
+    stream.close()
+    wait_for(lambda: is_idle(client), 5)
+    with pytest.raises(openai.APITimeoutError):
+        openai_client.with_options(timeout=1).completions.create(model="", prompt="Once", **options)
+    wait_for(lambda: is_idle(client), 5)
+
+
+def test_prompts_are_in_no_log(client: Client, openai_client: OpenAI) -> None:
+    secret = "xylophone-4711"
+    client.generate_once(secret, max_tokens=1)
+    with pytest.raises(openai.BadRequestError):
+        openai_client.completions.create(model="", prompt=secret, temperature=9)
+    openai_client.chat.completions.create(
+        model="", messages=[{"role": "user", "content": secret}], max_tokens=1
+    )
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    told = [path for path in logs.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert told == []
 
 
 def test_health_and_reflection_on_gateway_and_engine(app: App, client: Client) -> None:
