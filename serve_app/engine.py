@@ -13,11 +13,12 @@ from ray import serve
 from kvarn.model import kv_shape, resolve_model
 from kvarn.v1 import engine_pb2_grpc
 from kvarn.vllm.telemetry import read_cache_state
-from serve_app.config import EngineConfig, ObservabilityConfig
+from serve_app.config import EngineConfig, ObservabilityConfig, is_loopback
 from serve_app.engine_metrics import EngineMetrics
 from serve_app.grpc_server import GrpcServer
 from serve_app.metrics import ENGINE_METRICS, RayRecorder, record_forever
 from serve_app.placement import resources, thread_binding
+from serve_app.security.fleet import Guard
 from serve_app.telemetry import CacheMonitor
 from serve_app.tracing import Tracing
 
@@ -50,19 +51,23 @@ class Engine:
         self._monitor = CacheMonitor(lambda: read_cache_state(self._engine))
         await self._monitor.start()
         self._monitoring = asyncio.create_task(self._monitor.run())
-        self._server = GrpcServer(f"{config.host}:0", [SERVICE_NAME])
         metrics = EngineMetrics(RayRecorder(ENGINE_METRICS), kv_shape(resolve_model(model)))
         self._recording = asyncio.create_task(record_forever(lambda: metrics.record(self._monitor.snapshot)))
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._spans = Tracing("kvarn-engine", replica_id, observability.tracing)
         service = EngineService(self._engine, self._monitor, metrics, self._spans)
+        guard = Guard(encrypted=not is_loopback(config.host))
+        self._server = GrpcServer(
+            f"{config.host}:0", [SERVICE_NAME], check=guard.check, credentials=guard.credentials()
+        )
         engine_pb2_grpc.add_EngineServicer_to_server(service, self._server.server)  # type: ignore[no-untyped-call]
-        self._address = f"{_advertised_host(config.host)}:{await self._server.start()}"
+        port = await self._server.start()
+        self._address = guard.published(f"{_advertised_host(config.host)}:{port}")
         await self._server.set_serving(True)
 
     async def record_replica_metadata(self) -> dict[str, Any]:
         """What gateways need to reach this replica; Serve passes it on once."""
-        return {"address": self._address}
+        return self._address.metadata()
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """The cache's state, for gateways whose watch is not up."""

@@ -11,7 +11,7 @@ import grpc
 from opentelemetry.trace import Span
 from vllm.exceptions import VLLMClientError
 from vllm.inputs import tokens_input
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
 from serve_app import wire
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 SERVICE_NAME = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
+MAX_SENTENCE_CHARACTERS = 1000  # statuses travel in headers, which are small
 _FINISH_REASONS = {
     "stop": inference_pb2.FINISH_REASON_STOP,
     "length": inference_pb2.FINISH_REASON_LENGTH,
@@ -57,7 +58,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             self._tracer.start_as_current_span("engine generate", record_exception=False) as span,
         ):
             outputs = self._engine.generate(
-                tokens_input(list(request.prompt_token_ids)),
+                tokens_input(list(request.prompt_token_ids), cache_salt=request.cache_salt or None),
                 to_vllm(request.sampling_params),
                 request.request_id,
             )
@@ -139,9 +140,17 @@ def _engine_errors() -> Iterator[None]:
     try:
         yield
     except VLLMClientError as error:
-        raise InvalidRequestError(str(error)) from error
+        raise _invalid(error) from error
+    except EngineGenerateError as error:
+        if isinstance(error.__cause__, ValueError):  # a constraint that cannot be compiled
+            raise _invalid(error.__cause__) from error
+        raise
     except EngineDeadError as error:
         raise UnavailableError(_ENGINE_LOST) from error
+
+
+def _invalid(error: Exception) -> InvalidRequestError:
+    return InvalidRequestError(" ".join(str(error).split())[:MAX_SENTENCE_CHARACTERS])
 
 
 _ENGINE_LOST = "The engine of this replica has stopped: send the request again."

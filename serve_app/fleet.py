@@ -82,16 +82,16 @@ class Link:
         self._replica_id = endpoint.replica_id
         self._router = router
         self._on_change = on_change
-        self._channel = grpc.aio.insecure_channel(
-            endpoint.address,
-            options=[
+        self._channel = endpoint.address.channel(
+            [
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.max_receive_message_length", -1),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_reconnect_backoff_ms", 1000),
-            ],
+            ]
         )
-        self.stub = engine_pb2_grpc.EngineStub(self._channel)  # type: ignore[no-untyped-call]
+        authorized = endpoint.address.authorized(self._channel)
+        self.stub = engine_pb2_grpc.EngineStub(authorized)  # type: ignore[no-untyped-call]
         self._watching = asyncio.create_task(self._watch_forever())
 
     async def close(self, grace_s: float) -> None:

@@ -11,7 +11,6 @@ from starlette.exceptions import HTTPException
 from serve_app.errors import RequestError
 from serve_app.openai.errors import error_response, failed, invalid
 from serve_app.openai.schema import problem
-
 from serve_app.tracing import TraceContext
 
 

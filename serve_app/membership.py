@@ -10,15 +10,17 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
+from serve_app.security.fleet import Address
+
 ROUTER_CLASS = f"{__name__}:ReplicaListRouter"
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One live engine replica: Serve's id of it, where its gRPC server listens, its last routing stats."""
+    """One live engine replica: Serve's id of it, how to reach its gRPC server, its last routing stats."""
 
     replica_id: str
-    address: str
+    address: Address
     stats: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
@@ -66,7 +68,8 @@ class ReplicaListRouter(FIFOMixin, RequestRouter):
 def endpoint(replica: RunningReplica) -> Endpoint:
     """Read what a replica published through `record_replica_metadata` and `record_routing_stats`."""
     info = replica._replica_info
-    return Endpoint(replica.replica_id.unique_id, info.replica_metadata["address"], info.routing_stats)
+    address = Address(**info.replica_metadata)
+    return Endpoint(replica.replica_id.unique_id, address, info.routing_stats)
 
 
 def listen(handle: DeploymentHandle, listener: Listener) -> None:

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from serve_app.errors import RequestError, UnknownModelError
 from serve_app.openai.chat import ChatService
 from serve_app.openai.completions import CompletionService
-from serve_app.openai.errors import FAILED, body, error_body
+from serve_app.openai.errors import FAILED, ErrorResponse, body, error_body
 from serve_app.openai.responses import Head
 from serve_app.openai.schema import ChatCompletionRequest, CompletionRequest, Sampling
 from serve_app.routing import Caller
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 RequestT = TypeVar("RequestT", bound=Sampling, contravariant=True)
 T = TypeVar("T")
 CLIENT_CLOSED_REQUEST = 499  # as nginx has it; nobody is there to read it
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
 _DONE = "data: [DONE]\n\n"
 
 
@@ -57,12 +58,12 @@ def openai_api(
     router = APIRouter(prefix="/v1", tags=["openai"])
     model = Model(id=model_name, created=int(time.time()), object="model", owned_by="kvarn")
 
-    @router.get("/models")
+    @router.get("/models", responses=_ERRORS)
     async def list_models() -> dict[str, Any]:
         """The served model, alone in its list."""
         return {"object": "list", "data": [model.to_dict()]}
 
-    @router.get("/models/{name:path}")
+    @router.get("/models/{name:path}", responses=_ERRORS)
     async def retrieve_model(name: str) -> dict[str, object]:
         """The served model."""
         if name != model_name:
@@ -176,4 +177,4 @@ def _head(prefix: str, request: Request, model_name: str) -> Head:
 
 
 def _responses(answer: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    return {200: {"model": answer, "content": {"text/event-stream": {}}}}
+    return {200: {"model": answer, "content": {"text/event-stream": {}}}, **_ERRORS}

@@ -6,10 +6,26 @@ import math
 from dataclasses import dataclass
 
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from serve_app import errors
 
 FAILED = "The server failed on this request: its log says why."
+
+
+class ErrorObject(BaseModel):
+    """What was wrong, in one sentence."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorObject
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,7 @@ def failed() -> JSONResponse:
 
 def body(sentence: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
     """OpenAI's error object."""
-    return {"error": {"message": sentence, "type": kind, "param": param, "code": code}}
+    return ErrorResponse(error=ErrorObject(message=sentence, type=kind, param=param, code=code)).model_dump()
 
 
 def _kind(error: errors.RequestError) -> Kind:

@@ -31,7 +31,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from openai import OpenAI
 from ray import serve
 
-from kvarn.v1 import cluster_pb2, inference_pb2
+from kvarn.v1 import cluster_pb2, engine_pb2, engine_pb2_grpc, inference_pb2
 from serve_app import metrics
 from serve_app.app import build
 from serve_app.client import (
@@ -45,6 +45,7 @@ from serve_app.client import (
     UnknownModelError,
 )
 from serve_app.config import AppConfig
+from serve_app.security.fleet import TOKEN_KEY
 
 from .observing import Collector, Samples, otlp_collector, scraped, total
 
@@ -593,9 +594,27 @@ def test_health_and_reflection_on_gateway_and_engine(app: App, client: Client) -
     assert services_of(app.address) >= {"kvarn.v1.Inference", "kvarn.v1.Cluster", "grpc.health.v1.Health"}
     for service in ("", "kvarn.v1.Inference", "kvarn.v1.Cluster"):
         assert health_of(app.address, service) == health_pb2.HealthCheckResponse.SERVING
-    engine = in_replica(min(ready(client)), lambda engine: engine._address)
-    assert services_of(engine) >= {"kvarn.v1.Engine", "grpc.health.v1.Health"}
+    engine = in_replica(min(ready(client)), lambda engine: engine._address.address)
     assert health_of(engine, "kvarn.v1.Engine") == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_engines_answer_only_gateways(client: Client) -> None:
+    engine = in_replica(min(ready(client)), lambda engine: engine._address)
+    request = engine_pb2.EngineGenerateRequest(prompt_token_ids=[5], gateway_id="stranger")
+    request.sampling_params.max_tokens = 1
+    for metadata in ((), ((TOKEN_KEY, "guess"),)):
+        with grpc.insecure_channel(engine.address) as channel:
+            stub = engine_pb2_grpc.EngineStub(channel)
+            with pytest.raises(grpc.RpcError) as refused:
+                list(stub.Generate(request, metadata=metadata, timeout=10))
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    with grpc.insecure_channel(engine.address) as channel:
+        stub = engine_pb2_grpc.EngineStub(channel)
+        assert list(stub.Generate(request, metadata=((TOKEN_KEY, engine.token),), timeout=10))
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    assert [
+        path for path in logs.rglob("*") if path.is_file() and engine.token.encode() in path.read_bytes()
+    ] == []
 
 
 @pytest.mark.usefixtures("nothing_left")
