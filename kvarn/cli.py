@@ -34,6 +34,8 @@ from kvarn.bench.kernel_settings import (
     parse_cases,
     parse_starts,
 )
+from kvarn.connection import ApiKeyOption, CaOption, CertificateOption, PrivateKeyOption, tls_files
+from kvarn.keys import keys_app
 from kvarn.model import ModelError, resolve_model
 
 if TYPE_CHECKING:
@@ -41,12 +43,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Serve long-context LLM work from a quantized KV cache.",
+    epilog="Exit codes: 0 done, 1 failed with one sentence, 2 wrong usage, 130 interrupted.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 bench_app = typer.Typer(help="Measure speed and capacity.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+app.add_typer(keys_app, name="keys")
 
 out = Console()
 err = Console(stderr=True)
@@ -119,18 +122,91 @@ def chat(
     address: Annotated[str, typer.Option(help="host:port of a gateway.")] = "127.0.0.1:50051",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 512,
+    ca: CaOption = None,
+    certificate: CertificateOption = None,
+    private_key: PrivateKeyOption = None,
+    api_key: ApiKeyOption = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer to PROMPT as JSON.")] = False,
 ) -> None:
     """Chat with a served model; Ctrl-C stops an answer, Ctrl-D leaves."""
     with _serving_errors():
         from serve_app import terminal
         from serve_app.client import Client
 
-        with Client(address) as client:
-            if prompt is None:
+        if as_json and prompt is None:
+            raise typer.BadParameter("--json needs a PROMPT")
+        with Client(address, tls=tls_files(ca, certificate, private_key), api_key=api_key) as client:
+            if as_json:
+                messages = [*terminal.opening(system), {"role": "user", "content": prompt or ""}]
+                answer = terminal.stream_answer(client, messages, Console(quiet=True), max_tokens)
+                out.print_json(data=asdict(answer))
+            elif prompt is None:
                 terminal.chat(client, out, system, max_tokens)
             else:
                 messages = [*terminal.opening(system), {"role": "user", "content": prompt}]
                 terminal.stream_answer(client, messages, out, max_tokens)
+
+
+@bench_app.command("serve")
+def bench_serve(
+    target: Annotated[
+        str, typer.Argument(help="A gateway's host:port, or the URL of any OpenAI API.")
+    ] = "127.0.0.1:50051",
+    rate: Annotated[float, typer.Option(help="Requests a second; inf sends all at once.")] = 2.0,
+    requests: Annotated[int, typer.Option(help="How many; with --trace, at most.")] = 64,
+    arrivals: Annotated[str, typer.Option(help="Gaps between requests: poisson or constant.")] = "poisson",
+    input_tokens: Annotated[int, typer.Option(help="About so many tokens a prompt.")] = 256,
+    output_tokens: Annotated[int, typer.Option(help="Tokens an answer.")] = 64,
+    prefix_tokens: Annotated[
+        int, typer.Option(help="Of the input, those that a group's prompts share at their start.")
+    ] = 0,
+    prefix_groups: Annotated[int, typer.Option(help="Different shared starts.")] = 1,
+    trace: Annotated[
+        Path | None, typer.Option(help="JSON Lines of timestamp (ms), input_length, output_length, hash_ids.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="What the server calls it; its only one by default.")] = "",
+    seed: Annotated[int, typer.Option(help="The same seed makes the same load.")] = 0,
+    timeout_s: Annotated[float, typer.Option(help="Seconds until a request counts as failed.")] = 600,
+    ttft_ms: Annotated[float | None, typer.Option(help="Good: time to first token at most.")] = None,
+    itl_ms: Annotated[float | None, typer.Option(help="Good: mean time between tokens at most.")] = None,
+    e2e_ms: Annotated[float | None, typer.Option(help="Good: whole answer within.")] = None,
+    ca: CaOption = None,
+    certificate: CertificateOption = None,
+    private_key: PrivateKeyOption = None,
+    api_key: ApiKeyOption = "",
+    json_path: JsonOption = None,
+    plot_path: PlotOption = None,
+) -> None:
+    """Put a served model under open-loop load, over gRPC or OpenAI's HTTP; show latencies and goodput."""
+    with _serving_errors():
+        from serve_app.bench import command, settings, summary
+
+        _check_directory("--json", json_path)
+        _check_directory("--plot", plot_path)
+        if plot_path is not None:
+            summary.check_plot(plot_path)
+        bench = settings.ServeBench(
+            target=target,
+            protocol="openai" if "://" in target else "grpc",
+            model=model,
+            rate_per_s=rate,
+            arrivals=settings.arrivals(arrivals),
+            requests=requests,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            prefix_tokens=prefix_tokens,
+            prefix_groups=prefix_groups,
+            trace=trace,
+            seed=seed,
+            timeout_s=timeout_s,
+            objectives=settings.Objectives(ttft_ms, itl_ms, e2e_ms),
+        )
+        with _bench_progress("requests") as progress:
+            report = command.measure(bench, tls_files(ca, certificate, private_key), api_key, progress)
+        out.print(report.table())
+        report.write(json_path, plot_path)
+        if not report.summary.answered:
+            _fail(f"no request was answered: {report.reasons()}")
 
 
 @bench_app.command("engine")

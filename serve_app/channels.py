@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +54,18 @@ class HeaderChannel:
         self._metadata = tuple(metadata)
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        return partial(self._channel.unary_unary(*args, **kwargs), metadata=self._metadata)
+        return self._bearing(self._channel.unary_unary(*args, **kwargs))
 
     def unary_stream(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        return partial(self._channel.unary_stream(*args, **kwargs), metadata=self._metadata)
+        return self._bearing(self._channel.unary_stream(*args, **kwargs))
+
+    def _bearing(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """The method with this channel's metadata before what a call adds."""
+
+        def call(*args: Any, metadata: Metadata = (), **kwargs: Any) -> Any:
+            return method(*args, metadata=(*self._metadata, *metadata), **kwargs)
+
+        return call
 
 
 def caller_headers(api_key: str = "", tenant: str = "", priority: int | None = None) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ class Service(engine_pb2_grpc.EngineServicer):
 async def call(address: Address) -> grpc.StatusCode:
     async with address.channel([]) as channel:
         stub = engine_pb2_grpc.EngineStub(address.authorized(channel))
-        call = stub.WatchCache(engine_pb2.EngineWatchCacheRequest(), timeout=10)
+        call = stub.WatchCache(engine_pb2.EngineWatchCacheRequest(), timeout=10, metadata=(("x-more", "1"),))
         try:
             async for _ in call:
                 pass

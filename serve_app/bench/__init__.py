@@ -1,0 +1,1 @@
+"""Measures a served model under load: `kvarn bench serve`."""

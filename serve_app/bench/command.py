@@ -1,0 +1,56 @@
+"""One measured load, from settings to files."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from serve_app.bench import summary as summaries
+from serve_app.bench import workload
+from serve_app.bench.load import Progress, Run, run
+from serve_app.bench.settings import ServeBench
+from serve_app.bench.targets import target
+from serve_app.channels import Tls
+
+
+@dataclass(frozen=True)
+class Report:
+    """A load and what it showed."""
+
+    bench: ServeBench
+    run: Run
+    summary: summaries.Summary
+
+    def table(self) -> Table:
+        """For people."""
+        return summaries.table(self.summary)
+
+    def reasons(self) -> str:
+        """Why requests failed."""
+        return ", ".join(self.summary.failures)
+
+    def write(self, json_path: Path | None, plot_path: Path | None) -> None:
+        """Write the files that were asked for."""
+        if json_path is not None:
+            summaries.write(json_path, self.bench, self.summary, self.run)
+        if plot_path is not None:
+            summaries.plot(plot_path, self.bench, self.run)
+
+
+def measure(bench: ServeBench, tls: Tls | None, api_key: str, on_progress: Progress) -> Report:
+    """Send the load and sum it up.
+
+    Raises:
+        BenchError: the trace cannot be read, or nothing answers.
+    """
+    works = workload.make(bench)
+
+    async def go() -> Run:
+        async with target(bench, tls, api_key) as server:
+            return await run(server, works, bench.timeout_s, on_progress)
+
+    measured = asyncio.run(go())
+    return Report(bench, measured, summaries.summarize(measured, bench.objectives))

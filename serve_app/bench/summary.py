@@ -1,0 +1,200 @@
+"""What a load showed: percentiles, rates, goodput; as a table, JSON and a chart."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from kvarn.bench.engine import BenchError
+from kvarn.environment import machine, versions
+from serve_app.bench.load import Outcome, Run
+from serve_app.bench.settings import Objectives, ServeBench
+
+PERCENTILES = (50, 90, 99)
+PLOT_FORMATS = (".png", ".svg")
+BUSY_MS = 100  # a generator that sends this late does not keep up
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One kind of latency over all answered requests, in milliseconds; `percentiles` by "p50"."""
+
+    mean: float
+    percentiles: dict[str, float]
+
+    @classmethod
+    def of(cls, values_s: Sequence[float]) -> Latency | None:
+        """None if there is nothing to sum up."""
+        if not values_s:
+            return None
+        milliseconds = np.asarray(values_s) * 1000
+        at = np.percentile(milliseconds, PERCENTILES)
+        return cls(
+            float(milliseconds.mean()),
+            {f"p{percentile}": float(value) for percentile, value in zip(PERCENTILES, at, strict=True)},
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A load in numbers.
+
+    Attributes:
+        answered, failed: requests; `failures` counts the failed by reason.
+        duration_s: from the first request to the last answer.
+        requests_per_s, goodput_per_s: answered requests, and those among them that kept all objectives.
+        output_tokens_per_s: of answered requests.
+        prompt_tokens, cached_tokens, output_tokens: as the server counted them, over answered requests.
+        ttft_ms: from the time a request was to be sent to its first token.
+        itl_ms: between two pieces of an answer.
+        tpot_ms: each request's mean time between two tokens.
+        e2e_ms: to the last token.
+        most_late_ms: the longest that the generator itself was behind its schedule.
+    """
+
+    answered: int
+    failed: int
+    failures: dict[str, int]
+    duration_s: float
+    requests_per_s: float
+    goodput_per_s: float
+    output_tokens_per_s: float
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    ttft_ms: Latency | None
+    itl_ms: Latency | None
+    tpot_ms: Latency | None
+    e2e_ms: Latency | None
+    most_late_ms: float
+
+
+def summarize(run: Run, objectives: Objectives) -> Summary:
+    """The numbers of one run."""
+    answered = [outcome for outcome in run.outcomes if not outcome.failure]
+    failures = Counter(outcome.failure for outcome in run.outcomes if outcome.failure)
+    output_tokens = sum(outcome.completion_tokens for outcome in answered)
+    gaps = [gap for outcome in answered for gap in np.diff(outcome.token_times_s).tolist()]
+    return Summary(
+        answered=len(answered),
+        failed=failures.total(),
+        failures=dict(failures.most_common()),
+        duration_s=run.duration_s,
+        requests_per_s=len(answered) / run.duration_s,
+        goodput_per_s=sum(is_good(outcome, objectives) for outcome in answered) / run.duration_s,
+        output_tokens_per_s=output_tokens / run.duration_s,
+        prompt_tokens=sum(outcome.prompt_tokens for outcome in answered),
+        cached_tokens=sum(outcome.cached_tokens for outcome in answered),
+        output_tokens=output_tokens,
+        ttft_ms=Latency.of([outcome.ttft_s for outcome in answered]),
+        itl_ms=Latency.of(gaps),
+        tpot_ms=Latency.of([outcome.itl_s for outcome in answered if outcome.itl_s is not None]),
+        e2e_ms=Latency.of([outcome.e2e_s for outcome in answered]),
+        most_late_ms=max(outcome.late_s for outcome in run.outcomes) * 1000,
+    )
+
+
+def is_good(outcome: Outcome, objectives: Objectives) -> bool:
+    """Whether an answered request kept every objective."""
+    asked = (
+        (outcome.ttft_s, objectives.ttft_ms),
+        (outcome.itl_s or 0.0, objectives.itl_ms),
+        (outcome.e2e_s, objectives.e2e_ms),
+    )
+    return all(limit_ms is None or value_s * 1000 <= limit_ms for value_s, limit_ms in asked)
+
+
+def table(summary: Summary) -> Table:
+    """For people."""
+    made = Table(title="load", title_justify="left")
+    made.add_column("")
+    for heading in ("mean", *(f"p{percentile}" for percentile in PERCENTILES)):
+        made.add_column(heading, justify="right")
+    latencies = (
+        ("time to first token, ms", summary.ttft_ms),
+        ("between pieces, ms", summary.itl_ms),
+        ("a token, ms", summary.tpot_ms),
+        ("whole answer, ms", summary.e2e_ms),
+    )
+    for name, latency in latencies:
+        if latency is not None:
+            values = (latency.mean, *latency.percentiles.values())
+            made.add_row(name, *(f"{value:,.1f}" for value in values))
+    made.caption = "\n".join(_lines(summary))
+    made.caption_justify = "left"
+    return made
+
+
+def write(path: Path, bench: ServeBench, summary: Summary, run: Run) -> None:
+    """For programs: what was asked, what came out, and every request."""
+    path.write_text(json.dumps(document(bench, summary, run), indent=2) + "\n")
+
+
+def document(bench: ServeBench, summary: Summary, run: Run) -> dict[str, Any]:
+    """What `write` writes."""
+    asked = {**asdict(bench), "trace": str(bench.trace) if bench.trace else None}
+    if asked["rate_per_s"] == float("inf"):
+        asked["rate_per_s"] = "inf"  # JSON has no infinity
+    return {
+        "bench": asked,
+        "machine": machine(),
+        "versions": versions(),
+        "summary": asdict(summary),
+        "requests": [asdict(outcome) for outcome in run.outcomes],
+    }
+
+
+def check_plot(path: Path) -> None:
+    """Refuses, before anything is measured, a chart that could not be written.
+
+    Raises:
+        BenchError: the file's name ends in neither .png nor .svg.
+    """
+    if path.suffix not in PLOT_FORMATS:
+        raise BenchError(f"--plot {path}: give a file name that ends in {' or '.join(PLOT_FORMATS)}")
+
+
+def plot(path: Path, bench: ServeBench, run: Run) -> None:
+    """Draws the share of requests within each latency; dashed lines are the objectives."""
+    from matplotlib.figure import Figure
+
+    answered = [outcome for outcome in run.outcomes if not outcome.failure]
+    kinds = (
+        ("time to first token, ms", [o.ttft_s for o in answered], bench.objectives.ttft_ms),
+        ("a token, ms", [o.itl_s for o in answered if o.itl_s is not None], bench.objectives.itl_ms),
+        ("whole answer, ms", [o.e2e_s for o in answered], bench.objectives.e2e_ms),
+    )
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    for axes, (name, values_s, objective_ms) in zip(figure.subplots(1, 3, sharey=True), kinds, strict=True):
+        axes.ecdf(np.asarray(values_s) * 1000)
+        if objective_ms is not None:
+            axes.axvline(objective_ms, color="black", linestyle="--")
+        axes.set_xlabel(name)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("share of answered requests")
+    failed = len(run.outcomes) - len(answered)
+    figure.suptitle(f"{bench.target}: {len(answered)} answered, {failed} failed")
+    figure.savefig(path)
+
+
+def _lines(summary: Summary) -> list[str]:
+    total = summary.answered + summary.failed
+    lines = [
+        f"{summary.answered} of {total} requests answered in {summary.duration_s:.1f} s: "
+        f"{summary.requests_per_s:.2f}/s, of which good {summary.goodput_per_s:.2f}/s",
+        f"{summary.output_tokens_per_s:.1f} output tokens/s; {summary.prompt_tokens} input tokens, "
+        f"{summary.cached_tokens} of them from the prefix cache",
+    ]
+    if summary.failures:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in summary.failures.items())
+        lines.append(f"failed: {reasons}")
+    if summary.most_late_ms > BUSY_MS:
+        lines.append(f"this machine fell behind its schedule by up to {summary.most_late_ms:.0f} ms")
+    return lines

@@ -1,0 +1,179 @@
+"""The servers a load can be sent to. Each tells how many tokens came, as they come."""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import httpx
+
+from kvarn.bench.engine import BenchError
+from serve_app.bench.settings import ServeBench
+from serve_app.bench.workload import Work
+from serve_app.channels import Tls, caller_headers
+from serve_app.client import AsyncClient, ServingError
+
+Counts = tuple[int, int, int]
+READY_S = 10
+
+
+class RefusedError(Exception):
+    """A request failed; `reason` is short and the same for all that failed alike."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Target(Protocol):
+    """A server under load."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    async def prepare(self) -> None:
+        """Make sure that something answers there.
+
+        Raises:
+            BenchError: nothing does.
+        """
+
+    def send(self, work: Work, timeout_s: float) -> AsyncGenerator[Counts, None]:
+        """Yield, with each piece of the answer, tokens so far of output, of input, and of input found in the cache.
+
+        Raises:
+            RefusedError: the request failed.
+        """
+
+
+class GrpcTarget:
+    """A KVarN gateway over gRPC."""
+
+    def __init__(self, bench: ServeBench, tls: Tls | None, api_key: str) -> None:
+        self._target = bench.target
+        self._model = bench.model
+        self._client = AsyncClient(bench.target, tls=tls, api_key=api_key)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._client.close()
+
+    async def prepare(self) -> None:
+        if not await self._client.is_ready(READY_S):
+            raise BenchError(f"no gateway is ready at {self._target}: start one, or name another target")
+
+    async def send(self, work: Work, timeout_s: float) -> AsyncGenerator[Counts, None]:
+        deltas = self._client.generate(
+            work.prompt,
+            model=self._model,
+            max_tokens=work.output_tokens,
+            ignore_eos=True,
+            temperature=0,
+            timeout_s=timeout_s,
+        )
+        try:
+            async for delta in deltas:
+                usage = delta.usage
+                yield usage.completion_tokens, usage.prompt_tokens, usage.cached_tokens
+        except ServingError as error:
+            raise RefusedError(error.status.name) from error
+
+
+class OpenAiTarget:
+    """Any server of OpenAI's API, by its text completions.
+
+    A chunk counts as one token until the server's usage, which it is asked for, tells the number.
+    """
+
+    def __init__(self, bench: ServeBench, tls: Tls | None, api_key: str) -> None:
+        self._model = bench.model
+        self._client = httpx.AsyncClient(
+            base_url=bench.target.rstrip("/"),
+            headers=caller_headers(api_key),
+            verify=_ssl_context(tls),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._client.aclose()
+
+    async def prepare(self) -> None:
+        try:
+            answer = await self._client.get("/models", timeout=READY_S)
+            answer.raise_for_status()
+            models = [model["id"] for model in answer.json()["data"]]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise BenchError(
+                f"no OpenAI API answers at {self._client.base_url}models: {error or type(error).__name__}"
+            ) from None
+        self._model = self._model or next(iter(models), "")
+
+    async def send(self, work: Work, timeout_s: float) -> AsyncGenerator[Counts, None]:
+        body = {
+            "model": self._model,
+            "prompt": work.prompt,
+            "max_tokens": work.output_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        tokens = 0
+        try:
+            async with self._client.stream("POST", "/completions", json=body, timeout=timeout_s) as answer:
+                if answer.status_code != httpx.codes.OK:
+                    raise RefusedError(f"HTTP {answer.status_code}")
+                async for event in _events(answer):
+                    tokens += 1
+                    yield _counts(event, tokens)
+        except httpx.TimeoutException:
+            raise RefusedError("timeout") from None
+        except httpx.HTTPError as error:
+            raise RefusedError(type(error).__name__) from error
+
+
+def target(bench: ServeBench, tls: Tls | None, api_key: str) -> Target:
+    """The target of a load.
+
+    Args:
+        bench: names it.
+        tls: for servers with TLS; None is plain text over gRPC, and the system's CAs over HTTPS.
+        api_key: for servers that ask for one.
+    """
+    kind = GrpcTarget if bench.protocol == "grpc" else OpenAiTarget
+    return kind(bench, tls, api_key)
+
+
+async def _events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    async for line in answer.aiter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                raise RefusedError("error in stream")
+            yield event
+
+
+def _counts(event: dict[str, Any], tokens: int) -> tuple[int, int, int]:
+    usage = event.get("usage")
+    if not usage:
+        return tokens, 0, 0
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    return usage["completion_tokens"], usage["prompt_tokens"], cached
+
+
+def _ssl_context(tls: Tls | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(tls.ca) if tls and tls.ca else None)
+    if tls and tls.certificate:
+        context.load_cert_chain(tls.certificate, tls.private_key)
+    return context
