@@ -33,8 +33,9 @@ lock:  ## Resolve requirements/cpu.lock anew from pyproject.toml and requirement
 	  $(UV_ARGS) -o requirements/cpu.lock
 	rm -rf build/uv
 
-proto: env  ## Generate kvarn/v1 from protos/
+proto: env  ## Generate kvarn/v1 from protos/, and the reference in docs/api
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+	$(BIN)/python docs/api/generate.py
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check

@@ -92,6 +92,7 @@ def serve(
     say: Annotated[str | None, typer.Option(help="Send this chat message once it is ready.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer to --say.")] = 96,
     timeout_s: Annotated[float, typer.Option(help="Seconds the start may take.")] = 600,
+    api_key: ApiKeyOption = "",
 ) -> None:
     """Start Ray on this machine and serve the application of a YAML until Ctrl-C."""
     with _serving_errors(), _stopped_by_sigterm():
@@ -101,17 +102,22 @@ def serve(
 
         launched = read_app(config)
         check_machine(launched)
+        if say is not None and not launched.lets_in(api_key):
+            _fail("--say cannot be answered: the gateways have TLS, or ask for a key; use `kvarn chat` later")
         model_dir = resolve_model(launched.config.model)
         with ExitStack() as stack:
             with _start_progress() as progress:
                 stack.enter_context(running(launched, progress, timeout_s))
-                client = stack.enter_context(Client(launched.address))
-                client.wait_ready(timeout_s)
+                if launched.lets_in(api_key):
+                    client = stack.enter_context(Client(launched.address, api_key=api_key))
+                    client.wait_ready(timeout_s)
             if say is not None:
                 out.print(f"\nyou> {say}", markup=False, highlight=False)
                 answer = stream_answer(client, [{"role": "user", "content": say}], out, max_tokens)
                 out.print(answer_table(answer))
-            out.print(cache_table(client.cache_state(), model_dir))
+            if launched.lets_in(api_key):
+                out.print(cache_table(client.cache_state(), model_dir))
+            out.print(f"OpenAI's API is at {launched.openai_url}", highlight=False)
             out.print(f"Serving on {launched.address}. Talk to it with `kvarn chat`; Ctrl-C stops it.")
             _wait_for_interrupt()
 

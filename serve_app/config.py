@@ -102,9 +102,12 @@ class SecurityConfig(Settings):
         default=False,
         description="cached prefixes are shared only within a tenant, so that none probes another's",
     )
-    allow_insecure: bool = Field(
-        default=False, description="listen beyond loopback even without TLS and API keys"
-    )
+    allow_insecure: bool = Field(default=False, description="listen beyond loopback even without the above")
+
+    @property
+    def knows_callers(self) -> bool:
+        """Whether only known callers get through, unseen by others."""
+        return self.tls is not None and (self.api_keys is not None or self.tls.client_ca is not None)
 
 
 class LimitsConfig(Settings):
@@ -145,14 +148,13 @@ class GatewayConfig(Settings):
 
     @model_validator(mode="after")
     def _closed_unless_asked(self) -> Self:
-        security = self.security
-        if (security.tls and security.api_keys) or security.allow_insecure:
+        if self.security.knows_callers or self.security.allow_insecure:
             return self
         for setting, host in (("host", self.host), ("http.host", self.http.host)):
             if not is_loopback(host):
                 raise ValueError(
-                    f"{setting} {host} is open to other machines: set security.tls and security.api_keys, "
-                    "or security.allow_insecure: true if something else guards it"
+                    f"{setting} {host} is open to other machines: set security.tls, and security.api_keys or "
+                    "tls.client_ca; or security.allow_insecure: true if something else guards it"
                 )
         return self
 

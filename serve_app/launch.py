@@ -63,6 +63,18 @@ class App:
         """Where its gateways answer."""
         return f"{self.config.gateway.host}:{self.config.gateway.port}"
 
+    @property
+    def openai_url(self) -> str:
+        """Where its gateways answer OpenAI's API."""
+        gateway = self.config.gateway
+        scheme = "https" if gateway.security.tls else "http"
+        return f"{scheme}://{gateway.http.host}:{gateway.http.port}/v1"
+
+    def lets_in(self, api_key: str) -> bool:
+        """Whether a client on this machine gets through with no more than an API key."""
+        security = self.config.gateway.security
+        return security.tls is None and (security.api_keys is None or bool(api_key))
+
 
 def read_app(path: Path) -> App:
     """Reads and checks a Serve YAML.

@@ -142,3 +142,11 @@ def test_chat_says_when_nobody_answers():
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         assert_refused(run("chat", "--address", address, "hello"), address)
+
+
+def test_serve_says_nothing_through_tls(write_app):
+    files = {"certificate": "c.pem", "private_key": "k.pem"}
+    path = write_app(
+        gateway={"port": 0, "http": {"port": 0}, "security": {"tls": files}}, engine={"num_replicas": 1}
+    )
+    assert_refused(run("serve", path, "--say", "Hi"), "--say cannot be answered: the gateways have TLS")

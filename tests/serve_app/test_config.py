@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from kvarn.presets import PRESETS
-from serve_app.config import AppConfig, EngineConfig
+from serve_app.config import AppConfig, EngineConfig, GatewayConfig
 from serve_app.placement import resources, thread_binding
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
@@ -85,3 +85,28 @@ def test_with_the_ray_executor_each_worker_has_a_bundle() -> None:
     options = resources(config)
     assert options["placement_group_bundles"] == [{"CPU": 1.0}, *[{"CPU": 1.0, "GPU": 1.0}] * 2]
     assert "num_gpus" not in options["ray_actor_options"]
+
+
+TLS = {"certificate": "c.pem", "private_key": "k.pem"}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8", "[::1]"])
+def test_loopback_needs_no_security(host: str) -> None:
+    GatewayConfig(host=host, http={"host": host})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.com"])
+@pytest.mark.parametrize("where", ["grpc", "http"])
+@pytest.mark.parametrize(
+    "security", [{}, {"tls": TLS}, {"api_keys": "keys.yaml"}], ids=["none", "tls", "keys"]
+)
+def test_open_hosts_need_to_know_their_callers(host: str, where: str, security: dict[str, object]) -> None:
+    listener = {"host": host} if where == "grpc" else {"http": {"host": host}}
+    with pytest.raises(ValidationError, match=r"is open to other machines: set security\.tls, and"):
+        GatewayConfig.model_validate({**listener, "security": security})
+    for enough in (
+        {"tls": TLS, "api_keys": "keys.yaml"},
+        {"tls": {**TLS, "client_ca": "ca.pem"}},
+        {"allow_insecure": True},
+    ):
+        GatewayConfig.model_validate({**listener, "security": enough})

@@ -1,5 +1,6 @@
 """The wire contract: what is committed is what the protos say, and the protos follow buf's standard rules."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -50,6 +51,16 @@ def test_generated_code_is_current(tmp_path: Path) -> None:
     committed = {path.relative_to(ROOT): path.read_bytes() for path in ROOT.glob("kvarn/v1/*_pb2*.py*")}
     assert generated.keys() == committed.keys()
     assert [str(name) for name in generated if generated[name] != committed[name]] == [], "run `make proto`"
+
+
+def test_the_reference_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "api" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    written = {name: (ROOT / "docs" / "api" / name).read_text() for name in generate.pages()}
+    assert [name for name, text in generate.pages().items() if text != written[name]] == [], (
+        "run `make proto`"
+    )
 
 
 def test_packages_are_versioned_and_match_directories(files: list[FileDescriptorProto]) -> None:
