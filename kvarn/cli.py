@@ -218,44 +218,63 @@ def bench_serve(
 @bench_app.command("engine")
 def bench_engine(
     model: Annotated[str, typer.Option(help="A model's name, or its directory.")] = DEFAULTS.model,
+    shape: Annotated[
+        str | None, typer.Option(help="Instead: random weights in this shape: 1b, 8b or 70b.")
+    ] = DEFAULTS.shape,
     dtype: Annotated[str, typer.Option(help="Of weights and activations.")] = DEFAULTS.dtype,
     kv_cache_dtypes: Annotated[
         str, typer.Option(help="Cache dtypes to compare with the first, separated by commas.")
     ] = ",".join(DEFAULTS.kv_cache_dtypes),
-    batch: Annotated[int, typer.Option(help="Requests that run together.")] = DEFAULTS.batch_size,
-    context: Annotated[int, typer.Option(help="Prompt tokens of each request.")] = DEFAULTS.context_tokens,
-    output_tokens: Annotated[
-        int, typer.Option(help="Tokens each request generates.")
-    ] = DEFAULTS.output_tokens,
-    repeats: Annotated[int, typer.Option(help="Measured batches; the median counts.")] = DEFAULTS.repeats,
+    workloads: Annotated[
+        str, typer.Option(help="Requests x prompt tokens + output tokens of each, separated by commas.")
+    ] = ",".join(workload.label for workload in DEFAULTS.workloads),
+    repeats: Annotated[
+        int, typer.Option(help="Measured batches of each workload; the median counts.")
+    ] = DEFAULTS.repeats,
     kv_cache_memory_gib: Annotated[
         float, typer.Option(help="Memory of the cache, GiB.")
     ] = DEFAULTS.kv_cache_memory_gib,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="Instead: share of a GPU for weights, side pool and cache together.")
+    ] = DEFAULTS.gpu_memory_utilization,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Most requests at once; the largest workload's if not given.")
+    ] = DEFAULTS.max_num_seqs,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Most tokens of one step.")
+    ] = DEFAULTS.max_num_batched_tokens,
     enforce_eager: Annotated[bool, typer.Option(help="Do not compile the model.")] = DEFAULTS.enforce_eager,
     json_path: JsonOption = None,
+    plot_path: PlotOption = None,
 ) -> None:
     """Compare vLLM's speed and capacity with several KV cache dtypes, each in a process of its own."""
-    from kvarn.bench import engine
+    from kvarn.bench import engine, plot
 
     with _one_sentence_errors():
         _check_directory("--json", json_path)
+        _check_plot(plot_path)
         bench = EngineBench(
             model=model,
+            shape=shape,
             dtype=dtype,
             kv_cache_dtypes=tuple(name.strip() for name in kv_cache_dtypes.split(",") if name.strip()),
-            batch_size=batch,
-            context_tokens=context,
-            output_tokens=output_tokens,
+            workloads=engine.parse_workloads(workloads),
             repeats=repeats,
             kv_cache_memory_gib=kv_cache_memory_gib,
+            gpu_memory_utilization=gpu_memory_utilization,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
             enforce_eager=enforce_eager,
         )
-        resolve_model(bench.model)  # may show a progress bar of its own
+        if shape is None:
+            resolve_model(bench.model)  # may show a progress bar of its own
         with _bench_progress("batches") as progress:
             results = engine.run(bench, progress)
         out.print(engine.table(bench, results))
         if json_path is not None:
             engine.write(json_path, bench, results)
+        if plot_path is not None:
+            plot.draw_engine(plot_path, bench, results)
 
 
 @bench_app.command("decode")
@@ -317,9 +336,7 @@ def _bench_kernels(bench: KernelBench, json_path: Path | None, plot_path: Path |
     from kvarn.bench import kernels, plot
 
     _check_directory("--json", json_path)
-    _check_directory("--plot", plot_path)
-    if plot_path is not None:
-        plot.check(plot_path)
+    _check_plot(plot_path)
     with _bench_progress("measured") as progress:
         report = kernels.run(bench, progress)
     out.print(kernels.table(report))
@@ -327,6 +344,14 @@ def _bench_kernels(bench: KernelBench, json_path: Path | None, plot_path: Path |
         kernels.write(json_path, report)
     if plot_path is not None:
         plot.draw(plot_path, report)
+
+
+def _check_plot(path: Path | None) -> None:
+    from kvarn.bench import plot
+
+    _check_directory("--plot", path)
+    if path is not None:
+        plot.check(path)
 
 
 def _check_directory(option: str, path: Path | None) -> None:

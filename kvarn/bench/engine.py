@@ -7,14 +7,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from kvarn.bench import engine_worker
+from kvarn.bench.shapes import SHAPES, write_shape
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL, resolve_model
 from kvarn.presets import get_preset
@@ -29,66 +31,145 @@ class BenchError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Workload:
+    """Requests that are sent together.
+
+    Attributes:
+        requests: how many.
+        prompt_tokens: prompt length of each.
+        output_tokens: tokens each generates.
+    """
+
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise BenchError(f"{name} of workload {self.label} is {value}: give a number of at least 1")
+
+    @property
+    def label(self) -> str:
+        """As the command line takes it."""
+        return f"{self.requests}x{self.prompt_tokens}+{self.output_tokens}"
+
+
+@dataclass(frozen=True)
 class EngineBench:
     """What to measure.
 
     Attributes:
-        model: a model's name or directory, see `kvarn.model.resolve_model`.
+        model: a model's name or directory, see `kvarn.model.resolve_model`; ignored where `shape` is given.
+        shape: one of `kvarn.bench.shapes.SHAPES`: a model of that shape with random weights.
         dtype: of weights and activations, as vLLM's `dtype`.
         kv_cache_dtypes: as vLLM's `kv_cache_dtype`; the first is what the others are compared with.
-        batch_size: requests that run together.
-        context_tokens: prompt length of each.
-        output_tokens: tokens each generates.
-        repeats: measured batches, after a short one that warms up.
+        workloads: measured one after another in one engine.
+        repeats: measured batches of each workload, after a short one that warms up; their median counts.
         kv_cache_memory_gib: memory given to the cache, the same for all; KVarN's side pool comes on top.
+        gpu_memory_utilization: instead, the share of a GPU that weights, side pool and cache take together.
+        max_num_seqs: most requests that run at once; None for the largest workload's.
         max_num_batched_tokens: most tokens of one step, prefill chunks included.
         enforce_eager: do not compile the model.
 
     Raises:
-        BenchError: a number is out of range or a dtype unknown.
+        BenchError: a number is out of range, or a shape or dtype unknown.
     """
 
     model: str = DEFAULT_MODEL
+    shape: str | None = None
     dtype: str = "bfloat16"
     kv_cache_dtypes: tuple[str, ...] = ("auto", "kvarn_k4v2_g128")
-    batch_size: int = 4
-    context_tokens: int = 1000
-    output_tokens: int = 64
+    workloads: tuple[Workload, ...] = (Workload(4, 1000, 64),)
     repeats: int = 2
     kv_cache_memory_gib: float = 0.5
+    gpu_memory_utilization: float | None = None
+    max_num_seqs: int | None = None
     max_num_batched_tokens: int = 2048
     enforce_eager: bool = False
 
     def __post_init__(self) -> None:
-        smallest = {"batch_size": 1, "context_tokens": 1, "output_tokens": 2, "repeats": 1}
-        for name, least in {**smallest, "max_num_batched_tokens": 1}.items():
-            if getattr(self, name) < least:
-                raise BenchError(f"{name} is {getattr(self, name)}: give a number of at least {least}")
+        for name in ("repeats", "max_num_batched_tokens", "max_num_seqs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BenchError(f"{name} is {value}: give a number of at least 1")
         if not self.kv_cache_memory_gib > 0:
             raise BenchError(f"kv_cache_memory_gib is {self.kv_cache_memory_gib}: give a size above 0")
+        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
+            raise BenchError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}: give a share above 0 and at most 1"
+            )
+        if self.shape is not None and self.shape not in SHAPES:
+            raise BenchError(f"shape {self.shape!r} is not known: give one of {', '.join(SHAPES)}")
         if not self.kv_cache_dtypes:
             raise BenchError("no cache dtype is given: name at least one, e.g. auto,kvarn_k4v2_g128")
+        if not self.workloads:
+            raise BenchError("no workload is given: name at least one, e.g. 4x1000+64")
         for name in self.kv_cache_dtypes:
             _check_dtype(name)
+
+    @property
+    def batches(self) -> int:
+        """Batches that one engine runs; the first warms up."""
+        return 1 + self.repeats * len(self.workloads)
+
+    def may_fail(self, kv_cache_dtype: str) -> bool:
+        """Whether the others are worth showing if this one does not run: neither the baseline nor ours."""
+        return kv_cache_dtype != self.kv_cache_dtypes[0] and not kv_cache_dtype.startswith("kvarn")
+
+
+@dataclass(frozen=True)
+class WorkloadResult:
+    """What one cache dtype reached on one workload: medians over the repeats, whose values are in `runs`.
+
+    Attributes:
+        tokens_per_s: generated tokens over the time from first to last.
+        first_token_s: seconds until the first request has a token.
+        prefill_tokens_per_s: prompt tokens over the time until every request has a token.
+        decode_tokens_per_s: generated tokens a second while all requests decode; None where they never do together.
+    """
+
+    workload: str
+    tokens_per_s: float
+    first_token_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float | None
+    runs: list[dict[str, float | None]]
 
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What one cache dtype reached: speeds in tokens per second over the whole batch, the median of `repeats`."""
+    """What one cache dtype reached; where its engine did not run, `reason` says why and the rest is empty."""
 
     kv_cache_dtype: str
-    decode_tokens_per_s: float
-    prefill_tokens_per_s: float
-    decode_runs: list[float]
-    prefill_runs: list[float]
-    start_s: float
-    num_blocks: int
-    block_size: int
+    workloads: list[WorkloadResult] = field(default_factory=list)
+    start_s: float = 0.0
+    num_blocks: int = 0
+    block_size: int = 0
+    reason: str | None = None
 
     @property
     def capacity_tokens(self) -> int:
         """Tokens the cache can hold."""
         return self.num_blocks * self.block_size
+
+
+def parse_workloads(text: str) -> tuple[Workload, ...]:
+    """`"32x16384+128,1x16384+1"` -> two workloads.
+
+    Raises:
+        BenchError: an entry is not three whole numbers written so.
+    """
+    workloads = []
+    for entry in filter(None, map(str.strip, text.split(","))):
+        requests, _, tokens = entry.partition("x")
+        prompt, _, output = tokens.partition("+")
+        if not all(number.isdecimal() for number in (requests, prompt, output)):
+            raise BenchError(
+                f"workload {entry!r} is not understood: give REQUESTSxPROMPT_TOKENS+OUTPUT_TOKENS, e.g. 4x1000+64"
+            )
+        workloads.append(Workload(int(requests), int(prompt), int(output)))
+    return tuple(workloads)
 
 
 def run(bench: EngineBench, progress: Progress) -> list[EngineResult]:
@@ -99,35 +180,55 @@ def run(bench: EngineBench, progress: Progress) -> list[EngineResult]:
         progress: called with (cache dtype, batches done, batches to do) as work goes on.
 
     Raises:
-        BenchError: an engine failed; the message ends with the last lines of its log.
+        BenchError: the engine of the first dtype or of a preset of ours failed; the message ends with the last lines
+            of its log. Others are listed with the reason.
         ModelError: the model cannot be found.
     """
-    model_dir = resolve_model(bench.model)
-    return [_measure(bench, model_dir, name, progress) for name in bench.kv_cache_dtypes]
+    with _model_directory(bench) as model_dir:
+        results = []
+        for name in bench.kv_cache_dtypes:
+            try:
+                results.append(_measure(bench, model_dir, name, progress))
+            except BenchError as error:
+                if not bench.may_fail(name):
+                    raise
+                results.append(EngineResult(name, reason=_last_error(str(error))))
+        return results
 
 
 def table(bench: EngineBench, results: list[EngineResult]) -> Table:
-    """The results with ratios to the first row."""
-    title = (
-        f"batch {bench.batch_size}, {bench.context_tokens} tokens of context, {bench.dtype}, "
+    """The results with ratios to the first row of each workload."""
+    memory = (
         f"{bench.kv_cache_memory_gib:g} GiB of cache"
+        if bench.gpu_memory_utilization is None
+        else f"{bench.gpu_memory_utilization:g} of the GPU"
     )
-    made = Table(title=title)
+    what = bench.model if bench.shape is None else f"{bench.shape} shape, random weights"
+    ran = [result for result in results if not result.reason]
+    first = ran[0]
+    held = [
+        f"{result.kv_cache_dtype} holds {_against(result.capacity_tokens, first.capacity_tokens, ',')} tokens"
+        for result in ran
+    ]
+    absent = [f"{result.kv_cache_dtype} did not run: {result.reason}" for result in results if result.reason]
+    notes = ["tok/s: generated tokens over the whole time", *held, *absent]
+    made = Table(title=f"{what}, {bench.dtype}, {memory}", caption=Text("\n".join(notes)))
+    made.add_column("workload", no_wrap=True)
     made.add_column("cache dtype", no_wrap=True)
-    for heading in ("decode tok/s", "", "prefill tok/s", "", "blocks", "tokens held", ""):
+    for heading in ("tok/s", "decode tok/s", "first token s"):
         made.add_column(heading, justify="right")
-    first = results[0]
-    for result in results:
-        made.add_row(
-            result.kv_cache_dtype,
-            f"{result.decode_tokens_per_s:.1f}",
-            f"{result.decode_tokens_per_s / first.decode_tokens_per_s:.2f}x",
-            f"{result.prefill_tokens_per_s:.0f}",
-            f"{result.prefill_tokens_per_s / first.prefill_tokens_per_s:.2f}x",
-            f"{result.num_blocks:,}",
-            f"{result.capacity_tokens:,}",
-            f"{result.capacity_tokens / first.capacity_tokens:.2f}x",
-        )
+    for place, workload in enumerate(bench.workloads):
+        base = first.workloads[place]
+        for row, result in enumerate(ran):
+            at = result.workloads[place]
+            made.add_row(
+                workload.label if row == 0 else "",
+                result.kv_cache_dtype,
+                _against(at.tokens_per_s, base.tokens_per_s, ".1f"),
+                _against(at.decode_tokens_per_s, base.decode_tokens_per_s, ".1f"),
+                _against(at.first_token_s, base.first_token_s, ".3f"),
+            )
+        made.add_section()
     return made
 
 
@@ -147,6 +248,12 @@ def write(path: Path, bench: EngineBench, results: list[EngineResult]) -> None:
     path.write_text(json.dumps(record(bench, results), indent=2) + "\n")
 
 
+def _against(value: float | None, base: float | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:{form}}" if not base else f"{value:{form}} {value / base:.2f}x"
+
+
 def _check_dtype(name: str) -> None:
     if name.startswith("kvarn"):
         try:
@@ -155,22 +262,41 @@ def _check_dtype(name: str) -> None:
             raise BenchError(str(error)) from None
 
 
+@contextmanager
+def _model_directory(bench: EngineBench) -> Iterator[Path]:
+    if bench.shape is None:
+        yield resolve_model(bench.model)
+        return
+    with tempfile.TemporaryDirectory(prefix="kvarn-shape-") as directory:
+        yield write_shape(bench.shape, Path(directory))
+
+
 def _measure(bench: EngineBench, model_dir: Path, kv_cache_dtype: str, progress: Progress) -> EngineResult:
-    batches_to_do = bench.repeats + 1  # the first warms up
-    progress(kv_cache_dtype, 0, batches_to_do)
+    progress(kv_cache_dtype, 0, bench.batches)
     settings = {**asdict(bench), "model": str(model_dir), "kv_cache_dtype": kv_cache_dtype}
     messages = []
     with tempfile.TemporaryFile("w+", prefix="kvarn-bench-", errors="replace") as log:
         with _worker(settings, log) as answers:
             for line in answers:
                 messages.append(json.loads(line))
-                progress(kv_cache_dtype, min(len(messages), batches_to_do), batches_to_do)
-        if len(messages) != batches_to_do + 1:
+                progress(kv_cache_dtype, min(len(messages), bench.batches), bench.batches)
+        if len(messages) != bench.batches + 1:
             raise BenchError(_failure(kv_cache_dtype, log))
     _, *measured, cache = messages
-    decode = [batch["decode_tokens_per_s"] for batch in measured]
-    prefill = [batch["prefill_tokens_per_s"] for batch in measured]
-    return EngineResult(kv_cache_dtype, median(decode), median(prefill), decode, prefill, **cache)
+    runs = [measured[place * bench.repeats :][: bench.repeats] for place in range(len(bench.workloads))]
+    return EngineResult(
+        kv_cache_dtype,
+        [_summary(workload, of) for workload, of in zip(bench.workloads, runs, strict=True)],
+        **cache,
+    )
+
+
+def _summary(workload: Workload, runs: list[dict[str, float | None]]) -> WorkloadResult:
+    medians: dict[str, Any] = {}
+    for name in runs[0]:
+        values = [value for batch in runs if (value := batch[name]) is not None]
+        medians[name] = median(values) if values else None
+    return WorkloadResult(workload.label, **medians, runs=runs)
 
 
 @contextmanager
@@ -190,3 +316,9 @@ def _failure(kv_cache_dtype: str, log: IO[str]) -> str:
     log.seek(0)
     tail = log.read().splitlines()[-LOG_LINES_SHOWN:]
     return "\n".join([f"the engine with kv_cache_dtype {kv_cache_dtype!r} failed; its log ends:", *tail])
+
+
+def _last_error(failure: str) -> str:
+    """The last line of a log that names an error, else the last line."""
+    lines = [line.strip() for line in failure.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1])

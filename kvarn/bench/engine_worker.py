@@ -25,11 +25,13 @@ def main() -> None:
     start = time.perf_counter()
     engine = _start_engine(settings)
     start_s = time.perf_counter() - start
-    prompts = _prompts(settings)
-    warm_up = [prompt[:WARM_UP_PROMPT_TOKENS] for prompt in prompts]
+    vocab_size = json.loads((Path(settings["model"]) / "config.json").read_text())["vocab_size"]
+    warm_up = _prompts(_max_num_seqs(settings), WARM_UP_PROMPT_TOKENS, vocab_size)
     _answer(answers, _time_batch(engine, warm_up, WARM_UP_OUTPUT_TOKENS))
-    for _ in range(settings["repeats"]):
-        _answer(answers, _time_batch(engine, prompts, settings["output_tokens"]))
+    for workload in settings["workloads"]:
+        prompts = _prompts(workload["requests"], workload["prompt_tokens"], vocab_size)
+        for _ in range(settings["repeats"]):
+            _answer(answers, _time_batch(engine, prompts, workload["output_tokens"]))
     cache = engine.vllm_config.cache_config
     _answer(answers, {"start_s": start_s, "num_blocks": cache.num_gpu_blocks, "block_size": cache.block_size})
     engine.engine_core.shutdown()
@@ -52,53 +54,74 @@ def _start_engine(settings: dict[str, Any]) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    utilization = settings["gpu_memory_utilization"]
+    memory = (
+        {"kv_cache_memory_bytes": int(settings["kv_cache_memory_gib"] * 2**30)}
+        if utilization is None
+        else {"gpu_memory_utilization": utilization}
+    )
+    shape = {} if settings["shape"] is None else {"load_format": "dummy", "skip_tokenizer_init": True}
+    longest = max(workload["prompt_tokens"] + workload["output_tokens"] for workload in settings["workloads"])
     args = EngineArgs(
         model=settings["model"],
         dtype=settings["dtype"],
         kv_cache_dtype=settings["kv_cache_dtype"],
-        kv_cache_memory_bytes=int(settings["kv_cache_memory_gib"] * 2**30),
-        max_model_len=settings["context_tokens"] + settings["output_tokens"] + WARM_UP_OUTPUT_TOKENS,
-        max_num_seqs=settings["batch_size"],
+        max_model_len=max(longest, WARM_UP_PROMPT_TOKENS + WARM_UP_OUTPUT_TOKENS),
+        max_num_seqs=_max_num_seqs(settings),
         max_num_batched_tokens=settings["max_num_batched_tokens"],
         enable_prefix_caching=False,
         enforce_eager=settings["enforce_eager"],
         disable_log_stats=True,
+        **memory,
+        **shape,
     )
     return LLMEngine.from_engine_args(args)
 
 
-def _prompts(settings: dict[str, Any]) -> list[list[int]]:
+def _max_num_seqs(settings: dict[str, Any]) -> int:
+    most: int = settings["max_num_seqs"] or max(workload["requests"] for workload in settings["workloads"])
+    return most
+
+
+def _prompts(count: int, tokens: int, vocab_size: int) -> list[list[int]]:
     """Random token ids, the same in every run: speed does not depend on what the text says."""
-    vocab_size = json.loads((Path(settings["model"]) / "config.json").read_text())["vocab_size"]
     draw = random.Random(0)
-    return [
-        [draw.randrange(vocab_size) for _ in range(settings["context_tokens"])]
-        for _ in range(settings["batch_size"])
-    ]
+    return [draw.choices(range(vocab_size), k=tokens) for _ in range(count)]
 
 
-def _time_batch(engine: Any, prompts: list[list[int]], output_tokens: int) -> dict[str, float]:
-    """Prefill lasts until every request has a token; decode from there until the first request is finished."""
+def _time_batch(engine: Any, prompts: list[list[int]], output_tokens: int) -> dict[str, float | None]:
+    """Sends `prompts` together and times them; see `kvarn.bench.engine.WorkloadResult`.
+
+    Prefill lasts until every request has a token, decode from there until the first request is finished.
+    """
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=output_tokens, detokenize=False)
+    start = time.perf_counter()
     for index, prompt in enumerate(prompts):
         engine.add_request(str(index), {"prompt_token_ids": prompt}, sampling)
     lengths = {str(index): 0 for index in range(len(prompts))}
+    first = prefilled = None
     marks: list[tuple[float, int]] = []  # (time, tokens so far) after each step in which all requests decode
-    start = time.perf_counter()
     while engine.has_unfinished_requests():
         all_run = max(lengths.values()) < output_tokens
         for output in engine.step():
             lengths[output.request_id] = len(output.outputs[0].token_ids)
-        if all_run and all(lengths.values()):
-            marks.append((time.perf_counter(), sum(lengths.values())))
-    if len(marks) < 2:
-        raise RuntimeError("a request finished before all were decoding: raise output_tokens")
-    (first_time, first_tokens), (last_time, last_tokens) = marks[0], marks[-1]
+        now = time.perf_counter()
+        first = first or (now if any(lengths.values()) else None)
+        prefilled = prefilled or (now if all(lengths.values()) else None)
+        if all_run and prefilled is not None:
+            marks.append((now, sum(lengths.values())))
+    assert first is not None
+    assert prefilled is not None
+    decode = None
+    if len(marks) > 1:
+        decode = (marks[-1][1] - marks[0][1]) / (marks[-1][0] - marks[0][0])
     return {
-        "prefill_tokens_per_s": sum(map(len, prompts)) / (first_time - start),
-        "decode_tokens_per_s": (last_tokens - first_tokens) / (last_time - first_time),
+        "tokens_per_s": sum(lengths.values()) / (time.perf_counter() - start),
+        "first_token_s": first - start,
+        "prefill_tokens_per_s": sum(map(len, prompts)) / (prefilled - start),
+        "decode_tokens_per_s": decode,
     }
 
 

@@ -1,4 +1,4 @@
-"""A chart of kernel benchmarks."""
+"""Charts of benchmarks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvarn.bench.engine import BenchError
+from kvarn.bench.engine import BenchError, EngineBench, EngineResult
 from kvarn.bench.kernels import BASELINE, Report
 
 FORMATS = (".png", ".svg")
@@ -58,5 +58,38 @@ def draw(path: Path, report: Report) -> None:
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylabel(f"times as fast as {BASELINE}" if as_ratios else "share of copy bandwidth")
     axes.set_title(f"{report.bench.name}, {report.bench.preset}, head_dim {report.bench.head_dim}")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def draw_engine(path: Path, bench: EngineBench, results: list[EngineResult]) -> None:
+    """Writes a bar for each cache dtype on each workload: its tok/s over the first dtype's.
+
+    Args:
+        path: a .png or .svg file, see `check`.
+        bench: what was measured.
+        results: what to draw; engines that did not run have no bar.
+    """
+    from matplotlib.figure import Figure
+
+    ran = [result for result in results if not result.reason]
+    labels = [workload.label for workload in bench.workloads]
+    figure = Figure(figsize=(max(6.0, 2.2 * len(labels)), 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(ran)
+    for place, result in enumerate(ran):
+        x = [at - 0.4 + width * (place + 0.5) for at in range(len(labels))]
+        heights = [
+            own.tokens_per_s / base.tokens_per_s
+            for own, base in zip(result.workloads, ran[0].workloads, strict=True)
+        ]
+        held = result.capacity_tokens / ran[0].capacity_tokens
+        bars = axes.bar(x, heights, width * 0.9, label=f"{result.kv_cache_dtype}, holds {held:.2f}x")
+        axes.bar_label(bars, fmt="%.2f", fontsize=8)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xlabel("requests x prompt tokens + output tokens")
+    axes.set_ylabel(f"tok/s over {ran[0].kv_cache_dtype}")
+    axes.set_title(f"engine, {bench.shape or bench.model}, {bench.dtype}")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)

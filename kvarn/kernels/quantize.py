@@ -1,6 +1,7 @@
 """Records of tiles that filled: balance variances, round, pack. References: `kvarn.reference.variance_norm`, `codec`.
 
-A program holds one matrix (keys or values of one tile and head) in registers from load to packed codes.
+A program takes one matrix (keys or values of one tile and head). It holds it twice in registers, by rows and by
+columns, as operands of tensor cores: the weighted sums of a round of balancing are dots with a vector.
 """
 
 from __future__ import annotations
@@ -13,23 +14,22 @@ from torch import Tensor
 from kvarn.kernels.checks import check_packed
 from kvarn.kernels.records import (
     INTERPRETED,
-    by_slot_contracted,
-    by_slot_free,
     contracted_place,
     from_e4m3,
-    pack_codes,
+    in_record_order,
+    no_words,
     record_constants,
     row_place,
-    slot_places,
+    slot_indices,
     to_e4m3,
 )
 from kvarn.reference import rtn, variance_norm
 from kvarn.tile import TileLayout
 
-ELEMENTS_PER_WARP = 2048  # of a tile: 64 registers a thread hold them
-REGISTERS = (
-    128  # a thread's, so that two programs of eight warps share a processor and hide each other's barriers
-)
+ELEMENTS_PER_WARP = 2048  # of a tile: 64 registers a thread hold it twice, by rows and by columns, in float16
+FEWEST_WARPS = 4
+REGISTERS = 128  # a thread's: two programs of eight warps share a processor and hide each other's barriers
+LARGEST_WEIGHT = tl.constexpr(255.0)  # whose square float16 holds
 ITERATIONS = tl.constexpr(variance_norm.ITERATIONS)
 PROGRESS = tl.constexpr(variance_norm.PROGRESS)
 FLAT_SQUARED = tl.constexpr(variance_norm.FLAT**2)
@@ -52,12 +52,12 @@ def _widen_ranges(low, high, other_low, other_high):
 
 
 @triton.jit
-def _sums(x, axis: tl.constexpr):
-    """Sums of x and of its squares along `axis`, in one exchange between threads."""
+def _row_sums(x):
+    """Sums of x and of its squares along the last axis, in one exchange between threads."""
     if INTERPRETED:  # it reduces pairs element by element, far too slowly
-        total, squares = tl.sum(x, axis), tl.sum(x * x, axis)
+        total, squares = tl.sum(x, 1), tl.sum(x * x, 1)
     else:
-        total, squares = tl.reduce((x, x * x), axis, _add_pairs)
+        total, squares = tl.reduce((x, x * x), 1, _add_pairs)
     return total, squares
 
 
@@ -72,14 +72,33 @@ def _range(low, high, axis: tl.constexpr):
 
 
 @triton.jit
-def _std(x, axis: tl.constexpr):
-    """Standard deviation of x along `axis`, and where it is not flat; see `variance_norm._std`."""
-    count: tl.constexpr = 1.0 / x.shape[axis]
-    mean, mean_square = _sums(x, axis)
-    mean, mean_square = mean * count, mean_square * count
-    variance = mean_square - mean * mean
-    noise = mean_square * FLAT_SQUARED
-    return tl.sqrt(tl.maximum(tl.maximum(variance, noise), TINY)), variance > noise
+def _power_of_two(x):
+    """Largest power of two that does not exceed x, a normal number > 0."""
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _inverse(x):
+    """1 / x to the last bit or two, x normal: without the range checks of a division."""
+    if INTERPRETED:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return y
+
+
+@triton.jit
+def _root(x):
+    """Square root to the last bit or two, x normal or 0."""
+    if INTERPRETED:
+        y = tl.sqrt(x)
+    else:
+        y = tl.inline_asm_elementwise(
+            "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return y
 
 
 @triton.jit
@@ -89,27 +108,98 @@ def _std_range(std, moves):
 
 
 @triton.jit
+def _operand(weight):
+    """[N] float32 -> [N, 8] float16 whose columns sum to it: what float16 rounds away goes to the second."""
+    column = tl.arange(0, 8)[None, :]
+    high = weight.to(tl.float16)
+    low = (weight - high.to(tl.float32)).to(tl.float16)
+    return tl.where(column == 0, high[:, None], tl.where(column == 1, low[:, None], 0.0))
+
+
+@triton.jit
+def _weighted_sums(x, weight):
+    """Sums of the rows of x [M, N] float16 * weight [N] float32."""
+    return tl.sum(tl.dot(x, _operand(weight)), 1)
+
+
+@triton.jit
+def _weighted_std(x, weight, nothing):
+    """Standard deviations of the rows of x [M, N] float16 * weight [N] float32.
+
+    `nothing` is 0: it is there so that compilers do not keep the squares from round to round, for lack of registers.
+    """
+    count: tl.constexpr = 1.0 / x.shape[1]
+    squares = tl.fma(x, x, tl.zeros_like(x) + nothing)
+    mean, mean_square = _weighted_sums(x, weight) * count, _weighted_sums(squares, weight * weight) * count
+    variance = mean_square - mean * mean
+    return _root(tl.maximum(tl.maximum(variance, mean_square * FLAT_SQUARED), TINY))
+
+
+@triton.jit
+def _moments(x):
+    """Mean squares of the rows of x [M, N], standard deviations, and where not flat; see `variance_norm._std`."""
+    count: tl.constexpr = 1.0 / x.shape[1]
+    mean, mean_square = _row_sums(x.to(tl.float32))
+    mean, mean_square = mean * count, mean_square * count
+    variance = mean_square - mean * mean
+    noise = mean_square * FLAT_SQUARED
+    return mean_square, _root(tl.maximum(tl.maximum(variance, noise), TINY)), variance > noise
+
+
+@triton.jit
+def _in_rows(x):
+    """x [M, N] float16, unchanged, as the result of a dot, whose layout gives each thread long pieces of few rows: row
+    sums then cost two shuffles, and the first operand of another dot none."""
+    if INTERPRETED:
+        y = x
+    else:
+        left = tl.full([x.shape[0], 16], 0.0, tl.float16)
+        right = tl.full([16, x.shape[1]], 0.0, tl.float16)
+        y = tl.dot(left, right, x, out_dtype=tl.float16)
+    return y
+
+
+@triton.jit
 def _balance(x):
-    """Row and column scales that balance the standard deviations of x; see `variance_norm.normalize`."""
-    row_std, row_moves = _std(x, 1)
-    column_std, column_moves = _std(x, 0)
+    """Balances the standard deviations of the rows and columns of x [M, N] float16; see `variance_norm.normalize`.
+
+    Works on x over powers of two that bring all rows and columns near unit magnitude, where float16 dots are
+    accurate.
+
+    Returns:
+        unit [M, N] and across [N, M] float16, row_unit [M], column_unit [N] float32: x = unit * row_unit * column_unit,
+        and across is unit's transpose; row_scale [M] and column_scale [N] float32 of *unit*.
+    """
+    across = _in_rows(tl.trans(x))
+    x = _in_rows(x)
+    row_square, row_std, row_moves = _moments(x)
+    _column_square, column_std, column_moves = _moments(across)
     row_smallest, row_largest = _std_range(row_std, row_moves)
     smallest, largest = _std_range(column_std, column_moves)
-    best = tl.maximum(largest, row_largest) / tl.minimum(
-        smallest, row_smallest
-    )  # 0 where nothing moves: stays best
-    # Each round sets every moving row's standard deviation to 1.
+    best = tl.maximum(largest, row_largest) / tl.minimum(smallest, row_smallest)
     some_row, no_row = (row_largest > 0).to(tl.float32), tl.where(row_largest > 0, 1.0, float("inf"))
-    row_scale, column_scale = tl.full([x.shape[0]], 1.0, tl.float32), tl.full([x.shape[1]], 1.0, tl.float32)
+
+    row_unit = _power_of_two(tl.maximum(_root(row_square), 2.0**-15))
+    to_row = _inverse(row_unit).to(tl.float16)
+    across = across * to_row[None, :]
+    column_square = _weighted_sums(across * across, tl.full([x.shape[0]], 1.0 / x.shape[0], tl.float32))
+    column_unit = _power_of_two(tl.maximum(_root(column_square), 2.0**-11))
+    to_column = _inverse(column_unit).to(tl.float16)
+    across, unit = across * to_column[:, None], x * to_row[:, None] * to_column[None, :]
+    # Column scales carry the magnitude of all, and weights stay near 1.
+    common = _power_of_two(tl.maximum(_root(tl.sum(row_square, 0) * (1.0 / x.shape[0])), 2.0**-15))
+    row_unit, column_unit = row_unit * _inverse(common), column_unit * common
+
+    row_scale, column_scale = _inverse(row_unit), _inverse(column_unit)
     best_row, best_column = row_scale, column_scale
     iteration = 0
     while iteration < ITERATIONS:
+        nothing = (best * 0.0).to(tl.float16)
         column_scale = tl.where(column_moves, column_scale * column_std, column_scale)
-        inverse = 1.0 / column_scale
-        row_std, _moves = _std(x * inverse[None, :], 1)
+        inverse = tl.minimum(_inverse(column_scale), LARGEST_WEIGHT)
+        row_std = _weighted_std(unit, inverse, nothing)
         row_scale = tl.where(row_moves, row_std, row_scale)
-        column_std, _moves = _std(x * (1.0 / row_scale)[:, None], 0)
-        column_std = column_std * inverse
+        column_std = _weighted_std(across, tl.minimum(_inverse(row_scale), LARGEST_WEIGHT), nothing) * inverse
         smallest, largest = _std_range(column_std, column_moves)
         current = tl.maximum(largest, some_row) / tl.minimum(smallest, no_row)
         iteration = tl.where(current < best * (1 - PROGRESS), iteration + 1, ITERATIONS)
@@ -117,7 +207,7 @@ def _balance(x):
         best = tl.where(better, current, best)
         best_row = tl.where(better, row_scale, best_row)
         best_column = tl.where(better, column_scale, best_column)
-    return best_row, best_column
+    return unit, across, row_unit, column_unit, best_row, best_column
 
 
 @triton.jit
@@ -144,11 +234,17 @@ def _to_float16(x):
 
 
 @triton.jit
-def _codes(x, scale, zero, BITS: tl.constexpr):
-    """Nearest codes, 0 where the scale is 0: int32."""
-    inverse = tl.where(scale == 0, 0.0, 1.0 / tl.where(scale == 0, 1.0, scale))
-    steps = tl.minimum(tl.maximum((x - zero) * inverse, 0.0), (1 << BITS) - 1.0)
-    return (steps + ROUND).to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
+def _reciprocal(scale):
+    """1 / scale, 0 where the scale is 0."""
+    return tl.where(scale == 0, 0.0, _inverse(tl.where(scale == 0, 1.0, scale)))
+
+
+@triton.jit
+def _codes(x, factor, start, BITS: tl.constexpr):
+    """Nearest codes to x * factor + start, in the low bits of int32; those from 24 on are not 0."""
+    steps = x.to(tl.float32) * factor + start
+    steps = tl.minimum(tl.maximum(steps, 0.0), (1 << BITS) - 1.0) + ROUND
+    return steps.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -165,31 +261,42 @@ def _store_key(
 ):
     """Key fields of the record of the tile [G, D] float16 at `source`; see `codec.quantize_key`."""
     token, channel = tl.arange(0, G), tl.arange(0, D)
-    x = tl.load(source + token[:, None] * row_stride + channel[None, :]).to(tl.float32)
-    token_scale, _columns = _balance(x)
+    x = tl.load(source + token[:, None] * row_stride + channel[None, :])
+    _rows, columns, token_unit, channel_unit, token_scale, _channel_scale = _balance(x)
+    token_scale = token_scale * token_unit
     token_scale = token_scale / _magnitude(token_scale, E4M3_MAX)
     token_scale = to_e4m3(tl.maximum(token_scale, E4M3_MIN_NORMAL))
-    inverse = 1.0 / from_e4m3(token_scale)
-    y = x * inverse[:, None]
-    low, high = _range(y, y, 0)
-    low, high = _narrow(low, high, COVERED)
+    y = columns.to(tl.float32) * (token_unit * _inverse(from_e4m3(token_scale)))[None, :]
+    low, high = _range(y, y, 1)
+    low, high = _narrow(low * channel_unit, high * channel_unit, COVERED)
     scale, zero = _to_float16((high - low) / ((1 << BITS) - 1)), _to_float16(low)
 
-    # Read again, arranged as codes lie in words, so that packing moves no more than the words.
-    free, contracted = slot_places(BITS, D, G)
-    x = tl.load(source + free * row_stride + contracted).to(tl.float32)
-    codes = _codes(
-        x * by_slot_free(inverse, BITS, D, G),
-        by_slot_contracted(scale.to(tl.float32), BITS, D, G),
-        by_slot_contracted(zero.to(tl.float32), BITS, D, G),
-        BITS,
-    )
-    words = pack_codes(codes, BITS, D, G)
-    tl.store(record.to(tl.pointer_type(tl.int16)) + tl.arange(0, D * G * BITS // 16), words)
     place = contracted_place(channel, D)
     tl.store(by_channel + place, scale)
     tl.store(by_channel + D + place, zero)
     tl.store(by_token + row_place(token, G), token_scale)
+    tl.debug_barrier()  # each thread reads what others have stored
+
+    words = no_words(BITS, D, G)
+    for slot in tl.static_range(16 // BITS):
+        free, contracted = slot_indices(slot, BITS, D, G)
+        x = tl.load(source + free[:, None] * row_stride + contracted[None, :])
+        place = contracted_place(contracted, D)
+        per_step = _reciprocal(tl.load(by_channel + place).to(tl.float32))
+        start = -tl.load(by_channel + D + place).to(tl.float32) * per_step
+        inverse = _inverse(from_e4m3(tl.load(by_token + row_place(free, G))))
+        words += _codes(x, inverse[:, None] * per_step[None, :], start[None, :], BITS) << (slot * BITS)
+    words = in_record_order(words, BITS, D, G)
+    tl.store(record.to(tl.pointer_type(tl.int16)) + tl.arange(0, D * G * BITS // 16), words)
+
+
+@triton.jit
+def _range_around_0(x, column_factor, row_factor, COVERED: tl.constexpr):
+    """Ends of the range to cover of each row of x [M, N] float16 * column_factor [N] * row_factor [M] > 0, and of 0."""
+    y = x.to(tl.float32) * column_factor[None, :]
+    low, high = _range(y, y, 1)
+    low, high = _narrow(low, high, COVERED)
+    return tl.minimum(low, 0.0) * row_factor, tl.maximum(high, 0.0) * row_factor
 
 
 @triton.jit
@@ -207,38 +314,34 @@ def _store_value(
     """Value fields of the record of the tile [G, D] float16 at `source`; see `codec.quantize_value`."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
     token, channel = tl.arange(0, G), tl.arange(0, D)
-    x = tl.load(source + token[:, None] * row_stride + channel[None, :]).to(tl.float32)
-    _rows, channel_scale = _balance(x)
-    y = x * (1.0 / channel_scale)[None, :]
-    low, high = _range(y, y, 1)
-    low, high = _narrow(low, high, COVERED)
-    low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
+    x = tl.load(source + token[:, None] * row_stride + channel[None, :])
+    rows, _columns, token_unit, channel_unit, _token_scale, channel_scale = _balance(x)
+    low, high = _range_around_0(rows, _inverse(channel_scale), token_unit, COVERED)
+    channel_scale = channel_scale * channel_unit
     channel_scale = channel_scale * _magnitude((high - low) / LEVELS, E4M3_MAX / LEVELS)
     channel_scale = _to_float16(tl.maximum(channel_scale, FLOAT16_TINY))
-    inverse = 1.0 / channel_scale.to(tl.float32)
-    y = x * inverse[None, :]
-    low, high = _range(y, y, 1)
-    low, high = _narrow(low, high, COVERED)
-    low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
+    low, high = _range_around_0(
+        rows, channel_unit * _inverse(channel_scale.to(tl.float32)), token_unit, COVERED
+    )
     scale, zero = to_e4m3((high - low) / LEVELS), to_e4m3(low)
 
-    free, contracted = slot_places(BITS, G, D)
-    # Channels last, as they lie in memory.
-    x = tl.load(source + tl.permute(contracted, [0, 2, 1]) * row_stride + tl.permute(free, [0, 2, 1])).to(
-        tl.float32
-    )
-    codes = _codes(
-        x * tl.permute(by_slot_free(inverse, BITS, G, D), [0, 2, 1]),
-        tl.permute(by_slot_contracted(from_e4m3(scale), BITS, G, D), [0, 2, 1]),
-        tl.permute(by_slot_contracted(from_e4m3(zero), BITS, G, D), [0, 2, 1]),
-        BITS,
-    )
-    words = pack_codes(tl.permute(codes, [0, 2, 1]), BITS, G, D)
-    tl.store(values.to(tl.pointer_type(tl.int16)) + tl.arange(0, D * G * BITS // 16), words)
     place = row_place(token, G)
     tl.store(by_channel + 2 * D + row_place(channel, D), channel_scale)
     tl.store(by_token + G + place, scale)
     tl.store(by_token + 2 * G + place, zero)
+    tl.debug_barrier()  # each thread reads what others have stored
+
+    words = tl.trans(no_words(BITS, G, D))  # channels last, as they lie in memory
+    for slot in tl.static_range(16 // BITS):
+        free, contracted = slot_indices(slot, BITS, G, D)
+        x = tl.load(source + contracted[:, None] * row_stride + free[None, :])
+        place = row_place(contracted, G)
+        per_step = _reciprocal(from_e4m3(tl.load(by_token + G + place)))
+        start = -from_e4m3(tl.load(by_token + 2 * G + place)) * per_step
+        inverse = _inverse(tl.load(by_channel + 2 * D + row_place(free, D)).to(tl.float32))
+        words += _codes(x, per_step[:, None] * inverse[None, :], start[:, None], BITS) << (slot * BITS)
+    words = in_record_order(tl.trans(words), BITS, G, D)
+    tl.store(values.to(tl.pointer_type(tl.int16)) + tl.arange(0, D * G * BITS // 16), words)
 
 
 @triton.jit(do_not_specialize=[], do_not_specialize_on_alignment=["Sources", "Blocks"])
@@ -341,6 +444,6 @@ def _launch(
             KEY_COVERED=rtn.narrowing(layout.preset.key_bits, layout.group),
             VALUE_COVERED=rtn.narrowing(layout.preset.value_bits, layout.head_dim),
             **record_constants(layout),
-            num_warps=layout.head_dim * layout.group // ELEMENTS_PER_WARP,
+            num_warps=max(FEWEST_WARPS, layout.head_dim * layout.group // ELEMENTS_PER_WARP),
             maxnreg=REGISTERS,
         )

@@ -233,44 +233,27 @@ def lanes_to_operand(x, D: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def slot_places(BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
-    """Natural (free, contracted) indices of codes arranged by their place in a word: int32, of shapes
-    [S, FREE // columns, 1] and [S, 1, CONTRACTED // steps], S = 16 / BITS = steps * columns codes to a word."""
+def slot_indices(SLOT: tl.constexpr, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
+    """Natural free [FREE // columns] and contracted [CONTRACTED // steps] indices of the codes at SLOT of a word."""
     SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
-    slot = tl.arange(0, 16 // BITS)[:, None, None]
-    free = slot % SIZES[1] * (FREE // SIZES[1]) + tl.arange(0, FREE // SIZES[1])[None, :, None]
-    contracted = (
-        slot // SIZES[1] * (CONTRACTED // SIZES[0]) + tl.arange(0, CONTRACTED // SIZES[0])[None, None, :]
-    )
+    free = SLOT % SIZES[1] * (FREE // SIZES[1]) + tl.arange(0, FREE // SIZES[1])
+    contracted = SLOT // SIZES[1] * (CONTRACTED // SIZES[0]) + tl.arange(0, CONTRACTED // SIZES[0])
     return free, contracted
 
 
 @triton.jit
-def by_slot_free(x, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
-    """Factors [FREE] arranged as `slot_places`' free index."""
+def no_words(BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
+    """Words with no bit set, to add codes to: int32 [FREE // columns, CONTRACTED // steps]."""
     SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
-    x = tl.broadcast_to(
-        tl.reshape(x, [1, SIZES[1], FREE // SIZES[1]]), [SIZES[0], SIZES[1], FREE // SIZES[1]]
-    )
-    return tl.reshape(x, [16 // BITS, FREE // SIZES[1], 1])
+    return tl.zeros([FREE // SIZES[1], CONTRACTED // SIZES[0]], tl.int32)
 
 
 @triton.jit
-def by_slot_contracted(x, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
-    """Factors [CONTRACTED] arranged as `slot_places`' contracted index."""
+def in_record_order(words, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
+    """Words int32 [FREE // columns, CONTRACTED // steps] in natural order -> int16, as a record keeps them."""
     SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
-    x = tl.reshape(x, [SIZES[0], 1, CONTRACTED // SIZES[0]])
-    x = tl.broadcast_to(x, [SIZES[0], SIZES[1], CONTRACTED // SIZES[0]])
-    return tl.reshape(x, [16 // BITS, 1, CONTRACTED // SIZES[0]])
-
-
-@triton.jit
-def pack_codes(x, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
-    """Codes int32 arranged as `slot_places` -> [CONTRACTED * FREE * BITS // 16] int16 words of a record."""
-    SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
-    words = tl.sum(x << (tl.arange(0, 16 // BITS) * BITS)[:, None, None], 0).to(tl.int16)
     # [column_quad, column_rep, lane_n, step_quad, step_rep, half, lane_k, pair]
-    words = tl.reshape(words, [SIZES[3], SIZES[5], 8, SIZES[2], SIZES[4], 2, 4, 2])
+    words = tl.reshape(words.to(tl.int16), [SIZES[3], SIZES[5], 8, SIZES[2], SIZES[4], 2, 4, 2])
     return tl.reshape(tl.permute(words, [4, 1, 2, 6, 3, 0, 5, 7]), [CONTRACTED * FREE * BITS // 16])
 
 

@@ -65,8 +65,35 @@ class TestQuantize:
             exact = x[:, which].float()
             error, least = ((y - exact).square().mean().sqrt() for y in (ours[which], references[which]))
             assert error <= least * 1.01
-            differing = ((ours[which] - references[which]).abs() > exact.std() * 1e-3).float().mean()
-            assert differing < 0.01
+            # Beyond the last place of float16 factors; a token scale in the middle of two e4m3 may go to either.
+            differing = ((ours[which] - references[which]).abs() > exact.std() * 5e-3).float().mean()
+            assert differing < 0.03
+
+    @pytest.mark.parametrize(
+        "kind", ["channel offsets", "one huge token", "one huge channel", "near float16's end"]
+    )
+    def test_uneven_tiles_lose_no_more_than_in_the_reference(self, kind: str) -> None:
+        layout = SMALL
+        x = tiles(layout, 2, 2, seed=3).float()
+        if kind == "channel offsets":
+            x += torch.linspace(-12, 12, layout.head_dim)
+        elif kind == "one huge token":
+            x[:, :, :, 7] *= 1000
+        elif kind == "one huge channel":
+            x[..., 7] *= 1000
+        else:
+            x *= 65504 / x.abs().amax()
+        x = x.half()
+        ours = codec.dequantize(quantized(x, layout), layout)
+        references = codec.dequantize(codec.quantize(x[:, 0], x[:, 1], layout), layout)
+        for which in range(2):
+            exact = x[:, which].float()
+            # Token by token, so that one huge one does not hide the others.
+            error, least = (
+                ((y - exact).norm(dim=-1) / exact.norm(dim=-1)).mean()
+                for y in (ours[which], references[which])
+            )
+            assert error <= least * 1.02
 
     def test_degenerate_tiles_stay_finite(self) -> None:
         layout = SMALL

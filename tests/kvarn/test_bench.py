@@ -4,27 +4,32 @@ import json
 
 import pytest
 
-from kvarn.bench import engine
-from kvarn.bench.engine import BenchError, EngineBench
+from kvarn.bench import engine, plot
+from kvarn.bench.engine import BenchError, EngineBench, EngineResult, Workload, WorkloadResult
 
-SMALL = {"batch_size": 2, "context_tokens": 150, "output_tokens": 6, "repeats": 1, "enforce_eager": True}
+SMALL = {"repeats": 1, "enforce_eager": True, "kv_cache_memory_gib": 0.25}
 
 
 def test_speed_and_capacity_of_each_dtype(tmp_path):
-    bench = EngineBench(kv_cache_memory_gib=0.25, **SMALL)
+    bench = EngineBench(workloads=(Workload(2, 150, 6), Workload(1, 200, 1)), **SMALL)
     seen = []
     results = engine.run(bench, lambda *progress: seen.append(progress))
 
     auto, kvarn = results
     assert [auto.kv_cache_dtype, kvarn.kv_cache_dtype] == ["auto", "kvarn_k4v2_g128"]
-    assert all(result.decode_tokens_per_s > 0 and result.prefill_tokens_per_s > 0 for result in results)
+    for result in results:
+        together, alone = result.workloads
+        assert together.decode_tokens_per_s > 0
+        assert alone.decode_tokens_per_s is None
+        assert all(at.tokens_per_s > 0 and at.prefill_tokens_per_s > 0 for at in result.workloads)
+        assert alone.first_token_s > 0
     assert kvarn.capacity_tokens >= 4.7 * auto.capacity_tokens
-    assert seen[-1] == ("kvarn_k4v2_g128", 2, 2)
+    assert seen[-1] == ("kvarn_k4v2_g128", 3, 3)
 
     path = tmp_path / "out.json"
     engine.write(path, bench, results)
     record = json.loads(path.read_text())
-    assert record["settings"]["context_tokens"] == 150
+    assert record["settings"]["workloads"][0]["prompt_tokens"] == 150
     assert record["results"][1]["capacity_tokens"] == kvarn.capacity_tokens
     assert record["versions"]["torch"]
 
@@ -33,3 +38,20 @@ def test_a_failed_engine_shows_its_log():
     bench = EngineBench(kv_cache_dtypes=("no_such_dtype",), **SMALL)
     with pytest.raises(BenchError, match=r"'no_such_dtype' failed; its log ends:(.|\n)*no_such_dtype"):
         engine.run(bench, lambda *progress: None)
+
+
+def test_a_rival_that_does_not_run_is_listed(tmp_path):
+    bench = EngineBench(kv_cache_dtypes=("auto", "kvarn_k4v2_g128", "fp8"))
+    at = WorkloadResult("4x1000+64", 10.0, 0.5, 1000.0, 20.0, [])
+    results = [
+        EngineResult("auto", [at], 1.0, 100, 16),
+        EngineResult("kvarn_k4v2_g128", [at], 1.0, 100, 128),
+        EngineResult("fp8", reason="ValueError: no such cache"),
+    ]
+    assert bench.may_fail("fp8")
+    assert not bench.may_fail("auto")
+    assert not bench.may_fail("kvarn_k4v2_g128")
+    shown = engine.table(bench, results)
+    assert "fp8 did not run: ValueError: no such cache" in str(shown.caption)
+    plot.draw_engine(tmp_path / "chart.svg", bench, results)
+    assert "holds 8.00x" in (tmp_path / "chart.svg").read_text()
