@@ -1,0 +1,66 @@
+"""Kernels at sizes that only a GPU can hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvarn.kernels import decode, quantize
+from kvarn.presets import get_preset
+from kvarn.reference import codec, hadamard
+from kvarn.tile import TileLayout
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+LAYOUT = TileLayout(get_preset("kvarn_k4v2_g128"), 128)
+HEADS, PER_HEAD, CONTEXT, DISTINCT = 8, 4, 1 << 20, 16
+
+
+def test_decode_over_a_million_tokens_in_a_cache_beyond_32_bits() -> None:
+    """The context repeats a few tiles, so that what is expected needs those alone; their blocks end the cache."""
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+    group, head_dim = LAYOUT.group, LAYOUT.head_dim
+    shape = (DISTINCT, 2, HEADS, group, head_dim)
+    tiles = torch.randn(shape, generator=generator, device=device).half()
+    blocks = 2**31 // (HEADS * LAYOUT.nbytes) + CONTEXT // group
+    cache = torch.full((blocks, HEADS, LAYOUT.nbytes), 0xFF, dtype=torch.uint8, device=device)
+    assert cache.numel() > 2**31
+    last = torch.arange(blocks - DISTINCT, blocks, dtype=torch.int32, device=device)
+    quantize.quantize_slots(
+        tiles, torch.arange(DISTINCT, dtype=torch.int32, device=device), last, cache, LAYOUT
+    )
+    table = last.repeat(CONTEXT // group // DISTINCT)
+    table[-1] = 0  # the token's own tile is raw
+    query = torch.randn(1, HEADS * PER_HEAD, head_dim, generator=generator, device=device)
+    splits = decode.splits_for(1, HEADS, device)
+    out = torch.full(query.shape, torch.nan, device=device)
+
+    def one(value: int) -> torch.Tensor:
+        return torch.tensor([value], dtype=torch.int32, device=device)
+
+    decode.decode(
+        hadamard.rotate(query).half(),
+        cache,
+        tiles[-1:].contiguous(),
+        table[None],
+        one(CONTEXT),
+        one(0),
+        one(-1),
+        head_dim**-0.5,
+        LAYOUT,
+        splits,
+        decode.Parts(HEADS * PER_HEAD * (splits + 1), head_dim, device),
+        out,
+    )
+
+    key, value = (x.to(device) for x in codec.dequantize(cache[last.long()].cpu(), LAYOUT))
+    key, value = torch.cat([key, tiles[-1:, 0].float()]), torch.cat([value, tiles[-1:, 1].float()])
+    counts = torch.full((DISTINCT + 1,), CONTEXT / group / DISTINCT, device=device)
+    counts[-2:] -= torch.tensor([1.0, counts[-1] - 1.0], device=device)
+    rotated = hadamard.rotate(query).view(HEADS, PER_HEAD, head_dim)
+    scores = torch.einsum("hmd,thgd->hmtg", rotated, key) * head_dim**-0.5 + counts.log()[:, None]
+    weights = scores.flatten(2).softmax(-1).view_as(scores)
+    expected = hadamard.rotate(torch.einsum("hmtg,thgd->hmd", weights, value)).view_as(out)
+    error = (out - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert (error < 6e-3).all()
