@@ -331,6 +331,19 @@ def bench_prefill(
         _bench_kernels(bench, json_path, plot_path)
 
 
+@bench_app.command("tune")
+def bench_tune(repeats: RepeatsOption = QUANTIZE.repeats) -> None:
+    """Measure the kernels' launch settings on this GPU and print the line that makes the best its default."""
+    with _one_sentence_errors():
+        from kvarn.bench import tune
+
+        with _bench_progress("measured") as progress:
+            tuning = tune.run(progress, repeats)
+        out.print(tune.table(tuning))
+        out.print("To use the best, put this line into TUNED of kvarn/kernels/settings.py:")
+        out.print(tuning.line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _bench_kernels(bench: KernelBench, json_path: Path | None, plot_path: Path | None) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from kvarn.bench import kernels, plot

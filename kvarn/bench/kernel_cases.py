@@ -67,8 +67,8 @@ def random_tiles(bench: KernelBench, count: int, device: torch.device) -> Tensor
     return torch.randn(shape, generator=_generator(device), dtype=torch.float16, device=device)
 
 
-def quantize_case(bench: QuantizeBench, device: torch.device) -> Case:
-    """Side-pool slots to records in shuffled blocks."""
+def quantize_case(bench: QuantizeBench, device: torch.device, registers: int | None = None) -> Case:
+    """Side-pool slots to records in shuffled blocks; `registers` as in `quantize.quantize_slots`."""
     count = bench.tiles
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -81,7 +81,7 @@ def quantize_case(bench: QuantizeBench, device: torch.device) -> Case:
         slots = torch.arange(count, dtype=torch.int32, device=device)
         blocks = _shuffled(count, device).int()
         cache = torch.zeros(count, bench.kv_heads, layout.nbytes, dtype=torch.uint8, device=device)
-        return partial(quantize.quantize_slots, pool, slots, blocks, cache, layout)
+        return partial(quantize.quantize_slots, pool, slots, blocks, cache, layout, registers)
 
     return Case(f"{count} tiles", [Contender(OURS, fp16 + record_bytes(bench, count), fp16, prepare)])
 
@@ -125,7 +125,8 @@ class DecodeCase:
         queries = query_bytes(bench, self._requests, element_bytes) + query_bytes(bench, self._requests)
         return raw_bytes(bench, self._requests * self.tokens, element_bytes) + queries
 
-    def prepare_ours(self) -> Launch:
+    def prepare_ours(self, parts_per_processor: int | None = None) -> Launch:
+        """Our kernels, cut for `parts_per_processor` as in `decode.splits_for`."""
         bench, layout, requests, device = self._bench, self._layout, self._requests, self._device
         tiles, of_sequences = self._tiles()
         records = _records(tiles, layout)
@@ -135,7 +136,7 @@ class DecodeCase:
         )
         cache[order] = records[of_sequences.flatten()]
         tail_slots = torch.arange(requests, dtype=torch.int32, device=device)
-        splits = decode.splits_for(requests, bench.kv_heads, device)
+        splits = decode.splits_for(requests, bench.kv_heads, device, parts_per_processor)
         return partial(
             decode.decode,
             query=self._query(),

@@ -33,13 +33,13 @@ from kvarn.kernels.records import (
     step_weights,
 )
 from kvarn.kernels.rotate import signs
+from kvarn.kernels.settings import settings_for
 from kvarn.tile import TileLayout
 
 RAW_ROWS = 32  # rows of a raw tile taken at a time
 FEW_SPLITS = 8  # up to here one program joins the parts of all query heads of a KV head
 SPLITS_OF_VARIANTS = (1, FEW_SPLITS + 1)  # between them they need every compiled variant of `decode`
 NUM_STAGES = 1  # two or three, through shared memory, were measured to be no faster
-WARPS_PER_PROCESSOR = 8  # that run at once, as the registers of `_decode_part` allow
 
 
 @triton.jit(
@@ -224,16 +224,19 @@ def _combine_parts(
 
 
 @lru_cache
-def concurrent_parts(device: torch.device) -> int:
-    """Parts of attention, each of one KV head, that `device` computes at once."""
-    if device.type != "cuda":
-        return WARPS_PER_PROCESSOR
-    return torch.cuda.get_device_properties(device).multi_processor_count * WARPS_PER_PROCESSOR
+def concurrent_parts(device: torch.device, per_processor: int | None = None) -> int:
+    """Parts of attention, each of one KV head, that `device` computes at once, `per_processor` each if given."""
+    processors = (
+        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    )
+    return processors * (per_processor or settings_for(device).decode_parts)
 
 
-def splits_for(requests: int, kv_heads: int, device: torch.device) -> int:
+def splits_for(
+    requests: int, kv_heads: int, device: torch.device, parts_per_processor: int | None = None
+) -> int:
     """Shares to cut each sequence into, so that all parts of a call to `decode` run at once where they can."""
-    return max(1, concurrent_parts(device) // (requests * kv_heads) - 1)
+    return max(1, concurrent_parts(device, parts_per_processor) // (requests * kv_heads) - 1)
 
 
 class Parts:

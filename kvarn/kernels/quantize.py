@@ -23,12 +23,12 @@ from kvarn.kernels.records import (
     slot_indices,
     to_e4m3,
 )
+from kvarn.kernels.settings import settings_for
 from kvarn.reference import rtn, variance_norm
 from kvarn.tile import TileLayout
 
 ELEMENTS_PER_WARP = 2048  # of a tile: 64 registers a thread hold it twice, by rows and by columns, in float16
 FEWEST_WARPS = 4
-REGISTERS = 128  # a thread's: two programs of eight warps share a processor and hide each other's barriers
 LARGEST_WEIGHT = tl.constexpr(255.0)  # whose square float16 holds
 ITERATIONS = tl.constexpr(variance_norm.ITERATIONS)
 PROGRESS = tl.constexpr(variance_norm.PROGRESS)
@@ -385,7 +385,14 @@ def _quantize_tiles(
         )
 
 
-def quantize_slots(pool: Tensor, slots: Tensor, blocks: Tensor, cache: Tensor, layout: TileLayout) -> None:
+def quantize_slots(
+    pool: Tensor,
+    slots: Tensor,
+    blocks: Tensor,
+    cache: Tensor,
+    layout: TileLayout,
+    registers: int | None = None,
+) -> None:
     """Writes the records of tiles that lie in the side pool.
 
     Args:
@@ -394,6 +401,7 @@ def quantize_slots(pool: Tensor, slots: Tensor, blocks: Tensor, cache: Tensor, l
         blocks: [T] int32, the block each tile's records go to; negative for an entry to skip.
         cache: [B, H, layout.nbytes] uint8; written.
         layout: the records' layout.
+        registers: the most a thread may take; what is tuned for the GPU if None.
 
     Raises:
         ValueError: if a shape, stride or dtype is not as above.
@@ -401,7 +409,7 @@ def quantize_slots(pool: Tensor, slots: Tensor, blocks: Tensor, cache: Tensor, l
     heads = cache.shape[1]
     check_packed("pool", pool, (None, 2, heads, layout.group, layout.head_dim), torch.float16)
     strides = (pool.stride(0), pool.stride(2), pool.stride(3), pool.stride(1))
-    _launch(pool, slots, blocks, cache, strides, layout)
+    _launch(pool, slots, blocks, cache, strides, layout, registers)
 
 
 def quantize_pages(pages: Tensor, tiles: Tensor, blocks: Tensor, cache: Tensor, layout: TileLayout) -> None:
@@ -428,6 +436,7 @@ def _launch(
     cache: Tensor,
     strides: tuple[int, ...],
     layout: TileLayout,
+    registers: int | None = None,
 ) -> None:
     check_packed("cache", cache, (None, None, layout.nbytes), torch.uint8)
     check_packed("blocks", blocks, (None,), torch.int32)
@@ -445,5 +454,5 @@ def _launch(
             VALUE_COVERED=rtn.narrowing(layout.preset.value_bits, layout.head_dim),
             **record_constants(layout),
             num_warps=max(FEWEST_WARPS, layout.head_dim * layout.group // ELEMENTS_PER_WARP),
-            maxnreg=REGISTERS,
+            maxnreg=registers or settings_for(cache.device).quantize_registers,
         )

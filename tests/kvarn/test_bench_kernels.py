@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvarn.bench import flash, kernel_cases, kernels, plot
+from kvarn.bench import flash, kernel_cases, kernels, plot, tune
 from kvarn.bench.engine import BenchError
 from kvarn.bench.kernel_settings import (
     DecodeBench,
@@ -21,6 +21,7 @@ from kvarn.bench.kernel_settings import (
 )
 from kvarn.bench.kernels import BASELINE, FP8_RIVAL, OURS, Case, Contender, Measurement, Report
 from kvarn.cli import app
+from kvarn.kernels.settings import SAFE, Settings, settings_for
 from kvarn.reference import codec, hadamard
 from kvarn.tile import TileLayout
 
@@ -300,3 +301,24 @@ def test_the_commands_refuse_options_in_one_sentence() -> None:
     result = CliRunner().invoke(app, ["bench", "decode", "--cases", "many"])
     assert result.exit_code == 1
     assert "case 'many' is not understood" in result.output
+
+
+def test_tuning_measures_every_candidate_and_names_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "CANDIDATES", {"decode_parts": (4, 6), "quantize_registers": (128, 168)})
+    decode_bench = DecodeBench(**TINY, query_heads=2, cases=((1, 100), (2, 100)))
+    prepared = tune.launches(DEVICE, decode_bench, QuantizeBench(**TINY, tiles=1))
+    seen: list[tuple[str, int, int]] = []
+    us = iter([9.0, 9.0, 4.0, 1.0, 7.0, 3.0])
+    times = tune.measure(prepared, lambda launch: next(us), lambda *done: seen.append(done))
+    assert {name: tuple(of) for name, of in times.items()} == tune.CANDIDATES
+    assert times["decode_parts"][6] == 2.0  # the geometric mean of 4 and 1
+    tuning = tune.Tuning("NVIDIA Test", SAFE, times)
+    assert tuning.best == Settings(decode_parts=6, quantize_registers=168)
+    assert tuning.line == '"NVIDIA Test": Settings(decode_parts=6, quantize_registers=168),'
+    assert seen[-1] == ("quantize_registers", 2, 2)
+    assert tune.table(tuning).row_count == 4
+
+
+def test_a_gpu_nobody_tuned_gets_safe_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Unknown")
+    assert settings_for(torch.device("cuda", 77)) == SAFE
