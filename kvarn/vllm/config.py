@@ -16,11 +16,16 @@ class KVarNConfig:
     Attributes:
         retained_sinks: first tiles of cached prefixes kept raw while no running request uses them, in slots of
             the side pool. None: as many as `max_num_seqs`.
+        raw_chunks: a prompt's chunk reads all of its own tiles raw, and not only each token's own: a little more
+            accurate, but what a prompt's tokens read then depends on where its chunks and its cached prefix end.
     """
 
     retained_sinks: int | None = None
+    raw_chunks: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.raw_chunks, bool):
+            raise ValueError(f"kvarn.raw_chunks is {self.raw_chunks!r}; give true or false.")
         if self.retained_sinks is not None and (
             not isinstance(self.retained_sinks, int) or self.retained_sinks < 0
         ):

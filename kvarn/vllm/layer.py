@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -21,7 +21,10 @@ class KVarNLayer(AttentionImpl[Any]):
     Attributes:
         slot_map: the worker's block -> slot map, one object for all layers of a model.
         pool: [slots, 2, KV heads, group, head_dim] float16 side pool of rotated raw tiles (keys, values).
+        supports_raw_chunks: whether the lane has `KVarNConfig.raw_chunks`.
     """
+
+    supports_raw_chunks: ClassVar[bool] = False
 
     def __init__(
         self,

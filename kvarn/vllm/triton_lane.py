@@ -28,6 +28,7 @@ from vllm.v1.attention.backend import (
 
 from kvarn.kernels import decode, pages, plan, prefill, quantize, rotate
 from kvarn.tile import TileLayout
+from kvarn.vllm.config import KVarNConfig
 from kvarn.vllm.layer import KVarNLayer
 from kvarn.vllm.slot_map import NO_SLOT, SlotMap
 from kvarn.vllm.spec import KVarNSpec
@@ -149,6 +150,7 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
         impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
         self._slot_map: SlotMap = impl.slot_map
         self._page_count: int = impl.workspace.pages.shape[1]
+        self._raw_chunks = KVarNConfig.of(vllm_config).raw_chunks
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._token_rows = torch.full((2, tokens), NO_SLOT, dtype=torch.int32, device=device)
         rows = most_decode_rows(vllm_config)
@@ -195,7 +197,14 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
         assert lengths is not None, "vLLM gave no sequence lengths on the host"
         seq_lens = lengths.numpy().astype(np.int64)
         chunks = [
-            _Chunk(row, int(offsets[row]), int(offsets[row + 1]), int(seq_lens[row]), self._group)
+            _Chunk(
+                row,
+                int(offsets[row]),
+                int(offsets[row + 1]),
+                int(seq_lens[row]),
+                self._group,
+                self._raw_chunks,
+            )
             for row in range(decodes, len(offsets) - 1)
         ]
         lookup = _Lookup(common.block_table_tensor, slot_of, self.device)
@@ -216,18 +225,22 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
 
 
 class _Chunk:
-    """One request's chunk: batch tokens `first:last`, which end at `seq_len` tokens of its sequence."""
+    """One request's chunk: batch tokens `first:last`, which end at `seq_len` tokens of its sequence.
 
-    def __init__(self, row: int, first: int, last: int, seq_len: int, group: int) -> None:
+    With `raw` its tokens read all of its own tiles raw; without, each its own tile only.
+    """
+
+    def __init__(self, row: int, first: int, last: int, seq_len: int, group: int, raw: bool = False) -> None:
         self.row, self.first, self.last, self.seq_len = row, first, last, seq_len
         self.start = seq_len - (last - first)
         self.first_tile, self.last_tile = self.start // group, (seq_len - 1) // group
         self.filled_end = seq_len // group  # tiles first_tile .. filled_end - 1 are complete after this chunk
+        self.context_tiles = self.first_tile if raw else self.last_tile  # read as the read rule says
 
     @property
     def pages(self) -> int:
         """Its context, tile by tile, and then its own tiles raw."""
-        return self.last_tile + self.last_tile - self.first_tile + 1
+        return self.context_tiles + self.last_tile - self.first_tile + 1
 
 
 def _waves(chunks: list[_Chunk], page_count: int) -> Iterator[list[_Chunk]]:
@@ -274,16 +287,18 @@ def _build_wave(chunks: list[_Chunk], group: int, lookup: _Lookup) -> tuple[Pref
     first_query, key_lens, tables, page_rows = [0], [], [], []
     page = 0
     for chunk in chunks:
-        own_page = page + chunk.last_tile - chunk.first_tile  # page of its tile t raw is own_page + t
+        own_page = page + chunk.context_tiles - chunk.first_tile  # page of its tile t raw is own_page + t
         if chunk.start % group:
             begun.append((own_page + chunk.first_tile, chunk.row, chunk.first_tile))
         filled += [(own_page + t, chunk.row, t) for t in range(chunk.first_tile, chunk.filled_end)]
-        context += [(page + t, chunk.row, t) for t in range(chunk.last_tile)]
+        context += [(page + t, chunk.row, t) for t in range(chunk.context_tiles)]
         for tile in range(chunk.first_tile, chunk.last_tile + 1):
             end = min((tile + 1) * group, chunk.seq_len)
             first_query.append(chunk.first - first + end - chunk.start)
             key_lens.append(end)
-            tables.append(np.append(np.arange(page, page + tile), own_page + tile))
+            shared = min(tile, chunk.context_tiles)
+            own = np.arange(own_page + shared, own_page + tile + 1)
+            tables.append(np.append(np.arange(page, page + shared), own))
         position = np.arange(chunk.start, chunk.seq_len)
         page_rows.append(own_page * group + position)
         page += chunk.pages
@@ -327,6 +342,7 @@ class TritonLayer(KVarNLayer):
     """
 
     workspace: Workspace
+    supports_raw_chunks = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -98,7 +98,12 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
             {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
             "leave kv_transfer_config out",
         ),
-        ({"additional_config": {"kvarn": {"retained": 1}}}, "no setting retained; use retained_sinks"),
+        (
+            {"additional_config": {"kvarn": {"retained": 1}}},
+            "no setting retained; use raw_chunks, retained_sinks",
+        ),
+        ({"additional_config": {"kvarn": {"raw_chunks": "yes"}}}, "give true or false"),
+        ({"additional_config": {"kvarn": {"raw_chunks": True}}}, "has raw_chunks on GPUs only"),
         ({"additional_config": {"kvarn": {"retained_sinks": -1}}}, "give a number of slots >= 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

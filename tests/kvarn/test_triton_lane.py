@@ -77,3 +77,18 @@ def test_chunks_that_do_not_fit_the_pages_together_go_in_waves(
     assert llm.reset_prefix_cache()
     for answer, theirs in zip(ask(llm, PROMPTS, max_tokens=TOKENS), expected, strict=True):
         answer.assert_same(theirs, TOLERANCE)
+
+
+def test_raw_chunks_read_a_whole_prompt_raw(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of one chunk then has the first token's log-probabilities of an unquantized cache."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        engine(patch, model, **{**SETTINGS, "kv_cache_dtype": "auto"}) as llm,
+    ):
+        unquantized = [ask_cold(llm, given, max_tokens=1) for given in PROMPTS[2:]]
+    gpu_lane = backend.Lane(triton_lane.TritonMetadataBuilder, triton_lane.TritonLayer)
+    monkeypatch.setattr(backend, "lane", lambda: gpu_lane)
+    raw = {"additional_config": {"kvarn": {"raw_chunks": True}}}
+    with engine(monkeypatch, model, **SETTINGS, **raw) as llm:
+        for given, answer in zip(PROMPTS[2:], unquantized, strict=True):
+            ask_cold(llm, given, max_tokens=1).assert_same(answer, tolerance=0.01)

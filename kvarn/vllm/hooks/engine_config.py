@@ -74,6 +74,9 @@ def _refuse_unsupported(config: Any, preset: Preset) -> None:
 
 def _problems(config: Any, preset: Preset) -> Iterator[str]:
     """What of `config` the cache cannot serve, each the end of a sentence that says what to change."""
+    from kvarn.vllm.backend import lane
+    from kvarn.vllm.config import KVarNConfig
+
     model, parallel = config.model_config, config.parallel_config
     use_auto = "use kv_cache_dtype='auto' for this model."
     if model.is_encoder_decoder or model.runner_type != "generate":
@@ -100,6 +103,8 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield "does not support pipeline parallelism; use tensor_parallel_size instead."
     if config.model_config.enable_return_routed_experts:
         yield "does not support returning routed experts; leave enable_return_routed_experts out."
+    if KVarNConfig.of(config).raw_chunks and not lane().layer.supports_raw_chunks:
+        yield "has raw_chunks on GPUs only; leave kvarn.raw_chunks out of additional_config."
     if _has_own_scheduler(config) and not _plans_slots(config):
         yield (
             f"needs a scheduler that plans its slots, not {config.scheduler_config.scheduler_cls}; "
