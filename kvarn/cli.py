@@ -24,8 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from kvarn.bench.engine import BenchError, EngineBench
-from kvarn.bench.engine import Progress as BenchProgress
+from kvarn.bench.engine import EngineBench
 from kvarn.bench.kernel_settings import (
     DecodeBench,
     KernelBench,
@@ -36,7 +35,20 @@ from kvarn.bench.kernel_settings import (
 )
 from kvarn.connection import ApiKeyOption, CaOption, CertificateOption, PrivateKeyOption, tls_files
 from kvarn.keys import keys_app
-from kvarn.model import ModelError, resolve_model
+from kvarn.model import resolve_model
+from kvarn.plan.command import plan
+from kvarn.quality.command import quality
+from kvarn.report.command import report
+from kvarn.terminal import (
+    JsonOption,
+    PlotOption,
+    check_directory,
+    counting_progress,
+    err,
+    fail,
+    one_sentence_errors,
+    out,
+)
 
 if TYPE_CHECKING:
     from serve_app.launch import Deployment
@@ -50,9 +62,9 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure speed and capacity.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 app.add_typer(keys_app, name="keys")
+for command in (quality, plan, report):
+    app.command()(command)
 
-out = Console()
-err = Console(stderr=True)
 DEFAULTS = EngineBench()
 DECODE, QUANTIZE, PREFILL = DecodeBench(), QuantizeBench(), PrefillBench()
 
@@ -61,8 +73,6 @@ HeadDimOption = Annotated[int, typer.Option(help="Channels of a head: 64, 128 or
 KvHeadsOption = Annotated[int, typer.Option(help="Heads of the cache.")]
 QueryHeadsOption = Annotated[int, typer.Option(help="Heads of the queries.")]
 RepeatsOption = Annotated[int, typer.Option(help="Timed replays; the median counts.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results here too.")]
-PlotOption = Annotated[Path | None, typer.Option("--plot", help="Draw the results: a .png or .svg file.")]
 
 
 def main() -> None:
@@ -103,7 +113,7 @@ def serve(
         launched = read_app(config)
         check_machine(launched)
         if say is not None and not launched.lets_in(api_key):
-            _fail("--say cannot be answered: the gateways have TLS, or ask for a key; use `kvarn chat` later")
+            fail("--say cannot be answered: the gateways have TLS, or ask for a key; use `kvarn chat` later")
         model_dir = resolve_model(launched.config.model)
         with ExitStack() as stack:
             with _start_progress() as progress:
@@ -187,8 +197,8 @@ def bench_serve(
     with _serving_errors():
         from serve_app.bench import command, settings, summary
 
-        _check_directory("--json", json_path)
-        _check_directory("--plot", plot_path)
+        check_directory("--json", json_path)
+        check_directory("--plot", plot_path)
         if plot_path is not None:
             summary.check_plot(plot_path)
         bench = settings.ServeBench(
@@ -207,12 +217,12 @@ def bench_serve(
             timeout_s=timeout_s,
             objectives=settings.Objectives(ttft_ms, itl_ms, e2e_ms),
         )
-        with _bench_progress("requests") as progress:
+        with counting_progress("requests") as progress:
             report = command.measure(bench, tls_files(ca, certificate, private_key), api_key, progress)
         out.print(report.table())
         report.write(json_path, plot_path)
         if not report.summary.answered:
-            _fail(f"no request was answered: {report.reasons()}")
+            fail(f"no request was answered: {report.reasons()}")
 
 
 @bench_app.command("engine")
@@ -250,8 +260,8 @@ def bench_engine(
     """Compare vLLM's speed and capacity with several KV cache dtypes, each in a process of its own."""
     from kvarn.bench import engine, plot
 
-    with _one_sentence_errors():
-        _check_directory("--json", json_path)
+    with one_sentence_errors():
+        check_directory("--json", json_path)
         _check_plot(plot_path)
         bench = EngineBench(
             model=model,
@@ -268,7 +278,7 @@ def bench_engine(
         )
         if shape is None:
             resolve_model(bench.model)  # may show a progress bar of its own
-        with _bench_progress("batches") as progress:
+        with counting_progress("batches") as progress:
             results = engine.run(bench, progress)
         out.print(engine.table(bench, results))
         if json_path is not None:
@@ -291,7 +301,7 @@ def bench_decode(
     plot_path: PlotOption = None,
 ) -> None:
     """Compare decode attention with FlashAttention 3, fp16 and fp8, and with copy bandwidth; needs a GPU."""
-    with _one_sentence_errors():
+    with one_sentence_errors():
         bench = DecodeBench(preset, head_dim, kv_heads, repeats, query_heads, parse_cases(cases))
         _bench_kernels(bench, json_path, plot_path)
 
@@ -307,7 +317,7 @@ def bench_quantize(
     plot_path: PlotOption = None,
 ) -> None:
     """Compare the speed tiles are quantized at with copy bandwidth; needs a GPU."""
-    with _one_sentence_errors():
+    with one_sentence_errors():
         _bench_kernels(QuantizeBench(preset, head_dim, kv_heads, repeats, tiles), json_path, plot_path)
 
 
@@ -326,7 +336,7 @@ def bench_prefill(
     plot_path: PlotOption = None,
 ) -> None:
     """Compare a prompt chunk's whole path with FlashAttention 3 fp16; needs a GPU."""
-    with _one_sentence_errors():
+    with one_sentence_errors():
         bench = PrefillBench(preset, head_dim, kv_heads, repeats, query_heads, chunk, parse_starts(starts))
         _bench_kernels(bench, json_path, plot_path)
 
@@ -334,10 +344,10 @@ def bench_prefill(
 @bench_app.command("tune")
 def bench_tune(repeats: RepeatsOption = QUANTIZE.repeats) -> None:
     """Measure the kernels' launch settings on this GPU and print the line that makes the best its default."""
-    with _one_sentence_errors():
+    with one_sentence_errors():
         from kvarn.bench import tune
 
-        with _bench_progress("measured") as progress:
+        with counting_progress("measured") as progress:
             tuning = tune.run(progress, repeats)
         out.print(tune.table(tuning))
         out.print("To use the best, put this line into TUNED of kvarn/kernels/settings.py:")
@@ -348,9 +358,9 @@ def _bench_kernels(bench: KernelBench, json_path: Path | None, plot_path: Path |
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from kvarn.bench import kernels, plot
 
-    _check_directory("--json", json_path)
+    check_directory("--json", json_path)
     _check_plot(plot_path)
-    with _bench_progress("measured") as progress:
+    with counting_progress("measured") as progress:
         report = kernels.run(bench, progress)
     out.print(kernels.table(report))
     if json_path is not None:
@@ -362,47 +372,28 @@ def _bench_kernels(bench: KernelBench, json_path: Path | None, plot_path: Path |
 def _check_plot(path: Path | None) -> None:
     from kvarn.bench import plot
 
-    _check_directory("--plot", path)
+    check_directory("--plot", path)
     if path is not None:
         plot.check(path)
-
-
-def _check_directory(option: str, path: Path | None) -> None:
-    if path is not None and not path.absolute().parent.is_dir():
-        _fail(f"{option} {path}: there is no directory {path.absolute().parent}")
-
-
-@contextmanager
-def _one_sentence_errors() -> Iterator[None]:
-    """Errors a user can act on end the command with their message and exit code 1."""
-    try:
-        yield
-    except (BenchError, ModelError) as error:
-        _fail(str(error))
 
 
 @contextmanager
 def _serving_errors() -> Iterator[None]:
     """The same for commands that need the serving packages."""
-    with _one_sentence_errors():
+    with one_sentence_errors():
         try:
             from serve_app.client import ServingError
             from serve_app.launch import LaunchError
         except ModuleNotFoundError as error:
-            _fail(
+            fail(
                 f"this command needs the package {error.name}: install it with `pip install kvarn[cpu,serve]`"
             )
         try:
             yield
         except LaunchError as error:
-            _fail(str(error))
+            fail(str(error))
         except ServingError as error:
-            _fail(error.sentence)
-
-
-def _fail(sentence: str) -> NoReturn:
-    err.print(f"error: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(1) from None
+            fail(error.sentence)
 
 
 @contextmanager
@@ -445,20 +436,6 @@ def _start_progress() -> Iterator[Callable[[list[Deployment]], None]]:
                 if deployment.name not in tasks:
                     tasks[deployment.name] = progress.add_task(f"starting {deployment.name} replicas")
                 progress.update(tasks[deployment.name], completed=deployment.running, total=deployment.wanted)
-
-        yield update
-
-
-@contextmanager
-def _bench_progress(counted: str) -> Iterator[BenchProgress]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TextColumn(counted), TimeElapsedColumn(), console=err) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def update(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = progress.add_task(label)
-            progress.update(tasks[label], completed=done, total=total)
 
         yield update
 

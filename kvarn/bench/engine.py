@@ -1,12 +1,8 @@
 """Speed and capacity of vLLM with several KV cache dtypes: same model, same memory, one after another."""
 
 import json
-import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -15,13 +11,12 @@ from typing import IO, Any
 from rich.table import Table
 from rich.text import Text
 
+from kvarn import worker
 from kvarn.bench import engine_worker
 from kvarn.bench.shapes import SHAPES, write_shape
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL, resolve_model
 from kvarn.presets import get_preset
-
-LOG_LINES_SHOWN = 15
 
 Progress = Callable[[str, int, int], None]
 
@@ -276,7 +271,7 @@ def _measure(bench: EngineBench, model_dir: Path, kv_cache_dtype: str, progress:
     settings = {**asdict(bench), "model": str(model_dir), "kv_cache_dtype": kv_cache_dtype}
     messages = []
     with tempfile.TemporaryFile("w+", prefix="kvarn-bench-", errors="replace") as log:
-        with _worker(settings, log) as answers:
+        with worker.running(engine_worker, settings, log) as answers:
             for line in answers:
                 messages.append(json.loads(line))
                 progress(kv_cache_dtype, min(len(messages), bench.batches), bench.batches)
@@ -299,23 +294,8 @@ def _summary(workload: Workload, runs: list[dict[str, float | None]]) -> Workloa
     return WorkloadResult(workload.label, **medians, runs=runs)
 
 
-@contextmanager
-def _worker(settings: dict[str, Any], log: IO[str]) -> Iterator[IO[str]]:
-    """A worker's answers; it is stopped, its engine with it, when the block is left early."""
-    command = [sys.executable, "-m", engine_worker.__name__, json.dumps(settings)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield process.stdout
-        except BaseException:
-            process.send_signal(signal.SIGINT)  # vLLM ends its processes on an interrupt
-            raise
-
-
 def _failure(kv_cache_dtype: str, log: IO[str]) -> str:
-    log.seek(0)
-    tail = log.read().splitlines()[-LOG_LINES_SHOWN:]
-    return "\n".join([f"the engine with kv_cache_dtype {kv_cache_dtype!r} failed; its log ends:", *tail])
+    return f"the engine with kv_cache_dtype {kv_cache_dtype!r} failed; its log ends:\n{worker.log_tail(log)}"
 
 
 def _last_error(failure: str) -> str:

@@ -5,12 +5,13 @@ standard output: the timing of each batch, then the facts of the cache. What vLL
 """
 
 import json
-import os
 import random
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from kvarn.worker import answer, take_standard_output
 
 WARM_UP_PROMPT_TOKENS = (
     32  # vLLM has run its largest step at start: this only reaches what decoding allocates
@@ -21,32 +22,20 @@ WARM_UP_OUTPUT_TOKENS = 8
 def main() -> None:
     """Measures what the first argument asks for; without all its answers, it has failed."""
     settings = json.loads(sys.argv[1])
-    answers = _take_standard_output()
+    answers = take_standard_output()
     start = time.perf_counter()
     engine = _start_engine(settings)
     start_s = time.perf_counter() - start
     vocab_size = json.loads((Path(settings["model"]) / "config.json").read_text())["vocab_size"]
     warm_up = _prompts(_max_num_seqs(settings), WARM_UP_PROMPT_TOKENS, vocab_size)
-    _answer(answers, _time_batch(engine, warm_up, WARM_UP_OUTPUT_TOKENS))
+    answer(answers, _time_batch(engine, warm_up, WARM_UP_OUTPUT_TOKENS))
     for workload in settings["workloads"]:
         prompts = _prompts(workload["requests"], workload["prompt_tokens"], vocab_size)
         for _ in range(settings["repeats"]):
-            _answer(answers, _time_batch(engine, prompts, workload["output_tokens"]))
+            answer(answers, _time_batch(engine, prompts, workload["output_tokens"]))
     cache = engine.vllm_config.cache_config
-    _answer(answers, {"start_s": start_s, "num_blocks": cache.num_gpu_blocks, "block_size": cache.block_size})
+    answer(answers, {"start_s": start_s, "num_blocks": cache.num_gpu_blocks, "block_size": cache.block_size})
     engine.engine_core.shutdown()
-
-
-def _take_standard_output() -> TextIO:
-    """Standard output as it was; whatever prints from now on prints to standard error."""
-    ours = os.dup(1)
-    os.dup2(2, 1)
-    return os.fdopen(ours, "w")
-
-
-def _answer(answers: TextIO, message: dict[str, Any]) -> None:
-    answers.write(json.dumps(message) + "\n")
-    answers.flush()
 
 
 def _start_engine(settings: dict[str, Any]) -> Any:

@@ -1,0 +1,249 @@
+"""What a GPU's memory holds with each cache dtype, and the time a decode step needs to read it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+from rich.table import Table
+
+from kvarn.plan.hardware import ATTENTION_OF_COPY, COPY_PART, GPUS, WEIGHTS_OF_COPY, Gpu
+from kvarn.plan.model_shape import ModelShape, PlanError
+from kvarn.presets import PRESETS, get_preset
+from kvarn.tile import TileLayout
+
+BLOCK_TOKENS = 16  # of vLLM's own caches
+SLOTS_PER_SEQUENCE = 3  # tail, sink and a retained sink, see kvarn.vllm.config
+STEP_TOKENS = 8192  # of a prefill step, vLLM's default on large GPUs
+WORKING_BYTES = 2 * 2**30  # activations, CUDA graphs and the CUDA context: an assumption
+PAGE_BYTES = 2 * 2  # keys and values in float16
+DTYPES = ("auto", "fp8", *PRESETS)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan's inputs and a row a cache dtype."""
+
+    model: str
+    gpu: str
+    tensor_parallel: int
+    context: int
+    cache_gib: float | None
+    rate: float | None
+    output_tokens: int
+    weight_gib_per_gpu: float
+    rows: list[PlanRow]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One cache dtype. Bytes are those of one GPU.
+
+    Attributes:
+        bytes_per_token: of cache, all layers.
+        blocks: vLLM's KV cache blocks, of `block_tokens` tokens.
+        tokens: that the cache holds.
+        sequences: of `context` tokens at once; also the max_num_seqs that the side pool is sized for.
+        side_pool_share: of the memory left beside weights, for raw tiles and prefill pages.
+        decode_ms: one step with all of `sequences` running: weights and caches, each read once.
+        decode_tokens_per_s: of all sequences together.
+        running: sequences that a rate keeps running at once; None without one, or where none is enough.
+    """
+
+    dtype: str
+    bytes_per_token: float
+    block_tokens: int
+    blocks: int
+    tokens: int
+    sequences: int
+    side_pool_share: float
+    decode_ms: float
+    decode_tokens_per_s: float
+    running: float | None
+    refused: str = ""
+
+
+def make_plan(
+    model: str,
+    gpu: str,
+    tensor_parallel: int = 1,
+    context: int = 32_768,
+    rate: float | None = None,
+    output_tokens: int = 512,
+    cache_gib: float | None = None,
+    utilization: float = 0.92,
+    max_num_seqs: int | None = None,
+) -> Plan:
+    """Plans every cache dtype.
+
+    Args:
+        model: a model's name or directory; only its config is needed.
+        gpu: a key of `GPUS`.
+        tensor_parallel: GPUs that share the model.
+        context: tokens of a sequence, prompt and answer.
+        rate: requests a second, each of `output_tokens`; None to leave it out.
+        output_tokens: that a request generates.
+        cache_gib: vLLM's kv_cache_memory_bytes in GiB; None: what `utilization` of the memory leaves.
+        utilization: vLLM's gpu_memory_utilization.
+        max_num_seqs: size of the side pool; None: as many sequences as fit.
+
+    Raises:
+        ModelError: there is no such model.
+        PlanError: a number is out of range, or the weights do not fit.
+    """
+    shape = ModelShape.read(model)
+    _check(shape, gpu, tensor_parallel, context, utilization)
+    weights = shape.weight_bytes / tensor_parallel
+    room = utilization * GPUS[gpu].memory_bytes - weights - WORKING_BYTES
+    if room <= 0 and cache_gib is None:
+        raise PlanError(
+            f"the weights take {weights / 2**30:.1f} GiB of a {gpu} and leave no room for a cache: raise --tp"
+        )
+    planner = _Planner(shape, GPUS[gpu], tensor_parallel, context, rate, output_tokens, max_num_seqs)
+    rows = [planner.row(name, room, cache_gib) for name in DTYPES]
+    return Plan(model, gpu, tensor_parallel, context, cache_gib, rate, output_tokens, weights / 2**30, rows)
+
+
+def _check(shape: ModelShape, gpu: str, tensor_parallel: int, context: int, utilization: float) -> None:
+    if gpu not in GPUS:
+        raise PlanError(f"unknown GPU {gpu!r}: choose from {', '.join(GPUS)}")
+    if tensor_parallel < 1 or shape.heads % tensor_parallel:
+        raise PlanError(
+            f"--tp is {tensor_parallel}: give a divisor of the model's {shape.heads} attention heads"
+        )
+    if not 1 <= context <= shape.context_limit:
+        raise PlanError(f"--context is {context}: this model holds 1 to {shape.context_limit} tokens")
+    if not 0 < utilization <= 1:
+        raise PlanError(f"--utilization is {utilization}: give a part of the memory, above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class _Planner:
+    shape: ModelShape
+    gpu: Gpu
+    tensor_parallel: int
+    context: int
+    rate: float | None
+    output_tokens: int
+    max_num_seqs: int | None
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of one GPU; vLLM copies them where there are fewer heads than GPUs."""
+        return max(1, self.shape.kv_heads // self.tensor_parallel)
+
+    def row(self, dtype: str, room: float, cache_gib: float | None) -> PlanRow:
+        try:
+            block_tokens, head_bytes = self._block(dtype)
+        except ValueError as error:
+            return PlanRow(dtype, 0, 0, 0, 0, 0, 0, 0, 0, None, refused=str(error))
+        block_bytes = self.shape.layers * self.kv_heads * head_bytes
+        per_sequence = ceil(self.context / block_tokens)
+        slot_bytes = self._slot_bytes(block_tokens) if dtype in PRESETS else 0
+        pages = self._page_bytes(block_tokens) if dtype in PRESETS else 0
+        if cache_gib is not None:
+            cache = cache_gib * 2**30
+            sequences = int(cache // block_bytes) // per_sequence
+            pool = pages + SLOTS_PER_SEQUENCE * slot_bytes * (self.max_num_seqs or sequences)
+            room = cache + pool
+        elif self.max_num_seqs is not None:
+            pool = pages + SLOTS_PER_SEQUENCE * slot_bytes * self.max_num_seqs
+            cache = max(room - pool, 0)
+            sequences = min(int(cache // block_bytes) // per_sequence, self.max_num_seqs)
+        else:
+            sequences = int((room - pages) // (per_sequence * block_bytes + SLOTS_PER_SEQUENCE * slot_bytes))
+            pool = pages + SLOTS_PER_SEQUENCE * slot_bytes * max(sequences, 0)
+            cache = max(room - pool, 0)
+        blocks = int(cache // block_bytes)
+        bytes_per_token = block_bytes / block_tokens
+        step_s = self._step_s(dtype, max(sequences, 1), bytes_per_token, slot_bytes)
+        return PlanRow(
+            dtype=dtype,
+            bytes_per_token=bytes_per_token,
+            block_tokens=block_tokens,
+            blocks=blocks,
+            tokens=blocks * block_tokens,
+            sequences=max(sequences, 0),
+            side_pool_share=pool / room,
+            decode_ms=1e3 * step_s,
+            decode_tokens_per_s=max(sequences, 0) / step_s,
+            running=self._running(dtype, bytes_per_token, slot_bytes),
+        )
+
+    def _block(self, dtype: str) -> tuple[int, int]:
+        """(tokens of a block, bytes of a block and KV head)."""
+        if dtype in PRESETS:
+            layout = TileLayout(get_preset(dtype), self.shape.head_dim)
+            return layout.group, layout.nbytes
+        element_bytes = 1 if dtype == "fp8" else self.shape.dtype_bytes
+        return BLOCK_TOKENS, 2 * element_bytes * BLOCK_TOKENS * self.shape.head_dim
+
+    def _slot_bytes(self, group: int) -> int:
+        return PAGE_BYTES * self.shape.layers * self.kv_heads * group * self.shape.head_dim
+
+    def _page_bytes(self, group: int) -> int:
+        """Prefill pages of one sequence and one step, once for all layers."""
+        tokens = (ceil(self.context / group) + ceil(STEP_TOKENS / group)) * group
+        return PAGE_BYTES * tokens * self.kv_heads * self.shape.head_dim
+
+    def _times_s(self, dtype: str, bytes_per_token: float, slot_bytes: float) -> tuple[float, float]:
+        """Seconds to read the weights, and one sequence's cache with its sink and half a tail."""
+        copy = COPY_PART * self.gpu.bandwidth
+        attention = ATTENTION_OF_COPY["kvarn" if dtype in PRESETS else dtype] * copy
+        weights = self.shape.weight_bytes / self.tensor_parallel / (WEIGHTS_OF_COPY * copy)
+        return weights, (self.context * bytes_per_token + 1.5 * slot_bytes) / attention
+
+    def _step_s(self, dtype: str, sequences: int, bytes_per_token: float, slot_bytes: float) -> float:
+        weights, cache = self._times_s(dtype, bytes_per_token, slot_bytes)
+        return weights + sequences * cache
+
+    def _running(self, dtype: str, bytes_per_token: float, slot_bytes: float) -> float | None:
+        """Little's law: running = rate x output tokens x step, and a step takes longer the more run."""
+        if self.rate is None:
+            return None
+        weights, cache = self._times_s(dtype, bytes_per_token, slot_bytes)
+        demand = self.rate * self.output_tokens
+        return demand * weights / (1 - demand * cache) if demand * cache < 1 else None
+
+
+def table(plan: Plan) -> Table:
+    """The plan's rows beside each other, with ratios to the unquantized cache."""
+    where = f"{plan.tensor_parallel} x {plan.gpu}" if plan.tensor_parallel > 1 else plan.gpu
+    made = Table(title=f"{plan.model} on {where}, {plan.context:,} tokens a sequence")
+    made.add_column("cache dtype", no_wrap=True)
+    headings = ["bytes/token", "blocks", "tokens held", "", "sequences", "side pool", "decode step", "tok/s"]
+    if plan.rate is not None:
+        headings.append(f"running at {plan.rate:g}/s")
+    for heading in headings:
+        made.add_column(heading, justify="right")
+    first = plan.rows[0]
+    for row in plan.rows:
+        if row.refused:
+            made.add_row(row.dtype, "-", row.refused)
+            continue
+        cells = [
+            f"{row.bytes_per_token:,.0f}",
+            f"{row.blocks:,}",
+            f"{row.tokens:,}",
+            f"{row.tokens / max(first.tokens, 1):.2f}x",
+            f"{row.sequences:,}",
+            f"{100 * row.side_pool_share:.1f} %",
+            f"{row.decode_ms:.1f} ms",
+            f"{row.decode_tokens_per_s:,.0f}",
+        ]
+        if plan.rate is not None:
+            fits = row.running is not None and row.running <= row.sequences
+            cells.append("too many" if not fits or row.running is None else f"{row.running:.1f}")
+        made.add_row(row.dtype, *cells)
+    made.caption = (
+        f"weights {plan.weight_gib_per_gpu:.1f} GiB a GPU; decode is bandwidth alone: caches at "
+        f"{ATTENTION_OF_COPY['kvarn']:.0%} (KVarN) and {ATTENTION_OF_COPY['auto']:.0%} (others: fp8 "
+        f"{ATTENTION_OF_COPY['fp8']:.0%}) of a copy's, full context read each step"
+    )
+    return made
+
+
+def record(plan: Plan) -> dict[str, Any]:
+    """The plan, ready for JSON."""
+    return {"benchmark": "plan", **asdict(plan)}

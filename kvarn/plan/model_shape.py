@@ -1,0 +1,93 @@
+"""What a plan needs of a model's config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvarn.model import resolve_model
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class PlanError(ValueError):
+    """A plan cannot be made; the message says why."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder-only transformer.
+
+    Attributes:
+        weight_bytes: of all parameters, from the weight files if they are there, else counted from the config.
+        dtype_bytes: of one weight and one element of an unquantized cache.
+        context_limit: most tokens of a sequence.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    weight_bytes: int
+    dtype_bytes: int
+    context_limit: int
+
+    @classmethod
+    def read(cls, name_or_dir: str) -> ModelShape:
+        """The shape of a model, by name or directory.
+
+        Raises:
+            ModelError: there is no such model.
+            PlanError: its config is not that of a model with plain attention.
+        """
+        directory = resolve_model(name_or_dir)
+        try:
+            config = json.loads((directory / "config.json").read_text())
+        except ValueError as error:
+            raise PlanError(f"{directory / 'config.json'} is not JSON: {error}") from None
+        config = {**config, **config.get("text_config", {})}
+        if "kv_lora_rank" in config:
+            raise PlanError(
+                f"{name_or_dir} uses multi-head latent attention, which KVarN does not support: "
+                "give a model with multi-head or grouped-query attention"
+            )
+        try:
+            return cls._of(config, directory)
+        except KeyError as error:
+            raise PlanError(
+                f"{directory / 'config.json'} has no {error}: give the config of a decoder-only transformer"
+            ) from None
+
+    @classmethod
+    def _of(cls, config: dict[str, Any], directory: Path) -> ModelShape:
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        dtype_bytes = DTYPE_BYTES.get(config.get("dtype") or config.get("torch_dtype") or "bfloat16", 2)
+        head_dim = config.get("head_dim") or hidden // heads
+        kv_heads = config.get("num_key_value_heads") or heads
+        files = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+        return cls(
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            hidden_size=hidden,
+            vocab_size=config["vocab_size"],
+            weight_bytes=files or dtype_bytes * _parameters(config, heads, kv_heads, head_dim),
+            dtype_bytes=dtype_bytes,
+            context_limit=config.get("max_position_embeddings", 1 << 20),
+        )
+
+
+def _parameters(config: dict[str, Any], heads: int, kv_heads: int, head_dim: int) -> int:
+    """Parameters of the embedding, attention and gated MLPs (experts included); norms and biases are left out."""
+    hidden = config["hidden_size"]
+    embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    experts = config.get("num_local_experts") or config.get("num_experts") or 1
+    width = config.get("moe_intermediate_size") if experts > 1 else None
+    mlp = 3 * hidden * (width or config["intermediate_size"]) * experts
+    return int(embeddings + config["num_hidden_layers"] * (attention + mlp))

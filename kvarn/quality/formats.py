@@ -1,0 +1,274 @@
+"""Cache formats that no engine here runs, as round trips of tiles: rivals, and KVarN with one setting changed.
+
+Each takes a tile's keys and values as the model makes them and gives back what a read of the cache would. They are
+published quantizers written anew from their descriptions; none of them is somebody's kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kvarn.presets import PRESETS, Preset
+from kvarn.reference import codec, rtn, variance_norm
+from kvarn.reference.hadamard import rotate
+
+RoundTrip = Callable[[Tensor], Tensor]
+
+GROUP = 128
+FLOAT16_BYTES, FLOAT32_BYTES, E4M3_BYTES = 2, 4, 1
+
+
+@dataclass(frozen=True)
+class Format:
+    """One cache format to simulate.
+
+    Attributes:
+        name: how results call it.
+        key, value: tile [..., G, D] float32 -> what is read back, same shape.
+        head_bytes: head_dim -> bytes of one token and KV head, scales included.
+        group: tokens per tile.
+        keeps_sink: tile 0 is read raw by later tiles.
+        raw_tiles: latest tiles a query reads raw, its own included: 1 or 2.
+        raw_chunk: a prompt's chunk is read raw as a whole, by all its queries.
+    """
+
+    name: str
+    key: RoundTrip
+    value: RoundTrip
+    head_bytes: Callable[[int], float]
+    group: int = GROUP
+    keeps_sink: bool = True
+    raw_tiles: int = 1
+    raw_chunk: bool = False
+
+
+@dataclass(frozen=True)
+class KVarNSettings:
+    """The knobs of KVarN's quantizer; the defaults are what `kvarn.reference.codec` does, but for packing.
+
+    Attributes:
+        key_bits, value_bits, group: as in a preset.
+        iterations: rounds of the variance normalization at most; 0 leaves it out.
+        progress: gain below which the rounds end, see `variance_norm.PROGRESS`.
+        narrowed: values' and keys' ranges are narrowed, see `rtn.narrowed_range`; the paper's are not.
+        token_scales: what token-axis factors are stored in.
+        rotates_keys, rotates_values: whether the Hadamard rotation is applied.
+    """
+
+    key_bits: int = 4
+    value_bits: int = 2
+    group: int = GROUP
+    iterations: int = variance_norm.ITERATIONS
+    progress: float = variance_norm.PROGRESS
+    narrowed: bool = True
+    token_scales: torch.dtype = codec.E4M3
+    rotates_keys: bool = True
+    rotates_values: bool = True
+
+    @classmethod
+    def of(cls, preset: Preset) -> KVarNSettings:
+        """The settings of a preset."""
+        return cls(preset.key_bits, preset.value_bits, preset.group)
+
+    def head_bytes(self, head_dim: int) -> float:
+        """Bytes of one token and KV head."""
+        token_scale_bytes = E4M3_BYTES if self.token_scales == codec.E4M3 else FLOAT16_BYTES
+        codes = head_dim * (self.key_bits + self.value_bits) / 8
+        return codes + 3 * token_scale_bytes + 3 * head_dim * FLOAT16_BYTES / self.group
+
+    def format(self, name: str, **read_rule: bool | int) -> Format:
+        """These settings as a format; `read_rule` are further fields of `Format`."""
+        key, value = partial(_kvarn_key, self), partial(_kvarn_value, self)
+        return Format(name, key, value, self.head_bytes, self.group, **read_rule)  # type: ignore[arg-type]
+
+
+def _kvarn_key(settings: KVarNSettings, key: Tensor) -> Tensor:
+    def round_trip(x: Tensor) -> Tensor:
+        token_scale, _ = variance_norm.normalize(x, settings.iterations, settings.progress)
+        token_scale = token_scale / codec.magnitude(token_scale, codec.E4M3_MAX)
+        token_scale = _stored(token_scale.clamp_min(codec.E4M3_MIN_NORMAL), settings.token_scales)
+        y = x / token_scale[..., None]
+        low, high = _range(y, -2, settings.key_bits, settings.narrowed)
+        scale, zero = rtn.scale_and_zero(low, high, settings.key_bits)
+        return _rounded(y, _stored(scale), _stored(zero), settings.key_bits, -2) * token_scale[..., None]
+
+    return rotate(round_trip(rotate(key))) if settings.rotates_keys else round_trip(key)
+
+
+def _kvarn_value(settings: KVarNSettings, value: Tensor) -> Tensor:
+    bits = settings.value_bits
+
+    def around_0(y: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = _range(y, -1, bits, settings.narrowed)
+        return rtn.scale_and_zero(low.clamp_max(0.0), high.clamp_min(0.0), bits)
+
+    def round_trip(x: Tensor) -> Tensor:
+        _, channel_scale = variance_norm.normalize(x, settings.iterations, settings.progress)
+        scale, _ = around_0(x / channel_scale[..., None, :])
+        channel_scale = channel_scale * codec.magnitude(scale, codec.E4M3_MAX / (2**bits - 1))
+        channel_scale = _stored(channel_scale.clamp_min(codec.FLOAT16_TINY))[..., None, :]
+        y = x / channel_scale
+        scale, zero = (_stored(factor, settings.token_scales) for factor in around_0(y))
+        return _rounded(y, scale, zero, bits, -1) * channel_scale
+
+    return rotate(round_trip(rotate(value))) if settings.rotates_values else round_trip(value)
+
+
+def _range(x: Tensor, axis: int, bits: int, narrowed: bool = False) -> tuple[Tensor, Tensor]:
+    return rtn.narrowed_range(x, axis, bits) if narrowed else (x.amin(axis), x.amax(axis))
+
+
+def _stored(x: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
+    """x as it reads back from storage of that dtype."""
+    return (codec.to_e4m3(x) if dtype == codec.E4M3 else codec.to_float16(x)).float()
+
+
+def _rounded(x: Tensor, scale: Tensor, zero: Tensor, bits: int, axis: int) -> Tensor:
+    """x through codes whose scale and zero lack `axis`."""
+    scale, zero = scale.unsqueeze(axis), zero.unsqueeze(axis)
+    return rtn.round_to_codes(x, scale, zero, bits) * scale + zero
+
+
+def _round_to_nearest(x: Tensor, bits: int, axis: int) -> Tensor:
+    """Plain asymmetric rounding between min and max, with float16 scale and zero."""
+    scale, zero = rtn.scale_and_zero(*_range(x, axis, bits), bits)
+    return _rounded(x, _stored(scale), _stored(zero), bits, axis)
+
+
+def _rotated(round_trip: RoundTrip) -> RoundTrip:
+    return lambda x: rotate(round_trip(rotate(x)))
+
+
+def _cast(dtype: torch.dtype) -> RoundTrip:
+    return lambda x: codec.to_e4m3(x).float() if dtype == codec.E4M3 else x.to(dtype).float()
+
+
+def _int4_per_token_head(x: Tensor) -> Tensor:
+    """One float32 scale and an integer zero point for each token of a head, after a rotation."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scale = ((high - low) / 15).clamp_min(1e-6)
+    zero_point = (-low / scale).round().clamp(0, 15)
+    return ((x / scale + zero_point).round().clamp(0, 15) - zero_point) * scale
+
+
+def _turboquant_key(bits: int, key: Tensor) -> Tensor:
+    """Rotated unit vectors on the Lloyd-Max centroids of N(0, 1 / D), scaled back to the key's norm."""
+    from vllm.model_executor.layers.quantization.turboquant.centroids import get_centroids
+
+    centroids = get_centroids(key.shape[-1], bits)
+    boundaries = (centroids[:-1] + centroids[1:]) / 2
+    norm = key.norm(dim=-1, keepdim=True)
+    direction = centroids[torch.bucketize(rotate(key / norm.clamp_min(1e-8)), boundaries)]
+    return rotate(direction / direction.norm(dim=-1, keepdim=True)) * _stored(norm)
+
+
+def _plain(name: str, dtype: torch.dtype, element_bytes: int) -> Format:
+    return Format(name, _cast(dtype), _cast(dtype), lambda head_dim: 2 * head_dim * element_bytes)
+
+
+def _per_axis_bytes(key_bits: int, value_bits: int, head_dim: int) -> float:
+    """Keys with two float16 factors a channel and tile, values with two a token."""
+    return head_dim * (key_bits + value_bits) / 8 + 4 * head_dim / GROUP + 4
+
+
+def _kivi(key_bits: int, value_bits: int, rotates: bool) -> Format:
+    key: RoundTrip = partial(_round_to_nearest, bits=key_bits, axis=-2)
+    value: RoundTrip = partial(_round_to_nearest, bits=value_bits, axis=-1)
+    if rotates:
+        key, value = _rotated(key), _rotated(value)
+    name = f"{'rotation_only' if rotates else 'kivi'}_k{key_bits}v{value_bits}"
+    return Format(name, key, value, partial(_per_axis_bytes, key_bits, value_bits))
+
+
+def _turboquant(name: str, key_bits: int, value_bits: int) -> Format:
+    return Format(
+        name,
+        partial(_turboquant_key, key_bits),
+        partial(_round_to_nearest, bits=value_bits, axis=-1),
+        lambda head_dim: head_dim * (key_bits + value_bits) / 8 + FLOAT16_BYTES + 2 * FLOAT16_BYTES,
+    )
+
+
+def _paper(key_bits: int, value_bits: int) -> Format:
+    settings = KVarNSettings(key_bits, value_bits, progress=0.0, narrowed=False, token_scales=torch.float16)
+    return settings.format(f"kvarn_paper_k{key_bits}v{value_bits}")
+
+
+def _normalization_only(key_bits: int, value_bits: int) -> Format:
+    settings = KVarNSettings(
+        key_bits,
+        value_bits,
+        narrowed=False,
+        token_scales=torch.float16,
+        rotates_keys=False,
+        rotates_values=False,
+    )
+    return settings.format(f"normalization_only_k{key_bits}v{value_bits}")
+
+
+def _rivals() -> list[Format]:
+    rotated_int4 = _rotated(_int4_per_token_head)
+    return [
+        _plain("bf16", torch.bfloat16, FLOAT16_BYTES),
+        _plain("fp16", torch.float16, FLOAT16_BYTES),
+        _plain("fp8_e4m3", codec.E4M3, E4M3_BYTES),
+        Format("int4_per_token_head", rotated_int4, rotated_int4, lambda d: d + 2 * FLOAT32_BYTES),
+        _turboquant("turboquant_4bit_nc", 4, 4),
+        _turboquant("turboquant_3bit_nc", 3, 3),
+        *(_kivi(key, value, rotates) for rotates in (False, True) for key, value in ((4, 4), (4, 2))),
+        *(_normalization_only(key, value) for key, value in ((4, 4), (4, 2))),
+        *(_paper(key, value) for key, value in ((4, 4), (4, 2), (2, 2))),
+    ]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One setting of KVarN, the others at their defaults: a format for each of its values.
+
+    Attributes:
+        name: the setting.
+        formats: label of a value -> format.
+    """
+
+    name: str
+    formats: dict[str, Format] = field(default_factory=dict)
+
+
+def _knobs() -> list[Knob]:
+    def variants(name: str, values: dict[str, KVarNSettings]) -> Knob:
+        return Knob(name, {label: s.format(f"{name}={label}") for label, s in values.items()})
+
+    def rules(name: str, values: dict[str, dict[str, bool | int]]) -> Knob:
+        default = KVarNSettings()
+        return Knob(
+            name, {label: default.format(f"{name}={label}", **rule) for label, rule in values.items()}
+        )
+
+    bits = {f"k{key}v{value}": KVarNSettings(key, value) for key, value in ((4, 4), (4, 2), (2, 4), (2, 2))}
+    return [
+        variants(
+            "iterations", {str(n): KVarNSettings(iterations=n, progress=0.0) for n in (0, 1, 2, 4, 8, 16)}
+        ),
+        variants("group", {str(group): KVarNSettings(group=group) for group in (64, 128)}),
+        rules("sink", {"0": {"keeps_sink": False}, "128": {}}),
+        rules("tail", {"1 tile": {}, "2 tiles": {"raw_tiles": 2}}),
+        variants("scales", {"fp16": KVarNSettings(token_scales=torch.float16), "e4m3": KVarNSettings()}),
+        variants("rotate_values", {"no": KVarNSettings(rotates_values=False), "yes": KVarNSettings()}),
+        rules("chunk", {"exact": {}, "raw": {"raw_chunk": True}}),
+        variants("range", {"min_max": KVarNSettings(narrowed=False), "narrowed": KVarNSettings()}),
+        variants("bits", bits),
+    ]
+
+
+RIVALS = {rival.name: rival for rival in _rivals()}
+KNOBS = _knobs()
+SIMULATED = {
+    **RIVALS,
+    **{made.name: made for knob in KNOBS for made in knob.formats.values()},
+    **{f"simulated_{name}": KVarNSettings.of(p).format(f"simulated_{name}") for name, p in PRESETS.items()},
+}

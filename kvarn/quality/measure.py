@@ -1,0 +1,343 @@
+"""Protocols on a running engine: its logits are taken where vLLM makes them, in its own process."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm import LLM, SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from kvarn.quality import tasks
+from kvarn.quality.divergence import Floats, compare, estimate, summarize
+from kvarn.quality.settings import FIRST_SCORED, REFERENCE, TILE, QualityError
+
+if TYPE_CHECKING:
+    from kvarn.quality.engine_worker import WorkerSettings
+
+LOGITS_ROWS = 128  # hidden states turned into logits at a time
+FORCED = "kvarn_forced_sequence"  # of SamplingParams.extra_args
+
+Progress = Callable[[str, int, int], None]
+Record = Callable[[int, Tensor, Tensor], None]
+
+
+class Measurement:
+    """One engine, measured by protocol; the reference's logits and answers are kept for the other dtypes."""
+
+    def __init__(self, llm: LLM, settings: WorkerSettings, progress: Progress) -> None:
+        self._llm, self._settings, self._progress = llm, settings, progress
+        self._work = Path(settings.work)
+        self._sequences: list[list[int]] = json.loads((self._work / "sequences.json").read_text())
+        (self._model,) = llm.apply_model(lambda model: model)
+        self._finite = _FiniteLayers(self._model)
+
+    def run(self, protocol: str) -> dict[str, Any]:
+        """Measures one protocol: the fields of its row.
+
+        Raises:
+            QualityError: logits are not finite.
+        """
+        self._llm.reset_prefix_cache()
+        fields: dict[str, Any] = getattr(self, f"_{protocol}")()
+        return {
+            "dtype": self._settings.kv_cache_dtype,
+            "protocol": protocol,
+            **fields,
+            "bytes_per_token": bytes_per_token(self._llm, self._settings.kv_cache_dtype),
+        }
+
+    def _prefill(self) -> dict[str, Any]:
+        scores = self._scores("prefill")
+        for index, sequence in enumerate(self._sequences):
+            self._progress("prefill", index, len(self._sequences))
+            with self._hidden_states(lambda *chunk, index=index: scores.record_chunk(index, *chunk)):
+                self._generate([sequence], [SamplingParams(temperature=0, max_tokens=1, detokenize=False)])
+        self._progress("prefill", len(self._sequences), len(self._sequences))
+        return scores.summary()
+
+    def _pseudo_decode(self) -> dict[str, Any]:
+        scores = self._scores("pseudo_decode")
+        steps = len(self._sequences[0]) - TILE
+        batch = self._settings.max_num_seqs
+        total = steps * -(-len(self._sequences) // batch)
+        for first in range(0, len(self._sequences), batch):
+            indices = range(first, min(first + batch, len(self._sequences)))
+            done = steps * first // batch
+
+            def record(sequence: int, step: int, logits: Tensor, done: int = done) -> None:
+                scores.record(sequence, TILE - 1 + step, logits[None])
+                self._progress("pseudo-decode", done + step + 1, total)
+
+            ForcedTokens.sequences, ForcedTokens.record = self._sequences, record
+            self._generate(
+                [self._sequences[index][:TILE] for index in indices],
+                [
+                    SamplingParams(
+                        temperature=0,
+                        max_tokens=steps,
+                        ignore_eos=True,
+                        detokenize=False,
+                        extra_args={FORCED: index},
+                    )
+                    for index in indices
+                ],
+            )
+        return scores.summary()
+
+    def _retrieval(self) -> dict[str, Any]:
+        asked = tasks.questions(self._llm.get_tokenizer(), self._settings.max_model_len, self._settings.seed)
+        right: list[bool] = []
+        for length in dict.fromkeys(question.length for question in asked):
+            group = [question for question in asked if question.length == length]
+            self._progress("retrieval", len(right), len(asked))
+            params = [SamplingParams(temperature=0, max_tokens=len(q.answer), ignore_eos=True) for q in group]
+            # The first leaves the context in the prefix cache for the others.
+            given = self._generate([group[0].prompt], params[:1])
+            given += self._generate([question.prompt for question in group[1:]], params[1:])
+            right += [out == question.answer for out, question in zip(given, group, strict=True)]
+        self._progress("retrieval", len(asked), len(asked))
+        theirs = self._kept("retrieval.json", right)
+        accuracy = estimate(np.array([right], float), self._settings.seed, blocks=1)
+        lost = estimate(np.array([theirs], float) - np.array([right], float), self._settings.seed, blocks=1)
+        cells = sorted({(question.length, question.depth) for question in asked})
+        return {
+            "accuracy": accuracy.value,
+            "accuracy_ci": [accuracy.low, accuracy.high],
+            "lost": lost.value,
+            "lost_ci": [lost.low, lost.high],
+            "smallest_effect": accuracy.smallest_effect,
+            "questions": len(asked),
+            "by_length_and_depth": [
+                {
+                    "length": length,
+                    "depth": depth,
+                    "accuracy": float(
+                        np.mean(
+                            [
+                                r
+                                for r, q in zip(right, asked, strict=True)
+                                if (q.length, q.depth) == (length, depth)
+                            ]
+                        )
+                    ),
+                }
+                for length, depth in cells
+            ],
+        }
+
+    def _greedy(self) -> dict[str, Any]:
+        prompts = [sequence[: tasks.GREEDY_PROMPT_TOKENS] for sequence in self._sequences]
+        tokens = min(tasks.GREEDY_TOKENS, self._settings.max_model_len - len(prompts[0]))
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        self._progress("greedy", 0, 1)
+        ours = self._generate(prompts, [params] * len(prompts))
+        self._progress("greedy", 1, 1)
+        theirs = self._kept("greedy.json", ours)
+        equal = [_common_prefix(a, b) for a, b in zip(ours, theirs, strict=True)]
+        length = estimate(np.array([equal], float), self._settings.seed, blocks=1)
+        return {
+            "equal_tokens_mean": length.value,
+            "equal_tokens_ci": [length.low, length.high],
+            "equal_tokens": equal,
+            "of_tokens": tokens,
+            "never_diverged": float(np.mean([count == tokens for count in equal])),
+        }
+
+    def _generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
+        outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def _kept(self, name: str, ours: Any) -> Any:
+        """The reference's answers; this engine's own if it is the reference."""
+        path = self._work / name
+        if self._settings.kv_cache_dtype == REFERENCE:
+            path.write_text(json.dumps(ours))
+        return json.loads(path.read_text())
+
+    def _scores(self, protocol: str) -> _Scores:
+        logits = ReferenceLogits(
+            self._work / f"{protocol}.logits",
+            positions=len(self._sequences[0]) - 1 - FIRST_SCORED,
+            vocab_size=self._llm.llm_engine.model_config.get_vocab_size(),
+            dtype=self._llm.llm_engine.model_config.dtype,
+        )
+        is_reference = self._settings.kv_cache_dtype == REFERENCE
+        return _Scores(self._sequences, logits, is_reference, self._finite, self._settings.seed)
+
+    @contextmanager
+    def _hidden_states(
+        self, record: Callable[[Tensor, Callable[[Tensor], Tensor], Tensor], None]
+    ) -> Iterator[None]:
+        """Calls `record(positions, compute_logits, hidden states)` after each forward pass of the model."""
+        forward = self._model.forward
+
+        def recording(input_ids: Tensor, positions: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            hidden: Tensor = forward(input_ids, positions, *args, **kwargs)
+            record(positions, self._model.compute_logits, hidden)
+            return hidden
+
+        self._model.forward = recording
+        try:
+            yield
+        finally:
+            self._model.forward = forward
+
+
+class ForcedTokens(LogitsProcessor):
+    """Makes a request with `FORCED` in its extra_args say its sequence of text, and hands its logits to `record`.
+
+    Whatever was computed for a step is seen before the text's token takes its place, so errors of the cache add up
+    as they do in generation.
+    """
+
+    sequences: ClassVar[list[list[int]]] = []
+    record: ClassVar[Callable[[int, int, Tensor], None]]
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._forced: dict[
+            int, tuple[int, list[int]]
+        ] = {}  # row of the batch -> sequence, tokens said so far
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        def state(params: SamplingParams, _: Any, said: list[int]) -> tuple[int, list[int]] | None:
+            sequence = (params.extra_args or {}).get(FORCED)
+            return None if sequence is None else (sequence, said)
+
+        process_dict_updates(self._forced, batch_update, state)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        for row, (sequence, said) in self._forced.items():
+            ForcedTokens.record(sequence, len(said), logits[row])
+            token = self.sequences[sequence][TILE + len(said)]
+            logits[row] = -torch.inf
+            logits[row, token] = 0.0
+        return logits
+
+
+class ReferenceLogits:
+    """Logits of the unquantized cache on disk, in the dtype that the model computed them in: lossless."""
+
+    def __init__(self, path: Path, positions: int, vocab_size: int, dtype: torch.dtype) -> None:
+        self._path, self._positions, self._vocab_size, self._dtype = path, positions, vocab_size, dtype
+        self._row_bytes = vocab_size * dtype.itemsize
+
+    def write(self, sequence: int, position: int, logits: Tensor) -> None:
+        """Keeps logits [N, V] of consecutive scored positions; OSError where the disk is full."""
+        self._path.touch()
+        with self._path.open("r+b") as file:
+            file.seek((sequence * self._positions + position) * self._row_bytes)
+            file.write(logits.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
+
+    def read(self, sequence: int, position: int, count: int) -> Tensor:
+        """[count, V] logits of consecutive scored positions."""
+        with self._path.open("rb") as file:
+            file.seek((sequence * self._positions + position) * self._row_bytes)
+            buffer = bytearray(file.read(count * self._row_bytes))
+        return torch.frombuffer(buffer, dtype=self._dtype).view(count, self._vocab_size)
+
+
+class _Scores:
+    """What `compare` gives for every scored position of every sequence."""
+
+    def __init__(
+        self,
+        sequences: list[list[int]],
+        reference: ReferenceLogits,
+        is_reference: bool,
+        finite: _FiniteLayers,
+        seed: int,
+    ) -> None:
+        self._tokens = torch.tensor(sequences)
+        self._reference, self._is_reference, self._finite, self._seed = reference, is_reference, finite, seed
+        self._measured: Floats = np.full((len(sequences), len(sequences[0]) - 1 - FIRST_SCORED, 4), np.nan)
+
+    def record_chunk(self, sequence: int, positions: Tensor, compute_logits: Any, hidden: Tensor) -> None:
+        """Scores consecutive positions of one sequence from their hidden states."""
+        scored = (positions >= FIRST_SCORED) & (positions < self._tokens.shape[1] - 1)
+        rows, first = hidden[scored], positions[scored]
+        for start in range(0, len(rows), LOGITS_ROWS):
+            part = slice(start, start + LOGITS_ROWS)
+            self.record(sequence, int(first[part][0]), compute_logits(rows[part]))
+
+    def record(self, sequence: int, position: int, logits: Tensor) -> None:
+        """Scores logits [N, V] of the positions from `position` on; those not to be scored are dropped."""
+        index = position - FIRST_SCORED
+        if not 0 <= index < self._measured.shape[1]:
+            return
+        if not logits.isfinite().all():
+            raise QualityError(f"logits at position {position} are not finite: {self._finite.first_bad()}")
+        logits = logits.cpu()
+        if self._is_reference:
+            self._reference.write(sequence, index, logits)
+            reference = logits
+        else:
+            reference = self._reference.read(sequence, index, len(logits))
+        following = self._tokens[sequence, position + 1 : position + 1 + len(logits)]
+        self._measured[sequence, index : index + len(logits)] = compare(reference, logits, following).numpy()
+
+    def summary(self) -> dict[str, Any]:
+        """The fields of a row."""
+        if np.isnan(self._measured).any():
+            raise QualityError("the engine left positions out: this is a bug of the measurement")
+        return summarize(self._measured, FIRST_SCORED, self._seed)
+
+
+class _FiniteLayers:
+    """Notes, without waiting for the device, which decoder layers gave something not finite."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names: list[str] = []
+        self._bad: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            if re.search(r"layers\.\d+$", name):
+                self._names.append(name)
+                module.register_forward_hook(lambda *call, name=name: self._note(name, call[-1]))
+
+    def _note(self, name: str, output: Any) -> None:
+        parts = output if isinstance(output, tuple) else (output,)
+        bad = torch.stack([~part.isfinite().all() for part in parts if part is not None]).any()
+        self._bad[name] = bad if name not in self._bad else self._bad[name] | bad
+
+    def first_bad(self) -> str:
+        """Says where it began."""
+        for name in self._names:
+            if name in self._bad and bool(self._bad[name]):
+                return f"{name} is the first layer whose output is not"
+        return "every layer's output is, so the final norm or the head is to blame"
+
+
+def bytes_per_token(llm: Any, kv_cache_dtype: str) -> float:
+    """Bytes of cache that one token takes in all layers, as vLLM counts them, or as a simulated format would."""
+    from kvarn.quality.formats import SIMULATED
+
+    groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+    if kv_cache_dtype not in SIMULATED:
+        return float(
+            sum(
+                len(g.layer_names) * g.kv_cache_spec.page_size_bytes / g.kv_cache_spec.block_size
+                for g in groups
+            )
+        )
+    head_bytes = SIMULATED[kv_cache_dtype].head_bytes
+    return float(
+        sum(
+            len(g.layer_names) * g.kv_cache_spec.num_kv_heads * head_bytes(g.kv_cache_spec.head_size)
+            for g in groups
+        )
+    )
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))

@@ -1,0 +1,204 @@
+"""Runs a quality measurement: one worker a cache dtype, rows kept as they finish, a killed run taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from kvarn import worker
+from kvarn.environment import machine, versions
+from kvarn.model import resolve_model
+from kvarn.quality import engine_worker
+from kvarn.quality.engine_worker import WorkerSettings
+from kvarn.quality.settings import FIRST_SCORED, REFERENCE, QualityError, QualityRun, read_text
+from kvarn.quality.tasks import GREEDY_TOKENS, RETRIEVAL_LENGTHS
+
+Progress = Callable[[str, int, int], None]
+Row = dict[str, Any]
+
+MAX_NUM_SEQS = 8
+QUESTION_TOKENS = 128  # room for a retrieval context's question and answer
+LOGIT_PROTOCOLS = ("prefill", "pseudo_decode")
+
+
+def run(settings: QualityRun, json_path: Path | None, progress: Progress) -> dict[str, Any]:
+    """Measures every dtype that `json_path` holds no row of yet.
+
+    Args:
+        settings: what to measure.
+        json_path: the record, written after every row; None to keep nothing.
+        progress: called with (label, done, to do) as work goes on.
+
+    Returns:
+        The record: settings, environment and rows.
+
+    Raises:
+        QualityError: an engine failed, the disk is full, or `json_path` holds another run; finished rows are kept.
+        ModelError: the model cannot be found.
+    """
+    formats = settings.formats
+    model = resolve_model(settings.model)
+    sequences = _sequences(settings, model)
+    record = _begin(settings, sequences, json_path)
+    with _work_directory(json_path) as work:
+        (work / "sequences.json").write_text(json.dumps(sequences))
+        _check_disk(settings, model, work)
+        for dtype in formats:
+            done = {(row["dtype"], row["protocol"]) for row in record["rows"]}
+            missing = [p for p in settings.protocols if (dtype, p) not in done or _lost(work, dtype, p)]
+            if not missing:
+                continue
+            for row in _measure(_worker_settings(settings, model, work, dtype, missing), progress):
+                key = (row["dtype"], row["protocol"])
+                record["rows"] = [r for r in record["rows"] if (r["dtype"], r["protocol"]) != key] + [row]
+                _write(json_path, record)
+    return record
+
+
+def _sequences(settings: QualityRun, model: Path) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    text = read_text(settings.text)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    context = settings.context
+    if len(ids) < context:
+        raise QualityError(
+            f"the text has {len(ids)} tokens: give one of at least {context} tokens, or a smaller --context"
+        )
+    if len(ids) < settings.num_sequences * context:
+        raise QualityError(
+            f"the text has {len(ids)} tokens, --tokens asks for {settings.tokens}: give a longer text or fewer tokens"
+        )
+    limit = _context_limit(model)
+    if context > limit:
+        raise QualityError(f"--context is {context}, but the model holds {limit} tokens: give at most that")
+    return [ids[i * context : (i + 1) * context] for i in range(settings.num_sequences)]
+
+
+def _context_limit(model: Path) -> int:
+    return int(json.loads((model / "config.json").read_text()).get("max_position_embeddings", 1 << 30))
+
+
+def _begin(settings: QualityRun, sequences: list[list[int]], json_path: Path | None) -> dict[str, Any]:
+    """The record to add to: that of an earlier run with these settings, or a new one."""
+    identity = {**settings.identity(), "text_sha256": sha256(json.dumps(sequences).encode()).hexdigest()[:16]}
+    if json_path is not None and json_path.exists():
+        try:
+            record: dict[str, Any] = json.loads(json_path.read_text())
+            other = record["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise QualityError(f"{json_path} is no quality record: remove it, or name another file") from None
+        if differing := sorted(k for k in identity if other.get(k) != identity[k]):
+            raise QualityError(
+                f"{json_path} holds a run with other {', '.join(differing)}: remove it, or name another file"
+            )
+        return record
+    return {
+        "benchmark": "quality",
+        "settings": identity,
+        "first_scored": FIRST_SCORED,
+        "versions": versions(),
+        "machine": machine(),
+        "rows": [],
+    }
+
+
+@contextmanager
+def _work_directory(json_path: Path | None) -> Iterator[Path]:
+    """Where workers share the reference's logits; beside the record it outlives a run that was killed."""
+    if json_path is None:
+        with tempfile.TemporaryDirectory(prefix="kvarn-quality-") as directory:
+            yield Path(directory)
+        return
+    directory_path = json_path.with_name(f"{json_path.name}.work")
+    directory_path.mkdir(exist_ok=True)
+    yield directory_path
+    shutil.rmtree(directory_path)
+
+
+def _lost(work: Path, dtype: str, protocol: str) -> bool:
+    """Whether the reference has to run again because what it left for other dtypes is gone."""
+    name = f"{protocol}.logits" if protocol in LOGIT_PROTOCOLS else f"{protocol}.json"
+    return dtype == REFERENCE and not (work / name).exists()
+
+
+def _check_disk(settings: QualityRun, model: Path, work: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    element_bytes = 4 if settings.dtype == "float32" else 2
+    rows = settings.num_sequences * (settings.context - 1 - FIRST_SCORED)
+    per_protocol = rows * config["vocab_size"] * element_bytes
+    files = [work / f"{p}.logits" for p in settings.protocols if p in LOGIT_PROTOCOLS]
+    needed = sum(per_protocol - (f.stat().st_size if f.exists() else 0) for f in files)
+    free = shutil.disk_usage(work).free
+    if needed > free:
+        raise QualityError(
+            f"the reference's logits take {needed / 2**30:.1f} GiB and {work} has {free / 2**30:.1f} GiB left: "
+            "free some, give fewer --tokens, or put --json on another disk"
+        )
+
+
+def _worker_settings(
+    settings: QualityRun, model: Path, work: Path, dtype: str, protocols: list[str]
+) -> WorkerSettings:
+    longest = max(settings.context + 1, min(settings.context, 512) + GREEDY_TOKENS)
+    if "retrieval" in settings.protocols:
+        longest = max(longest, max(RETRIEVAL_LENGTHS) + QUESTION_TOKENS)
+    return WorkerSettings(
+        model=str(model),
+        dtype=settings.dtype,
+        kv_cache_dtype=dtype,
+        protocols=protocols,
+        work=str(work),
+        seed=settings.seed,
+        max_model_len=min(longest, _context_limit(model)),
+        max_num_seqs=max(1, min(settings.num_sequences, MAX_NUM_SEQS)),
+    )
+
+
+def _measure(settings: WorkerSettings, progress: Progress) -> Iterator[Row]:
+    """The rows of one dtype, as its worker finishes them."""
+    dtype, left = settings.kv_cache_dtype, list(settings.protocols)
+    progress(f"{dtype}: starting", 0, 1)
+    with tempfile.TemporaryFile("w+", prefix="kvarn-quality-", errors="replace") as log:
+        with worker.running(engine_worker, asdict(settings), log) as answers:
+            for line in answers:
+                message = json.loads(line)
+                if "progress" in message:
+                    label, done, total = message["progress"]
+                    progress(f"{dtype}: {label}", done, total)
+                elif "row" in message:
+                    left.remove(message["row"]["protocol"])
+                    yield message["row"]
+                elif "refused" in message:
+                    yield from ({"dtype": dtype, "protocol": p, "refused": message["refused"]} for p in left)
+                    return
+                else:
+                    raise QualityError(f"{dtype}: {message['error']}")
+        if left:
+            raise QualityError(
+                f"the engine with kv_cache_dtype {dtype!r} failed; its log ends:\n{worker.log_tail(log)}"
+            )
+
+
+def _write(json_path: Path | None, record: dict[str, Any]) -> None:
+    """Replaces the record in one step, so that a reader or a full disk finds the old one or the new one."""
+    if json_path is None:
+        return
+    scratch = json_path.with_name(f".{json_path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(json.dumps(record, indent=1) + "\n")
+        scratch.replace(json_path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise QualityError(
+            f"{json_path} cannot be written: {error.strerror}; rows up to here are kept"
+        ) from None

@@ -1,0 +1,161 @@
+"""A record's part of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from kvarn.quality import plot as quality_plot
+from kvarn.quality.tables import CELLS, HEADINGS, TITLES
+from kvarn.report.page import Record, chart, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def section(record: Record) -> Iterator[str]:
+    """HTML of one record; one of an unknown kind is shown as its fields."""
+    made = {"quality": _quality, "plan": _plan, "engine": _engine}.get(record["benchmark"], _kernels)
+    yield from made(record)
+
+
+def _quality(record: Record) -> Iterator[str]:
+    settings = record["settings"]
+    yield "<h2>Quality</h2>"
+    yield (
+        f"<p>{settings['tokens']:,} tokens of text in sequences of {settings['context']:,}, weights and activations in "
+        f"{escape(settings['dtype'])}. Divergences are against the unquantized cache (auto), over positions from "
+        f"{record['first_scored']} on; intervals are 95 % by bootstrap. &ldquo;Visible from&rdquo; is the smallest "
+        "difference that this sample could have shown.</p>"
+    )
+    if quality_plot.drawn_rows(record):
+        yield chart(quality_plot.figure(record), "KL divergence against bytes and along the context")
+    for protocol, title in TITLES.items():
+        rows = [row for row in record["rows"] if row["protocol"] == protocol]
+        if rows:
+            yield f"<h3>{escape(title)}</h3>"
+            yield table(
+                ["cache dtype", "bytes/token", *HEADINGS[protocol]],
+                [_quality_cells(protocol, row) for row in rows],
+                [row["dtype"].startswith("kvarn_k") for row in rows],
+            )
+    dtypes = ",".join(dict.fromkeys(row["dtype"] for row in record["rows"]))
+    yield _command(
+        f"kvarn quality --model {settings['model']} --dtypes {dtypes} --tokens {settings['tokens']} "
+        f"--context {settings['context']} --dtype {settings['dtype']} --seed {settings['seed']} --json quality.json"
+    )
+
+
+def _quality_cells(protocol: str, row: Record) -> list[str]:
+    if "refused" in row:
+        return [row["dtype"], f"does not run here: {row['refused']}"]
+    return [row["dtype"], f"{row['bytes_per_token']:,.0f}", *CELLS[protocol](row)]
+
+
+def _plan(record: Record) -> Iterator[str]:
+    where = f"{record['tensor_parallel']} x {record['gpu']}"
+    yield f"<h2>Capacity: {escape(record['model'])} on {escape(where)}</h2>"
+    yield f"<p>{record['context']:,} tokens a sequence; decode times are bandwidth alone.</p>"
+    rows = [row for row in record["rows"] if not row["refused"]]
+    yield chart(
+        _bars([row["dtype"] for row in rows], [row["tokens"] for row in rows], "tokens held"), "tokens held"
+    )
+    first = rows[0]
+    yield table(
+        [
+            "cache dtype",
+            "bytes/token",
+            "blocks",
+            "tokens held",
+            "",
+            "sequences",
+            "side pool",
+            "decode step",
+            "tok/s",
+        ],
+        [
+            [
+                row["dtype"],
+                f"{row['bytes_per_token']:,.0f}",
+                f"{row['blocks']:,}",
+                f"{row['tokens']:,}",
+                f"{row['tokens'] / max(first['tokens'], 1):.2f}x",
+                f"{row['sequences']:,}",
+                f"{100 * row['side_pool_share']:.1f} %",
+                f"{row['decode_ms']:.1f} ms",
+                f"{row['decode_tokens_per_s']:,.0f}",
+            ]
+            for row in rows
+        ],
+        [row["dtype"].startswith("kvarn") for row in rows],
+    )
+    rate = (
+        ""
+        if record["rate"] is None
+        else f" --rate {record['rate']:g} --output-tokens {record['output_tokens']}"
+    )
+    yield _command(
+        f"kvarn plan --model {record['model']} --gpu {record['gpu']} --tp {record['tensor_parallel']} "
+        f"--context {record['context']}{rate} --json"
+    )
+
+
+def _engine(record: Record) -> Iterator[str]:
+    settings, results = record["settings"], record["results"]
+    yield "<h2>Engine speed</h2>"
+    yield (
+        f"<p>{settings['batch_size']} requests of {settings['context_tokens']:,} tokens, {settings['output_tokens']} "
+        f"generated, {settings['kv_cache_memory_gib']:g} GiB of cache.</p>"
+    )
+    first = results[0]
+    yield table(
+        ["cache dtype", "decode tok/s", "", "prefill tok/s", "", "tokens held", ""],
+        [
+            [
+                result["kv_cache_dtype"],
+                f"{result['decode_tokens_per_s']:.1f}",
+                f"{result['decode_tokens_per_s'] / first['decode_tokens_per_s']:.2f}x",
+                f"{result['prefill_tokens_per_s']:.0f}",
+                f"{result['prefill_tokens_per_s'] / first['prefill_tokens_per_s']:.2f}x",
+                f"{result['capacity_tokens']:,}",
+                f"{result['capacity_tokens'] / first['capacity_tokens']:.2f}x",
+            ]
+            for result in results
+        ],
+        [result["kv_cache_dtype"].startswith("kvarn") for result in results],
+    )
+    yield _command(
+        f"kvarn bench engine --model {settings['model']} --kv-cache-dtypes {','.join(settings['kv_cache_dtypes'])} "
+        f"--batch {settings['batch_size']} --context {settings['context_tokens']}"
+    )
+
+
+def _kernels(record: Record) -> Iterator[str]:
+    yield f"<h2>Benchmark {escape(record['benchmark'])}</h2>"
+    for value in record.values():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            headings = list(value[0])
+            yield table(headings, [[_cell(item.get(heading)) for heading in headings] for item in value])
+    yield _command(f"kvarn bench {record['benchmark']} --json {record['benchmark']}.json")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _bars(labels: list[str], heights: list[float], axis: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    bars = axes.barh(labels, heights, color=["C0" if label.startswith("kvarn") else "C7" for label in labels])
+    axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(axis)
+    axes.margins(x=0.15)
+    return figure
+
+
+def _command(text: str) -> str:
+    return f"<p class='dim'>Measure it again:</p><pre>{escape(text)}</pre>"
