@@ -12,7 +12,14 @@ if not torch.cuda.is_available():
 from kvarn.model import DEFAULT_MODEL, resolve_model
 
 # Fast tests come first, then those that start engines, then those that start a cluster.
-SLOW_MODULES = ("test_bench.py", "test_engine.py", "test_serve_command.py", "test_e2e_serve.py")
+SLOW_MODULES = (
+    "test_plan.py",
+    "test_bench.py",
+    "test_quality_engine.py",
+    "test_engine.py",
+    "test_serve_command.py",
+    "test_e2e_serve.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -212,19 +212,17 @@ def table(plan: Plan) -> Table:
     where = f"{plan.tensor_parallel} x {plan.gpu}" if plan.tensor_parallel > 1 else plan.gpu
     made = Table(title=f"{plan.model} on {where}, {plan.context:,} tokens a sequence")
     made.add_column("cache dtype", no_wrap=True)
-    headings = ["bytes/token", "blocks", "tokens held", "", "sequences", "side pool", "decode step", "tok/s"]
+    headings = ["tokens held", "", "seqs", "side pool", "step", "tok/s"]
     if plan.rate is not None:
-        headings.append(f"running at {plan.rate:g}/s")
+        headings.append(f"at {plan.rate:g}/s")
     for heading in headings:
-        made.add_column(heading, justify="right")
+        made.add_column(heading, justify="right", no_wrap=True)
     first = plan.rows[0]
     for row in plan.rows:
         if row.refused:
             made.add_row(row.dtype, "-", row.refused)
             continue
         cells = [
-            f"{row.bytes_per_token:,.0f}",
-            f"{row.blocks:,}",
             f"{row.tokens:,}",
             f"{row.tokens / max(first.tokens, 1):.2f}x",
             f"{row.sequences:,}",

@@ -153,6 +153,7 @@ def _bars(labels: list[str], heights: list[float], axis: str) -> Figure:
     axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(axis)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.margins(x=0.15)
     return figure
 

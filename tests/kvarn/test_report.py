@@ -1,0 +1,105 @@
+"""The report page, made by the command and looked at by a real browser."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+from typer.testing import CliRunner
+
+from kvarn.cli import app
+
+CHROMIUM = shutil.which("chromium")
+CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
+def quality_record() -> dict:
+    def logits(dtype: str, kld: float, size: float) -> dict:
+        ci = [kld * 0.9, kld * 1.1]
+        part = {"from": 256, "to": 512, "kld_mean": kld, "kld_mean_ci": ci, "n": 100}
+        return {
+            "dtype": dtype,
+            "protocol": "pseudo_decode",
+            "kld_mean": kld,
+            "kld_mean_ci": ci,
+            "kld_smallest_effect": kld / 5,
+            "kld_median": kld / 2,
+            "kld_p999": kld * 20,
+            "ppl": 14.5,
+            "ppl_ratio": 1.001,
+            "ppl_ratio_ci": [0.999, 1.003],
+            "ppl_smallest_effect": 0.003,
+            "top1": 0.97,
+            "top1_ci": [0.96, 0.98],
+            "bytes_per_token": size,
+            "by_position": [part],
+        }
+
+    refused = {"dtype": "fp8", "protocol": "pseudo_decode", "refused": "FP8 needs <AVX-512> & AMX"}
+    rows = [logits("kvarn_k4v2_g128", 0.01, 4860.0), logits("kivi_k4v2", 0.03, 5000.0), refused]
+    settings = {"model": "m", "tokens": 4096, "context": 512, "dtype": "float32", "seed": 0}
+    return {
+        "benchmark": "quality",
+        "settings": settings,
+        "first_scored": 256,
+        "versions": {"python": "3.11", "ray": None},
+        "machine": {"cpu": "a <processor>", "cores": "2"},
+        "rows": rows,
+    }
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    """A page of a quality record and a plan."""
+    quality, plan, html = tmp_path / "q.json", tmp_path / "p.json", tmp_path / "report.html"
+    quality.write_text(json.dumps(quality_record()))
+    planned = CliRunner().invoke(app, ["plan", "--json"])
+    plan.write_text(planned.stdout)
+    result = CliRunner().invoke(app, ["report", str(quality), str(plan), "--html", str(html)])
+    assert result.exit_code == 0, result.stderr
+    return html
+
+
+def test_the_page_needs_nothing_else(page: Path) -> None:
+    text = page.read_text()
+    assert "src=" not in text
+    assert "<script" not in text
+    assert "a &lt;processor&gt;" in text
+    assert "FP8 needs &lt;AVX-512&gt; &amp; AMX" in text
+    assert "kvarn quality --model m" in text
+    assert text.count("<svg") == 2
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_it_without_complaint(page: Path, tmp_path: Path, scheme: str) -> None:
+    complaints: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
+        shown = browser.new_page(color_scheme=scheme, viewport={"width": 1200, "height": 900})
+        shown.on("console", lambda message: complaints.append(message.text))
+        shown.on("pageerror", lambda error: complaints.append(str(error)))
+        shown.goto(page.as_uri())
+        background = shown.evaluate("getComputedStyle(document.body).backgroundColor")
+        wide = shown.evaluate("document.documentElement.scrollWidth > window.innerWidth")
+        shot = shown.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
+        printed = shown.pdf()
+        browser.close()
+    assert complaints == []
+    assert not wide, "the page scrolls sideways"
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    assert len(shot) > 20_000
+    assert printed.startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [("{", "is not JSON"), ("[]", "is no record"), ('{"rows": []}', "has no field 'benchmark'")],
+)
+def test_files_that_are_no_records_are_refused(tmp_path: Path, content: str, sentence: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    result = CliRunner().invoke(app, ["report", str(path)])
+    assert result.exit_code == 1
+    assert sentence in result.stderr
