@@ -104,31 +104,46 @@ def _plan(record: Record) -> Iterator[str]:
 def _engine(record: Record) -> Iterator[str]:
     settings, results = record["settings"], record["results"]
     yield "<h2>Engine speed</h2>"
-    yield (
-        f"<p>{settings['batch_size']} requests of {settings['context_tokens']:,} tokens, {settings['output_tokens']} "
-        f"generated, {settings['kv_cache_memory_gib']:g} GiB of cache.</p>"
-    )
-    first = results[0]
+    yield f"<p>{escape(settings['shape'] or settings['model'])}, {escape(settings['dtype'])}.</p>"
+    headings = [
+        "cache dtype",
+        "workload",
+        "tok/s",
+        "first token",
+        "prefill tok/s",
+        "decode tok/s",
+        "tokens held",
+    ]
     yield table(
-        ["cache dtype", "decode tok/s", "", "prefill tok/s", "", "tokens held", ""],
-        [
-            [
-                result["kv_cache_dtype"],
-                f"{result['decode_tokens_per_s']:.1f}",
-                f"{result['decode_tokens_per_s'] / first['decode_tokens_per_s']:.2f}x",
-                f"{result['prefill_tokens_per_s']:.0f}",
-                f"{result['prefill_tokens_per_s'] / first['prefill_tokens_per_s']:.2f}x",
-                f"{result['capacity_tokens']:,}",
-                f"{result['capacity_tokens'] / first['capacity_tokens']:.2f}x",
-            ]
-            for result in results
-        ],
-        [result["kv_cache_dtype"].startswith("kvarn") for result in results],
+        headings,
+        [row for result in results for row in _engine_rows(result)],
+        [result["kv_cache_dtype"].startswith("kvarn") for result in results for _ in _engine_rows(result)],
     )
+    workloads = ",".join(
+        f"{w['requests']}x{w['prompt_tokens']}+{w['output_tokens']}" for w in settings["workloads"]
+    )
+    model = f"--shape {settings['shape']}" if settings["shape"] else f"--model {settings['model']}"
     yield _command(
-        f"kvarn bench engine --model {settings['model']} --kv-cache-dtypes {','.join(settings['kv_cache_dtypes'])} "
-        f"--batch {settings['batch_size']} --context {settings['context_tokens']}"
+        f"kvarn bench engine {model} --kv-cache-dtypes {','.join(settings['kv_cache_dtypes'])} "
+        f"--workloads {workloads} --json engine.json"
     )
+
+
+def _engine_rows(result: Record) -> list[list[str]]:
+    if result["reason"]:
+        return [[result["kv_cache_dtype"], f"did not run: {result['reason']}"]]
+    return [
+        [
+            result["kv_cache_dtype"],
+            workload["workload"],
+            f"{workload['tokens_per_s']:.1f}",
+            f"{workload['first_token_s']:.2f} s",
+            f"{workload['prefill_tokens_per_s']:.0f}",
+            _cell(workload["decode_tokens_per_s"]),
+            f"{result['capacity_tokens']:,}",
+        ]
+        for workload in result["workloads"]
+    ]
 
 
 def _kernels(record: Record) -> Iterator[str]:

@@ -8,6 +8,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 from typer.testing import CliRunner
 
+from kvarn.bench.engine import EngineBench, EngineResult, Workload, WorkloadResult, record
 from kvarn.cli import app
 
 CHROMIUM = shutil.which("chromium")
@@ -49,14 +50,21 @@ def quality_record() -> dict:
     }
 
 
+def engine_record() -> dict:
+    bench = EngineBench(workloads=(Workload(2, 100, 8),))
+    ran = EngineResult("auto", [WorkloadResult("2 x 100 + 8", 20.0, 0.5, 400.0, 21.5, [])], 9.0, 100, 128)
+    return record(bench, [ran, EngineResult("fp8", reason="no AVX-512")])
+
+
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
-    """A page of a quality record and a plan."""
-    quality, plan, html = tmp_path / "q.json", tmp_path / "p.json", tmp_path / "report.html"
+    """A page of a quality record, a plan and an engine benchmark."""
+    quality, plan, bench, html = (tmp_path / name for name in ("q.json", "p.json", "b.json", "report.html"))
+    bench.write_text(json.dumps(engine_record()))
     quality.write_text(json.dumps(quality_record()))
     planned = CliRunner().invoke(app, ["plan", "--json"])
     plan.write_text(planned.stdout)
-    result = CliRunner().invoke(app, ["report", str(quality), str(plan), "--html", str(html)])
+    result = CliRunner().invoke(app, ["report", str(quality), str(plan), str(bench), "--html", str(html)])
     assert result.exit_code == 0, result.stderr
     return html
 
@@ -68,6 +76,8 @@ def test_the_page_needs_nothing_else(page: Path) -> None:
     assert "a &lt;processor&gt;" in text
     assert "FP8 needs &lt;AVX-512&gt; &amp; AMX" in text
     assert "kvarn quality --model m" in text
+    assert "--workloads 2x100+8" in text
+    assert "did not run: no AVX-512" in text
     assert text.count("<svg") == 2
 
 
