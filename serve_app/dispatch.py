@@ -84,7 +84,9 @@ class Dispatcher:
         if chosen is None:
             raise refusal(decision, need, context_tokens)
         try:
-            call = self._call(chosen, request_id, ids, sampling, timeout_s, observation.headers())
+            call = self._call(
+                chosen, request_id, ids, sampling, timeout_s, observation.headers(), request.cache_salt
+            )
             usage = inference_pb2.Usage(prompt_tokens=len(ids))
             async with aclosing(call):
                 async for delta in call:
@@ -106,6 +108,11 @@ class Dispatcher:
             raise InvalidRequestError(
                 f"request_id must have at most {MAX_NAME_CHARACTERS} characters, "
                 f"got {len(request.request_id)}."
+            )
+        if len(request.cache_salt) > MAX_NAME_CHARACTERS:
+            raise InvalidRequestError(
+                f"cache_salt must have at most {MAX_NAME_CHARACTERS} characters, "
+                f"got {len(request.cache_salt)}."
             )
         if request.model and request.model != self._model_name:
             name = request.model[:MAX_NAME_CHARACTERS]  # statuses travel in headers, which are small
@@ -130,12 +137,14 @@ class Dispatcher:
         sampling: sampling_pb2.SamplingParams,
         timeout_s: float | None,
         metadata: Sequence[tuple[str, str]],
+        cache_salt: str,
     ) -> AsyncGenerator[engine_pb2.EngineGenerateResponse, None]:
         message = engine_pb2.EngineGenerateRequest(
             request_id=request_id,
             gateway_id=self._gateway_id,
             prompt_token_ids=ids,
             sampling_params=sampling,
+            cache_salt=cache_salt,
         )
         call = self._fleet.stub(chosen.replica_id).Generate(message, timeout=timeout_s, metadata=metadata)
         try:

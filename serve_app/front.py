@@ -9,9 +9,9 @@ from fastapi import APIRouter
 
 from kvarn.v1 import cluster_pb2_grpc, inference_pb2_grpc
 from serve_app.config import GatewayConfig
-from serve_app.dispatch import Dispatcher
 from serve_app.gateway_service import SERVICE_NAMES, ClusterService, InferenceService
 from serve_app.grpc_server import GrpcServer
+from serve_app.handler import RequestHandler
 from serve_app.http_app import http_app, probes
 from serve_app.http_guard import HttpGuard
 from serve_app.http_server import HttpServer
@@ -21,6 +21,7 @@ from serve_app.openai.completions import CompletionService
 from serve_app.openai.tools import ToolParsers
 from serve_app.prompts import PromptEncoder
 from serve_app.security.access import Access
+from serve_app.security.salts import TenantSalts
 from serve_app.security.tls import ServerTls
 
 
@@ -44,13 +45,15 @@ class Front:
         self,
         config: GatewayConfig,
         model_name: str,
-        dispatcher: Dispatcher,
+        dispatcher: RequestHandler,
         encoder: PromptEncoder,
         cluster: ClusterService,
         is_ready: Callable[[], bool],
         routers: Sequence[APIRouter] = (),
     ) -> None:
         self._config = config
+        if config.security.salt_cache_by_tenant:
+            dispatcher = TenantSalts(dispatcher)
         access = Access(config.security.api_keys)
         tls = ServerTls(config.security.tls) if config.security.tls else None
         self._grpc = self._grpc_server(access, tls)

@@ -11,10 +11,10 @@ import grpc
 
 from kvarn.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 from serve_app import wire
-from serve_app.dispatch import Dispatcher, Request
 from serve_app.errors import DeadlineExceededError
 from serve_app.feed import Feed
 from serve_app.grpc_server import headers_of
+from serve_app.handler import Request, RequestHandler
 from serve_app.routing import Router
 from serve_app.security.access import Access
 
@@ -27,7 +27,7 @@ SERVICE_NAMES = [
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Generation for clients. Methods raise `RequestError`s, which the error boundary turns into statuses."""
 
-    def __init__(self, dispatcher: Dispatcher, access: Access, write_timeout_s: float) -> None:
+    def __init__(self, dispatcher: RequestHandler, access: Access, write_timeout_s: float) -> None:
         self._dispatcher = dispatcher
         self._access = access
         self._write_timeout_s = write_timeout_s

@@ -9,7 +9,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs
 
 from kvarn.v1 import inference_pb2
-from serve_app.dispatch import Dispatcher
+from serve_app.handler import RequestHandler
 from serve_app.openai import responses
 from serve_app.openai.choices import Usage, generate_all
 from serve_app.openai.requests import chat_prompt, chat_sampling, numbered, valid_unicode
@@ -28,7 +28,7 @@ class ChatService:
         text_of: the text of a token id.
     """
 
-    def __init__(self, dispatcher: Dispatcher, parsers: ToolParsers, text_of: TokenText) -> None:
+    def __init__(self, dispatcher: RequestHandler, parsers: ToolParsers, text_of: TokenText) -> None:
         self._dispatcher = dispatcher
         self._parsers = parsers
         self._text_of = text_of

@@ -8,8 +8,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from kvarn.v1 import inference_pb2
-from serve_app.dispatch import Dispatcher
 from serve_app.errors import RequestError, UnavailableError
+from serve_app.handler import RequestHandler
 from serve_app.routing import Caller
 
 MAX_WAITING = 16  # pieces a client is behind before its generations wait
@@ -37,7 +37,7 @@ class Usage:
 
 
 async def generate_all(
-    dispatcher: Dispatcher, requests: Sequence[inference_pb2.GenerateRequest], caller: Caller
+    dispatcher: RequestHandler, requests: Sequence[inference_pb2.GenerateRequest], caller: Caller
 ) -> AsyncGenerator[Piece, None]:
     """Yield the pieces of all requests as they come, with the number of the request each belongs to.
 

@@ -10,7 +10,7 @@ from openai.types import Completion
 from openai.types.completion_choice import CompletionChoice, Logprobs
 
 from kvarn.v1 import inference_pb2
-from serve_app.dispatch import Dispatcher
+from serve_app.handler import RequestHandler
 from serve_app.openai import responses
 from serve_app.openai.choices import Usage, generate_all
 from serve_app.openai.requests import completion_prompts, completion_sampling, numbered, valid_unicode
@@ -38,7 +38,7 @@ class CompletionService:
         text_of: the text of a token id.
     """
 
-    def __init__(self, dispatcher: Dispatcher, text_of: TokenText) -> None:
+    def __init__(self, dispatcher: RequestHandler, text_of: TokenText) -> None:
         self._dispatcher = dispatcher
         self._text_of = text_of
 

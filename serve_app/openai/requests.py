@@ -118,6 +118,7 @@ def numbered(
             prompt=prompts[index // choices],
             sampling_params=params,
             request_id=f"{request_id}-{index}" if index else request_id,
+            cache_salt=request.cache_salt,
         )
         if params.HasField("seed"):  # choices must differ: seeds count up, as in vLLM
             one.sampling_params.seed = min(params.seed + index % choices, 2**63 - 1)

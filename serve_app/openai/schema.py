@@ -73,6 +73,9 @@ class Sampling(Model):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     structured_outputs: StructuredOutputs | None = None
+    cache_salt: Annotated[str, Field(max_length=128)] = Field(
+        default="", description="cached prefixes are shared only between requests of equal salt"
+    )
 
     user: Unread = None
     metadata: Unread = None

@@ -79,6 +79,7 @@ def settings(model: Path, port: int, http_port: int, otlp_endpoint: str, max_num
                 "http": {"port": http_port},
                 "max_message_bytes": 1 << 20,
                 "drain_grace_s": 240,
+                "security": {"salt_cache_by_tenant": True},
             },
             "observability": {"tracing": {"otlp_endpoint": otlp_endpoint, "export_interval_s": 0.2}},
         }
@@ -269,6 +270,16 @@ def test_a_repeated_prefix_is_found_in_the_cache(client: Client) -> None:
     assert answers[0].usage.cached_tokens == 0
     assert max(answer.usage.cached_tokens for answer in answers) == 384  # three whole tiles of 128
     assert len({tuple(answer.token_ids) for answer in answers}) == 1
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_no_tenant_finds_anothers_prefix_in_the_cache(app: App) -> None:
+    prompt = [11 + i % 60 for i in range(300)]
+    with Client(app.address, tenant="acme") as acme, Client(app.address, tenant="zenith") as zenith:
+        own = [acme.generate_once(prompt, max_tokens=1).usage.cached_tokens for _ in range(REPLICAS + 1)]
+        others = [zenith.generate_once(prompt, max_tokens=1).usage.cached_tokens for _ in range(REPLICAS)]
+    assert max(own) == 256
+    assert others[0] == 0
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -17,6 +17,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from kvarn.v1 import inference_pb2
+from serve_app.client import AsyncClient
 from serve_app.errors import (
     ContextLengthError,
     DeadlineExceededError,
@@ -406,3 +407,29 @@ async def test_a_dropped_request_is_not_passed_off_as_an_answer(front: Running, 
     front.script.finish = inference_pb2.FINISH_REASON_ABORT
     with pytest.raises(openai.InternalServerError, match="The engine dropped this request"):
         await client.chat.completions.create(model=MODEL, messages=ASK)
+
+
+async def test_salts_keep_tenants_apart_whatever_they_send(encoder: PromptEncoder) -> None:
+    async with (
+        running_front(encoder, security={"salt_cache_by_tenant": True}) as front,
+        AsyncOpenAI(base_url=f"{front.url}/v1", api_key="-") as http,
+        AsyncClient(front.address, tenant="acme") as grpc_client,
+    ):
+        await grpc_client.generate_once("Hi")
+        stolen = front.script.requests[0].cache_salt
+        for tenant, own in (
+            ("acme", ""),
+            ("acme", "x"),
+            ("acmex", ""),
+            ("zenith", ""),
+            ("zenith", stolen),
+            ("", ""),
+        ):
+            headers = {"x-kvarn-tenant": tenant}
+            await http.completions.create(
+                model=MODEL, prompt="Hi", extra_headers=headers, extra_body={"cache_salt": own}
+            )
+    salts = [request.cache_salt for request in front.script.requests]
+    assert salts[0] == salts[1]  # the same tenant over both protocols
+    assert len(set(salts)) == len(salts) - 1
+    assert max(map(len, salts)) <= 128

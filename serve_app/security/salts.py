@@ -1,0 +1,33 @@
+"""Keeps the cached prefixes of tenants apart."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncGenerator
+
+from kvarn.v1 import inference_pb2
+from serve_app.handler import Request, RequestHandler
+from serve_app.routing import Caller
+
+
+class TenantSalts:
+    """A dispatcher whose requests share cached prefixes only within their tenant.
+
+    Args:
+        dispatcher: takes the requests on.
+    """
+
+    def __init__(self, dispatcher: RequestHandler) -> None:
+        self._dispatcher = dispatcher
+
+    def generate(
+        self, request: Request, timeout_s: float | None, caller: Caller
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        """As the dispatcher's; the request's own salt keeps apart within the tenant."""
+        request.cache_salt = tenant_salt(caller.tenant, request.cache_salt)
+        return self._dispatcher.generate(request, timeout_s, caller)
+
+
+def tenant_salt(tenant: str, own: str) -> str:
+    """A salt that no other tenant's requests can have, whatever salt of their own they bring."""
+    return hashlib.sha256(f"{len(tenant)}:{tenant}{own}".encode()).hexdigest()
