@@ -25,4 +25,4 @@ def build(args: AppConfig) -> serve.Application:
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": 0},  # CPUs are counted for engines, which are bound to theirs
         graceful_shutdown_timeout_s=config.drain_grace_s + 10,
-    ).bind(args.model, args.model_name, config, args.observability, engines)
+    ).bind(args.model, args.model_name, config, args.observability, args.engine.autoscaling, engines)

@@ -29,13 +29,49 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class AutoscalingConfig(Settings):
+    """When engine replicas are added and removed. Fields that Serve has too bear its names and meanings."""
+
+    min_replicas: int = Field(
+        default=1, ge=0, description="0: none while nobody asks; the first request waits"
+    )
+    max_replicas: int = Field(ge=1)
+    upscale_occupancy: float = Field(
+        default=0.8, gt=0, le=1, description="share of the caches in use or promised that adds replicas"
+    )
+    downscale_occupancy: float = Field(
+        default=0.5, gt=0, le=1, description="share that the caches left must stay below to remove one"
+    )
+    max_first_token_s: float = Field(
+        default=10, gt=0, description="a longer time to first token adds replicas"
+    )
+    upscale_delay_s: float = Field(default=10, ge=0)
+    downscale_delay_s: float = Field(default=300, ge=0)
+    downscale_to_zero_delay_s: float = Field(default=900, ge=0)
+    look_back_period_s: float = Field(default=10, gt=1, description="loads are averaged over this time")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas {self.min_replicas} must be at most max_replicas {self.max_replicas}"
+            )
+        if self.downscale_occupancy >= self.upscale_occupancy:
+            raise ValueError(
+                f"downscale_occupancy {self.downscale_occupancy:g} must be below "
+                f"upscale_occupancy {self.upscale_occupancy:g}: replicas would come and go"
+            )
+        return self
+
+
 class EngineConfig(Settings):
     """The engine replicas. Fields that vLLM has too bear its names and meanings."""
 
     num_replicas: int = Field(default=1, ge=1)
+    autoscaling: AutoscalingConfig | None = Field(default=None, description="takes the place of num_replicas")
     device: Literal["cpu", "cuda"] = "cpu"
-    cpus_per_replica: int = Field(
-        default=1, ge=1, description="CPUs Ray reserves; on device cpu, the ones computed on"
+    cpus_per_replica: float = Field(
+        default=1, ge=0, description="CPUs Ray reserves; on device cpu, rounded up, the ones computed on"
     )
     dtype: str = "auto"
     kv_cache_dtype: str = "kvarn_k4v2_g128"
@@ -63,6 +99,8 @@ class EngineConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.autoscaling and "num_replicas" in self.model_fields_set:
+            raise ValueError("num_replicas and autoscaling exclude each other: set one of them")
         if self.device == "cpu" and self.kv_cache_memory_gib is None:
             raise ValueError(
                 "kv_cache_memory_gib must be set when device is cpu, e.g. kv_cache_memory_gib: 1"
@@ -76,6 +114,11 @@ class EngineConfig(Settings):
                 "distributed_executor_backend uni runs one worker: set tensor_parallel_size to 1"
             )
         return self
+
+    @property
+    def least_replicas(self) -> int:
+        """Replicas there are at least."""
+        return self.num_replicas if self.autoscaling is None else self.autoscaling.min_replicas
 
     @property
     def kv_cache_memory_bytes(self) -> int | None:

@@ -22,6 +22,7 @@ from serve_app.prompts import PromptEncoder
 from serve_app.refusals import NOT_READY, refusal
 from serve_app.routing import Caller, Candidate, RequestNeed, Router
 from serve_app.sampling import check_sampling
+from serve_app.wake import Waker
 
 MAX_NAME_CHARACTERS = 128
 Request = inference_pb2.GenerateRequest | inference_pb2.GenerateOnceRequest
@@ -38,6 +39,7 @@ class Dispatcher:
         fleet: reaches them.
         default_max_tokens: for requests that set none.
         observer: is told of every request.
+        waker: lets requests wait while there are no replicas; None refuses them.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Dispatcher:
         fleet: Fleet,
         default_max_tokens: int,
         observer: Observer,
+        waker: Waker | None,
     ) -> None:
         self._gateway_id = gateway_id
         self._model_name = model_name
@@ -57,6 +60,7 @@ class Dispatcher:
         self._fleet = fleet
         self._default_max_tokens = default_max_tokens
         self._observer = observer
+        self._waker = waker
 
     def generate(self, request: Request, timeout_s: float | None, caller: Caller) -> Responses:
         """Yield the output of `request` from `caller`, of which at most `timeout_s` seconds are left.
@@ -70,6 +74,8 @@ class Dispatcher:
     async def _generate(
         self, request: Request, timeout_s: float | None, caller: Caller, observation: Observation
     ) -> Responses:
+        if self._waker is not None:
+            await self._waker.wait(timeout_s)
         context_tokens = self._context_tokens()
         self._check(request)
         ids = await self._encoder.encode(request.prompt)

@@ -13,7 +13,9 @@ from ray import serve
 from kvarn.model import kv_shape, resolve_model
 from kvarn.v1 import engine_pb2_grpc
 from kvarn.vllm.telemetry import read_cache_state
+from serve_app.autoscaling import replica_load, serve_options
 from serve_app.config import EngineConfig, ObservabilityConfig, is_loopback
+from serve_app.demand import DemandBook
 from serve_app.engine_metrics import EngineMetrics
 from serve_app.grpc_server import GrpcServer
 from serve_app.metrics import ENGINE_METRICS, RayRecorder, record_forever
@@ -53,9 +55,10 @@ class Engine:
         self._monitoring = asyncio.create_task(self._monitor.run())
         metrics = EngineMetrics(RayRecorder(ENGINE_METRICS), kv_shape(resolve_model(model)))
         self._recording = asyncio.create_task(record_forever(lambda: metrics.record(self._monitor.snapshot)))
+        self._demands = DemandBook()
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._spans = Tracing("kvarn-engine", replica_id, observability.tracing)
-        service = EngineService(self._engine, self._monitor, metrics, self._spans)
+        service = EngineService(self._engine, self._monitor, metrics, self._spans, self._demands)
         guard = Guard(encrypted=not is_loopback(config.host))
         self._server = GrpcServer(
             f"{config.host}:0", [SERVICE_NAME], check=guard.check, credentials=guard.credentials()
@@ -72,6 +75,13 @@ class Engine:
     async def record_routing_stats(self) -> dict[str, Any]:
         """The cache's state, for gateways whose watch is not up."""
         return asdict(self._monitor.snapshot)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy decides by."""
+        return replica_load(self._monitor.snapshot, self._demands.total()).report()
+
+    async def wake(self) -> None:
+        """Called by gateways that have no replica, through Serve, which starts one to answer it."""
 
     async def check_health(self) -> None:
         """Fail once the engine's processes are gone, so that Serve replaces this replica."""
@@ -122,10 +132,13 @@ def deployment(
         observability: where their spans go.
         router_class: "module:Class" of the request router through which gateways learn of the replicas.
     """
+    scale: dict[str, Any] = {"num_replicas": config.num_replicas}
+    if config.autoscaling is not None:
+        scale = {"autoscaling_config": serve_options(config.autoscaling)}
     return serve.deployment(
         Engine,
         name="Engine",
-        num_replicas=config.num_replicas,
+        **scale,
         health_check_period_s=1,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=config.drain_grace_s + 10,

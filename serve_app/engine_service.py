@@ -15,6 +15,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
 from serve_app import wire
+from serve_app.demand import Demand, DemandBook
 from serve_app.engine_metrics import EngineMetrics
 from serve_app.errors import InvalidRequestError, UnavailableError
 from serve_app.routing import CacheSnapshot, RequestNeed
@@ -41,9 +42,15 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     """Serves gateways. Methods raise `RequestError`s, which the server's error boundary turns into statuses."""
 
     def __init__(
-        self, engine: AsyncLLM, monitor: CacheMonitor, metrics: EngineMetrics, spans: Tracing
+        self,
+        engine: AsyncLLM,
+        monitor: CacheMonitor,
+        metrics: EngineMetrics,
+        spans: Tracing,
+        demands: DemandBook,
     ) -> None:
         self._engine = engine
+        self._demands = demands
         self._monitor = monitor
         self._metrics = metrics
         self._tracer = spans.tracer
@@ -79,6 +86,13 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             async for snapshot in snapshots:
                 await context.write(_event(snapshot, follows=sequence == snapshot.sequence - 1))
                 sequence = snapshot.sequence
+
+    async def ReportDemand(  # noqa: N802
+        self, request: engine_pb2.ReportDemandRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.ReportDemandResponse:
+        """Keep what a gateway's requests wait for."""
+        self._demands.take(request.gateway_id, Demand(request.queued_tokens, request.first_token_s))
+        return engine_pb2.ReportDemandResponse()
 
     @contextmanager
     def _reserved(self, request: engine_pb2.EngineGenerateRequest) -> Iterator[None]:

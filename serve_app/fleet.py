@@ -49,6 +49,10 @@ class Fleet:
         """The Engine service of a replica."""
         return self._links[replica_id].stub
 
+    def stubs(self) -> list[engine_pb2_grpc.EngineStub]:
+        """The Engine services of all replicas."""
+        return [link.stub for link in self._links.values()]
+
     def report_lost(self, replica_id: str) -> None:
         """A call to this replica failed for want of a connection: use it again once its watch is back."""
         if replica_id in self._links:

@@ -9,7 +9,8 @@ from ray.serve.handle import DeploymentHandle
 
 from kvarn.model import resolve_model
 from serve_app import membership
-from serve_app.config import GatewayConfig, ObservabilityConfig
+from serve_app.config import AutoscalingConfig, GatewayConfig, ObservabilityConfig
+from serve_app.demand import Demand, report_forever
 from serve_app.dispatch import Dispatcher
 from serve_app.fleet import Fleet
 from serve_app.front import Front
@@ -19,16 +20,18 @@ from serve_app.observation import Observer, log_requests_to_stdout
 from serve_app.prompts import PromptEncoder
 from serve_app.routing import Router
 from serve_app.tracing import Tracing
+from serve_app.wake import Waker
 
 
 class Gateway:
-    """One gateway replica: SERVING as long as at least one engine replica takes requests.
+    """One gateway replica: SERVING as long as an engine replica takes requests, or would be started for one.
 
     Args:
         model: a known model's name or a local directory.
         model_name: what clients call it.
         config: settings of the gateways.
         observability: what it tells of its requests.
+        autoscaling: of the engines.
         engines: the engine deployment; used to learn of its replicas, never to send them requests.
     """
 
@@ -38,6 +41,7 @@ class Gateway:
         model_name: str,
         config: GatewayConfig,
         observability: ObservabilityConfig,
+        autoscaling: AutoscalingConfig | None,
         engines: DeploymentHandle,
     ) -> None:
         gateway_id = serve.get_replica_context().replica_id.unique_id
@@ -45,20 +49,33 @@ class Gateway:
         self._fleet = Fleet(self._router, self._on_change, config.drain_grace_s)
         self._cluster = ClusterService(model_name, self._router)
         self._changed = asyncio.Event()
+        self._waker = None
+        if autoscaling is not None and autoscaling.min_replicas == 0:
+            self._waker = Waker(engines.wake.remote, self._router.is_ready)
         encoder = PromptEncoder(resolve_model(model))
         self._spans = Tracing("kvarn-gateway", gateway_id, observability.tracing)
         if observability.request_log:
             log_requests_to_stdout()
         observer = Observer(RayRecorder(GATEWAY_METRICS), self._spans)
         dispatcher = Dispatcher(
-            gateway_id, model_name, encoder, self._router, self._fleet, config.default_max_tokens, observer
+            gateway_id,
+            model_name,
+            encoder,
+            self._router,
+            self._fleet,
+            config.default_max_tokens,
+            observer,
+            self._waker,
         )
-        self._front = Front(config, model_name, dispatcher, encoder, self._cluster, self._router.is_ready)
+        self._front = Front(config, model_name, dispatcher, encoder, self._cluster, self._is_ready)
         await self._front.start()
         self._tasks = [
             asyncio.create_task(self._follow_health()),
             asyncio.create_task(record_forever(observer.record)),
         ]
+        if autoscaling is not None:
+            demand = lambda: Demand(first_token_s=observer.first_tokens.most())  # noqa: E731
+            self._tasks.append(asyncio.create_task(report_forever(gateway_id, demand, self._fleet.stubs)))
         membership.listen(engines, self._fleet.set_members)
 
     async def check_health(self) -> None:
@@ -76,12 +93,19 @@ class Gateway:
     def _on_change(self, replica_id: str) -> None:
         self._cluster.report_change(replica_id)
         self._changed.set()
+        if self._waker is not None:
+            self._waker.report_change()
+
+    def _is_ready(self) -> bool:
+        """Whether requests are taken: now, or once the replica has started that they wake."""
+        return self._waker is not None or self._router.is_ready()
 
     async def _follow_health(self) -> None:
-        """Answer health checks by whether any replica takes requests."""
+        """Answer health checks by `_is_ready`."""
         serving = False
+        self._changed.set()
         while await self._changed.wait():
             self._changed.clear()
-            if serving != self._router.is_ready():
+            if serving != self._is_ready():
                 serving = not serving
                 await self._front.set_serving(serving)

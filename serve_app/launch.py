@@ -108,11 +108,11 @@ def check_machine(app: App) -> None:
         LaunchError: a gateway's port is taken, or the engines ask for more CPUs than there are.
     """
     engine = app.config.engine
-    needed, present = engine.num_replicas * engine.cpus_per_replica, os.cpu_count() or 1
+    needed, present = engine.least_replicas * engine.cpus_per_replica, os.cpu_count() or 1
     if engine.device == "cpu" and needed > present:
         raise LaunchError(
-            f"the engines need {needed} CPUs and this machine has {present}: "
-            "lower engine.num_replicas or engine.cpus_per_replica"
+            f"the engines need {needed:g} CPUs and this machine has {present}: "
+            "lower the number of replicas or engine.cpus_per_replica"
         )
     gateway = app.config.gateway
     for setting, listener in (("gateway.port", gateway), ("gateway.http.port", gateway.http)):

@@ -19,6 +19,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from kvarn.v1 import inference_pb2
 from serve_app import metrics, tracing
+from serve_app.demand import RecentLatencies
 from serve_app.errors import RequestError
 from serve_app.metrics import Recorder
 from serve_app.routing import Caller, Decision
@@ -48,6 +49,7 @@ class Observer:
     def __init__(self, recorder: Recorder, spans: Tracing) -> None:
         self.recorder = recorder
         self.tracer = spans.tracer
+        self.first_tokens = RecentLatencies()
         self._open = 0
 
     def begin(self, request_id: str, caller: Caller) -> Observation:
@@ -113,6 +115,7 @@ class Observation:
         if tokens and self._first_token_s is None:
             self._first_token_s = now - self._start
             self._recorder.observe(metrics.TTFT, self._first_token_s)
+            self._observer.first_tokens.add(self._first_token_s)
             self._span.add_event("first token")
         elif tokens:
             self._recorder.observe(metrics.ITL, (now - self._last) / tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ def resources(config: EngineConfig) -> dict[str, Any]:
     }
 
 
-def thread_binding(allowed: Sequence[int], local_rank: int, cpus_per_replica: int, workers: int) -> str:
+def thread_binding(allowed: Sequence[int], local_rank: int, cpus_per_replica: float, workers: int) -> str:
     """The CPUs of one replica as vLLM takes them, e.g. "0,1|2,3" for two workers with two CPUs each.
 
     Replicas take consecutive runs of `cpus_per_replica` CPUs, wrapping around when there are too few. Workers
@@ -40,7 +41,7 @@ def thread_binding(allowed: Sequence[int], local_rank: int, cpus_per_replica: in
         cpus_per_replica: CPUs of one replica.
         workers: tensor-parallel workers of one replica.
     """
-    per_worker = max(cpus_per_replica // workers, 1)
+    per_worker = max(math.ceil(cpus_per_replica) // workers, 1)
     start = local_rank * per_worker * workers
     runs = ([start + worker * per_worker + i for i in range(per_worker)] for worker in range(workers))
     return "|".join(",".join(str(cpu) for cpu in _wrapped(allowed, run)) for run in runs)

@@ -18,8 +18,13 @@ SLOW_MODULES = (
     "test_quality_engine.py",
     "test_engine.py",
     "test_serve_command.py",
+    "test_e2e_autoscaling.py",
     "test_e2e_serve.py",
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run tests that have a longer form in that form")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

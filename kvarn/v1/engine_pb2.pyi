@@ -50,3 +50,17 @@ class EngineWatchCacheResponse(_message.Message):
     snapshot: _cache_pb2.CacheSnapshot
     delta: _cache_pb2.CacheDelta
     def __init__(self, snapshot: _Optional[_Union[_cache_pb2.CacheSnapshot, _Mapping]] = ..., delta: _Optional[_Union[_cache_pb2.CacheDelta, _Mapping]] = ...) -> None: ...
+
+class ReportDemandRequest(_message.Message):
+    __slots__ = ("gateway_id", "queued_tokens", "first_token_s")
+    GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    gateway_id: str
+    queued_tokens: int
+    first_token_s: float
+    def __init__(self, gateway_id: _Optional[str] = ..., queued_tokens: _Optional[int] = ..., first_token_s: _Optional[float] = ...) -> None: ...
+
+class ReportDemandResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

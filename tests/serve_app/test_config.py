@@ -41,6 +41,13 @@ def test_a_directory_is_served_under_its_last_part() -> None:
         ),
         ({"engine": {"device": "cpu"}}, "kv_cache_memory_gib must be set"),
         ({"engine": {"kv_cache_memory_gib": 0}}, "greater than 0"),
+        ({"engine": {"num_replicas": 2, "autoscaling": {"max_replicas": 3}}}, "exclude each other"),
+        ({"engine": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "at most max_replicas 2"),
+        (
+            {"engine": {"autoscaling": {"max_replicas": 2, "downscale_occupancy": 0.8}}},
+            "must be below upscale_occupancy",
+        ),
+        ({"observability": {"tracing": {"otlp_endpoint": "localhost:4317"}}}, "should match pattern"),
         ({"gateway": {"port": 65536}}, "less than or equal to 65535"),
         (
             {"engine": {"device": "cuda", "distributed_executor_backend": "uni", "tensor_parallel_size": 2}},
@@ -67,10 +74,12 @@ def test_mistakes_are_refused(values: dict[str, object], sentence: str) -> None:
         ([4, 5, 6, 7], 1, 2, 1, "6,7"),
         (list(range(8)), 1, 4, 2, "4,5|6,7"),
         ([0], 0, 1, 2, "0|0"),
+        ([0, 1], 1, 0.5, 1, "1"),
+        ([0, 1], 2, 0, 1, "0"),
     ],
 )
 def test_replicas_compute_on_cpus_of_their_own(
-    allowed: list[int], rank: int, cpus: int, workers: int, expected: str
+    allowed: list[int], rank: int, cpus: float, workers: int, expected: str
 ) -> None:
     assert thread_binding(allowed, rank, cpus, workers) == expected
 
