@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -103,7 +104,7 @@ def test_what_was_chosen_is_kept_for_the_same_load(loads: list[ReplicaLoad], tar
     for _ in range(60):
         chosen.append(desired_replicas(loads, chosen[-1], GOALS))
     assert chosen[-1] == chosen[-2]
-    steps = [after - before for before, after in zip(chosen, chosen[1:], strict=False) if after != before]
+    steps = [after - before for before, after in itertools.pairwise(chosen) if after != before]
     assert len(steps) <= 1 or all(step == -1 for step in steps)
 
 
