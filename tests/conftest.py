@@ -21,12 +21,6 @@ SLOW_MODULES = (
     "test_e2e_autoscaling.py",
     "test_e2e_serve.py",
 )
-    "test_bench.py",
-    "test_engine.py",
-    "test_serve_command.py",
-    "test_e2e_autoscaling.py",
-    "test_e2e_serve.py",
-)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
