@@ -79,6 +79,7 @@ class Dispatcher:
         context_tokens = self._context_tokens()
         self._check(request)
         ids = await self._encoder.encode(request.prompt)
+        observation.tokenized(ids)
         sampling = self._with_max_tokens(request.sampling_params, context_tokens - len(ids))
         need = RequestNeed(len(ids), sampling.max_tokens)
         reservation = uuid.uuid4().hex

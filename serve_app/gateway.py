@@ -10,6 +10,7 @@ from ray.serve.handle import DeploymentHandle
 from kvarn.model import resolve_model
 from serve_app import membership
 from serve_app.config import AutoscalingConfig, GatewayConfig, ObservabilityConfig
+from serve_app.console import console, view
 from serve_app.demand import Demand, report_forever
 from serve_app.dispatch import Dispatcher
 from serve_app.fleet import Fleet
@@ -56,7 +57,7 @@ class Gateway:
         self._spans = Tracing("kvarn-gateway", gateway_id, observability.tracing)
         if observability.request_log:
             log_requests_to_stdout()
-        observer = Observer(RayRecorder(GATEWAY_METRICS), self._spans)
+        self._observer = Observer(RayRecorder(GATEWAY_METRICS), self._spans)
         dispatcher = Dispatcher(
             gateway_id,
             model_name,
@@ -64,17 +65,19 @@ class Gateway:
             self._router,
             self._fleet,
             config.default_max_tokens,
-            observer,
+            self._observer,
             self._waker,
         )
-        self._front = Front(config, model_name, dispatcher, encoder, self._cluster, self._is_ready)
+        shown = lambda: view(model_name, self._router.replicas(), self._observer)  # noqa: E731
+        pages = [console(shown, self._cluster.watch)]
+        self._front = Front(config, model_name, dispatcher, encoder, self._cluster, self._is_ready, pages)
         await self._front.start()
         self._tasks = [
             asyncio.create_task(self._follow_health()),
-            asyncio.create_task(record_forever(observer.record)),
+            asyncio.create_task(record_forever(self._observer.record)),
         ]
         if autoscaling is not None:
-            demand = lambda: Demand(first_token_s=observer.first_tokens.most())  # noqa: E731
+            demand = lambda: Demand(first_token_s=self._observer.first_tokens.most())  # noqa: E731
             self._tasks.append(asyncio.create_task(report_forever(gateway_id, demand, self._fleet.stubs)))
         membership.listen(engines, self._fleet.set_members)
 

@@ -93,6 +93,10 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         self._sequence += 1
         self._feed.publish(self._change(replica_id))
 
+    def watch(self) -> AsyncGenerator[cluster_pb2.WatchCacheResponse, None]:
+        """Yield all replicas, then each change."""
+        return self._feed.watch()
+
     def close(self) -> None:
         """End every watch."""
         self._feed.close()
@@ -107,7 +111,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         self, request: cluster_pb2.WatchCacheRequest, context: grpc.aio.ServicerContext
     ) -> None:
         """All replicas, then each change."""
-        async with aclosing(self._feed.watch()) as events:
+        async with aclosing(self.watch()) as events:
             async for event in events:
                 await context.write(event)
 

@@ -9,7 +9,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any
@@ -22,6 +23,7 @@ from serve_app import metrics, tracing
 from serve_app.demand import RecentLatencies
 from serve_app.errors import RequestError
 from serve_app.metrics import Recorder
+from serve_app.prefixes import HotPrefixes, prefix_id
 from serve_app.routing import Caller, Decision
 from serve_app.tracing import Tracing
 
@@ -50,19 +52,17 @@ class Observer:
         self.recorder = recorder
         self.tracer = spans.tracer
         self.first_tokens = RecentLatencies()
-        self._open = 0
+        self.prefixes = HotPrefixes()
+        self.rejects: Counter[str] = Counter()
+        self.open: set[Observation] = set()
 
     def begin(self, request_id: str, caller: Caller) -> Observation:
         """A request from `caller`, by its own name `request_id`, has arrived."""
         return Observation(self, request_id, caller)
 
-    def count_open(self, change: int) -> None:
-        """Count requests that have not ended."""
-        self._open += change
-
     def record(self) -> None:
         """Give the gauges their values."""
-        self.recorder.set(metrics.STREAMS, self._open)
+        self.recorder.set(metrics.STREAMS, len(self.open))
 
 
 class Observation:
@@ -78,7 +78,37 @@ class Observation:
         self._first_token_s: float | None = None
         self._response = inference_pb2.GenerateResponse()
         self._reason = ""
+        self._prefix: str | None = None
         self._span = observer.tracer.start_span("generate", kind=SpanKind.SERVER)
+
+    @property
+    def request_id(self) -> str:
+        """The caller's name for it, or the one it was given."""
+        return self._response.request_id or self._request_id
+
+    @property
+    def tenant(self) -> str:
+        """Who asks."""
+        return self._caller.tenant
+
+    @property
+    def replica_id(self) -> str:
+        """The replica that generates, empty until it has."""
+        return self._response.replica_id
+
+    @property
+    def usage(self) -> inference_pb2.Usage:
+        """Tokens counted so far."""
+        return self._response.usage
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it arrived."""
+        return time.perf_counter() - self._start
+
+    def tokenized(self, token_ids: Sequence[int]) -> None:
+        """Its prompt is known; only a name for its beginning is kept."""
+        self._prefix = prefix_id(token_ids)
 
     def routed(self, decision: Decision, decision_s: float) -> None:
         """A replica was chosen for it, or none, in `decision_s` seconds."""
@@ -91,7 +121,7 @@ class Observation:
 
     async def through(self, responses: Responses) -> Responses:
         """Pass the responses on, and report the request when they end."""
-        self._observer.count_open(1)
+        self._observer.open.add(self)
         status = grpc.StatusCode.CANCELLED  # if closed before its end: the caller went away
         try:
             async with aclosing(responses):
@@ -122,12 +152,17 @@ class Observation:
         self._last = now
 
     def _end(self, status: grpc.StatusCode) -> None:
-        duration_s = time.perf_counter() - self._start
-        self._observer.count_open(-1)
+        duration_s = self.age_s
+        self._observer.open.discard(self)
         self._recorder.add(metrics.REQUESTS, status=status.name)
         self._recorder.observe(metrics.DURATION, duration_s)
         if self._reason:
             self._recorder.add(metrics.REJECTS, reason=self._reason)
+            self._observer.rejects[self._reason] += 1
+        if self._prefix is not None and self._first_token_s is not None:
+            self._observer.prefixes.count(
+                self._prefix, self.replica_id, self.usage.prompt_tokens, self.usage.cached_tokens
+            )
         record = self._record(status, duration_s)
         self._span.set_attributes(
             {f"kvarn.{key}": value for key, value in record.items() if value is not None}
@@ -138,12 +173,12 @@ class Observation:
         logger.info(json.dumps({"time": datetime.now(UTC).isoformat(), **record}))
 
     def _record(self, status: grpc.StatusCode, duration_s: float) -> dict[str, Any]:
-        usage = self._response.usage
+        usage = self.usage
         return {
-            "request_id": self._response.request_id or self._request_id,
+            "request_id": self.request_id,
             "trace_id": tracing.trace_id_of(self._span),
-            "tenant": self._caller.tenant,
-            "replica_id": self._response.replica_id or None,
+            "tenant": self.tenant,
+            "replica_id": self.replica_id or None,
             "status": status.name,
             "reason": self._reason or None,
             "finish_reason": _finish_reason(self._response),

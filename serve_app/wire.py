@@ -43,11 +43,14 @@ def delta_to_proto(snapshot: CacheSnapshot) -> cache_pb2.CacheDelta:
 
 def replica_to_proto(replica: ReplicaState) -> cluster_pb2.ReplicaCache:
     return cluster_pb2.ReplicaCache(
-        replica_id=replica.replica_id, status=_status(replica), cache=snapshot_to_proto(replica.snapshot)
+        replica_id=replica.replica_id,
+        status=replica_status(replica),
+        cache=snapshot_to_proto(replica.snapshot),
     )
 
 
-def _status(replica: ReplicaState) -> cluster_pb2.ReplicaStatus:
+def replica_status(replica: ReplicaState) -> cluster_pb2.ReplicaStatus:
+    """What a gateway thinks of a replica."""
     if not replica.reachable:
         return cluster_pb2.REPLICA_STATUS_UNREACHABLE
     if replica.snapshot.draining:

@@ -1,0 +1,68 @@
+"""Which prefixes requests share most, for people to see; routing has an index of its own."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import xxhash
+
+PREFIX_TOKENS = 128  # prompts that agree on so many first tokens count as one prefix
+HALF_LIFE_S = 300.0
+MAX_PREFIXES = 1024
+
+
+def prefix_id(token_ids: Sequence[int]) -> str | None:
+    """A name for the first tokens of a prompt, which tells nothing of them; None if there are too few to share."""
+    if len(token_ids) < PREFIX_TOKENS:
+        return None
+    first = b"".join(token.to_bytes(4, "little") for token in token_ids[:PREFIX_TOKENS])
+    return f"{xxhash.xxh3_64_intdigest(first):016x}"
+
+
+@dataclass
+class HotPrefix:
+    """One prefix: `heat` counts its requests with a half-life of five minutes, `shared_tokens` is the longest hit."""
+
+    name: str
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    shared_tokens: int = 0
+    replicas: set[str] = field(default_factory=set)
+    heat: float = 0.0
+    used_s: float = 0.0
+
+    def cooled(self, now_s: float) -> float:
+        """Its heat now."""
+        return self.heat * math.exp2((self.used_s - now_s) / HALF_LIFE_S)
+
+
+class HotPrefixes:
+    """Counts requests by prefix, in bounded memory: the coldest is forgotten. `clock` gives seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._prefixes: dict[str, HotPrefix] = {}
+
+    def count(self, name: str, replica_id: str, prompt_tokens: int, cached_tokens: int) -> None:
+        """A replica has served a request with this prefix, and found `cached_tokens` of it in its cache."""
+        now = self._clock()
+        if name not in self._prefixes and len(self._prefixes) >= MAX_PREFIXES:
+            del self._prefixes[min(self._prefixes, key=lambda held: self._prefixes[held].cooled(now))]
+        prefix = self._prefixes.setdefault(name, HotPrefix(name))
+        prefix.heat = prefix.cooled(now) + 1
+        prefix.used_s = now
+        prefix.requests += 1
+        prefix.prompt_tokens += prompt_tokens
+        prefix.cached_tokens += cached_tokens
+        prefix.shared_tokens = max(prefix.shared_tokens, cached_tokens)
+        prefix.replicas.add(replica_id)
+
+    def hottest(self, most: int) -> list[HotPrefix]:
+        """Those that more than one request had, hottest first."""
+        now = self._clock()
+        shared = [prefix for prefix in self._prefixes.values() if prefix.requests > 1]
+        return sorted(shared, key=lambda prefix: -prefix.cooled(now))[:most]
