@@ -5,21 +5,19 @@
 
 from __future__ import annotations
 
+import random
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import ray
-import ray.util.state
 from ray import serve
 from ray.cluster_utils import Cluster
 
 from kvarn.model import kv_shape
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
-from kvarn.v1 import inference_pb2
 from serve_app.app import build
 from serve_app.client import Client, ServingError
 from serve_app.config import GIB, AppConfig
@@ -28,6 +26,7 @@ from .live import free_port, ready, wait_for
 
 pytestmark = pytest.mark.timeout(1200)
 
+APP = "kvarn"
 START_S = 300
 TILE = 128
 BLOCKS = 34  # of each replica's cache
@@ -85,33 +84,39 @@ def cluster() -> Iterator[Cluster]:
 
 
 class Asking(threading.Thread):
-    """Keeps asking small questions, and keeps the errors."""
+    """Asks again and again until it is stopped, and keeps what went wrong."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__()
+    def __init__(self, address: str, prompt: Callable[[], list[int]], max_tokens: int) -> None:
+        super().__init__(daemon=True)
         self._client = Client(address)
+        self._prompt = prompt
+        self._max_tokens = max_tokens
         self._stopped = threading.Event()
         self.answers = 0
         self.errors: list[ServingError] = []
+        self.start()
 
     def run(self) -> None:
-        while not self._stopped.wait(0.5):
+        while not self._stopped.wait(0.1):
             try:
-                self._client.generate_once("Hello", max_tokens=2)
+                self._client.generate_once(self._prompt(), max_tokens=self._max_tokens, ignore_eos=True)
                 self.answers += 1
             except ServingError as error:
                 self.errors.append(error)
 
     def stop(self) -> None:
         self._stopped.set()
-        self.join()
-        self._client.close()
 
 
-def replicas_by_node() -> dict[str, int]:
-    actors = ray.util.state.list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
-    engines = [actor.node_id for actor in actors if "#Engine#" in (actor.name or "")]
-    return {node: engines.count(node) for node in engines}
+def node_of(replica_id: str) -> str:
+    actor = ray.get_actor(f"SERVE_REPLICA::{APP}#Engine#{replica_id}", namespace="serve")
+    node: str = ray.get(actor.__ray_call__.remote(lambda self: ray.get_runtime_context().get_node_id()))
+    return node
+
+
+def long_prompt() -> list[int]:
+    """A prompt that fills a request's blocks but for a few tokens, and shares none with others."""
+    return [random.randrange(1000, 40_000) for _ in range(REQUEST_TOKENS - 32)]
 
 
 def test_replicas_follow_the_load_and_no_request_fails(
@@ -119,30 +124,28 @@ def test_replicas_follow_the_load_and_no_request_fails(
 ) -> None:
     most = 3 if request.config.getoption("--long") else 2
     port = free_port()
-    target = serve.RunTarget(build(settings(model_dir, port, most)), name="kvarn", route_prefix=None)
+    address = f"127.0.0.1:{port}"
+    target = serve.RunTarget(build(settings(model_dir, port, most)), name=APP, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)
-    with Client(f"127.0.0.1:{port}") as client, ThreadPoolExecutor(16) as pool:
+    with Client(address) as client:
         client.wait_ready(START_S)  # asleep, and takes requests
         assert ready(client) == set()
         assert client.generate_once("Hello", max_tokens=2).usage.completion_tokens == 2
         assert len(ready(client)) == 1
 
-        asking = Asking(f"127.0.0.1:{port}")
-        asking.start()
-
-        def long_answer(number: int) -> inference_pb2.GenerateOnceResponse:
-            return client.generate_once([number + 5] * 24, max_tokens=REQUEST_TOKENS - 24, ignore_eos=True)
-
-        answers = []
+        small = Asking(address, lambda: [5, 6, 7], max_tokens=2)
+        large = []
         for replicas in range(2, most + 1):
-            answers += [pool.submit(long_answer, len(answers) + i) for i in range(4)]
+            large += [Asking(address, long_prompt, max_tokens=32) for _ in range(4)]
             wait_for(lambda: len(ready(client)) == replicas, START_S, poll_s=0.5)  # noqa: B023
-        assert len(replicas_by_node()) == 2
-        for answer in answers:
-            assert answer.result().usage.completion_tokens == REQUEST_TOKENS - 24
+        assert len({node_of(replica_id) for replica_id in ready(client)}) == 2
+        for asking in large:
+            asking.stop()
         wait_for(lambda: len(ready(client)) == 1, START_S, poll_s=0.5)
-        asking.stop()
-        assert asking.errors == []
-        assert asking.answers > 10
+        small.stop()
+        for asking in (small, *large):
+            asking.join()
+            assert asking.errors == []
+            assert asking.answers > 0
         wait_for(lambda: not ready(client), START_S, poll_s=0.5)
         assert client.is_ready()
