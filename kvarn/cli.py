@@ -163,6 +163,30 @@ def chat(
                 terminal.stream_answer(client, messages, out, max_tokens)
 
 
+@app.command()
+def status(
+    address: Annotated[str, typer.Option(help="host:port of a gateway.")] = "127.0.0.1:50051",
+    ca: CaOption = None,
+    certificate: CertificateOption = None,
+    private_key: PrivateKeyOption = None,
+    api_key: ApiKeyOption = "",
+    once: Annotated[bool, typer.Option("--once", help="Print one table and leave.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the state once, as JSON.")] = False,
+) -> None:
+    """Show the replicas and what their caches hold, live in a terminal; Ctrl-C leaves."""
+    with _serving_errors():
+        from serve_app import status as shown
+        from serve_app.client import Client
+
+        with Client(address, tls=tls_files(ca, certificate, private_key), api_key=api_key) as client:
+            if as_json:
+                out.print_json(shown.as_json(client.cache_state()))
+            elif once or not out.is_terminal:
+                shown.show(out, client)
+            else:
+                shown.show_live(out, client)
+
+
 @bench_app.command("serve")
 def bench_serve(
     target: Annotated[

@@ -29,6 +29,7 @@ import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from openai import OpenAI
+from playwright.async_api import expect
 from ray import serve
 
 from kvarn.v1 import cluster_pb2, engine_pb2, engine_pb2_grpc, inference_pb2
@@ -47,6 +48,7 @@ from serve_app.client import (
 from serve_app.config import AppConfig
 from serve_app.security.fleet import TOKEN_KEY
 
+from .browser import chromium_page
 from .observing import Collector, Samples, otlp_collector, scraped, total
 
 pytestmark = pytest.mark.timeout(900)
@@ -477,6 +479,28 @@ def test_metrics_are_exported_under_their_names(client: Client) -> None:
     assert ours <= expected | rare
     assert total(samples, metrics.QUANTIZED_TILES.exported) % (30 * 3) == 0
     assert total(samples, metrics.TTFT.exported + "_count") > 0
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_the_console_shows_a_stream_while_it_runs(app: App, aclient: AsyncClient) -> None:
+    async with chromium_page() as seen, aclosing(aclient.generate("Once upon a time", **LONG)) as stream:
+        await seen.page.goto(f"http://127.0.0.1:{app.http_port}/")
+        await expect(seen.page.locator(".replica")).to_have_count(REPLICAS)
+        served_by = (await anext(stream)).replica_id
+        card = seen.page.locator(f"[data-replica='{served_by}']")
+        await expect(card.locator("[data-term=running]")).to_have_text("1")
+        await expect(card.locator("[data-term=promised]")).to_have_text("1,024")
+        await stream.aclose()
+        await expect(card.locator("[data-term=running]")).to_have_text("0")
+        assert seen.problems == []
+
+
+def test_status_prints_json_for_programs_and_a_table_for_people(app: App, client: Client) -> None:
+    kvarn = [sys.executable, "-m", "kvarn.cli", "status", "--address", app.address]
+    state = json.loads(subprocess.check_output([*kvarn, "--json"]))
+    assert {replica["replica_id"] for replica in state["replicas"]} == ready(client)
+    shown = subprocess.check_output([*kvarn, "--once"], text=True, env={**os.environ, "COLUMNS": "200"})
+    assert all(replica_id in shown for replica_id in ready(client))
 
 
 def base_names(samples: Samples) -> set[str]:

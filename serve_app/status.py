@@ -1,0 +1,122 @@
+"""`kvarn status`: the replicas and their caches in a terminal, once or live."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from kvarn.v1 import cache_pb2, cluster_pb2
+from serve_app.client import Client, UnavailableError
+
+RETRY_S = 1.0
+BAR_CELLS = 24
+STYLES = {"ready": "green", "draining": "yellow", "unreachable": "red"}
+Replicas = dict[str, cluster_pb2.ReplicaCache]
+
+
+def as_json(state: cluster_pb2.GetCacheStateResponse) -> str:
+    """The state as one JSON document, with the protos' field names; 64-bit numbers are strings, as protobuf has it."""
+    document = MessageToDict(
+        state, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return json.dumps(document, indent=2)
+
+
+def show(console: Console, client: Client) -> None:
+    """Print the state once."""
+    state = client.cache_state()
+    console.print(table(state.model, state.replicas))
+
+
+def show_live(console: Console, client: Client) -> None:
+    """Keep the state on the screen until Ctrl-C; a gateway that goes away is waited for.
+
+    Raises:
+        ServingError: the first call failed.
+    """
+    model = client.cache_state().model
+    with Live(console=console, refresh_per_second=8, screen=console.is_terminal) as screen:
+        try:
+            for replicas in _states(client):
+                screen.update(_with_hint(table(model, replicas.values())))
+        except KeyboardInterrupt:
+            return
+
+
+def follow(events: Iterable[cluster_pb2.WatchCacheResponse]) -> Iterator[Replicas]:
+    """All replicas by id, after every event of a watch."""
+    replicas: Replicas = {}
+    for event in events:
+        match event.WhichOneof("event"):
+            case "snapshot":
+                replicas = {replica.replica_id: replica for replica in event.snapshot.replicas}
+            case "updated":
+                replicas[event.updated.replica_id] = event.updated
+            case "removed_replica_id":
+                replicas.pop(event.removed_replica_id, None)
+        yield dict(sorted(replicas.items()))
+
+
+def _states(client: Client) -> Iterator[Replicas]:
+    while True:
+        try:
+            yield from follow(client.watch_cache())
+        except UnavailableError:
+            yield {}
+        time.sleep(RETRY_S)
+
+
+def table(model: str, replicas: Iterable[cluster_pb2.ReplicaCache]) -> RenderableType:
+    """One row a replica: how full its cache is, of what, and what it does."""
+    made = Table(title=f"{model}: replicas and their caches", title_justify="left", caption_justify="left")
+    made.add_column("replica", no_wrap=True)
+    made.add_column("status", no_wrap=True)
+    made.add_column("cache: █ live ▒ evictable · free", no_wrap=True)
+    for heading in ("capacity", "live", "evictable", "promised", "tails", "sinks", "running", "waiting"):
+        made.add_column(heading, justify="right")
+    rows = list(replicas)
+    for replica in rows:
+        made.add_row(*_row(replica))
+    if not rows:
+        made.caption = "no replica: engines start, or have been scaled to zero"
+    return made
+
+
+def _row(replica: cluster_pb2.ReplicaCache) -> Iterator[RenderableType]:
+    status = cluster_pb2.ReplicaStatus.Name(replica.status).removeprefix("REPLICA_STATUS_").lower()
+    capacity, load = replica.cache.capacity, replica.cache.load
+    tile = capacity.tile_tokens
+    yield replica.replica_id
+    yield Text(status, style=STYLES.get(status, ""))
+    yield _bar(capacity, load)
+    blocks = (
+        capacity.total_blocks,
+        load.used_blocks,
+        load.evictable_blocks,
+        sum(load.reserved_blocks.values()),
+    )
+    yield from (f"{count * tile:,}" for count in blocks)
+    yield f"{load.tail_slots_used}/{capacity.total_slots}"
+    yield f"{load.sink_slots_used}+{load.sink_slots_idle}"
+    yield f"{load.running_requests}"
+    yield f"{load.waiting_requests}"
+
+
+def _bar(capacity: cache_pb2.CacheCapacity, load: cache_pb2.CacheLoad) -> Text:
+    """What is in use rounds up, so that it never looks like nothing."""
+    total = max(capacity.total_blocks, 1)
+    live = -(-load.used_blocks * BAR_CELLS // total)
+    evictable = min(-(-load.evictable_blocks * BAR_CELLS // total), BAR_CELLS - live)
+    free = BAR_CELLS - live - evictable
+    return Text.assemble(("█" * live, "blue"), ("▒" * evictable, "yellow"), ("·" * free, "dim"))
+
+
+def _with_hint(shown: RenderableType) -> RenderableType:
+    return Group(shown, Text("Ctrl-C leaves", style="dim"))
