@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,8 +19,8 @@ def prefix_id(token_ids: Sequence[int]) -> str | None:
     """A name for the first tokens of a prompt, which tells nothing of them; None if there are too few to share."""
     if len(token_ids) < PREFIX_TOKENS:
         return None
-    first = b"".join(token.to_bytes(4, "little") for token in token_ids[:PREFIX_TOKENS])
-    return f"{xxhash.xxh3_64_intdigest(first):016x}"
+    first = array("I", token_ids[:PREFIX_TOKENS]).tobytes()
+    return xxhash.xxh3_64_hexdigest(first)
 
 
 @dataclass
