@@ -127,7 +127,10 @@ def serve(
                 out.print(answer_table(answer))
             if launched.lets_in(api_key):
                 out.print(cache_table(client.cache_state(), model_dir))
-            out.print(f"OpenAI's API is at {launched.openai_url}", highlight=False)
+            out.print(
+                f"OpenAI's API is at {launched.http_url}v1, the console at {launched.http_url}",
+                highlight=False,
+            )
             out.print(f"Serving on {launched.address}. Talk to it with `kvarn chat`; Ctrl-C stops it.")
             _wait_for_interrupt()
 

@@ -64,11 +64,11 @@ class App:
         return f"{self.config.gateway.host}:{self.config.gateway.port}"
 
     @property
-    def openai_url(self) -> str:
-        """Where its gateways answer OpenAI's API."""
+    def http_url(self) -> str:
+        """Where its gateways answer over HTTP; the console is there, and OpenAI's API below it in /v1."""
         gateway = self.config.gateway
         scheme = "https" if gateway.security.tls else "http"
-        return f"{scheme}://{gateway.http.host}:{gateway.http.port}/v1"
+        return f"{scheme}://{gateway.http.host}:{gateway.http.port}/"
 
     def lets_in(self, api_key: str) -> bool:
         """Whether a client on this machine gets through with no more than an API key."""
@@ -112,7 +112,7 @@ def check_machine(app: App) -> None:
     if engine.device == "cpu" and needed > present:
         raise LaunchError(
             f"the engines need {needed:g} CPUs and this machine has {present}: "
-            "lower the number of replicas or engine.cpus_per_replica"
+            "lower engine.num_replicas or engine.cpus_per_replica"
         )
     gateway = app.config.gateway
     for setting, listener in (("gateway.port", gateway), ("gateway.http.port", gateway.http)):
