@@ -17,7 +17,7 @@ from serve_app.gateway_service import ClusterService
 from serve_app.metrics import GATEWAY_METRICS, RayRecorder, record_forever
 from serve_app.observation import Observer, log_requests_to_stdout
 from serve_app.prompts import PromptEncoder
-from serve_app.routing import Router
+from serve_app.routing import TILE_BYTES, Router
 from serve_app.tracing import Tracing
 
 
@@ -41,19 +41,33 @@ class Gateway:
         engines: DeploymentHandle,
     ) -> None:
         gateway_id = serve.get_replica_context().replica_id.unique_id
-        self._router = Router(gateway_id)
-        self._fleet = Fleet(self._router, self._on_change, config.drain_grace_s)
-        self._cluster = ClusterService(model_name, self._router)
+        routing = config.routing
+        self._router = Router(
+            gateway_id,
+            model,
+            max_tiles=(routing.index_memory_mib << 20) // TILE_BYTES,
+            output_quantile=routing.output_quantile,
+        )
+        self._fleet = Fleet(self._router, self._on_change, config.drain_grace_s, routing.silence_timeout_s)
         self._changed = asyncio.Event()
         encoder = PromptEncoder(resolve_model(model))
         self._spans = Tracing("kvarn-gateway", gateway_id, observability.tracing)
         if observability.request_log:
             log_requests_to_stdout()
         observer = Observer(RayRecorder(GATEWAY_METRICS), self._spans)
-        dispatcher = Dispatcher(
-            gateway_id, model_name, encoder, self._router, self._fleet, config.default_max_tokens, observer
+        self._dispatcher = Dispatcher(
+            gateway_id,
+            model_name,
+            encoder,
+            self._router,
+            self._fleet,
+            config.default_max_tokens,
+            observer,
+            routing,
         )
-        self._front = Front(config, model_name, dispatcher, encoder, self._cluster, self._router.is_ready)
+        self._cluster = ClusterService(model_name, self._router, self._dispatcher)
+        is_ready = self._router.is_ready
+        self._front = Front(config, model_name, self._dispatcher, encoder, self._cluster, is_ready)
         await self._front.start()
         self._tasks = [
             asyncio.create_task(self._follow_health()),
@@ -75,6 +89,7 @@ class Gateway:
 
     def _on_change(self, replica_id: str) -> None:
         self._cluster.report_change(replica_id)
+        self._dispatcher.admissions.wake()
         self._changed.set()
 
     async def _follow_health(self) -> None:

@@ -81,7 +81,8 @@ class Observation:
     def routed(self, decision: Decision, decision_s: float) -> None:
         """A replica was chosen for it, or none, in `decision_s` seconds."""
         self._recorder.observe(metrics.DECISION, decision_s)
-        self._span.set_attributes(tracing.explanation(decision))
+        if self._span.is_recording():
+            self._span.set_attributes(tracing.explanation(decision))
 
     def headers(self) -> tuple[tuple[str, str], ...]:
         """The metadata of calls on its behalf."""
