@@ -8,17 +8,23 @@
 A prompt is a string, a sequence of token ids, or a sequence of chat messages ({"role": ..., "content": ...}).
 Sampling parameters are keyword arguments under vLLM's names (`kvarn.v1.SamplingParams`). `AsyncClient` has the
 same methods as coroutines and asynchronous iterators. Leaving an iteration early cancels the request on the server.
+
+If the connection to a gateway breaks, `generate` resumes its stream through whatever gateway answers next, without
+losing or doubling a token, and `generate_once` asks again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, Self
 
 import grpc
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvarn.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc, sampling_pb2
@@ -27,6 +33,8 @@ from serve_app.channels import HeaderChannel, Tls, caller_headers
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 POLL_S = 0.25
+RETRY_S = 30.0
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 1.0
 
 
 class ServingError(Exception):
@@ -35,12 +43,14 @@ class ServingError(Exception):
     Attributes:
         status: the gRPC status.
         sentence: what was wrong and what to change, as the server said it.
+        retry_after_s: seconds after which the same request may succeed, if the server said so.
     """
 
-    def __init__(self, status: grpc.StatusCode, sentence: str) -> None:
+    def __init__(self, status: grpc.StatusCode, sentence: str, retry_after_s: float | None = None) -> None:
         super().__init__(f"{sentence} [{status.name}]")
         self.status = status
         self.sentence = sentence
+        self.retry_after_s = retry_after_s
 
 
 class InvalidRequestError(ServingError):
@@ -90,6 +100,7 @@ class Client:
         tls: for gateways with TLS; None is plain text.
         api_key: for gateways that ask for one.
         tenant, priority: who asks; gateways with API keys know that from the key, and let it only lower its priority.
+        retry_s: how long a broken stream or call is tried again before it fails; 0 for never.
     """
 
     def __init__(
@@ -100,7 +111,10 @@ class Client:
         api_key: str = "",
         tenant: str = "",
         priority: int | None = None,
+        retry_s: float = RETRY_S,
     ) -> None:
+        self._retry_s = retry_s
+        self._connected = threading.Event()
         if tls is None:
             self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         else:
@@ -136,12 +150,21 @@ class Client:
             ServingError: one of its subclasses, by the status of the call.
         """
         request = _generate_request(prompt, model, request_id, sampling)
-        call = self._inference.Generate(request, timeout=timeout_s)
-        try:
-            with _errors():
-                yield from call
-        finally:
-            call.cancel()
+        attempts = _Attempts(timeout_s, self._retry_s, self._connected)
+        while True:
+            call = self._inference.Generate(request, **attempts.options())
+            try:
+                for delta in call:
+                    attempts.take(request, delta)
+                    yield delta
+                return
+            except grpc.RpcError as error:
+                if attempts.is_finished:
+                    return
+                pause_s = attempts.pause_s(error)
+            finally:
+                call.cancel()
+            time.sleep(pause_s)
 
     def generate_once(
         self,
@@ -154,8 +177,15 @@ class Client:
     ) -> inference_pb2.GenerateOnceResponse:
         """Return the whole output. Raises as `generate` does."""
         request = _generate_once_request(prompt, model, request_id, sampling)
-        with _errors():
-            return self._inference.GenerateOnce(request, timeout=timeout_s)
+        attempts = _Attempts(timeout_s, self._retry_s, self._connected)
+        while True:
+            try:
+                response = self._inference.GenerateOnce(request, **attempts.options())
+            except grpc.RpcError as error:
+                time.sleep(attempts.pause_s(error))
+            else:
+                self._connected.set()
+                return response
 
     def cache_state(self, timeout_s: float | None = 10) -> cluster_pb2.GetCacheStateResponse:
         """Return the caches of all replicas as the gateway knows them."""
@@ -170,6 +200,16 @@ class Client:
                 yield from call
         finally:
             call.cancel()
+
+    def explain_route(
+        self, prompt: Prompt, *, cache_salt: str = "", timeout_s: float | None = 10, **sampling: Any
+    ) -> cluster_pb2.ExplainRouteResponse:
+        """Return which replica a request would go to now, and every replica's terms."""
+        request = cluster_pb2.ExplainRouteRequest(
+            prompt=_prompt(prompt), sampling_params=_sampling(sampling), cache_salt=cache_salt
+        )
+        with _errors():
+            return self._cluster.ExplainRoute(request, timeout=timeout_s)
 
     def is_ready(self, timeout_s: float = 5) -> bool:
         """Whether the gateway answers and has a replica that takes requests."""
@@ -200,6 +240,7 @@ class AsyncClient:
         tls: for gateways with TLS; None is plain text.
         api_key: for gateways that ask for one.
         tenant, priority: who asks; gateways with API keys know that from the key, and let it only lower its priority.
+        retry_s: how long a broken stream or call is tried again before it fails; 0 for never.
     """
 
     def __init__(
@@ -210,7 +251,10 @@ class AsyncClient:
         api_key: str = "",
         tenant: str = "",
         priority: int | None = None,
+        retry_s: float = RETRY_S,
     ) -> None:
+        self._retry_s = retry_s
+        self._connected = threading.Event()
         if tls is None:
             self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         else:
@@ -246,13 +290,21 @@ class AsyncClient:
             ServingError: one of its subclasses, by the status of the call.
         """
         request = _generate_request(prompt, model, request_id, sampling)
-        call = self._inference.Generate(request, timeout=timeout_s)
-        try:
-            with _errors():
+        attempts = _Attempts(timeout_s, self._retry_s, self._connected)
+        while True:
+            call = self._inference.Generate(request, **attempts.options())
+            try:
                 async for delta in call:
+                    attempts.take(request, delta)
                     yield delta
-        finally:
-            call.cancel()
+                return
+            except grpc.RpcError as error:
+                if attempts.is_finished:
+                    return
+                pause_s = attempts.pause_s(error)
+            finally:
+                call.cancel()
+            await asyncio.sleep(pause_s)
 
     async def generate_once(
         self,
@@ -265,8 +317,15 @@ class AsyncClient:
     ) -> inference_pb2.GenerateOnceResponse:
         """Return the whole output. Raises as `generate` does."""
         request = _generate_once_request(prompt, model, request_id, sampling)
-        with _errors():
-            return await self._inference.GenerateOnce(request, timeout=timeout_s)
+        attempts = _Attempts(timeout_s, self._retry_s, self._connected)
+        while True:
+            try:
+                response = await self._inference.GenerateOnce(request, **attempts.options())
+            except grpc.RpcError as error:
+                await asyncio.sleep(attempts.pause_s(error))
+            else:
+                self._connected.set()
+                return response
 
     async def cache_state(self, timeout_s: float | None = 10) -> cluster_pb2.GetCacheStateResponse:
         """Return the caches of all replicas as the gateway knows them."""
@@ -284,6 +343,16 @@ class AsyncClient:
                     yield event
         finally:
             call.cancel()
+
+    async def explain_route(
+        self, prompt: Prompt, *, cache_salt: str = "", timeout_s: float | None = 10, **sampling: Any
+    ) -> cluster_pb2.ExplainRouteResponse:
+        """Return which replica a request would go to now, and every replica's terms."""
+        request = cluster_pb2.ExplainRouteRequest(
+            prompt=_prompt(prompt), sampling_params=_sampling(sampling), cache_salt=cache_salt
+        )
+        with _errors():
+            return await self._cluster.ExplainRoute(request, timeout=timeout_s)
 
     async def is_ready(self, timeout_s: float = 5) -> bool:
         """Whether the gateway answers and has a replica that takes requests."""
@@ -311,7 +380,75 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.keepalive_time_ms", 10_000),  # a gateway that hangs keeps its connections: only pings tell
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
 ]
+
+
+class _Attempts:
+    """The attempts of one call: what is left of its time, and whether to try again.
+
+    Args:
+        timeout_s: time for all of them together; None sets no limit.
+        retry_s: time to go on trying without success.
+        connected: set once this client has reached a gateway; before, a failure to connect is final.
+
+    Attributes:
+        is_finished: whether the whole output is here, whatever becomes of the connection.
+    """
+
+    def __init__(self, timeout_s: float | None, retry_s: float, connected: threading.Event) -> None:
+        self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._retry_s = retry_s
+        self._connected = connected
+        self._give_up_s = time.monotonic() + retry_s
+        self._next_pause_s = FIRST_PAUSE_S
+        self._is_retry = False
+        self.is_finished = False
+
+    def options(self) -> dict[str, Any]:
+        """What the next call is made with."""
+        left_s = None if self._deadline_s is None else max(self._deadline_s - time.monotonic(), 0)
+        return {"timeout": left_s, "wait_for_ready": self._is_retry}
+
+    def take(self, request: inference_pb2.GenerateRequest, delta: inference_pb2.GenerateResponse) -> None:
+        """Note what has arrived, so that the next attempt goes on after it."""
+        self._connected.set()
+        self.is_finished = bool(delta.finish_reason)
+        request.resume_token_ids.extend(delta.token_ids)
+        request.request_id = delta.request_id
+        self._give_up_s = time.monotonic() + self._retry_s
+        self._next_pause_s = FIRST_PAUSE_S
+
+    def pause_s(self, error: grpc.RpcError) -> float:
+        """Seconds to wait before trying again.
+
+        Raises:
+            ServingError: trying again is no use.
+        """
+        is_broken = error.code() is grpc.StatusCode.UNAVAILABLE and not _is_from_server(error)
+        if not is_broken or not self._connected.is_set() or time.monotonic() >= self._give_up_s:
+            raise _serving_error(error) from error
+        self._is_retry = True
+        pause_s, self._next_pause_s = self._next_pause_s, min(2 * self._next_pause_s, LAST_PAUSE_S)
+        return random.uniform(0, pause_s)
+
+
+def _is_from_server(error: grpc.RpcError) -> bool:
+    """Whether a gateway said so, rather than the connection; gateways say when to try again."""
+    return _retry_after_s(error) is not None
+
+
+def _retry_after_s(error: grpc.RpcError) -> float | None:
+    """What google.rpc.RetryInfo in the status details says."""
+    retry = error_details_pb2.RetryInfo()
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            for detail in status_pb2.Status.FromString(value).details:
+                if detail.Unpack(retry):
+                    return float(retry.retry_delay.ToTimedelta().total_seconds())
+    return None
 
 
 def _generate_request(
@@ -358,7 +495,12 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
-        raise _ERRORS.get(error.code(), ServingError)(error.code(), error.details() or "") from error
+        raise _serving_error(error) from error
+
+
+def _serving_error(error: grpc.RpcError) -> ServingError:
+    kind = _ERRORS.get(error.code(), ServingError)
+    return kind(error.code(), error.details() or "", _retry_after_s(error))
 
 
 def _is_serving(response: health_pb2.HealthCheckResponse) -> bool:

@@ -171,6 +171,34 @@ class HttpConfig(Settings):
     port: Port = 8000
 
 
+class RoutingConfig(Settings):
+    """How requests find a replica; times in seconds."""
+
+    queue_limit: int = Field(default=512, ge=0, description="requests that may wait in one gateway")
+    queue_timeout_s: float = Field(default=30, gt=0, description="longest wait for room")
+    tenant_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="shares of tenants that wait, 1 for those not named"
+    )
+    silence_timeout_s: float = Field(
+        default=10,
+        gt=0,
+        description="a replica without news for so long is lost, and its streams go on elsewhere",
+    )
+    retry_share: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="requests sent again for each that comes, before their first token",
+    )
+    hedge_after_s: float | None = Field(
+        default=None, gt=0, description="ask a second replica if no token has come by then; None: never"
+    )
+    output_quantile: float = Field(
+        default=0.9, gt=0, le=1, description="share of outputs to make room for at their length; 1: all"
+    )
+    index_memory_mib: int = Field(default=512, ge=1, description="most that a gateway's prefix index takes")
+
+
 class GatewayConfig(Settings):
     """The gateways. Several on one node share one port."""
 
@@ -183,6 +211,7 @@ class GatewayConfig(Settings):
     )
     security: SecurityConfig = SecurityConfig()
     limits: LimitsConfig = LimitsConfig()
+    routing: RoutingConfig = RoutingConfig()
     max_message_bytes: int = Field(default=4 << 20, ge=1024, description="largest request or response")
     default_max_tokens: int = Field(default=256, ge=1, description="for requests that do not set max_tokens")
     drain_grace_s: float = Field(

@@ -1,30 +1,31 @@
-"""Takes one request through a gateway: check, tokenize, route, and proxy the engine's stream."""
+"""Takes one request through a gateway: check, tokenize, route, proxy the engine's stream, resume it elsewhere."""
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from random import Random
 
-import grpc
-
-from kvarn.v1 import engine_pb2, inference_pb2, sampling_pb2
-from serve_app.errors import (
-    DeadlineExceededError,
-    InvalidRequestError,
-    UnavailableError,
-    UnknownModelError,
-)
+from kvarn.v1 import cluster_pb2, inference_pb2, sampling_pb2
+from serve_app import wire
+from serve_app.admissions import Admissions
+from serve_app.config import RoutingConfig
+from serve_app.engine_call import EngineCall, ReplicaError
+from serve_app.errors import InvalidRequestError, UnavailableError, UnknownModelError
 from serve_app.fleet import Fleet
+from serve_app.job import Job
 from serve_app.observation import Observation, Observer, Responses
 from serve_app.prompts import PromptEncoder
-from serve_app.refusals import NOT_READY, refusal
-from serve_app.routing import Caller, Candidate, RequestNeed, Router
-from serve_app.sampling import check_sampling
+from serve_app.refusals import NOT_READY
+from serve_app.routing import Caller, Candidate, Prompt, RetryBudget, Router, pause_s, token_array
+from serve_app.sampling import check_sampling, check_token_ids
 from serve_app.wake import Waker
 
 MAX_NAME_CHARACTERS = 128
+MAX_ATTEMPTS = 5  # replicas that may fail a request one after another without a token in between
 Request = inference_pb2.GenerateRequest | inference_pb2.GenerateOnceRequest
 
 
@@ -40,6 +41,7 @@ class Dispatcher:
         default_max_tokens: for requests that set none.
         observer: is told of every request.
         waker: lets requests wait while there are no replicas; None refuses them.
+        config: how requests wait and are sent again.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Dispatcher:
         fleet: Fleet,
         default_max_tokens: int,
         observer: Observer,
+        config: RoutingConfig,
         waker: Waker | None,
     ) -> None:
         self._gateway_id = gateway_id
@@ -61,6 +64,10 @@ class Dispatcher:
         self._default_max_tokens = default_max_tokens
         self._observer = observer
         self._waker = waker
+        self._hedge_after_s = config.hedge_after_s
+        self._random = Random(gateway_id)
+        self._retries = RetryBudget(config.retry_share)
+        self.admissions = Admissions(router, config)
 
     def generate(self, request: Request, timeout_s: float | None, caller: Caller) -> Responses:
         """Yield the output of `request` from `caller`, of which at most `timeout_s` seconds are left.
@@ -76,55 +83,142 @@ class Dispatcher:
     ) -> Responses:
         if self._waker is not None:
             await self._waker.wait(timeout_s)
+        job = await self._job(request, timeout_s, caller)
+        observation.tokenized(job.ids)
+        self._retries.earn()
+        tried: list[str] = []
+        while True:
+            job.begin(self._router)
+            out = len(job.output)
+            try:
+                async with aclosing(self._attempt(job, tried, observation)) as responses:
+                    async for response in responses:
+                        yield response
+                return
+            except ReplicaError as error:
+                tried = [error.replica_id] if len(job.output) > out else [*tried, error.replica_id]
+                self._check_retry(job, tried, error)
+            job.resumptions += bool(job.output)
+            await asyncio.sleep(pause_s(len(tried), self._random))
+
+    async def explain(self, request: cluster_pb2.ExplainRouteRequest) -> cluster_pb2.ExplainRouteResponse:
+        """Where a request would go now, and every replica's terms.
+
+        Raises:
+            RequestError: with the sentence for the caller.
+        """
+        context_tokens = self._context_tokens()
+        check_sampling(request.sampling_params, self._encoder.vocab_size)
+        ids = await self._encoder.encode(request.prompt)
+        sampling = self._with_max_tokens(request.sampling_params, context_tokens - len(ids))
+        need = self._router.need(len(ids), sampling.max_tokens)
+        decision = self._router.choose(need, Prompt(token_array(ids), request.cache_salt), time.monotonic())
+        return cluster_pb2.ExplainRouteResponse(
+            chosen_replica_id=decision.chosen.replica_id if decision.chosen else "",
+            candidates=[wire.candidate_to_proto(candidate) for candidate in sorted(decision.candidates)],
+            prompt_tokens=len(ids),
+            expected_tokens=need.expected_tokens,
+            near=decision.near,
+            queued_requests=len(self.admissions),
+        )
+
+    async def _attempt(self, job: Job, tried: list[str], observation: Observation) -> Responses:
+        """Send `job` to one replica and yield what comes."""
+        call = await self._call(job, tried, observation)
+        try:
+            if self._hedge_after_s is not None and not job.output:
+                call = await self._hedged(job, call, self._hedge_after_s)
+            async for delta in call:
+                response = job.take(call.replica_id, delta)
+                if delta.finish_reason:
+                    self._router.lengths.observe(job.sampling.max_tokens, len(job.output))
+                yield response
+        finally:
+            call.close()
+            self.admissions.wake()
+
+    async def _call(self, job: Job, tried: list[str], observation: Observation) -> EngineCall:
+        job.headers = observation.headers()
+        decision = await self.admissions.admit(job, tried)
+        observation.routed(decision, job.decision_s)
+        assert decision.chosen is not None
+        return self._open(job, job.key, decision.chosen)
+
+    async def _hedged(self, job: Job, call: EngineCall, after_s: float) -> EngineCall:
+        """The call that answers first: `call`, or one to another replica if nothing has come after `after_s`."""
+        if await call.has_begun(after_s):
+            return call
+        key = uuid.uuid4().hex
+        decision = self._router.admit(key, job.need, job.prompt, time.monotonic(), [call.replica_id])
+        if decision.chosen is None:
+            return call
+        other = self._open(job, key, decision.chosen)
+        try:
+            winner, loser = await call.race(other)
+        except BaseException:
+            other.close()
+            raise
+        loser.close()
+        return winner
+
+    def _open(self, job: Job, key: str, chosen: Candidate) -> EngineCall:
+        left_s = None if math.isinf(job.deadline_s) else max(job.deadline_s - time.monotonic(), 0)
+        message = job.message(self._gateway_id, chosen)
+        try:
+            return EngineCall(self._fleet, self._router, key, chosen.replica_id, message, left_s, job.headers)
+        except KeyError:
+            self._router.release(key)
+            raise ReplicaError(chosen.replica_id, is_failure=False) from None
+
+    def _check_retry(self, job: Job, tried: list[str], error: ReplicaError) -> None:
+        """Raise if `job` should not be sent to another replica."""
+        if job.output and job.sampling.HasField("structured_outputs"):
+            raise UnavailableError(_NOT_RESUMABLE) from error
+        if len(tried) >= MAX_ATTEMPTS:
+            raise UnavailableError(_LOST) from error
+        if error.is_failure and not job.output and not self._retries.spend():
+            raise UnavailableError(_LOST) from error
+
+    async def _job(self, request: Request, timeout_s: float | None, caller: Caller) -> Job:
         context_tokens = self._context_tokens()
         self._check(request)
         ids = await self._encoder.encode(request.prompt)
-        observation.tokenized(ids)
+        output: list[int] = []
+        if isinstance(request, inference_pb2.GenerateRequest):
+            output = list(request.resume_token_ids)
         sampling = self._with_max_tokens(request.sampling_params, context_tokens - len(ids))
-        need = RequestNeed(len(ids), sampling.max_tokens)
-        reservation = uuid.uuid4().hex
-        request_id = request.request_id or reservation
-        start = time.perf_counter()
-        decision = self._router.admit(reservation, need)
-        observation.routed(decision, time.perf_counter() - start)
-        chosen = decision.chosen
-        if chosen is None:
-            raise refusal(decision, need, context_tokens)
-        try:
-            call = self._call(
-                chosen, request_id, ids, sampling, timeout_s, observation.headers(), request.cache_salt
-            )
-            usage = inference_pb2.Usage(prompt_tokens=len(ids))
-            async with aclosing(call):
-                async for delta in call:
-                    usage.completion_tokens += len(delta.token_ids)
-                    usage.cached_tokens = delta.cached_tokens
-                    yield _response(request_id, chosen.replica_id, delta, usage)
-        finally:
-            self._router.release(reservation)
+        return Job(
+            request_id=request.request_id or uuid.uuid4().hex,
+            caller=caller,
+            ids=ids,
+            sampling=sampling,
+            salt=request.cache_salt,
+            deadline_s=math.inf if timeout_s is None else time.monotonic() + timeout_s,
+            output=output,
+        )
 
     def _context_tokens(self) -> int:
         """The longest context of any replica."""
-        contexts = [replica.snapshot.capacity.max_model_len for replica in self._router.replicas()]
-        if not contexts:
+        tokens = self._router.max_model_len()
+        if not tokens:
             raise UnavailableError(NOT_READY)
-        return max(contexts)
+        return tokens
 
     def _check(self, request: Request) -> None:
-        if len(request.request_id) > MAX_NAME_CHARACTERS:
-            raise InvalidRequestError(
-                f"request_id must have at most {MAX_NAME_CHARACTERS} characters, "
-                f"got {len(request.request_id)}."
-            )
-        if len(request.cache_salt) > MAX_NAME_CHARACTERS:
-            raise InvalidRequestError(
-                f"cache_salt must have at most {MAX_NAME_CHARACTERS} characters, "
-                f"got {len(request.cache_salt)}."
-            )
+        for name in ("request_id", "cache_salt"):
+            length = len(getattr(request, name))
+            if length > MAX_NAME_CHARACTERS:
+                raise InvalidRequestError(
+                    f"{name} must have at most {MAX_NAME_CHARACTERS} characters, got {length}."
+                )
         if request.model and request.model != self._model_name:
             name = request.model[:MAX_NAME_CHARACTERS]  # statuses travel in headers, which are small
             raise UnknownModelError(f"The model {name!r} is not served here: use {self._model_name!r}.")
         check_sampling(request.sampling_params, self._encoder.vocab_size)
+        if isinstance(request, inference_pb2.GenerateRequest) and request.resume_token_ids:
+            check_token_ids(request.resume_token_ids, self._encoder.vocab_size, "resume_token_ids")
+            if request.sampling_params.HasField("structured_outputs"):
+                raise InvalidRequestError(_NOT_RESUMABLE)
 
     def _with_max_tokens(
         self, asked: sampling_pb2.SamplingParams, room_tokens: int
@@ -136,62 +230,10 @@ class Dispatcher:
             sampling.max_tokens = max(1, min(default, room_tokens))
         return sampling
 
-    async def _call(
-        self,
-        chosen: Candidate,
-        request_id: str,
-        ids: list[int],
-        sampling: sampling_pb2.SamplingParams,
-        timeout_s: float | None,
-        metadata: Sequence[tuple[str, str]],
-        cache_salt: str,
-    ) -> AsyncGenerator[engine_pb2.EngineGenerateResponse, None]:
-        message = engine_pb2.EngineGenerateRequest(
-            request_id=request_id,
-            gateway_id=self._gateway_id,
-            prompt_token_ids=ids,
-            sampling_params=sampling,
-            cache_salt=cache_salt,
-        )
-        call = self._fleet.stub(chosen.replica_id).Generate(message, timeout=timeout_s, metadata=metadata)
-        try:
-            async for delta in call:
-                yield delta
-        except grpc.aio.AioRpcError as error:
-            raise self._translate(error, chosen.replica_id) from error
-        finally:
-            call.cancel()
 
-    def _translate(self, error: grpc.aio.AioRpcError, replica_id: str) -> Exception:
-        if error.code() is grpc.StatusCode.UNAVAILABLE:
-            self._fleet.report_lost(replica_id)
-            return UnavailableError(_LOST)
-        if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
-            return InvalidRequestError(error.details() or "The engine refused the request.")
-        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DeadlineExceededError(_TOO_LATE)
-        return error
-
-
-_LOST = "The replica that served this request was lost: send the request again."
-_TOO_LATE = "The deadline passed before the output was complete: allow more time or lower max_tokens."
-
-
-def _response(
-    request_id: str,
-    replica_id: str,
-    delta: engine_pb2.EngineGenerateResponse,
-    usage: inference_pb2.Usage,
-) -> inference_pb2.GenerateResponse:
-    response = inference_pb2.GenerateResponse(
-        request_id=request_id,
-        replica_id=replica_id,
-        token_ids=delta.token_ids,
-        text=delta.text,
-        logprobs=delta.logprobs,
-        finish_reason=delta.finish_reason,
-        usage=usage,
-    )
-    if delta.HasField("stop_reason"):
-        response.stop_reason.CopyFrom(delta.stop_reason)
-    return response
+_LOST = (
+    "The replica that served this request was lost, and no other could take it over: send the request again."
+)
+_NOT_RESUMABLE = (
+    "An interrupted stream with structured_outputs cannot be resumed: send the whole request again."
+)

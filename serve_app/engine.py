@@ -12,7 +12,8 @@ from ray import serve
 
 from kvarn.model import kv_shape, resolve_model
 from kvarn.v1 import engine_pb2_grpc
-from kvarn.vllm.telemetry import read_cache_state
+from kvarn.vllm.cache_events import read_cache_events
+from kvarn.vllm.telemetry import CacheState, read_cache_state
 from serve_app.autoscaling import replica_load, serve_options
 from serve_app.config import EngineConfig, ObservabilityConfig, is_loopback
 from serve_app.demand import DemandBook
@@ -22,6 +23,7 @@ from serve_app.metrics import ENGINE_METRICS, RayRecorder, record_forever
 from serve_app.placement import resources, thread_binding
 from serve_app.security.fleet import Guard
 from serve_app.telemetry import CacheMonitor
+from serve_app.tiles import TileLog
 from serve_app.tracing import Tracing
 
 if TYPE_CHECKING:
@@ -50,15 +52,17 @@ class Engine:
         self._config = config
         _bind_threads(config)
         self._engine = AsyncLLM.from_engine_args(engine_args(model, config))
-        self._monitor = CacheMonitor(lambda: read_cache_state(self._engine))
+        self._monitor = CacheMonitor(self._read_cache)
         await self._monitor.start()
+        capacity = self._monitor.snapshot.capacity
+        self._tiles = TileLog(self._monitor.epoch, model, capacity.cache_dtype, capacity.tile_tokens)
         self._monitoring = asyncio.create_task(self._monitor.run())
         metrics = EngineMetrics(RayRecorder(ENGINE_METRICS), kv_shape(resolve_model(model)))
         self._recording = asyncio.create_task(record_forever(lambda: metrics.record(self._monitor.snapshot)))
         self._demands = DemandBook()
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._spans = Tracing("kvarn-engine", replica_id, observability.tracing)
-        service = EngineService(self._engine, self._monitor, metrics, self._spans, self._demands)
+        service = EngineService(self._engine, self._monitor, self._tiles, metrics, self._spans, self._demands)
         guard = Guard(encrypted=not is_loopback(config.host))
         self._server = GrpcServer(
             f"{config.host}:0", [SERVICE_NAME], check=guard.check, credentials=guard.credentials()
@@ -88,6 +92,7 @@ class Engine:
         if self._engine.errored or self._monitoring.done():
             await self._server.set_serving(False)
             self._monitor.close()
+            self._tiles.close()
             raise RuntimeError("the engine core has stopped: see its log")
 
     async def __del__(self) -> None:
@@ -100,10 +105,18 @@ class Engine:
         self._spans.close()
         self._engine.shutdown()
 
+    async def _read_cache(self) -> CacheState:
+        """Read state and events of one moment; the first time, before any request, there are no events."""
+        state, events = await asyncio.gather(read_cache_state(self._engine), read_cache_events(self._engine))
+        if events:
+            self._tiles.take(events)
+        return state
+
 
 def engine_args(model: str, config: EngineConfig) -> AsyncEngineArgs:
     """The vLLM arguments of one replica."""
     from vllm import AsyncEngineArgs
+    from vllm.config import KVEventsConfig
 
     return AsyncEngineArgs(
         model=str(resolve_model(model)),
@@ -118,6 +131,7 @@ def engine_args(model: str, config: EngineConfig) -> AsyncEngineArgs:
         distributed_executor_backend=config.distributed_executor_backend,
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=True,
+        kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     )
 
 

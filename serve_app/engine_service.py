@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,12 @@ from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
 from serve_app import wire
 from serve_app.demand import Demand, DemandBook
 from serve_app.engine_metrics import EngineMetrics
-from serve_app.errors import InvalidRequestError, UnavailableError
+from serve_app.errors import InvalidRequestError, NoRoomError, UnavailableError
+from serve_app.resumption import Resumption
 from serve_app.routing import CacheSnapshot, RequestNeed
 from serve_app.sampling import to_vllm
 from serve_app.telemetry import CacheMonitor
+from serve_app.tiles import TileLog
 from serve_app.tracing import Tracing
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self,
         engine: AsyncLLM,
         monitor: CacheMonitor,
+        tiles: TileLog,
         metrics: EngineMetrics,
         spans: Tracing,
         demands: DemandBook,
@@ -52,6 +56,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._engine = engine
         self._demands = demands
         self._monitor = monitor
+        self._tiles = tiles
         self._metrics = metrics
         self._tracer = spans.tracer
 
@@ -60,20 +65,14 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     ) -> None:
         """Stream a request's output; if the caller goes away, vLLM aborts the request and frees its blocks."""
         with (
-            self._reserved(request),
+            self._promised(request) as promise,
             _engine_errors(),
             self._tracer.start_as_current_span("engine generate", record_exception=False) as span,
         ):
-            outputs = self._engine.generate(
-                tokens_input(list(request.prompt_token_ids), cache_salt=request.cache_salt or None),
-                to_vllm(request.sampling_params),
-                request.request_id,
-            )
-            meter = _Meter(self._monitor, self._metrics, span)
-            async with aclosing(outputs):
-                async for output in outputs:
-                    meter.count(output)
-                    await context.write(_delta(output))
+            meter = _Meter(self._monitor, promise, self._metrics, span)
+            async with aclosing(self._deltas(request, meter)) as deltas:
+                async for delta in deltas:
+                    await context.write(delta)
 
     async def WatchCache(  # noqa: N802
         self, request: engine_pb2.EngineWatchCacheRequest, context: grpc.aio.ServicerContext
@@ -94,22 +93,78 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._demands.take(request.gateway_id, Demand(request.queued_tokens, request.first_token_s))
         return engine_pb2.ReportDemandResponse()
 
+    async def WatchTiles(  # noqa: N802
+        self, request: engine_pb2.EngineWatchTilesRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """Stream the tiles in the prefix cache: whole at first, as deltas otherwise."""
+        if self._engine.errored:
+            raise UnavailableError(_ENGINE_LOST)
+        async with aclosing(self._tiles.watch()) as changes:
+            async for change in changes:
+                await context.write(wire.tiles_to_proto(change))
+
+    async def _deltas(
+        self, request: engine_pb2.EngineGenerateRequest, meter: _Meter
+    ) -> AsyncGenerator[engine_pb2.EngineGenerateResponse, None]:
+        if request.resume_token_ids:
+            resumption = Resumption(request, self._engine.get_tokenizer())
+            if resumption.is_complete:
+                yield resumption.ending()
+                return
+            prompt, params = resumption.prompt, resumption.params
+        else:
+            resumption = None
+            prompt, params = list(request.prompt_token_ids), to_vllm(request.sampling_params)
+        salt = request.cache_salt or None
+        outputs = self._engine.generate(tokens_input(prompt, cache_salt=salt), params, request.request_id)
+        async with aclosing(outputs):
+            async for output in outputs:
+                meter.count(output)
+                delta = _delta(output)
+                if resumption is not None:
+                    resumption.write_text(delta)
+                yield delta
+                if delta.finish_reason:
+                    return  # a stop string ends a resumed request here; vLLM does not know of it
+
     @contextmanager
-    def _reserved(self, request: engine_pb2.EngineGenerateRequest) -> Iterator[None]:
-        need = RequestNeed(len(request.prompt_token_ids), request.sampling_params.max_tokens)
-        blocks = need.blocks(self._monitor.snapshot.capacity.tile_tokens)
-        self._monitor.reserve(request.gateway_id, blocks)
+    def _promised(self, request: engine_pb2.EngineGenerateRequest) -> Iterator[str]:
+        """Hold what the gateway promised the request.
+
+        Raises:
+            NoRoomError: others were promised it first.
+        """
+        room = self._monitor.room_blocks()
+        if request.reserved_blocks > max(room, 0):
+            raise NoRoomError(
+                f"The request was promised {request.reserved_blocks} blocks and {max(room, 0)} are left: "
+                "send it to another replica or later."
+            )
+        promise = uuid.uuid4().hex
+        prompt_tokens = len(request.prompt_token_ids) + len(request.resume_token_ids)
+        left = request.sampling_params.max_tokens - len(request.resume_token_ids)
+        self._monitor.promises.hold(
+            promise,
+            request.gateway_id,
+            RequestNeed(prompt_tokens, max(left, 0), request.expected_tokens),
+            self._monitor.snapshot.capacity.tile_tokens,
+            request.reserved_blocks,
+            request.uncached_tokens,
+        )
+        self._monitor.touch()
         try:
-            yield
+            yield promise
         finally:
-            self._monitor.reserve(request.gateway_id, -blocks)
+            self._monitor.promises.release(promise)
+            self._monitor.touch()
 
 
 class _Meter:
     """Measures one request: prefill speed from its first output, inter-token latency from the others."""
 
-    def __init__(self, monitor: CacheMonitor, metrics: EngineMetrics, span: Span) -> None:
+    def __init__(self, monitor: CacheMonitor, promise: str, metrics: EngineMetrics, span: Span) -> None:
         self._monitor = monitor
+        self._promise = promise
         self._metrics = metrics
         self._span = span
         self._last_s = 0.0
@@ -126,6 +181,7 @@ class _Meter:
         self._last_s = now
         self._metrics.generated(tokens)
         self._count_blocks(tokens)
+        self._monitor.promises.grow(self._promise, tokens)
         self._monitor.touch()
 
     def _count_blocks(self, tokens: int) -> None:

@@ -68,10 +68,16 @@ class NoRoomError(RequestError):
 
 
 class UnavailableError(RequestError):
-    """No replica is ready, or the one that served it was lost."""
+    """No replica is ready, or the one that served it was lost.
+
+    It always says when to try again: by that clients tell it from a broken connection, which has the same status.
+    """
 
     status = grpc.StatusCode.UNAVAILABLE
     reason = "unavailable"
+
+    def __init__(self, sentence: str, retry_after_s: float = 1) -> None:
+        super().__init__(sentence, retry_after_s)
 
 
 class DeadlineExceededError(RequestError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
@@ -26,12 +27,17 @@ class Fleet:
         router: learns every replica's state.
         on_change: called with the id of a replica whose state changed or which is gone.
         drain_s: time the streams of a gone replica have to end.
+        silence_s: time without news after which a replica counts as lost, its streams included.
     """
 
-    def __init__(self, router: Router, on_change: Callable[[str], None], drain_s: float) -> None:
+    def __init__(
+        self, router: Router, on_change: Callable[[str], None], drain_s: float, silence_s: float
+    ) -> None:
         self._router = router
         self._on_change = on_change
         self._drain_s = drain_s
+        self._silence_s = silence_s
+        self._listening = asyncio.create_task(self._listen_for_silence())
         self._links: dict[str, Link] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -45,9 +51,19 @@ class Fleet:
                 self._links[replica_id] = Link(endpoint, self._router, self._on_change)
             self._take_stats(endpoint)
 
-    def stub(self, replica_id: str) -> engine_pb2_grpc.EngineStub:
-        """The Engine service of a replica."""
-        return self._links[replica_id].stub
+    def call(
+        self,
+        replica_id: str,
+        message: engine_pb2.EngineGenerateRequest,
+        timeout_s: float | None,
+        headers: tuple[tuple[str, str], ...],
+    ) -> Any:
+        """Ask a replica to generate: the stream of its answers, which is cancelled if the replica falls silent.
+
+        Raises:
+            KeyError: the replica has just gone.
+        """
+        return self._links[replica_id].call(message, timeout_s, headers)
 
     def stubs(self) -> list[engine_pb2_grpc.EngineStub]:
         """The Engine services of all replicas."""
@@ -61,6 +77,7 @@ class Fleet:
 
     async def close(self) -> None:
         """Let go of all replicas."""
+        self._listening.cancel()
         for replica_id in list(self._links):
             self._remove(replica_id)
         await asyncio.gather(*self._closing)
@@ -73,9 +90,20 @@ class Fleet:
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
+    async def _listen_for_silence(self) -> None:
+        """A replica that hangs keeps its connections: only its silence tells."""
+        while True:
+            await asyncio.sleep(RETRY_S)
+            now_s = time.monotonic()
+            for replica_id, link in self._links.items():
+                if self._router.silence_s(replica_id, now_s) > self._silence_s and link.calls:
+                    link.drop_calls()
+                    self.report_lost(replica_id)
+
     def _take_stats(self, endpoint: Endpoint) -> None:
         """Serve's slower telemetry: ahead of the watch when a replica is new or its watch is down."""
-        if endpoint.stats and self._router.update(endpoint.replica_id, _snapshot_from_stats(endpoint.stats)):
+        stats = endpoint.stats
+        if stats and self._router.update(endpoint.replica_id, _snapshot_from_stats(stats), time.monotonic()):
             self._on_change(endpoint.replica_id)
 
 
@@ -96,11 +124,33 @@ class Link:
         )
         authorized = endpoint.address.authorized(self._channel)
         self.stub = engine_pb2_grpc.EngineStub(authorized)  # type: ignore[no-untyped-call]
-        self._watching = asyncio.create_task(self._watch_forever())
+        self.calls: set[Any] = set()
+        self._watching = [
+            asyncio.create_task(self._watch_forever()),
+            asyncio.create_task(self._watch_tiles_forever()),
+        ]
+
+    def call(
+        self,
+        message: engine_pb2.EngineGenerateRequest,
+        timeout_s: float | None,
+        headers: tuple[tuple[str, str], ...],
+    ) -> Any:
+        """Start a stream."""
+        call = self.stub.Generate(message, timeout=timeout_s, metadata=headers)
+        self.calls.add(call)
+        call.add_done_callback(self.calls.discard)
+        return call
+
+    def drop_calls(self) -> None:
+        """Cancel all streams, for their callers to go on elsewhere."""
+        for call in tuple(self.calls):
+            call.cancel()
 
     async def close(self, grace_s: float) -> None:
         """Stop watching, and let streams go on for up to `grace_s` seconds."""
-        self._watching.cancel()
+        for watching in self._watching:
+            watching.cancel()
         await self._channel.close(grace_s)
 
     async def _watch_forever(self) -> None:
@@ -118,9 +168,27 @@ class Link:
             held = _next_snapshot(held, event)
             if held is None:
                 return
-            self._router.update(self._replica_id, held)
+            self._router.update(self._replica_id, held, time.monotonic())
             self._router.mark_reachable(self._replica_id, True)
             self._on_change(self._replica_id)
+
+    async def _watch_tiles_forever(self) -> None:
+        while True:
+            with suppress(grpc.aio.AioRpcError):
+                await self._watch_tiles()
+            await asyncio.sleep(RETRY_S)
+
+    async def _watch_tiles(self) -> None:
+        """Follow one watch of the tiles; what does not follow ends it, so that the next brings a snapshot."""
+        index, epoch = self._router.index, 0
+        async for event in self.stub.WatchTiles(engine_pb2.EngineWatchTilesRequest()):
+            if event.HasField("snapshot"):
+                epoch = event.snapshot.epoch
+                index.replace(self._replica_id, epoch, event.snapshot.sequence, event.snapshot.tiles)
+                continue
+            delta = event.delta
+            if not index.apply(self._replica_id, epoch, delta.sequence, delta.stored, delta.removed):
+                return
 
 
 def _next_snapshot(

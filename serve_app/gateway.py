@@ -19,7 +19,7 @@ from serve_app.gateway_service import ClusterService
 from serve_app.metrics import GATEWAY_METRICS, RayRecorder, record_forever
 from serve_app.observation import Observer, log_requests_to_stdout
 from serve_app.prompts import PromptEncoder
-from serve_app.routing import Router
+from serve_app.routing import TILE_BYTES, Router
 from serve_app.tracing import Tracing
 from serve_app.wake import Waker
 
@@ -46,9 +46,14 @@ class Gateway:
         engines: DeploymentHandle,
     ) -> None:
         gateway_id = serve.get_replica_context().replica_id.unique_id
-        self._router = Router(gateway_id)
-        self._fleet = Fleet(self._router, self._on_change, config.drain_grace_s)
-        self._cluster = ClusterService(model_name, self._router)
+        routing = config.routing
+        self._router = Router(
+            gateway_id,
+            model,
+            max_tiles=(routing.index_memory_mib << 20) // TILE_BYTES,
+            output_quantile=routing.output_quantile,
+        )
+        self._fleet = Fleet(self._router, self._on_change, config.drain_grace_s, routing.silence_timeout_s)
         self._changed = asyncio.Event()
         self._waker = None
         if autoscaling is not None and autoscaling.min_replicas == 0:
@@ -58,7 +63,7 @@ class Gateway:
         if observability.request_log:
             log_requests_to_stdout()
         self._observer = Observer(RayRecorder(GATEWAY_METRICS), self._spans)
-        dispatcher = Dispatcher(
+        self._dispatcher = Dispatcher(
             gateway_id,
             model_name,
             encoder,
@@ -66,11 +71,15 @@ class Gateway:
             self._fleet,
             config.default_max_tokens,
             self._observer,
+            routing,
             self._waker,
         )
+        self._cluster = ClusterService(model_name, self._router, self._dispatcher)
         shown = lambda: view(model_name, self._router.replicas(), self._observer)  # noqa: E731
         pages = [console(shown, self._cluster.watch)]
-        self._front = Front(config, model_name, dispatcher, encoder, self._cluster, self._is_ready, pages)
+        self._front = Front(
+            config, model_name, self._dispatcher, encoder, self._cluster, self._is_ready, pages
+        )
         await self._front.start()
         self._tasks = [
             asyncio.create_task(self._follow_health()),
@@ -95,6 +104,7 @@ class Gateway:
 
     def _on_change(self, replica_id: str) -> None:
         self._cluster.report_change(replica_id)
+        self._dispatcher.admissions.wake()
         self._changed.set()
         if self._waker is not None:
             self._waker.report_change()

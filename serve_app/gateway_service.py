@@ -11,6 +11,7 @@ import grpc
 
 from kvarn.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 from serve_app import wire
+from serve_app.dispatch import Dispatcher
 from serve_app.errors import DeadlineExceededError
 from serve_app.feed import Feed
 from serve_app.grpc_server import headers_of
@@ -79,9 +80,11 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
     Args:
         model_name: name of the served model.
         router: holds the replicas' states.
+        dispatcher: explains where requests would go.
     """
 
-    def __init__(self, model_name: str, router: Router) -> None:
+    def __init__(self, model_name: str, router: Router, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
         self._model_name = model_name
         self._router = router
         self._epoch = time.time_ns()
@@ -115,6 +118,12 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
             async for event in events:
                 await context.write(event)
 
+    async def ExplainRoute(  # noqa: N802
+        self, request: cluster_pb2.ExplainRouteRequest, context: grpc.aio.ServicerContext
+    ) -> cluster_pb2.ExplainRouteResponse:
+        """A choice and its reasons."""
+        return await self._dispatcher.explain(request)
+
     def _replicas(self) -> list[cluster_pb2.ReplicaCache]:
         return [wire.replica_to_proto(replica) for replica in self._router.replicas()]
 
@@ -145,4 +154,6 @@ def _once(merged: inference_pb2.GenerateResponse, text: str) -> inference_pb2.Ge
         finish_reason=merged.finish_reason,
         stop_reason=merged.stop_reason if merged.HasField("stop_reason") else None,
         usage=merged.usage,
+        resumptions=merged.resumptions,
+        inexact_because=merged.inexact_because,
     )

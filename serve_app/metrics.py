@@ -63,7 +63,7 @@ CACHE_TOKENS = _gauge(
     "state",
 )
 CACHE_RESERVED = _gauge(
-    "cache_reserved_tokens", "Tokens of cache space promised to admitted requests at their full length."
+    "cache_reserved_tokens", "Tokens of cache space promised to admitted requests that they do not use yet."
 )
 CACHE_SAVED = _gauge("cache_saved_bytes", "Memory that what the cache holds would take more of in fp16.")
 SLOT_CAPACITY = _gauge("side_pool_capacity_slots", "fp16 tiles of the side pool.")

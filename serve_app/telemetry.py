@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import fields
 from typing import Any
 
 from kvarn.vllm.telemetry import CacheState
 from serve_app.feed import Feed
-from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot
+from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Reservations
 
 MIN_INTERVAL_S = 0.05
 IDLE_INTERVAL_S = 1.0
+HANG_S = 30.0  # one step of an engine may take seconds on a busy CPU
 
 
 class Rate:
@@ -32,45 +32,54 @@ class Rate:
 class CacheMonitor:
     """The published state of one engine's cache.
 
-    Reads the engine at most every 50 ms while something happens and every second while nothing does; each state
-    that differs from the last gets the next sequence number.
+    Reads the engine at most every 50 ms while something happens and every second while nothing does. Each state
+    that differs from the last gets the next sequence number, and so does one a second in any case, until the engine
+    has not answered for long: watchers can tell one that has nothing to say from one that hangs.
 
     Args:
         read: asks the engine for its state.
+
+    Attributes:
+        epoch: the life of the engine.
+        promises: what gateways promised their requests here, by gateway.
     """
 
     def __init__(self, read: Callable[[], Awaitable[CacheState]]) -> None:
         self._read = read
-        self._epoch = time.time_ns()
-        self._reserved: Counter[str] = Counter()
+        self.epoch = time.time_ns()
+        self.promises = Reservations()
+        self._published_s = time.monotonic()
         self._changed = asyncio.Event()
         self._draining = False
         self._feed = Feed(lambda: self.snapshot)
         self.prefill_tokens_per_s = Rate()
         self.inter_token_latency_s = Rate()
         self.snapshot: CacheSnapshot
+        self._state: CacheState
 
     async def start(self) -> None:
         """Take the first reading."""
-        state = await self._read()
-        self.snapshot = CacheSnapshot(self._epoch, 1, _capacity(state), self._load(state))
+        self._state = await self._read()
+        self.snapshot = CacheSnapshot(self.epoch, 1, _capacity(self._state), self._load(self._state))
 
     async def run(self) -> None:
         """Publish changes until cancelled or the engine dies."""
         while True:
             await self._wait_for_change()
-            self._publish(self._load(await self._read()))
+            await self._read_state()
+            for gateway_id in self.promises.owners():
+                self.promises.settle(gateway_id)
+            self._publish(self._load(self._state))
             await asyncio.sleep(MIN_INTERVAL_S)
 
     def touch(self) -> None:
         """Say that the engine's state may have changed."""
         self._changed.set()
 
-    def reserve(self, gateway_id: str, blocks: int) -> None:
-        """Count blocks promised to a request; a negative number gives them back."""
-        self._reserved[gateway_id] += blocks
-        self._reserved += Counter()  # drops the counts that reached zero
-        self.touch()
+    def room_blocks(self) -> int:
+        """Blocks that are neither used nor promised."""
+        load = self.snapshot.load
+        return load.free_blocks + load.evictable_blocks - self.promises.total_blocks
 
     def drain(self) -> None:
         """Tell watchers at once that this replica takes nothing new."""
@@ -85,6 +94,18 @@ class CacheMonitor:
         """End every watch."""
         self._feed.close()
 
+    async def _read_state(self) -> None:
+        """Read the engine; while it is busy, go on publishing what is known."""
+        reading = asyncio.ensure_future(self._read())
+        asked_s = time.monotonic()
+        try:
+            while not (await asyncio.wait([reading], timeout=IDLE_INTERVAL_S))[0]:
+                if time.monotonic() - asked_s < HANG_S:
+                    self._publish(self._load(self._state))
+            self._state = reading.result()
+        finally:
+            reading.cancel()
+
     async def _wait_for_change(self) -> None:
         try:
             await asyncio.wait_for(self._changed.wait(), IDLE_INTERVAL_S)
@@ -93,14 +114,19 @@ class CacheMonitor:
         self._changed.clear()
 
     def _publish(self, load: CacheLoad) -> None:
-        if (load, self._draining) != (self.snapshot.load, self.snapshot.draining):
+        now_s = time.monotonic()
+        is_news = (load, self._draining) != (self.snapshot.load, self.snapshot.draining)
+        if is_news or now_s - self._published_s >= IDLE_INTERVAL_S:
+            self._published_s = now_s
             self.snapshot = self.snapshot.advanced(self.snapshot.sequence + 1, load, self._draining)
             self._feed.publish(self.snapshot)
 
     def _load(self, state: CacheState) -> CacheLoad:
+        blocks, tokens = self.promises.by_owner()
         return CacheLoad(
             **_shared_fields(CacheLoad, state),
-            reserved_blocks=dict(self._reserved),
+            reserved_blocks=blocks,
+            pending_prefill_tokens=tokens,
             prefill_tokens_per_s=self.prefill_tokens_per_s.value,
             inter_token_latency_s=self.inter_token_latency_s.value,
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from enum import Enum
 from typing import Any
 
@@ -87,7 +86,7 @@ def trace_id_of(span: Span) -> str | None:
 
 def explanation(decision: Decision) -> Mapping[str, Any]:
     """Why a request goes where it goes, as attributes of a span: the choice, and each candidate's terms as JSON."""
-    candidates = [json.dumps(asdict(candidate), default=_plain) for candidate in decision.candidates]
+    candidates = [json.dumps(candidate._asdict(), default=_plain) for candidate in decision.candidates]
     chosen = decision.chosen.replica_id if decision.chosen is not None else ""
     return {"kvarn.routing.replica_id": chosen, "kvarn.routing.candidates": candidates}
 

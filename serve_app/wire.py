@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from kvarn.v1 import cache_pb2, cluster_pb2
-from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, ReplicaState
+from kvarn.v1 import cache_pb2, cluster_pb2, engine_pb2
+from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Candidate, ReplicaState
+from serve_app.tiles import TileChange
 
 
 def snapshot_to_proto(snapshot: CacheSnapshot) -> cache_pb2.CacheSnapshot:
@@ -31,7 +32,8 @@ def load_to_proto(load: CacheLoad) -> cache_pb2.CacheLoad:
 
 def load_from_proto(message: cache_pb2.CacheLoad) -> CacheLoad:
     values: dict[str, Any] = {f.name: getattr(message, f.name) for f in fields(CacheLoad)}
-    return CacheLoad(**{**values, "reserved_blocks": dict(message.reserved_blocks)})
+    maps = {name: dict(values[name]) for name in ("reserved_blocks", "pending_prefill_tokens")}
+    return CacheLoad(**{**values, **maps})
 
 
 def delta_to_proto(snapshot: CacheSnapshot) -> cache_pb2.CacheDelta:
@@ -39,6 +41,20 @@ def delta_to_proto(snapshot: CacheSnapshot) -> cache_pb2.CacheDelta:
     return cache_pb2.CacheDelta(
         sequence=snapshot.sequence, load=load_to_proto(snapshot.load), draining=snapshot.draining
     )
+
+
+def tiles_to_proto(change: TileChange) -> engine_pb2.EngineWatchTilesResponse:
+    if change.is_whole:
+        snapshot = cache_pb2.TileSnapshot(epoch=change.epoch, sequence=change.sequence, tiles=change.stored)
+        return engine_pb2.EngineWatchTilesResponse(snapshot=snapshot)
+    delta = cache_pb2.TileDelta(sequence=change.sequence, stored=change.stored, removed=change.removed)
+    return engine_pb2.EngineWatchTilesResponse(delta=delta)
+
+
+def candidate_to_proto(candidate: Candidate) -> cluster_pb2.RouteCandidate:
+    values = candidate._asdict()
+    refusal = values.pop("refusal")
+    return cluster_pb2.RouteCandidate(refusal=refusal.value if refusal else "", **values)
 
 
 def replica_to_proto(replica: ReplicaState) -> cluster_pb2.ReplicaCache:

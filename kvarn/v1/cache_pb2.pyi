@@ -1,7 +1,7 @@
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -23,8 +23,15 @@ class CacheCapacity(_message.Message):
     def __init__(self, cache_dtype: _Optional[str] = ..., tile_tokens: _Optional[int] = ..., bytes_per_tile: _Optional[int] = ..., total_blocks: _Optional[int] = ..., total_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ...) -> None: ...
 
 class CacheLoad(_message.Message):
-    __slots__ = ("free_blocks", "evictable_blocks", "used_blocks", "reserved_blocks", "tail_slots_used", "sink_slots_used", "sink_slots_idle", "sinks_missing", "running_requests", "waiting_requests", "waiting_prefill_tokens", "preemptions", "prefill_tokens_per_s", "inter_token_latency_s")
+    __slots__ = ("free_blocks", "evictable_blocks", "used_blocks", "reserved_blocks", "tail_slots_used", "sink_slots_used", "sink_slots_idle", "sinks_missing", "running_requests", "waiting_requests", "waiting_prefill_tokens", "preemptions", "prefill_tokens_per_s", "inter_token_latency_s", "pending_prefill_tokens")
     class ReservedBlocksEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class PendingPrefillTokensEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +52,7 @@ class CacheLoad(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     INTER_TOKEN_LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    PENDING_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     free_blocks: int
     evictable_blocks: int
     used_blocks: int
@@ -59,7 +67,8 @@ class CacheLoad(_message.Message):
     preemptions: int
     prefill_tokens_per_s: float
     inter_token_latency_s: float
-    def __init__(self, free_blocks: _Optional[int] = ..., evictable_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., reserved_blocks: _Optional[_Mapping[str, int]] = ..., tail_slots_used: _Optional[int] = ..., sink_slots_used: _Optional[int] = ..., sink_slots_idle: _Optional[int] = ..., sinks_missing: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., inter_token_latency_s: _Optional[float] = ...) -> None: ...
+    pending_prefill_tokens: _containers.ScalarMap[str, int]
+    def __init__(self, free_blocks: _Optional[int] = ..., evictable_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., reserved_blocks: _Optional[_Mapping[str, int]] = ..., tail_slots_used: _Optional[int] = ..., sink_slots_used: _Optional[int] = ..., sink_slots_idle: _Optional[int] = ..., sinks_missing: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., inter_token_latency_s: _Optional[float] = ..., pending_prefill_tokens: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class CacheSnapshot(_message.Message):
     __slots__ = ("epoch", "sequence", "capacity", "load", "draining")
@@ -84,3 +93,23 @@ class CacheDelta(_message.Message):
     load: CacheLoad
     draining: bool
     def __init__(self, sequence: _Optional[int] = ..., load: _Optional[_Union[CacheLoad, _Mapping]] = ..., draining: _Optional[bool] = ...) -> None: ...
+
+class TileSnapshot(_message.Message):
+    __slots__ = ("epoch", "sequence", "tiles")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    TILES_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    sequence: int
+    tiles: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., tiles: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TileDelta(_message.Message):
+    __slots__ = ("sequence", "stored", "removed")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    stored: _containers.RepeatedScalarFieldContainer[int]
+    removed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence: _Optional[int] = ..., stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ...) -> None: ...

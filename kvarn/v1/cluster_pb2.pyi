@@ -1,4 +1,6 @@
 from kvarn.v1 import cache_pb2 as _cache_pb2
+from kvarn.v1 import inference_pb2 as _inference_pb2
+from kvarn.v1 import sampling_pb2 as _sampling_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -64,3 +66,57 @@ class FleetSnapshot(_message.Message):
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaCache]
     def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaCache, _Mapping]]] = ...) -> None: ...
+
+class ExplainRouteRequest(_message.Message):
+    __slots__ = ("prompt", "sampling_params", "cache_salt")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    prompt: _inference_pb2.Prompt
+    sampling_params: _sampling_pb2.SamplingParams
+    cache_salt: str
+    def __init__(self, prompt: _Optional[_Union[_inference_pb2.Prompt, _Mapping]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+
+class ExplainRouteResponse(_message.Message):
+    __slots__ = ("chosen_replica_id", "candidates", "prompt_tokens", "expected_tokens", "near", "queued_requests")
+    CHOSEN_REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NEAR_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    chosen_replica_id: str
+    candidates: _containers.RepeatedCompositeFieldContainer[RouteCandidate]
+    prompt_tokens: int
+    expected_tokens: int
+    near: int
+    queued_requests: int
+    def __init__(self, chosen_replica_id: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., near: _Optional[int] = ..., queued_requests: _Optional[int] = ...) -> None: ...
+
+class RouteCandidate(_message.Message):
+    __slots__ = ("replica_id", "refusal", "cached_tiles", "uncached_tokens", "blocks", "occupancy_after", "evicted_tiles", "first_token_s", "occupancy_s", "eviction_s", "penalty_s", "price_s")
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TILES_FIELD_NUMBER: _ClassVar[int]
+    UNCACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    OCCUPANCY_AFTER_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_TILES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    OCCUPANCY_S_FIELD_NUMBER: _ClassVar[int]
+    EVICTION_S_FIELD_NUMBER: _ClassVar[int]
+    PENALTY_S_FIELD_NUMBER: _ClassVar[int]
+    PRICE_S_FIELD_NUMBER: _ClassVar[int]
+    replica_id: str
+    refusal: str
+    cached_tiles: int
+    uncached_tokens: int
+    blocks: int
+    occupancy_after: float
+    evicted_tiles: int
+    first_token_s: float
+    occupancy_s: float
+    eviction_s: float
+    penalty_s: float
+    price_s: float
+    def __init__(self, replica_id: _Optional[str] = ..., refusal: _Optional[str] = ..., cached_tiles: _Optional[int] = ..., uncached_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., occupancy_after: _Optional[float] = ..., evicted_tiles: _Optional[int] = ..., first_token_s: _Optional[float] = ..., occupancy_s: _Optional[float] = ..., eviction_s: _Optional[float] = ..., penalty_s: _Optional[float] = ..., price_s: _Optional[float] = ...) -> None: ...

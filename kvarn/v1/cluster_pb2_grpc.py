@@ -45,6 +45,11 @@ class ClusterStub:
                 request_serializer=kvarn_dot_v1_dot_cluster__pb2.WatchCacheRequest.SerializeToString,
                 response_deserializer=kvarn_dot_v1_dot_cluster__pb2.WatchCacheResponse.FromString,
                 _registered_method=True)
+        self.ExplainRoute = channel.unary_unary(
+                '/kvarn.v1.Cluster/ExplainRoute',
+                request_serializer=kvarn_dot_v1_dot_cluster__pb2.ExplainRouteRequest.SerializeToString,
+                response_deserializer=kvarn_dot_v1_dot_cluster__pb2.ExplainRouteResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -65,6 +70,13 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainRoute(self, request, context):
+        """Which replica a request would go to now, and why. Sends nothing to it and reserves nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.WatchCache,
                     request_deserializer=kvarn_dot_v1_dot_cluster__pb2.WatchCacheRequest.FromString,
                     response_serializer=kvarn_dot_v1_dot_cluster__pb2.WatchCacheResponse.SerializeToString,
+            ),
+            'ExplainRoute': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRoute,
+                    request_deserializer=kvarn_dot_v1_dot_cluster__pb2.ExplainRouteRequest.FromString,
+                    response_serializer=kvarn_dot_v1_dot_cluster__pb2.ExplainRouteResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +151,33 @@ class Cluster:
             '/kvarn.v1.Cluster/WatchCache',
             kvarn_dot_v1_dot_cluster__pb2.WatchCacheRequest.SerializeToString,
             kvarn_dot_v1_dot_cluster__pb2.WatchCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRoute(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvarn.v1.Cluster/ExplainRoute',
+            kvarn_dot_v1_dot_cluster__pb2.ExplainRouteRequest.SerializeToString,
+            kvarn_dot_v1_dot_cluster__pb2.ExplainRouteResponse.FromString,
             options,
             channel_credentials,
             insecure,

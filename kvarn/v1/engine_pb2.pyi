@@ -10,18 +10,26 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EngineGenerateRequest(_message.Message):
-    __slots__ = ("request_id", "gateway_id", "prompt_token_ids", "sampling_params", "cache_salt")
+    __slots__ = ("request_id", "gateway_id", "prompt_token_ids", "sampling_params", "cache_salt", "reserved_blocks", "uncached_tokens", "expected_tokens", "resume_token_ids")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    UNCACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESUME_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     gateway_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling_params: _sampling_pb2.SamplingParams
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., gateway_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    reserved_blocks: int
+    uncached_tokens: int
+    expected_tokens: int
+    resume_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., gateway_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., reserved_blocks: _Optional[int] = ..., uncached_tokens: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., resume_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class EngineGenerateResponse(_message.Message):
     __slots__ = ("token_ids", "text", "logprobs", "finish_reason", "stop_reason", "cached_tokens")
@@ -42,6 +50,18 @@ class EngineGenerateResponse(_message.Message):
 class EngineWatchCacheRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class EngineWatchTilesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class EngineWatchTilesResponse(_message.Message):
+    __slots__ = ("snapshot", "delta")
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    snapshot: _cache_pb2.TileSnapshot
+    delta: _cache_pb2.TileDelta
+    def __init__(self, snapshot: _Optional[_Union[_cache_pb2.TileSnapshot, _Mapping]] = ..., delta: _Optional[_Union[_cache_pb2.TileDelta, _Mapping]] = ...) -> None: ...
 
 class EngineWatchCacheResponse(_message.Message):
     __slots__ = ("snapshot", "delta")

@@ -50,6 +50,11 @@ class EngineStub:
                 request_serializer=kvarn_dot_v1_dot_engine__pb2.ReportDemandRequest.SerializeToString,
                 response_deserializer=kvarn_dot_v1_dot_engine__pb2.ReportDemandResponse.FromString,
                 _registered_method=True)
+        self.WatchTiles = channel.unary_stream(
+                '/kvarn.v1.Engine/WatchTiles',
+                request_serializer=kvarn_dot_v1_dot_engine__pb2.EngineWatchTilesRequest.SerializeToString,
+                response_deserializer=kvarn_dot_v1_dot_engine__pb2.EngineWatchTilesResponse.FromString,
+                _registered_method=True)
 
 
 class EngineServicer:
@@ -77,6 +82,13 @@ class EngineServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchTiles(self, request, context):
+        """The full tiles in the replica's prefix cache now, then every change, at most one every 50 ms.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +106,11 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.ReportDemand,
                     request_deserializer=kvarn_dot_v1_dot_engine__pb2.ReportDemandRequest.FromString,
                     response_serializer=kvarn_dot_v1_dot_engine__pb2.ReportDemandResponse.SerializeToString,
+            ),
+            'WatchTiles': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchTiles,
+                    request_deserializer=kvarn_dot_v1_dot_engine__pb2.EngineWatchTilesRequest.FromString,
+                    response_serializer=kvarn_dot_v1_dot_engine__pb2.EngineWatchTilesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +195,33 @@ class Engine:
             '/kvarn.v1.Engine/ReportDemand',
             kvarn_dot_v1_dot_engine__pb2.ReportDemandRequest.SerializeToString,
             kvarn_dot_v1_dot_engine__pb2.ReportDemandResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchTiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvarn.v1.Engine/WatchTiles',
+            kvarn_dot_v1_dot_engine__pb2.EngineWatchTilesRequest.SerializeToString,
+            kvarn_dot_v1_dot_engine__pb2.EngineWatchTilesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -28,8 +28,8 @@ if _version_not_supported:
 class InferenceStub:
     """Text generation. Every error carries one sentence in its status message:
     INVALID_ARGUMENT for a request that can never work, NOT_FOUND for a model this server does not hold,
-    RESOURCE_EXHAUSTED for an oversized message or when no replica has room now, UNAVAILABLE when no replica is
-    ready or the one that served the request was lost.
+    RESOURCE_EXHAUSTED for an oversized message or when no replica has room soon enough (google.rpc.RetryInfo in the
+    status details then says when to try again), UNAVAILABLE when no replica is ready or takes the request over.
     Metadata of a call: x-kvarn-tenant names who asks, x-kvarn-priority is an integer, lower first, 0 by default.
     """
 
@@ -54,8 +54,8 @@ class InferenceStub:
 class InferenceServicer:
     """Text generation. Every error carries one sentence in its status message:
     INVALID_ARGUMENT for a request that can never work, NOT_FOUND for a model this server does not hold,
-    RESOURCE_EXHAUSTED for an oversized message or when no replica has room now, UNAVAILABLE when no replica is
-    ready or the one that served the request was lost.
+    RESOURCE_EXHAUSTED for an oversized message or when no replica has room soon enough (google.rpc.RetryInfo in the
+    status details then says when to try again), UNAVAILABLE when no replica is ready or takes the request over.
     Metadata of a call: x-kvarn-tenant names who asks, x-kvarn-priority is an integer, lower first, 0 by default.
     """
 
@@ -97,8 +97,8 @@ def add_InferenceServicer_to_server(servicer, server):
 class Inference:
     """Text generation. Every error carries one sentence in its status message:
     INVALID_ARGUMENT for a request that can never work, NOT_FOUND for a model this server does not hold,
-    RESOURCE_EXHAUSTED for an oversized message or when no replica has room now, UNAVAILABLE when no replica is
-    ready or the one that served the request was lost.
+    RESOURCE_EXHAUSTED for an oversized message or when no replica has room soon enough (google.rpc.RetryInfo in the
+    status details then says when to try again), UNAVAILABLE when no replica is ready or takes the request over.
     Metadata of a call: x-kvarn-tenant names who asks, x-kvarn-priority is an integer, lower first, 0 by default.
     """
 

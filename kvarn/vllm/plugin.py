@@ -11,6 +11,7 @@ from kvarn.vllm.hooks import (
     HookError,
     attention_backend,
     cache_dtype,
+    cache_events,
     cache_state,
     engine_config,
     page_size,
@@ -23,6 +24,7 @@ HOOKS: tuple[Hook, ...] = (
     page_size.HOOK,
     slot_plan.HOOK,
     cache_state.HOOK,
+    cache_events.HOOK,
     engine_config.HOOK,
 )
 

@@ -1,8 +1,15 @@
-"""Which replica serves a request: pure logic, standard library only, driven by whoever holds the facts."""
+"""Which replica serves a request: pure logic, standard library and xxhash only, driven by whoever holds the facts."""
 
-from serve_app.routing.admission import admit
+from serve_app.routing.admission import Room, weigh
+from serve_app.routing.breaker import Breaker
 from serve_app.routing.choice import choose
+from serve_app.routing.cost import Prices
+from serve_app.routing.hashing import Namespace, Prompt, chain, extend_chain, token_array
+from serve_app.routing.index import TILE_BYTES, PrefixIndex
+from serve_app.routing.lengths import OutputLengths
+from serve_app.routing.queue import FairQueue, Waiting
 from serve_app.routing.reservations import Reservations
+from serve_app.routing.retry import RetryBudget, pause_s
 from serve_app.routing.router import Router
 from serve_app.routing.types import (
     CacheCapacity,
@@ -17,17 +24,32 @@ from serve_app.routing.types import (
 )
 
 __all__ = [
+    "TILE_BYTES",
+    "Breaker",
     "CacheCapacity",
     "CacheLoad",
     "CacheSnapshot",
     "Caller",
     "Candidate",
     "Decision",
+    "FairQueue",
+    "Namespace",
+    "OutputLengths",
+    "PrefixIndex",
+    "Prices",
+    "Prompt",
     "Refusal",
     "ReplicaState",
     "RequestNeed",
     "Reservations",
+    "RetryBudget",
+    "Room",
     "Router",
-    "admit",
+    "Waiting",
+    "chain",
     "choose",
+    "extend_chain",
+    "pause_s",
+    "token_array",
+    "weigh",
 ]

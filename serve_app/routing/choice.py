@@ -2,22 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
-from serve_app.routing.admission import admit
-from serve_app.routing.types import Candidate, Decision, ReplicaState, RequestNeed
+from xxhash import xxh3_64_intdigest
+
+from serve_app.routing.admission import Room, weigh
+from serve_app.routing.cost import Prices
+from serve_app.routing.types import Candidate, Decision, Refusal, RequestNeed, Terms
 
 
-def choose(need: RequestNeed, replicas: Iterable[ReplicaState]) -> Decision:
-    """Choose, among the replicas that can hold `need`, the one with the least occupancy afterwards.
+def choose(
+    need: RequestNeed,
+    rooms: Iterable[Room],
+    cached_tiles: Mapping[str, int],
+    prices: Prices,
+    key: int = 0,
+    excluded: Collection[str] = (),
+) -> Decision:
+    """Choose the replica with the least price among those that can hold `need`.
 
-    Ties go to the fewest running requests, then to the smallest replica id, so that a choice can be replayed.
+    Prices close to the least count as equal; among those rendezvous hashing of `key` decides, so that gateways which
+    do not know of each other yet send the same new prefix to the same replica, and never to a busy one.
+
+    Args:
+        need: what the request takes.
+        rooms: what each replica can take.
+        cached_tiles: leading tiles of the prompt each replica holds; a missing one holds none.
+        prices: how much the terms weigh.
+        key: the hash of the shortest prefix that no replica holds.
+        excluded: replicas not to be chosen.
     """
-    states = tuple(replicas)
-    candidates = tuple(admit(need, state) for state in states)
-    running = {state.replica_id: state.snapshot.load.running_requests for state in states}
+    weighed = weigh(need, rooms, cached_tiles, prices)
+    if excluded:
+        weighed = [_excluding(terms, excluded) for terms in weighed]
+    willing = [terms for terms in weighed if terms[REFUSAL] is None]
+    if not willing:
+        return Decision(None, weighed)
+    limit = prices.near(min(terms[PRICE] for terms in willing))
+    near = [terms for terms in willing if terms[PRICE] <= limit]
+    chosen = near[0] if len(near) == 1 else max(near, key=lambda terms: _rank(terms[0], key))
+    return Decision(Candidate._make(chosen), weighed, len(near))
 
-    def price(candidate: Candidate) -> tuple[float, int, str]:
-        return candidate.occupancy_after, running[candidate.replica_id], candidate.replica_id
 
-    return Decision(min((c for c in candidates if c.refusal is None), key=price, default=None), candidates)
+PRICE = Candidate._fields.index("price_s")
+REFUSAL = Candidate._fields.index("refusal")
+
+
+def _rank(replica_id: str, key: int) -> tuple[int, str]:
+    return xxh3_64_intdigest(replica_id.encode(), key), replica_id
+
+
+def _excluding(terms: Terms, excluded: Collection[str]) -> Terms:
+    refusal = terms[REFUSAL]
+    if terms[0] in excluded and not (refusal and refusal.is_permanent):
+        return *terms[:REFUSAL], Refusal.EXCLUDED
+    return terms

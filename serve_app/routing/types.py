@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +27,15 @@ class CacheCapacity:
 class CacheLoad:
     """What a replica's KV cache holds now.
 
-    `reserved_blocks` maps a gateway to the blocks its admitted requests take at their full length, those they
-    use already included.
+    `reserved_blocks` and `pending_prefill_tokens` map a gateway to what its admitted requests were promised and
+    do not use yet, and to the prompt tokens of theirs that are neither cached nor computed.
     """
 
     free_blocks: int = 0
     evictable_blocks: int = 0
     used_blocks: int = 0
     reserved_blocks: Mapping[str, int] = field(default_factory=dict)
+    pending_prefill_tokens: Mapping[str, int] = field(default_factory=dict)
     tail_slots_used: int = 0
     sink_slots_used: int = 0
     sink_slots_idle: int = 0
@@ -67,17 +69,25 @@ class CacheSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaState:
-    """A replica as a gateway sees it; `reserved_blocks` counts this gateway's own requests and all others'."""
+    """A replica as a gateway sees it.
+
+    `reserved_blocks` and `pending_tokens` count this gateway's own requests and all others'; `starting_requests`
+    are this gateway's own that have no slot yet. `slowness` is by how much it exceeds predicted times to the first
+    token, `heat` the share of evicted tiles it computes again, `penalty_s` what its silence costs it. One that
+    `is_full` said so itself.
+    """
 
     replica_id: str
     snapshot: CacheSnapshot
     reserved_blocks: int = 0
     reachable: bool = True
-
-    @property
-    def committed_blocks(self) -> int:
-        """Blocks in use or promised."""
-        return max(self.snapshot.load.used_blocks, self.reserved_blocks)
+    pending_tokens: int = 0
+    starting_requests: int = 0
+    slowness: float = 1.0
+    heat: float = 0.0
+    penalty_s: float = 0.0
+    broken: bool = False
+    is_full: bool = False
 
     @property
     def takes_requests(self) -> bool:
@@ -95,52 +105,93 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class RequestNeed:
-    """What a request takes of a cache at its full length, in tokens."""
+    """What a request takes of a cache, in tokens: at most `max_tokens` of output, probably `expected_tokens`."""
 
     prompt_tokens: int
     max_tokens: int
+    expected_tokens: int | None = None
 
     @property
     def total_tokens(self) -> int:
+        """Its full length."""
         return self.prompt_tokens + self.max_tokens
 
+    @property
+    def likely_tokens(self) -> int:
+        """The length to make room for."""
+        expected = self.max_tokens if self.expected_tokens is None else self.expected_tokens
+        return self.prompt_tokens + min(expected, self.max_tokens)
+
     def blocks(self, tile_tokens: int) -> int:
-        """Blocks of `tile_tokens` tokens that hold the request at its full length."""
-        return -(-self.total_tokens // tile_tokens)
+        """Blocks of `tile_tokens` tokens that hold its likely length."""
+        return -(-self.likely_tokens // tile_tokens)
 
 
 class Refusal(Enum):
     """Why a replica cannot take a request."""
 
     UNREACHABLE = "unreachable"
+    BROKEN = "failed lately"
+    EXCLUDED = "tried already"
     DRAINING = "draining"
     PAST_CONTEXT = "past its context"
     PAST_CACHE = "past its whole cache"
     NO_ROOM = "no room now"
+    NO_SLOTS = "no slots now"
 
     @property
     def is_permanent(self) -> bool:
         """Whether this replica will refuse the same request for ever."""
         return self in (Refusal.PAST_CONTEXT, Refusal.PAST_CACHE)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether this replica will take the request once others have ended."""
+        return self in (Refusal.NO_ROOM, Refusal.NO_SLOTS)
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One replica weighed for one request: a refusal, or the cost of taking it there."""
+
+Terms = tuple[Any, ...]  # the fields of a Candidate
+
+
+class Candidate(NamedTuple):
+    """One replica weighed for one request: a refusal, or what taking it there costs.
+
+    `blocks` are promised beyond the `cached_tiles` found; `evicted_tiles` are cached prefixes they displace. The
+    four prices are seconds and add up to `price_s`.
+    """
 
     replica_id: str
-    blocks: int
-    occupancy_after: float
+    cached_tiles: int = 0
+    blocks: int = 0
+    uncached_tokens: int = 0
+    occupancy_after: float = 0.0
+    evicted_tiles: int = 0
+    first_token_s: float = 0.0
+    occupancy_s: float = 0.0
+    eviction_s: float = 0.0
+    penalty_s: float = 0.0
+    price_s: float = 0.0
     refusal: Refusal | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A choice and every candidate's terms; `chosen` is None if all refused."""
+    """A choice and every candidate's terms; `chosen` is None if all refused.
+
+    `near` counts the candidates whose price was close enough to the least to choose by rendezvous hashing. `weighed`
+    holds the fields of each of `candidates`.
+    """
 
     chosen: Candidate | None
-    candidates: tuple[Candidate, ...]
+    weighed: Sequence[Terms]
+    near: int = 0
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """All replicas, as weighed."""
+        return tuple(map(Candidate._make, self.weighed))
 
     @property
     def refusals(self) -> frozenset[Refusal]:
+        """Why replicas refused."""
         return frozenset(c.refusal for c in self.candidates if c.refusal is not None)

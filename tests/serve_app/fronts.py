@@ -104,7 +104,7 @@ async def running_front(encoder: PromptEncoder, **config: Any) -> AsyncIterator[
     settings = GatewayConfig.model_validate(
         {"port": 0, "http": {"port": 0}, "drain_grace_s": 0, "max_message_bytes": 1 << 18, **config}
     )
-    cluster = ClusterService(MODEL, Router("gateway"))
+    cluster = ClusterService(MODEL, Router("gateway"), script)  # type: ignore[arg-type]
     front = Front(settings, MODEL, script, encoder, cluster, lambda: True)  # type: ignore[arg-type]
     grpc_port, http_port = await front.start()
     await front.set_serving(True)

@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from serve_app.client import (
 )
 from serve_app.config import AppConfig
 from serve_app.security.fleet import TOKEN_KEY
+from serve_app.security.salts import tenant_salt
 
 from .browser import chromium_page
 from .observing import Collector, Samples, otlp_collector, scraped, total
@@ -82,6 +84,7 @@ def settings(model: Path, port: int, http_port: int, otlp_endpoint: str, max_num
                 "max_message_bytes": 1 << 20,
                 "drain_grace_s": 240,
                 "security": {"salt_cache_by_tenant": True},
+                "routing": {"queue_timeout_s": 5},
             },
             "observability": {"tracing": {"otlp_endpoint": otlp_endpoint, "export_interval_s": 0.2}},
         }
@@ -404,31 +407,53 @@ def test_what_cannot_be_parsed_is_an_invalid_argument(app: App, method: str, mes
 
 
 @pytest.mark.usefixtures("nothing_left")
-async def test_a_full_fleet_refuses_at_once_and_recovers(aclient: AsyncClient) -> None:
+async def test_a_full_fleet_lets_requests_wait_and_refuses_those_that_wait_too_long(
+    aclient: AsyncClient,
+) -> None:
     capacities = [replica.cache.capacity for replica in (await aclient.cache_state()).replicas]
     blocks_each = -(-CONTEXT // capacities[0].tile_tokens)
     fitting = sum(capacity.total_blocks // blocks_each for capacity in capacities)
     prompt, max_tokens = [5], CONTEXT - 1
 
-    async def first_delta() -> ServingError | None:
-        stream = aclient.generate(prompt, max_tokens=max_tokens, ignore_eos=True)
-        try:
-            async with aclosing(stream):
-                await anext(stream)
-                await filled.wait()
-        except ServingError as error:
-            return error
-        return None
+    async def hold(started: asyncio.Event) -> None:
+        async with aclosing(aclient.generate(prompt, max_tokens=max_tokens, ignore_eos=True)) as stream:
+            await anext(stream)
+            started.set()
+            await asyncio.Event().wait()
 
-    filled = asyncio.Event()
-    requests = [asyncio.create_task(first_delta()) for _ in range(fitting + 1)]
-    done, _ = await asyncio.wait(requests, timeout=60, return_when=asyncio.FIRST_COMPLETED)
-    for request in requests:
-        request.cancel()
-    (refused,) = done
-    error = refused.result()
-    assert isinstance(error, NoRoomError)
-    assert "no replica has room for that now" in error.sentence
+    events = [asyncio.Event() for _ in range(fitting)]
+    holders = [asyncio.create_task(hold(event)) for event in events]
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(event.wait() for event in events))
+    with pytest.raises(NoRoomError, match="no replica has room for that now") as refused:
+        await aclient.generate_once(prompt, max_tokens=max_tokens)
+    assert refused.value.retry_after_s is not None
+    with pytest.raises((NoRoomError, DeadlineExceededError)):
+        await aclient.generate_once(prompt, max_tokens=max_tokens, timeout_s=0.5)
+    waiting = asyncio.create_task(
+        aclient.generate_once(prompt, max_tokens=max_tokens, stop_token_ids=range(40_000))
+    )
+    await asyncio.sleep(0.5)
+    assert not waiting.done()
+    for holder in holders:
+        holder.cancel()
+    assert (await waiting).usage.completion_tokens > 0
+
+
+def test_a_route_is_explained_by_every_replicas_terms(client: Client) -> None:
+    prompt = [11 + i % 50 for i in range(400)]
+    served_by = client.generate_once(prompt, max_tokens=1).replica_id
+    explain = partial(client.explain_route, prompt, max_tokens=9, cache_salt=tenant_salt("", ""))
+    wait_for(lambda: max(c.cached_tiles for c in explain().candidates) == 3, 10)
+    told = explain()
+    assert (told.chosen_replica_id, told.prompt_tokens, told.expected_tokens) == (served_by, 400, 9)
+    terms = {candidate.replica_id: candidate for candidate in told.candidates}
+    assert terms.keys() == ready(client)
+    assert terms[served_by].uncached_tokens == 400 - 384
+    for candidate in told.candidates:
+        parts = candidate.first_token_s + candidate.occupancy_s + candidate.eviction_s + candidate.penalty_s
+        assert candidate.price_s == pytest.approx(parts)
+        assert not candidate.refusal
 
 
 def test_a_request_leaves_one_trace_and_one_line_of_json(app: App, client: Client) -> None:
@@ -653,22 +678,32 @@ def test_engines_answer_only_gateways(client: Client) -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_replicas_killed_in_mid_stream_are_replaced(client: Client) -> None:
-    """First one replica's engine core, then the other's whole process: each stream ends UNAVAILABLE."""
+def test_a_stream_goes_on_when_its_engine_dies_and_the_replica_is_replaced(client: Client) -> None:
     before = ready(client)
-    first, second = (client.generate("Once upon a time", **LONG) for _ in range(REPLICAS))
-    served_by = next(first).replica_id
-    other = next(second).replica_id
-    assert {served_by, other} == before
-    core = psutil.Process(in_replica(served_by, lambda engine: os.getpid())).children()
+    options: dict[str, Any] = {"max_tokens": 100, "ignore_eos": True, "temperature": 0, "logprobs": 1}
+    stream = client.generate("Once upon a time", **options)
+    deltas = [next(stream)]
+    served_by = deltas[0].replica_id
+    pids = in_replica(served_by, lambda engine: os.getpid())
+    core = psutil.Process(pids).children()
     kill_all(process for process in core if "EngineCore" in process.name())
-    assert_lost(first)
-    assert client.generate_once("Hello", max_tokens=2).replica_id == other
-    replica = psutil.Process(in_replica(other, lambda engine: os.getpid()))
+    deltas += stream
+    (other,) = before - {served_by}
+    assert (deltas[-1].replica_id, deltas[-1].resumptions, deltas[-1].inexact_because) == (other, 1, "")
+    assert deltas[-1].usage.completion_tokens == sum(len(delta.token_ids) for delta in deltas) == 100
+    assert sum(len(delta.logprobs) for delta in deltas) == 100
+    wait_for(lambda: len(ready(client)) == REPLICAS and served_by not in ready(client), START_S)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_replica_whose_process_dies_leaves_nothing_behind(client: Client) -> None:
+    before = ready(client)
+    killed = min(before)
+    replica = psutil.Process(in_replica(killed, lambda engine: os.getpid()))
     orphans = replica.children(recursive=True)
     kill_all([replica])
-    assert_lost(second)
-    wait_for(lambda: len(ready(client)) == REPLICAS and not ready(client) & before, START_S)
+    assert client.generate_once("Hello", max_tokens=2).replica_id in before - {killed}
+    wait_for(lambda: len(ready(client)) == REPLICAS and killed not in ready(client), START_S)
     assert client.generate_once(QUESTION, max_tokens=24, temperature=0).text.count("Paris")
     assert not [process for process in orphans if process.is_running()]
 
@@ -676,12 +711,6 @@ def test_replicas_killed_in_mid_stream_are_replaced(client: Client) -> None:
 def kill_all(processes: Any) -> None:
     for process in processes:
         process.send_signal(signal.SIGKILL)
-
-
-def assert_lost(stream: Iterator[inference_pb2.GenerateResponse]) -> None:
-    with pytest.raises(UnavailableError, match="The replica that served this request was lost"):
-        for _ in stream:
-            pass
 
 
 async def test_a_rolling_update_completes_open_streams_and_refuses_none(

@@ -1,10 +1,14 @@
 """Watching a value: a snapshot, then every change, and a new snapshot for whoever falls behind."""
 
 import asyncio
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+
+import pytest
 
 from kvarn.vllm.telemetry import CacheState
+from serve_app import telemetry
 from serve_app.feed import MAX_PENDING, Feed
+from serve_app.routing import RequestNeed
 from serve_app.telemetry import CacheMonitor
 
 
@@ -80,13 +84,38 @@ async def test_the_monitor_numbers_each_different_state() -> None:
     async with aclosing(monitor.watch()) as states:
         first = await anext(states)
         used = 3
-        monitor.reserve("gateway", 5)
+        monitor.promises.hold("request", "gateway", RequestNeed(300, 300), 128, blocks=5, pending_tokens=300)
+        monitor.touch()
         second = await anext(states)
-        monitor.reserve("gateway", -5)
+        monitor.promises.release("request")
         monitor.drain()
         third = await anext(states)
     running.cancel()
     assert [first.sequence, second.sequence, third.sequence] == [1, 2, 3]
     assert (second.load.used_blocks, second.load.reserved_blocks) == (3, {"gateway": 5})
+    assert second.load.pending_prefill_tokens == {"gateway": 300}
     assert third.draining
     assert second.capacity == first.capacity
+
+
+async def test_a_busy_engine_is_told_from_a_hanging_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "IDLE_INTERVAL_S", 0.02)
+    monkeypatch.setattr(telemetry, "HANG_S", 0.5)
+    answers = [cache_state(1)]
+
+    async def read() -> CacheState:
+        return answers.pop() if answers else await asyncio.Event().wait()
+
+    monitor = CacheMonitor(read)
+    await monitor.start()
+    running = asyncio.create_task(monitor.run())
+    async with aclosing(monitor.watch()) as states:
+        seen = [await anext(states) for _ in range(4)]
+        assert [state.sequence for state in seen] == [1, 2, 3, 4]
+        assert {state.load.used_blocks for state in seen} == {1}
+        last = seen[-1]
+        with suppress(TimeoutError):
+            while True:
+                last = await asyncio.wait_for(anext(states), 1)
+        assert last.sequence > 4
+    running.cancel()

@@ -27,8 +27,8 @@ from .observing import Remembered
 
 TRACING = TracingConfig(otlp_endpoint="http://127.0.0.1:1")
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
-HERE = Candidate("here", 2, 0.25)
-FULL = Candidate("full", 2, 1.5, Refusal.NO_ROOM)
+HERE = Candidate("here", blocks=2, occupancy_after=0.25)
+FULL = Candidate("full", blocks=2, occupancy_after=1.5, refusal=Refusal.NO_ROOM)
 TEXT = "a secret answer"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -288,7 +289,8 @@ async def test_refusals_have_openai_statuses_and_shapes(
         await client.chat.completions.create(model=MODEL, messages=ASK, stream=stream)
     assert refused.value.body["message"] == error.sentence
     assert refused.value.code == code
-    assert refused.value.response.headers.get("retry-after") == ("2" if error.retry_after_s else None)
+    expected = str(math.ceil(error.retry_after_s)) if error.retry_after_s else None
+    assert refused.value.response.headers.get("retry-after") == expected
 
 
 async def test_an_error_in_the_middle_of_a_stream_is_an_event(front: Running, client: AsyncOpenAI) -> None:

@@ -124,7 +124,7 @@ def test_what_cannot_be_sent_fails_in_the_client(prompt: object, sampling: dict[
 def test_a_refusal_says_what_the_caller_can_do(
     refusals: list[Refusal], error: type[RequestError], part: str
 ) -> None:
-    candidates = tuple(Candidate(str(i), 1, 1.0, why) for i, why in enumerate(refusals))
+    candidates = tuple(Candidate(str(i), refusal=why) for i, why in enumerate(refusals))
     refused = refusal(Decision(None, candidates), RequestNeed(60, 10), context_tokens=64)
     assert type(refused) is error
     assert part in refused.sentence

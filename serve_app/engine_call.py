@@ -1,0 +1,143 @@
+"""One call of an engine replica: its stream, and what its end means for the replica."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+
+from kvarn.v1 import engine_pb2, inference_pb2
+from serve_app.errors import DeadlineExceededError, InvalidRequestError
+from serve_app.fleet import Fleet
+from serve_app.routing import Router
+
+_DROPPED = (inference_pb2.FINISH_REASON_ABORT, inference_pb2.FINISH_REASON_ERROR)
+
+
+class ReplicaError(Exception):
+    """A replica did not do what it was asked, for reasons of its own: another may.
+
+    Attributes:
+        replica_id: the replica.
+        is_failure: False if it refused because others took its room first.
+    """
+
+    def __init__(self, replica_id: str, is_failure: bool = True) -> None:
+        super().__init__(replica_id)
+        self.replica_id = replica_id
+        self.is_failure = is_failure
+
+
+class EngineCall:
+    """A stream of deltas from one replica, kept account of in the router under `key`.
+
+    Iterating raises `ReplicaError` for what another replica may do better, and `RequestError`s for what is final.
+    `close` cancels what is left; it may be called twice.
+
+    Args:
+        fleet: reaches the replica.
+        router: holds the reservation, made already.
+        key: names the reservation.
+        replica_id: the replica, of which the fleet knows.
+        message: what it is asked for.
+        timeout_s: time the call may take; None sets no limit.
+        headers: metadata of the call.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        router: Router,
+        key: str,
+        replica_id: str,
+        message: engine_pb2.EngineGenerateRequest,
+        timeout_s: float | None,
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        self.replica_id = replica_id
+        self._fleet = fleet
+        self._router = router
+        self._key = key
+        self._call = fleet.call(replica_id, message, timeout_s, headers)
+        self._deltas = self._read()
+        self._first: asyncio.Task[engine_pb2.EngineGenerateResponse] | None = None
+
+    def __aiter__(self) -> AsyncIterator[engine_pb2.EngineGenerateResponse]:
+        return self
+
+    async def __anext__(self) -> engine_pb2.EngineGenerateResponse:
+        if self._first is not None:
+            first, self._first = self._first, None
+            return await first
+        return await anext(self._deltas)
+
+    async def has_begun(self, within_s: float) -> bool:
+        """Whether it has answered, or failed, within that time."""
+        return bool((await asyncio.wait([self._begin()], timeout=within_s))[0])
+
+    async def race(self, other: EngineCall) -> tuple[EngineCall, EngineCall]:
+        """This call and another, the one that answers first being first; one that fails does not win."""
+        running = {self._begin(): self, other._begin(): other}
+        while len(running) > 1:
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if task.exception() is None:
+                    winner = running[task]
+                    return winner, other if winner is self else self
+            for task in list(done)[: len(running) - 1]:
+                del running[task]
+        (winner,) = running.values()
+        return winner, other if winner is self else self
+
+    def close(self) -> None:
+        """Give back what it holds; the engine hears of it and frees the blocks."""
+        if self._first is not None:
+            self._first.cancel()
+        self._call.cancel()
+        self._router.release(self._key)
+
+    def _begin(self) -> asyncio.Task[engine_pb2.EngineGenerateResponse]:
+        if self._first is None:
+            self._first = asyncio.ensure_future(anext(self._deltas))
+        return self._first
+
+    async def _read(self) -> AsyncIterator[engine_pb2.EngineGenerateResponse]:
+        is_finished = False
+        try:
+            async for delta in self._call:
+                if delta.finish_reason in _DROPPED:
+                    break
+                is_finished = bool(delta.finish_reason)
+                self._router.grow(self._key, len(delta.token_ids), time.monotonic())
+                yield delta
+        except grpc.aio.AioRpcError as error:
+            raise self._translate(error) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise self._failed() from None  # not this task but the call was cancelled, by the engine or the fleet
+        if not is_finished:
+            raise self._failed()
+
+    def _translate(self, error: grpc.aio.AioRpcError) -> Exception:
+        match error.code():
+            case grpc.StatusCode.INVALID_ARGUMENT:
+                return InvalidRequestError(error.details() or "The engine refused the request.")
+            case grpc.StatusCode.DEADLINE_EXCEEDED:
+                return DeadlineExceededError(_TOO_LATE)
+            case grpc.StatusCode.RESOURCE_EXHAUSTED:
+                self._router.refused(self._key)
+                return ReplicaError(self.replica_id, is_failure=False)
+            case grpc.StatusCode.UNAVAILABLE:
+                self._fleet.report_lost(self.replica_id)
+        return self._failed()
+
+    def _failed(self) -> ReplicaError:
+        self._router.failed(self._key, time.monotonic())
+        return ReplicaError(self.replica_id)
+
+
+_TOO_LATE = "The deadline passed before the output was complete: allow more time or lower max_tokens."

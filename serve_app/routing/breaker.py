@@ -1,0 +1,49 @@
+"""When to leave a replica alone after failures, and when to try it again."""
+
+from __future__ import annotations
+
+FAILURES_TO_OPEN = 3
+FIRST_PAUSE_S = 0.5
+LAST_PAUSE_S = 30.0
+
+
+class Breaker:
+    """Counts one replica's failures: closed, open for a pause that doubles, then half open for one probe at a time."""
+
+    def __init__(self) -> None:
+        self._failures = 0
+        self._pause_s = FIRST_PAUSE_S
+        self._open_until_s = 0.0
+        self._probing = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing speaks against the replica."""
+        return self._failures < FAILURES_TO_OPEN
+
+    def allows(self, now_s: float) -> bool:
+        """Whether a request may go there now."""
+        return self.is_closed or (now_s >= self._open_until_s and not self._probing)
+
+    def sent(self) -> None:
+        """A request goes there; on a half-open breaker it is the probe."""
+        self._probing = not self.is_closed
+
+    def succeeded(self) -> None:
+        """A request got its first token."""
+        self._failures = 0
+        self._pause_s = FIRST_PAUSE_S
+        self._probing = False
+
+    def failed(self, now_s: float) -> None:
+        """A request failed for a reason that is the replica's."""
+        self._failures += 1
+        if self.is_closed:
+            return
+        self._open_until_s = now_s + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LAST_PAUSE_S)
+        self._probing = False
+
+    def abandoned(self) -> None:
+        """A request ended without telling anything about the replica."""
+        self._probing = False

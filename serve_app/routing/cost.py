@@ -1,0 +1,33 @@
+"""What taking a request costs, in seconds: the time to its first token, and what it does to the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+UNMEASURED_TOKENS_PER_S = 4000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """How much the terms weigh.
+
+    Attributes:
+        occupancy_s: price of a cache that is full to the last block.
+        occupancy_power: how late that price rises; the higher the later.
+        near_s: candidates within this of the least price count as equal...
+        near_share: ...or within this share of it.
+    """
+
+    occupancy_s: float = 2.0
+    occupancy_power: int = 4
+    near_s: float = 0.005
+    near_share: float = 0.02
+
+    def near(self, least_s: float) -> float:
+        """The highest price that counts as equal to `least_s`."""
+        return least_s + max(self.near_s, self.near_share * least_s)
+
+
+def prefill_s_per_token(measured_tokens_per_s: float, slowness: float) -> float:
+    """Seconds a prompt token takes on a replica; a guess until it has been measured."""
+    return slowness / (measured_tokens_per_s or UNMEASURED_TOKENS_PER_S)

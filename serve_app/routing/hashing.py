@@ -1,0 +1,74 @@
+"""Names for prefixes: xxh3 chains over tiles of token ids, the same in engines and gateways."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from xxhash import xxh3_64_intdigest
+
+TOKEN_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """What must be equal for two caches to mean the same by the same tokens."""
+
+    model: str
+    cache_dtype: str
+    tile_tokens: int
+    adapter: str = ""
+    salt: str = ""
+
+    def root(self) -> int:
+        """The hash that chains of this namespace start from."""
+        parts = (self.model, self.cache_dtype, str(self.tile_tokens), self.adapter, self.salt)
+        return xxh3_64_intdigest("".join(f"{len(part)}:{part}" for part in parts).encode())
+
+
+def token_array(token_ids: Iterable[int]) -> array[int]:
+    """Token ids as the 32-bit integers that chains are computed over."""
+    return array("I", token_ids)
+
+
+def extend_chain(parent: int, tile: array[int]) -> int:
+    """The hash of a prefix that ends with `tile`, after the prefix hashed to `parent`."""
+    return xxh3_64_intdigest(memoryview(tile), parent)
+
+
+def chain(token_ids: array[int], tile_tokens: int, root: int) -> list[int]:
+    """The hash of every prefix of `token_ids` that ends with a full tile, shortest first."""
+    view = memoryview(token_ids).cast("B")
+    step = tile_tokens * TOKEN_BYTES
+    link = root
+    return [
+        link := xxh3_64_intdigest(view[start : start + step], link)
+        for start in range(0, len(view) - step + 1, step)
+    ]
+
+
+class Prompt:
+    """The token ids of a prompt and, worked out once each, its chains.
+
+    Args:
+        token_ids: the prompt.
+        salt: what keeps its prefixes apart from others'.
+    """
+
+    __slots__ = ("_chains", "salt", "token_ids")
+
+    def __init__(self, token_ids: array[int], salt: str = "") -> None:
+        self.token_ids = token_ids
+        self.salt = salt
+        self._chains: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def chain(self, tile_tokens: int, root: int) -> list[int]:
+        """As `chain`, over the whole prompt."""
+        known = self._chains.get(root)
+        if known is None:
+            known = self._chains[root] = chain(self.token_ids, tile_tokens, root)
+        return known

@@ -1,0 +1,227 @@
+"""Which replica holds which prefix, exactly as the engines' events tell it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+TILE_BYTES = 200  # memory a tile takes here, at most
+SWEEP_TILES = 1024  # tiles cleaned of replicas that are gone, each time events are applied
+SWEEP_WHEN_FULL = 8  # the same, for each tile that finds no room
+GHOSTS = 4096  # evicted tiles remembered a replica, to learn how many of them are computed again
+HEAT_WEIGHT = 0.002
+
+
+@dataclass(slots=True)
+class _Holder:
+    """One replica's part of the index: `bit` marks its tiles, `unconfirmed` are promised by requests only."""
+
+    bit: int
+    epoch: int
+    sequence: int
+    tiles: int = 0
+    unconfirmed: set[int] = field(default_factory=set)
+    ghosts: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    heat: float = 0.0
+
+
+class PrefixIndex:
+    """Maps the hash of every cached prefix to the set of replicas that hold it, as a bit mask. Not thread-safe.
+
+    A replica that goes, or sends a new snapshot, loses its bit at once; tiles are cleaned of lost bits bit by bit
+    while events are applied, so that dropping a replica costs the same however much it held.
+
+    Args:
+        max_tiles: prefixes held at most; what an engine stores beyond that is not indexed.
+    """
+
+    def __init__(self, max_tiles: int) -> None:
+        self._max_tiles = max_tiles
+        self._tiles: dict[int, int] = {}
+        self._unswept: dict[int, int] = {}
+        self._holders: dict[str, _Holder] = {}
+        self._owner: dict[int, str] = {}
+        self._lost_bits = 0
+        self._sweeping_bits = 0
+        self._promises: dict[str, tuple[str, int, list[int]]] = {}
+
+    def __len__(self) -> int:
+        """Prefixes held, those of lost replicas included until they are swept."""
+        return len(self._tiles) + len(self._unswept)
+
+    def tiles(self, replica_id: str) -> int:
+        """Tiles indexed for a replica."""
+        holder = self._holders.get(replica_id)
+        return holder.tiles if holder else 0
+
+    def epoch(self, replica_id: str) -> int | None:
+        """The engine life that a replica's tiles are from, None if it has none here."""
+        holder = self._holders.get(replica_id)
+        return holder.epoch if holder else None
+
+    def heat(self, replica_id: str) -> float:
+        """Share of the tiles a replica evicts that it soon computes again, 0 to 1."""
+        holder = self._holders.get(replica_id)
+        return holder.heat if holder else 0.0
+
+    def replace(self, replica_id: str, epoch: int, sequence: int, tiles: Iterable[int]) -> None:
+        """Take a snapshot: `tiles` is all the replica holds at state `sequence` of engine life `epoch`."""
+        self.drop(replica_id)
+        bit = self._free_bit()
+        holder = self._holders[replica_id] = _Holder(bit, epoch, sequence)
+        self._owner[bit] = replica_id
+        for tile in tiles:
+            self._set(holder, tile)
+
+    def apply(
+        self, replica_id: str, epoch: int, sequence: int, stored: Iterable[int], removed: Iterable[int]
+    ) -> bool:
+        """Take a delta; return False if it does not follow what is held, so that a snapshot is needed."""
+        holder = self._holders.get(replica_id)
+        if holder is None or (epoch, sequence) != (holder.epoch, holder.sequence + 1):
+            return False
+        holder.sequence = sequence
+        for tile in removed:
+            holder.unconfirmed.discard(tile)
+            self._clear(holder, tile)
+            _remember(holder, tile)
+        for tile in stored:
+            holder.unconfirmed.discard(tile)
+            self._set(holder, tile)
+            _recall(holder, tile)
+        self._sweep(SWEEP_TILES)
+        return True
+
+    def drop(self, replica_id: str) -> None:
+        """Forget all that a replica holds."""
+        holder = self._holders.pop(replica_id, None)
+        if holder is not None:
+            del self._owner[holder.bit]
+            self._lost_bits |= holder.bit
+            self._start_sweep()
+
+    def match(self, chain: Sequence[int]) -> dict[str, int]:
+        """Leading tiles of `chain` that each replica holds; replicas that hold none are left out."""
+        tiles, unswept = self._tiles, self._unswept
+        held = ~self._lost_bits
+        depths: dict[str, int] = {}
+        depth = 0
+        for depth, tile in enumerate(chain):
+            mask = tiles.get(tile, 0)
+            if unswept:
+                mask |= unswept.get(tile, 0)
+            still = held & mask
+            if still != held:
+                if depth:
+                    self._record(held & ~still, depth, depths)
+                held = still
+                if not held:
+                    return depths
+        if chain:
+            self._record(held, depth + 1, depths)
+        return depths
+
+    def promise(self, request_id: str, replica_id: str, chain: Sequence[int]) -> None:
+        """Expect `replica_id` to hold `chain` soon, until events confirm it or `settle` ends the wait."""
+        holder = self._holders.get(replica_id)
+        if holder is None:
+            return
+        promised = [tile for tile in chain if self._set(holder, tile)]
+        holder.unconfirmed.update(promised)
+        self._promises[request_id] = (replica_id, holder.bit, promised)
+
+    def settle(self, request_id: str) -> None:
+        """Take back what a request promised and no event has confirmed."""
+        replica_id, bit, promised = self._promises.pop(request_id, ("", 0, []))
+        holder = self._holders.get(replica_id)
+        if holder is None or holder.bit != bit:
+            return
+        for tile in promised:
+            if tile in holder.unconfirmed:
+                holder.unconfirmed.discard(tile)
+                self._clear(holder, tile)
+
+    def _record(self, bits: int, depth: int, depths: dict[str, int]) -> None:
+        for bit in _single_bits(bits):
+            depths[self._owner[bit]] = depth
+
+    def _mask(self, tile: int) -> int:
+        return self._tiles.get(tile, 0) | self._unswept.get(tile, 0)
+
+    def _set(self, holder: _Holder, tile: int) -> bool:
+        """Mark that the replica holds `tile`; return whether that is new."""
+        mask = self._mask(tile)
+        if mask & holder.bit or (not mask and not self._has_room()):
+            return False
+        self._tiles[tile] = self._tiles.get(tile, 0) | holder.bit
+        holder.tiles += 1
+        return True
+
+    def _has_room(self) -> bool:
+        if len(self) >= self._max_tiles:
+            self._sweep(SWEEP_WHEN_FULL)
+        return len(self) < self._max_tiles
+
+    def _clear(self, holder: _Holder, tile: int) -> None:
+        if not self._mask(tile) & holder.bit:
+            return
+        holder.tiles -= 1
+        for tiles in (self._tiles, self._unswept):
+            mask = tiles.get(tile, 0)
+            if mask & holder.bit:
+                _keep(tiles, tile, mask & ~holder.bit)
+
+    def _free_bit(self) -> int:
+        used = self._lost_bits
+        for bit in self._owner:
+            used |= bit
+        return ~used & (used + 1)
+
+    def _start_sweep(self) -> None:
+        if not self._unswept:
+            self._tiles, self._unswept = self._unswept, self._tiles
+            self._sweeping_bits = self._lost_bits
+            self._sweep(0)
+
+    def _sweep(self, count: int) -> None:
+        """Move up to `count` tiles over, without lost bits; once all are, the bits are free."""
+        tiles, unswept = self._tiles, self._unswept
+        for _ in range(min(count, len(unswept))):
+            tile, mask = unswept.popitem()
+            mask &= ~self._sweeping_bits
+            if mask:
+                tiles[tile] = tiles.get(tile, 0) | mask
+        if self._sweeping_bits and not unswept:
+            self._unswept = {}  # a dict keeps its size while items are popped
+            self._lost_bits &= ~self._sweeping_bits
+            self._sweeping_bits = 0
+            if self._lost_bits:
+                self._start_sweep()
+
+
+def _keep(tiles: dict[int, int], tile: int, mask: int) -> None:
+    if mask:
+        tiles[tile] = mask
+    else:
+        del tiles[tile]
+
+
+def _single_bits(bits: int) -> Iterator[int]:
+    while bits:
+        bit = bits & -bits
+        yield bit
+        bits ^= bit
+
+
+def _remember(holder: _Holder, tile: int) -> None:
+    """Keep an evicted tile in mind; one that is forgotten before it is stored again was cold."""
+    holder.ghosts[tile] = None
+    if len(holder.ghosts) > GHOSTS:
+        holder.ghosts.popitem(last=False)
+        holder.heat -= HEAT_WEIGHT * holder.heat
+
+
+def _recall(holder: _Holder, tile: int) -> None:
+    if holder.ghosts.pop(tile, tile) is None:
+        holder.heat += HEAT_WEIGHT * (1 - holder.heat)

@@ -1,0 +1,87 @@
+"""Requests that wait for room: bounded, by priority, fair by tenant, aware of deadlines."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import inf
+
+from serve_app.routing.types import Caller, RequestNeed
+
+MAX_BYPASSES = 32  # smaller requests that may pass one which does not fit yet
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """One request in the queue; `deadline_s` is on the clock of the queue's callers."""
+
+    request_id: str
+    caller: Caller
+    need: RequestNeed
+    deadline_s: float = inf
+    bypasses: int = field(default=0, init=False)
+    order: tuple[int, float, int] = field(default=(0, 0.0, 0), init=False)
+
+
+class FairQueue:
+    """A bounded queue in order of priority, and of start-time fair queueing between tenants within one.
+
+    A tenant's share is its weight; what a request takes of it is its tokens. A request that does not fit now lets
+    others pass, but only so many.
+
+    Args:
+        limit: requests held at most.
+        weights: share of each tenant against the others, 1 by default.
+    """
+
+    def __init__(self, limit: int, weights: Mapping[str, float]) -> None:
+        self._limit = limit
+        self._weights = weights
+        self._waiting: list[Waiting] = []
+        self._finish: dict[str, float] = {}
+        self._virtual = 0.0
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def push(self, item: Waiting) -> Waiting | None:
+        """Let a request wait; return the one that must leave for it, itself if it is the least entitled."""
+        tenant = item.caller.tenant
+        start = max(self._virtual, self._finish.get(tenant, 0.0))
+        self._finish[tenant] = start + item.need.likely_tokens / self._weights.get(tenant, 1.0)
+        self._count += 1
+        item.order = (item.caller.priority, start, self._count)
+        insort(self._waiting, item, key=lambda waiting: waiting.order)
+        return self._waiting.pop() if len(self._waiting) > self._limit else None
+
+    def take(self, fits: Callable[[Waiting], bool]) -> Waiting | None:
+        """Remove and return the first request that `fits`, unless one before it has been passed too often."""
+        for place, item in enumerate(self._waiting):
+            if fits(item):
+                for passed in self._waiting[:place]:
+                    passed.bypasses += 1
+                del self._waiting[place]
+                self._advance(item)
+                return item
+            if item.bypasses >= MAX_BYPASSES:
+                return None
+        return None
+
+    def remove(self, item: Waiting) -> None:
+        """Forget a request that no longer waits, if it is still here."""
+        if item in self._waiting:
+            self._waiting.remove(item)
+
+    def expire(self, now_s: float) -> list[Waiting]:
+        """Remove and return the requests whose deadline has passed."""
+        late = [item for item in self._waiting if item.deadline_s <= now_s]
+        if late:
+            self._waiting = [item for item in self._waiting if item.deadline_s > now_s]
+        return late
+
+    def _advance(self, item: Waiting) -> None:
+        self._virtual = max(self._virtual, item.order[1])
+        if not self._waiting:
+            self._finish.clear()  # nobody is ahead of anybody, and names of tenants do not pile up

@@ -1,0 +1,38 @@
+"""How often, and after how long, a request is sent again."""
+
+from __future__ import annotations
+
+from random import Random
+
+FIRST_PAUSE_S = 0.02
+LAST_PAUSE_S = 1.0
+
+
+class RetryBudget:
+    """Keeps retries to a share of the requests, so that a failing fleet is not buried under them.
+
+    Args:
+        share: retries a request earns.
+        reserve: retries that may be saved up, and are there at the start.
+    """
+
+    def __init__(self, share: float = 0.2, reserve: float = 20.0) -> None:
+        self._share = share
+        self._reserve = reserve
+        self._saved = reserve
+
+    def earn(self) -> None:
+        """A request came."""
+        self._saved = min(self._saved + self._share, self._reserve)
+
+    def spend(self) -> bool:
+        """Take one retry; return False if there is none left."""
+        if self._saved < 1:
+            return False
+        self._saved -= 1
+        return True
+
+
+def pause_s(attempt: int, random: Random) -> float:
+    """Seconds before attempt number `attempt`, the first retry being 1: doubling, with full jitter."""
+    return random.uniform(0, min(FIRST_PAUSE_S * 2**attempt, LAST_PAUSE_S))

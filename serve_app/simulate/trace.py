@@ -1,0 +1,137 @@
+"""Requests to simulate: from a trace file in Mooncake's format, or made up."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+UNIT_TOKENS = 512  # prompt tokens that one id of a trace's `hash_ids` stands for
+MAX_TOKENS = 2048  # what clients of a trace are taken to ask for; the trace tells only what they got
+
+
+class TraceError(ValueError):
+    """A trace file that cannot be used; the message says where and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRequest:
+    """One request: `hash_ids` are equal for equal content up to the end of their unit of 512 prompt tokens."""
+
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+    max_tokens: int
+    hash_ids: tuple[int, ...]
+    tenant: str = ""
+
+    def token_ids(self) -> array[int]:
+        """Token ids that are equal where the trace says that prompts are."""
+        ids = array("I")
+        for unit in self.hash_ids:
+            ids.extend(array("I", [unit]) * UNIT_TOKENS)
+        return ids[: self.prompt_tokens]
+
+
+def read_trace(path: Path) -> list[TraceRequest]:
+    """Read one JSON object a line: `timestamp` in ms, `input_length`, `output_length`, `hash_ids`.
+
+    Raises:
+        TraceError: the file cannot be read or a line is not of that form.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise TraceError(f"{path} cannot be read: {error.strerror}") from None
+    requests = [_request(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not requests:
+        raise TraceError(f"{path} holds no requests: expected one JSON object a line")
+    return sorted(requests, key=lambda request: request.arrival_s)
+
+
+def _request(path: Path, number: int, line: str) -> TraceRequest:
+    try:
+        row = json.loads(line)
+        prompt, ids = int(row["input_length"]), tuple(int(unit) % (1 << 32) for unit in row["hash_ids"])
+        output = max(int(row["output_length"]), 1)
+        arrival_s = float(row["timestamp"]) / 1000
+    except (ValueError, TypeError, KeyError) as error:
+        raise TraceError(
+            f"{path}, line {number}: expected timestamp, input_length, output_length and hash_ids ({error!r})"
+        ) from None
+    if prompt < 1 or len(ids) * UNIT_TOKENS < prompt:
+        raise TraceError(
+            f"{path}, line {number}: {prompt} prompt tokens need at least {-(-prompt // UNIT_TOKENS)} hash_ids"
+        )
+    return TraceRequest(arrival_s, prompt, output, max(MAX_TOKENS, output), ids)
+
+
+def speed_up(requests: Iterable[TraceRequest], load: float) -> list[TraceRequest]:
+    """The same requests arriving `load` times as fast, bursts kept."""
+    return [
+        TraceRequest(r.arrival_s / load, r.prompt_tokens, r.output_tokens, r.max_tokens, r.hash_ids, r.tenant)
+        for r in requests
+    ]
+
+
+def zero_share(requests: Iterable[TraceRequest]) -> list[TraceRequest]:
+    """The same lengths and arrivals, but no two prompts have anything in common."""
+    fresh = iter(range(1, 1 << 32))
+    return [
+        TraceRequest(
+            r.arrival_s,
+            r.prompt_tokens,
+            r.output_tokens,
+            r.max_tokens,
+            tuple(next(fresh) for _ in r.hash_ids),
+        )
+        for r in requests
+    ]
+
+
+def hot_spot(requests: Sequence[TraceRequest], random: Random, share: float = 0.5) -> list[TraceRequest]:
+    """The same, but a share of the requests begins with one long prefix: everybody asks about the same document."""
+    hot = tuple(range((1 << 31) + 1, (1 << 31) + 17))
+    return [_with_prefix(r, hot) if random.random() < share else r for r in requests]
+
+
+def churn(requests: Sequence[TraceRequest], period_s: float = 60.0) -> list[TraceRequest]:
+    """The same, but every request begins with a prefix that is popular for a minute and then never seen again."""
+    return [
+        _with_prefix(r, tuple(range(base, base + 8)))
+        for r in requests
+        for base in [(1 << 31) + 64 * int(r.arrival_s // period_s)]
+    ]
+
+
+def _with_prefix(request: TraceRequest, prefix: tuple[int, ...]) -> TraceRequest:
+    tokens = request.prompt_tokens + len(prefix) * UNIT_TOKENS
+    return TraceRequest(
+        request.arrival_s, tokens, request.output_tokens, request.max_tokens, prefix + request.hash_ids
+    )
+
+
+def conversations(random: Random, count: int, rate: float, units: int = 6) -> list[TraceRequest]:
+    """Made-up conversations whose turns extend each other, `rate` requests a second."""
+    fresh = iter(range(1, 1 << 32))
+    open_ones: list[tuple[int, ...]] = []
+    requests = []
+    arrival_s = 0.0
+    for _ in range(count):
+        arrival_s += random.expovariate(rate)
+        goes_on = open_ones and random.random() < 0.6
+        ids = open_ones.pop(random.randrange(len(open_ones))) if goes_on else (0,)
+        ids += tuple(next(fresh) for _ in range(random.randint(1, units)))
+        open_ones.append(ids)
+        output = random.randint(1, 400)
+        prompt = len(ids) * UNIT_TOKENS - random.randrange(UNIT_TOKENS)
+        requests.append(TraceRequest(arrival_s, prompt, output, max(512, output), ids))
+    return requests
+
+
+def names(count: int) -> Iterator[str]:
+    """Ids of replicas."""
+    return (f"replica{number}" for number in range(count))
