@@ -88,7 +88,6 @@ def view(model_name: str, replicas: list[ReplicaState], observer: Observer) -> d
     return {
         "model": model_name,
         "replicas": [_replica(replica) for replica in replicas],
-        "queue": {"requests": 0, "tokens": 0},
         "open_requests": len(streams),
         "streams": [_stream(observation) for observation in streams[-SHOWN_STREAMS:]],
         "first_token_s": observer.first_tokens.most(),
@@ -117,6 +116,7 @@ def _replica(replica: ReplicaState) -> dict[str, Any]:
         "sinks_idle": load.sink_slots_idle,
         "running": load.running_requests,
         "waiting": load.waiting_requests,
+        "waiting_prefill": load.waiting_prefill_tokens,
         "prefill_tokens_per_s": load.prefill_tokens_per_s,
         "inter_token_latency_s": load.inter_token_latency_s,
         "preemptions": load.preemptions,

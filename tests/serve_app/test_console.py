@@ -38,6 +38,8 @@ BUSY = CacheLoad(
     sink_slots_used=5,
     sink_slots_idle=9,
     running_requests=6,
+    waiting_requests=2,
+    waiting_prefill_tokens=1500,
     prefill_tokens_per_s=1450,
     inter_token_latency_s=0.042,
 )
@@ -111,6 +113,8 @@ async def test_the_console_follows_the_fleet(tmp_path: Path) -> None:
             await ended.aclose()
         await expect(page.locator("#open")).to_have_text("1")
         await expect(page.locator("#streams")).to_contain_text("req-0")
+        await expect(page.locator("#queue")).to_contain_text("waiting in engines 2")
+        await expect(page.locator("#queue")).to_contain_text("prompt tokens to compute 1,500")
         await expect(page.locator("#prefixes")).to_contain_text("85 %")
         for theme in ("light", "dark"):
             await page.emulate_media(color_scheme=theme)
