@@ -50,7 +50,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self.router = Router("me")
-        self.cluster = ClusterService("smollm2-135m-instruct", self.router)
+        self.cluster = ClusterService("smollm2-135m-instruct", self.router, None)  # type: ignore[arg-type]  # nothing asks it to explain
         self.observer = Observer(Remembered(), Tracing("test", "one", None))
         self._sequence = 0
         self.update("k3f8z0qa", BUSY)

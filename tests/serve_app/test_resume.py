@@ -157,7 +157,7 @@ async def start_gateway(
             made.dispatcher.admissions.wake()
 
     made.fleet = Fleet(router, on_change, drain_s=0, silence_s=routing.silence_timeout_s)
-    made.dispatcher = Dispatcher(name, "model", Encoder(), router, made.fleet, 64, observer, routing)  # type: ignore[arg-type]
+    made.dispatcher = Dispatcher(name, "model", Encoder(), router, made.fleet, 64, observer, routing, None)  # type: ignore[arg-type]
     made.server = GrpcServer(f"127.0.0.1:{port}", SERVICE_NAMES, reuse_port=True)
     inference = InferenceService(made.dispatcher, Access(None), 10)
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, made.server.server)
