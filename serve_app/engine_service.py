@@ -202,7 +202,7 @@ class _Meter:
         computed = prompt - cached
         times = output.metrics
         if times is not None and times.first_token_ts > times.scheduled_ts:
-            self._monitor.prefill_tokens_per_s.add(computed / (times.first_token_ts - times.scheduled_ts))
+            self._monitor.prefill_tokens_per_s.add(computed, times.first_token_ts - times.scheduled_ts)
 
 
 @contextmanager

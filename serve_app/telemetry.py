@@ -29,6 +29,23 @@ class Rate:
         self.value += weight * (measured - self.value)
 
 
+class Speed:
+    """Work over the time it took, the latest counting most; 0 until the first measurement."""
+
+    def __init__(self, keep: float = 0.95) -> None:
+        self._keep = keep
+        self._done = self._taken_s = 0.0
+
+    @property
+    def value(self) -> float:
+        return self._done / self._taken_s if self._taken_s else 0.0
+
+    def add(self, done: float, taken_s: float) -> None:
+        """Small pieces of work count little: most of their time is not theirs."""
+        self._done = self._keep * self._done + done
+        self._taken_s = self._keep * self._taken_s + taken_s
+
+
 class CacheMonitor:
     """The published state of one engine's cache.
 
@@ -52,7 +69,7 @@ class CacheMonitor:
         self._changed = asyncio.Event()
         self._draining = False
         self._feed = Feed(lambda: self.snapshot)
-        self.prefill_tokens_per_s = Rate()
+        self.prefill_tokens_per_s = Speed()
         self.inter_token_latency_s = Rate()
         self.snapshot: CacheSnapshot
         self._state: CacheState

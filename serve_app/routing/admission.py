@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from math import inf
 
-from serve_app.routing.cost import Prices, prefill_s_per_token
+from serve_app.routing.cost import UNMEASURED_INTER_TOKEN_S, Prices, prefill_s_per_token
 from serve_app.routing.types import CacheLoad, Refusal, ReplicaState, RequestNeed, Terms
 
 SLOTS_PER_REQUEST = 2  # its tail, and its first tile kept raw
@@ -26,9 +26,11 @@ class Room:
         "refusal",
         "replica_id",
         "s_per_token",
+        "sharing_s",
         "tile_tokens",
         "total_blocks",
         "valid_until_s",
+        "waiting",
     )
 
     def __init__(self, replica: ReplicaState, valid_until_s: float = inf) -> None:
@@ -46,6 +48,9 @@ class Room:
         )
         self.s_per_token = prefill_s_per_token(load.prefill_tokens_per_s, replica.slowness)
         self.pending_s = replica.pending_tokens * self.s_per_token
+        active = load.running_requests + load.waiting_requests + replica.starting_requests
+        self.sharing_s = active * (load.inter_token_latency_s or UNMEASURED_INTER_TOKEN_S)
+        self.waiting = max(load.waiting_requests, replica.starting_requests)
         self.heat = replica.heat
         self.penalty_s = replica.penalty_s
         self.refusal = _refusal(replica)
@@ -65,6 +70,7 @@ def weigh(
         decision: calls and named tuples would take most of its time.
     """
     prompt, total, likely = need.prompt_tokens, need.total_tokens, need.likely_tokens
+    sharing, delay = prices.sharing, prices.delay
     full_s, power = prices.occupancy_s, prices.occupancy_power
     depth_of = cached_tiles.get
     weighed: list[Terms] = []
@@ -90,11 +96,14 @@ def weigh(
             elif room.free_slots < SLOTS_PER_REQUEST:
                 refusal = Refusal.NO_SLOTS
         uncached = prompt - cached * tile
-        first_token_s = room.pending_s + uncached * s_per_token
+        prefill_s = uncached * s_per_token
+        first_token_s = room.pending_s + prefill_s
+        delay_s = delay * prefill_s * room.waiting
+        sharing_s = sharing * room.sharing_s
         occupancy_s = full_s * occupancy**power if occupancy > 0 else 0.0
         eviction_s = evicted * tile * room.heat * s_per_token
         penalty_s = room.penalty_s
-        price_s = first_token_s + occupancy_s + eviction_s + penalty_s
+        price_s = first_token_s + delay_s + sharing_s + occupancy_s + eviction_s + penalty_s
         weighed.append(
             (
                 replica_id,
@@ -104,6 +113,8 @@ def weigh(
                 occupancy,
                 evicted,
                 first_token_s,
+                delay_s,
+                sharing_s,
                 occupancy_s,
                 eviction_s,
                 penalty_s,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 UNMEASURED_TOKENS_PER_S = 4000.0
+UNMEASURED_INTER_TOKEN_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,13 +13,18 @@ class Prices:
     """How much the terms weigh.
 
     Attributes:
+        sharing: share of an inter-token latency that each request running there costs a new one.
+        delay: share of the time its prompt takes that a request pays for each one that waits there: those that come
+            later wait as long for it.
         occupancy_s: price of a cache that is full to the last block.
         occupancy_power: how late that price rises; the higher the later.
         near_s: candidates within this of the least price count as equal...
         near_share: ...or within this share of it.
     """
 
-    occupancy_s: float = 2.0
+    sharing: float = 0.1
+    delay: float = 2.0
+    occupancy_s: float = 0.5
     occupancy_power: int = 4
     near_s: float = 0.005
     near_share: float = 0.02

@@ -157,7 +157,7 @@ class Candidate(NamedTuple):
     """One replica weighed for one request: a refusal, or what taking it there costs.
 
     `blocks` are promised beyond the `cached_tiles` found; `evicted_tiles` are cached prefixes they displace. The
-    four prices are seconds and add up to `price_s`.
+    six prices are seconds and add up to `price_s`.
     """
 
     replica_id: str
@@ -167,6 +167,8 @@ class Candidate(NamedTuple):
     occupancy_after: float = 0.0
     evicted_tiles: int = 0
     first_token_s: float = 0.0
+    delay_s: float = 0.0
+    sharing_s: float = 0.0
     occupancy_s: float = 0.0
     eviction_s: float = 0.0
     penalty_s: float = 0.0

@@ -243,6 +243,7 @@ class ModelledEngine:
             waiting_requests=len(self.waiting),
             preemptions=self.preemptions,
             prefill_tokens_per_s=model.prefill_tokens_per_s,
+            inter_token_latency_s=self._step_s,
         )
         capacity = CacheCapacity(model.cache_dtype, model.tile_tokens, 1, cache.total, model.max_model_len)
         return CacheSnapshot(self.epoch, self.sequence, capacity, load)

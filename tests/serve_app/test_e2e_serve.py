@@ -451,8 +451,9 @@ def test_a_route_is_explained_by_every_replicas_terms(client: Client) -> None:
     assert terms.keys() == ready(client)
     assert terms[served_by].uncached_tokens == 400 - 384
     for candidate in told.candidates:
-        parts = candidate.first_token_s + candidate.occupancy_s + candidate.eviction_s + candidate.penalty_s
-        assert candidate.price_s == pytest.approx(parts)
+        to_itself = candidate.first_token_s + candidate.sharing_s + candidate.penalty_s
+        to_others = candidate.delay_s + candidate.occupancy_s + candidate.eviction_s
+        assert candidate.price_s == pytest.approx(to_itself + to_others)
         assert not candidate.refusal
 
 

@@ -13,6 +13,7 @@ from serve_app.routing import (
     CacheLoad,
     CacheSnapshot,
     Caller,
+    Candidate,
     FairQueue,
     Namespace,
     OutputLengths,
@@ -91,6 +92,11 @@ def decide(
     return choose(need, map(Room, states), cached or {}, PRICES).candidates[0].refusal
 
 
+def sum_of_prices(candidate: Candidate) -> float:
+    shared = candidate.first_token_s + candidate.delay_s + candidate.sharing_s
+    return shared + candidate.occupancy_s + candidate.eviction_s + candidate.penalty_s
+
+
 @given(needs, st.sampled_from([1, 16, 64, 128]))
 def test_blocks_are_the_ceiling_of_the_likely_length(need: RequestNeed, tile: int) -> None:
     output = need.max_tokens if need.expected_tokens is None else min(need.expected_tokens, need.max_tokens)
@@ -107,7 +113,13 @@ def test_the_choice_can_hold_the_request_at_the_least_price(
     willing = [candidate for candidate in decision.candidates if candidate.refusal is None]
     assert (decision.chosen is None) == (not willing)
     for candidate in decision.candidates:
-        parts = (candidate.first_token_s, candidate.occupancy_s, candidate.eviction_s, candidate.penalty_s)
+        parts = (
+            candidate.first_token_s,
+            candidate.sharing_s,
+            candidate.occupancy_s,
+            candidate.eviction_s,
+            candidate.penalty_s,
+        )
         assert candidate.price_s == sum(parts)
         assert candidate.cached_tiles <= cached[candidate.replica_id]
         assert 0 < candidate.uncached_tokens <= need.prompt_tokens

@@ -1,0 +1,71 @@
+"""`python -m serve_app.simulate`: compare ways of routing on a trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from serve_app.simulate.engine import EngineModel
+from serve_app.simulate.policies import POLICIES
+from serve_app.simulate.report import plot, result_of, table
+from serve_app.simulate.scenarios import Run, Scenario
+from serve_app.simulate.trace import TraceError, read_trace
+
+DEFAULTS = EngineModel()
+
+
+def main(
+    trace: Annotated[Path, typer.Option(help="Requests, one JSON object a line, in Mooncake's format.")],
+    replicas: Annotated[int, typer.Option(min=1)] = 8,
+    load: Annotated[list[float], typer.Option(help="Times the trace's own rate; may be repeated.")] = [1.0],  # noqa: B006
+    policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}, or all.")] = "all",
+    scenario: Annotated[list[Scenario], typer.Option(help="May be repeated.")] = [Scenario.TRACE],  # noqa: B006
+    seed: Annotated[int, typer.Option(help="Decides everything that is random.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Use the first requests only; 0 uses all.")] = 0,
+    gateways: Annotated[int, typer.Option(min=1, help="Gateways that share the load.")] = 1,
+    cache_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that the cache of each replica holds.")
+    ] = DEFAULTS.cache_tokens,
+    prefill: Annotated[
+        float, typer.Option(min=1, help="Prompt tokens each replica computes a second.")
+    ] = DEFAULTS.prefill_tokens_per_s,
+    deadline: Annotated[float, typer.Option(help="Seconds within which a first token is in time.")] = 10.0,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
+    plot_to: Annotated[Path | None, typer.Option("--plot", help="Draw them there, e.g. plot.svg.")] = None,
+) -> None:
+    """Compare ways of routing on a trace, against modelled engines."""
+    console = Console()
+    chosen = POLICIES if policy == "all" else [policy]
+    if not set(chosen) <= set(POLICIES):
+        raise typer.BadParameter(
+            f"got {policy!r}, expected one of {', '.join(POLICIES)}, or all", param_hint="--policy"
+        )
+    if min(load) <= 0:
+        raise typer.BadParameter("must be above 0", param_hint="--load")
+    try:
+        requests = read_trace(trace)[: limit or None]
+    except TraceError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+    engine = EngineModel(cache_tokens=cache_tokens, prefill_tokens_per_s=prefill)
+    runs = [Run(s, p, x, replicas, seed, engine, gateways) for s in scenario for x in load for p in chosen]
+    results = []
+    with Progress(console=console, transient=True) as progress:
+        for run in runs:
+            task = progress.add_task(f"{run.scenario} x{run.load:g} {run.policy}", total=len(requests))
+            cluster = run.simulate(requests, lambda ended, task=task: progress.update(task, completed=ended))  # type: ignore[misc]
+            results.append(result_of(cluster, run.scenario, run.policy, run.load, deadline))
+            progress.remove_task(task)
+    console.print(table(results))
+    if as_json is not None:
+        as_json.write_text(json.dumps([result.to_json() for result in results], indent=1) + "\n")
+    if plot_to is not None:
+        plot(results, plot_to)
+
+
+typer.run(main)

@@ -1,0 +1,75 @@
+"""Named conditions to simulate: what is asked of which replicas, and what fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from random import Random
+
+from serve_app.simulate.cluster import Cluster, Fault
+from serve_app.simulate.engine import EngineModel
+from serve_app.simulate.policies import make_policy
+from serve_app.simulate.trace import TraceRequest, churn, hot_spot, names, speed_up, zero_share
+
+FP16_TILES_PER_K4V2 = 4.74  # how many bytes of fp16 one byte of kvarn_k4v2_g128 holds, at head_dim 128
+
+
+class Scenario(StrEnum):
+    """What differs from the trace as it is."""
+
+    TRACE = "trace"
+    ZERO_SHARE = "zero-share"
+    HOT_SPOT = "hot-spot"
+    CHURN = "churn"
+    FAULTS = "faults"
+    FP16 = "fp16"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One simulation: `seed` decides everything that is random."""
+
+    scenario: Scenario
+    policy: str
+    load: float
+    replicas: int
+    seed: int
+    engine: EngineModel
+    gateways: int = 1
+
+    def simulate(
+        self, trace: Sequence[TraceRequest], on_progress: Callable[[int], None] = lambda _: None
+    ) -> Cluster:
+        """Run it to its end."""
+        random = Random(self.seed)
+        engine = self.engine
+        if self.scenario is Scenario.FP16:
+            tokens = int(engine.cache_tokens / FP16_TILES_PER_K4V2)
+            engine = replace(engine, cache_dtype="auto", cache_tokens=tokens)
+        requests = speed_up(_varied(self.scenario, trace, random), self.load)
+        replicas = dict.fromkeys(names(self.replicas), engine)
+        policy = make_policy(self.policy, engine.cache_tokens // engine.tile_tokens, self.gateways)
+        faults = _faults(requests, replicas, random) if self.scenario is Scenario.FAULTS else ()
+        cluster = Cluster(requests, replicas, policy, faults, on_progress)
+        cluster.run()
+        return cluster
+
+
+def _varied(scenario: Scenario, trace: Sequence[TraceRequest], random: Random) -> Sequence[TraceRequest]:
+    match scenario:
+        case Scenario.ZERO_SHARE:
+            return zero_share(trace)
+        case Scenario.HOT_SPOT:
+            return hot_spot(trace, random)
+        case Scenario.CHURN:
+            return churn(trace)
+    return trace
+
+
+def _faults(
+    requests: Sequence[TraceRequest], replicas: Sequence[str] | dict[str, EngineModel], random: Random
+) -> list[Fault]:
+    """One death a minute, each for half a minute."""
+    end_s = int(requests[-1].arrival_s)
+    return [Fault(at_s, random.choice(list(replicas)), 30.0) for at_s in range(30, end_s, 60)]
