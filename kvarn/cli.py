@@ -33,6 +33,7 @@ from kvarn.bench.kernel_settings import (
     parse_cases,
     parse_starts,
 )
+from kvarn.bench.scheduler import SchedulerBench
 from kvarn.connection import ApiKeyOption, CaOption, CertificateOption, PrivateKeyOption, tls_files
 from kvarn.keys import keys_app
 from kvarn.model import resolve_model
@@ -66,6 +67,7 @@ for command in (quality, plan, report):
     app.command()(command)
 
 DEFAULTS = EngineBench()
+SCHEDULER = SchedulerBench()
 DECODE, QUANTIZE, PREFILL = DecodeBench(), QuantizeBench(), PrefillBench()
 
 PresetOption = Annotated[str, typer.Option("--preset", help="The cache format.")]
@@ -312,6 +314,85 @@ def bench_engine(
             engine.write(json_path, bench, results)
         if plot_path is not None:
             plot.draw_engine(plot_path, bench, results)
+
+
+@bench_app.command("scheduler")
+def bench_scheduler(
+    model: Annotated[str, typer.Option(help="A model's name, or its directory.")] = SCHEDULER.model,
+    dtype: Annotated[str, typer.Option(help="Of weights and activations.")] = SCHEDULER.dtype,
+    preset: PresetOption = SCHEDULER.kv_cache_dtype,
+    workloads: Annotated[str, typer.Option(help="Which to run, separated by commas.")] = ",".join(
+        SCHEDULER.workloads
+    ),
+    requests: Annotated[int, typer.Option(help="Requests of a workload, about.")] = SCHEDULER.requests,
+    shared_tokens: Annotated[
+        int, typer.Option(help="Tokens of a system prompt or context.")
+    ] = SCHEDULER.shared_tokens,
+    own_tokens: Annotated[int, typer.Option(help="Tokens each request adds.")] = SCHEDULER.own_tokens,
+    output_tokens: Annotated[
+        int, typer.Option(help="Tokens each request generates.")
+    ] = SCHEDULER.output_tokens,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that run together.")] = SCHEDULER.max_num_seqs,
+    cache_share: Annotated[
+        float, typer.Option(help="Part of a workload's tokens that the cache holds.")
+    ] = SCHEDULER.cache_share,
+    repeats: Annotated[int, typer.Option(help="Runs under each order; medians count.")] = SCHEDULER.repeats,
+    enforce_eager: Annotated[bool, typer.Option(help="Do not compile the model.")] = SCHEDULER.enforce_eager,
+    json_path: JsonOption = None,
+    plot_path: PlotOption = None,
+) -> None:
+    """Compare prefix order with vLLM's first come, first served: hit rate and time to first token of one engine."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from kvarn.bench import scheduler
+
+    with one_sentence_errors():
+        check_directory("--json", json_path)
+        _check_plot(plot_path)
+        bench = SchedulerBench(
+            model=model,
+            dtype=dtype,
+            kv_cache_dtype=preset,
+            workloads=tuple(name.strip() for name in workloads.split(",") if name.strip()),
+            requests=requests,
+            shared_tokens=shared_tokens,
+            own_tokens=own_tokens,
+            output_tokens=output_tokens,
+            max_num_seqs=max_num_seqs,
+            cache_share=cache_share,
+            repeats=repeats,
+            enforce_eager=enforce_eager,
+        )
+        resolve_model(bench.model)
+        with counting_progress("runs") as progress:
+            report = scheduler.run(bench, progress)
+        out.print(scheduler.table(bench, report))
+        if json_path is not None:
+            scheduler.write(json_path, bench, report)
+        if plot_path is not None:
+            scheduler.draw(plot_path, report)
+
+
+@bench_app.command("sinks")
+def bench_sinks(
+    text: Annotated[Path, typer.Argument(help="A text file in UTF-8.")],
+    model: Annotated[str, typer.Option(help="A model's name, or its directory.")] = SCHEDULER.model,
+    preset: PresetOption = SCHEDULER.kv_cache_dtype,
+    passages: Annotated[int, typer.Option(help="Passages of the text.")] = 3,
+    passage_tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 1024,
+    json_path: JsonOption = None,
+) -> None:
+    """Measure what keeping the first 0 to 128 tokens of a sequence raw is worth, in KL divergence and memory."""
+    from kvarn.bench import sinks
+
+    with one_sentence_errors():
+        check_directory("--json", json_path)
+        bench = sinks.SinksBench(text, model, preset, passages=passages, passage_tokens=passage_tokens)
+        resolve_model(bench.model)
+        with counting_progress("passages") as progress:
+            results = sinks.run(bench, progress)
+        out.print(sinks.table(bench, results))
+        if json_path is not None:
+            sinks.write(json_path, bench, results)
 
 
 @bench_app.command("decode")

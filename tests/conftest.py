@@ -16,6 +16,7 @@ SLOW_MODULES = (
     "test_plan.py",
     "test_bench.py",
     "test_quality_engine.py",
+    "test_engine_sweep.py",
     "test_engine.py",
     "test_serve_command.py",
     "test_e2e_autoscaling.py",
@@ -25,6 +26,18 @@ SLOW_MODULES = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run tests that have a longer form in that form")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--long"):
+        config.option.timeout = 0  # before pytest-timeout reads it
+
+
+@pytest.fixture(scope="session")
+def long_mode(request: pytest.FixtureRequest) -> bool:
+    """Whether tests that sample a large space should go through all of it."""
+    return bool(request.config.getoption("--long"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

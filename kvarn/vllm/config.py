@@ -2,34 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+GIB = 2**30
+ORDERS = ("prefix", "fcfs")
+MIN_SLOTS = 3  # one request: its first tile, a tile that fills, and the tile it goes on with in the same step
+
 
 @dataclass(frozen=True)
 class KVarNConfig:
-    """Settings of the quantized cache.
+    """Settings of the quantized cache and its scheduler.
 
     Attributes:
         retained_sinks: first tiles of cached prefixes kept raw while no running request uses them, in slots of
             the side pool. None: as many as `max_num_seqs`.
         raw_chunks: a prompt's chunk reads all of its own tiles raw, and not only each token's own: a little more
             accurate, but what a prompt's tokens read then depends on where its chunks and its cached prefix end.
+        side_pool_gib: most memory of the side pool on one rank, over all its layers, in GiB. None: two slots for each
+            of `max_num_seqs`, and the retained sinks. With less, requests wait until slots are free.
+        order: how waiting requests are admitted. "prefix": longest cached prefix first; "fcfs": as vLLM does.
+        window: how many of the oldest waiting requests the prefix order looks at.
+        max_overtakes: later arrivals that may be admitted before a request, under the prefix order.
+        expected_output_tokens: output a request is expected to come to when blocks are promised at admission, if its
+            own `max_tokens` is not less. None: the running mean of finished requests.
     """
 
     retained_sinks: int | None = None
     raw_chunks: bool = False
+    side_pool_gib: float | None = None
+    order: str = "prefix"
+    window: int = 256
+    max_overtakes: int = 128
+    expected_output_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.raw_chunks, bool):
-            raise ValueError(f"kvarn.raw_chunks is {self.raw_chunks!r}; give true or false.")
-        if self.retained_sinks is not None and (
-            not isinstance(self.retained_sinks, int) or self.retained_sinks < 0
-        ):
-            raise ValueError(f"kvarn.retained_sinks is {self.retained_sinks!r}; give a number of slots >= 0.")
+        self._check("retained_sinks", _is_count, "a number of slots >= 0")
+        self._check("raw_chunks", lambda x: isinstance(x, bool), "true or false")
+        self._check("side_pool_gib", lambda x: _is_number(x) and x > 0, "a size in GiB > 0")
+        self._check("order", lambda x: x in ORDERS, f"one of {', '.join(ORDERS)}")
+        self._check("window", lambda x: _is_count(x) and x > 0, "a number of requests > 0")
+        self._check("max_overtakes", _is_count, "a number of requests >= 0")
+        self._check("expected_output_tokens", lambda x: _is_count(x) and x > 0, "a number of tokens > 0")
+
+    def _check(self, name: str, is_valid: Callable[[Any], bool], expected: str) -> None:
+        value = getattr(self, name)
+        if not is_valid(value) and (value is not None or type(self).__dict__[name] is not None):
+            raise ValueError(f"kvarn.{name} is {value!r}; give {expected}.")
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> KVarNConfig:
@@ -43,8 +66,39 @@ class KVarNConfig:
         return cls(**given)
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def slot_bytes(vllm_config: VllmConfig) -> int:
+    """Bytes of one slot on one rank: a tile of fp16 keys and values in every layer and KV head."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    elements = vllm_config.cache_config.block_size * model.get_head_size()
+    heads_and_layers = model.get_num_kv_heads(parallel) * model.get_num_layers(parallel)
+    return int(2 * 2 * elements * heads_and_layers)
+
+
 def side_pool_slots(vllm_config: VllmConfig) -> int:
-    """Slots of the side pool: a tail and a sink for every running request, and the retained sinks."""
+    """Slots of the side pool: two for every running request and the retained sinks, or what the memory cap holds.
+
+    Raises:
+        ValueError: if the cap does not hold one request.
+    """
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-    retained = KVarNConfig.of(vllm_config).retained_sinks
-    return 2 * max_num_seqs + (max_num_seqs if retained is None else retained)
+    config = KVarNConfig.of(vllm_config)
+    retained = max_num_seqs if config.retained_sinks is None else config.retained_sinks
+    wanted = max(MIN_SLOTS, 2 * max_num_seqs + retained)
+    if config.side_pool_gib is None:
+        return wanted
+    held = int(config.side_pool_gib * GIB // slot_bytes(vllm_config))
+    if held < MIN_SLOTS:
+        needed = MIN_SLOTS * slot_bytes(vllm_config) / GIB
+        raise ValueError(
+            f"kvarn.side_pool_gib is {config.side_pool_gib!r}, which holds {held} slots of this model, and one request "
+            f"may need {MIN_SLOTS}; give at least {needed:.4f}."
+        )
+    return min(wanted, held)

@@ -1,38 +1,128 @@
-"""vLLM's schedulers, extended to plan the side pool's slots and to keep sinks as long as their cached blocks."""
+"""vLLM's schedulers, extended: slots are planned, admission asks for what is scarce, cached prefixes go first."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, make_block_hash_with_group_id
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue, SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
 
-from kvarn.vllm.config import side_pool_slots
-from kvarn.vllm.slots import ScheduledTokens, SlotPlan, SlotTable
+from kvarn.vllm.config import KVarNConfig, side_pool_slots
+from kvarn.vllm.slots import ScheduledTokens, SlotPlan, SlotTable, tail_slots
+from kvarn.vllm.waiting import PrefixOrder, Waiting, hold_sharers
+
+logger = init_logger(__name__)
 
 SLOT_PLAN = "kvarn_slot_plan"
 """Attribute of SchedulerOutput that carries the step's `SlotPlan` to the workers."""
 
+SLOTS_LACK = (
+    "Requests wait for slots of the side pool (%d); raise kvarn.side_pool_gib, or kvarn.retained_sinks."
+)
+BLOCKS_LACK = "Requests wait until the %d blocks of the KV cache hold what they are expected to grow to."
+
+
+@dataclass
+class WaitCounts:
+    """Why requests waited, counted since the engine started.
+
+    Attributes:
+        slots: steps in which the next request found too few slots of the side pool.
+        blocks: steps in which it found too few blocks for its own and the running requests' expected growth.
+        prefix: requests held back in a step because a running one was computing the prefix they share.
+    """
+
+    slots: int = 0
+    blocks: int = 0
+    prefix: int = 0
+
 
 class SlotPlanning:
-    """Mixin for a vLLM scheduler class: attaches a `SlotPlan` to every SchedulerOutput."""
+    """Mixin for a vLLM scheduler class: admits requests only while the side pool has slots for what they fill, and
+    attaches a `SlotPlan` to every SchedulerOutput.
+    """
+
+    # What the mixin needs of the vLLM scheduler that it is mixed into.
+    vllm_config: Any
+    kv_cache_manager: Any
+    block_size: int
+    requests: dict[str, Request]
+    running: list[Request]
+    waiting: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.slots = SlotTable(side_pool_slots(self.vllm_config), self.block_size)  # type: ignore[attr-defined]
+        self.slots = SlotTable(side_pool_slots(self.vllm_config), self.block_size)
         self.preemptions = 0
+        self.wait_counts = WaitCounts()
+        self._allocate = self.kv_cache_manager.allocate_slots
+        self.kv_cache_manager.allocate_slots = self._allocate_if_admitted
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         setattr(output, SLOT_PLAN, self._plan_slots(output))
         return output
 
+    def _allocate_if_admitted(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+        """vLLM's `allocate_slots`; a request that does not run yet must be admitted first."""
+        if request.status != RequestStatus.RUNNING:
+            hit = kwargs.get("new_computed_blocks")
+            if not self._admits(request, hit.blocks[0] if hit is not None else ()):
+                return None
+        return self._allocate(request, *args, **kwargs)
+
+    def _admits(self, request: Request, hit: Sequence[KVCacheBlock]) -> bool:
+        """Whether slots suffice for `request`, whose prefix is cached in the blocks `hit`."""
+        holders = self._holders()
+        holders.pop(request.request_id, None)
+        sinks = {blocks[0].block_id for blocks in holders.values()}
+        sinks.add(hit[0].block_id if hit else -1)
+        tails = sum(self._tail_slots(self.requests[r]) for r in holders) + self._tail_slots(request)
+        if tails + len(sinks) <= self.slots.num_slots:
+            return True
+        self.wait_counts.slots += 1
+        logger.warning_once(SLOTS_LACK, self.slots.num_slots)
+        return False
+
+    def _tail_slots(self, request: Request) -> int:
+        total = request.num_prompt_tokens + request.max_tokens
+        uncomputed = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
+        return tail_slots(total, uncomputed, self.block_size)
+
+    def _blocks_of_requests(self) -> dict[str, list[KVCacheBlock]]:
+        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        blocks: dict[str, list[KVCacheBlock]] = manager.req_to_blocks
+        return blocks
+
+    def _holders(self) -> dict[str, list[KVCacheBlock]]:
+        """Requests that hold blocks, with these."""
+        return {request_id: blocks for request_id, blocks in self._blocks_of_requests().items() if blocks}
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Preempt as vLLM does, and take tiles that will now not be computed out of the prefix cache.
+
+        vLLM hashes a block when it schedules it; under its priority policy the request may lose its place in that
+        same step, and a later request would hit a block that was never written.
+        """
+        blocks = self._blocks_of_requests().get(request.request_id, [])
+        first_uncomputed = request.num_computed_tokens // self.block_size
+        self.kv_cache_manager.block_pool.evict_blocks({b.block_id for b in blocks[first_uncomputed:]})
+        super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
+
     def _plan_slots(self, output: SchedulerOutput) -> SlotPlan:
         preempted = output.preempted_req_ids or set()
         self.preemptions += len(preempted)
-        pool = self.kv_cache_manager.block_pool  # type: ignore[attr-defined]
+        pool = self.kv_cache_manager.block_pool
 
         def block_hash(block_id: int) -> Hashable | None:
             found: Hashable | None = pool.blocks[block_id].block_hash
@@ -42,17 +132,171 @@ class SlotPlanning:
         return self.slots.step(scheduled, output.finished_req_ids | preempted, block_hash, pool.evict_blocks)
 
     def _scheduled_tokens(self, request_id: str, num_tokens: int) -> ScheduledTokens:
-        end = self.requests[request_id].num_computed_tokens  # type: ignore[attr-defined]
-        start, group = end - num_tokens, self.block_size  # type: ignore[attr-defined]
-        (manager,) = self.kv_cache_manager.coordinator.single_type_managers  # type: ignore[attr-defined]
-        blocks = manager.req_to_blocks[request_id]
+        end = self.requests[request_id].num_computed_tokens
+        start, group = end - num_tokens, self.block_size
+        blocks = self._blocks_of_requests()[request_id]
         touched = [block.block_id for block in blocks[start // group : -(-end // group)]]
         return ScheduledTokens(request_id, start, end, blocks[0].block_id, touched)
 
 
-class KVarNScheduler(SlotPlanning, Scheduler):
-    """vLLM's scheduler with slot planning."""
+class PrefixScheduling(SlotPlanning):
+    """Mixin that admits waiting requests in prefix order and only where their expected growth fits, and that preempts
+    first what is cheapest to redo.
+
+    Attributes:
+        orders_by_prefix: whether waiting requests are put into prefix order; otherwise vLLM's order stays.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._config = KVarNConfig.of(self.vllm_config)
+        self._order = PrefixOrder(self._is_cached, self._config.max_overtakes)
+        self._entries: dict[str, Waiting] = {}
+        self._output_tokens = float(self._config.expected_output_tokens or self.block_size)
+        self._by_priority = self.policy == SchedulingPolicy.PRIORITY  # type: ignore[attr-defined]
+        self.orders_by_prefix = self._config.order == "prefix"
+        if self.orders_by_prefix and self._by_priority:
+            self.waiting = FCFSRequestQueue()  # sorted in every step that can admit
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self._put_cheapest_victims_last()
+        held = self.arrange_waiting() if self.orders_by_prefix and self._can_admit() else []
+        try:
+            output = super().schedule(*args, **kwargs)
+        finally:
+            for request in held:
+                self.waiting.add_request(request)
+        self._note_admitted(output)
+        return output
+
+    # -- order -----------------------------------------------------------------------------------------------
+
+    def _can_admit(self) -> bool:
+        unpaused = self._pause_state == PauseState.UNPAUSED  # type: ignore[attr-defined]
+        return bool(self.waiting) and unpaused and len(self.running) < self.max_num_running_reqs  # type: ignore[attr-defined]
+
+    def arrange_waiting(self) -> list[Request]:
+        """Put the window of the waiting queue into order; returns those held back, which leave the queue."""
+        if self._by_priority:
+            ordered = sorted(self.waiting, key=lambda r: (r.priority, r.arrival_time))
+            self.waiting.clear()
+            self.waiting.extend(ordered)
+        window = list(islice(self.waiting, self._config.window))
+        entries = [self._entry(request) for request in window]
+        order = self._order.sort(entries)
+        held = self._hold([entries[place] for place in order])
+        for _ in window:
+            self.waiting.popleft()
+        self.waiting.extendleft(
+            window[place] for place, waits in zip(reversed(order), reversed(held), strict=True) if not waits
+        )
+        return [window[place] for place, waits in zip(order, held, strict=True) if waits]
+
+    def _hold(self, ordered: list[Waiting]) -> list[bool]:
+        """Which of the `ordered` wait for a prefix that a running request computes.
+
+        Without a limit on a request's chunk this never happens: a prompt that is not finished takes the whole step.
+        """
+        chunk = self.scheduler_config.long_prefill_token_threshold  # type: ignore[attr-defined]
+        if chunk <= 0:
+            return [False] * len(ordered)
+        in_progress: set[Hashable] = set()
+        for request in self.running:
+            if request.is_prefill_chunk:
+                in_progress.update(
+                    self._keys(request)[(request.num_computed_tokens + chunk) // self.block_size :]
+                )
+        held = hold_sharers(ordered, in_progress, self._order.is_overdue, chunk // self.block_size)
+        self.wait_counts.prefix += sum(held)
+        return held
+
+    def _entry(self, request: Request) -> Waiting:
+        entry = self._entries.get(request.request_id)
+        if entry is None:
+            entry = self._entries[request.request_id] = Waiting(
+                keys=self._keys(request),
+                arrival_s=request.arrival_time,
+                priority=request.priority if self._by_priority else 0,
+                resumed=request.status == RequestStatus.PREEMPTED,
+            )
+        return entry
+
+    def _keys(self, request: Request) -> list[Hashable]:
+        if not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            return []
+        full_tiles = request.block_hashes[: (request.num_tokens - 1) // self.block_size]
+        return [make_block_hash_with_group_id(block_hash, 0) for block_hash in full_tiles]
+
+    def _is_cached(self, key: Hashable) -> bool:
+        cache = self.kv_cache_manager.block_pool.cached_block_hash_to_block
+        return cache.get_one_block(key) is not None
+
+    def _note_admitted(self, output: SchedulerOutput) -> None:
+        for request_id in output.finished_req_ids:
+            self._entries.pop(request_id, None)
+        if not self._entries:
+            return
+        admitted = [self._entries.pop(r) for r in output.num_scheduled_tokens if r in self._entries]
+        if admitted:
+            self._order.note_admitted(admitted, self._entries.values())
+
+    # -- growth ----------------------------------------------------------------------------------------------
+
+    def _admits(self, request: Request, hit: Sequence[KVCacheBlock]) -> bool:
+        """Whether slots suffice, and blocks for the expected growth of `request` and of those that hold blocks."""
+        if not super()._admits(request, hit):
+            return False
+        holders = self._holders()
+        holders.pop(request.request_id, None)
+        if not holders:
+            return True
+        promised = sum(
+            max(0, self._expected_blocks(self.requests[r]) - len(blocks)) for r, blocks in holders.items()
+        )
+        needed = self._expected_blocks(request) - sum(block.ref_cnt > 0 for block in hit)
+        if promised + needed <= self.kv_cache_manager.block_pool.get_num_free_blocks():
+            return True
+        self.wait_counts.blocks += 1
+        logger.info_once(BLOCKS_LACK, self.kv_cache_manager.block_pool.num_gpu_blocks - 1)
+        return False
+
+    def _expected_blocks(self, request: Request) -> int:
+        """Blocks at the length `request` is expected to finish with; past that expectation, one tile more than now."""
+        expected = max(int(self._output_tokens), request.num_output_tokens + self.block_size)
+        total = request.num_prompt_tokens + min(request.max_tokens, expected)
+        return -(-min(total, self.max_model_len) // self.block_size)  # type: ignore[attr-defined]
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        learns = self._config.expected_output_tokens is None
+        if learns and request.status in (
+            RequestStatus.FINISHED_STOPPED,
+            RequestStatus.FINISHED_LENGTH_CAPPED,
+        ):
+            self._output_tokens += (request.num_output_tokens - self._output_tokens) / 16
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    # -- preemption ------------------------------------------------------------------------------------------
+
+    def _put_cheapest_victims_last(self) -> None:
+        """Where blocks may run out in this step: vLLM preempts from the end of the running list.
+
+        The request that costs most to redo is never preempted for another, so one always comes to its end.
+        """
+        if self._by_priority or len(self.running) < 2:
+            return
+        if self.kv_cache_manager.block_pool.get_num_free_blocks() < len(self.running):
+            self.running.sort(key=self._redo_tokens, reverse=True)
+
+    def _redo_tokens(self, request: Request) -> int:
+        """Tokens to compute again after a preemption: those in no block that another running request holds."""
+        blocks = self._blocks_of_requests()[request.request_id]
+        shared = sum(block.ref_cnt > 1 for block in blocks)
+        return request.num_computed_tokens - shared * self.block_size
 
 
-class KVarNAsyncScheduler(SlotPlanning, AsyncScheduler):
-    """vLLM's scheduler for asynchronous scheduling, with slot planning."""
+class KVarNScheduler(PrefixScheduling, Scheduler):
+    """vLLM's scheduler with slot planning and prefix order."""
+
+
+class KVarNAsyncScheduler(PrefixScheduling, AsyncScheduler):
+    """vLLM's scheduler for asynchronous scheduling, with slot planning and prefix order."""

@@ -7,7 +7,7 @@ Slots are keyed by physical block id. The scheduler advances one `SlotTable` a s
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -34,17 +34,33 @@ class SlotPlan:
     assigned: list[tuple[int, int]] = field(default_factory=list)
 
 
+def tail_slots(total_tokens: int, uncomputed_tokens: int, group: int) -> int:
+    """Slots that the tiles a request fills can take at once, its first tile not counted.
+
+    Args:
+        total_tokens: the most tokens the request can come to.
+        uncomputed_tokens: those that may be computed in one step. A step of several tokens may end one tile and begin
+            the next, and a tile that fills keeps its slot for that step.
+        group: tokens of a tile.
+    """
+    if total_tokens <= group:
+        return 0
+    return 2 if uncomputed_tokens > 1 else 1
+
+
 class SlotTable:
     """Assigns the `num_slots` slots of the side pool to blocks, one step at a time.
 
     Lifetimes: a tail slot lives until the step after its tile filled, or until its request departs (finishes
     or is preempted). A sink slot lives while a running request reads it and then, *idle*, as long as its block
-    stays in the prefix cache under the same hash. When slots run out the least recently idle sink goes first,
-    together with its block's entry in the prefix cache, so that no later hit finds a sink missing.
+    stays in the prefix cache under the same hash. When slots run out the least used idle sink goes first, together
+    with its block's entry in the prefix cache, so that no later hit finds a sink missing. Use is the number of
+    requests that read it, aged as in LFU with dynamic aging (Arlitt et al., 2000): whatever becomes idle ranks above
+    all that went before it by its own uses, so that a sink once hot does not stay for ever.
 
-    With `num_slots >= 2 * running requests` a tail is never refused: beyond idle sinks, a running request's
-    sink is given up, and its block too leaves the prefix cache. A request without its sink reads that tile's
-    record instead: `sinks_missing` counts such requests.
+    The scheduler admits requests only while `tail_slots` of each and every sink fit. Should a tail find no slot even
+    so, a running request's sink is given up, and its block too leaves the prefix cache. A request without its
+    sink reads that tile's record instead: `sinks_missing` counts such requests.
     """
 
     def __init__(self, num_slots: int, group: int) -> None:
@@ -60,7 +76,9 @@ class SlotTable:
         self._sink_hash: dict[int, Hashable] = {}
         self._full_sinks: set[int] = set()
         self._without_sink: set[str] = set()
-        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._uses = Counter[int]()
+        self._idle: dict[int, int] = {}  # rank to be kept, the lowest goes first
+        self._least_rank = 0
 
     @property
     def num_tails(self) -> int:
@@ -136,7 +154,7 @@ class SlotTable:
         """Keep an unused sink while its block is cached; a cached block must not outlive its sink."""
         known = self._sink_hash.get(sink)
         if sink in self._slot_of and known is not None and current == known:
-            self._idle[sink] = None
+            self._idle[sink] = self._least_rank + self._uses[sink]
             return
         if sink in self._full_sinks and known is None and current is not None:
             evict({sink})
@@ -148,6 +166,7 @@ class SlotTable:
         sink = tokens.sink
         self._sink_of[tokens.request_id] = sink
         self._sink_users.setdefault(sink, set()).add(tokens.request_id)
+        self._uses[sink] += 1
         self._idle.pop(sink, None)
 
     def _place_tiles(
@@ -189,12 +208,17 @@ class SlotTable:
         plan.assigned.append((block, slot))
 
     def _make_room(self, plan: SlotPlan, evict: Callable[[set[int]], None]) -> None:
-        victim = next(iter(self._idle)) if self._idle else next(iter(self._full_sinks))
+        if self._idle:
+            victim = min(self._idle, key=self._idle.__getitem__)
+            self._least_rank = self._idle[victim]
+        else:
+            victim = next(iter(self._full_sinks))
         evict({victim})
         self._release(victim, plan)
 
     def _release(self, block: int, plan: SlotPlan) -> None:
         self._idle.pop(block, None)
+        self._uses.pop(block, None)
         self._sink_hash.pop(block, None)
         self._full_sinks.discard(block)
         slot = self._slot_of.pop(block, None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from kvarn.vllm.block_count import evictable_blocks
+
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
@@ -20,7 +22,10 @@ class CacheState:
     requests or tokens as named; `bytes_per_tile` is bytes of one block over all layers and heads of one rank.
     `free_blocks` hold nothing; `evictable_blocks` hold cached prefixes that no running request uses;
     `used_blocks` belong to running requests; the three sum to `total_blocks`. Slots are fp16 tiles of the
-    side pool: a tail slot per tile being filled, a sink slot per first tile; both draw on `slots_total`.
+    side pool: a tail slot per tile being filled, a sink slot per first tile; both draw on `slots_total`. Since the
+    engine started, `waits_for_slots` and `waits_for_blocks` count the steps in which the next waiting request was not
+    admitted for want of that, and `waits_for_prefix` requests held back in a step behind one that computes their
+    prefix.
     """
 
     cache_dtype: str
@@ -40,6 +45,9 @@ class CacheState:
     waiting_requests: int
     waiting_prefill_tokens: int
     preemptions: int
+    waits_for_slots: int = 0
+    waits_for_blocks: int = 0
+    waits_for_prefix: int = 0
 
 
 def cache_state(core: EngineCore) -> dict[str, int | str]:
@@ -47,10 +55,11 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
     scheduler = core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
     groups = scheduler.kv_cache_config.kv_cache_groups
-    evictable = sum(1 for block in pool.blocks if block.ref_cnt == 0 and block.block_hash is not None)
+    evictable = evictable_blocks(pool)
     available = pool.get_num_free_blocks()
     total = pool.num_gpu_blocks - 1  # one block is vLLM's null block
     slots = getattr(scheduler, "slots", None)
+    waits = getattr(scheduler, "wait_counts", None)
     waiting = [*scheduler.waiting, *scheduler.skipped_waiting]
     state = CacheState(
         cache_dtype=str(core.vllm_config.cache_config.cache_dtype),
@@ -70,6 +79,9 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
         waiting_requests=len(waiting),
         waiting_prefill_tokens=sum(r.num_tokens - r.num_computed_tokens for r in waiting),
         preemptions=getattr(scheduler, "preemptions", 0),
+        waits_for_slots=waits.slots if waits else 0,
+        waits_for_blocks=waits.blocks if waits else 0,
+        waits_for_prefix=waits.prefix if waits else 0,
     )
     return asdict(state)
 

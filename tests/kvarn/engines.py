@@ -99,6 +99,29 @@ def scheduler_of(llm: LLM) -> Scheduler:
     return scheduler
 
 
+@contextmanager
+def chunks_of(llm: LLM, tokens: int) -> Iterator[None]:
+    """Let a step take no more than `tokens` tokens."""
+    scheduler = scheduler_of(llm)
+    usual = scheduler.max_num_scheduled_tokens
+    scheduler.max_num_scheduled_tokens = tokens
+    try:
+        yield
+    finally:
+        scheduler.max_num_scheduled_tokens = usual
+
+
+def assert_nothing_left(llm: LLM) -> None:
+    """All blocks and slots are free once the prefix cache is emptied."""
+    scheduler = scheduler_of(llm)
+    pool = scheduler.kv_cache_manager.block_pool
+    assert not scheduler.requests
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    assert llm.reset_prefix_cache()
+    scheduler.schedule()  # an empty step, in which the scheduler lets go of what finished
+    assert scheduler.slots.num_free == scheduler.slots.num_slots
+
+
 def num_blocks(llm: LLM) -> int:
     """Blocks vLLM gave the cache."""
     blocks: int = scheduler_of(llm).kv_cache_manager.block_pool.num_gpu_blocks

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
-from vllm import LLM, SamplingParams
+from vllm import LLM
 
 from tests.kvarn.engines import (
     MIB,
     Answer,
     ask,
     ask_cold,
+    assert_nothing_left,
+    chunks_of,
     engine,
     make_llama,
     make_matmuls_row_invariant,
@@ -59,42 +60,12 @@ def cold(llm: LLM, text: list[int]) -> dict[int, Answer]:
 @pytest.fixture(autouse=True)
 def nothing_left_allocated(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    if "llm" not in request.fixturenames:
-        return
-    llm: LLM = request.getfixturevalue("llm")
-    slots = scheduler_of(llm).slots
-    assert llm.reset_prefix_cache()
-    ask(llm, [[1]], max_tokens=1)
-    assert llm.reset_prefix_cache()
-    ask(llm, [[1]], max_tokens=1)
-    assert slots.num_free >= slots.num_slots - 1
+    if "llm" in request.fixturenames:
+        assert_nothing_left(request.getfixturevalue("llm"))
 
 
 def other_prompts(text: list[int]) -> list[list[int]]:
     return [text[1000 + i : 1200 + i] for i in range(2)]
-
-
-@contextmanager
-def chunks_of(llm: LLM, tokens: int) -> Iterator[None]:
-    scheduler = scheduler_of(llm)
-    usual = scheduler.max_num_scheduled_tokens
-    scheduler.max_num_scheduled_tokens = tokens
-    try:
-        yield
-    finally:
-        scheduler.max_num_scheduled_tokens = usual
-
-
-@contextmanager
-def free_blocks(llm: LLM, blocks: int) -> Iterator[None]:
-    """Leave only `blocks` blocks to the engine."""
-    assert llm.reset_prefix_cache()
-    pool = scheduler_of(llm).kv_cache_manager.block_pool
-    held = pool.get_new_blocks(pool.get_num_free_blocks() - blocks)
-    try:
-        yield
-    finally:
-        pool.free_blocks(held)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -150,44 +121,6 @@ def test_a_tile_filled_by_decode_equals_one_filled_by_prefill(llm: LLM, text: li
     cold = ask_cold(llm, longer, max_tokens=8)
     assert cold.tokens == decoded.tokens[turn:]
     hit.assert_same(cold)
-
-
-def test_preempted_requests(llm: LLM, text: list[int]) -> None:
-    prompts = [text[300 * i : 300 * i + 2 * TILE - 4] for i in range(3)]
-    alone = [ask_cold(llm, prompt) for prompt in prompts]
-    before = scheduler_of(llm).preemptions
-    with free_blocks(llm, 7):
-        together = ask(llm, prompts)
-    assert scheduler_of(llm).preemptions > before
-    for answer, single in zip(together, alone, strict=True):
-        answer.assert_same(single)
-
-
-def test_aborted_request_frees_its_blocks_and_slots(llm: LLM, text: list[int]) -> None:
-    assert llm.reset_prefix_cache()
-    core = llm.llm_engine
-    core.add_request("doomed", {"prompt_token_ids": text[:LONGEST]}, SamplingParams(max_tokens=100))
-    for _ in range(5):
-        core.step()
-    pool = scheduler_of(llm).kv_cache_manager.block_pool
-    free_while_running = pool.get_num_free_blocks()
-    core.abort_request(["doomed"])
-    core.step()
-    assert pool.get_num_free_blocks() == free_while_running + 4
-
-
-def test_more_prefixes_than_retained_sinks_stay_exact(
-    llm: LLM, text: list[int], cold: dict[int, Answer]
-) -> None:
-    """A prefix whose sink had to go leaves the prefix cache with it and is computed anew."""
-    ask_cold(llm, text[:LONGEST])
-    slots = scheduler_of(llm).slots
-    for first in range(slots.num_slots):
-        ask(llm, [[first + 5, *text[200 : 200 + TILE]]], max_tokens=1)
-    (again,) = ask(llm, [text[:LONGEST]])
-    assert again.cached == 0
-    again.assert_same(cold[LONGEST])
-    assert slots.sinks_missing == 0
 
 
 @pytest.mark.parametrize(

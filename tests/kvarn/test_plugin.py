@@ -75,10 +75,16 @@ def test_side_pool_follows_max_num_seqs_and_the_setting(model: Path) -> None:
     assert side_pool_slots(configure(model, max_num_seqs=10, additional_config=settings)) == 25
 
 
+def test_side_pool_keeps_to_its_memory_cap(model: Path) -> None:
+    slot_bytes = 2 * 2 * 2 * 2 * 128 * 64  # keys and values, fp16, layers, heads, tokens, channels
+    settings = {"kvarn": {"side_pool_gib": 7.5 * slot_bytes / 2**30}}
+    assert side_pool_slots(configure(model, max_num_seqs=10, additional_config=settings)) == 7
+
+
 def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pytest.LogCaptureFixture) -> None:
     configure(model, max_num_seqs=10)
     assert "30 slots of 0.1 MiB, 4 MiB a rank" in caplog_vllm.text
-    assert "Raise max_num_seqs" in caplog_vllm.text
+    assert "max_num_seqs, kvarn.retained_sinks and kvarn.side_pool_gib change that" in caplog_vllm.text
 
 
 @pytest.mark.parametrize(
@@ -100,11 +106,22 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
         ),
         (
             {"additional_config": {"kvarn": {"retained": 1}}},
-            "no setting retained; use raw_chunks, retained_sinks",
+            "no setting retained; use expected_output_tokens",
         ),
         ({"additional_config": {"kvarn": {"raw_chunks": "yes"}}}, "give true or false"),
         ({"additional_config": {"kvarn": {"raw_chunks": True}}}, "has raw_chunks on GPUs only"),
         ({"additional_config": {"kvarn": {"retained_sinks": -1}}}, "give a number of slots >= 0"),
+        (
+            {"additional_config": {"kvarn": {"order": "lifo"}}},
+            "kvarn.order is 'lifo'; give one of prefix, fcfs",
+        ),
+        ({"additional_config": {"kvarn": {"window": 0}}}, "give a number of requests > 0"),
+        ({"additional_config": {"kvarn": {"max_overtakes": None}}}, "give a number of requests >= 0"),
+        ({"additional_config": {"kvarn": {"side_pool_gib": "1"}}}, "give a size in GiB > 0"),
+        (
+            {"additional_config": {"kvarn": {"side_pool_gib": 1e-6}}},
+            "one request may need 3; give at least 0.0004",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -13,4 +13,8 @@ def install() -> None:
     setattr(EngineCore, CACHE_STATE_METHOD, cache_state)
 
 
-HOOK = Hook("cache state", ("vllm.v1.engine.core:EngineCore",), install)
+HOOK = Hook(
+    "cache state",
+    ("vllm.v1.engine.core:EngineCore", "vllm.v1.core.block_pool:BlockPool._remove_cached_block_hashes"),
+    install,
+)

@@ -138,22 +138,18 @@ def _set_scheduler(config: Any) -> None:
 def _log_limits(config: Any) -> None:
     from vllm.logger import init_logger
 
-    from kvarn.vllm.config import side_pool_slots
+    from kvarn.vllm.config import side_pool_slots, slot_bytes
 
-    model, cache = config.model_config, config.cache_config
-    group = cache.block_size
-    heads = model.get_num_kv_heads(config.parallel_config)
-    layers = model.get_num_layers(config.parallel_config)
-    slots = side_pool_slots(config)
-    slot_bytes = 2 * 2 * layers * heads * group * model.get_head_size()
+    slots, one_slot = side_pool_slots(config), slot_bytes(config)
     init_logger(__name__).info(
-        "KV cache %s keeps the tile being filled and the first tile of up to %d sequences raw: %d slots of %.1f MiB, "
-        "%.0f MiB a rank. Raise max_num_seqs for more sequences at once.",
-        cache.cache_dtype,
-        config.scheduler_config.max_num_seqs,
+        "KV cache %s keeps the tiles being filled and the first tiles of its sequences raw: %d slots of %.1f MiB, "
+        "%.0f MiB a rank, for up to %d sequences. max_num_seqs, kvarn.retained_sinks and kvarn.side_pool_gib "
+        "change that.",
+        config.cache_config.cache_dtype,
         slots,
-        slot_bytes / 2**20,
-        slots * slot_bytes / 2**20,
+        one_slot / 2**20,
+        slots * one_slot / 2**20,
+        config.scheduler_config.max_num_seqs,
     )
 
 

@@ -1,0 +1,187 @@
+"""What keeping the first tokens of a sequence raw is worth: KL divergence against memory, on a real model's attention.
+
+The model runs in Hugging Face transformers with the read rule in place of its attention, so that the number of raw
+first tokens can be anything; the engine itself keeps whole tiles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from kvarn.bench.engine import BenchError
+from kvarn.environment import machine, versions
+from kvarn.model import DEFAULT_MODEL, resolve_model
+from kvarn.presets import get_preset
+from kvarn.reference.codec import dequantize, quantize
+from kvarn.reference.hadamard import rotate
+from kvarn.tile import TileLayout
+
+ATTENTION = "kvarn_sinks"
+MIB = 2**20
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SinksBench:
+    """What to measure.
+
+    Attributes:
+        text: a text file in UTF-8.
+        model: a model's name or directory, see `kvarn.model.resolve_model`; it runs in float32.
+        preset: the cache format.
+        sink_tokens: how many of a sequence's first tokens later tiles read raw, each at most one tile.
+        passages: passages of the text.
+        passage_tokens: tokens of each.
+
+    Raises:
+        BenchError: a number is out of range.
+    """
+
+    text: Path
+    model: str = DEFAULT_MODEL
+    preset: str = "kvarn_k4v2_g128"
+    sink_tokens: tuple[int, ...] = (0, 4, 16, 64, 128)
+    passages: int = 3
+    passage_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        try:
+            group = get_preset(self.preset).group
+        except ValueError as error:
+            raise BenchError(str(error)) from None
+        if any(not 0 <= tokens <= group for tokens in self.sink_tokens):
+            raise BenchError(f"sink_tokens are {self.sink_tokens}: give numbers from 0 to {group}")
+        if self.passages < 1 or self.passage_tokens <= group:
+            raise BenchError(f"give at least one passage of more than {group} tokens")
+        if not self.text.is_file():
+            raise BenchError(f"there is no text file {self.text}")
+
+
+@dataclass(frozen=True)
+class SinkResult:
+    """One number of raw first tokens.
+
+    Attributes:
+        sink_tokens: the number.
+        kld: KL divergence from the unquantized cache's next token, nats, mean over positions past the first tile.
+        kld_p99: its 99th percentile.
+        sink_mib: fp16 memory of one sequence's raw first tokens, all layers.
+    """
+
+    sink_tokens: int
+    kld: float
+    kld_p99: float
+    sink_mib: float
+
+
+def run(bench: SinksBench, progress: Progress) -> list[SinkResult]:
+    """Measures every number of sink tokens on the same passages.
+
+    Args:
+        bench: what to measure.
+        progress: called with (what runs, passages done, passages to do).
+
+    Raises:
+        BenchError: the text is too short.
+        ModelError: the model cannot be found.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    directory = resolve_model(bench.model)
+    ids = AutoTokenizer.from_pretrained(directory)(bench.text.read_text(encoding="utf-8")).input_ids
+    needed = bench.passages * bench.passage_tokens
+    if len(ids) < needed:
+        raise BenchError(f"{bench.text} has {len(ids)} tokens: give a text of at least {needed}")
+    passages = torch.tensor(ids[:needed]).view(bench.passages, 1, bench.passage_tokens)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layout = TileLayout(get_preset(bench.preset), head_dim)
+    token_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    divergences: dict[int, list[Tensor]] = {tokens: [] for tokens in bench.sink_tokens}
+    with torch.inference_mode():
+        for place, passage in enumerate(passages):
+            progress("passages", place, bench.passages)
+            model.set_attn_implementation("sdpa")
+            expected = _log_probabilities(model, passage, layout.group)
+            for tokens, found in divergences.items():
+                ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _read_rule(layout, tokens))
+                model.set_attn_implementation(ATTENTION)
+                got = _log_probabilities(model, passage, layout.group)
+                found.append((expected.exp() * (expected - got)).sum(-1))
+    progress("passages", bench.passages, bench.passages)
+    return [
+        SinkResult(
+            tokens,
+            float(torch.cat(found).mean()),
+            float(torch.cat(found).quantile(0.99)),
+            tokens * token_bytes / MIB,
+        )
+        for tokens, found in divergences.items()
+    ]
+
+
+def _log_probabilities(model: Any, passage: Tensor, first: int) -> Tensor:
+    logits: Tensor = model(passage, use_cache=False).logits[0, first:]
+    return logits.log_softmax(-1)
+
+
+def _read_rule(layout: TileLayout, sink_tokens: int) -> Callable[..., tuple[Tensor, None]]:
+    """An attention function for transformers: own tile raw, first tokens raw, all others through their records."""
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        length, group = key.shape[2], layout.group
+        per_head = query.shape[1] // key.shape[1]
+        raw = torch.stack([rotate(key[0]), rotate(value[0])]).half().float()
+        read = raw.clone()
+        filled = length // group * group
+        tiles = raw[:, :, :filled].view(2, len(key[0]), -1, group, layout.head_dim).transpose(1, 2)
+        record = quantize(tiles[0], tiles[1], layout)
+        read[:, :, :filled] = torch.stack(dequantize(record, layout)).transpose(1, 2).flatten(2, 3)
+        read[:, :, :sink_tokens] = raw[:, :, :sink_tokens]
+        raw, read = (x.repeat_interleave(per_head, dim=1) for x in (raw, read))
+        position = torch.arange(length)
+        own = position // group == position[:, None] // group
+        rotated = rotate(query[0]) * scaling
+        scores = torch.where(own, rotated @ raw[0].transpose(1, 2), rotated @ read[0].transpose(1, 2))
+        weights = scores.masked_fill(position > position[:, None], -torch.inf).softmax(-1)
+        mixed = (weights * own) @ raw[1] + (weights * ~own) @ read[1]
+        return rotate(mixed).transpose(0, 1)[None], None
+
+    return attend
+
+
+def table(bench: SinksBench, results: list[SinkResult]) -> Table:
+    """Divergence beside memory."""
+    made = Table(title=f"{bench.preset}, {bench.passages} passages of {bench.passage_tokens} tokens")
+    for heading in ("raw first tokens", "KLD, nats", "99th percentile", "MiB a sequence"):
+        made.add_column(heading, justify="right")
+    for found in results:
+        made.add_row(
+            str(found.sink_tokens), f"{found.kld:.4f}", f"{found.kld_p99:.3f}", f"{found.sink_mib:.2f}"
+        )
+    return made
+
+
+def write(path: Path, bench: SinksBench, results: list[SinkResult]) -> None:
+    """Writes all that is needed to read the results later, as JSON."""
+    record = {
+        "benchmark": "sinks",
+        "settings": {**asdict(bench), "text": bench.text.name},
+        "versions": versions(),
+        "machine": machine(),
+        "results": [asdict(found) for found in results],
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n")
