@@ -47,6 +47,11 @@ class Admissions:
         """Requests that wait."""
         return len(self._queue)
 
+    @property
+    def tokens(self) -> int:
+        """Cache space that what waits will probably take, in tokens."""
+        return self._queue.tokens
+
     def wake(self) -> None:
         """Something changed: see soon whether a request that waits can go."""
         if self._waking is None and self._queue:

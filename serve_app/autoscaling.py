@@ -113,7 +113,7 @@ def _mean(values: Iterable[float]) -> float:
 def replica_load(snapshot: CacheSnapshot, demand: Demand) -> ReplicaLoad:
     """The load of a replica whose cache is in the state `snapshot`, where gateways report `demand`."""
     capacity, load = snapshot.capacity, snapshot.load
-    committed_blocks = max(load.used_blocks, sum(load.reserved_blocks.values()))
+    committed_blocks = load.used_blocks + sum(load.reserved_blocks.values())
     return ReplicaLoad(
         cache_tokens=capacity.total_blocks * capacity.tile_tokens,
         committed_tokens=committed_blocks * capacity.tile_tokens,

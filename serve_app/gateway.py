@@ -86,8 +86,8 @@ class Gateway:
             asyncio.create_task(record_forever(self._observer.record)),
         ]
         if autoscaling is not None:
-            demand = lambda: Demand(first_token_s=self._observer.first_tokens.most())  # noqa: E731
-            self._tasks.append(asyncio.create_task(report_forever(gateway_id, demand, self._fleet.stubs)))
+            report = report_forever(gateway_id, self._demand, self._fleet.stubs)
+            self._tasks.append(asyncio.create_task(report))
         membership.listen(engines, self._fleet.set_members)
 
     async def check_health(self) -> None:
@@ -101,6 +101,9 @@ class Gateway:
         await self._front.stop()
         await self._fleet.close()
         self._spans.close()
+
+    def _demand(self) -> Demand:
+        return Demand(self._dispatcher.admissions.tokens, self._observer.first_tokens.most())
 
     def _on_change(self, replica_id: str) -> None:
         self._cluster.report_change(replica_id)

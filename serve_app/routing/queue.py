@@ -46,6 +46,11 @@ class FairQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def tokens(self) -> int:
+        """Cache space that what waits will probably take, in tokens."""
+        return sum(item.need.likely_tokens for item in self._waiting)
+
     def push(self, item: Waiting) -> Waiting | None:
         """Let a request wait; return the one that must leave for it, itself if it is the least entitled."""
         tenant = item.caller.tenant

@@ -17,6 +17,8 @@ from serve_app.routing.types import CacheSnapshot, Decision, ReplicaState, Reque
 
 LATE_S = 2.5  # silence of a replica that begins to cost it traffic; it reports every second
 SLOWNESS_WEIGHT = 0.1
+SLOWNESS_HALF_LIFE_S = 10.0  # a replica that gets no traffic for being slow is given another chance
+NEVER_SLOW_S = 0.5  # first tokens within this are in time, however little was predicted
 MAX_SLOWNESS = 8.0
 TileKind = tuple[str, int]
 
@@ -28,6 +30,7 @@ class _Replica:
     reachable: bool = True
     is_full: bool = False
     slowness: float = 1.0
+    slowness_s: float = 0.0
     breaker: Breaker = field(default_factory=Breaker)
     room: Room | None = None
 
@@ -187,7 +190,9 @@ class Router:
         if sent.is_first:
             sent.is_first = False
             replica.breaker.succeeded()
-            replica.slowness = _slowness(replica.slowness, now_s - sent.sent_s, sent.first_token_s)
+            held = _faded(replica.slowness, now_s - replica.slowness_s)
+            replica.slowness = _slowness(held, now_s - sent.sent_s, sent.first_token_s)
+            replica.slowness_s = now_s
             replica.room = None
 
     def failed(self, request_id: str, now_s: float = 0.0) -> None:
@@ -259,7 +264,7 @@ class Router:
             pending_tokens=self._others(load.pending_prefill_tokens)
             + self._reservations.pending_tokens(replica_id),
             starting_requests=self._reservations.starting(replica_id),
-            slowness=held.slowness,
+            slowness=_faded(held.slowness, now_s - held.slowness_s),
             heat=self.index.heat(replica_id),
             penalty_s=max(now_s - held.heard_s - LATE_S, 0.0),
             broken=not held.breaker.allows(now_s),
@@ -286,7 +291,9 @@ class Router:
 
 def _slowness(held: float, actual_s: float, predicted_s: float) -> float:
     """By how much first tokens come later than predicted, averaged; being early is taken as being in time."""
-    if predicted_s <= 0:
-        return held
-    ratio = min(max(held * actual_s / predicted_s, 1.0), MAX_SLOWNESS)
-    return held + SLOWNESS_WEIGHT * (ratio - held)
+    ratio = held * actual_s / max(predicted_s, held * NEVER_SLOW_S)
+    return held + SLOWNESS_WEIGHT * (min(max(ratio, 1.0), MAX_SLOWNESS) - held)
+
+
+def _faded(slowness: float, age_s: float) -> float:
+    return 1 + (slowness - 1) * 0.5 ** (max(age_s, 0.0) / SLOWNESS_HALF_LIFE_S)

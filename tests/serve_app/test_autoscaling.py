@@ -128,7 +128,7 @@ def test_a_replica_reports_its_cache_and_what_gateways_wait_for() -> None:
         80, 10, 10, {"a": 12, "b": 3}, running_requests=2, waiting_prefill_tokens=5, prefill_tokens_per_s=50
     )
     reported = replica_load(CacheSnapshot(1, 1, capacity, load), Demand(700, 1.5))
-    assert reported == ReplicaLoad(12_800, 15 * 128, 5, 50, 2, 700, 1.5)
+    assert reported == ReplicaLoad(12_800, (10 + 15) * 128, 5, 50, 2, 700, 1.5)
     by_metric = {name: {"one": value} for name, value in reported.report().items()}
     assert loads_from_metrics({**by_metric, "ongoing_requests": {"one": 0.0, "new": 0.0}}) == [reported]
     assert loads_from_metrics({}) == []

@@ -54,7 +54,12 @@ def settings(model: Path, port: int, max_replicas: int) -> AppConfig:
                 "enforce_eager": True,
                 "drain_grace_s": 120,
             },
-            "gateway": {"port": port, "http": {"port": 0}, "drain_grace_s": 60},
+            "gateway": {
+                "port": port,
+                "http": {"port": 0},
+                "drain_grace_s": 60,
+                "routing": {"queue_timeout_s": START_S},  # requests wait for replicas that start
+            },
         }
     )
 

@@ -416,16 +416,15 @@ async def test_a_full_fleet_lets_requests_wait_and_refuses_those_that_wait_too_l
     fitting = sum(capacity.total_blocks // blocks_each for capacity in capacities)
     prompt, max_tokens = [5], CONTEXT - 1
 
-    async def hold(started: asyncio.Event) -> None:
+    async def hold() -> None:
         async with aclosing(aclient.generate(prompt, max_tokens=max_tokens, ignore_eos=True)) as stream:
             await anext(stream)
-            started.set()
             await asyncio.Event().wait()
 
-    events = [asyncio.Event() for _ in range(fitting)]
-    holders = [asyncio.create_task(hold(event)) for event in events]
+    holders = [asyncio.create_task(hold()) for _ in range(fitting)]
     async with asyncio.timeout(60):
-        await asyncio.gather(*(event.wait() for event in events))
+        while (await aclient.explain_route(prompt, max_tokens=max_tokens)).chosen_replica_id:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
     with pytest.raises(NoRoomError, match="no replica has room for that now") as refused:
         await aclient.generate_once(prompt, max_tokens=max_tokens)
     assert refused.value.retry_after_s is not None
