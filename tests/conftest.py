@@ -17,10 +17,12 @@ SLOW_MODULES = (
     "test_bench.py",
     "test_quality_engine.py",
     "test_engine_sweep.py",
+    "test_engine_service.py",
     "test_engine.py",
     "test_serve_command.py",
     "test_e2e_autoscaling.py",
     "test_e2e_serve.py",
+    "test_e2e_faults.py",
 )
 
 
