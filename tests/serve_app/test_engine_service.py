@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ async def replica(model_dir: Path) -> AsyncIterator[Replica]:
 
     config = EngineConfig(
         dtype="float32",
-        kv_cache_memory_gib=0.05,
+        kv_cache_memory_gib=0.02,
         max_model_len=1024,
         max_num_seqs=4,
         max_num_batched_tokens=512,
@@ -205,8 +204,8 @@ async def test_gateways_see_the_tiles_that_the_engine_finds(replica: Replica) ->
     await until_held(prompt, 3)
     (again,) = await replica.ask(prompt, temperature=0, max_tokens=1)
     assert again.cached_tokens == 3 * capacity.tile_tokens
-    for start in range(40):  # more than the cache holds: the first prompt is evicted
-        await replica.ask([start + 7 * i % 900 for i in range(700)], temperature=0, max_tokens=1)
+    for start in range(9):  # more than the cache holds: the first prompt is evicted
+        await replica.ask([start + 7 * i % 900 for i in range(600)], temperature=0, max_tokens=1)
     async with asyncio.timeout(20):
         while await held(prompt) == 3:
             await changed.wait()
@@ -242,5 +241,3 @@ async def test_promises_beyond_the_room_are_refused_and_a_cancelled_request_give
     async with asyncio.timeout(10):
         while replica.monitor.promises.total_blocks or replica.monitor.snapshot.load.used_blocks:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
-    with suppress(asyncio.CancelledError):
-        await first
