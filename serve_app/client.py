@@ -35,6 +35,7 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 POLL_S = 0.25
 RETRY_S = 30.0
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 1.0
+NO_CONNECTION = "failed to connect"  # as gRPC says it
 
 
 class ServingError(Exception):
@@ -428,6 +429,8 @@ class _Attempts:
             ServingError: trying again is no use.
         """
         is_broken = error.code() is grpc.StatusCode.UNAVAILABLE and not _is_from_server(error)
+        if is_broken and NO_CONNECTION not in (error.details() or ""):
+            self._connected.set()  # there was one, and it broke
         if not is_broken or not self._connected.is_set() or time.monotonic() >= self._give_up_s:
             raise _serving_error(error) from error
         self._is_retry = True

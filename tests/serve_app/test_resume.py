@@ -391,3 +391,24 @@ async def test_a_client_that_never_reached_anything_is_told_at_once() -> None:
     async with AsyncClient("127.0.0.1:1") as client:
         with pytest.raises(UnavailableError):
             await client.generate_once("Hello")
+
+
+async def test_a_client_whose_first_call_breaks_asks_again() -> None:
+    async def script(engine: Engine, request: Any, at: int, context: grpc.aio.ServicerContext) -> None:
+        if len(setup.sent) == 1:
+            await asyncio.Event().wait()
+
+    async with serving(Engine("a", script), gateways=2) as setup:
+        async with AsyncClient(f"127.0.0.1:{setup.port}") as client:
+            asking = asyncio.create_task(client.generate_once(PROMPT, max_tokens=TOKENS))
+            await until(lambda: len(setup.sent) == 1)
+            serving_one = next(
+                gateway
+                for gateway in setup.gateways
+                if any(replica.reserved_blocks for replica in gateway.router.replicas())
+            )
+            setup.gateways.remove(serving_one)
+            await serving_one.server.server.stop(0)
+            await serving_one.fleet.close()
+            answer = await asking
+        assert list(answer.token_ids) == expected(PROMPT)
