@@ -7,7 +7,7 @@ import pytest
 from kvarn.bench import engine, plot
 from kvarn.bench.engine import BenchError, EngineBench, EngineResult, Workload, WorkloadResult
 
-SMALL = {"repeats": 1, "enforce_eager": True, "kv_cache_memory_gib": 0.25}
+SMALL = {"dtype": "float32", "repeats": 1, "enforce_eager": True, "kv_cache_memory_gib": 0.25}
 
 
 def test_speed_and_capacity_of_each_dtype(tmp_path):

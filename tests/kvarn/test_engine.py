@@ -27,6 +27,7 @@ from tests.kvarn.engines import (
 TILE = 128
 LENGTHS = (1, TILE - 1, TILE, TILE + 1, 2 * TILE, 2 * TILE + 1, 3 * TILE + 40)
 LONGEST = LENGTHS[-1]
+RANKS_TOLERANCE = 0.02  # nats: each rank's matmuls are of other shapes, and the codes amplify how those round
 BFLOAT16_TIE = 0.5  # nats: four steps of a bfloat16 logit between 16 and 32
 
 
@@ -191,5 +192,5 @@ def test_tensor_parallel_in_processes_equals_one_process(
     with engine(monkeypatch, model, in_process=False, tensor_parallel_size=2, **settings) as llm:
         for answers in (ask(llm, prompts), ask(llm, prompts)):
             for answer, single in zip(answers, expected, strict=True):
-                answer.assert_same(single)
+                answer.assert_same(single, RANKS_TOLERANCE)
     assert all(answer.cached > 0 for answer in answers)

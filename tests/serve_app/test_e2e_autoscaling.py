@@ -1,6 +1,6 @@
-"""Autoscaling on a real cluster of two nodes (two raylets on this machine): 0 -> 1 -> 2 -> 1 -> 0 replicas under load.
+"""Autoscaling on a real cluster of two nodes (two raylets on this machine): 0 -> 1 -> 2 -> 3 -> 1 -> 0 replicas under load.
 
-`--long` goes up to three replicas.
+Takes minutes and needs cores of its own: it runs with `--long` alone.
 """
 
 from __future__ import annotations
@@ -70,8 +70,10 @@ def block_bytes(model: Path) -> int:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(long_mode: bool) -> Iterator[Cluster]:
     """Two nodes that take replicas, and a head that has room for none."""
+    if not long_mode:
+        pytest.skip("takes minutes and needs cores of its own: run it with --long")
     cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1"},
@@ -124,11 +126,7 @@ def long_prompt() -> list[int]:
     return [random.randrange(1000, 40_000) for _ in range(REQUEST_TOKENS - 32)]
 
 
-def test_replicas_follow_the_load_and_no_request_fails(
-    cluster: Cluster, model_dir: Path, request: pytest.FixtureRequest
-) -> None:
-    if not request.config.getoption("--long"):
-        pytest.skip("takes minutes and needs cores of its own: run it with --long")
+def test_replicas_follow_the_load_and_no_request_fails(cluster: Cluster, model_dir: Path) -> None:
     most = 3
     port = free_port()
     address = f"127.0.0.1:{port}"
