@@ -11,9 +11,8 @@ from kvarn.model import DEFAULT_MODEL
 from kvarn.presets import PRESETS
 
 TILE = 128
-FIRST_SCORED = (
-    2 * TILE
-)  # before it, a cache with 128-token tiles and a raw first tile answers from raw tokens alone
+# Before it, a cache with 128-token tiles and a raw first tile answers from raw tokens alone.
+FIRST_SCORED = 2 * TILE
 PROTOCOLS = ("prefill", "pseudo_decode", "retrieval", "greedy")
 SAMPLE = "wikitext2_sample.txt"
 REFERENCE = "auto"  # vLLM's name for a cache in the model's own dtype

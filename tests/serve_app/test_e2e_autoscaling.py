@@ -1,4 +1,4 @@
-"""Autoscaling on a real cluster of two nodes (two raylets on this machine): 0 -> 1 -> 2 -> 3 -> 1 -> 0 replicas under load.
+"""Autoscaling on a cluster of two nodes (two raylets on this machine): 0 -> 1 -> 2 -> 3 -> 1 -> 0 replicas under load.
 
 Takes minutes and needs cores of its own: it runs with `--long` alone.
 """
