@@ -83,13 +83,24 @@ def main() -> None:
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="A Serve YAML: how many requests its engines run at once, and why.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """Show versions, the machine and vLLM's hooks, and test the cache's arithmetic; exit 1 if a check fails."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to standard output as it is imported
     from kvarn.doctor import examine, render
 
+    limits = None
+    if config is not None:
+        with _serving_errors():
+            from serve_app.launch import limits_of, read_app
+
+            limits = limits_of(read_app(config))
     with err.status("looking at versions and hooks, testing the cache (about 10 seconds)"):
-        report = examine()
+        report = examine(limits)
     if as_json:
         out.print_json(json.dumps({**asdict(report), "ok": report.ok}))
     else:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvarn import ops
 from kvarn.environment import machine, versions
+from kvarn.limits import Limits, limits_table
 from kvarn.presets import PRESETS, Preset
 from kvarn.reference import attention
 from kvarn.tile import TileLayout
@@ -33,12 +34,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All that `kvarn doctor` finds. A version is None where the package is not installed."""
+    """All that `kvarn doctor` finds. A version is None where the package is not installed, `limits` without a YAML."""
 
     versions: dict[str, str | None]
     machine: dict[str, str]
     hooks: list[Check]
     self_test: list[Check]
+    limits: Limits | None = None
 
     @property
     def ok(self) -> bool:
@@ -46,9 +48,14 @@ class Report:
         return all(check.ok for check in (*self.hooks, *self.self_test))
 
 
-def examine() -> Report:
-    """Looks at everything; takes some seconds, most of them to import vLLM."""
-    return Report(versions(), machine(), check_hooks(), [self_test(preset) for preset in PRESETS.values()])
+def examine(limits: Limits | None = None) -> Report:
+    """Looks at everything; takes some seconds, most of them to import vLLM.
+
+    Args:
+        limits: of the engines that are to run here, if these are known.
+    """
+    tests = [self_test(preset) for preset in PRESETS.values()]
+    return Report(versions(), machine(), check_hooks(), tests, limits)
 
 
 def check_hooks() -> list[Check]:
@@ -87,6 +94,7 @@ def render(report: Report) -> RenderableType:
         _facts_table("machine", report.machine.items()),
         _checks_table("vLLM hooks", report.hooks),
         _checks_table("self-test", report.self_test),
+        *([limits_table(report.limits)] if report.limits else []),
     )
 
 

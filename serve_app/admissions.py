@@ -65,6 +65,7 @@ class Admissions:
         Raises:
             RequestError: it can never fit, the queue is full, it waited too long, or its deadline cannot be met.
         """
+        job.queued_s = 0.0
         if not self._queue:
             decision = self._try(job, tried)
             if decision.chosen is not None:
@@ -97,6 +98,7 @@ class Admissions:
             self._router.release(job.key)
             raise
         finally:
+            job.queued_s = time.monotonic() - now_s
             self._queue.remove(waiting)
             del self._entries[job.key]
 

@@ -82,6 +82,14 @@ class EngineConfig(Settings):
     max_model_len: int | None = Field(default=None, ge=1, description="tokens; None: the model's own limit")
     max_num_seqs: int = Field(default=32, ge=1)
     max_num_batched_tokens: int = Field(default=2048, ge=1)
+    side_pool_gib: float | None = Field(
+        default=None, gt=0, description="most memory of raw tiles on one rank; None: enough for max_num_seqs"
+    )
+    retained_sinks: int | None = Field(
+        default=None,
+        ge=0,
+        description="raw first tiles kept of prefixes that nobody uses; None: max_num_seqs",
+    )
     tensor_parallel_size: int = Field(default=1, ge=1)
     distributed_executor_backend: Literal["mp", "ray", "uni"] = "mp"
     enforce_eager: bool = False
@@ -114,6 +122,12 @@ class EngineConfig(Settings):
                 "distributed_executor_backend uni runs one worker: set tensor_parallel_size to 1"
             )
         return self
+
+    @property
+    def kvarn_settings(self) -> dict[str, float]:
+        """The cache's own settings, as `kvarn.vllm.config.KVarNConfig` takes them."""
+        settings = {"side_pool_gib": self.side_pool_gib, "retained_sinks": self.retained_sinks}
+        return {name: value for name, value in settings.items() if value is not None}
 
     @property
     def least_replicas(self) -> int:

@@ -13,6 +13,7 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 
 from kvarn.v1 import cluster_pb2
+from serve_app.admissions import Admissions
 from serve_app.observation import Observation, Observer
 from serve_app.prefixes import HotPrefix
 from serve_app.routing import ReplicaState
@@ -82,7 +83,9 @@ async def _follow(watch: Watch, changed: asyncio.Event) -> None:
     changed.set()
 
 
-def view(model_name: str, replicas: list[ReplicaState], observer: Observer) -> dict[str, Any]:
+def view(
+    model_name: str, replicas: list[ReplicaState], observer: Observer, admissions: Admissions
+) -> dict[str, Any]:
     """What the page shows, as JSON takes it; counts are tokens where not named otherwise."""
     streams = sorted(observer.open, key=lambda observation: observation.age_s)
     return {
@@ -90,6 +93,7 @@ def view(model_name: str, replicas: list[ReplicaState], observer: Observer) -> d
         "replicas": [_replica(replica) for replica in replicas],
         "open_requests": len(streams),
         "streams": [_stream(observation) for observation in streams[-SHOWN_STREAMS:]],
+        "queue": {"requests": len(admissions), "tokens": admissions.tokens},
         "first_token_s": observer.first_tokens.most(),
         "rejects": dict(observer.rejects),
         "prefixes": [_prefix(prefix) for prefix in observer.prefixes.hottest(SHOWN_PREFIXES)],
@@ -104,6 +108,7 @@ def _replica(replica: ReplicaState) -> dict[str, Any]:
         "status": cluster_pb2.ReplicaStatus.Name(replica_status(replica))
         .removeprefix("REPLICA_STATUS_")
         .lower(),
+        "breaker": replica.breaker.name.lower(),
         "cache_dtype": capacity.cache_dtype,
         "capacity": capacity.total_blocks * tile,
         "live": load.used_blocks * tile,
@@ -116,6 +121,11 @@ def _replica(replica: ReplicaState) -> dict[str, Any]:
         "sinks_idle": load.sink_slots_idle,
         "running": load.running_requests,
         "waiting": load.waiting_requests,
+        "waiting_for": {
+            "slots": load.waiting_for_slots,
+            "blocks": load.waiting_for_blocks,
+            "a shared prefix": load.waiting_for_prefix,
+        },
         "waiting_prefill": load.waiting_prefill_tokens,
         "prefill_tokens_per_s": load.prefill_tokens_per_s,
         "inter_token_latency_s": load.inter_token_latency_s,

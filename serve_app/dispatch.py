@@ -98,7 +98,9 @@ class Dispatcher:
             except ReplicaError as error:
                 tried = [error.replica_id] if len(job.output) > out else [*tried, error.replica_id]
                 self._check_retry(job, tried, error)
-            job.resumptions += bool(job.output)
+            if job.output:
+                job.resumptions += 1
+                observation.resumed()
             await asyncio.sleep(pause_s(len(tried), self._random))
 
     async def explain(self, request: cluster_pb2.ExplainRouteRequest) -> cluster_pb2.ExplainRouteResponse:
@@ -139,7 +141,10 @@ class Dispatcher:
 
     async def _call(self, job: Job, tried: list[str], observation: Observation) -> EngineCall:
         job.headers = observation.headers()
-        decision = await self.admissions.admit(job, tried)
+        try:
+            decision = await self.admissions.admit(job, tried)
+        finally:
+            observation.queued(job.queued_s)
         observation.routed(decision, job.decision_s)
         assert decision.chosen is not None
         return self._open(job, job.key, decision.chosen)

@@ -131,6 +131,7 @@ def engine_args(model: str, config: EngineConfig) -> AsyncEngineArgs:
         distributed_executor_backend=config.distributed_executor_backend,
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=True,
+        additional_config={"kvarn": config.kvarn_settings},
         kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     )
 

@@ -40,6 +40,14 @@ class EngineMetrics:
         record.set(metrics.SLOTS, load.sink_slots_idle, use="sink_idle")
         record.set(metrics.ENGINE_REQUESTS, load.running_requests, state="running")
         record.set(metrics.ENGINE_REQUESTS, load.waiting_requests, state="waiting")
+        by_reason = {
+            "slots": load.waiting_for_slots,
+            "blocks": load.waiting_for_blocks,
+            "prefix": load.waiting_for_prefix,
+        }
+        by_reason["turn"] = load.waiting_requests - sum(by_reason.values())
+        for reason, count in by_reason.items():
+            record.set(metrics.ENGINE_WAITING, count, reason=reason)
         record.set(metrics.WAITING_PREFILL, load.waiting_prefill_tokens)
         record.set(metrics.PREFILL_SPEED, load.prefill_tokens_per_s)
         record.add(metrics.PREEMPTIONS, load.preemptions - self._preemptions)

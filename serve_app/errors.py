@@ -53,6 +53,12 @@ class RateLimitError(RequestError):
     reason = "rate_limit"
 
 
+class ConcurrencyLimitError(RateLimitError):
+    """As many requests of its API key run as may."""
+
+    reason = "concurrency_limit"
+
+
 class UnknownModelError(RequestError):
     """It names a model that is not served here."""
 

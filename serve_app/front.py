@@ -35,6 +35,7 @@ class Front:
         encoder: the model's tokenizer.
         cluster: tells of the replicas.
         is_ready: whether any replica takes requests.
+        on_refusal: called with the reason of each request refused before it comes to the dispatcher.
         routers: further HTTP routes.
 
     Raises:
@@ -49,12 +50,13 @@ class Front:
         encoder: PromptEncoder,
         cluster: ClusterService,
         is_ready: Callable[[], bool],
+        on_refusal: Callable[[str], None],
         routers: Sequence[APIRouter] = (),
     ) -> None:
         self._config = config
         if config.security.salt_cache_by_tenant:
             dispatcher = TenantSalts(dispatcher)
-        access = Access(config.security.api_keys)
+        access = Access(config.security.api_keys, on_refusal)
         tls = ServerTls(config.security.tls) if config.security.tls else None
         self._grpc = self._grpc_server(access, tls)
         inference = InferenceService(dispatcher, access, config.limits.write_timeout_s)

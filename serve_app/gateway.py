@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -15,6 +16,7 @@ from serve_app.demand import Demand, report_forever
 from serve_app.dispatch import Dispatcher
 from serve_app.fleet import Fleet
 from serve_app.front import Front
+from serve_app.gateway_metrics import GatewayGauges
 from serve_app.gateway_service import ClusterService
 from serve_app.metrics import GATEWAY_METRICS, RayRecorder, record_forever
 from serve_app.observation import Observer, log_requests_to_stdout
@@ -75,15 +77,26 @@ class Gateway:
             self._waker,
         )
         self._cluster = ClusterService(model_name, self._router, self._dispatcher)
-        shown = lambda: view(model_name, self._router.replicas(), self._observer)  # noqa: E731
+        admissions = self._dispatcher.admissions
+        shown = lambda: view(  # noqa: E731
+            model_name, self._router.replicas(time.monotonic()), self._observer, admissions
+        )
         pages = [console(shown, self._cluster.watch)]
         self._front = Front(
-            config, model_name, self._dispatcher, encoder, self._cluster, self._is_ready, pages
+            config,
+            model_name,
+            self._dispatcher,
+            encoder,
+            self._cluster,
+            self._is_ready,
+            self._observer.refused,
+            pages,
         )
         await self._front.start()
+        gauges = GatewayGauges(self._observer, admissions, self._router)
         self._tasks = [
             asyncio.create_task(self._follow_health()),
-            asyncio.create_task(record_forever(self._observer.record)),
+            asyncio.create_task(record_forever(gauges.record)),
         ]
         if autoscaling is not None:
             report = report_forever(gateway_id, self._demand, self._fleet.stubs)

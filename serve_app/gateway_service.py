@@ -108,7 +108,9 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         self, request: cluster_pb2.GetCacheStateRequest, context: grpc.aio.ServicerContext
     ) -> cluster_pb2.GetCacheStateResponse:
         """All replicas now."""
-        return cluster_pb2.GetCacheStateResponse(model=self._model_name, replicas=self._replicas())
+        return cluster_pb2.GetCacheStateResponse(
+            model=self._model_name, replicas=self._replicas(), queue=self._queue()
+        )
 
     async def WatchCache(  # noqa: N802
         self, request: cluster_pb2.WatchCacheRequest, context: grpc.aio.ServicerContext
@@ -125,18 +127,25 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         return await self._dispatcher.explain(request)
 
     def _replicas(self) -> list[cluster_pb2.ReplicaCache]:
-        return [wire.replica_to_proto(replica) for replica in self._router.replicas()]
+        return [wire.replica_to_proto(replica) for replica in self._router.replicas(time.monotonic())]
+
+    def _queue(self) -> cluster_pb2.QueueState:
+        admissions = self._dispatcher.admissions
+        return cluster_pb2.QueueState(requests=len(admissions), tokens=admissions.tokens)
 
     def _snapshot(self) -> cluster_pb2.WatchCacheResponse:
         return cluster_pb2.WatchCacheResponse(
             epoch=self._epoch,
             sequence=self._sequence,
             snapshot=cluster_pb2.FleetSnapshot(replicas=self._replicas()),
+            queue=self._queue(),
         )
 
     def _change(self, replica_id: str) -> cluster_pb2.WatchCacheResponse:
-        change = cluster_pb2.WatchCacheResponse(epoch=self._epoch, sequence=self._sequence)
-        replica = self._router.replica(replica_id)
+        change = cluster_pb2.WatchCacheResponse(
+            epoch=self._epoch, sequence=self._sequence, queue=self._queue()
+        )
+        replica = self._router.replica(replica_id, time.monotonic())
         if replica is None:
             change.removed_replica_id = replica_id
         else:

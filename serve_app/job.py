@@ -28,6 +28,7 @@ class Job:
         resumptions: times another replica went on with it.
         headers: metadata of the calls on its behalf.
         decision_s: how long the last choice of a replica took.
+        queued_s: time it last waited in the queue; 0 if it did not have to.
         inexact_because: why its output may differ from an uninterrupted one.
     """
 
@@ -45,6 +46,7 @@ class Job:
     resumptions: int = 0
     headers: tuple[tuple[str, str], ...] = ()
     decision_s: float = 0.0
+    queued_s: float = 0.0
     inexact_because: str = ""
 
     def begin(self, router: Router) -> None:

@@ -20,6 +20,11 @@ import psutil
 import yaml
 from pydantic import ValidationError
 
+from kvarn.limits import Limits, engine_limits
+from kvarn.model import KvShape
+from kvarn.plan.model_shape import ModelShape
+from kvarn.presets import PRESETS
+from kvarn.vllm.config import KVarNConfig
 from serve_app.config import AppConfig
 
 LOOPBACK = "127.0.0.1"
@@ -121,6 +126,31 @@ def check_machine(app: App) -> None:
                 f"{listener.host}:{listener.port} is in use: "
                 f"stop what listens there, or set another {setting}"
             )
+
+
+def limits_of(app: App) -> Limits | None:
+    """What limits the requests that each engine runs at once; None if its cache is not quantized.
+
+    Raises:
+        ModelError, PlanError: there is no such model, or its attention is not plain.
+        LaunchError: the side pool does not hold one request.
+    """
+    engine = app.config.engine
+    if engine.kv_cache_dtype not in PRESETS:
+        return None
+    shape = ModelShape.read(app.config.model)
+    try:
+        return engine_limits(
+            KvShape(shape.layers, shape.kv_heads, shape.head_dim),
+            engine.kv_cache_dtype,
+            engine.max_num_seqs,
+            engine.max_model_len or shape.context_limit,
+            engine.kv_cache_memory_bytes,
+            engine.tensor_parallel_size,
+            KVarNConfig(**engine.kvarn_settings),  # type: ignore[arg-type]
+        )
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
 
 
 @contextmanager

@@ -73,6 +73,12 @@ SLOTS = _gauge(
     "use",
 )
 ENGINE_REQUESTS = _gauge("engine_requests", "Requests inside the engine: running or waiting.", "state")
+ENGINE_WAITING = _gauge(
+    "engine_waiting_requests",
+    "Requests that wait inside the engine, by what for: slots of the side pool, blocks of the cache, a prefix that "
+    "another request computes, or their turn, which max_num_seqs and the tokens of a step limit.",
+    "reason",
+)
 WAITING_PREFILL = _gauge("waiting_prefill_tokens", "Prompt tokens inside the engine not yet computed.")
 PREFILL_SPEED = _gauge("prefill_tokens_per_second", "Measured speed of computing prompts.")
 PROMPT_TOKENS = _counter("prompt_tokens", "Prompt tokens of requests that produced output.")
@@ -93,6 +99,7 @@ ENGINE_METRICS = (
     SLOT_CAPACITY,
     SLOTS,
     ENGINE_REQUESTS,
+    ENGINE_WAITING,
     WAITING_PREFILL,
     PREFILL_SPEED,
     PROMPT_TOKENS,
@@ -112,10 +119,34 @@ ITL = _histogram(
     "Time between two tokens of one request, as sent to the client.",
     _TOKEN_SECONDS,
 )
+QUEUED_REQUESTS = _gauge("queued_requests", "Requests that wait in the gateway for a replica with room.")
+QUEUED_TOKENS = _gauge("queued_tokens", "Cache space that what waits in the gateway will probably take.")
+QUEUE_WAIT = _histogram(
+    "queue_wait_seconds", "Time in the gateway's queue, of requests that had to wait.", _SECONDS
+)
+RESUMES = _counter("resumes", "Times a stream lost its replica and went on at another.")
+BREAKER = _gauge(
+    "breaker_state",
+    "What the gateway sends a replica after failures: 0 closed, everything; 1 half open, a probe; 2 open, nothing.",
+    "replica_id",
+)
 DURATION = _histogram("request_duration_seconds", "From a request's arrival to its end.", _SECONDS)
 DECISION = _histogram("routing_decision_seconds", "Time taken to choose a replica.", _DECISION_SECONDS)
 
-GATEWAY_METRICS = (REQUESTS, REJECTS, STREAMS, TTFT, ITL, DURATION, DECISION)
+GATEWAY_METRICS = (
+    REQUESTS,
+    REJECTS,
+    STREAMS,
+    QUEUED_REQUESTS,
+    QUEUED_TOKENS,
+    QUEUE_WAIT,
+    RESUMES,
+    BREAKER,
+    TTFT,
+    ITL,
+    DURATION,
+    DECISION,
+)
 ALL_METRICS = (*ENGINE_METRICS, *GATEWAY_METRICS)
 
 

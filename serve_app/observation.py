@@ -60,9 +60,10 @@ class Observer:
         """A request from `caller`, by its own name `request_id`, has arrived."""
         return Observation(self, request_id, caller)
 
-    def record(self) -> None:
-        """Give the gauges their values."""
-        self.recorder.set(metrics.STREAMS, len(self.open))
+    def refused(self, reason: str) -> None:
+        """A request was refused for this reason, be it before or after it was observed."""
+        self.recorder.add(metrics.REJECTS, reason=reason)
+        self.rejects[reason] += 1
 
 
 class Observation:
@@ -109,6 +110,17 @@ class Observation:
     def tokenized(self, token_ids: Sequence[int]) -> None:
         """Its prompt is known; only a name for its beginning is kept."""
         self._prefix = prefix_id(token_ids)
+
+    def queued(self, waited_s: float) -> None:
+        """It left the queue, for a replica or refused; 0 seconds if it did not have to wait."""
+        if waited_s:
+            self._recorder.observe(metrics.QUEUE_WAIT, waited_s)
+            self._span.add_event("left the queue", {"kvarn.queued_s": waited_s})
+
+    def resumed(self) -> None:
+        """Its replica was lost, and another is to go on with its output."""
+        self._recorder.add(metrics.RESUMES)
+        self._span.add_event("resumed")
 
     def routed(self, decision: Decision, decision_s: float) -> None:
         """A replica was chosen for it, or none, in `decision_s` seconds."""
@@ -158,8 +170,7 @@ class Observation:
         self._recorder.add(metrics.REQUESTS, status=status.name)
         self._recorder.observe(metrics.DURATION, duration_s)
         if self._reason:
-            self._recorder.add(metrics.REJECTS, reason=self._reason)
-            self._observer.rejects[self._reason] += 1
+            self._observer.refused(self._reason)
         if self._prefix is not None and self._first_token_s is not None:
             self._observer.prefixes.count(
                 self._prefix, self.replica_id, self.usage.prompt_tokens, self.usage.cached_tokens

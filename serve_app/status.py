@@ -17,6 +17,7 @@ from serve_app.client import Client, UnavailableError
 
 RETRY_S = 1.0
 BAR_CELLS = 24
+BREAKERS = {cluster_pb2.BREAKER_STATE_HALF_OPEN: "probed", cluster_pb2.BREAKER_STATE_OPEN: "failing"}
 STYLES = {"ready": "green", "draining": "yellow", "unreachable": "red"}
 Replicas = dict[str, cluster_pb2.ReplicaCache]
 
@@ -32,7 +33,7 @@ def as_json(state: cluster_pb2.GetCacheStateResponse) -> str:
 def show(console: Console, client: Client) -> None:
     """Print the state once."""
     state = client.cache_state()
-    console.print(table(state.model, state.replicas))
+    console.print(table(state.model, state.replicas, state.queue))
 
 
 def show_live(console: Console, client: Client) -> None:
@@ -44,14 +45,16 @@ def show_live(console: Console, client: Client) -> None:
     model = client.cache_state().model
     with Live(console=console, refresh_per_second=8, screen=console.is_terminal) as screen:
         try:
-            for replicas in _states(client):
-                screen.update(_with_hint(table(model, replicas.values())))
+            for replicas, queue in _states(client):
+                screen.update(_with_hint(table(model, replicas.values(), queue)))
         except KeyboardInterrupt:
             return
 
 
-def follow(events: Iterable[cluster_pb2.WatchCacheResponse]) -> Iterator[Replicas]:
-    """All replicas by id, after every event of a watch."""
+def follow(
+    events: Iterable[cluster_pb2.WatchCacheResponse],
+) -> Iterator[tuple[Replicas, cluster_pb2.QueueState]]:
+    """All replicas by id and the gateway's queue, after every event of a watch."""
     replicas: Replicas = {}
     for event in events:
         match event.WhichOneof("event"):
@@ -61,20 +64,22 @@ def follow(events: Iterable[cluster_pb2.WatchCacheResponse]) -> Iterator[Replica
                 replicas[event.updated.replica_id] = event.updated
             case "removed_replica_id":
                 replicas.pop(event.removed_replica_id, None)
-        yield dict(sorted(replicas.items()))
+        yield dict(sorted(replicas.items())), event.queue
 
 
-def _states(client: Client) -> Iterator[Replicas]:
+def _states(client: Client) -> Iterator[tuple[Replicas, cluster_pb2.QueueState]]:
     while True:
         try:
             yield from follow(client.watch_cache())
         except UnavailableError:
-            yield {}
+            yield {}, cluster_pb2.QueueState()
         time.sleep(RETRY_S)
 
 
-def table(model: str, replicas: Iterable[cluster_pb2.ReplicaCache]) -> RenderableType:
-    """One row a replica: how full its cache is, of what, and what it does."""
+def table(
+    model: str, replicas: Iterable[cluster_pb2.ReplicaCache], queue: cluster_pb2.QueueState
+) -> RenderableType:
+    """One row a replica: how full its cache is, of what, and what it does; below, what the gateway's queue holds."""
     made = Table(title=f"{model}: replicas and their caches", title_justify="left", caption_justify="left")
     made.add_column("replica", no_wrap=True)
     made.add_column("status", no_wrap=True)
@@ -84,8 +89,12 @@ def table(model: str, replicas: Iterable[cluster_pb2.ReplicaCache]) -> Renderabl
     rows = list(replicas)
     for replica in rows:
         made.add_row(*_row(replica))
-    if not rows:
-        made.caption = "no replica: engines start, or have been scaled to zero"
+    captions = [] if rows else ["no replica: engines start, or have been scaled to zero"]
+    if queue.requests:
+        captions.append(
+            f"{queue.requests:,} requests wait in this gateway, for {queue.tokens:,} tokens of cache"
+        )
+    made.caption = "; ".join(captions) or None
     return made
 
 
@@ -94,7 +103,10 @@ def _row(replica: cluster_pb2.ReplicaCache) -> Iterator[RenderableType]:
     capacity, load = replica.cache.capacity, replica.cache.load
     tile = capacity.tile_tokens
     yield replica.replica_id
-    yield Text(status, style=STYLES.get(status, ""))
+    breaker = BREAKERS.get(replica.breaker, "")
+    yield Text(
+        f"{status}, {breaker}" if breaker else status, style="red" if breaker else STYLES.get(status, "")
+    )
     yield _bar(capacity, load)
     blocks = (
         capacity.total_blocks,
@@ -106,7 +118,18 @@ def _row(replica: cluster_pb2.ReplicaCache) -> Iterator[RenderableType]:
     yield f"{load.tail_slots_used}/{capacity.total_slots}"
     yield f"{load.sink_slots_used}+{load.sink_slots_idle}"
     yield f"{load.running_requests}"
-    yield f"{load.waiting_requests}"
+    yield _waiting(load)
+
+
+def _waiting(load: cache_pb2.CacheLoad) -> str:
+    """How many wait inside the engine, and what for if it is not their turn alone."""
+    reasons = {
+        "slots": load.waiting_for_slots,
+        "blocks": load.waiting_for_blocks,
+        "prefix": load.waiting_for_prefix,
+    }
+    told = ", ".join(f"{count} for {reason}" for reason, count in reasons.items() if count)
+    return f"{load.waiting_requests} ({told})" if told else f"{load.waiting_requests}"
 
 
 def _bar(capacity: cache_pb2.CacheCapacity, load: cache_pb2.CacheLoad) -> Text:

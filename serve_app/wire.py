@@ -6,8 +6,14 @@ from dataclasses import fields
 from typing import Any
 
 from kvarn.v1 import cache_pb2, cluster_pb2, engine_pb2
-from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Candidate, ReplicaState
+from serve_app.routing import BreakerState, CacheCapacity, CacheLoad, CacheSnapshot, Candidate, ReplicaState
 from serve_app.tiles import TileChange
+
+_BREAKERS = {
+    BreakerState.CLOSED: cluster_pb2.BREAKER_STATE_CLOSED,
+    BreakerState.HALF_OPEN: cluster_pb2.BREAKER_STATE_HALF_OPEN,
+    BreakerState.OPEN: cluster_pb2.BREAKER_STATE_OPEN,
+}
 
 
 def snapshot_to_proto(snapshot: CacheSnapshot) -> cache_pb2.CacheSnapshot:
@@ -62,6 +68,7 @@ def replica_to_proto(replica: ReplicaState) -> cluster_pb2.ReplicaCache:
         replica_id=replica.replica_id,
         status=replica_status(replica),
         cache=snapshot_to_proto(replica.snapshot),
+        breaker=_BREAKERS[replica.breaker],
     )
 
 

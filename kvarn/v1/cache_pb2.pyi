@@ -23,7 +23,7 @@ class CacheCapacity(_message.Message):
     def __init__(self, cache_dtype: _Optional[str] = ..., tile_tokens: _Optional[int] = ..., bytes_per_tile: _Optional[int] = ..., total_blocks: _Optional[int] = ..., total_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ...) -> None: ...
 
 class CacheLoad(_message.Message):
-    __slots__ = ("free_blocks", "evictable_blocks", "used_blocks", "reserved_blocks", "tail_slots_used", "sink_slots_used", "sink_slots_idle", "sinks_missing", "running_requests", "waiting_requests", "waiting_prefill_tokens", "preemptions", "prefill_tokens_per_s", "inter_token_latency_s", "pending_prefill_tokens")
+    __slots__ = ("free_blocks", "evictable_blocks", "used_blocks", "reserved_blocks", "tail_slots_used", "sink_slots_used", "sink_slots_idle", "sinks_missing", "running_requests", "waiting_requests", "waiting_prefill_tokens", "preemptions", "prefill_tokens_per_s", "inter_token_latency_s", "pending_prefill_tokens", "waiting_for_slots", "waiting_for_blocks", "waiting_for_prefix")
     class ReservedBlocksEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,9 @@ class CacheLoad(_message.Message):
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     INTER_TOKEN_LATENCY_S_FIELD_NUMBER: _ClassVar[int]
     PENDING_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FOR_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FOR_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FOR_PREFIX_FIELD_NUMBER: _ClassVar[int]
     free_blocks: int
     evictable_blocks: int
     used_blocks: int
@@ -68,7 +71,10 @@ class CacheLoad(_message.Message):
     prefill_tokens_per_s: float
     inter_token_latency_s: float
     pending_prefill_tokens: _containers.ScalarMap[str, int]
-    def __init__(self, free_blocks: _Optional[int] = ..., evictable_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., reserved_blocks: _Optional[_Mapping[str, int]] = ..., tail_slots_used: _Optional[int] = ..., sink_slots_used: _Optional[int] = ..., sink_slots_idle: _Optional[int] = ..., sinks_missing: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., inter_token_latency_s: _Optional[float] = ..., pending_prefill_tokens: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    waiting_for_slots: int
+    waiting_for_blocks: int
+    waiting_for_prefix: int
+    def __init__(self, free_blocks: _Optional[int] = ..., evictable_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., reserved_blocks: _Optional[_Mapping[str, int]] = ..., tail_slots_used: _Optional[int] = ..., sink_slots_used: _Optional[int] = ..., sink_slots_idle: _Optional[int] = ..., sinks_missing: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., inter_token_latency_s: _Optional[float] = ..., pending_prefill_tokens: _Optional[_Mapping[str, int]] = ..., waiting_for_slots: _Optional[int] = ..., waiting_for_blocks: _Optional[int] = ..., waiting_for_prefix: _Optional[int] = ...) -> None: ...
 
 class CacheSnapshot(_message.Message):
     __slots__ = ("epoch", "sequence", "capacity", "load", "draining")

@@ -10,12 +10,23 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class BreakerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BREAKER_STATE_UNSPECIFIED: _ClassVar[BreakerState]
+    BREAKER_STATE_CLOSED: _ClassVar[BreakerState]
+    BREAKER_STATE_HALF_OPEN: _ClassVar[BreakerState]
+    BREAKER_STATE_OPEN: _ClassVar[BreakerState]
+
 class ReplicaStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     REPLICA_STATUS_UNSPECIFIED: _ClassVar[ReplicaStatus]
     REPLICA_STATUS_READY: _ClassVar[ReplicaStatus]
     REPLICA_STATUS_DRAINING: _ClassVar[ReplicaStatus]
     REPLICA_STATUS_UNREACHABLE: _ClassVar[ReplicaStatus]
+BREAKER_STATE_UNSPECIFIED: BreakerState
+BREAKER_STATE_CLOSED: BreakerState
+BREAKER_STATE_HALF_OPEN: BreakerState
+BREAKER_STATE_OPEN: BreakerState
 REPLICA_STATUS_UNSPECIFIED: ReplicaStatus
 REPLICA_STATUS_READY: ReplicaStatus
 REPLICA_STATUS_DRAINING: ReplicaStatus
@@ -26,40 +37,54 @@ class GetCacheStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetCacheStateResponse(_message.Message):
-    __slots__ = ("model", "replicas")
+    __slots__ = ("model", "replicas", "queue")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
     model: str
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaCache]
-    def __init__(self, model: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaCache, _Mapping]]] = ...) -> None: ...
+    queue: QueueState
+    def __init__(self, model: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaCache, _Mapping]]] = ..., queue: _Optional[_Union[QueueState, _Mapping]] = ...) -> None: ...
+
+class QueueState(_message.Message):
+    __slots__ = ("requests", "tokens")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    requests: int
+    tokens: int
+    def __init__(self, requests: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class ReplicaCache(_message.Message):
-    __slots__ = ("replica_id", "status", "cache")
+    __slots__ = ("replica_id", "status", "cache", "breaker")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
+    BREAKER_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     status: ReplicaStatus
     cache: _cache_pb2.CacheSnapshot
-    def __init__(self, replica_id: _Optional[str] = ..., status: _Optional[_Union[ReplicaStatus, str]] = ..., cache: _Optional[_Union[_cache_pb2.CacheSnapshot, _Mapping]] = ...) -> None: ...
+    breaker: BreakerState
+    def __init__(self, replica_id: _Optional[str] = ..., status: _Optional[_Union[ReplicaStatus, str]] = ..., cache: _Optional[_Union[_cache_pb2.CacheSnapshot, _Mapping]] = ..., breaker: _Optional[_Union[BreakerState, str]] = ...) -> None: ...
 
 class WatchCacheRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class WatchCacheResponse(_message.Message):
-    __slots__ = ("epoch", "sequence", "snapshot", "updated", "removed_replica_id")
+    __slots__ = ("epoch", "sequence", "snapshot", "updated", "removed_replica_id", "queue")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     UPDATED_FIELD_NUMBER: _ClassVar[int]
     REMOVED_REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     sequence: int
     snapshot: FleetSnapshot
     updated: ReplicaCache
     removed_replica_id: str
-    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., snapshot: _Optional[_Union[FleetSnapshot, _Mapping]] = ..., updated: _Optional[_Union[ReplicaCache, _Mapping]] = ..., removed_replica_id: _Optional[str] = ...) -> None: ...
+    queue: QueueState
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., snapshot: _Optional[_Union[FleetSnapshot, _Mapping]] = ..., updated: _Optional[_Union[ReplicaCache, _Mapping]] = ..., removed_replica_id: _Optional[str] = ..., queue: _Optional[_Union[QueueState, _Mapping]] = ...) -> None: ...
 
 class FleetSnapshot(_message.Message):
     __slots__ = ("replicas",)

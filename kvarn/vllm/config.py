@@ -74,29 +74,42 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def tile_bytes(group: int, head_dim: int, heads_and_layers: int) -> int:
+    """Bytes of one slot: a tile of fp16 keys and values in every layer and KV head of a rank."""
+    return 2 * 2 * group * head_dim * heads_and_layers
+
+
 def slot_bytes(vllm_config: VllmConfig) -> int:
-    """Bytes of one slot on one rank: a tile of fp16 keys and values in every layer and KV head."""
+    """Bytes of one slot on one rank."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    elements = vllm_config.cache_config.block_size * model.get_head_size()
     heads_and_layers = model.get_num_kv_heads(parallel) * model.get_num_layers(parallel)
-    return int(2 * 2 * elements * heads_and_layers)
+    return tile_bytes(vllm_config.cache_config.block_size, model.get_head_size(), heads_and_layers)
 
 
 def side_pool_slots(vllm_config: VllmConfig) -> int:
+    """Slots of the side pool; see `slots_within`."""
+    max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+    return slots_within(KVarNConfig.of(vllm_config), max_num_seqs, slot_bytes(vllm_config))
+
+
+def slots_within(config: KVarNConfig, max_num_seqs: int, one_slot: int) -> int:
     """Slots of the side pool: two for every running request and the retained sinks, or what the memory cap holds.
+
+    Args:
+        config: the cache's settings.
+        max_num_seqs: requests that run at once at most.
+        one_slot: bytes of a slot on one rank.
 
     Raises:
         ValueError: if the cap does not hold one request.
     """
-    max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-    config = KVarNConfig.of(vllm_config)
     retained = max_num_seqs if config.retained_sinks is None else config.retained_sinks
     wanted = max(MIN_SLOTS, 2 * max_num_seqs + retained)
     if config.side_pool_gib is None:
         return wanted
-    held = int(config.side_pool_gib * GIB // slot_bytes(vllm_config))
+    held = int(config.side_pool_gib * GIB // one_slot)
     if held < MIN_SLOTS:
-        needed = MIN_SLOTS * slot_bytes(vllm_config) / GIB
+        needed = MIN_SLOTS * one_slot / GIB
         raise ValueError(
             f"kvarn.side_pool_gib is {config.side_pool_gib!r}, which holds {held} slots of this model, and one request "
             f"may need {MIN_SLOTS}; give at least {needed:.4f}."

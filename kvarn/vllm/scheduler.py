@@ -34,17 +34,21 @@ BLOCKS_LACK = "Requests wait until the %d blocks of the KV cache hold what they 
 
 @dataclass
 class WaitCounts:
-    """Why requests waited, counted since the engine started.
+    """Why requests wait: counted since the engine started, and in the last step.
 
     Attributes:
         slots: steps in which the next request found too few slots of the side pool.
         blocks: steps in which it found too few blocks for its own and the running requests' expected growth.
         prefix: requests held back in a step because a running one was computing the prefix they share.
+        lacking: "slots" or "blocks" where the next request lacked these in the last step, and so all behind it wait.
+        held_for_prefix: requests held back in the last step.
     """
 
     slots: int = 0
     blocks: int = 0
     prefix: int = 0
+    lacking: str = ""
+    held_for_prefix: int = 0
 
 
 class SlotPlanning:
@@ -69,6 +73,7 @@ class SlotPlanning:
         self.kv_cache_manager.allocate_slots = self._allocate_if_admitted
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self.wait_counts.lacking = ""
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         setattr(output, SLOT_PLAN, self._plan_slots(output))
         return output
@@ -79,7 +84,10 @@ class SlotPlanning:
             hit = kwargs.get("new_computed_blocks")
             if not self._admits(request, hit.blocks[0] if hit is not None else ()):
                 return None
-        return self._allocate(request, *args, **kwargs)
+        allocated = self._allocate(request, *args, **kwargs)
+        if allocated is None and request.status != RequestStatus.RUNNING:
+            self.wait_counts.lacking = "blocks"
+        return allocated
 
     def _admits(self, request: Request, hit: Sequence[KVCacheBlock]) -> bool:
         """Whether slots suffice for `request`, whose prefix is cached in the blocks `hit`."""
@@ -91,6 +99,7 @@ class SlotPlanning:
         if tails + len(sinks) <= self.slots.num_slots:
             return True
         self.wait_counts.slots += 1
+        self.wait_counts.lacking = "slots"
         logger.warning_once(SLOTS_LACK, self.slots.num_slots)
         return False
 
@@ -161,6 +170,7 @@ class PrefixScheduling(SlotPlanning):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self._put_cheapest_victims_last()
         held = self.arrange_waiting() if self.orders_by_prefix and self._can_admit() else []
+        self.wait_counts.held_for_prefix = len(held)
         try:
             output = super().schedule(*args, **kwargs)
         finally:
@@ -257,6 +267,7 @@ class PrefixScheduling(SlotPlanning):
         if promised + needed <= self.kv_cache_manager.block_pool.get_num_free_blocks():
             return True
         self.wait_counts.blocks += 1
+        self.wait_counts.lacking = "blocks"
         logger.info_once(BLOCKS_LACK, self.kv_cache_manager.block_pool.num_gpu_blocks - 1)
         return False
 

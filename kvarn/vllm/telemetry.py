@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvarn.vllm.block_count import evictable_blocks
 
@@ -22,10 +22,9 @@ class CacheState:
     requests or tokens as named; `bytes_per_tile` is bytes of one block over all layers and heads of one rank.
     `free_blocks` hold nothing; `evictable_blocks` hold cached prefixes that no running request uses;
     `used_blocks` belong to running requests; the three sum to `total_blocks`. Slots are fp16 tiles of the
-    side pool: a tail slot per tile being filled, a sink slot per first tile; both draw on `slots_total`. Since the
-    engine started, `waits_for_slots` and `waits_for_blocks` count the steps in which the next waiting request was not
-    admitted for want of that, and `waits_for_prefix` requests held back in a step behind one that computes their
-    prefix.
+    side pool: a tail slot per tile being filled, a sink slot per first tile; both draw on `slots_total`. Of the
+    `waiting_requests`, those wait `for_slots` and `for_blocks` that stand behind one which lacked these in the last
+    step, and `for_prefix` those held back behind one that computes their prefix; the rest wait for their turn.
     """
 
     cache_dtype: str
@@ -45,9 +44,9 @@ class CacheState:
     waiting_requests: int
     waiting_prefill_tokens: int
     preemptions: int
-    waits_for_slots: int = 0
-    waits_for_blocks: int = 0
-    waits_for_prefix: int = 0
+    waiting_for_slots: int = 0
+    waiting_for_blocks: int = 0
+    waiting_for_prefix: int = 0
 
 
 def cache_state(core: EngineCore) -> dict[str, int | str]:
@@ -59,7 +58,6 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
     available = pool.get_num_free_blocks()
     total = pool.num_gpu_blocks - 1  # one block is vLLM's null block
     slots = getattr(scheduler, "slots", None)
-    waits = getattr(scheduler, "wait_counts", None)
     waiting = [*scheduler.waiting, *scheduler.skipped_waiting]
     state = CacheState(
         cache_dtype=str(core.vllm_config.cache_config.cache_dtype),
@@ -79,11 +77,22 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
         waiting_requests=len(waiting),
         waiting_prefill_tokens=sum(r.num_tokens - r.num_computed_tokens for r in waiting),
         preemptions=getattr(scheduler, "preemptions", 0),
-        waits_for_slots=waits.slots if waits else 0,
-        waits_for_blocks=waits.blocks if waits else 0,
-        waits_for_prefix=waits.prefix if waits else 0,
+        **waiting_by_reason(scheduler, len(waiting)),
     )
     return asdict(state)
+
+
+def waiting_by_reason(scheduler: Any, waiting: int) -> dict[str, int]:
+    """The `waiting_for_*` counts of a scheduler in which `waiting` requests wait; vLLM's own gives no reasons."""
+    counts = getattr(scheduler, "wait_counts", None)
+    if counts is None:
+        return {}
+    held = min(counts.held_for_prefix, waiting)
+    return {
+        "waiting_for_slots": waiting - held if counts.lacking == "slots" else 0,
+        "waiting_for_blocks": waiting - held if counts.lacking == "blocks" else 0,
+        "waiting_for_prefix": held,
+    }
 
 
 async def read_cache_state(engine: AsyncLLM) -> CacheState:

@@ -12,6 +12,7 @@ from serve_app.routing.reservations import Reservations
 from serve_app.routing.retry import RetryBudget, pause_s
 from serve_app.routing.router import Router
 from serve_app.routing.types import (
+    BreakerState,
     CacheCapacity,
     CacheLoad,
     CacheSnapshot,
@@ -26,6 +27,7 @@ from serve_app.routing.types import (
 __all__ = [
     "TILE_BYTES",
     "Breaker",
+    "BreakerState",
     "CacheCapacity",
     "CacheLoad",
     "CacheSnapshot",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from serve_app.routing.types import BreakerState
+
 FAILURES_TO_OPEN = 3
 FIRST_PAUSE_S = 0.5
 LAST_PAUSE_S = 30.0
@@ -24,6 +26,12 @@ class Breaker:
     def allows(self, now_s: float) -> bool:
         """Whether a request may go there now."""
         return self.is_closed or (now_s >= self._open_until_s and not self._probing)
+
+    def state(self, now_s: float) -> BreakerState:
+        """Closed, open, or half open: for a probe to be sent, or while one is out."""
+        if self.is_closed:
+            return BreakerState.CLOSED
+        return BreakerState.HALF_OPEN if self._probing or now_s >= self._open_until_s else BreakerState.OPEN
 
     def sent(self) -> None:
         """A request goes there; on a half-open breaker it is the probe."""

@@ -39,6 +39,7 @@ class FairQueue:
         self._limit = limit
         self._weights = weights
         self._waiting: list[Waiting] = []
+        self._tokens = 0
         self._finish: dict[str, float] = {}
         self._virtual = 0.0
         self._count = 0
@@ -49,7 +50,7 @@ class FairQueue:
     @property
     def tokens(self) -> int:
         """Cache space that what waits will probably take, in tokens."""
-        return sum(item.need.likely_tokens for item in self._waiting)
+        return self._tokens
 
     def push(self, item: Waiting) -> Waiting | None:
         """Let a request wait; return the one that must leave for it, itself if it is the least entitled."""
@@ -59,7 +60,12 @@ class FairQueue:
         self._count += 1
         item.order = (item.caller.priority, start, self._count)
         insort(self._waiting, item, key=lambda waiting: waiting.order)
-        return self._waiting.pop() if len(self._waiting) > self._limit else None
+        self._tokens += item.need.likely_tokens
+        if len(self._waiting) <= self._limit:
+            return None
+        displaced = self._waiting.pop()
+        self._tokens -= displaced.need.likely_tokens
+        return displaced
 
     def take(self, fits: Callable[[Waiting], bool]) -> Waiting | None:
         """Remove and return the first request that `fits`, unless one before it has been passed too often."""
@@ -68,6 +74,7 @@ class FairQueue:
                 for passed in self._waiting[:place]:
                     passed.bypasses += 1
                 del self._waiting[place]
+                self._tokens -= item.need.likely_tokens
                 self._advance(item)
                 return item
             if item.bypasses >= MAX_BYPASSES:
@@ -78,12 +85,14 @@ class FairQueue:
         """Forget a request that no longer waits, if it is still here."""
         if item in self._waiting:
             self._waiting.remove(item)
+            self._tokens -= item.need.likely_tokens
 
     def expire(self, now_s: float) -> list[Waiting]:
         """Remove and return the requests whose deadline has passed."""
         late = [item for item in self._waiting if item.deadline_s <= now_s]
         if late:
             self._waiting = [item for item in self._waiting if item.deadline_s > now_s]
+            self._tokens -= sum(item.need.likely_tokens for item in late)
         return late
 
     def _advance(self, item: Waiting) -> None:

@@ -268,6 +268,7 @@ class Router:
             heat=self.index.heat(replica_id),
             penalty_s=max(now_s - held.heard_s - LATE_S, 0.0),
             broken=not held.breaker.allows(now_s),
+            breaker=held.breaker.state(now_s),
         )
 
     def _others(self, by_gateway: Mapping[str, int]) -> int:

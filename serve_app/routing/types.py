@@ -28,7 +28,9 @@ class CacheLoad:
     """What a replica's KV cache holds now.
 
     `reserved_blocks` and `pending_prefill_tokens` map a gateway to what its admitted requests were promised and
-    do not use yet, and to the prompt tokens of theirs that are neither cached nor computed.
+    do not use yet, and to the prompt tokens of theirs that are neither cached nor computed. Of the
+    `waiting_requests`, those wait `for_slots` and `for_blocks` that stand behind one which lacks these, and
+    `for_prefix` those held back until another has computed the prefix they share; the rest wait for their turn.
     """
 
     free_blocks: int = 0
@@ -42,6 +44,9 @@ class CacheLoad:
     sinks_missing: int = 0
     running_requests: int = 0
     waiting_requests: int = 0
+    waiting_for_slots: int = 0
+    waiting_for_blocks: int = 0
+    waiting_for_prefix: int = 0
     waiting_prefill_tokens: int = 0
     preemptions: int = 0
     prefill_tokens_per_s: float = 0.0
@@ -67,6 +72,14 @@ class CacheSnapshot:
         return replace(self, sequence=sequence, load=load, draining=draining)
 
 
+class BreakerState(Enum):
+    """What a gateway's circuit breaker lets through to a replica; the value is that of the metric."""
+
+    CLOSED = 0
+    HALF_OPEN = 1
+    OPEN = 2
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaState:
     """A replica as a gateway sees it.
@@ -74,7 +87,7 @@ class ReplicaState:
     `reserved_blocks` and `pending_tokens` count this gateway's own requests and all others'; `starting_requests`
     are this gateway's own that have no slot yet. `slowness` is by how much it exceeds predicted times to the first
     token, `heat` the share of evicted tiles it computes again, `penalty_s` what its silence costs it. One that
-    `is_full` said so itself.
+    is `broken` gets no request now, by its `breaker`; one that `is_full` said so itself.
     """
 
     replica_id: str
@@ -87,6 +100,7 @@ class ReplicaState:
     heat: float = 0.0
     penalty_s: float = 0.0
     broken: bool = False
+    breaker: BreakerState = BreakerState.CLOSED
     is_full: bool = False
 
     @property

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from serve_app.channels import PRIORITY_KEY, TENANT_KEY
-from serve_app.errors import InvalidRequestError, UnauthenticatedError
+from serve_app.errors import InvalidRequestError, RequestError, UnauthenticatedError
 from serve_app.routing import Caller
 from serve_app.security.files import Reloaded
 from serve_app.security.keys import ApiKey, KeyFile, read_keys
@@ -30,16 +30,20 @@ class Access:
 
     Args:
         api_keys: the file of keys, read again when it changes; None lets everyone in.
+        on_refusal: called with the reason of each refusal.
 
     Raises:
         KeyFileError: the file is not valid.
     """
 
-    def __init__(self, api_keys: Path | None = None) -> None:
+    def __init__(
+        self, api_keys: Path | None = None, on_refusal: Callable[[str], None] = lambda reason: None
+    ) -> None:
         self._keys: Reloaded[KeyFile] | None = None
         if api_keys is not None:
             self._keys = Reloaded([api_keys], lambda: read_keys(api_keys))
         self._limits = Limits()
+        self._on_refusal = on_refusal
 
     def check(self, headers: Headers) -> None:
         """Refuse a call without a valid key.
@@ -47,7 +51,8 @@ class Access:
         Raises:
             UnauthenticatedError: with the sentence for the caller.
         """
-        self._key(headers)
+        with self._refusals_told():
+            self._key(headers)
 
     @contextmanager
     def admitted(self, headers: Headers) -> Iterator[Caller]:
@@ -59,13 +64,26 @@ class Access:
         Raises:
             UnauthenticatedError, RateLimitError, InvalidRequestError: with the sentence for the caller.
         """
+        with ExitStack() as held:
+            with self._refusals_told():
+                caller = self._admit(headers, held)
+            yield caller
+
+    def _admit(self, headers: Headers, held: ExitStack) -> Caller:
         key = self._key(headers)
         priority = _priority(headers)
         if key is None:
-            yield Caller(_tenant(headers), priority or 0)
-            return
-        with self._limits.admitted(key):
-            yield Caller(key.tenant, key.priority if priority is None else max(key.priority, priority))
+            return Caller(_tenant(headers), priority or 0)
+        held.enter_context(self._limits.admitted(key))
+        return Caller(key.tenant, key.priority if priority is None else max(key.priority, priority))
+
+    @contextmanager
+    def _refusals_told(self) -> Iterator[None]:
+        try:
+            yield
+        except RequestError as error:
+            self._on_refusal(error.reason)
+            raise
 
     def _key(self, headers: Headers) -> ApiKey | None:
         if self._keys is None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from serve_app.errors import RateLimitError
+from serve_app.errors import ConcurrencyLimitError, RateLimitError
 from serve_app.security.keys import ApiKey
 
 
@@ -37,10 +37,10 @@ class Limits:
         """Count one request of `key` for as long as the block lasts.
 
         Raises:
-            RateLimitError: it is one too many.
+            RateLimitError: it is one too many, in a minute or at once.
         """
         if key.max_concurrent is not None and self._running[key.id] >= key.max_concurrent:
-            raise RateLimitError(
+            raise ConcurrencyLimitError(
                 f"This API key may run {key.max_concurrent} requests at once: wait for one of them to end.",
                 retry_after_s=1,
             )

@@ -76,7 +76,7 @@ def test_bench_refuses_an_output_it_could_not_write():
 
 
 def test_doctor_prints_tables(monkeypatch):
-    monkeypatch.setattr(doctor, "examine", lambda: SOUND)
+    monkeypatch.setattr(doctor, "examine", lambda limits: SOUND)
     result = run("doctor")
     assert result.exit_code == 0
     assert "page size" in result.stdout
@@ -84,7 +84,7 @@ def test_doctor_prints_tables(monkeypatch):
 
 
 def test_doctor_prints_json(monkeypatch):
-    monkeypatch.setattr(doctor, "examine", lambda: SOUND)
+    monkeypatch.setattr(doctor, "examine", lambda limits: SOUND)
     report = json.loads(run("doctor", "--json").stdout)
     assert report["ok"]
     assert report["hooks"] == [{"name": "page size", "ok": True, "detail": "vllm.attention"}]
@@ -92,7 +92,7 @@ def test_doctor_prints_json(monkeypatch):
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]], ids=["table", "json"])
 def test_doctor_fails_with_a_failed_check(monkeypatch, arguments):
-    monkeypatch.setattr(doctor, "examine", lambda: BROKEN)
+    monkeypatch.setattr(doctor, "examine", lambda limits: BROKEN)
     assert run("doctor", *arguments).exit_code == 1
 
 

@@ -18,9 +18,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from kvarn.vllm.config import GIB, slot_bytes
 from kvarn.vllm.scheduler import SlotPlanning
 from kvarn.vllm.slots import ScheduledTokens, SlotPlan, SlotTable
-from tests.kvarn.scheduling import GROUP, Worker, World, make_scheduler
+from kvarn.vllm.telemetry import waiting_by_reason
+from tests.kvarn.scheduling import GROUP, VOCABULARY, Worker, World, make_scheduler
 
 MAX_REQUESTS = 10
 EVENTS = 60  # of one example
@@ -247,3 +249,30 @@ def test_a_tile_scheduled_and_then_preempted_in_one_step_is_not_cached() -> None
     world.step()  # the first request takes the last block, and the second one, more important, takes it back
     assert world.scheduler.preemptions == 1
     world.drain()
+
+
+def waiting_after_a_step(prompts: list[list[int]], **settings: Any) -> dict[str, int]:
+    """What a scheduler's requests wait for after the step that admits the first of them."""
+    scheduler = make_scheduler(**{"num_blocks": 64, "max_running": 8, **settings})
+    world = World(scheduler)
+    for prompt in prompts:
+        world.submit(prompt, max_tokens=9)
+        world.step()
+    waiting = len(scheduler.waiting) + len(scheduler.skipped_waiting)
+    reasons = waiting_by_reason(scheduler, waiting)
+    world.drain()
+    assert not any(waiting_by_reason(scheduler, 0).values())
+    return {"waiting": waiting, **{name: count for name, count in reasons.items() if count}}
+
+
+DIFFERENT = [[number % VOCABULARY, number // VOCABULARY] * 5 for number in range(3)]
+
+
+def test_it_is_told_what_requests_wait_for() -> None:
+    one_request = 4 * slot_bytes(make_scheduler(64, 8).vllm_config) / GIB
+    after = waiting_after_a_step
+    assert after(DIFFERENT) == {"waiting": 0}
+    assert after(DIFFERENT, max_running=1) == {"waiting": 2}
+    assert after(DIFFERENT, side_pool_gib=one_request) == {"waiting": 2, "waiting_for_slots": 2}
+    assert after(DIFFERENT, num_blocks=8) == {"waiting": 2, "waiting_for_blocks": 2}
+    assert after([[0] * 40] * 3, chunk=GROUP) == {"waiting": 1, "waiting_for_prefix": 1}

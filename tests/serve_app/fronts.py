@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvarn.v1 import inference_pb2
-from serve_app.config import GatewayConfig
+from serve_app.admissions import Admissions
+from serve_app.config import GatewayConfig, RoutingConfig
 from serve_app.errors import UnknownModelError
 from serve_app.front import Front
 from serve_app.gateway_service import ClusterService
@@ -36,6 +37,7 @@ class Script:
     requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
     callers: list[Caller] = field(default_factory=list)
     running: int = 0
+    admissions: Admissions = field(default_factory=lambda: Admissions(Router("gateway"), RoutingConfig()))
 
     async def generate(
         self, request: Any, timeout_s: float | None, caller: Caller
@@ -87,6 +89,7 @@ class Running:
     grpc_port: int
     http_port: int
     script: Script
+    refused: list[str]
 
     @property
     def address(self) -> str:
@@ -104,12 +107,13 @@ async def running_front(encoder: PromptEncoder, **config: Any) -> AsyncIterator[
     settings = GatewayConfig.model_validate(
         {"port": 0, "http": {"port": 0}, "drain_grace_s": 0, "max_message_bytes": 1 << 18, **config}
     )
+    refused: list[str] = []
     cluster = ClusterService(MODEL, Router("gateway"), script)  # type: ignore[arg-type]
-    front = Front(settings, MODEL, script, encoder, cluster, lambda: True)  # type: ignore[arg-type]
+    front = Front(settings, MODEL, script, encoder, cluster, lambda: True, refused.append)  # type: ignore[arg-type]
     grpc_port, http_port = await front.start()
     await front.set_serving(True)
     try:
-        yield Running(grpc_port, http_port, script)
+        yield Running(grpc_port, http_port, script, refused)
     finally:
         cluster.close()
         await front.stop()

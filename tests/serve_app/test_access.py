@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.errors import InvalidRequestError, RateLimitError, UnauthenticatedError
+from serve_app.errors import InvalidRequestError, NoRoomError, RateLimitError, UnauthenticatedError
 from serve_app.routing import Caller
 from serve_app.security.access import Access
 from serve_app.security.keys import ApiKey, KeyFileError, create_key, read_keys, revoke_key
@@ -63,6 +63,38 @@ def test_a_key_with_a_wrong_secret_is_refused(path: Path) -> None:
     wrong = key[:-1] + ("0" if key[-1] != "0" else "1")
     with pytest.raises(UnauthenticatedError, match="The API key is not known here"):
         Access(path).check(bearer(wrong))
+
+
+def test_every_refusal_is_told_once_by_its_reason(path: Path) -> None:
+    key, _ = create_key(path, "acme", requests_per_minute=1, burst=2, max_concurrent=1)
+    told: list[str] = []
+    access = Access(path, told.append)
+    for headers in ({}, bearer("guess")):
+        with pytest.raises(UnauthenticatedError):
+            access.check(headers)
+    with access.admitted(bearer(key)), pytest.raises(RateLimitError), access.admitted(bearer(key)):
+        pass
+    with access.admitted(bearer(key)):
+        pass
+    with pytest.raises(RateLimitError), access.admitted(bearer(key)):
+        pass
+    with pytest.raises(InvalidRequestError), access.admitted(bearer(key, **{"x-kvarn-priority": "x"})):
+        pass
+    assert told == [
+        "unauthenticated",
+        "unauthenticated",
+        "concurrency_limit",
+        "rate_limit",
+        "invalid_request",
+    ]
+
+
+def test_what_goes_wrong_later_is_no_refusal(path: Path) -> None:
+    key, _ = create_key(path, "acme")
+    told: list[str] = []
+    with pytest.raises(NoRoomError), Access(path, told.append).admitted(bearer(key)):
+        raise NoRoomError("No room.")
+    assert told == []
 
 
 def test_a_caller_cannot_take_another_tenant_nor_go_ahead_of_its_key(path: Path) -> None:

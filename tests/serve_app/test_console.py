@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -12,15 +15,18 @@ from playwright.async_api import expect
 from starlette.types import ASGIApp
 
 from kvarn.v1 import inference_pb2
-from serve_app.config import LimitsConfig
+from kvarn.v1.sampling_pb2 import SamplingParams
+from serve_app.admissions import Admissions
+from serve_app.config import LimitsConfig, RoutingConfig
 from serve_app.console import console, view
 from serve_app.gateway_service import ClusterService
 from serve_app.http_app import http_app
 from serve_app.http_guard import HttpGuard
 from serve_app.http_server import HttpServer
+from serve_app.job import Job
 from serve_app.observation import Observation, Observer
 from serve_app.prefixes import MAX_PREFIXES, HotPrefixes, prefix_id
-from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Caller, Router
+from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Caller, RequestNeed, Router
 from serve_app.security.access import Access
 from serve_app.security.keys import create_key
 from serve_app.tracing import Tracing
@@ -39,6 +45,7 @@ BUSY = CacheLoad(
     sink_slots_idle=9,
     running_requests=6,
     waiting_requests=2,
+    waiting_for_slots=2,
     waiting_prefill_tokens=1500,
     prefill_tokens_per_s=1450,
     inter_token_latency_s=0.042,
@@ -50,7 +57,8 @@ class Fleet:
 
     def __init__(self) -> None:
         self.router = Router("me")
-        self.cluster = ClusterService("smollm2-135m-instruct", self.router, None)  # type: ignore[arg-type]  # nothing asks it to explain
+        self.admissions = Admissions(self.router, RoutingConfig())
+        self.cluster = ClusterService("smollm2-135m-instruct", self.router, self)  # type: ignore[arg-type]  # nothing asks it to explain
         self.observer = Observer(Remembered(), Tracing("test", "one", None))
         self._sequence = 0
         self.update("k3f8z0qa", BUSY)
@@ -62,8 +70,27 @@ class Fleet:
         self.cluster.report_change(replica_id)
 
     def app(self) -> ASGIApp:
-        shown = lambda: view("smollm2-135m-instruct", self.router.replicas(), self.observer)  # noqa: E731
+        shown = lambda: view(  # noqa: E731
+            "smollm2-135m-instruct", self.router.replicas(time.monotonic()), self.observer, self.admissions
+        )
         return http_app([console(shown, self.cluster.watch)])
+
+    async def wait_for_room(self) -> None:
+        """A request that no cache here has room for."""
+        job = Job("large", Caller(), [5] * 8000, SamplingParams(max_tokens=192), "", math.inf, [])
+        job.begin(self.router)
+        await self.admissions.admit(job)
+
+    def fail(self, replica_id: str) -> None:
+        """As many requests fail there as open its breaker."""
+        others = [
+            replica.replica_id for replica in self.router.replicas() if replica.replica_id != replica_id
+        ]
+        for number in range(3):
+            now_s = time.monotonic()
+            assert self.router.admit(f"r{number}", RequestNeed(1, 1), None, now_s, others).chosen
+            self.router.failed(f"r{number}", now_s)
+        self.cluster.report_change(replica_id)
 
 
 async def tokens(request_id: str, replica_id: str) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
@@ -113,13 +140,24 @@ async def test_the_console_follows_the_fleet(tmp_path: Path) -> None:
             await ended.aclose()
         await expect(page.locator("#open")).to_have_text("1")
         await expect(page.locator("#streams")).to_contain_text("req-0")
+        await expect(page.locator("#queue")).to_contain_text("waiting here 0")
         await expect(page.locator("#queue")).to_contain_text("waiting in engines 2")
+        await expect(card.locator("[data-term='waiting for slots']")).to_have_text("2")
         await expect(page.locator("#queue")).to_contain_text("prompt tokens to compute 1,500")
         await expect(page.locator("#prefixes")).to_contain_text("85 %")
         for theme in ("light", "dark"):
             await page.emulate_media(color_scheme=theme)
             await page.wait_for_timeout(300)
             await page.screenshot(path=tmp_path / f"{theme}.png", full_page=True)
+        await expect(card.locator(".badge")).to_have_text("✓ ready")
+        fleet.fail("k3f8z0qa")
+        await expect(card.locator(".badge")).to_have_text("✕ failed lately")
+        fleet.update("p91xw2lm", CacheLoad(used_blocks=1000))
+        waiting = asyncio.create_task(fleet.wait_for_room())
+        await expect(page.locator("#queue")).to_contain_text("waiting here 1")
+        await expect(page.locator("#queue")).to_contain_text("for tokens of cache 8,192")
+        waiting.cancel()
+        await expect(page.locator("#queue")).to_contain_text("waiting here 0")
         fleet.update("k3f8z0qa", CacheLoad(free_blocks=1000), draining=True)
         await expect(card.locator("[data-term=live]")).to_have_text("0 (0 %)")
         await expect(card.locator(".badge")).to_have_text("◌ draining")

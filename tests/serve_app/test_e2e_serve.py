@@ -488,7 +488,7 @@ def test_metrics_are_exported_under_their_names(client: Client) -> None:
         client.generate_once(long, max_tokens=100, ignore_eos=True)
     with pytest.raises(InvalidRequestError):
         client.generate_once("")
-    rare = {metric.exported for metric in (metrics.PREEMPTIONS, metrics.MISSING_SINKS)}
+    rare = {metric.exported for metric in (metrics.PREEMPTIONS, metrics.MISSING_SINKS, metrics.RESUMES)}
     expected = {metric.exported for metric in metrics.ALL_METRICS} - rare
     with suppress(AssertionError):
         wait_for(lambda: expected <= base_names(scraped()), 30)
@@ -505,6 +505,9 @@ def test_metrics_are_exported_under_their_names(client: Client) -> None:
     assert ours <= expected | rare
     assert total(samples, metrics.QUANTIZED_TILES.exported) % (30 * 3) == 0
     assert total(samples, metrics.TTFT.exported + "_count") > 0
+    waited = total(samples, metrics.QUEUE_WAIT.exported + "_count")
+    assert waited >= total(samples, metrics.REJECTS.exported, reason="no_room") >= 1
+    assert {labels["replica_id"] for labels, _ in samples[metrics.BREAKER.exported]} >= ready(client)
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -694,6 +697,7 @@ def test_a_stream_goes_on_when_its_engine_dies_and_the_replica_is_replaced(clien
     assert (deltas[-1].replica_id, deltas[-1].resumptions, deltas[-1].inexact_because) == (other, 1, "")
     assert deltas[-1].usage.completion_tokens == sum(len(delta.token_ids) for delta in deltas)
     assert sum(len(delta.logprobs) for delta in deltas) == LONG["max_tokens"]
+    wait_for(lambda: total(scraped(), metrics.RESUMES.exported) == 1, 30)
     wait_for(lambda: len(ready(client)) == REPLICAS and served_by not in ready(client), START_S)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import math
+import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -13,14 +17,29 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from kvarn.model import KvShape
 from kvarn.v1 import inference_pb2, inference_pb2_grpc
+from kvarn.v1.sampling_pb2 import SamplingParams
 from serve_app import metrics, tracing
-from serve_app.config import TracingConfig
+from serve_app.admissions import Admissions
+from serve_app.config import RoutingConfig, TracingConfig
 from serve_app.engine_metrics import EngineMetrics
 from serve_app.errors import NoRoomError, RequestError
+from serve_app.gateway_metrics import GatewayGauges
 from serve_app.grpc_server import GrpcServer
+from serve_app.job import Job
 from serve_app.metrics import ALL_METRICS, Kind
 from serve_app.observation import Observation, Observer
-from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Caller, Candidate, Decision, Refusal
+from serve_app.routing import (
+    BreakerState,
+    CacheCapacity,
+    CacheLoad,
+    CacheSnapshot,
+    Caller,
+    Candidate,
+    Decision,
+    Refusal,
+    RequestNeed,
+    Router,
+)
 from serve_app.tracing import Tracing
 
 from .observing import Remembered
@@ -47,8 +66,12 @@ class Watched:
 
     @property
     def open_requests(self) -> float:
-        self._observer.record()
-        return self.recorder.values[metrics.STREAMS,]
+        return self.gauges(Router("me"))[metrics.STREAMS,]
+
+    def gauges(self, router: Router, admissions: Admissions | None = None) -> dict[Any, float]:
+        admissions = admissions or Admissions(router, RoutingConfig())
+        GatewayGauges(self._observer, admissions, router).record()
+        return self.recorder.values
 
     @property
     def spans(self) -> Any:
@@ -146,6 +169,40 @@ async def test_a_failed_request_has_a_reason(
     assert "secret" not in span.to_json() + json.dumps(line)
 
 
+async def test_time_in_the_queue_and_resumptions_are_measured(watched: Watched) -> None:
+    for waited_s in (0.0, 1.5):
+        watched.begin().queued(waited_s)
+    watched.begin().resumed()
+    assert watched.recorder.observed[metrics.QUEUE_WAIT] == [1.5]
+    assert watched.recorder.values[metrics.RESUMES,] == 1
+
+
+async def test_the_queue_and_the_breakers_are_gauged(watched: Watched) -> None:
+    router = Router("me")
+    capacity = CacheCapacity("kvarn_k4v2_g128", 128, 622_080, 4, 1024)
+    for replica_id in ("full", "failing"):
+        router.update(replica_id, CacheSnapshot(1, 1, capacity, CacheLoad(used_blocks=4)))
+    small = RequestNeed(1, 1)
+    for number in range(3):
+        router.update("failing", CacheSnapshot(1, 2 + number, capacity, CacheLoad(free_blocks=4)))
+        router.admit(f"r{number}", small, now_s=time.monotonic())
+        router.failed(f"r{number}", time.monotonic())
+    admissions = Admissions(router, RoutingConfig())
+    job = Job("mine", Caller(), [5] * 300, SamplingParams(max_tokens=84), "", math.inf, [])
+    job.begin(router)
+    waiting = asyncio.create_task(admissions.admit(job))
+    await asyncio.sleep(0)
+    gauges = watched.gauges(router, admissions)
+    assert (gauges[metrics.QUEUED_REQUESTS,], gauges[metrics.QUEUED_TOKENS,]) == (1, 384)
+    assert gauges[metrics.BREAKER, "full"] == BreakerState.CLOSED.value == 0
+    assert gauges[metrics.BREAKER, "failing"] == BreakerState.OPEN.value == 2
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    gauges = watched.gauges(router, admissions)
+    assert (gauges[metrics.QUEUED_REQUESTS,], gauges[metrics.QUEUED_TOKENS,]) == (0, 0)
+    assert job.queued_s > 0
+
+
 async def test_a_caller_that_leaves_is_cancelled_unless_it_has_everything(watched: Watched) -> None:
     for read, status in ((1, "CANCELLED"), (3, "OK")):
         responses = watched.begin().through(answer())
@@ -205,12 +262,15 @@ def test_the_states_of_the_cache_sum_to_its_capacity() -> None:
     engine = EngineMetrics(recorder, KvShape(layers=30, kv_heads=3, head_dim=64))
     capacity = CacheCapacity("kvarn_k4v2_g128", 128, 622_080, 100, 1024, 8)
     load = CacheLoad(60, 30, 10, {"a": 12, "b": 3}, preemptions=2, sinks_missing=1)
+    load = replace(load, waiting_requests=7, waiting_for_slots=4, waiting_for_prefix=2)
     for sequence in (1, 2):
         engine.record(CacheSnapshot(1, sequence, capacity, load))
     values = recorder.values
     by_state = {state: values[metrics.CACHE_TOKENS, state] for state in ("free", "evictable", "live")}
     assert by_state == {"free": 7680, "evictable": 3840, "live": 1280}
     assert values[metrics.CACHE_CAPACITY,] == 12800
+    reasons = ("slots", "blocks", "prefix", "turn")
+    assert [values[metrics.ENGINE_WAITING, reason] for reason in reasons] == [4, 0, 2, 1]
     assert values[metrics.CACHE_RESERVED,] == 15 * 128
     fp16_block = 2 * 2 * 30 * 3 * 64 * 128
     assert values[metrics.CACHE_SAVED,] == 40 * (fp16_block - 622_080)

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from serve_app.routing import (
     Breaker,
+    BreakerState,
     CacheCapacity,
     CacheLoad,
     CacheSnapshot,
@@ -323,9 +324,12 @@ def test_a_breaker_opens_probes_once_and_closes() -> None:
     assert breaker.allows(0.0)
     breaker.failed(0.0)
     assert not breaker.allows(0.4)
+    assert breaker.state(0.4) is BreakerState.OPEN
     assert breaker.allows(0.5)
+    assert breaker.state(0.5) is BreakerState.HALF_OPEN
     breaker.sent()
     assert not breaker.allows(0.5)
+    assert breaker.state(0.5) is BreakerState.HALF_OPEN
     breaker.failed(0.5)
     assert not breaker.allows(1.4)
     assert breaker.allows(1.5)  # the pause doubles
@@ -334,7 +338,7 @@ def test_a_breaker_opens_probes_once_and_closes() -> None:
     assert breaker.allows(1.5)
     breaker.sent()
     breaker.succeeded()
-    assert breaker.is_closed
+    assert breaker.state(1.5) is BreakerState.CLOSED
     assert breaker.allows(1.5)
 
 

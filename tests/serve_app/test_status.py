@@ -10,11 +10,14 @@ from rich.console import Console
 from kvarn.v1 import cache_pb2, cluster_pb2
 from serve_app.status import BAR_CELLS, as_json, follow, table
 
+EMPTY = cluster_pb2.QueueState()
+
 
 def replica(replica_id: str, used: int, evictable: int) -> cluster_pb2.ReplicaCache:
     return cluster_pb2.ReplicaCache(
         replica_id=replica_id,
         status=cluster_pb2.REPLICA_STATUS_READY,
+        breaker=cluster_pb2.BREAKER_STATE_CLOSED,
         cache=cache_pb2.CacheSnapshot(
             capacity=cache_pb2.CacheCapacity(tile_tokens=128, total_blocks=1000, total_slots=16),
             load=cache_pb2.CacheLoad(
@@ -27,9 +30,9 @@ def replica(replica_id: str, used: int, evictable: int) -> cluster_pb2.ReplicaCa
     )
 
 
-def rendered(*replicas: cluster_pb2.ReplicaCache) -> str:
+def rendered(*replicas: cluster_pb2.ReplicaCache, queue: cluster_pb2.QueueState = EMPTY) -> str:
     console = Console(file=io.StringIO(), width=200)
-    console.print(table("llama", replicas))
+    console.print(table("llama", replicas, queue))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -50,14 +53,27 @@ def test_no_replica_is_said() -> None:
     assert "no replica" in rendered()
 
 
+def test_it_tells_what_waits_where_and_for_what_and_which_replica_fails() -> None:
+    one = replica("one", 1, 1)
+    load = one.cache.load
+    load.waiting_requests, load.waiting_for_slots, load.waiting_for_prefix = 5, 3, 1
+    one.breaker = cluster_pb2.BREAKER_STATE_OPEN
+    shown = rendered(one, queue=cluster_pb2.QueueState(requests=7, tokens=12_345))
+    assert "5 (3 for slots, 1 for prefix)" in shown
+    assert "ready, failing" in shown
+    assert "7 requests wait in this gateway, for 12,345 tokens of cache" in shown
+    assert "wait in this gateway" not in rendered(replica("one", 1, 1))
+
+
 def test_following_a_watch_keeps_all_replicas() -> None:
     snapshot = cluster_pb2.FleetSnapshot(replicas=[replica("b", 1, 0), replica("a", 1, 0)])
     events = [
         cluster_pb2.WatchCacheResponse(snapshot=snapshot),
         cluster_pb2.WatchCacheResponse(updated=replica("b", 7, 0)),
-        cluster_pb2.WatchCacheResponse(removed_replica_id="a"),
+        cluster_pb2.WatchCacheResponse(removed_replica_id="a", queue=cluster_pb2.QueueState(requests=2)),
     ]
-    states = list(follow(events))
+    states, queues = zip(*follow(events), strict=True)
+    assert [queue.requests for queue in queues] == [0, 0, 2]
     assert [list(state) for state in states] == [["a", "b"], ["a", "b"], ["b"]]
     assert states[-1]["b"].cache.load.used_blocks == 7
 
