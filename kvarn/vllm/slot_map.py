@@ -22,17 +22,28 @@ class SlotMap:
 
     def __init__(self) -> None:
         self._slot_of: dict[int, int] = {}
+        self._taken: set[int] = set()  # slots that hold a block
         self._changed: set[int] = set()  # blocks whose slot the device does not know yet
         self._table = torch.full((1,), NO_SLOT, dtype=torch.int32)
 
     def apply(self, scheduler_output: SchedulerOutput) -> None:
-        """Take over the step's `SlotPlan`; vLLM's own warm-up steps carry none."""
+        """Take over the step's `SlotPlan`; vLLM's own warm-up steps carry none.
+
+        Raises:
+            RuntimeError: an earlier step's plan never came, so that two blocks would write the same slot.
+        """
         plan: SlotPlan | None = getattr(scheduler_output, SLOT_PLAN, None)
         if plan is None:
             return
         for block in plan.released:
-            del self._slot_of[block]
-        self._slot_of.update(plan.assigned)
+            self._taken.remove(self._slot_of.pop(block))
+        for block, slot in plan.assigned:
+            if slot in self._taken:
+                raise RuntimeError(
+                    f"Slot {slot} of the side pool is taken: the plan of an earlier step did not arrive."
+                )
+            self._taken.add(slot)
+            self._slot_of[block] = slot
         self._changed.update(plan.released, (block for block, _ in plan.assigned))
 
     def slots(self, block_ids: np.ndarray) -> np.ndarray:

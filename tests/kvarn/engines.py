@@ -118,7 +118,8 @@ def assert_nothing_left(llm: LLM) -> None:
     assert not scheduler.requests
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     assert llm.reset_prefix_cache()
-    scheduler.schedule()  # an empty step, in which the scheduler lets go of what finished
+    # An empty step, in which the scheduler lets go of what finished and tells the worker.
+    llm.llm_engine.engine_core.engine_core.model_executor.execute_model(scheduler.schedule())
     assert scheduler.slots.num_free == scheduler.slots.num_slots
 
 

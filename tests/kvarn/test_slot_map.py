@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from kvarn.vllm.scheduler import SLOT_PLAN
@@ -46,3 +47,10 @@ def test_a_step_without_a_plan_changes_nothing() -> None:
     apply(slot_map, [(3, 0)], [])
     slot_map.apply(SimpleNamespace())  # type: ignore[arg-type]
     assert on_device(slot_map, [3]) == [0]
+
+
+def test_a_plan_that_was_lost_is_noticed_before_two_blocks_share_a_slot() -> None:
+    slot_map = SlotMap()
+    apply(slot_map, [(3, 0)], [])
+    with pytest.raises(RuntimeError, match="Slot 0 of the side pool is taken"):
+        apply(slot_map, [(7, 0)], [])
