@@ -3,57 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import inf
+from typing import NamedTuple
 
 from serve_app.routing.cost import UNMEASURED_INTER_TOKEN_S, Prices, prefill_s_per_token
-from serve_app.routing.types import CacheLoad, Refusal, ReplicaState, RequestNeed, Terms
+from serve_app.routing.types import Refusal, ReplicaState, RequestNeed, Terms
 
 SLOTS_PER_REQUEST = 2  # its tail, and its first tile kept raw
 
 
-class Room:
-    """What one replica can still take and how fast, worked out once a change instead of once a decision."""
+class Room(NamedTuple):
+    """What one replica can still take and how fast, worked out once a change instead of once a decision.
 
-    __slots__ = (
-        "evictable_blocks",
-        "free_blocks",
-        "free_slots",
-        "heat",
-        "max_model_len",
-        "open_blocks",
-        "penalty_s",
-        "pending_s",
-        "refusal",
-        "replica_id",
-        "s_per_token",
-        "sharing_s",
-        "tile_tokens",
-        "total_blocks",
-        "valid_until_s",
-        "waiting",
-    )
+    A tuple, as `weigh` reads all of it for every replica in every decision. `used_share` counts what is promised, too;
+    the last five are prices in seconds: `delay_share` for each second of prefill, `evict_tile_s` for each tile.
+    """
 
-    def __init__(self, replica: ReplicaState, valid_until_s: float = inf) -> None:
+    replica_id: str
+    refusal: Refusal | None
+    tile_tokens: int
+    max_model_len: int
+    max_tokens: int
+    open_blocks: int
+    free_blocks: int
+    evictable_blocks: int
+    used_share: float
+    block_share: float
+    s_per_token: float
+    pending_s: float
+    delay_share: float
+    sharing_s: float
+    evict_tile_s: float
+    penalty_s: float
+
+    @classmethod
+    def of(cls, replica: ReplicaState, prices: Prices) -> Room:
+        """The room of a replica as it is now."""
         capacity, load = replica.snapshot.capacity, replica.snapshot.load
-        self.replica_id = replica.replica_id
-        self.valid_until_s = valid_until_s
-        self.tile_tokens = capacity.tile_tokens
-        self.max_model_len = capacity.max_model_len
-        self.total_blocks = max(capacity.total_blocks, 1)
-        self.evictable_blocks = load.evictable_blocks
-        self.open_blocks = load.free_blocks + load.evictable_blocks - replica.reserved_blocks
-        self.free_blocks = max(load.free_blocks - replica.reserved_blocks, 0)
-        self.free_slots = (
-            _free_slots(capacity.total_slots, load) - SLOTS_PER_REQUEST * replica.starting_requests
-        )
-        self.s_per_token = prefill_s_per_token(load.prefill_tokens_per_s, replica.slowness)
-        self.pending_s = replica.pending_tokens * self.s_per_token
+        total_blocks = max(capacity.total_blocks, 1)
+        open_blocks = load.free_blocks + load.evictable_blocks - replica.reserved_blocks
+        s_per_token = prefill_s_per_token(load.prefill_tokens_per_s, replica.slowness)
         active = load.running_requests + load.waiting_requests + replica.starting_requests
-        self.sharing_s = active * (load.inter_token_latency_s or UNMEASURED_INTER_TOKEN_S)
-        self.waiting = max(load.waiting_requests, replica.starting_requests)
-        self.heat = replica.heat
-        self.penalty_s = replica.penalty_s
-        self.refusal = _refusal(replica)
+        return cls(
+            replica_id=replica.replica_id,
+            refusal=_refusal(replica),
+            tile_tokens=capacity.tile_tokens,
+            max_model_len=capacity.max_model_len,
+            max_tokens=min(capacity.max_model_len, total_blocks * capacity.tile_tokens),
+            open_blocks=open_blocks,
+            free_blocks=max(load.free_blocks - replica.reserved_blocks, 0),
+            evictable_blocks=load.evictable_blocks,
+            used_share=1 - open_blocks / total_blocks,
+            block_share=1 / total_blocks,
+            s_per_token=s_per_token,
+            pending_s=replica.pending_tokens * s_per_token,
+            delay_share=prices.delay * max(load.waiting_requests, replica.starting_requests),
+            sharing_s=prices.sharing * active * (load.inter_token_latency_s or UNMEASURED_INTER_TOKEN_S),
+            evict_tile_s=capacity.tile_tokens * replica.heat * s_per_token,
+            penalty_s=replica.penalty_s,
+        )
 
 
 def weigh(
@@ -70,40 +77,45 @@ def weigh(
         decision: calls and named tuples would take most of its time.
     """
     prompt, total, likely = need.prompt_tokens, need.total_tokens, need.likely_tokens
-    sharing, delay = prices.sharing, prices.delay
     full_s, power = prices.occupancy_s, prices.occupancy_power
     depth_of = cached_tiles.get
     weighed: list[Terms] = []
-    for room in rooms:
-        replica_id, tile, evictable = room.replica_id, room.tile_tokens, room.evictable_blocks
-        s_per_token, open_blocks = room.s_per_token, room.open_blocks
+    for (
+        replica_id,
+        refusal,
+        tile,
+        max_model_len,
+        max_tokens,
+        open_blocks,
+        free_blocks,
+        evictable,
+        used_share,
+        block_share,
+        s_per_token,
+        pending_s,
+        delay_share,
+        sharing_s,
+        evict_tile_s,
+        penalty_s,
+    ) in rooms:
         cached = depth_of(replica_id, 0)
-        if cached * tile >= prompt:
+        uncached = prompt - cached * tile
+        if uncached <= 0:
             cached = (prompt - 1) // tile  # engines compute at least the last prompt token
+            uncached = prompt - cached * tile
         new = -(-likely // tile) - cached
         blocks = new + (cached if cached < evictable else evictable)
-        evicted = new - room.free_blocks
-        evicted = 0 if evicted < 0 else evicted if evicted < evictable else evictable
-        occupancy = 1 - (open_blocks - blocks) / room.total_blocks
-        refusal = room.refusal
-        if total > room.max_model_len:
-            refusal = Refusal.PAST_CONTEXT
-        elif total > room.total_blocks * tile:
-            refusal = Refusal.PAST_CACHE
-        elif refusal is None:
-            if blocks > open_blocks:
-                refusal = Refusal.NO_ROOM
-            elif room.free_slots < SLOTS_PER_REQUEST:
-                refusal = Refusal.NO_SLOTS
-        uncached = prompt - cached * tile
-        prefill_s = uncached * s_per_token
-        first_token_s = room.pending_s + prefill_s
-        delay_s = delay * prefill_s * room.waiting
-        sharing_s = sharing * room.sharing_s
+        if total > max_tokens:
+            refusal = Refusal.PAST_CONTEXT if total > max_model_len else Refusal.PAST_CACHE
+        elif refusal is None and blocks > open_blocks:
+            refusal = Refusal.NO_ROOM
+        evicted = 0 if new <= free_blocks else min(new - free_blocks, evictable)
+        occupancy = used_share + blocks * block_share
         occupancy_s = full_s * occupancy**power if occupancy > 0 else 0.0
-        eviction_s = evicted * tile * room.heat * s_per_token
-        penalty_s = room.penalty_s
-        price_s = first_token_s + delay_s + sharing_s + occupancy_s + eviction_s + penalty_s
+        prefill_s = uncached * s_per_token
+        first_token_s = pending_s + prefill_s
+        delay_s = delay_share * prefill_s
+        eviction_s = evicted * evict_tile_s
         weighed.append(
             (
                 replica_id,
@@ -118,25 +130,30 @@ def weigh(
                 occupancy_s,
                 eviction_s,
                 penalty_s,
-                price_s,
+                first_token_s + delay_s + sharing_s + occupancy_s + eviction_s + penalty_s,
                 refusal,
             )
         )
     return weighed
 
 
-def _free_slots(total_slots: int, load: CacheLoad) -> int:
-    """Slots that hold nothing a running request needs; a cache without slots never runs out."""
-    if not total_slots:
-        return 1 << 30
-    return total_slots - load.tail_slots_used - load.sink_slots_used
-
-
 def _refusal(replica: ReplicaState) -> Refusal | None:
+    """Why it takes no request, whichever it is."""
     if not replica.reachable:
         return Refusal.UNREACHABLE
     if replica.snapshot.draining:
         return Refusal.DRAINING
     if replica.broken:
         return Refusal.BROKEN
-    return Refusal.NO_ROOM if replica.is_full else None
+    if replica.is_full:
+        return Refusal.NO_ROOM
+    return Refusal.NO_SLOTS if _free_slots(replica) < SLOTS_PER_REQUEST else None
+
+
+def _free_slots(replica: ReplicaState) -> int:
+    """Slots that no running request needs and none was promised; a cache without slots never runs out."""
+    capacity, load = replica.snapshot.capacity, replica.snapshot.load
+    if not capacity.total_slots:
+        return SLOTS_PER_REQUEST
+    used = load.tail_slots_used + load.sink_slots_used
+    return capacity.total_slots - used - SLOTS_PER_REQUEST * replica.starting_requests

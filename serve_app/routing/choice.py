@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from operator import itemgetter
 
 from xxhash import xxh3_64_intdigest
 
@@ -38,7 +39,7 @@ def choose(
     willing = [terms for terms in weighed if terms[REFUSAL] is None]
     if not willing:
         return Decision(None, weighed)
-    limit = prices.near(min(terms[PRICE] for terms in willing))
+    limit = prices.near(min(willing, key=_PRICE_OF)[PRICE])
     near = [terms for terms in willing if terms[PRICE] <= limit]
     chosen = near[0] if len(near) == 1 else max(near, key=lambda terms: _rank(terms[0], key))
     return Decision(Candidate._make(chosen), weighed, len(near))
@@ -46,6 +47,7 @@ def choose(
 
 PRICE = Candidate._fields.index("price_s")
 REFUSAL = Candidate._fields.index("refusal")
+_PRICE_OF = itemgetter(PRICE)
 
 
 def _rank(replica_id: str, key: int) -> tuple[int, str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain as concatenated
+from itertools import repeat
+from operator import or_
 
 TILE_BYTES = 200  # memory a tile takes here, at most
 SWEEP_TILES = 1024  # tiles cleaned of replicas that are gone, each time events are applied
@@ -103,23 +106,22 @@ class PrefixIndex:
 
     def match(self, chain: Sequence[int]) -> dict[str, int]:
         """Leading tiles of `chain` that each replica holds; replicas that hold none are left out."""
-        tiles, unswept = self._tiles, self._unswept
-        held = ~self._lost_bits
+        masks: Iterator[int] = map(self._tiles.get, chain, repeat(0))
+        if self._unswept:
+            masks = map(or_, masks, map(self._unswept.get, chain, repeat(0)))
+        owner = self._owner
         depths: dict[str, int] = {}
-        depth = 0
-        for depth, tile in enumerate(chain):
-            mask = tiles.get(tile, 0)
-            if unswept:
-                mask |= unswept.get(tile, 0)
+        held = ~self._lost_bits
+        for depth, mask in enumerate(concatenated(masks, (0,))):
             still = held & mask
             if still != held:
-                if depth:
-                    self._record(held & ~still, depth, depths)
-                held = still
+                lost, held = held ^ still, still
+                while lost and depth:
+                    bit = lost & -lost
+                    lost ^= bit
+                    depths[owner[bit]] = depth
                 if not held:
-                    return depths
-        if chain:
-            self._record(held, depth + 1, depths)
+                    break
         return depths
 
     def promise(self, request_id: str, replica_id: str, chain: Sequence[int]) -> None:
@@ -141,10 +143,6 @@ class PrefixIndex:
             if tile in holder.unconfirmed:
                 holder.unconfirmed.discard(tile)
                 self._clear(holder, tile)
-
-    def _record(self, bits: int, depth: int, depths: dict[str, int]) -> None:
-        for bit in _single_bits(bits):
-            depths[self._owner[bit]] = depth
 
     def _mask(self, tile: int) -> int:
         return self._tiles.get(tile, 0) | self._unswept.get(tile, 0)
@@ -205,13 +203,6 @@ def _keep(tiles: dict[int, int], tile: int, mask: int) -> None:
         tiles[tile] = mask
     else:
         del tiles[tile]
-
-
-def _single_bits(bits: int) -> Iterator[int]:
-    while bits:
-        bit = bits & -bits
-        yield bit
-        bits ^= bit
 
 
 def _remember(holder: _Holder, tile: int) -> None:

@@ -33,6 +33,7 @@ class _Replica:
     slowness_s: float = 0.0
     breaker: Breaker = field(default_factory=Breaker)
     room: Room | None = None
+    room_until_s: float = 0.0
 
     @property
     def kind(self) -> TileKind:
@@ -78,6 +79,7 @@ class Router:
         self._requests: dict[str, _Sent] = {}
         self._reservations = Reservations()
         self._roots: dict[TileKind, int] = {}
+        self._kinds: dict[TileKind, None] = {}
         self.index = PrefixIndex(max_tiles)
         self.lengths = OutputLengths(output_quantile)
 
@@ -86,12 +88,16 @@ class Router:
         held = self._replicas.get(replica_id)
         if held is None:
             self._replicas[replica_id] = _Replica(snapshot, now_s)
+            self._note_kinds()
             return True
         if not snapshot.follows(held.snapshot):
             return False
         if self.index.epoch(replica_id) not in (None, snapshot.epoch):
             self.index.drop(replica_id)
+        is_new_life = snapshot.epoch != held.snapshot.epoch
         held.snapshot, held.heard_s, held.is_full = snapshot, now_s, False
+        if is_new_life:
+            self._note_kinds()
         self._reservations.settle(replica_id)
         held.room = None
         return True
@@ -99,6 +105,7 @@ class Router:
     def remove(self, replica_id: str) -> None:
         """Forget a replica; requests it still serves keep their reservations until they end."""
         self._replicas.pop(replica_id, None)
+        self._note_kinds()
         self.index.drop(replica_id)
 
     def mark_reachable(self, replica_id: str, reachable: bool) -> None:
@@ -242,15 +249,15 @@ class Router:
             key ^= links[deepest] if deepest < len(links) else 0
         rooms = [
             room
-            if (room := replica.room) is not None and now_s < room.valid_until_s
+            if (room := replica.room) is not None and now_s < replica.room_until_s
             else self._refresh(replica_id, replica, now_s)
             for replica_id, replica in self._replicas.items()
         ]
         return choose(need, rooms, depths, self._prices, key, excluded)
 
     def _refresh(self, replica_id: str, replica: _Replica, now_s: float) -> Room:
-        valid_until_s = replica.heard_s + LATE_S if replica.breaker.is_closed else now_s
-        room = replica.room = Room(self._state(replica_id, replica, now_s), valid_until_s)
+        replica.room_until_s = replica.heard_s + LATE_S if replica.breaker.is_closed else now_s
+        room = replica.room = Room.of(self._state(replica_id, replica, now_s), self._prices)
         return room
 
     def _state(self, replica_id: str, held: _Replica, now_s: float) -> ReplicaState:
@@ -279,8 +286,10 @@ class Router:
         """The prompt's chain for each kind of tile in the fleet."""
         if prompt is None:
             return {}
-        kinds = dict.fromkeys([replica.kind for replica in self._replicas.values()])
-        return {kind: prompt.chain(kind[1], self._root(kind, prompt.salt)) for kind in kinds}
+        return {kind: prompt.chain(kind[1], self._root(kind, prompt.salt)) for kind in self._kinds}
+
+    def _note_kinds(self) -> None:
+        self._kinds = dict.fromkeys(replica.kind for replica in self._replicas.values())
 
     def _root(self, kind: TileKind, salt: str) -> int:
         if salt:

@@ -1,6 +1,7 @@
 """Routing as pure logic, driven by hypothesis."""
 
 import math
+from collections.abc import Iterable
 from random import Random
 
 from hypothesis import given
@@ -86,11 +87,15 @@ needs = st.builds(
 )
 
 
+def rooms(states: Iterable[ReplicaState]) -> list[Room]:
+    return [Room.of(state, PRICES) for state in states]
+
+
 def decide(
     need: RequestNeed, states: list[ReplicaState], cached: dict[str, int] | None = None
 ) -> Refusal | None:
     """Why the first of `states` refuses."""
-    return choose(need, map(Room, states), cached or {}, PRICES).candidates[0].refusal
+    return choose(need, rooms(states), cached or {}, PRICES).candidates[0].refusal
 
 
 def sum_of_prices(candidate: Candidate) -> float:
@@ -109,7 +114,7 @@ def test_the_choice_can_hold_the_request_at_the_least_price(
     need: RequestNeed, states: list[ReplicaState], data: st.DataObject
 ) -> None:
     cached = {state.replica_id: data.draw(st.integers(0, 40)) for state in states}
-    decision = choose(need, map(Room, states), cached, PRICES)
+    decision = choose(need, rooms(states), cached, PRICES)
     by_id = {state.replica_id: state for state in states}
     willing = [candidate for candidate in decision.candidates if candidate.refusal is None]
     assert (decision.chosen is None) == (not willing)
@@ -137,7 +142,7 @@ def test_the_choice_can_hold_the_request_at_the_least_price(
 @given(needs, st.lists(replicas(), max_size=8), st.randoms(), st.integers(0, 1 << 63))
 def test_the_choice_does_not_depend_on_the_order(need, states, random, key) -> None:
     shuffled = random.sample(states, len(states))
-    choices = [choose(need, map(Room, order), {}, PRICES, key).chosen for order in (states, shuffled)]
+    choices = [choose(need, rooms(order), {}, PRICES, key).chosen for order in (states, shuffled)]
     assert choices[0] == choices[1]
 
 
@@ -173,11 +178,10 @@ def test_another_replicas_cache_is_used_unless_it_is_too_busy() -> None:
     need = RequestNeed(prompt_tokens=1000, max_tokens=10)
     cold = ReplicaState("cold", snapshot())
     assert (
-        choose(need, map(Room, [ReplicaState("warm", snapshot()), cold]), {"warm": 7}, PRICES).chosen[0]
-        == "warm"
+        choose(need, rooms([ReplicaState("warm", snapshot()), cold]), {"warm": 7}, PRICES).chosen[0] == "warm"
     )
     busy = ReplicaState("warm", snapshot(), pending_tokens=5000)
-    assert choose(need, map(Room, [busy, cold]), {"warm": 7}, PRICES).chosen[0] == "cold"
+    assert choose(need, rooms([busy, cold]), {"warm": 7}, PRICES).chosen[0] == "cold"
 
 
 def test_a_slow_or_silent_replica_loses_traffic_before_it_fails() -> None:
