@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read when ray is imported: it then stays on loopback
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything imports one
 
 from kvarn.model import DEFAULT_MODEL, resolve_model
+
+# A busy machine is slow, which is no failure.
+settings.register_profile("kvarn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvarn")
 
 # Fast tests come first, then those that start engines, then those that start a cluster.
 SLOW_MODULES = (

@@ -18,13 +18,13 @@ HEAT_WEIGHT = 0.002
 
 @dataclass(slots=True)
 class _Holder:
-    """One replica's part of the index: `bit` marks its tiles, `unconfirmed` are promised by requests only."""
+    """One replica's part of the index: `bit` marks its tiles, `unconfirmed` tells which request alone promised one."""
 
     bit: int
     epoch: int
     sequence: int
     tiles: int = 0
-    unconfirmed: set[int] = field(default_factory=set)
+    unconfirmed: dict[int, str] = field(default_factory=dict)
     ghosts: OrderedDict[int, None] = field(default_factory=OrderedDict)
     heat: float = 0.0
 
@@ -86,11 +86,11 @@ class PrefixIndex:
             return False
         holder.sequence = sequence
         for tile in removed:
-            holder.unconfirmed.discard(tile)
+            holder.unconfirmed.pop(tile, None)
             self._clear(holder, tile)
             _remember(holder, tile)
         for tile in stored:
-            holder.unconfirmed.discard(tile)
+            holder.unconfirmed.pop(tile, None)
             self._set(holder, tile)
             _recall(holder, tile)
         self._sweep(SWEEP_TILES)
@@ -130,7 +130,7 @@ class PrefixIndex:
         if holder is None:
             return
         promised = [tile for tile in chain if self._set(holder, tile)]
-        holder.unconfirmed.update(promised)
+        holder.unconfirmed.update(dict.fromkeys(promised, request_id))
         self._promises[request_id] = (replica_id, holder.bit, promised)
 
     def settle(self, request_id: str) -> None:
@@ -140,8 +140,8 @@ class PrefixIndex:
         if holder is None or holder.bit != bit:
             return
         for tile in promised:
-            if tile in holder.unconfirmed:
-                holder.unconfirmed.discard(tile)
+            if holder.unconfirmed.get(tile) == request_id:
+                del holder.unconfirmed[tile]
                 self._clear(holder, tile)
 
     def _mask(self, tile: int) -> int:

@@ -63,7 +63,7 @@ def test_hadamard_refuses_other_sizes(size: int) -> None:
 
 
 @given(seed=seeds, rows=st.sampled_from((64, 128)), columns=st.sampled_from((64, 128, 256)))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_normalization_evens_out_the_standard_deviations(seed: int, rows: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     row_factor, column_factor = (torch.randn(n, generator=generator).exp() for n in (rows, columns))
@@ -151,7 +151,7 @@ def test_normalization_helps_tiles_with_uneven_tokens_and_channels() -> None:
 
 
 @given(layout=layouts, lead=st.lists(st.integers(0, 3), max_size=2), seed=seeds)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_round_trip_keeps_shape_and_tiles_apart(layout: TileLayout, lead: list[int], seed: int) -> None:
     key, value = normal_tiles(layout, *lead, seed=seed)
     records = codec.quantize(key, value, layout)
@@ -167,7 +167,7 @@ def test_round_trip_keeps_shape_and_tiles_apart(layout: TileLayout, lead: list[i
 
 
 @given(layout=layouts, key=st.floats(-60000, 60000, width=16), value=st.floats(-60000, 60000, width=16))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_constant_tiles_come_back(layout: TileLayout, key: float, value: float) -> None:
     shape = (layout.group, layout.head_dim)
     records = codec.quantize(torch.full(shape, key), torch.full(shape, value), layout)
@@ -176,7 +176,7 @@ def test_constant_tiles_come_back(layout: TileLayout, key: float, value: float) 
 
 
 @given(layout=layouts)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_zero_tiles_come_back_exactly(layout: TileLayout) -> None:
     zeros = torch.zeros(layout.group, layout.head_dim)
     key, value = codec.dequantize(codec.quantize(zeros, zeros, layout), layout)
@@ -190,7 +190,7 @@ def test_zero_tiles_come_back_exactly(layout: TileLayout) -> None:
     magnitude=st.sampled_from((1e3, 65504.0, 1e6, 1e30)),
     count=st.integers(1, 200),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_outliers_beyond_float16_saturate(
     layout: TileLayout, seed: int, magnitude: float, count: int
 ) -> None:
@@ -210,7 +210,7 @@ def test_outliers_beyond_float16_saturate(
 
 
 @given(layout=layouts, seed=seeds, row=st.integers(0, 63))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_one_enormous_token_does_not_drown_the_others(layout: TileLayout, seed: int, row: int) -> None:
     key, value = normal_tiles(layout, seed=seed)
     key[row] *= 3000

@@ -170,3 +170,15 @@ async def test_a_salt_keeps_prefixes_apart() -> None:
     whole = await taken(log)
     assert whole.stored == chain(token_array([1, 2, 3, 4]), 4, Namespace("m", "auto", 4, salt="x").root())
     await asyncio.sleep(0)
+
+
+def test_a_tile_evicted_and_promised_again_outlives_the_first_promise() -> None:
+    index = PrefixIndex(1000)
+    index.replace("a", 1, 1, ())
+    index.promise("first", "a", [200])
+    assert index.apply("a", 1, 2, (), [200])
+    index.promise("second", "a", [200])
+    index.settle("first")
+    assert index.match([200]) == {"a": 1}
+    index.settle("second")
+    assert index.match([200]) == {}
