@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import secrets
 import time
-import uuid
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
 from random import Random
 
 from kvarn.v1 import cluster_pb2, inference_pb2, sampling_pb2
@@ -16,8 +16,8 @@ from serve_app.config import RoutingConfig
 from serve_app.engine_call import EngineCall, ReplicaError
 from serve_app.errors import InvalidRequestError, UnavailableError, UnknownModelError
 from serve_app.fleet import Fleet
-from serve_app.job import Job
-from serve_app.observation import Observation, Observer, Responses
+from serve_app.job import Job, new_key
+from serve_app.observation import Observation, Observer
 from serve_app.prompts import PromptEncoder
 from serve_app.refusals import NOT_READY
 from serve_app.routing import Caller, Candidate, Prompt, RetryBudget, Router, pause_s, token_array
@@ -26,6 +26,7 @@ from serve_app.wake import Waker
 
 MAX_NAME_CHARACTERS = 128
 MAX_ATTEMPTS = 5  # replicas that may fail a request one after another without a token in between
+Responses = AsyncGenerator[inference_pb2.GenerateResponse, None]
 Request = inference_pb2.GenerateRequest | inference_pb2.GenerateOnceRequest
 
 
@@ -69,39 +70,41 @@ class Dispatcher:
         self._retries = RetryBudget(config.retry_share)
         self.admissions = Admissions(router, config)
 
-    def generate(self, request: Request, timeout_s: float | None, caller: Caller) -> Responses:
+    async def generate(self, request: Request, timeout_s: float | None, caller: Caller) -> Responses:
         """Yield the output of `request` from `caller`, of which at most `timeout_s` seconds are left.
 
         Raises:
             RequestError: with the sentence for the caller.
         """
-        observation = self._observer.begin(request.request_id, caller)
-        return observation.through(self._generate(request, timeout_s, caller, observation))
-
-    async def _generate(
-        self, request: Request, timeout_s: float | None, caller: Caller, observation: Observation
-    ) -> Responses:
-        if self._waker is not None:
-            await self._waker.wait(timeout_s)
-        job = await self._job(request, timeout_s, caller)
-        observation.tokenized(job.ids)
-        self._retries.earn()
-        tried: list[str] = []
-        while True:
-            job.begin(self._router)
-            out = len(job.output)
-            try:
-                async with aclosing(self._attempt(job, tried, observation)) as responses:
-                    async for response in responses:
-                        yield response
-                return
-            except ReplicaError as error:
-                tried = [error.replica_id] if len(job.output) > out else [*tried, error.replica_id]
-                self._check_retry(job, tried, error)
-            if job.output:
-                job.resumptions += 1
-                observation.resumed()
-            await asyncio.sleep(pause_s(len(tried), self._random))
+        with self._observer.begin(request.request_id, caller) as observation:
+            if self._waker is not None:
+                await self._waker.wait(timeout_s)
+            job = await self._job(request, timeout_s, caller)
+            observation.tokenized(job.ids)
+            self._retries.earn()
+            tried: list[str] = []
+            while True:
+                job.begin(self._router)
+                out = len(job.output)
+                try:
+                    call = await self._call(job, tried, observation)
+                    try:
+                        async for delta in call:
+                            response = job.take(call.replica_id, delta)
+                            observation.count(response)
+                            if delta.finish_reason:
+                                self._router.lengths.observe(job.sampling.max_tokens, len(job.output))
+                            yield response
+                        return
+                    finally:
+                        self._close(call)
+                except ReplicaError as error:
+                    tried = [error.replica_id] if len(job.output) > out else [*tried, error.replica_id]
+                    self._check_retry(job, tried, error)
+                if job.output:
+                    job.resumptions += 1
+                    observation.resumed()
+                await asyncio.sleep(pause_s(len(tried), self._random))
 
     async def explain(self, request: cluster_pb2.ExplainRouteRequest) -> cluster_pb2.ExplainRouteResponse:
         """Where a request would go now, and every replica's terms.
@@ -124,22 +127,8 @@ class Dispatcher:
             queued_requests=len(self.admissions),
         )
 
-    async def _attempt(self, job: Job, tried: list[str], observation: Observation) -> Responses:
-        """Send `job` to one replica and yield what comes."""
-        call = await self._call(job, tried, observation)
-        try:
-            if self._hedge_after_s is not None and not job.output:
-                call = await self._hedged(job, call, self._hedge_after_s)
-            async for delta in call:
-                response = job.take(call.replica_id, delta)
-                if delta.finish_reason:
-                    self._router.lengths.observe(job.sampling.max_tokens, len(job.output))
-                yield response
-        finally:
-            call.close()
-            self.admissions.wake()
-
     async def _call(self, job: Job, tried: list[str], observation: Observation) -> EngineCall:
+        """Send `job` to a replica that has room for it, once there is one."""
         job.headers = observation.headers()
         try:
             decision = await self.admissions.admit(job, tried)
@@ -147,24 +136,33 @@ class Dispatcher:
             observation.queued(job.queued_s)
         observation.routed(decision, job.decision_s)
         assert decision.chosen is not None
-        return self._open(job, job.key, decision.chosen)
+        call = self._open(job, job.key, decision.chosen)
+        if self._hedge_after_s is None or job.output:
+            return call
+        return await self._hedged(job, call, self._hedge_after_s)
 
     async def _hedged(self, job: Job, call: EngineCall, after_s: float) -> EngineCall:
         """The call that answers first: `call`, or one to another replica if nothing has come after `after_s`."""
-        if await call.has_begun(after_s):
-            return call
-        key = uuid.uuid4().hex
-        decision = self._router.admit(key, job.need, job.prompt, time.monotonic(), [call.replica_id])
-        if decision.chosen is None:
-            return call
-        other = self._open(job, key, decision.chosen)
+        calls = [call]
         try:
-            winner, loser = await call.race(other)
+            if await call.has_begun(after_s):
+                return call
+            key = new_key()
+            decision = self._router.admit(key, job.need, job.prompt, time.monotonic(), [call.replica_id])
+            if decision.chosen is None:
+                return call
+            calls.append(self._open(job, key, decision.chosen))
+            winner, loser = await call.race(calls[1])
         except BaseException:
-            other.close()
+            for opened in calls:
+                self._close(opened)
             raise
-        loser.close()
+        self._close(loser)
         return winner
+
+    def _close(self, call: EngineCall) -> None:
+        call.close()
+        self.admissions.wake()
 
     def _open(self, job: Job, key: str, chosen: Candidate) -> EngineCall:
         left_s = None if math.isinf(job.deadline_s) else max(job.deadline_s - time.monotonic(), 0)
@@ -193,7 +191,7 @@ class Dispatcher:
             output = list(request.resume_token_ids)
         sampling = self._with_max_tokens(request.sampling_params, context_tokens - len(ids))
         return Job(
-            request_id=request.request_id or uuid.uuid4().hex,
+            request_id=request.request_id or secrets.token_hex(16),
             caller=caller,
             ids=ids,
             sampling=sampling,

@@ -61,7 +61,7 @@ class EngineCall:
         self._router = router
         self._key = key
         self._call = fleet.call(replica_id, message, timeout_s, headers)
-        self._deltas = self._read()
+        self._is_finished = False
         self._first: asyncio.Task[engine_pb2.EngineGenerateResponse] | None = None
 
     def __aiter__(self) -> AsyncIterator[engine_pb2.EngineGenerateResponse]:
@@ -71,7 +71,7 @@ class EngineCall:
         if self._first is not None:
             first, self._first = self._first, None
             return await first
-        return await anext(self._deltas)
+        return await self._read()
 
     async def has_begun(self, within_s: float) -> bool:
         """Whether it has answered, or failed, within that time."""
@@ -100,18 +100,12 @@ class EngineCall:
 
     def _begin(self) -> asyncio.Task[engine_pb2.EngineGenerateResponse]:
         if self._first is None:
-            self._first = asyncio.ensure_future(anext(self._deltas))
+            self._first = asyncio.ensure_future(self._read())
         return self._first
 
-    async def _read(self) -> AsyncIterator[engine_pb2.EngineGenerateResponse]:
-        is_finished = False
+    async def _read(self) -> engine_pb2.EngineGenerateResponse:
         try:
-            async for delta in self._call:
-                if delta.finish_reason in _DROPPED:
-                    break
-                is_finished = bool(delta.finish_reason)
-                self._router.grow(self._key, len(delta.token_ids), time.monotonic())
-                yield delta
+            delta = await self._call.read()
         except grpc.aio.AioRpcError as error:
             raise self._translate(error) from error
         except asyncio.CancelledError:
@@ -119,8 +113,13 @@ class EngineCall:
             if task is not None and task.cancelling():
                 raise
             raise self._failed() from None  # not this task but the call was cancelled, by the engine or the fleet
-        if not is_finished:
+        if delta is grpc.aio.EOF and self._is_finished:
+            raise StopAsyncIteration
+        if delta is grpc.aio.EOF or delta.finish_reason in _DROPPED:
             raise self._failed()
+        self._is_finished = bool(delta.finish_reason)
+        self._router.grow(self._key, len(delta.token_ids), time.monotonic())
+        return delta
 
     def _translate(self, error: grpc.aio.AioRpcError) -> Exception:
         match error.code():

@@ -15,7 +15,7 @@ from serve_app.dispatch import Dispatcher
 from serve_app.errors import DeadlineExceededError
 from serve_app.feed import Feed
 from serve_app.grpc_server import headers_of
-from serve_app.handler import Request, RequestHandler
+from serve_app.handler import RequestHandler
 from serve_app.routing import Router
 from serve_app.security.access import Access
 
@@ -37,29 +37,24 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         """Write each delta as it comes from the engine."""
-        async with aclosing(self._responses(request, context)) as responses:
-            async for response in responses:
-                await self._write(context, response)
+        with self._access.admitted(headers_of(context.invocation_metadata())) as caller:
+            responses = self._dispatcher.generate(request, context.time_remaining(), caller)
+            async with aclosing(responses):
+                async for response in responses:
+                    await self._write(context, response)
 
     async def GenerateOnce(  # noqa: N802
         self, request: inference_pb2.GenerateOnceRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.GenerateOnceResponse:
         """Collect the deltas into one answer."""
         merged, text = inference_pb2.GenerateResponse(), []
-        async with aclosing(self._responses(request, context)) as responses:
-            async for response in responses:
-                merged.MergeFrom(response)  # appends token_ids and logprobs, replaces everything else
-                text.append(response.text)
-        return _once(merged, "".join(text))
-
-    async def _responses(
-        self, request: Request, context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         with self._access.admitted(headers_of(context.invocation_metadata())) as caller:
             responses = self._dispatcher.generate(request, context.time_remaining(), caller)
             async with aclosing(responses):
                 async for response in responses:
-                    yield response
+                    merged.MergeFrom(response)  # appends token_ids and logprobs, replaces everything else
+                    text.append(response.text)
+        return _once(merged, "".join(text))
 
     async def _write(
         self, context: grpc.aio.ServicerContext, response: inference_pb2.GenerateResponse

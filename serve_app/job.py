@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import uuid
 from dataclasses import dataclass, field
+from itertools import count
 
 from kvarn.v1 import engine_pb2, inference_pb2, sampling_pb2
 from serve_app.routing import Caller, Candidate, Prompt, RequestNeed, Router, token_array
+
+_numbers = count()
+
+
+def new_key() -> str:
+    """A name for a reservation that nothing else in this process has."""
+    return str(next(_numbers))
 
 
 @dataclass(slots=True)
@@ -53,7 +60,7 @@ class Job:
         """Make it ready to be sent to a replica, from where its output stands."""
         left = self.sampling.max_tokens - len(self.output)
         ids = [*self.ids, *self.output] if self.output else self.ids
-        self.key = uuid.uuid4().hex
+        self.key = new_key()
         self.need = router.need(len(ids), max(left, 0))
         self.prompt = Prompt(token_array(ids), self.salt)
         self.usage.prompt_tokens = len(self.ids)

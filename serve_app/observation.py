@@ -9,10 +9,11 @@ import json
 import logging
 import sys
 import time
+from asyncio import CancelledError
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any
 
 import grpc
@@ -28,7 +29,6 @@ from serve_app.routing import Caller, Decision
 from serve_app.tracing import Tracing
 
 logger = logging.getLogger("serve_app.requests")
-Responses = AsyncGenerator[inference_pb2.GenerateResponse, None]
 
 
 def log_requests_to_stdout() -> None:
@@ -67,7 +67,7 @@ class Observer:
 
 
 class Observation:
-    """One request, from its arrival to its end."""
+    """One request, from its arrival to its end: the block of its `with`."""
 
     def __init__(self, observer: Observer, request_id: str, caller: Caller) -> None:
         self._observer = observer
@@ -78,7 +78,6 @@ class Observation:
         self._last = 0.0
         self._first_token_s: float | None = None
         self._response = inference_pb2.GenerateResponse()
-        self._reason = ""
         self._prefix: str | None = None
         self._span = observer.tracer.start_span("generate", kind=SpanKind.SERVER)
 
@@ -132,26 +131,25 @@ class Observation:
         """The metadata of calls on its behalf."""
         return tracing.headers_of(self._span)
 
-    async def through(self, responses: Responses) -> Responses:
-        """Pass the responses on, and report the request when they end."""
+    def __enter__(self) -> Observation:
         self._observer.open.add(self)
-        status = grpc.StatusCode.CANCELLED  # if closed before its end: the caller went away
-        try:
-            async with aclosing(responses):
-                async for response in responses:
-                    self._count(response)
-                    yield response
-            status = grpc.StatusCode.OK
-        except RequestError as error:
-            status, self._reason = error.status, error.reason
-            raise
-        except Exception:
-            status, self._reason = grpc.StatusCode.INTERNAL, RequestError.reason
-            raise
-        finally:
-            self._end(grpc.StatusCode.OK if self._response.finish_reason else status)
+        return self
 
-    def _count(self, response: inference_pb2.GenerateResponse) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._observer.open.discard(self)
+        if isinstance(error, RequestError):
+            self._end(error.status, error.reason)
+        elif error is None or self._response.finish_reason:
+            self._end(grpc.StatusCode.OK)
+        elif isinstance(error, CancelledError | GeneratorExit):  # the caller went away
+            self._end(grpc.StatusCode.CANCELLED)
+        else:
+            self._end(grpc.StatusCode.INTERNAL, RequestError.reason)
+
+    def count(self, response: inference_pb2.GenerateResponse) -> None:
+        """A response is about to go to the caller."""
         now = time.perf_counter()
         tokens = len(response.token_ids)
         self._response = response
@@ -164,27 +162,29 @@ class Observation:
             self._recorder.observe(metrics.ITL, (now - self._last) / tokens)
         self._last = now
 
-    def _end(self, status: grpc.StatusCode) -> None:
+    def _end(self, status: grpc.StatusCode, reason: str = "") -> None:
         duration_s = self.age_s
-        self._observer.open.discard(self)
         self._recorder.add(metrics.REQUESTS, status=status.name)
         self._recorder.observe(metrics.DURATION, duration_s)
-        if self._reason:
-            self._observer.refused(self._reason)
+        if reason:
+            self._observer.refused(reason)
         if self._prefix is not None and self._first_token_s is not None:
             self._observer.prefixes.count(
                 self._prefix, self.replica_id, self.usage.prompt_tokens, self.usage.cached_tokens
             )
-        record = self._record(status, duration_s)
-        self._span.set_attributes(
-            {f"kvarn.{key}": value for key, value in record.items() if value is not None}
-        )
-        if self._reason:
-            self._span.set_status(Status(StatusCode.ERROR, self._reason))
+        if self._span.is_recording():
+            record = self._record(status, reason, duration_s)
+            self._span.set_attributes(
+                {f"kvarn.{key}": value for key, value in record.items() if value is not None}
+            )
+            if reason:
+                self._span.set_status(Status(StatusCode.ERROR, reason))
         self._span.end()
-        logger.info(json.dumps({"time": datetime.now(UTC).isoformat(), **record}))
+        if logger.isEnabledFor(logging.INFO):
+            record = self._record(status, reason, duration_s)
+            logger.info(json.dumps({"time": datetime.now(UTC).isoformat(), **record}))
 
-    def _record(self, status: grpc.StatusCode, duration_s: float) -> dict[str, Any]:
+    def _record(self, status: grpc.StatusCode, reason: str, duration_s: float) -> dict[str, Any]:
         usage = self.usage
         return {
             "request_id": self.request_id,
@@ -192,7 +192,7 @@ class Observation:
             "tenant": self.tenant,
             "replica_id": self.replica_id or None,
             "status": status.name,
-            "reason": self._reason or None,
+            "reason": reason or None,
             "finish_reason": _finish_reason(self._response),
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.cached_tokens,

@@ -23,6 +23,7 @@ _RANGES = {
     "logprobs": (0, MAX_LOGPROBS),
 }
 _POSITIVE_RANGES = {"top_p": 1.0, "repetition_penalty": math.inf}
+_TOKEN_FIELDS = ("stop_token_ids", "allowed_token_ids", "logit_bias")
 
 
 def check_sampling(params: sampling_pb2.SamplingParams, vocab_size: int) -> None:
@@ -31,20 +32,9 @@ def check_sampling(params: sampling_pb2.SamplingParams, vocab_size: int) -> None
     Raises:
         InvalidRequestError: names the field, what was expected and what it was.
     """
-    for name, (low, high) in _RANGES.items():
-        value = getattr(params, name)
-        if params.HasField(name) and not low <= value <= high:
-            raise InvalidRequestError(f"{name} must be from {low:g} to {high:g}, got {value:g}.")
-    for name, high in _POSITIVE_RANGES.items():
-        value = getattr(params, name)
-        if params.HasField(name) and not (0 < value <= high and math.isfinite(value)):
-            limit = f" and at most {high:g}" if math.isfinite(high) else " and finite"
-            raise InvalidRequestError(f"{name} must be above 0{limit}, got {value:g}.")
+    for descriptor, value in params.ListFields():
+        _check_field(descriptor.name, value, vocab_size)
     _check_lengths(params)
-    _check_stops(params.stop)
-    _check_tokens(params, vocab_size)
-    if params.HasField("structured_outputs"):
-        structured_outputs.check_structured_outputs(params.structured_outputs)
 
 
 def check_token_ids(ids: Iterable[int], vocab_size: int, field: str) -> None:
@@ -77,16 +67,32 @@ def _check_lengths(params: sampling_pb2.SamplingParams) -> None:
         )
 
 
-def _check_stops(stops: Iterable[str]) -> None:
-    if not all(stops):
+def _check_field(name: str, value: Any, vocab_size: int) -> None:
+    if name in _RANGES:
+        _check_range(name, value)
+    elif name in _POSITIVE_RANGES:
+        _check_positive(name, value)
+    elif name in _TOKEN_FIELDS:
+        check_token_ids(value, vocab_size, name)
+        if name == "logit_bias" and not all(map(math.isfinite, value.values())):
+            raise InvalidRequestError("logit_bias must hold finite numbers, got NaN or infinity.")
+    elif name == "stop" and not all(value):
         raise InvalidRequestError("stop must hold strings of at least one character, got an empty one.")
+    elif name == "structured_outputs":
+        structured_outputs.check_structured_outputs(value)
 
 
-def _check_tokens(params: sampling_pb2.SamplingParams, vocab_size: int) -> None:
-    for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-        check_token_ids(getattr(params, field), vocab_size, field)
-    if not all(math.isfinite(bias) for bias in params.logit_bias.values()):
-        raise InvalidRequestError("logit_bias must hold finite numbers, got NaN or infinity.")
+def _check_range(name: str, value: float) -> None:
+    low, high = _RANGES[name]
+    if not low <= value <= high:
+        raise InvalidRequestError(f"{name} must be from {low:g} to {high:g}, got {value:g}.")
+
+
+def _check_positive(name: str, value: float) -> None:
+    high = _POSITIVE_RANGES[name]
+    if not (0 < value <= high and math.isfinite(value)):
+        limit = f" and at most {high:g}" if math.isfinite(high) else " and finite"
+        raise InvalidRequestError(f"{name} must be above 0{limit}, got {value:g}.")
 
 
 def _set_fields(params: sampling_pb2.SamplingParams) -> dict[str, Any]:

@@ -73,6 +73,8 @@ def adopt_parent(headers: Iterable[tuple[str, str | bytes]]) -> None:
 
 def headers_of(span: Span) -> tuple[tuple[str, str], ...]:
     """The gRPC metadata that makes `span` the parent of what the callee does."""
+    if not span.get_span_context().is_valid:
+        return ()
     carrier: dict[str, str] = {}
     _propagator.inject(carrier, set_span_in_context(span))
     return tuple(carrier.items())

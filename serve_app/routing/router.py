@@ -79,7 +79,8 @@ class Router:
         self._requests: dict[str, _Sent] = {}
         self._reservations = Reservations()
         self._roots: dict[TileKind, int] = {}
-        self._kinds: dict[TileKind, None] = {}
+        self._kinds: set[TileKind] = set()
+        self._max_model_len = 0
         self.index = PrefixIndex(max_tiles)
         self.lengths = OutputLengths(output_quantile)
 
@@ -88,7 +89,7 @@ class Router:
         held = self._replicas.get(replica_id)
         if held is None:
             self._replicas[replica_id] = _Replica(snapshot, now_s)
-            self._note_kinds()
+            self._note_capacities()
             return True
         if not snapshot.follows(held.snapshot):
             return False
@@ -97,7 +98,7 @@ class Router:
         is_new_life = snapshot.epoch != held.snapshot.epoch
         held.snapshot, held.heard_s, held.is_full = snapshot, now_s, False
         if is_new_life:
-            self._note_kinds()
+            self._note_capacities()
         self._reservations.settle(replica_id)
         held.room = None
         return True
@@ -105,7 +106,7 @@ class Router:
     def remove(self, replica_id: str) -> None:
         """Forget a replica; requests it still serves keep their reservations until they end."""
         self._replicas.pop(replica_id, None)
-        self._note_kinds()
+        self._note_capacities()
         self.index.drop(replica_id)
 
     def mark_reachable(self, replica_id: str, reachable: bool) -> None:
@@ -135,8 +136,7 @@ class Router:
 
     def max_model_len(self) -> int:
         """The longest context of any replica in tokens, 0 without replicas."""
-        lengths = (held.snapshot.capacity.max_model_len for held in self._replicas.values())
-        return max(lengths, default=0)
+        return self._max_model_len
 
     def need(self, prompt_tokens: int, max_tokens: int) -> RequestNeed:
         """What a request takes, by the outputs seen so far."""
@@ -288,8 +288,11 @@ class Router:
             return {}
         return {kind: prompt.chain(kind[1], self._root(kind, prompt.salt)) for kind in self._kinds}
 
-    def _note_kinds(self) -> None:
-        self._kinds = dict.fromkeys(replica.kind for replica in self._replicas.values())
+    def _note_capacities(self) -> None:
+        """Work out what depends on which replicas there are: they come and go more seldom than requests."""
+        self._kinds = {replica.kind for replica in self._replicas.values()}
+        lengths = (replica.snapshot.capacity.max_model_len for replica in self._replicas.values())
+        self._max_model_len = max(lengths, default=0)
 
     def _root(self, kind: TileKind, salt: str) -> int:
         if salt:

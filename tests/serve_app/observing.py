@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent import futures
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,9 @@ import ray
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvarn.v1 import inference_pb2
 from serve_app.metrics import Metric
+from serve_app.observation import Observation
 
 Samples = dict[str, list[tuple[dict[str, str], float]]]
 
@@ -37,6 +39,17 @@ class Remembered:
 
     def observe(self, metric: Metric, value: float) -> None:
         self.observed[metric].append(value)
+
+
+async def through(
+    observation: Observation, responses: AsyncGenerator[inference_pb2.GenerateResponse, None]
+) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+    """Pass responses on, observed as a request's."""
+    with observation:
+        async with aclosing(responses):
+            async for response in responses:
+                observation.count(response)
+                yield response
 
 
 @dataclass

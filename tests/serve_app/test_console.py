@@ -32,7 +32,7 @@ from serve_app.security.keys import create_key
 from serve_app.tracing import Tracing
 
 from .browser import Seen, chromium_page
-from .observing import Remembered
+from .observing import Remembered, through
 
 CAPACITY = CacheCapacity("kvarn_k4v2_g128", 128, 622_080, 1000, 8192, 48)
 BUSY = CacheLoad(
@@ -106,7 +106,7 @@ async def tokens(request_id: str, replica_id: str) -> AsyncGenerator[inference_p
 async def stream(observation: Observation) -> AsyncGenerator[None, None]:
     """A request that has got some tokens, and stays open until it is closed."""
     observation.tokenized([1] * 900)
-    async with aclosing(observation.through(tokens(observation.request_id, "k3f8z0qa"))) as responses:
+    async with aclosing(through(observation, tokens(observation.request_id, "k3f8z0qa"))) as responses:
         for _ in range(40):
             await anext(responses)
         yield

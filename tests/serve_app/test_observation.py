@@ -42,7 +42,7 @@ from serve_app.routing import (
 )
 from serve_app.tracing import Tracing
 
-from .observing import Remembered
+from .observing import Remembered, through
 
 TRACING = TracingConfig(otlp_endpoint="http://127.0.0.1:1")
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
@@ -110,7 +110,7 @@ async def answer(error: Exception | None = None) -> AsyncGenerator[inference_pb2
 async def test_an_answered_request_is_measured_traced_and_logged(watched: Watched) -> None:
     observation = watched.begin()
     observation.routed(Decision(HERE, (HERE, FULL)), 0.001)
-    received = [response async for response in observation.through(answer())]
+    received = [response async for response in through(observation, answer())]
     assert len(received) == 3
     recorder = watched.recorder
     assert recorder.values[metrics.REQUESTS, "OK"] == 1
@@ -158,7 +158,7 @@ async def test_a_failed_request_has_a_reason(
     watched: Watched, error: Exception, status: str, reason: str
 ) -> None:
     with pytest.raises(type(error)):
-        async for _ in watched.begin().through(answer(error)):
+        async for _ in through(watched.begin(), answer(error)):
             pass
     assert watched.recorder.values[metrics.REQUESTS, status] == 1
     assert watched.recorder.values[metrics.REJECTS, reason] == 1
@@ -205,7 +205,7 @@ async def test_the_queue_and_the_breakers_are_gauged(watched: Watched) -> None:
 
 async def test_a_caller_that_leaves_is_cancelled_unless_it_has_everything(watched: Watched) -> None:
     for read, status in ((1, "CANCELLED"), (3, "OK")):
-        responses = watched.begin().through(answer())
+        responses = through(watched.begin(), answer())
         for _ in range(read):
             await anext(responses)
         assert watched.open_requests == 1
