@@ -106,8 +106,10 @@ class Dispatcher:
                     observation.resumed()
                 await asyncio.sleep(pause_s(len(tried), self._random))
 
-    async def explain(self, request: cluster_pb2.ExplainRouteRequest) -> cluster_pb2.ExplainRouteResponse:
-        """Where a request would go now, and every replica's terms.
+    async def explain(
+        self, request: cluster_pb2.ExplainRouteRequest, caller: Caller
+    ) -> cluster_pb2.ExplainRouteResponse:
+        """Where a request would go now, whoever asks, and every replica's terms.
 
         Raises:
             RequestError: with the sentence for the caller.

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 
 from kvarn.v1 import cluster_pb2_grpc, inference_pb2_grpc
 from serve_app.config import GatewayConfig
-from serve_app.gateway_service import SERVICE_NAMES, ClusterService, InferenceService
+from serve_app.gateway_service import SERVICE_NAMES, ClusterService, FleetFeed, InferenceService
 from serve_app.grpc_server import GrpcServer
 from serve_app.handler import RequestHandler
 from serve_app.http_app import http_app, probes
@@ -33,7 +33,7 @@ class Front:
         model_name: what clients call the model.
         dispatcher: takes requests to the engines.
         encoder: the model's tokenizer.
-        cluster: tells of the replicas.
+        fleet: tells of the replicas.
         is_ready: whether any replica takes requests.
         on_refusal: called with the reason of each request refused before it comes to the dispatcher.
         routers: further HTTP routes.
@@ -48,7 +48,7 @@ class Front:
         model_name: str,
         dispatcher: RequestHandler,
         encoder: PromptEncoder,
-        cluster: ClusterService,
+        fleet: FleetFeed,
         is_ready: Callable[[], bool],
         on_refusal: Callable[[str], None],
         routers: Sequence[APIRouter] = (),
@@ -61,6 +61,7 @@ class Front:
         self._grpc = self._grpc_server(access, tls)
         inference = InferenceService(dispatcher, access, config.limits.write_timeout_s)
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._grpc.server)  # type: ignore[no-untyped-call]
+        cluster = ClusterService(fleet, dispatcher, access)
         cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, self._grpc.server)  # type: ignore[no-untyped-call]
         chat = ChatService(dispatcher, ToolParsers(config.tool_parser, encoder.tokenizer), encoder.token_text)
         completions = CompletionService(dispatcher, encoder.token_text)

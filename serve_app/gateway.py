@@ -17,7 +17,7 @@ from serve_app.dispatch import Dispatcher
 from serve_app.fleet import Fleet
 from serve_app.front import Front
 from serve_app.gateway_metrics import GatewayGauges
-from serve_app.gateway_service import ClusterService
+from serve_app.gateway_service import FleetFeed
 from serve_app.metrics import GATEWAY_METRICS, RayRecorder, record_forever
 from serve_app.observation import Observer, log_requests_to_stdout
 from serve_app.prompts import PromptEncoder
@@ -76,18 +76,18 @@ class Gateway:
             routing,
             self._waker,
         )
-        self._cluster = ClusterService(model_name, self._router, self._dispatcher)
         admissions = self._dispatcher.admissions
+        self._feed = FleetFeed(model_name, self._router, admissions)
         shown = lambda: view(  # noqa: E731
             model_name, self._router.replicas(time.monotonic()), self._observer, admissions
         )
-        pages = [console(shown, self._cluster.watch)]
+        pages = [console(shown, self._feed.watch)]
         self._front = Front(
             config,
             model_name,
             self._dispatcher,
             encoder,
-            self._cluster,
+            self._feed,
             self._is_ready,
             self._observer.refused,
             pages,
@@ -110,7 +110,7 @@ class Gateway:
         """Serve's shutdown hook: refuse new calls, finish running streams."""
         for task in self._tasks:
             task.cancel()
-        self._cluster.close()
+        self._feed.close()
         await self._front.stop()
         await self._fleet.close()
         self._spans.close()
@@ -119,7 +119,7 @@ class Gateway:
         return Demand(self._dispatcher.admissions.tokens, self._observer.first_tokens.most())
 
     def _on_change(self, replica_id: str) -> None:
-        self._cluster.report_change(replica_id)
+        self._feed.report_change(replica_id)
         self._dispatcher.admissions.wake()
         self._changed.set()
         if self._waker is not None:

@@ -11,7 +11,7 @@ import grpc
 
 from kvarn.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 from serve_app import wire
-from serve_app.dispatch import Dispatcher
+from serve_app.admissions import Admissions
 from serve_app.errors import DeadlineExceededError
 from serve_app.feed import Feed
 from serve_app.grpc_server import headers_of
@@ -69,19 +69,19 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             ) from None
 
 
-class ClusterService(cluster_pb2_grpc.ClusterServicer):
-    """What this gateway knows of its replicas.
+class FleetFeed:
+    """What this gateway knows of its replicas, and every change of it.
 
     Args:
         model_name: name of the served model.
         router: holds the replicas' states.
-        dispatcher: explains where requests would go.
+        admissions: where requests wait.
     """
 
-    def __init__(self, model_name: str, router: Router, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
+    def __init__(self, model_name: str, router: Router, admissions: Admissions) -> None:
         self._model_name = model_name
         self._router = router
+        self._admissions = admissions
         self._epoch = time.time_ns()
         self._sequence = 0
         self._feed = Feed(self._snapshot)
@@ -91,6 +91,12 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         self._sequence += 1
         self._feed.publish(self._change(replica_id))
 
+    def state(self) -> cluster_pb2.GetCacheStateResponse:
+        """All replicas now."""
+        return cluster_pb2.GetCacheStateResponse(
+            model=self._model_name, replicas=self._replicas(), queue=self._queue()
+        )
+
     def watch(self) -> AsyncGenerator[cluster_pb2.WatchCacheResponse, None]:
         """Yield all replicas, then each change."""
         return self._feed.watch()
@@ -99,34 +105,11 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         """End every watch."""
         self._feed.close()
 
-    async def GetCacheState(  # noqa: N802
-        self, request: cluster_pb2.GetCacheStateRequest, context: grpc.aio.ServicerContext
-    ) -> cluster_pb2.GetCacheStateResponse:
-        """All replicas now."""
-        return cluster_pb2.GetCacheStateResponse(
-            model=self._model_name, replicas=self._replicas(), queue=self._queue()
-        )
-
-    async def WatchCache(  # noqa: N802
-        self, request: cluster_pb2.WatchCacheRequest, context: grpc.aio.ServicerContext
-    ) -> None:
-        """All replicas, then each change."""
-        async with aclosing(self.watch()) as events:
-            async for event in events:
-                await context.write(event)
-
-    async def ExplainRoute(  # noqa: N802
-        self, request: cluster_pb2.ExplainRouteRequest, context: grpc.aio.ServicerContext
-    ) -> cluster_pb2.ExplainRouteResponse:
-        """A choice and its reasons."""
-        return await self._dispatcher.explain(request)
-
     def _replicas(self) -> list[cluster_pb2.ReplicaCache]:
         return [wire.replica_to_proto(replica) for replica in self._router.replicas(time.monotonic())]
 
     def _queue(self) -> cluster_pb2.QueueState:
-        admissions = self._dispatcher.admissions
-        return cluster_pb2.QueueState(requests=len(admissions), tokens=admissions.tokens)
+        return cluster_pb2.QueueState(requests=len(self._admissions), tokens=self._admissions.tokens)
 
     def _snapshot(self) -> cluster_pb2.WatchCacheResponse:
         return cluster_pb2.WatchCacheResponse(
@@ -146,6 +129,36 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         else:
             change.updated.CopyFrom(wire.replica_to_proto(replica))
         return change
+
+
+class ClusterService(cluster_pb2_grpc.ClusterServicer):
+    """Tells of the replicas, and where requests would go."""
+
+    def __init__(self, fleet: FleetFeed, dispatcher: RequestHandler, access: Access) -> None:
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+        self._access = access
+
+    async def GetCacheState(  # noqa: N802
+        self, request: cluster_pb2.GetCacheStateRequest, context: grpc.aio.ServicerContext
+    ) -> cluster_pb2.GetCacheStateResponse:
+        """All replicas now."""
+        return self._fleet.state()
+
+    async def WatchCache(  # noqa: N802
+        self, request: cluster_pb2.WatchCacheRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """All replicas, then each change."""
+        async with aclosing(self._fleet.watch()) as events:
+            async for event in events:
+                await context.write(event)
+
+    async def ExplainRoute(  # noqa: N802
+        self, request: cluster_pb2.ExplainRouteRequest, context: grpc.aio.ServicerContext
+    ) -> cluster_pb2.ExplainRouteResponse:
+        """A choice and its reasons; it counts within the caller's limits as the request itself would."""
+        with self._access.admitted(headers_of(context.invocation_metadata())) as caller:
+            return await self._dispatcher.explain(request, caller)
 
 
 def _once(merged: inference_pb2.GenerateResponse, text: str) -> inference_pb2.GenerateOnceResponse:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from kvarn.v1 import inference_pb2
+from kvarn.v1 import cluster_pb2, inference_pb2
 from serve_app.routing import Caller
 
 Request = inference_pb2.GenerateRequest | inference_pb2.GenerateOnceRequest
@@ -18,6 +18,15 @@ class RequestHandler(Protocol):
         self, request: Request, timeout_s: float | None, caller: Caller
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """Yield the output of `request` from `caller`, of which at most `timeout_s` seconds are left.
+
+        Raises:
+            RequestError: with the sentence for the caller.
+        """
+
+    async def explain(
+        self, request: cluster_pb2.ExplainRouteRequest, caller: Caller
+    ) -> cluster_pb2.ExplainRouteResponse:
+        """Where a request from `caller` would go now, and every replica's terms.
 
         Raises:
             RequestError: with the sentence for the caller.

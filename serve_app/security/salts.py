@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncGenerator
 
-from kvarn.v1 import inference_pb2
+from kvarn.v1 import cluster_pb2, inference_pb2
 from serve_app.handler import Request, RequestHandler
 from serve_app.routing import Caller
 
@@ -26,6 +26,13 @@ class TenantSalts:
         """As the dispatcher's; the request's own salt keeps apart within the tenant."""
         request.cache_salt = tenant_salt(caller.tenant, request.cache_salt)
         return self._dispatcher.generate(request, timeout_s, caller)
+
+    async def explain(
+        self, request: cluster_pb2.ExplainRouteRequest, caller: Caller
+    ) -> cluster_pb2.ExplainRouteResponse:
+        """As the dispatcher's, of a request salted in the same way."""
+        request.cache_salt = tenant_salt(caller.tenant, request.cache_salt)
+        return await self._dispatcher.explain(request, caller)
 
 
 def tenant_salt(tenant: str, own: str) -> str:

@@ -8,12 +8,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvarn.v1 import inference_pb2
+from kvarn.v1 import cluster_pb2, inference_pb2
 from serve_app.admissions import Admissions
 from serve_app.config import GatewayConfig, RoutingConfig
 from serve_app.errors import UnknownModelError
 from serve_app.front import Front
-from serve_app.gateway_service import ClusterService
+from serve_app.gateway_service import FleetFeed
 from serve_app.prompts import PromptEncoder
 from serve_app.routing import Caller, Router
 from serve_app.sampling import check_sampling
@@ -36,8 +36,8 @@ class Script:
     finish: int = inference_pb2.FINISH_REASON_STOP
     requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
     callers: list[Caller] = field(default_factory=list)
+    explained: list[cluster_pb2.ExplainRouteRequest] = field(default_factory=list)
     running: int = 0
-    admissions: Admissions = field(default_factory=lambda: Admissions(Router("gateway"), RoutingConfig()))
 
     async def generate(
         self, request: Any, timeout_s: float | None, caller: Caller
@@ -58,6 +58,10 @@ class Script:
                 yield self._piece(request, index, ids, text, is_last, len(prompt))
         finally:
             self.running -= 1
+
+    async def explain(self, request: Any, caller: Caller) -> cluster_pb2.ExplainRouteResponse:
+        self.explained.append(request)
+        return cluster_pb2.ExplainRouteResponse()
 
     def _pieces(self) -> list[tuple[list[int], str, bool]]:
         if self.pieces is not None:
@@ -108,14 +112,15 @@ async def running_front(encoder: PromptEncoder, **config: Any) -> AsyncIterator[
         {"port": 0, "http": {"port": 0}, "drain_grace_s": 0, "max_message_bytes": 1 << 18, **config}
     )
     refused: list[str] = []
-    cluster = ClusterService(MODEL, Router("gateway"), script)  # type: ignore[arg-type]
-    front = Front(settings, MODEL, script, encoder, cluster, lambda: True, refused.append)  # type: ignore[arg-type]
+    router = Router("gateway")
+    fleet = FleetFeed(MODEL, router, Admissions(router, RoutingConfig()))
+    front = Front(settings, MODEL, script, encoder, fleet, lambda: True, refused.append)  # type: ignore[arg-type]
     grpc_port, http_port = await front.start()
     await front.set_serving(True)
     try:
         yield Running(grpc_port, http_port, script, refused)
     finally:
-        cluster.close()
+        fleet.close()
         await front.stop()
 
 

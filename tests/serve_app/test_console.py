@@ -19,7 +19,7 @@ from kvarn.v1.sampling_pb2 import SamplingParams
 from serve_app.admissions import Admissions
 from serve_app.config import LimitsConfig, RoutingConfig
 from serve_app.console import console, view
-from serve_app.gateway_service import ClusterService
+from serve_app.gateway_service import FleetFeed
 from serve_app.http_app import http_app
 from serve_app.http_guard import HttpGuard
 from serve_app.http_server import HttpServer
@@ -58,7 +58,7 @@ class Fleet:
     def __init__(self) -> None:
         self.router = Router("me")
         self.admissions = Admissions(self.router, RoutingConfig())
-        self.cluster = ClusterService("smollm2-135m-instruct", self.router, self)  # type: ignore[arg-type]  # nothing asks it to explain
+        self.feed = FleetFeed("smollm2-135m-instruct", self.router, self.admissions)
         self.observer = Observer(Remembered(), Tracing("test", "one", None))
         self._sequence = 0
         self.update("k3f8z0qa", BUSY)
@@ -67,13 +67,13 @@ class Fleet:
     def update(self, replica_id: str, load: CacheLoad, draining: bool = False) -> None:
         self._sequence += 1
         self.router.update(replica_id, CacheSnapshot(1, self._sequence, CAPACITY, load, draining))
-        self.cluster.report_change(replica_id)
+        self.feed.report_change(replica_id)
 
     def app(self) -> ASGIApp:
         shown = lambda: view(  # noqa: E731
             "smollm2-135m-instruct", self.router.replicas(time.monotonic()), self.observer, self.admissions
         )
-        return http_app([console(shown, self.cluster.watch)])
+        return http_app([console(shown, self.feed.watch)])
 
     async def wait_for_room(self) -> None:
         """A request that no cache here has room for."""
@@ -90,7 +90,7 @@ class Fleet:
             now_s = time.monotonic()
             assert self.router.admit(f"r{number}", RequestNeed(1, 1), None, now_s, others).chosen
             self.router.failed(f"r{number}", now_s)
-        self.cluster.report_change(replica_id)
+        self.feed.report_change(replica_id)
 
 
 async def tokens(request_id: str, replica_id: str) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:

@@ -48,7 +48,6 @@ from serve_app.client import (
 )
 from serve_app.config import AppConfig
 from serve_app.security.fleet import TOKEN_KEY
-from serve_app.security.salts import tenant_salt
 
 from .browser import chromium_page
 from .observing import Collector, Samples, otlp_collector, scraped, total
@@ -443,7 +442,7 @@ async def test_a_full_fleet_lets_requests_wait_and_refuses_those_that_wait_too_l
 def test_a_route_is_explained_by_every_replicas_terms(client: Client) -> None:
     prompt = [11 + i % 50 for i in range(400)]
     served_by = client.generate_once(prompt, max_tokens=1).replica_id
-    explain = partial(client.explain_route, prompt, max_tokens=9, cache_salt=tenant_salt("", ""))
+    explain = partial(client.explain_route, prompt, max_tokens=9)
     wait_for(lambda: max(c.cached_tiles for c in explain().candidates) == 3, 10)
     told = explain()
     assert (told.chosen_replica_id, told.prompt_tokens, told.expected_tokens) == (served_by, 400, 9)

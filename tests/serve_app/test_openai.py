@@ -431,7 +431,10 @@ async def test_salts_keep_tenants_apart_whatever_they_send(encoder: PromptEncode
             await http.completions.create(
                 model=MODEL, prompt="Hi", extra_headers=headers, extra_body={"cache_salt": own}
             )
+        for own in ("", "x"):
+            await grpc_client.explain_route("Hi", cache_salt=own)
     salts = [request.cache_salt for request in front.script.requests]
+    assert [request.cache_salt for request in front.script.explained] == salts[1:3]
     assert salts[0] == salts[1]  # the same tenant over both protocols
     assert len(set(salts)) == len(salts) - 1
     assert max(map(len, salts)) <= 128

@@ -21,7 +21,7 @@ from serve_app.client import AsyncClient, NoRoomError, ServingError, Unavailable
 from serve_app.config import RoutingConfig
 from serve_app.dispatch import Dispatcher
 from serve_app.fleet import Fleet
-from serve_app.gateway_service import SERVICE_NAMES, ClusterService, InferenceService
+from serve_app.gateway_service import SERVICE_NAMES, ClusterService, FleetFeed, InferenceService
 from serve_app.grpc_server import GrpcServer
 from serve_app.membership import Endpoint
 from serve_app.observation import Observer
@@ -161,7 +161,9 @@ async def start_gateway(
     made.server = GrpcServer(f"127.0.0.1:{port}", SERVICE_NAMES, reuse_port=True)
     inference = InferenceService(made.dispatcher, Access(None), 10)
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, made.server.server)
-    cluster = ClusterService("model", router, made.dispatcher)
+    cluster = ClusterService(
+        FleetFeed("model", router, made.dispatcher.admissions), made.dispatcher, Access(None)
+    )
     cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, made.server.server)
     made.port = await made.server.start()
     made.fleet.set_members(endpoints)
