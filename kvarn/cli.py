@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from kvarn.bench.engine import EngineBench
 from kvarn.bench.kernel_settings import (
@@ -34,12 +21,20 @@ from kvarn.bench.kernel_settings import (
     parse_starts,
 )
 from kvarn.bench.scheduler import SchedulerBench
-from kvarn.connection import ApiKeyOption, CaOption, CertificateOption, PrivateKeyOption, tls_files
+from kvarn.connection import (
+    ApiKeyOption,
+    CaOption,
+    CertificateOption,
+    PrivateKeyOption,
+    serving_errors,
+    tls_files,
+)
 from kvarn.keys import keys_app
 from kvarn.model import resolve_model
 from kvarn.plan.command import plan
 from kvarn.quality.command import quality
 from kvarn.report.command import report
+from kvarn.serve import serve
 from kvarn.terminal import (
     JsonOption,
     PlotOption,
@@ -51,9 +46,6 @@ from kvarn.terminal import (
     out,
 )
 
-if TYPE_CHECKING:
-    from serve_app.launch import Deployment
-
 app = typer.Typer(
     help="Serve long-context LLM work from a quantized KV cache.",
     epilog="Exit codes: 0 done, 1 failed with one sentence, 2 wrong usage, 130 interrupted.",
@@ -63,7 +55,7 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure speed and capacity.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 app.add_typer(keys_app, name="keys")
-for command in (quality, plan, report):
+for command in (serve, quality, plan, report):
     app.command()(command)
 
 DEFAULTS = EngineBench()
@@ -95,7 +87,7 @@ def doctor(
 
     limits = None
     if config is not None:
-        with _serving_errors():
+        with serving_errors():
             from serve_app.launch import limits_of, read_app
 
             limits = limits_of(read_app(config))
@@ -107,45 +99,6 @@ def doctor(
         out.print(render(report))
     if not report.ok:
         raise typer.Exit(1)
-
-
-@app.command()
-def serve(
-    config: Annotated[Path, typer.Argument(help="A Serve YAML, e.g. cluster/app.yaml.")],
-    say: Annotated[str | None, typer.Option(help="Send this chat message once it is ready.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer to --say.")] = 96,
-    timeout_s: Annotated[float, typer.Option(help="Seconds the start may take.")] = 600,
-    api_key: ApiKeyOption = "",
-) -> None:
-    """Start Ray on this machine and serve the application of a YAML until Ctrl-C."""
-    with _serving_errors(), _stopped_by_sigterm():
-        from serve_app.client import Client
-        from serve_app.launch import check_machine, read_app, running
-        from serve_app.terminal import answer_table, cache_table, stream_answer
-
-        launched = read_app(config)
-        check_machine(launched)
-        if say is not None and not launched.lets_in(api_key):
-            fail("--say cannot be answered: the gateways have TLS, or ask for a key; use `kvarn chat` later")
-        model_dir = resolve_model(launched.config.model)
-        with ExitStack() as stack:
-            with _start_progress() as progress:
-                stack.enter_context(running(launched, progress, timeout_s))
-                if launched.lets_in(api_key):
-                    client = stack.enter_context(Client(launched.address, api_key=api_key))
-                    client.wait_ready(timeout_s)
-            if say is not None:
-                out.print(f"\nyou> {say}", markup=False, highlight=False)
-                answer = stream_answer(client, [{"role": "user", "content": say}], out, max_tokens)
-                out.print(answer_table(answer))
-            if launched.lets_in(api_key):
-                out.print(cache_table(client.cache_state(), model_dir))
-            out.print(
-                f"OpenAI's API is at {launched.http_url}v1, the console at {launched.http_url}",
-                highlight=False,
-            )
-            out.print(f"Serving on {launched.address}. Talk to it with `kvarn chat`; Ctrl-C stops it.")
-            _wait_for_interrupt()
 
 
 @app.command()
@@ -161,7 +114,7 @@ def chat(
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer to PROMPT as JSON.")] = False,
 ) -> None:
     """Chat with a served model; Ctrl-C stops an answer, Ctrl-D leaves."""
-    with _serving_errors():
+    with serving_errors():
         from serve_app import terminal
         from serve_app.client import Client
 
@@ -190,7 +143,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print the state once, as JSON.")] = False,
 ) -> None:
     """Show the replicas and what their caches hold, live in a terminal; Ctrl-C leaves."""
-    with _serving_errors():
+    with serving_errors():
         from serve_app import status as shown
         from serve_app.client import Client
 
@@ -234,7 +187,7 @@ def bench_serve(
     plot_path: PlotOption = None,
 ) -> None:
     """Put a served model under open-loop load, over gRPC or OpenAI's HTTP; show latencies and goodput."""
-    with _serving_errors():
+    with serving_errors():
         from serve_app.bench import command, settings, summary
 
         check_directory("--json", json_path)
@@ -259,7 +212,7 @@ def bench_serve(
         )
         with counting_progress("requests") as progress:
             report = command.measure(bench, tls_files(ca, certificate, private_key), api_key, progress)
-        out.print(report.table())
+        out.print(report.render(), highlight=False)
         report.write(json_path, plot_path)
         if not report.summary.answered:
             fail(f"no request was answered: {report.reasons()}")
@@ -461,16 +414,19 @@ def bench_prefill(
 
 
 @bench_app.command("tune")
-def bench_tune(repeats: RepeatsOption = QUANTIZE.repeats) -> None:
+def bench_tune(repeats: RepeatsOption = QUANTIZE.repeats, json_path: JsonOption = None) -> None:
     """Measure the kernels' launch settings on this GPU and print the line that makes the best its default."""
     with one_sentence_errors():
         from kvarn.bench import tune
 
+        check_directory("--json", json_path)
         with counting_progress("measured") as progress:
             tuning = tune.run(progress, repeats)
         out.print(tune.table(tuning))
         out.print("To use the best, put this line into TUNED of kvarn/kernels/settings.py:")
         out.print(tuning.line, markup=False, highlight=False, soft_wrap=True)
+        if json_path is not None:
+            tune.write(json_path, tuning)
 
 
 def _bench_kernels(bench: KernelBench, json_path: Path | None, plot_path: Path | None) -> None:
@@ -494,69 +450,6 @@ def _check_plot(path: Path | None) -> None:
     check_directory("--plot", path)
     if path is not None:
         plot.check(path)
-
-
-@contextmanager
-def _serving_errors() -> Iterator[None]:
-    """The same for commands that need the serving packages."""
-    with one_sentence_errors():
-        try:
-            from serve_app.client import ServingError
-            from serve_app.launch import LaunchError
-        except ModuleNotFoundError as error:
-            fail(
-                f"this command needs the package {error.name}: install it with `pip install kvarn[cpu,serve]`"
-            )
-        try:
-            yield
-        except LaunchError as error:
-            fail(str(error))
-        except ServingError as error:
-            fail(error.sentence)
-
-
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does; a second signal, while stopping, ends the process at once."""
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda *_: os._exit(130))
-        err.print("\nstopping; once more to force it")
-        raise KeyboardInterrupt
-
-    previous = {name: signal.signal(name, interrupt) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
-
-
-def _wait_for_interrupt() -> None:
-    try:
-        while True:
-            signal.pause()
-    except KeyboardInterrupt:
-        return
-
-
-@contextmanager
-def _start_progress() -> Iterator[Callable[[list[Deployment]], None]]:
-    """A bar for each deployment: replicas that run, of those wanted."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=err) as progress:
-        ray = progress.add_task("starting Ray", total=None)
-        tasks: dict[str, TaskID] = {}
-
-        def update(deployments: list[Deployment]) -> None:
-            progress.update(ray, total=1, completed=1)
-            for deployment in deployments:
-                if deployment.name not in tasks:
-                    tasks[deployment.name] = progress.add_task(f"starting {deployment.name} replicas")
-                progress.update(tasks[deployment.name], completed=deployment.running, total=deployment.wanted)
-
-        yield update
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""How commands reach a server that has TLS or asks for a key."""
+"""What commands that serve or reach a server share: their options for TLS and keys, and their errors."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from kvarn.terminal import fail, one_sentence_errors
 
 if TYPE_CHECKING:
     from serve_app.channels import Tls
@@ -36,3 +40,22 @@ def tls_files(ca: Path | None, certificate: Path | None, private_key: Path | Non
     if (certificate is None) != (private_key is None):
         raise typer.BadParameter("--cert and --key go together")
     return Tls(ca, certificate, private_key) if ca or certificate else None
+
+
+@contextmanager
+def serving_errors() -> Iterator[None]:
+    """`one_sentence_errors` for commands that need the serving packages."""
+    with one_sentence_errors():
+        try:
+            from serve_app.client import ServingError
+            from serve_app.launch import LaunchError
+        except ModuleNotFoundError as error:
+            fail(
+                f"this command needs the package {error.name}: install it with `pip install kvarn[cpu,serve]`"
+            )
+        try:
+            yield
+        except LaunchError as error:
+            fail(str(error))
+        except ServingError as error:
+            fail(error.sentence)

@@ -36,10 +36,18 @@ PlotOption = Annotated[Path | None, typer.Option("--plot", help="Draw the result
 Update = Callable[[str, int, int], None]
 
 
+class CommandError(typer.Exit):
+    """Ends the command with exit code 1; `sentence` has been told."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(1)
+        self.sentence = sentence
+
+
 def fail(sentence: str) -> NoReturn:
     """Ends the command with one sentence on standard error and exit code 1."""
     err.print(f"error: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(1) from None
+    raise CommandError(sentence) from None
 
 
 @contextmanager

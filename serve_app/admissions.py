@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -11,10 +12,12 @@ from serve_app.config import RoutingConfig
 from serve_app.errors import DeadlineExceededError, NoRoomError
 from serve_app.job import Job
 from serve_app.refusals import refusal
-from serve_app.routing import Decision, FairQueue, Refusal, Router, Waiting
+from serve_app.routing import Candidate, Decision, FairQueue, Refusal, Router, Waiting
 
 WAKE_S = 0.002  # changes within this are answered together
 INTERVAL_WEIGHT = 0.1
+REFUSAL = Candidate._fields.index("refusal")
+QUEUE_REASONS = ("blocks", "slots", "replicas", "turn")
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 30.0
 
 
@@ -51,6 +54,10 @@ class Admissions:
     def tokens(self) -> int:
         """Cache space that what waits will probably take, in tokens."""
         return self._queue.tokens
+
+    def by_reason(self) -> Counter[str]:
+        """How many requests wait for blocks, for slots of a side pool, for replicas that answer, or for their turn."""
+        return Counter(_lack(entry.decision) for entry in self._entries.values())
 
     def wake(self) -> None:
         """Something changed: see soon whether a request that waits can go."""
@@ -165,6 +172,16 @@ class Admissions:
 
 
 _LATE = "The deadline passed while the request waited for room: allow more time or send it at a quieter time."
+
+
+def _lack(decision: Decision | None) -> str:
+    """What the replicas lacked when the queue last tried a request; it has not tried those behind the first few."""
+    if decision is None or decision.chosen is not None:
+        return "turn"
+    refusals = {terms[REFUSAL] for terms in decision.weighed}
+    if Refusal.NO_ROOM in refusals:
+        return "blocks"
+    return "slots" if Refusal.NO_SLOTS in refusals else "replicas"
 
 
 def _may_fit_later(decision: Decision) -> bool:

@@ -96,6 +96,11 @@ class EngineConfig(Settings):
     host: Host = Field(
         default="127.0.0.1", description="address of the engines' gRPC servers, open to gateways"
     )
+    step_timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="an engine busy with one step for longer counts as hanging; None: 30 on cuda, 300 on cpu",
+    )
     drain_grace_s: float = Field(
         default=30, ge=0, description="time a stopping replica gives its streams to end"
     )
@@ -122,6 +127,11 @@ class EngineConfig(Settings):
                 "distributed_executor_backend uni runs one worker: set tensor_parallel_size to 1"
             )
         return self
+
+    @property
+    def longest_step_s(self) -> float:
+        """After how long in one step an engine counts as hanging; a CPU shared with others may need minutes."""
+        return self.step_timeout_s or {"cuda": 30, "cpu": 300}[self.device]
 
     @property
     def kvarn_settings(self) -> dict[str, float]:

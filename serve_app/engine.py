@@ -52,7 +52,7 @@ class Engine:
         self._config = config
         _bind_threads(config)
         self._engine = AsyncLLM.from_engine_args(engine_args(model, config))
-        self._monitor = CacheMonitor(self._read_cache)
+        self._monitor = CacheMonitor(self._read_cache, config.longest_step_s)
         await self._monitor.start()
         capacity = self._monitor.snapshot.capacity
         self._tiles = TileLog(self._monitor.epoch, model, capacity.cache_dtype, capacity.tile_tokens)

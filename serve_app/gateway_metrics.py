@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from serve_app import metrics
-from serve_app.admissions import Admissions
+from serve_app.admissions import QUEUE_REASONS, Admissions
 from serve_app.observation import Observer
 from serve_app.routing import Router
 
@@ -28,7 +28,9 @@ class GatewayGauges:
         """Give the gauges their values of now."""
         recorder = self._observer.recorder
         recorder.set(metrics.STREAMS, len(self._observer.open))
-        recorder.set(metrics.QUEUED_REQUESTS, len(self._admissions))
+        waiting = self._admissions.by_reason()
+        for reason in QUEUE_REASONS:
+            recorder.set(metrics.QUEUED_REQUESTS, waiting[reason], reason=reason)
         recorder.set(metrics.QUEUED_TOKENS, self._admissions.tokens)
         for replica in self._router.replicas(time.monotonic()):
             recorder.set(metrics.BREAKER, replica.breaker.value, replica_id=replica.replica_id)

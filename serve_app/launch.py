@@ -173,7 +173,7 @@ def running(app: App, on_progress: Callable[[list[Deployment]], None], timeout_s
 
     _adopt_orphans()
     try:
-        with _signals_held_back():
+        with _signals_held_back(), _interrupted_by_ray():
             context = ray.init(
                 address="local",
                 _node_ip_address=LOOPBACK,
@@ -223,6 +223,15 @@ def _signals_held_back() -> Iterator[None]:
             signal.signal(number, handler)
         if received:
             signal.raise_signal(received[0])
+
+
+@contextmanager
+def _interrupted_by_ray() -> Iterator[None]:
+    """Ray takes SIGTERM over while it starts, ends its processes and exits; here that interrupts like any signal."""
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
 
 
 def _deploy(

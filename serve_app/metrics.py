@@ -119,7 +119,12 @@ ITL = _histogram(
     "Time between two tokens of one request, as sent to the client.",
     _TOKEN_SECONDS,
 )
-QUEUED_REQUESTS = _gauge("queued_requests", "Requests that wait in the gateway for a replica with room.")
+QUEUED_REQUESTS = _gauge(
+    "queued_requests",
+    "Requests that wait in the gateway, by what for: blocks of a cache, slots of a side pool, replicas that answer, "
+    "or their turn behind others.",
+    "reason",
+)
 QUEUED_TOKENS = _gauge("queued_tokens", "Cache space that what waits in the gateway will probably take.")
 QUEUE_WAIT = _histogram(
     "queue_wait_seconds", "Time in the gateway's queue, of requests that had to wait.", _SECONDS

@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterable, Iterator
 
 from google.protobuf.json_format import MessageToDict
-from rich.console import Console, Group, RenderableType
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +18,8 @@ from kvarn.v1 import cache_pb2, cluster_pb2
 from serve_app.client import Client, UnavailableError
 
 RETRY_S = 1.0
-BAR_CELLS = 24
+BAR_CELLS, MIN_BAR_CELLS = 24, 8
+NO_REPLICA = "no replica: engines start, or have been scaled to zero"
 BREAKERS = {cluster_pb2.BREAKER_STATE_HALF_OPEN: "probed", cluster_pb2.BREAKER_STATE_OPEN: "failing"}
 STYLES = {"ready": "green", "draining": "yellow", "unreachable": "red"}
 Replicas = dict[str, cluster_pb2.ReplicaCache]
@@ -80,22 +83,26 @@ def table(
     model: str, replicas: Iterable[cluster_pb2.ReplicaCache], queue: cluster_pb2.QueueState
 ) -> RenderableType:
     """One row a replica: how full its cache is, of what, and what it does; below, what the gateway's queue holds."""
-    made = Table(title=f"{model}: replicas and their caches", title_justify="left", caption_justify="left")
+    made = Table(
+        title=f"{model}: replicas and their caches",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     made.add_column("replica", no_wrap=True)
-    made.add_column("status", no_wrap=True)
-    made.add_column("cache: █ live ▒ evictable · free", no_wrap=True)
+    made.add_column("status", overflow="fold")
+    made.add_column("cache", overflow="fold")
     for heading in ("capacity", "live", "evictable", "promised", "tails", "sinks", "running", "waiting"):
-        made.add_column(heading, justify="right")
+        made.add_column(heading, justify="right", overflow="fold")
     rows = list(replicas)
     for replica in rows:
         made.add_row(*_row(replica))
-    captions = [] if rows else ["no replica: engines start, or have been scaled to zero"]
+    lines = ["cache: █ live ▒ evictable · free"] if rows else [NO_REPLICA]
     if queue.requests:
-        captions.append(
-            f"{queue.requests:,} requests wait in this gateway, for {queue.tokens:,} tokens of cache"
-        )
-    made.caption = "; ".join(captions) or None
-    return made
+        wait = f"{queue.requests:,} requests wait in this gateway"
+        lines.append(f"{wait}, for {queue.tokens:,} tokens of cache")
+    return Group(made, Text("\n".join(lines), style="dim"))
 
 
 def _row(replica: cluster_pb2.ReplicaCache) -> Iterator[RenderableType]:
@@ -107,7 +114,7 @@ def _row(replica: cluster_pb2.ReplicaCache) -> Iterator[RenderableType]:
     yield Text(
         f"{status}, {breaker}" if breaker else status, style="red" if breaker else STYLES.get(status, "")
     )
-    yield _bar(capacity, load)
+    yield Bar(capacity, load)
     blocks = (
         capacity.total_blocks,
         load.used_blocks,
@@ -132,13 +139,22 @@ def _waiting(load: cache_pb2.CacheLoad) -> str:
     return f"{load.waiting_requests} ({told})" if told else f"{load.waiting_requests}"
 
 
-def _bar(capacity: cache_pb2.CacheCapacity, load: cache_pb2.CacheLoad) -> Text:
-    """What is in use rounds up, so that it never looks like nothing."""
-    total = max(capacity.total_blocks, 1)
-    live = -(-load.used_blocks * BAR_CELLS // total)
-    evictable = min(-(-load.evictable_blocks * BAR_CELLS // total), BAR_CELLS - live)
-    free = BAR_CELLS - live - evictable
-    return Text.assemble(("█" * live, "blue"), ("▒" * evictable, "yellow"), ("·" * free, "dim"))
+class Bar:
+    """A cache as a bar, narrower where there is no room. What is in use rounds up: it never looks like nothing."""
+
+    def __init__(self, capacity: cache_pb2.CacheCapacity, load: cache_pb2.CacheLoad) -> None:
+        self._total = max(capacity.total_blocks, 1)
+        self._load = load
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(min(MIN_BAR_CELLS, options.max_width), min(BAR_CELLS, options.max_width))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        cells = min(BAR_CELLS, options.max_width)
+        live = -(-self._load.used_blocks * cells // self._total)
+        evictable = min(-(-self._load.evictable_blocks * cells // self._total), cells - live)
+        free = cells - live - evictable
+        yield Text.assemble(("█" * live, "blue"), ("▒" * evictable, "yellow"), ("·" * free, "dim"))
 
 
 def _with_hint(shown: RenderableType) -> RenderableType:

@@ -14,7 +14,6 @@ from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Reservati
 
 MIN_INTERVAL_S = 0.05
 IDLE_INTERVAL_S = 1.0
-HANG_S = 30.0  # one step of an engine may take seconds on a busy CPU
 
 
 class Rate:
@@ -55,14 +54,16 @@ class CacheMonitor:
 
     Args:
         read: asks the engine for its state.
+        step_timeout_s: the longest a step may keep the engine from answering.
 
     Attributes:
         epoch: the life of the engine.
         promises: what gateways promised their requests here, by gateway.
     """
 
-    def __init__(self, read: Callable[[], Awaitable[CacheState]]) -> None:
+    def __init__(self, read: Callable[[], Awaitable[CacheState]], step_timeout_s: float = 30) -> None:
         self._read = read
+        self._step_timeout_s = step_timeout_s
         self.epoch = time.time_ns()
         self.promises = Reservations()
         self._published_s = time.monotonic()
@@ -117,7 +118,7 @@ class CacheMonitor:
         asked_s = time.monotonic()
         try:
             while not (await asyncio.wait([reading], timeout=IDLE_INTERVAL_S))[0]:
-                if time.monotonic() - asked_s < HANG_S:
+                if time.monotonic() - asked_s < self._step_timeout_s:
                     self._publish(self._load(self._state))
             self._state = reading.result()
         finally:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from math import prod
+from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -14,6 +16,7 @@ from kvarn.bench.clock import Clock, Launch
 from kvarn.bench.engine import BenchError, Progress
 from kvarn.bench.kernel_cases import DecodeCase, quantize_case
 from kvarn.bench.kernel_settings import DecodeBench, QuantizeBench
+from kvarn.environment import machine, versions
 from kvarn.kernels.settings import Settings, settings_for
 
 CANDIDATES: dict[str, tuple[int, ...]] = {
@@ -95,6 +98,18 @@ def measure(
             times[name][value] = prod(measured) ** (1 / len(measured))
         progress(name, len(candidates), len(candidates))
     return times
+
+
+def write(path: Path, tuning: Tuning) -> None:
+    """Writes all that was measured, as JSON."""
+    record = {
+        "benchmark": "tune",
+        **asdict(tuning),
+        "best": asdict(tuning.best),
+        "versions": versions(),
+        "machine": machine(),
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def table(tuning: Tuning) -> Table:

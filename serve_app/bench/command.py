@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
+from rich.console import RenderableType
 
 from serve_app.bench import summary as summaries
 from serve_app.bench import workload
@@ -24,9 +24,9 @@ class Report:
     run: Run
     summary: summaries.Summary
 
-    def table(self) -> Table:
+    def render(self) -> RenderableType:
         """For people."""
-        return summaries.table(self.summary)
+        return summaries.render(self.bench, self.summary)
 
     def reasons(self) -> str:
         """Why requests failed."""

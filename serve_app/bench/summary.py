@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from kvarn.bench.engine import BenchError
 from kvarn.environment import machine, versions
@@ -111,9 +114,14 @@ def is_good(outcome: Outcome, objectives: Objectives) -> bool:
     return all(limit_ms is None or value_s * 1000 <= limit_ms for value_s, limit_ms in asked)
 
 
-def table(summary: Summary) -> Table:
+def render(bench: ServeBench, summary: Summary) -> RenderableType:
     """For people."""
-    made = Table(title="load", title_justify="left")
+    lines = Text("\n".join(_lines(summary)))
+    return Group(_table(bench, summary), lines) if summary.answered else lines
+
+
+def _table(bench: ServeBench, summary: Summary) -> Table:
+    made = Table(title=_title(bench), title_justify="left")
     made.add_column("")
     for heading in ("mean", *(f"p{percentile}" for percentile in PERCENTILES)):
         made.add_column(heading, justify="right")
@@ -127,8 +135,6 @@ def table(summary: Summary) -> Table:
         if latency is not None:
             values = (latency.mean, *latency.percentiles.values())
             made.add_row(name, *(f"{value:,.1f}" for value in values))
-    made.caption = "\n".join(_lines(summary))
-    made.caption_justify = "left"
     return made
 
 
@@ -143,7 +149,8 @@ def document(bench: ServeBench, summary: Summary, run: Run) -> dict[str, Any]:
     if asked["rate_per_s"] == float("inf"):
         asked["rate_per_s"] = "inf"  # JSON has no infinity
     return {
-        "bench": asked,
+        "benchmark": "serve",
+        "settings": asked,
         "machine": machine(),
         "versions": versions(),
         "summary": asdict(summary),
@@ -182,6 +189,15 @@ def plot(path: Path, bench: ServeBench, run: Run) -> None:
     failed = len(run.outcomes) - len(answered)
     figure.suptitle(f"{bench.target}: {len(answered)} answered, {failed} failed")
     figure.savefig(path)
+
+
+def _title(bench: ServeBench) -> str:
+    """What the load was."""
+    if bench.trace is not None:
+        return f"{bench.target}, load of {bench.trace.name}"
+    rate = "all at once" if math.isinf(bench.rate_per_s) else f"{bench.rate_per_s:g}/s, {bench.arrivals}"
+    shared = f", {bench.prefix_tokens} of them shared" if bench.prefix_tokens else ""
+    return f"{bench.target}: {rate}, {bench.input_tokens} tokens in{shared}, {bench.output_tokens} out"
 
 
 def _lines(summary: Summary) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -303,7 +304,9 @@ def test_the_commands_refuse_options_in_one_sentence() -> None:
     assert "case 'many' is not understood" in result.output
 
 
-def test_tuning_measures_every_candidate_and_names_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_measures_every_candidate_and_names_the_best(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(tune, "CANDIDATES", {"decode_parts": (4, 6), "quantize_registers": (128, 168)})
     decode_bench = DecodeBench(**TINY, query_heads=2, cases=((1, 100), (2, 100)))
     prepared = tune.launches(DEVICE, decode_bench, QuantizeBench(**TINY, tiles=1))
@@ -317,6 +320,10 @@ def test_tuning_measures_every_candidate_and_names_the_best(monkeypatch: pytest.
     assert tuning.line == '"NVIDIA Test": Settings(decode_parts=6, quantize_registers=168),'
     assert seen[-1] == ("quantize_registers", 2, 2)
     assert tune.table(tuning).row_count == 4
+    tune.write(tmp_path / "tuning.json", tuning)
+    written = json.loads((tmp_path / "tuning.json").read_text())
+    assert written["best"] == asdict(tuning.best)
+    assert written["times_us"]["decode_parts"].keys() == {"4", "6"}
 
 
 def test_a_gpu_nobody_tuned_gets_safe_settings(monkeypatch: pytest.MonkeyPatch) -> None:

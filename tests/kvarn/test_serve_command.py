@@ -1,5 +1,6 @@
 """`kvarn serve`, as `make run` calls it: a real cluster, an answer, a clean stop."""
 
+import json
 import signal
 import socket
 import subprocess
@@ -9,9 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import yaml
+
+from kvarn.serve import Words
+from kvarn.terminal import out
+from kvarn.v1 import cache_pb2, cluster_pb2
+from serve_app.client import Client
+from serve_app.launch import read_app
+from serve_app.terminal import Answer
 
 APP_YAML = Path(__file__).parents[2] / "cluster" / "app.yaml"
 
@@ -73,20 +82,41 @@ def wait_for_child(process: subprocess.Popen[str], name: str, timeout_s: float =
 
 def test_serves_until_ctrl_c(tmp_path, kvarn):
     path = write_app(tmp_path / "app.yaml")
-    process = kvarn("serve", path, "--say", "What is the capital of France?", "--max-tokens", 12)
-    said = "".join(lines_until(process, "Ctrl-C stops it"))
-    assert "Paris" in said
-    assert "time to first token" in said
-    assert "kvarn_k4v2_g128" in said
-    assert "4.74x" in said
+    process = kvarn("serve", path, "--json", "--say", "What is the capital of France?", "--max-tokens", 12)
+    answer, ready = map(json.loads, lines_until(process, '"ready"'))
+    assert answer["event"] == "answer"
+    assert "Paris" in answer["text"]
+    assert answer["first_token_s"] > 0
+    with Client(ready["grpc"]) as client:
+        (replica,) = client.cache_state().replicas
+    held = replica.cache.capacity.total_blocks * replica.cache.capacity.tile_tokens
+    told = {"replica_id": replica.replica_id, "cache_dtype": "kvarn_k4v2_g128", "capacity_tokens": held}
+    assert ready["replicas"] == [told]
+    assert httpx.get(ready["openai"] + "/models").json()["data"][0]["id"] == ready["model"]
+    assert "<html" in httpx.get(ready["console"]).text
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    last, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
+    assert json.loads(last) == {"event": "stopped"}
     assert "Traceback" not in errors
     gone, alive = psutil.wait_procs(children, timeout=20)
     assert gone
     assert not alive
+
+
+def test_a_person_is_told_in_words(model_dir):
+    capacity = cache_pb2.CacheCapacity(
+        cache_dtype="kvarn_k4v2_g128", tile_tokens=128, bytes_per_tile=622_080, total_blocks=1725
+    )
+    replica = cluster_pb2.ReplicaCache(replica_id="one", cache=cache_pb2.CacheSnapshot(capacity=capacity))
+    with out.capture() as shown:
+        Words().asked("What is the capital of France?")
+        Words().answered(Answer("Paris.", "one", 40, 0, 3, 0.5, 20.0))
+        Words().ready(read_app(APP_YAML), cluster_pb2.GetCacheStateResponse(replicas=[replica]), model_dir)
+    text = shown.get()
+    for told in ("you> What", "500 ms", "220,800", "4.74x", "http://127.0.0.1:8000/v1", "Ctrl-C stops it"):
+        assert told in text
 
 
 def test_sigterm_ends_a_start(tmp_path, kvarn):
@@ -94,16 +124,19 @@ def test_sigterm_ends_a_start(tmp_path, kvarn):
     children = wait_for_child(process, "raylet")
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0
+    assert process.returncode == 130
     assert "Traceback" not in errors
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
 
 
 def test_an_engine_that_cannot_start_is_one_sentence(tmp_path, kvarn):
-    process = kvarn("serve", write_app(tmp_path / "app.yaml", max_model_len=1_000_000))
-    _, errors = process.communicate(timeout=300)
+    process = kvarn("serve", "--json", write_app(tmp_path / "app.yaml", max_model_len=1_000_000))
+    told, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "Engine failed to start" in errors
+    error = json.loads(told)
+    assert error["event"] == "error"
+    assert error["message"] in errors
     assert "max_model_len" in errors
     assert "Traceback" not in errors

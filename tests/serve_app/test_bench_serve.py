@@ -122,7 +122,7 @@ async def test_a_load_over_both_protocols(front: Running, tmp_path: Path, protoc
     assert summary["cached_tokens"] == 12 * CACHED
     assert summary["goodput_per_s"] == summary["requests_per_s"] > 0
     assert all(request["prompt_tokens"] >= 20 for request in written["requests"])
-    assert written["bench"]["protocol"] == protocol
+    assert written["settings"]["protocol"] == protocol
     assert b"<svg" in files["--plot"].read_bytes()
     assert len(front.script.requests) == 12
 

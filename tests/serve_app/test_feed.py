@@ -100,13 +100,12 @@ async def test_the_monitor_numbers_each_different_state() -> None:
 
 async def test_a_busy_engine_is_told_from_a_hanging_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(telemetry, "IDLE_INTERVAL_S", 0.02)
-    monkeypatch.setattr(telemetry, "HANG_S", 0.5)
     answers = [cache_state(1)]
 
     async def read() -> CacheState:
         return answers.pop() if answers else await asyncio.Event().wait()
 
-    monitor = CacheMonitor(read)
+    monitor = CacheMonitor(read, step_timeout_s=0.5)
     await monitor.start()
     running = asyncio.create_task(monitor.run())
     async with aclosing(monitor.watch()) as states:

@@ -19,7 +19,7 @@ from kvarn.model import KvShape
 from kvarn.v1 import inference_pb2, inference_pb2_grpc
 from kvarn.v1.sampling_pb2 import SamplingParams
 from serve_app import metrics, tracing
-from serve_app.admissions import Admissions
+from serve_app.admissions import QUEUE_REASONS, Admissions
 from serve_app.config import RoutingConfig, TracingConfig
 from serve_app.engine_metrics import EngineMetrics
 from serve_app.errors import NoRoomError, RequestError
@@ -177,6 +177,38 @@ async def test_time_in_the_queue_and_resumptions_are_measured(watched: Watched) 
     assert watched.recorder.values[metrics.RESUMES,] == 1
 
 
+@pytest.mark.parametrize(
+    ("slots", "load", "reachable", "reason"),
+    [
+        (8, CacheLoad(used_blocks=4), True, "blocks"),
+        (8, CacheLoad(free_blocks=4, tail_slots_used=7), True, "slots"),
+        (8, CacheLoad(free_blocks=4), False, "replicas"),
+    ],
+)
+async def test_it_is_told_what_the_queue_waits_for(
+    watched: Watched, slots: int, load: CacheLoad, reachable: bool, reason: str
+) -> None:
+    router = Router("me")
+    capacity = CacheCapacity("kvarn_k4v2_g128", 128, 622_080, 4, 1024, slots)
+    router.update("one", CacheSnapshot(1, 1, capacity, load), time.monotonic())
+    router.mark_reachable("one", reachable)
+    admissions = Admissions(router, RoutingConfig())
+    job = Job("mine", Caller(), [5] * 300, SamplingParams(max_tokens=84), "", math.inf, [])
+    job.begin(router)
+    waiting = asyncio.create_task(admissions.admit(job, tried=["another"]))
+    await asyncio.sleep(0.05)
+    assert queued(watched.gauges(router, admissions)) == {reason: 1}
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+
+
+def queued(gauges: dict[Any, float]) -> dict[str, float]:
+    """Requests in the queue by reason, those that are none left out."""
+    counts = {key[1]: count for key, count in gauges.items() if key[0] is metrics.QUEUED_REQUESTS}
+    assert counts.keys() == set(QUEUE_REASONS)
+    return {reason: count for reason, count in counts.items() if count}
+
+
 async def test_the_queue_and_the_breakers_are_gauged(watched: Watched) -> None:
     router = Router("me")
     capacity = CacheCapacity("kvarn_k4v2_g128", 128, 622_080, 4, 1024)
@@ -193,13 +225,17 @@ async def test_the_queue_and_the_breakers_are_gauged(watched: Watched) -> None:
     waiting = asyncio.create_task(admissions.admit(job))
     await asyncio.sleep(0)
     gauges = watched.gauges(router, admissions)
-    assert (gauges[metrics.QUEUED_REQUESTS,], gauges[metrics.QUEUED_TOKENS,]) == (1, 384)
+    assert gauges[metrics.QUEUED_TOKENS,] == 384
+    assert queued(gauges) == {"turn": 1}
+    await asyncio.sleep(0.05)  # the queue has tried it
+    assert queued(watched.gauges(router, admissions)) == {"blocks": 1}
     assert gauges[metrics.BREAKER, "full"] == BreakerState.CLOSED.value == 0
     assert gauges[metrics.BREAKER, "failing"] == BreakerState.OPEN.value == 2
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     gauges = watched.gauges(router, admissions)
-    assert (gauges[metrics.QUEUED_REQUESTS,], gauges[metrics.QUEUED_TOKENS,]) == (0, 0)
+    assert gauges[metrics.QUEUED_TOKENS,] == 0
+    assert queued(gauges) == {}
     assert job.queued_s > 0
 
 

@@ -30,8 +30,10 @@ def replica(replica_id: str, used: int, evictable: int) -> cluster_pb2.ReplicaCa
     )
 
 
-def rendered(*replicas: cluster_pb2.ReplicaCache, queue: cluster_pb2.QueueState = EMPTY) -> str:
-    console = Console(file=io.StringIO(), width=200)
+def rendered(
+    *replicas: cluster_pb2.ReplicaCache, queue: cluster_pb2.QueueState = EMPTY, width: int = 200
+) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(table("llama", replicas, queue))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -47,6 +49,14 @@ def test_a_row_tells_tokens_and_draws_a_bar() -> None:
 def test_a_little_is_not_nothing_and_all_is_not_more() -> None:
     assert "█▒" + "·" * (BAR_CELLS - 2) in rendered(replica("one", 1, 1))
     assert "█" * (BAR_CELLS - 1) + "▒ " in rendered(replica("one", 950, 50))
+
+
+def test_nothing_is_cut_off_in_a_narrow_terminal() -> None:
+    one = replica("xws91wo7", 250, 500)
+    row = next(line for line in rendered(one, width=110).splitlines() if "xws" in line)
+    for shown in ("ready", "█", "128,000", "32,000", "64,000", "40,960", "0/16", "0+0"):
+        assert shown in row
+    assert "…" not in rendered(one, width=80)
 
 
 def test_no_replica_is_said() -> None:
