@@ -185,4 +185,4 @@ def _lack(decision: Decision | None) -> str:
 
 
 def _may_fit_later(decision: Decision) -> bool:
-    return bool(decision.refusals & {Refusal.NO_ROOM, Refusal.NO_SLOTS, Refusal.BROKEN})
+    return any(why.is_full or why is Refusal.BROKEN for why in decision.refusals)

@@ -7,20 +7,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CacheCapacity(_message.Message):
-    __slots__ = ("cache_dtype", "tile_tokens", "bytes_per_tile", "total_blocks", "total_slots", "max_model_len")
+    __slots__ = ("cache_dtype", "tile_tokens", "bytes_per_tile", "total_blocks", "total_slots", "max_model_len", "max_requests")
     CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     TILE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_TILE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_SLOTS_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     cache_dtype: str
     tile_tokens: int
     bytes_per_tile: int
     total_blocks: int
     total_slots: int
     max_model_len: int
-    def __init__(self, cache_dtype: _Optional[str] = ..., tile_tokens: _Optional[int] = ..., bytes_per_tile: _Optional[int] = ..., total_blocks: _Optional[int] = ..., total_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ...) -> None: ...
+    max_requests: int
+    def __init__(self, cache_dtype: _Optional[str] = ..., tile_tokens: _Optional[int] = ..., bytes_per_tile: _Optional[int] = ..., total_blocks: _Optional[int] = ..., total_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_requests: _Optional[int] = ...) -> None: ...
 
 class CacheLoad(_message.Message):
     __slots__ = ("free_blocks", "evictable_blocks", "used_blocks", "reserved_blocks", "tail_slots_used", "sink_slots_used", "sink_slots_idle", "sinks_missing", "running_requests", "waiting_requests", "waiting_prefill_tokens", "preemptions", "prefill_tokens_per_s", "inter_token_latency_s", "pending_prefill_tokens", "waiting_for_slots", "waiting_for_blocks", "waiting_for_prefix")

@@ -31,6 +31,7 @@ class CacheState:
     tile_tokens: int
     bytes_per_tile: int
     max_model_len: int
+    max_requests: int
     total_blocks: int
     free_blocks: int
     evictable_blocks: int
@@ -64,6 +65,7 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
         tile_tokens=scheduler.block_size,
         bytes_per_tile=sum(len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in groups),
         max_model_len=scheduler.max_model_len,
+        max_requests=scheduler.max_num_running_reqs,
         total_blocks=total,
         free_blocks=available - evictable,
         evictable_blocks=evictable,

@@ -147,7 +147,16 @@ def _refusal(replica: ReplicaState) -> Refusal | None:
         return Refusal.BROKEN
     if replica.is_full:
         return Refusal.NO_ROOM
+    if _has_full_batch(replica):
+        return Refusal.FULL_BATCH
     return Refusal.NO_SLOTS if _free_slots(replica) < SLOTS_PER_REQUEST else None
+
+
+def _has_full_batch(replica: ReplicaState) -> bool:
+    """Whether one more request would wait inside the engine, where neither tenants nor other replicas count."""
+    limit, load = replica.snapshot.capacity.max_requests, replica.snapshot.load
+    inside = load.running_requests + load.waiting_requests + replica.starting_requests
+    return 0 < limit <= inside
 
 
 def _free_slots(replica: ReplicaState) -> int:

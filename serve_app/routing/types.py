@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 class CacheCapacity:
     """What a replica's KV cache can hold; fixed while the replica lives.
 
-    `tile_tokens` is the number of tokens in one block, `bytes_per_tile` counts all layers and heads of it.
+    `tile_tokens` is the number of tokens in one block, `bytes_per_tile` counts all layers and heads of it;
+    `max_requests` are generated at once, 0 if the engine sets no limit.
     """
 
     cache_dtype: str
@@ -21,6 +22,7 @@ class CacheCapacity:
     total_blocks: int
     max_model_len: int
     total_slots: int = 0
+    max_requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,7 @@ class Refusal(Enum):
     PAST_CACHE = "past its whole cache"
     NO_ROOM = "no room now"
     NO_SLOTS = "no slots now"
+    FULL_BATCH = "as many requests as it runs at once"
 
     @property
     def is_permanent(self) -> bool:
@@ -161,7 +164,7 @@ class Refusal(Enum):
     @property
     def is_full(self) -> bool:
         """Whether this replica will take the request once others have ended."""
-        return self in (Refusal.NO_ROOM, Refusal.NO_SLOTS)
+        return self in (Refusal.NO_ROOM, Refusal.NO_SLOTS, Refusal.FULL_BATCH)
 
 
 Terms = tuple[Any, ...]  # the fields of a Candidate

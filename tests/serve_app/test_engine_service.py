@@ -170,6 +170,12 @@ async def test_an_output_complete_but_for_its_end_gets_it(replica: Replica) -> N
     assert (list(last.token_ids), last.finish_reason) == ([], inference_pb2.FINISH_REASON_LENGTH)
 
 
+async def test_gateways_hear_how_many_requests_the_engine_runs(replica: Replica) -> None:
+    watch = replica.stub.WatchCache(engine_pb2.EngineWatchCacheRequest())
+    assert (await watch.read()).snapshot.capacity.max_requests == 4
+    watch.cancel()
+
+
 async def test_gateways_see_the_tiles_that_the_engine_finds(replica: Replica) -> None:
     index, epoch = PrefixIndex(1000), 0
     capacity = replica.monitor.snapshot.capacity

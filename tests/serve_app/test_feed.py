@@ -56,6 +56,7 @@ def cache_state(used: int) -> CacheState:
         tile_tokens=128,
         bytes_per_tile=1,
         max_model_len=1024,
+        max_requests=3,
         total_blocks=10,
         free_blocks=10 - used,
         evictable_blocks=0,

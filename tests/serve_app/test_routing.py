@@ -1,6 +1,7 @@
 """Routing as pure logic, driven by hypothesis."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from random import Random
 
@@ -49,6 +50,8 @@ def snapshot(
     sequence: int = 1,
     slots: int = 0,
     dtype: str = "auto",
+    running: int = 0,
+    max_requests: int = 0,
 ) -> CacheSnapshot:
     load = CacheLoad(
         free_blocks=total - used - evictable,
@@ -56,8 +59,10 @@ def snapshot(
         used_blocks=used,
         reserved_blocks=reserved or {},
         prefill_tokens_per_s=1000.0,
+        running_requests=running,
     )
-    return CacheSnapshot(1, sequence, CacheCapacity(dtype, tile, 1, total, context, slots), load, draining)
+    capacity = CacheCapacity(dtype, tile, 1, total, context, slots, max_requests)
+    return CacheSnapshot(1, sequence, capacity, load, draining)
 
 
 @st.composite
@@ -156,11 +161,28 @@ def test_each_refusal() -> None:
         Refusal.DRAINING: ReplicaState("r", snapshot(draining=True)),
         Refusal.NO_ROOM: ReplicaState("r", snapshot(total=10, used=9)),
         Refusal.NO_SLOTS: ReplicaState("r", snapshot(slots=4), starting_requests=2),
-        None: ReplicaState("r", snapshot(total=10, used=8)),
+        Refusal.FULL_BATCH: ReplicaState("r", snapshot(running=2, max_requests=3), starting_requests=1),
+        None: ReplicaState("r", snapshot(total=10, used=8, running=2, max_requests=3)),
     }
     for refusal, state in cases.items():
         assert decide(need, [state]) is refusal
     assert decide(need, [ReplicaState("r", snapshot(), is_full=True)]) is Refusal.NO_ROOM
+
+
+def test_no_more_requests_go_to_an_engine_than_it_runs_at_once() -> None:
+    router = Router(GATEWAY)
+    for replica in "ab":
+        router.update(replica, snapshot(max_requests=2))
+    need = RequestNeed(100, 10)
+    chosen = [router.admit(str(number), need).chosen for number in range(5)]
+    assert Counter(c.replica_id for c in chosen if c) == {"a": 2, "b": 2}
+    assert router.choose(need).refusals == {Refusal.FULL_BATCH}
+    router.grow("0", 1)
+    router.update(chosen[0].replica_id, snapshot(sequence=2, running=2, max_requests=2))
+    assert router.choose(need).chosen is None  # what runs is not counted as starting, too
+    router.release("0")
+    router.update(chosen[0].replica_id, snapshot(sequence=3, running=1, max_requests=3))
+    assert router.choose(need).chosen.replica_id == chosen[0].replica_id
 
 
 def test_a_prefix_in_use_costs_no_room_and_an_idle_one_does() -> None:
