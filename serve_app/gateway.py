@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 
 from ray import serve
@@ -102,6 +103,7 @@ class Gateway:
             report = report_forever(gateway_id, self._demand, self._fleet.stubs)
             self._tasks.append(asyncio.create_task(report))
         membership.listen(engines, self._fleet.set_members)
+        gc.freeze()  # what is loaded stays: collections that look at all of it would hold every stream up
 
     async def check_health(self) -> None:
         """Serve's liveness probe: answering it is enough."""

@@ -1,15 +1,19 @@
 """What routing costs: `python -m serve_app.bench.route` measures decisions, the index, and a gateway's overhead.
 
-Everything is compared within one run: calls through a gateway with calls of the same engine without it, and both with a
-bare grpc.aio server. The engine here answers at once, so that nothing but the way to it is measured; engine, gateway
-and client are processes of their own.
+Everything is compared within one run: calls through a gateway with calls of the same engine without it, with a bare
+grpc.aio server that answers by itself, and with one that asks the engine as a gateway does, but does nothing else: no
+gateway on grpc.aio can cost less. The engine here answers at once, so that nothing but the way to it is measured.
+Engine, servers and client are processes of their own, with the event loop that Serve's replicas have.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import multiprocessing
+import os
+import sys
 import time
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
@@ -21,7 +25,9 @@ from random import Random
 from typing import Annotated, Any
 
 import grpc
+import psutil
 import typer
+import uvloop
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -61,22 +67,33 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Way:
+    """Calls of one server: one by one, and 16 at a time; `cpu_ms` is what the server's process took for each."""
+
+    latency: Latency
+    per_s: float
+    cpu_ms: float
+
+
+@dataclass(frozen=True)
 class Report:
-    """What was measured. `decision_cpu` leaves out time in which the machine did something else."""
+    """What was measured. CPU times leave out time in which the machine did something else."""
 
     replicas: int
     prompt_tokens: int
     decision: Latency
     decision_cpu: Latency
     index_bytes_per_pair: float
-    bare: Latency
     direct: Latency
-    gateway: Latency
-    added_p50_ms: float
-    added_p99_ms: float
-    bare_per_s: float
-    gateway_per_s: float
-    throughput_ratio: float
+    bare: Way
+    forwarding: Way
+    gateway: Way
+
+    @property
+    def added(self) -> Latency:
+        """What a gateway adds to a direct call."""
+        gateway, direct = self.gateway.latency, self.direct
+        return Latency(gateway.p50_ms - direct.p50_ms, gateway.p99_ms - direct.p99_ms)
 
 
 def decisions(replicas: int, prompt_tokens: int, count: int) -> tuple[Latency, Latency]:
@@ -92,6 +109,7 @@ def decisions(replicas: int, prompt_tokens: int, count: int) -> tuple[Latency, L
         router.update(f"replica{number}", CacheSnapshot(1, 1, capacity, load))
         held = [tile for links in chains for tile in links[: random.randrange(len(links) + 1)]]
         router.index.replace(f"replica{number}", 1, 1, held)
+    gc.freeze()  # as a gateway does once it has started
     wall, cpu = [], []
     for number in range(count):
         need = router.need(prompt_tokens, 512)
@@ -146,6 +164,23 @@ class _BareInference(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.GenerateOnceResponse(token_ids=[1], text="x")
 
 
+class _ForwardingInference(inference_pb2_grpc.InferenceServicer):
+    """Asks an engine, and passes its answer on."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    async def GenerateOnce(self, request: Any, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
+        asked = engine_pb2.EngineGenerateRequest(
+            prompt_token_ids=request.prompt.token_ids.ids, sampling_params=request.sampling_params
+        )
+        answer = inference_pb2.GenerateOnceResponse()
+        async for delta in self._engine.Generate(asked):
+            answer.token_ids.extend(delta.token_ids)
+            answer.text += delta.text
+        return answer
+
+
 class _TokenIds:
     """An encoder that takes token ids only."""
 
@@ -163,8 +198,17 @@ async def _serve_engine() -> int:
 
 
 async def _serve_bare() -> int:
+    return await _serve_plainly(_BareInference())
+
+
+async def _serve_forwarding(engine_port: int) -> int:
+    channel = grpc.aio.insecure_channel(f"127.0.0.1:{engine_port}")
+    return await _serve_plainly(_ForwardingInference(engine_pb2_grpc.EngineStub(channel)))  # type: ignore[no-untyped-call]
+
+
+async def _serve_plainly(service: inference_pb2_grpc.InferenceServicer) -> int:
     server = grpc.aio.server()
-    inference_pb2_grpc.add_InferenceServicer_to_server(_BareInference(), server)  # type: ignore[no-untyped-call]
+    inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     _kept.append(server)
@@ -176,11 +220,13 @@ async def _serve_gateway(engine_port: int) -> int:
     from serve_app.fleet import Fleet
     from serve_app.gateway_service import InferenceService
     from serve_app.membership import Endpoint
-    from serve_app.observation import Observer
+    from serve_app.observation import Observer, log_requests_to_stdout
     from serve_app.security.access import Access
     from serve_app.security.fleet import Address
     from serve_app.tracing import Tracing
 
+    sys.stdout = open(os.devnull, "w")  # noqa: ASYNC230, SIM115  # requests are logged, as they are by default
+    log_requests_to_stdout()
     routing = RoutingConfig()
     router = Router("gateway")
     fleet = Fleet(router, lambda _: None, 0, routing.silence_timeout_s)
@@ -193,6 +239,7 @@ async def _serve_gateway(engine_port: int) -> int:
     while not router.is_ready():  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     _kept.extend([fleet, server])
+    gc.freeze()
     return await server.start()
 
 
@@ -212,20 +259,31 @@ def _run(start: Callable[..., Awaitable[int]], arguments: tuple[int, ...], ready
         ready.send(await start(*arguments))
         await asyncio.Event().wait()
 
-    asyncio.run(forever())
+    uvloop.run(forever())
+
+
+@dataclass(frozen=True)
+class _Server:
+    port: int
+    process: psutil.Process
+
+    def cpu_s(self) -> float:
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
 
 
 @contextmanager
-def _process(start: Callable[..., Awaitable[int]], *arguments: int) -> Iterator[int]:
-    """Run a server in a process of its own; give its port."""
+def _process(start: Callable[..., Awaitable[int]], *arguments: int) -> Iterator[_Server]:
+    """Run a server in a process of its own."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_run, args=(start, arguments, there), daemon=True)
     process.start()
+    there.close()  # so that the end of the process is seen here
     try:
         if not here.poll(60):
             raise RuntimeError(f"{start.__name__} did not start within 60 seconds")
-        yield here.recv()
+        yield _Server(here.recv(), psutil.Process(process.pid))
     finally:
         process.kill()
         process.join()
@@ -254,38 +312,48 @@ async def _rate(call: Callable[[], Awaitable[Any]], count: int, concurrency: int
     return count / (time.perf_counter() - began)
 
 
-async def _ways(bare: int, engine: int, gateway: int, count: int) -> dict[str, Any]:
-    """Latency one by one, and calls a second of 16 at a time; twice, in turn, keeping the better of each."""
+async def _direct(engine: _Server, count: int) -> Latency:
+    inner = engine_pb2.EngineGenerateRequest(prompt_token_ids=PROMPT, sampling_params={"max_tokens": 1})
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{engine.port}") as channel:
+        stub = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]
+
+        async def call() -> None:
+            async for _ in stub.Generate(inner):
+                pass
+
+        return await _timed(call, count)
+
+
+async def _way(server: _Server, count: int) -> Way:
     asked = inference_pb2.GenerateOnceRequest(
         prompt={"token_ids": {"ids": PROMPT}}, sampling_params={"max_tokens": 1}
     )
-    inner = engine_pb2.EngineGenerateRequest(prompt_token_ids=PROMPT, sampling_params={"max_tokens": 1})
-    async with (
-        grpc.aio.insecure_channel(f"127.0.0.1:{bare}") as to_bare,
-        grpc.aio.insecure_channel(f"127.0.0.1:{engine}") as to_engine,
-        grpc.aio.insecure_channel(f"127.0.0.1:{gateway}") as to_gateway,
-    ):
-        bare_stub = inference_pb2_grpc.InferenceStub(to_bare)  # type: ignore[no-untyped-call]
-        engine_stub = engine_pb2_grpc.EngineStub(to_engine)  # type: ignore[no-untyped-call]
-        gateway_stub = inference_pb2_grpc.InferenceStub(to_gateway)  # type: ignore[no-untyped-call]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+        latency = await _timed(lambda: stub.GenerateOnce(asked), count)
+        before_s = server.cpu_s()
+        per_s = await _rate(lambda: stub.GenerateOnce(asked), count)
+        return Way(latency, per_s, 1000 * (server.cpu_s() - before_s) / count)
 
-        async def direct() -> None:
-            async for _ in engine_stub.Generate(inner):
-                pass
 
-        calls = {
-            "bare": lambda: bare_stub.GenerateOnce(asked),
-            "direct": direct,
-            "gateway": lambda: gateway_stub.GenerateOnce(asked),
-        }
-        latencies: dict[str, list[Latency]] = {name: [] for name in calls}
-        rates: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(2):
-            for name, call in calls.items():
-                latencies[name].append(await _timed(call, count))
-                rates[name].append(await _rate(call, count))
-        best = {name: min(found, key=lambda latency: latency.p50_ms) for name, found in latencies.items()}
-        return {**best, "rates": {name: max(found) for name, found in rates.items()}}
+async def _ways(engine: _Server, servers: list[_Server], count: int) -> tuple[Latency, list[Way]]:
+    """The engine called directly, and each of `servers`; three times, in turn, keeping the best of each."""
+    directly, ways = [], []
+    for _ in range(3):
+        directly.append(await _direct(engine, count))
+        ways.append([await _way(server, count) for server in servers])
+    return _best_latency(directly), [
+        Way(
+            _best_latency([way.latency for way in found]),
+            max(way.per_s for way in found),
+            min(way.cpu_ms for way in found),
+        )
+        for found in zip(*ways, strict=True)
+    ]
+
+
+def _best_latency(found: list[Latency]) -> Latency:
+    return min(found, key=lambda latency: latency.p50_ms)
 
 
 def measure(replicas: int, prompt_tokens: int, count: int, progress: Progress) -> Report:
@@ -296,49 +364,44 @@ def measure(replicas: int, prompt_tokens: int, count: int, progress: Progress) -
     size = index_bytes_per_pair(200_000)
     progress.update(task, advance=1, description="calls")
     with (
-        _process(_serve_bare) as bare,
         _process(_serve_engine) as engine,
-        _process(_serve_gateway, engine) as gateway,
+        _process(_serve_bare) as bare,
+        _process(_serve_forwarding, engine.port) as forwarding,
+        _process(_serve_gateway, engine.port) as gateway,
     ):
-        ways = asyncio.run(_ways(bare, engine, gateway, count))
+        direct, ways = uvloop.run(_ways(engine, [bare, forwarding, gateway], count))
     progress.update(task, advance=1)
-    rates = ways["rates"]
-    return Report(
-        replicas=replicas,
-        prompt_tokens=prompt_tokens,
-        decision=decision,
-        decision_cpu=decision_cpu,
-        index_bytes_per_pair=size,
-        bare=ways["bare"],
-        direct=ways["direct"],
-        gateway=ways["gateway"],
-        added_p50_ms=ways["gateway"].p50_ms - ways["direct"].p50_ms,
-        added_p99_ms=ways["gateway"].p99_ms - ways["direct"].p99_ms,
-        bare_per_s=rates["bare"],
-        gateway_per_s=rates["gateway"],
-        throughput_ratio=rates["gateway"] / rates["bare"],
-    )
+    return Report(replicas, prompt_tokens, decision, decision_cpu, size, direct, *ways)
 
 
 def table(report: Report) -> Table:
     """For people."""
-    made = Table("what", "p50", "p99", title="routing", title_justify="left")
+    made = Table("what", "p50", "p99", "calls/s", "CPU a call", title="routing", title_justify="left")
     size = f"{report.prompt_tokens} tokens x {report.replicas} replicas"
     rows = {
         f"decision, {size}": report.decision,
         "the same in CPU time": report.decision_cpu,
-        "bare grpc.aio call": report.bare,
         "engine called directly": report.direct,
-        "through a gateway": report.gateway,
-        "added by the gateway": Latency(report.added_p50_ms, report.added_p99_ms),
+        "added by a gateway": report.added,
     }
     for name, latency in rows.items():
-        made.add_row(name, f"{latency.p50_ms:.3f} ms", f"{latency.p99_ms:.3f} ms")
+        made.add_row(name, *_cells(latency))
     made.add_section()
-    made.add_row("calls a second, bare grpc.aio", f"{report.bare_per_s:.0f}", "")
-    made.add_row("through a gateway", f"{report.gateway_per_s:.0f}", f"{report.throughput_ratio:.2f}x")
-    made.add_row("index memory per tile and replica", f"{report.index_bytes_per_pair:.0f} B", "")
+    ways = {
+        "bare grpc.aio server": report.bare,
+        "bare grpc.aio server that forwards": report.forwarding,
+        "gateway": report.gateway,
+    }
+    for name, way in ways.items():
+        ratio = f"{way.per_s:.0f} ({way.per_s / report.bare.per_s:.2f}x)"
+        made.add_row(name, *_cells(way.latency), ratio, f"{way.cpu_ms:.2f} ms")
+    made.add_section()
+    made.add_row("index memory per tile and replica", f"{report.index_bytes_per_pair:.0f} B")
     return made
+
+
+def _cells(latency: Latency) -> tuple[str, str]:
+    return f"{latency.p50_ms:.3f} ms", f"{latency.p99_ms:.3f} ms"
 
 
 def main(
