@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from kvarn.terminal import err, fail, out
+
 keys_app = typer.Typer(help="Make, list and revoke API keys; gateways follow the file.", no_args_is_help=True)
-out = Console()
-err = Console(stderr=True)
 
 FileArgument = Annotated[Path, typer.Argument(help="The file that gateway.security.api_keys names.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -88,16 +87,8 @@ def _key_errors() -> Iterator[None]:
     try:
         from serve_app.security.keys import KeyFileError
     except ModuleNotFoundError as error:
-        sentence = (
-            f"this command needs the package {error.name}: install it with `pip install kvarn[cpu,serve]`"
-        )
-        _fail(sentence)
+        fail(f"this command needs the package {error.name}: install it with `pip install kvarn[cpu,serve]`")
     try:
         yield
     except KeyFileError as error:
-        _fail(str(error))
-
-
-def _fail(sentence: str) -> None:
-    err.print(f"error: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(1) from None
+        fail(str(error))
