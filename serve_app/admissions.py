@@ -17,7 +17,7 @@ from serve_app.routing import Candidate, Decision, FairQueue, Refusal, Router, W
 WAKE_S = 0.002  # changes within this are answered together
 INTERVAL_WEIGHT = 0.1
 REFUSAL = Candidate._fields.index("refusal")
-QUEUE_REASONS = ("blocks", "slots", "replicas", "turn")
+QUEUE_REASONS = ("blocks", "slots", "batch", "replicas", "turn")
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 30.0
 
 
@@ -56,7 +56,7 @@ class Admissions:
         return self._queue.tokens
 
     def by_reason(self) -> Counter[str]:
-        """How many requests wait for blocks, for slots of a side pool, for replicas that answer, or for their turn."""
+        """How many requests wait, by each of `QUEUE_REASONS`."""
         return Counter(_lack(entry.decision) for entry in self._entries.values())
 
     def wake(self) -> None:
@@ -174,14 +174,15 @@ class Admissions:
 _LATE = "The deadline passed while the request waited for room: allow more time or send it at a quieter time."
 
 
+_LACKS = {Refusal.NO_ROOM: "blocks", Refusal.NO_SLOTS: "slots", Refusal.FULL_BATCH: "batch"}
+
+
 def _lack(decision: Decision | None) -> str:
     """What the replicas lacked when the queue last tried a request; it has not tried those behind the first few."""
     if decision is None or decision.chosen is not None:
         return "turn"
     refusals = {terms[REFUSAL] for terms in decision.weighed}
-    if Refusal.NO_ROOM in refusals:
-        return "blocks"
-    return "slots" if Refusal.NO_SLOTS in refusals else "replicas"
+    return next((reason for refusal, reason in _LACKS.items() if refusal in refusals), "replicas")
 
 
 def _may_fit_later(decision: Decision) -> bool:

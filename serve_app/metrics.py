@@ -121,8 +121,8 @@ ITL = _histogram(
 )
 QUEUED_REQUESTS = _gauge(
     "queued_requests",
-    "Requests that wait in the gateway, by what for: blocks of a cache, slots of a side pool, replicas that answer, "
-    "or their turn behind others.",
+    "Requests that wait in the gateway, by what for: blocks of a cache, slots of a side pool, a place in a batch "
+    "(max_num_seqs), replicas that answer, or their turn behind others.",
     "reason",
 )
 QUEUED_TOKENS = _gauge("queued_tokens", "Cache space that what waits in the gateway will probably take.")

@@ -182,6 +182,7 @@ async def test_time_in_the_queue_and_resumptions_are_measured(watched: Watched) 
     [
         (8, CacheLoad(used_blocks=4), True, "blocks"),
         (8, CacheLoad(free_blocks=4, tail_slots_used=7), True, "slots"),
+        (8, CacheLoad(free_blocks=4, running_requests=3), True, "batch"),
         (8, CacheLoad(free_blocks=4), False, "replicas"),
     ],
 )
@@ -189,7 +190,7 @@ async def test_it_is_told_what_the_queue_waits_for(
     watched: Watched, slots: int, load: CacheLoad, reachable: bool, reason: str
 ) -> None:
     router = Router("me")
-    capacity = CacheCapacity("kvarn_k4v2_g128", 128, 622_080, 4, 1024, slots)
+    capacity = CacheCapacity("kvarn_k4v2_g128", 128, 622_080, 4, 1024, slots, max_requests=3)
     router.update("one", CacheSnapshot(1, 1, capacity, load), time.monotonic())
     router.mark_reachable("one", reachable)
     admissions = Admissions(router, RoutingConfig())
