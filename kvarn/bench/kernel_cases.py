@@ -144,6 +144,7 @@ class DecodeCase:
             pool=torch.cat([tiles[of_sequences[:, -1]], tiles[of_sequences[:, 0]]]),
             block_table=order.view(requests, self.tiles).int(),
             seq_lens=torch.full((requests,), self.tokens, dtype=torch.int32, device=device),
+            first_slots=tail_slots,
             tail_slots=tail_slots,
             sink_slots=tail_slots + requests,
             scale=bench.head_dim**-0.5,

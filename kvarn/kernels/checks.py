@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_QUERIES = (
+    16  # query tokens of a request in a decode step; fewer than a tile has, so they lie in two at most
+)
 
 
 def check(name: str, x: Tensor, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> None:
@@ -35,3 +38,21 @@ def check_rows(name: str, x: Tensor, shape: tuple[int | None, ...], *dtypes: tor
     check(name, x, shape, *dtypes)
     if x.numel() and not x[0].is_contiguous():
         raise ValueError(f"{name} has strides {x.stride()}: expected all axes but the first to be contiguous")
+
+
+def check_queries(queries: int, query_start: Tensor | None, requests: int) -> Tensor | None:
+    """`query_start` if requests have more than one query token, else None.
+
+    Raises:
+        ValueError: if there are more than 16 `queries`, or several and `query_start` is not [requests + 1] int32.
+    """
+    if not 1 <= queries <= MOST_QUERIES:
+        raise ValueError(f"queries is {queries}: expected 1 to {MOST_QUERIES}")
+    if queries == 1:
+        return None
+    if query_start is None:
+        raise ValueError(
+            f"query_start is missing: expected [{requests + 1}] with {queries} queries to a request"
+        )
+    check_packed("query_start", query_start, (requests + 1,), torch.int32)
+    return query_start

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvarn.kernels.checks import check_packed, check_rows
+from kvarn.kernels.checks import check_packed, check_queries, check_rows
 
 ROWS_PER_PROGRAM = 128
 
@@ -19,38 +19,61 @@ def _slots_of(SlotOf, block, blocks, valid):
 
 @triton.jit(
     do_not_specialize=["rows", "blocks"],
-    do_not_specialize_on_alignment=["SlotOf", "TailSlots", "SinkSlots", "SlotRows", "PageRows", "FillBlocks"],
+    do_not_specialize_on_alignment=[
+        "QueryStart",
+        "SlotOf",
+        "FirstSlots",
+        "TailSlots",
+        "SinkSlots",
+        "SlotRows",
+        "PageRows",
+        "FillBlocks",
+    ],
 )
 def _plan_decode(
     BlockTable,  # [R, table_stride] int32
     SeqLens,  # [R] int32
+    QueryStart,  # [R + 1] int32, or None where every request has one query token
     SlotOf,  # [blocks] int32
+    FirstSlots,  # [R] int32
     TailSlots,  # [R] int32
     SinkSlots,  # [R] int32
-    SlotRows,  # [R] int32
-    PageRows,  # [R] int32
+    SlotRows,  # [N] int32
+    PageRows,  # [N] int32
     FillBlocks,  # [R] int32
     rows,
     table_stride,
     blocks,
+    QUERIES: tl.constexpr,
     G: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    seq_len = tl.load(SeqLens + row, mask=row < rows, other=0)
-    used = seq_len > 0
-    position = tl.maximum(seq_len - 1, 0)
+    is_row = row < rows
+    seq_len = tl.load(SeqLens + row, mask=is_row, other=0)
+    first, count = row, tl.full([BLOCK], 1, tl.int32)
+    if QueryStart is not None:
+        first = tl.load(QueryStart + row, mask=is_row, other=0)
+        count = tl.load(QueryStart + row + 1, mask=is_row, other=0) - first
+    used = (seq_len > 0) & (count > 0)
+    position = tl.maximum(seq_len - count, 0)
+    first_tile, tail_tile = position // G, tl.maximum(seq_len - 1, 0) // G
     table = BlockTable + row.to(tl.int64) * table_stride
-    own_block = tl.load(table + position // G, mask=used, other=-1)
-    first_block = tl.load(table, mask=used, other=-1)
-    tail = _slots_of(SlotOf, own_block, blocks, used)
-    sink = _slots_of(SlotOf, first_block, blocks, used)
-    fills = (tail >= 0) & (seq_len % G == 0)
-    tl.store(TailSlots + row, tail, mask=row < rows)
-    tl.store(SinkSlots + row, sink, mask=row < rows)
-    tl.store(SlotRows + row, tl.where(tail >= 0, tail * G + position % G, -1), mask=row < rows)
-    tl.store(PageRows + row, -1, mask=row < rows)
-    tl.store(FillBlocks + row, tl.where(fills, own_block, -1), mask=row < rows)
+    first_block = tl.load(table + first_tile, mask=used, other=-1)
+    first_slot = _slots_of(SlotOf, first_block, blocks, used)
+    tail_slot = _slots_of(SlotOf, tl.load(table + tail_tile, mask=used, other=-1), blocks, used)
+    sink = _slots_of(SlotOf, tl.load(table, mask=used, other=-1), blocks, used)
+    fills = (first_slot >= 0) & (seq_len // G > first_tile)
+    tl.store(FirstSlots + row, first_slot, mask=is_row)
+    tl.store(TailSlots + row, tail_slot, mask=is_row)
+    tl.store(SinkSlots + row, sink, mask=is_row)
+    tl.store(FillBlocks + row, tl.where(fills, first_block, -1), mask=is_row)
+    for token in tl.static_range(QUERIES):
+        at = position + token
+        slot = tl.where(at // G == tail_tile, tail_slot, first_slot)
+        has_token = is_row if QueryStart is None else is_row & (token < count)
+        tl.store(SlotRows + first + token, tl.where(slot >= 0, slot * G + at % G, -1), mask=has_token)
+        tl.store(PageRows + first + token, -1, mask=has_token)
 
 
 def plan_decode(
@@ -58,23 +81,30 @@ def plan_decode(
     seq_lens: Tensor,
     slot_of: Tensor,
     group: int,
+    first_slots: Tensor,
     tail_slots: Tensor,
     sink_slots: Tensor,
+    fill_blocks: Tensor,
     slot_rows: Tensor,
     page_rows: Tensor,
-    fill_blocks: Tensor,
+    queries: int = 1,
+    query_start: Tensor | None = None,
 ) -> None:
-    """Plans one new token per request, at position seq_lens - 1.
+    """Plans the newest tokens of each request: one, or in a speculative step up to `queries`.
 
     Args:
         block_table: [R, W] int32.
-        seq_lens: [R] int32, tokens including the new one; 0 for a row that pads the batch.
+        seq_lens: [R] int32, tokens including the new ones; 0 for a row that pads the batch.
         slot_of: [blocks] int32, slot of each block or -1; blocks beyond its end have none.
         group: tokens per tile.
-        tail_slots, sink_slots: [R] int32, slots of the tile the token is in and of tile 0, or -1; written.
-        slot_rows: [R] int32, slot * group + row the token goes to, or -1; written.
-        page_rows: [R] int32, all -1: decode uses no pages; written.
-        fill_blocks: [R] int32, the block whose tile the token fills, or -1; written.
+        first_slots, tail_slots, sink_slots: [R] int32, slots of the tiles that the first and the last new token are
+            in, and of tile 0, or -1; written.
+        fill_blocks: [R] int32, the block whose tile the tokens fill, which lies in the slot of `first_slots`, or -1;
+            written.
+        slot_rows: [N] int32, slot * group + row each token goes to, or -1; written where a request has a token.
+        page_rows: [N] int32, -1: decode uses no pages; written likewise.
+        queries: the most query tokens of a request, 1 to 16.
+        query_start: [R + 1] int32, first query token of each request, with more than one query to a request.
 
     Raises:
         ValueError: if a shape, stride or dtype is not as above.
@@ -83,24 +113,34 @@ def plan_decode(
     check_rows("block_table", block_table, (rows, None), torch.int32)
     check_packed("seq_lens", seq_lens, (None,), torch.int32)
     check_packed("slot_of", slot_of, (None,), torch.int32)
-    outputs = {
+    of_requests = {
+        "first_slots": first_slots,
         "tail_slots": tail_slots,
         "sink_slots": sink_slots,
-        "slot_rows": slot_rows,
-        "page_rows": page_rows,
         "fill_blocks": fill_blocks,
     }
-    for name, x in outputs.items():
+    for name, x in of_requests.items():
         check_packed(name, x, (rows,), torch.int32)
+    query_start = check_queries(queries, query_start, rows)
+    tokens = rows if query_start is None else slot_rows.shape[0]
+    check_packed("slot_rows", slot_rows, (tokens,), torch.int32)
+    check_packed("page_rows", page_rows, (tokens,), torch.int32)
     if rows:
         _plan_decode[(triton.cdiv(rows, ROWS_PER_PROGRAM),)](
             block_table,
             seq_lens,
+            query_start,
             slot_of,
-            *outputs.values(),
+            first_slots,
+            tail_slots,
+            sink_slots,
+            slot_rows,
+            page_rows,
+            fill_blocks,
             rows,
             block_table.stride(0),
             slot_of.shape[0],
+            QUERIES=queries,
             G=group,
             BLOCK=ROWS_PER_PROGRAM,
         )

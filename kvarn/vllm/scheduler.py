@@ -60,6 +60,7 @@ class SlotPlanning:
     vllm_config: Any
     kv_cache_manager: Any
     block_size: int
+    num_spec_tokens: int
     requests: dict[str, Request]
     running: list[Request]
     waiting: Any
@@ -106,7 +107,7 @@ class SlotPlanning:
     def _tail_slots(self, request: Request) -> int:
         total = request.num_prompt_tokens + request.max_tokens
         uncomputed = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
-        return tail_slots(total, uncomputed, self.block_size)
+        return tail_slots(total, uncomputed + self.num_spec_tokens, self.block_size)
 
     def _blocks_of_requests(self) -> dict[str, list[KVCacheBlock]]:
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
@@ -137,15 +138,19 @@ class SlotPlanning:
             found: Hashable | None = pool.blocks[block_id].block_hash
             return found
 
-        scheduled = [self._scheduled_tokens(r, n) for r, n in output.num_scheduled_tokens.items()]
+        drafts = output.scheduled_spec_decode_tokens
+        scheduled = [
+            self._scheduled_tokens(r, n, len(drafts.get(r, ())))
+            for r, n in output.num_scheduled_tokens.items()
+        ]
         return self.slots.step(scheduled, output.finished_req_ids | preempted, block_hash, pool.evict_blocks)
 
-    def _scheduled_tokens(self, request_id: str, num_tokens: int) -> ScheduledTokens:
+    def _scheduled_tokens(self, request_id: str, num_tokens: int, drafts: int) -> ScheduledTokens:
         end = self.requests[request_id].num_computed_tokens
         start, group = end - num_tokens, self.block_size
         blocks = self._blocks_of_requests()[request_id]
         touched = [block.block_id for block in blocks[start // group : -(-end // group)]]
-        return ScheduledTokens(request_id, start, end, blocks[0].block_id, touched)
+        return ScheduledTokens(request_id, start, end, blocks[0].block_id, touched, drafts)
 
 
 class PrefixScheduling(SlotPlanning):

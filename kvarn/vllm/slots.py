@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 class ScheduledTokens:
     """Token positions `start:end` of one request that a step computes.
 
-    `sink` is the block of the request's first tile, `blocks` those of the tiles that `start:end` touches.
+    `sink` is the block of the request's first tile, `blocks` those of the tiles that `start:end` touches. The last
+    `drafts` of the tokens are guesses that the step may reject.
     """
 
     request_id: str
@@ -24,6 +25,12 @@ class ScheduledTokens:
     end: int
     sink: int
     blocks: Sequence[int]
+    drafts: int = 0
+
+    @property
+    def sure_end(self) -> int:
+        """Where the tokens that are no guesses end."""
+        return self.end - self.drafts
 
 
 @dataclass
@@ -52,7 +59,7 @@ class SlotTable:
     """Assigns the `num_slots` slots of the side pool to blocks, one step at a time.
 
     Lifetimes: a tail slot lives until the step after its tile filled, or until its request departs (finishes
-    or is preempted). A sink slot lives while a running request reads it and then, *idle*, as long as its block
+    or is preempted). A tile that only drafts fill stays a tail until its request goes on behind it. A sink slot lives while a running request reads it and then, *idle*, as long as its block
     stays in the prefix cache under the same hash. When slots run out the least used idle sink goes first, together
     with its block's entry in the prefix cache, so that no later hit finds a sink missing. Use is the number of
     requests that read it, aged as in LFU with dynamic aging (Arlitt et al., 2000): whatever becomes idle ranks above
@@ -69,7 +76,7 @@ class SlotTable:
         self._group = group
         self._free = list(range(num_slots - 1, -1, -1))
         self._slot_of: dict[int, int] = {}
-        self._tail_of: dict[str, int] = {}
+        self._tails_of: dict[str, dict[int, int]] = {}  # tile -> block
         self._filled: list[int] = []
         self._sink_of: dict[str, int] = {}
         self._sink_users: dict[int, set[str]] = {}
@@ -83,7 +90,7 @@ class SlotTable:
     @property
     def num_tails(self) -> int:
         """Slots that hold a tile being filled or just filled, first tiles excepted."""
-        return len(self._tail_of) + len(self._filled)
+        return sum(map(len, self._tails_of.values())) + len(self._filled)
 
     @property
     def num_live_sinks(self) -> int:
@@ -121,6 +128,7 @@ class SlotTable:
         for block in [b for b in self._idle if block_hash(b) != self._sink_hash[b]]:
             self._release(block, plan)
         for tokens in scheduled:
+            self._pass_tiles(tokens, plan)
             self._use_sink(tokens)
         for tokens in scheduled:
             self._place_tiles(tokens, plan, evict)
@@ -136,8 +144,7 @@ class SlotTable:
         plan: SlotPlan,
     ) -> None:
         self._without_sink.discard(request_id)
-        tail = self._tail_of.pop(request_id, None)
-        if tail is not None:
+        for tail in self._tails_of.pop(request_id, {}).values():
             self._release(tail, plan)
         sink = self._sink_of.pop(request_id, None)
         if sink is None:
@@ -169,6 +176,11 @@ class SlotTable:
         self._uses[sink] += 1
         self._idle.pop(sink, None)
 
+    def _pass_tiles(self, tokens: ScheduledTokens, plan: SlotPlan) -> None:
+        tails = self._tails_of.get(tokens.request_id, {})
+        for tile in [tile for tile in tails if tile < tokens.start // self._group]:
+            self._release(tails.pop(tile), plan)
+
     def _place_tiles(
         self, tokens: ScheduledTokens, plan: SlotPlan, evict: Callable[[set[int]], None]
     ) -> None:
@@ -178,23 +190,20 @@ class SlotTable:
                 if block not in self._slot_of:
                     self._assign(block, plan, evict)
                 continue
-            if (tile + 1) * group <= tokens.end:
-                self._fill(tokens.request_id, block)
+            tails = self._tails_of.setdefault(tokens.request_id, {})
+            if (tile + 1) * group <= tokens.sure_end:
+                if tile in tails:
+                    self._filled.append(tails.pop(tile))
             elif block not in self._slot_of:
                 self._assign(block, plan, evict)
-                self._tail_of[tokens.request_id] = block
-
-    def _fill(self, request_id: str, block: int) -> None:
-        if self._tail_of.get(request_id) == block:
-            del self._tail_of[request_id]
-            self._filled.append(block)
+                tails[tile] = block
 
     def _note_sink(self, tokens: ScheduledTokens, block_hash: Callable[[int], Hashable | None]) -> None:
         sink = tokens.sink
         if sink not in self._slot_of:
             self.sinks_missing += tokens.request_id not in self._without_sink
             self._without_sink.add(tokens.request_id)
-        elif tokens.end >= self._group:
+        elif tokens.sure_end >= self._group:
             self._full_sinks.add(sink)
             known = block_hash(sink)
             if known is not None:

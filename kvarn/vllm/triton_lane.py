@@ -45,6 +45,7 @@ class Workspace:
         attended: as `rotated`, prefill's attention before it is un-rotated.
         pages: [2, P, group, KV heads, head_dim] float16, tiles of the prompts that a step prefills.
         parts: the decode kernel's partial results.
+        query_counts: query tokens of a request that the decode kernel is compiled for: one, and a speculative step's.
         is_new: whether the kernels that use it are still to be compiled.
     """
 
@@ -66,29 +67,43 @@ class Workspace:
             2, page_count, group, num_kv_heads, head_dim, dtype=torch.float16, device=device
         )
         self.is_new = True
-        rows = max(decode.concurrent_parts(device), 2 * most_decode_rows(vllm_config) * num_kv_heads)
-        self.parts = decode.Parts(rows * (num_heads // num_kv_heads), head_dim, device)
+        self.query_counts = sorted({1, 1 + vllm_config.num_speculative_tokens})
+        rows = max(
+            decode.most_part_rows(
+                most_requests(vllm_config, queries), num_heads, num_kv_heads, queries, device
+            )
+            for queries in self.query_counts
+        )
+        self.parts = decode.Parts(rows, head_dim, device)
 
 
-def most_decode_rows(vllm_config: VllmConfig) -> int:
-    """Decode rows a step may have, those that pad a CUDA graph included."""
+def most_requests(vllm_config: VllmConfig, queries: int = 1) -> int:
+    """Requests a step of `queries` tokens each may decode, those that pad a CUDA graph included."""
     captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    return max(vllm_config.scheduler_config.max_num_seqs, captured)
+    return max(vllm_config.scheduler_config.max_num_seqs, cdiv(captured, queries))
 
 
 @dataclass
 class DecodeBatch:
-    """The requests of a step that have one query token: the batch's first R rows, one token each; all on the device.
+    """The requests of a step that have no more query tokens than a decode step may: the batch's first R; tensors on
+    the device.
 
     Attributes:
+        tokens: how many query tokens they have.
+        queries: the most that one may have, as compiled for.
+        query_start: [R + 1] int32, each request's first query token.
         block_table: [R, W] int32.
         seq_lens: [R] int32, 0 for a row that pads the batch.
-        tail_slots, sink_slots: [R] int32, `NO_SLOT` for none.
+        first_slots, tail_slots, sink_slots: [R] int32, `NO_SLOT` for none; see `plan.plan_decode`.
         fill_blocks: [R] int32, the block whose tile fills in this step, or -1.
     """
 
+    tokens: int
+    queries: int
+    query_start: Tensor
     block_table: Tensor
     seq_lens: Tensor
+    first_slots: Tensor
     tail_slots: Tensor
     sink_slots: Tensor
     fill_blocks: Tensor
@@ -139,13 +154,14 @@ class TritonMetadata:
 class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
     """Plans a step into tensors that stay in place, without waiting for the device."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    reorder_batch_threshold: int = 1
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    reorder_batch_threshold: int
 
     def __init__(
         self, kv_cache_spec: KVarNSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self._group = kv_cache_spec.block_size
         impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
         self._slot_map: SlotMap = impl.slot_map
@@ -153,15 +169,16 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
         self._raw_chunks = KVarNConfig.of(vllm_config).raw_chunks
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._token_rows = torch.full((2, tokens), NO_SLOT, dtype=torch.int32, device=device)
-        rows = most_decode_rows(vllm_config)
-        self._decode_rows = torch.full((3, rows), NO_SLOT, dtype=torch.int32, device=device)
+        self._of_requests = torch.full(
+            (4, most_requests(vllm_config)), NO_SLOT, dtype=torch.int32, device=device
+        )
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> TritonMetadata:
         common = common_attn_metadata
         offsets = common.query_start_loc_cpu.numpy().astype(np.int64)
-        longer = np.flatnonzero(np.diff(offsets) > 1)
+        longer = np.flatnonzero(np.diff(offsets) > self.reorder_batch_threshold)
         decodes = int(longer[0]) if len(longer) else len(offsets) - 1
         tokens = int(offsets[-1])
         slot_of = self._slot_map.on_device(self.device)
@@ -169,24 +186,38 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
             num_actual_tokens=tokens,
             slot_rows=self._token_rows[0, :tokens],
             page_rows=self._token_rows[1, :tokens],
-            decode=self._plan_decode(common, decodes, slot_of) if decodes else None,
+            decode=self._plan_decode(common, offsets[: decodes + 1], slot_of) if decodes else None,
             prefill=self._plan_prefill(common, decodes, offsets, slot_of) if len(longer) else [],
         )
 
-    def _plan_decode(self, common: CommonAttentionMetadata, rows: int, slot_of: Tensor) -> DecodeBatch:
+    def _plan_decode(
+        self, common: CommonAttentionMetadata, offsets: np.ndarray, slot_of: Tensor
+    ) -> DecodeBatch:
+        requests = len(offsets) - 1
+        queries = self.reorder_batch_threshold if np.diff(offsets).max() > 1 else 1
         batch = DecodeBatch(
-            common.block_table_tensor[:rows], common.seq_lens[:rows], *(x[:rows] for x in self._decode_rows)
+            int(offsets[-1]),
+            queries,
+            common.query_start_loc[: requests + 1],
+            common.block_table_tensor[:requests],
+            common.seq_lens[:requests],
+            *(x[:requests] for x in self._of_requests),
         )
+        rows = self._token_rows[:, : requests * queries]
+        if queries > 1:
+            rows.fill_(NO_SLOT)  # those that pad a CUDA graph are no request's
         plan.plan_decode(
             batch.block_table,
             batch.seq_lens,
             slot_of,
             self._group,
+            batch.first_slots,
             batch.tail_slots,
             batch.sink_slots,
-            self._token_rows[0, :rows],
-            self._token_rows[1, :rows],
             batch.fill_blocks,
+            *rows,
+            queries,
+            batch.query_start,
         )
         return batch
 
@@ -382,24 +413,30 @@ class TritonLayer(KVarNLayer):
         pages.fill_pages(cache, self.pool, work.pages, torch.stack([zero, zero, none]), layout)
         out = torch.zeros(1, self.num_heads, layout.head_dim, dtype=dtype, device=device)
         rotate.unrotate(work.attended[:1], out)
-        for splits in decode.SPLITS_OF_VARIANTS:
-            parts = decode.Parts(self.num_heads * (splits + 1), layout.head_dim, device)
-            table = zero[:, None]
-            decode.decode(
-                work.rotated[:1],
-                cache,
-                self.pool,
-                table,
-                zero,
-                none,
-                none,
-                self.scale,
-                layout,
-                splits,
-                parts,
-                out,
-            )
-        plan.plan_decode(table, zero, none, layout.group, *(torch.empty_like(none) for _ in range(5)))
+        table, query_start = zero[:, None], zero.expand(2).contiguous()
+        for queries in work.query_counts:
+            blocks, tokens = decode.query_blocks(queries, self.num_heads // self.num_kv_heads)
+            for splits in decode.SPLITS_OF_VARIANTS:
+                rows = self.num_heads * blocks * tokens * (splits + 1)
+                decode.decode(
+                    work.rotated[:1],
+                    cache,
+                    self.pool,
+                    table,
+                    zero,
+                    none,
+                    none,
+                    none,
+                    self.scale,
+                    layout,
+                    splits,
+                    decode.Parts(rows, layout.head_dim, device),
+                    out,
+                    queries,
+                    query_start,
+                )
+            made = [torch.empty_like(none) for _ in range(6)]
+            plan.plan_decode(table, zero, none, layout.group, *made, queries, query_start)
 
     def forward(
         self,
@@ -458,21 +495,25 @@ class TritonLayer(KVarNLayer):
             quantize.quantize_pages(work.pages, wave.filled_pages, wave.filled_blocks, kv_cache, self.layout)
 
     def _decode(self, batch: DecodeBatch, kv_cache: Tensor, output: Tensor) -> None:
-        rows, work = batch.seq_lens.shape[0], self.workspace
-        quantize.quantize_slots(self.pool, batch.tail_slots, batch.fill_blocks, kv_cache, self.layout)
+        work = self.workspace
+        quantize.quantize_slots(self.pool, batch.first_slots, batch.fill_blocks, kv_cache, self.layout)
+        blocks, _ = decode.query_blocks(batch.queries, self.num_heads // self.num_kv_heads)
         decode.decode(
-            work.rotated[:rows],
+            work.rotated[: batch.tokens],
             kv_cache,
             self.pool,
             batch.block_table,
             batch.seq_lens,
+            batch.first_slots,
             batch.tail_slots,
             batch.sink_slots,
             self.scale,
             self.layout,
-            decode.splits_for(rows, self.num_kv_heads, kv_cache.device),
+            decode.splits_for(batch.seq_lens.shape[0] * blocks, self.num_kv_heads, kv_cache.device),
             work.parts,
-            output[:rows],
+            output[: batch.tokens],
+            batch.queries,
+            batch.query_start,
         )
 
     def _prefill(self, wave: PrefillWave, kv_cache: Tensor, output: Tensor) -> None:

@@ -46,6 +46,7 @@ def test_decode_over_a_million_tokens_in_a_cache_beyond_32_bits() -> None:
         table[None],
         one(CONTEXT),
         one(0),
+        one(0),
         one(-1),
         head_dim**-0.5,
         LAYOUT,

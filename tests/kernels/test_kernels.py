@@ -193,16 +193,27 @@ class TestRotate:
 
 
 class Sequence:
-    """One sequence in a cache and a pool whose every other part is poison."""
+    """One sequence and its `queries` newest tokens, in a cache and a pool whose every other part is poison.
+
+    Slot 1 holds the newest tile, slot 2 the first, slot 3 the tile before the newest where the queries begin there.
+    """
 
     def __init__(
-        self, layout: TileLayout, tokens: int, heads: int, per_head: int, sink: bool, seed: int = 0
+        self,
+        layout: TileLayout,
+        tokens: int,
+        heads: int,
+        per_head: int,
+        sink: bool,
+        seed: int = 0,
+        queries: int = 1,
     ) -> None:
         group, head_dim = layout.group, layout.head_dim
         generator = torch.Generator().manual_seed(seed)
         count = -(-tokens // group)
         raw = tiles(layout, count, heads, seed)
         self.layout, self.tokens, self.sink = layout, tokens, sink
+        self.positions = torch.arange(tokens - queries, tokens)
         self.query = torch.randn(tokens, heads * per_head, head_dim, generator=generator)
         flat = raw.permute(1, 0, 3, 2, 4).reshape(2, count * group, heads, head_dim)
         self.key, self.value = flat[:, :tokens]
@@ -214,6 +225,10 @@ class Sequence:
         self.pool = torch.full((4, 2, heads, group, head_dim), torch.nan, dtype=torch.float16)
         self.pool[1, :, :, : tokens - own * group] = raw[own, :, :, : tokens - own * group]
         self.pool[2] = raw[0]
+        self.first_slot = 1
+        if self.positions[0] < own * group:
+            self.first_slot = 3
+            self.pool[3] = raw[own - 1]
 
     @property
     def scale(self) -> float:
@@ -237,9 +252,13 @@ class Sequence:
 
 
 def decoded(
-    sequences: list[Sequence], splits: int, dtype: torch.dtype = torch.float32, padding: int = 1
+    sequences: list[Sequence],
+    splits: int,
+    dtype: torch.dtype = torch.float32,
+    padding: int = 1,
+    queries: int = 1,
 ) -> Tensor:
-    """The last token of each sequence, by the kernels, in one batch padded with empty rows."""
+    """The newest tokens of each sequence, by the kernels, in one batch padded with empty rows."""
     layout = sequences[0].layout
     heads, query_heads = sequences[0].cache.shape[1], sequences[0].query.shape[1]
     batch = len(sequences) + padding
@@ -249,26 +268,32 @@ def decoded(
     for row, sequence in enumerate(sequences):
         table[row, : len(sequence.blocks)] = sequence.blocks + offset
         offset += sequence.cache.shape[0]
-    query = torch.zeros(batch, query_heads, layout.head_dim)
-    query[: len(sequences)] = torch.stack([s.query[-1] for s in sequences])
+    newest = torch.cat([s.query[s.positions] for s in sequences])
+    query = torch.cat([newest, torch.zeros(padding, *newest.shape[1:])])
+    counts = torch.tensor([len(s.positions) for s in sequences] + [0] * padding)
     out = torch.full(query.shape, torch.nan, dtype=dtype, device=DEVICE)
+    no_slots = [NO_SLOT] * padding
+    rows = decode.most_part_rows(batch, query_heads, heads, queries, DEVICE)
     decode.decode(
         hadamard.rotate(query).half().to(DEVICE),
         torch.cat([s.cache for s in sequences]).to(DEVICE),
         torch.cat([s.pool for s in sequences]).to(DEVICE),
         table.to(DEVICE),
         int32([s.tokens for s in sequences] + [0] * padding),
-        int32([4 * i + 1 for i in range(len(sequences))] + [NO_SLOT] * padding),
-        int32([4 * i + 2 if s.sink else NO_SLOT for i, s in enumerate(sequences)] + [NO_SLOT] * padding),
+        int32([4 * i + s.first_slot for i, s in enumerate(sequences)] + no_slots),
+        int32([4 * i + 1 for i in range(len(sequences))] + no_slots),
+        int32([4 * i + 2 if s.sink else NO_SLOT for i, s in enumerate(sequences)] + no_slots),
         sequences[0].scale,
         layout,
         splits,
-        decode.Parts(batch * query_heads * (splits + 1), layout.head_dim, DEVICE),
+        decode.Parts(rows * (splits + 1), layout.head_dim, DEVICE),
         out,
+        queries,
+        int32([0, *counts.cumsum(0).tolist()]),
     )
-    assert (out[len(sequences) :] == 0).all()
-    assert heads
-    return out[: len(sequences)].cpu().float()
+    beyond = out[len(newest) :]
+    assert (beyond == 0).all() if queries == 1 else beyond.isnan().all()
+    return out[: len(newest)].cpu().float()
 
 
 class TestDecode:
@@ -304,6 +329,57 @@ class TestDecode:
         for row, sequence in enumerate(sequences):
             assert (decoded([sequence], 2, padding=0)[0] == together[row]).all()
 
+    @pytest.mark.parametrize(
+        ("queries", "per_head"), [(2, 1), (2, 3), (2, 4), (5, 1), (5, 3), (5, 4), (16, 1), (16, 3), (16, 4)]
+    )
+    def test_tokens_of_a_speculative_step(self, queries: int, per_head: int) -> None:
+        """Within a short first tile, over its end, up to a tile's end, and, some fewer, over a later end."""
+        group, sink = SMALL.group, per_head != 3
+        counts = {queries: queries, group + 1: queries, 2 * group: queries, 2 * group + 1: (queries + 2) // 2}
+        sequences = [
+            Sequence(SMALL, end, 1, per_head, sink, seed=end, queries=count) for end, count in counts.items()
+        ]
+        ours = decoded(sequences, 1, queries=queries)
+        expected = torch.cat([sequence.expected(sequence.positions) for sequence in sequences])
+        assert_near(ours, expected, 6e-3)
+
+    def test_a_speculative_step_with_several_splits_and_other_types(self) -> None:
+        sequence = Sequence(K4V2, 2 * K4V2.group + 1, heads=2, per_head=6, sink=False, queries=3)
+        expected = sequence.expected(sequence.positions)
+        assert_near(decoded([sequence], 2, torch.bfloat16, queries=3), expected, 6e-3)
+
+    @pytest.mark.parametrize(
+        ("queries", "query_start", "message"),
+        [
+            (17, [0, 1], "queries is 17: expected 1 to 16"),
+            (2, None, r"query_start is missing: expected \[2\]"),
+            (2, [0, 1, 2], r"query_start has shape \(3,\): expected \[2\]"),
+        ],
+    )
+    def test_refuses_queries_that_do_not_fit(
+        self, queries: int, query_start: list[int] | None, message: str
+    ) -> None:
+        start = None if query_start is None else int32(query_start)
+        one = int32([1])
+        rows = torch.empty(1, 1, 64, device=DEVICE)
+        with pytest.raises(ValueError, match=message):
+            decode.decode(
+                rows.half(),
+                torch.empty(1, 1, SMALL.nbytes, dtype=torch.uint8, device=DEVICE),
+                torch.empty(1, 2, 1, 64, 64, dtype=torch.float16, device=DEVICE),
+                int32([[0]]),
+                *[one] * 4,
+                1.0,
+                SMALL,
+                1,
+                decode.Parts(32, 64, DEVICE),
+                rows,
+                queries,
+                start,
+            )
+        with pytest.raises(ValueError, match=message):
+            plan.plan_decode(int32([[0]]), one, one, 64, *[one] * 6, queries, start)
+
     def test_refuses_room_that_is_too_small(self) -> None:
         sequence = Sequence(SMALL, 70, heads=1, per_head=1, sink=False)
         with pytest.raises(ValueError, match="parts has room for 1 rows: expected 2"):
@@ -313,6 +389,7 @@ class TestDecode:
                 sequence.pool.to(DEVICE),
                 int32([[0, 1]]),
                 int32([70]),
+                int32([1]),
                 int32([1]),
                 int32([NO_SLOT]),
                 1.0,
@@ -330,14 +407,33 @@ class TestPlan:
         lengths = int32([2 * group + 3, 2 * group, 1, 0, group + 1])
         slot_of = torch.full((10,), NO_SLOT, dtype=torch.int32, device=DEVICE)
         slot_of[int32([4, 9, 6, 8])] = int32([20, 21, 22, 23])
-        made = [torch.full((5,), -7, dtype=torch.int32, device=DEVICE) for _ in range(5)]
+        made = [torch.full((5,), -7, dtype=torch.int32, device=DEVICE) for _ in range(6)]
         plan.plan_decode(table, lengths, slot_of, group, *made)
-        tails, sinks, rows, page_rows, fills = (x.tolist() for x in made)
-        assert tails == [21, 22, 23, NO_SLOT, NO_SLOT]
+        firsts, tails, sinks, fills, rows, page_rows = (x.tolist() for x in made)
+        assert firsts == tails == [21, 22, 23, NO_SLOT, NO_SLOT]
         assert sinks == [20, NO_SLOT, 23, NO_SLOT, NO_SLOT]  # blocks 5 and 70 have none; row 3 pads the batch
         assert rows == [21 * group + 2, 22 * group + group - 1, 23 * group, NO_SLOT, NO_SLOT]
         assert page_rows == [NO_SLOT] * 5
         assert fills == [NO_SLOT, 6, NO_SLOT, NO_SLOT, NO_SLOT]
+
+    def test_several_tokens_may_begin_in_one_tile_and_end_in_the_next(self) -> None:
+        group = 64
+        table = int32([[4, 7], [5, 6], [8, 2], [0, 0]])
+        lengths = int32([group + 1, 2 * group, 2, 0])
+        slot_of = torch.full((9,), NO_SLOT, dtype=torch.int32, device=DEVICE)
+        slot_of[int32([4, 7, 5, 6, 8])] = int32([20, 21, 22, 23, 24])
+        made = [torch.full((4,), -7, dtype=torch.int32, device=DEVICE) for _ in range(4)]
+        rows, page_rows = (torch.full((9,), -7, dtype=torch.int32, device=DEVICE) for _ in range(2))
+        plan.plan_decode(table, lengths, slot_of, group, *made, rows, page_rows, 3, int32([0, 3, 6, 8, 8]))
+        firsts, tails, sinks, fills = (x.tolist() for x in made)
+        assert firsts == [20, 23, 24, NO_SLOT]
+        assert tails == [21, 23, 24, NO_SLOT]
+        assert sinks == [20, 22, 24, NO_SLOT]
+        assert fills == [4, 6, NO_SLOT, NO_SLOT]
+        of_first = [20 * group + 62, 20 * group + 63, 21 * group]
+        of_others = [23 * group + 61, 23 * group + 62, 23 * group + 63, 24 * group, 24 * group + 1]
+        assert rows.tolist() == [*of_first, *of_others, -7]
+        assert page_rows.tolist() == [NO_SLOT] * 8 + [-7]
 
 
 class TestPrefill:

@@ -118,10 +118,11 @@ def drop_tails_not_scheduled(monkeypatch: pytest.MonkeyPatch) -> None:
     step = SlotTable.step
 
     def mutant(self: SlotTable, scheduled: Any, *args: Any) -> SlotPlan:
-        absent = self._tail_of.keys() - {tokens.request_id for tokens in scheduled}
+        absent = self._tails_of.keys() - {tokens.request_id for tokens in scheduled}
         plan = step(self, scheduled, *args)
-        for request_id in absent & self._tail_of.keys():
-            self._release(self._tail_of.pop(request_id), plan)
+        for request_id in absent & self._tails_of.keys():
+            for block in self._tails_of.pop(request_id).values():
+                self._release(block, plan)
         return plan
 
     monkeypatch.setattr(SlotTable, "step", mutant)

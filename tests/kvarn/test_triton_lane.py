@@ -9,7 +9,7 @@ import pytest
 from vllm import LLM
 
 from kvarn.vllm import backend, triton_lane
-from tests.kvarn.engines import Answer, ask, ask_cold, engine, make_llama
+from tests.kvarn.engines import Answer, ask, ask_cold, assert_nothing_left, engine, make_llama
 
 PRESET = "kvarn_k4v2_g64"
 GROUP = 64
@@ -22,6 +22,8 @@ def prompt(tokens: int, seed: int = 1) -> list[int]:
     return [(seed * 7919 + i * i * 31 + i) % 500 for i in range(tokens)]
 
 
+DRAFTED_PROMPTS = [[7, 8, 9] * 18 + [7], [40 + i % 11 for i in range(120)], prompt(50)]
+DRAFTED_TOKENS = 30
 PROMPTS = [prompt(5), prompt(GROUP), prompt(2 * GROUP - 2, seed=2), prompt(200, seed=3)]
 
 
@@ -92,3 +94,35 @@ def test_raw_chunks_read_a_whole_prompt_raw(model: Path, monkeypatch: pytest.Mon
     with engine(monkeypatch, model, **SETTINGS, **raw) as llm:
         for given, answer in zip(PROMPTS[2:], unquantized, strict=True):
             ask_cold(llm, given, max_tokens=1).assert_same(answer, tolerance=0.01)
+
+
+DRAFTS = 5
+
+
+@pytest.fixture(scope="module")
+def undrafted(model: Path) -> list[Answer]:
+    """Answers of the CPU lane, one token to a step."""
+    with pytest.MonkeyPatch.context() as patch, engine(patch, model, **SETTINGS) as llm:
+        return ask(llm, DRAFTED_PROMPTS, max_tokens=DRAFTED_TOKENS)
+
+
+@pytest.mark.parametrize("of_gpu", [True, False], ids=["GPU lane", "CPU lane"])
+def test_drafts_change_nothing(
+    model: Path, undrafted: list[Answer], of_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts that are taken and others that are not, over the ends of tiles."""
+    if of_gpu:
+        gpu_lane = backend.Lane(triton_lane.TritonMetadataBuilder, triton_lane.TritonLayer)
+        monkeypatch.setattr(backend, "lane", lambda: gpu_lane)
+    speculative = {"method": "ngram", "num_speculative_tokens": DRAFTS, "prompt_lookup_max": 2}
+    with engine(monkeypatch, model, speculative_config=speculative, **SETTINGS) as llm:
+        answers = ask(llm, DRAFTED_PROMPTS, max_tokens=DRAFTED_TOKENS)
+        counted = {
+            metric.name: metric.value
+            for metric in llm.get_metrics()
+            if "spec_decode" in metric.name and hasattr(metric, "value")
+        }
+        print(counted, [a.tokens for a in answers])
+        assert_nothing_left(llm)
+    for answer, theirs in zip(answers, undrafted, strict=True):
+        answer.assert_same(theirs, TOLERANCE)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import wraps
 from typing import Any
 
+from kvarn.kernels.checks import MOST_QUERIES
 from kvarn.presets import Preset, get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.hooks import Hook, HookError
@@ -95,8 +96,16 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield "quantizes every layer; leave kv_cache_dtype_skip_layers out."
     if config.kv_transfer_config is not None:
         yield "does not support KV connectors; leave kv_transfer_config out."
-    if config.speculative_config is not None:
-        yield "does not support speculative decoding; leave speculative_config out."
+    if config.speculative_config is not None and config.speculative_config.method != "ngram":
+        yield (
+            "supports speculative decoding with drafts from the prompt only, not with method "
+            f"{config.speculative_config.method!r}; set speculative_config's method to 'ngram', or leave it out."
+        )
+    if config.num_speculative_tokens >= MOST_QUERIES:
+        yield (
+            f"decodes at most {MOST_QUERIES} tokens of a request in a step; set speculative_config's "
+            f"num_speculative_tokens to {MOST_QUERIES - 1} or less."
+        )
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "does not support context parallelism; use tensor_parallel_size instead."
     if parallel.pipeline_parallel_size > 1:
