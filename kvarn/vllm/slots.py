@@ -59,11 +59,12 @@ class SlotTable:
     """Assigns the `num_slots` slots of the side pool to blocks, one step at a time.
 
     Lifetimes: a tail slot lives until the step after its tile filled, or until its request departs (finishes
-    or is preempted). A tile that only drafts fill stays a tail until its request goes on behind it. A sink slot lives while a running request reads it and then, *idle*, as long as its block
-    stays in the prefix cache under the same hash. When slots run out the least used idle sink goes first, together
-    with its block's entry in the prefix cache, so that no later hit finds a sink missing. Use is the number of
-    requests that read it, aged as in LFU with dynamic aging (Arlitt et al., 2000): whatever becomes idle ranks above
-    all that went before it by its own uses, so that a sink once hot does not stay for ever.
+    or is preempted). A tile that only drafts fill stays a tail until its request goes on behind it. A sink slot lives
+    while a running request reads it and then, *idle*, as long as its block stays in the prefix cache under the same
+    hash. When slots run out the least used idle sink goes first, together with its block's entry in the prefix cache,
+    so that no later hit finds a sink missing. Use is the number of requests that read it, aged as in LFU with dynamic
+    aging (Arlitt et al., 2000): whatever becomes idle ranks above all that went before it by its own uses, so that a
+    sink once hot does not stay for ever.
 
     The scheduler admits requests only while `tail_slots` of each and every sink fit. Should a tail find no slot even
     so, a running request's sink is given up, and its block too leaves the prefix cache. A request without its

@@ -215,7 +215,8 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
             batch.tail_slots,
             batch.sink_slots,
             batch.fill_blocks,
-            *rows,
+            rows[0],
+            rows[1],
             queries,
             batch.query_start,
         )
@@ -435,8 +436,23 @@ class TritonLayer(KVarNLayer):
                     queries,
                     query_start,
                 )
-            made = [torch.empty_like(none) for _ in range(6)]
-            plan.plan_decode(table, zero, none, layout.group, *made, queries, query_start)
+            first, tail, sink, fill, slot_rows, page_rows = torch.empty(
+                6, 1, dtype=torch.int32, device=device
+            )
+            plan.plan_decode(
+                table,
+                zero,
+                none,
+                layout.group,
+                first,
+                tail,
+                sink,
+                fill,
+                slot_rows,
+                page_rows,
+                queries,
+                query_start,
+            )
 
     def forward(
         self,

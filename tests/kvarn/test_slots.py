@@ -42,6 +42,34 @@ def test_a_filled_tail_serves_its_own_step_and_is_free_in_the_next() -> None:
     assert 2 not in worker.slot_of
 
 
+def test_a_tile_that_drafts_fill_keeps_its_slot_until_the_request_goes_on_behind_it() -> None:
+    worker = Worker(8)
+    worker.step(ScheduledTokens("a", 0, 7, 1, [1, 2]))
+    slot = worker.slot_of[2]
+    worker.step(ScheduledTokens("a", 7, 10, 1, [2, 3], drafts=2))
+    assert worker.slot_of[2] == slot
+    worker.step(ScheduledTokens("a", 8, 9, 1, [3]))
+    assert 2 not in worker.slot_of
+
+    worker.step(ScheduledTokens("a", 9, 11, 1, [3]))
+    kept = worker.slot_of[3]
+    worker.step(ScheduledTokens("a", 11, 13, 1, [3, 4], drafts=1))
+    assert 4 in worker.slot_of
+    worker.step()
+    worker.step(ScheduledTokens("a", 11, 12, 1, [3], drafts=1))
+    assert worker.slot_of[3] == kept, "its drafts were rejected"
+    worker.step(departed=("a",))
+    assert set(worker.slot_of) == {1}, "the first tile of a cached prefix"
+
+
+def test_a_first_tile_that_only_drafts_fill_is_no_sink_to_give_up() -> None:
+    worker = Worker(2)
+    worker.step(ScheduledTokens("a", 0, 3, 1, [1]), ScheduledTokens("b", 0, 4, 9, [9]))
+    worker.step(ScheduledTokens("a", 3, 4, 1, [1], drafts=1))
+    worker.step(ScheduledTokens("c", 0, 1, 2, [2]))
+    assert worker.evicted == {9}
+
+
 def run_once(worker: Worker, request_id: str, block: int) -> None:
     worker.step(ScheduledTokens(request_id, 0, 4, block, [block]))
     worker.step(departed=(request_id,))
