@@ -329,9 +329,7 @@ class TestDecode:
         for row, sequence in enumerate(sequences):
             assert (decoded([sequence], 2, padding=0)[0] == together[row]).all()
 
-    @pytest.mark.parametrize(
-        ("queries", "per_head"), [(2, 1), (2, 3), (2, 4), (5, 1), (5, 3), (5, 4), (16, 1), (16, 3), (16, 4)]
-    )
+    @pytest.mark.parametrize(("queries", "per_head"), [(2, 1), (2, 3), (5, 1), (5, 4), (16, 3), (16, 4)])
     def test_tokens_of_a_speculative_step(self, queries: int, per_head: int) -> None:
         """Within a short first tile, over its end, up to a tile's end, and, some fewer, over a later end."""
         group, sink = SMALL.group, per_head != 3
@@ -344,7 +342,7 @@ class TestDecode:
         assert_near(ours, expected, 6e-3)
 
     def test_a_speculative_step_with_several_splits_and_other_types(self) -> None:
-        sequence = Sequence(K4V2, 2 * K4V2.group + 1, heads=2, per_head=6, sink=False, queries=3)
+        sequence = Sequence(K4V2, 2 * K4V2.group + 1, heads=1, per_head=6, sink=False, queries=3)
         expected = sequence.expected(sequence.positions)
         assert_near(decoded([sequence], 2, torch.bfloat16, queries=3), expected, 6e-3)
 
