@@ -63,9 +63,10 @@ def make_scheduler(
     chunk: int = 0,
     block_size: int = GROUP,
     scheduler_cls: type[KVarNScheduler] | None = None,
+    drafts: int = 0,
     **kvarn: Any,
 ) -> KVarNScheduler | KVarNAsyncScheduler:
-    """A scheduler for blocks of `block_size` tokens; `chunk` limits one request's tokens in a step."""
+    """A scheduler for blocks of `block_size` tokens; in a step, a request has at most `chunk` tokens and `drafts`."""
     config = copy.deepcopy(_base_config())
     config.cache_config.block_size = block_size
     config.cache_config.num_gpu_blocks = num_blocks
@@ -76,7 +77,9 @@ def make_scheduler(
     spec = FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.float32)
     cache_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
     chosen = scheduler_cls or (KVarNAsyncScheduler if asynchronous else KVarNScheduler)
-    return chosen(config, cache_config, StructuredOutputManager(config), block_size)
+    scheduler = chosen(config, cache_config, StructuredOutputManager(config), block_size)
+    scheduler.num_spec_tokens = drafts
+    return scheduler
 
 
 @cache
@@ -139,14 +142,16 @@ class Worker:
             self.tokens.pop(request_id, None)
         starts = self._take_requests(output)
         spans = [(r, starts[r], starts[r] + n) for r, n in output.num_scheduled_tokens.items()]
+        drafts = output.scheduled_spec_decode_tokens
         for span in spans:
-            self.contents[span[0]] = contents_of(self.tokens[span[0]][: span[2]])
+            guessed = [*self.tokens[span[0]], *drafts.get(span[0], ())]
+            self.contents[span[0]] = contents_of(guessed[: span[2]])
             self.write(*span)
         for span in spans:
             self.quantize(*span)
         for span in spans:
             self.read(*span)
-        sampled = [self._sample(request_id, end) for request_id, _, end in spans]
+        sampled = [self._sample(request_id, end, drafts.get(request_id, [])) for request_id, _, end in spans]
         ids = [request_id for request_id, _, _ in spans]
         return ModelRunnerOutput(ids, {r: i for i, r in enumerate(ids)}, sampled_token_ids=sampled)
 
@@ -168,13 +173,20 @@ class Worker:
             self.blocks[request_id] += blocks[0] if blocks else []
         return starts
 
-    def _sample(self, request_id: str, end: int) -> list[int]:
-        tokens = self.tokens[request_id]
-        assert end <= len(tokens)
-        if end < len(tokens):
+    def _sample(self, request_id: str, end: int, drafts: list[int]) -> list[int]:
+        """The token after the last sure one, and one more after each draft that is right."""
+        tokens, contents = self.tokens[request_id], self.contents[request_id]
+        sure_end = end - len(drafts)
+        assert sure_end <= len(tokens)
+        if sure_end < len(tokens):
             return []
-        tokens.append(self.contents[request_id][-1] % VOCABULARY)
-        return [tokens[-1]]
+        sampled = [contents[sure_end - 1] % VOCABULARY]
+        for place, draft in enumerate(drafts):
+            if draft != sampled[-1]:
+                break
+            sampled.append(contents[sure_end + place] % VOCABULARY)
+        tokens += sampled
+        return sampled
 
     def slot(self, block: int) -> int | None:
         return self.slot_map._slot_of.get(block)
@@ -253,6 +265,14 @@ class World:
             self._deliver()
         self.check()
         self.sound = True
+
+    def draft(self, right: int) -> None:
+        """Guess what requests that decode go on with; the first `right` guesses are true."""
+        for request in self.scheduler.running:
+            if request.num_computed_tokens + 1 == request.num_tokens:
+                future = continuation(list(request.all_token_ids), self.scheduler.num_spec_tokens)
+                wrong = [(token + 1) % VOCABULARY for token in future[right:]]
+                request.spec_token_ids = [*future[:right], *wrong]
 
     def _deliver(self) -> None:
         if not self.in_flight:

@@ -44,9 +44,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         order=st.sampled_from(["prefix", "prefix", "fcfs"]),
         max_overtakes=st.sampled_from([0, 2, 100]),
         expected_output_tokens=st.sampled_from([None, 1]),
+        drafts=st.sampled_from([0, 1, 5]),
     )
-    def start(self, **settings: Any) -> None:
-        self.world = World(make_scheduler(**settings))
+    def start(self, drafts: int, **settings: Any) -> None:
+        can_draft = not settings["asynchronous"]  # drafts from the prompt are not scheduled asynchronously
+        self.world = World(make_scheduler(drafts=drafts if can_draft else 0, **settings))
 
     @precondition(lambda self: len(self.world.prompts) < MAX_REQUESTS)
     @rule(
@@ -67,6 +69,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def run(self, steps: int) -> None:
         for _ in range(steps):
             self.world.step()
+
+    @precondition(lambda self: self.world.scheduler.num_spec_tokens)
+    @rule(right=st.integers(0, 5), budget=st.sampled_from([3, 9, 64]))
+    def speculate(self, right: int, budget: int) -> None:
+        self.world.draft(right)
+        self.world.step(budget)
 
     @rule(place=st.integers(0, 9))
     def abort(self, place: int) -> None:
@@ -129,9 +137,10 @@ def drop_tails_not_scheduled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def quantize_one_step_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    quantize, late = Worker.quantize, []
+    quantize = Worker.quantize
 
     def mutant(self: Worker, *span: Any) -> None:
+        late = vars(self).setdefault("late", [])
         late.append(span)
         if len(late) > 1:
             quantize(self, *late.pop(0))
@@ -176,11 +185,12 @@ def count_a_tile_full_one_token_early(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def count_a_tile_full_one_token_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = SlotTable._place_tiles
-    monkeypatch.setattr(
-        SlotTable, "_place_tiles", lambda self, t, *args: place(self, replace(t, end=t.end - 1), *args)
-    )
+def keep_tiles_that_were_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SlotTable, "_pass_tiles", lambda self, tokens, plan: None)
+
+
+def take_drafts_for_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScheduledTokens, "sure_end", property(lambda self: self.end))
 
 
 def keep_the_sink_of_an_evicted_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +233,8 @@ def admit_without_asking_for_slots(monkeypatch: pytest.MonkeyPatch) -> None:
         forget_the_first_tiles_record,
         forget_the_first_tiles_slot,
         count_a_tile_full_one_token_early,
-        count_a_tile_full_one_token_late,
+        keep_tiles_that_were_passed,
+        take_drafts_for_sure,
         keep_the_sink_of_an_evicted_block,
         drop_a_sink_but_not_its_cached_block,
         keep_a_cached_block_whose_hash_came_late,
