@@ -10,7 +10,7 @@ import json
 import os
 import re
 import signal
-import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -27,15 +27,17 @@ import openai
 import psutil
 import pytest
 import ray
+import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from openai import OpenAI
 from playwright.async_api import expect
 from ray import serve
 
-from kvarn.v1 import cluster_pb2, engine_pb2, engine_pb2_grpc, inference_pb2
+from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
 from serve_app import metrics
 from serve_app.app import build
+from serve_app.channels import Tls
 from serve_app.client import (
     AsyncClient,
     Client,
@@ -48,8 +50,10 @@ from serve_app.client import (
 )
 from serve_app.config import AppConfig
 from serve_app.security.fleet import TOKEN_KEY
+from serve_app.security.keys import create_key
 
 from .browser import chromium_page
+from .live import free_port, ready, wait_for
 from .observing import Collector, Samples, otlp_collector, scraped, total
 
 pytestmark = pytest.mark.timeout(900)
@@ -63,7 +67,14 @@ TOKENS = 200  # of streams that should still be open when an update begins
 LONG: dict[str, Any] = {"max_tokens": 900, "ignore_eos": True}
 
 
-def settings(model: Path, port: int, http_port: int, otlp_endpoint: str, max_num_seqs: int = 12) -> AppConfig:
+def settings(
+    model: Path,
+    port: int,
+    http_port: int,
+    otlp_endpoint: str,
+    max_num_seqs: int = 12,
+    **security: Any,
+) -> AppConfig:
     return AppConfig.model_validate(
         {
             "model": str(model),
@@ -82,18 +93,12 @@ def settings(model: Path, port: int, http_port: int, otlp_endpoint: str, max_num
                 "http": {"port": http_port},
                 "max_message_bytes": 1 << 20,
                 "drain_grace_s": 240,
-                "security": {"salt_cache_by_tenant": True},
+                "security": {"salt_cache_by_tenant": True, **security},
                 "routing": {"queue_timeout_s": 5},
             },
             "observability": {"tracing": {"otlp_endpoint": otlp_endpoint, "export_interval_s": 0.2}},
         }
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -106,6 +111,7 @@ class App:
     collector: Collector
     early_error: ServingError
     early_health: bool
+    max_num_seqs: int = 12
 
     @property
     def address(self) -> str:
@@ -178,22 +184,6 @@ def first_answer(client: Client) -> ServingError:
                 return error
         time.sleep(0.05)
     raise AssertionError("the gateway did not answer")
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {condition}"
-        time.sleep(0.05)
-
-
-def ready(client: Client) -> set[str]:
-    """Ids of the replicas that take requests; empty while no gateway answers."""
-    try:
-        replicas = client.cache_state().replicas
-    except UnavailableError:
-        return set()
-    return {r.replica_id for r in replicas if r.status == cluster_pb2.REPLICA_STATUS_READY}
 
 
 def is_idle(client: Client) -> bool:
@@ -741,8 +731,9 @@ async def test_a_rolling_update_completes_open_streams_and_refuses_none(
     streams = [asyncio.create_task(open_stream()) for _ in range(4)]
     asking = asyncio.create_task(keep_asking())
     await asyncio.to_thread(wait_for, lambda: len(generated) == len(streams), START_S)
+    app.max_num_seqs = 6
     await asyncio.to_thread(
-        deploy, settings(app.model, app.port, app.http_port, app.collector.address, max_num_seqs=6)
+        deploy, settings(app.model, app.port, app.http_port, app.collector.address, app.max_num_seqs)
     )
     replaced = lambda: len(ready(client)) == REPLICAS and not ready(client) & before  # noqa: E731
     await asyncio.to_thread(wait_for, replaced, START_S)
@@ -751,3 +742,79 @@ async def test_a_rolling_update_completes_open_streams_and_refuses_none(
     lost = await asyncio.gather(*streams, return_exceptions=True)
     assert (lost, list(generated.values())) == ([None] * 4, [TOKENS] * 4)
     assert refused == []
+
+
+def test_an_update_turns_tls_and_keys_on_and_no_key_is_told_anywhere(
+    app: App, client: Client, tmp_path: Path
+) -> None:
+    before = ready(client)
+    ca, keys = trustme.CA(), tmp_path / "keys.yaml"
+    certificate = ca.issue_cert("localhost")
+    certificate.private_key_pem.write_to_path(tmp_path / "server.key")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "server.pem")
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    key, _ = create_key(keys, "acme", max_concurrent=2)
+    rare, _ = create_key(keys, "rare", requests_per_minute=1, burst=1)
+    wrong = key[:-8] + "deadbeef"
+    files = {"certificate": tmp_path / "server.pem", "private_key": tmp_path / "server.key"}
+    telemetry = app.collector.address
+    deploy(
+        settings(app.model, app.port, app.http_port, telemetry, app.max_num_seqs, tls=files, api_keys=keys)
+    )
+    wait_for(lambda: serve.status().applications[APP].status == "DEPLOYING", 30)
+    wait_for(lambda: serve.status().applications[APP].status == "RUNNING", START_S)
+    address, tls = f"localhost:{app.port}", Tls(tmp_path / "ca.pem")
+
+    with Client(address, tls=tls, api_key=key) as acme:
+        wait_for(lambda: len(ready(acme)) == REPLICAS and not ready(acme) & before, START_S)
+        now = ready(acme)
+        assert "Paris" in acme.generate_once(QUESTION, max_tokens=24, temperature=0).text
+        with pytest.raises(UnavailableError):
+            client.cache_state()  # plain text
+        streams = [acme.generate("Once upon a time", **LONG) for _ in range(2)]
+        for stream in streams:
+            next(stream)
+        with pytest.raises(NoRoomError, match="This API key may run 2 requests at once"):
+            acme.generate_once("Hi", max_tokens=1)
+        for stream in streams:
+            stream.close()
+    with Client(address, tls=tls, api_key=rare) as limited:
+        limited.generate_once("Hi", max_tokens=1)
+        with pytest.raises(NoRoomError, match="This API key may send 1 requests a minute"):
+            limited.generate_once("Hi", max_tokens=1)
+    for presented in ("", wrong):
+        with Client(address, tls=tls, api_key=presented) as stranger, pytest.raises(ServingError) as refused:
+            stranger.generate_once("Hi", max_tokens=1)
+        assert "API key" in refused.value.sentence
+
+    web = httpx.Client(verify=ssl.create_default_context(cafile=tmp_path / "ca.pem"))
+    secured = OpenAI(base_url=f"https://localhost:{app.http_port}/v1", api_key=key, http_client=web)
+    assert secured.completions.create(model="", prompt="Hi", max_tokens=4).usage.completion_tokens == 4
+    with pytest.raises(openai.AuthenticationError):
+        secured.with_options(api_key=wrong).models.list()
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"http://localhost:{app.http_port}/livez")
+
+    kvarn = [sys.executable, "-m", "kvarn.cli", "status", "--json", "--address", address]
+    told = subprocess.run(
+        [*kvarn, "--ca", tmp_path / "ca.pem"],
+        env={**os.environ, "KVARN_API_KEY": key},
+        capture_output=True,
+        check=True,
+    )
+    assert {replica["replica_id"] for replica in json.loads(told.stdout)["replicas"]} == now
+
+    refusals = lambda reason: total(scraped(), metrics.REJECTS.exported, reason=reason)  # noqa: E731
+    for reason in ("unauthenticated", "rate_limit", "concurrency_limit"):
+        wait_for(lambda: refusals(reason) >= 1, 30)  # noqa: B023
+    secrets = [presented.rpartition("-")[2][:16] for presented in (key, rare)]  # `wrong` begins like `key`
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    assert not [path for path in logs.rglob("*") if path.is_file() and holds_any(path, secrets)]
+    tenant = lambda span: span.attributes.get("kvarn.tenant")  # noqa: E731
+    wait_for(lambda: {"acme", "rare"} <= {tenant(span) for span in app.collector.spans}, 20)
+    assert not [secret for secret in secrets if secret in str(app.collector.spans)]
+
+
+def holds_any(path: Path, secrets: list[str]) -> bool:
+    content = path.read_bytes()
+    return any(secret.encode() in content for secret in secrets)
