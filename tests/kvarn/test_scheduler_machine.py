@@ -44,7 +44,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         order=st.sampled_from(["prefix", "prefix", "fcfs"]),
         max_overtakes=st.sampled_from([0, 2, 100]),
         expected_output_tokens=st.sampled_from([None, 1]),
-        drafts=st.sampled_from([0, 1, 5]),
+        drafts=st.sampled_from(
+            [0, 1, GROUP - 1]
+        ),  # as really: a step's tokens of a request touch two tiles at most
     )
     def start(self, drafts: int, **settings: Any) -> None:
         can_draft = not settings["asynchronous"]  # drafts from the prompt are not scheduled asynchronously
@@ -71,7 +73,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.world.step()
 
     @precondition(lambda self: self.world.scheduler.num_spec_tokens)
-    @rule(right=st.integers(0, 5), budget=st.sampled_from([3, 9, 64]))
+    @rule(right=st.integers(0, GROUP - 1), budget=st.sampled_from([3, 9, 64]))
     def speculate(self, right: int, budget: int) -> None:
         self.world.draft(right)
         self.world.step(budget)
