@@ -358,9 +358,13 @@ class World:
                 assert self.worker.raw[slot] == rows, "a sink slot holds something else"
 
     def _check_tails(self) -> None:
-        """A running request's unfilled tile is raw in its slot, scheduled in this step or not."""
+        """A running request's unfilled tile is raw in its slot, scheduled or not, and no tile it passed is."""
         for request in self.scheduler.running:
             computed = request.num_computed_tokens
+            tails = self.scheduler.slots._tails_of.get(request.request_id, ())
+            assert all(tile >= computed // GROUP - 1 for tile in tails), (
+                "a tile that was passed keeps its slot"
+            )
             contents = self.worker.contents.get(request.request_id)
             if contents is not None and computed and len(contents) >= computed:
                 self.worker.expect_raw(request.request_id, computed // GROUP, computed % GROUP)

@@ -73,10 +73,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.world.step()
 
     @precondition(lambda self: self.world.scheduler.num_spec_tokens)
-    @rule(right=st.integers(0, GROUP - 1), budget=st.sampled_from([3, 9, 64]))
-    def speculate(self, right: int, budget: int) -> None:
-        self.world.draft(right)
-        self.world.step(budget)
+    @rule(
+        rights=st.lists(st.integers(0, GROUP - 1), min_size=1, max_size=5), budget=st.sampled_from([3, 9, 64])
+    )
+    def speculate(self, rights: list[int], budget: int) -> None:
+        for right in rights:
+            self.world.draft(right)
+            self.world.step(budget)
 
     @rule(place=st.integers(0, 9))
     def abort(self, place: int) -> None:
