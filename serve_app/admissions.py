@@ -12,11 +12,10 @@ from serve_app.config import RoutingConfig
 from serve_app.errors import DeadlineExceededError, NoRoomError
 from serve_app.job import Job
 from serve_app.refusals import refusal
-from serve_app.routing import Candidate, Decision, FairQueue, Refusal, Router, Waiting
+from serve_app.routing import Decision, FairQueue, Refusal, Router, Waiting
 
 WAKE_S = 0.002  # changes within this are answered together
 INTERVAL_WEIGHT = 0.1
-REFUSAL = Candidate._fields.index("refusal")
 QUEUE_REASONS = ("blocks", "slots", "batch", "replicas", "turn")
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 30.0
 
@@ -181,7 +180,7 @@ def _lack(decision: Decision | None) -> str:
     """What the replicas lacked when the queue last tried a request; it has not tried those behind the first few."""
     if decision is None or decision.chosen is not None:
         return "turn"
-    refusals = {terms[REFUSAL] for terms in decision.weighed}
+    refusals = decision.refusals
     return next((reason for refusal, reason in _LACKS.items() if refusal in refusals), "replicas")
 
 

@@ -172,16 +172,16 @@ class Observation:
             self._observer.prefixes.count(
                 self._prefix, self.replica_id, self.usage.prompt_tokens, self.usage.cached_tokens
             )
+        is_logged = logger.isEnabledFor(logging.INFO)
+        record = self._record(status, reason, duration_s) if is_logged or self._span.is_recording() else {}
         if self._span.is_recording():
-            record = self._record(status, reason, duration_s)
             self._span.set_attributes(
                 {f"kvarn.{key}": value for key, value in record.items() if value is not None}
             )
             if reason:
                 self._span.set_status(Status(StatusCode.ERROR, reason))
         self._span.end()
-        if logger.isEnabledFor(logging.INFO):
-            record = self._record(status, reason, duration_s)
+        if is_logged:
             logger.info(json.dumps({"time": datetime.now(UTC).isoformat(), **record}))
 
     def _record(self, status: grpc.StatusCode, reason: str, duration_s: float) -> dict[str, Any]:

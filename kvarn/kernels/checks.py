@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_QUERIES = (
-    16  # query tokens of a request in a decode step; fewer than a tile has, so they lie in two at most
-)
+# Query tokens of a request in a decode step: fewer than a tile has, so they lie in two at most.
+MOST_QUERIES = 16
 
 
 def check(name: str, x: Tensor, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> None:

@@ -271,7 +271,7 @@ def _combine_parts(
         part = 1 + start + tl.arange(0, BLOCK_PARTS)
         valid = (part[:, None] <= used) & (row[None, :] < ROWS)
         at = (first_part + part[:, None]) * ROWS + row[None, :]
-        tops = tl.load(Top + at, mask=valid, other=-1e30)
+        tops = tl.load(Top + at, mask=valid, other=NOTHING)
         totals = tl.load(Total + at, mask=valid, other=0.0)
         new_top = tl.maximum(top, tl.max(tops, 0))
         fade, shares = tl.exp2(top - new_top), tl.exp2(tops - new_top[None, :])

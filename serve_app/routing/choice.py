@@ -9,7 +9,7 @@ from xxhash import xxh3_64_intdigest
 
 from serve_app.routing.admission import Room, weigh
 from serve_app.routing.cost import Prices
-from serve_app.routing.types import Candidate, Decision, Refusal, RequestNeed, Terms
+from serve_app.routing.types import PRICE, REFUSAL, Candidate, Decision, Refusal, RequestNeed, Terms
 
 
 def choose(
@@ -45,8 +45,6 @@ def choose(
     return Decision(Candidate._make(chosen), weighed, len(near))
 
 
-PRICE = Candidate._fields.index("price_s")
-REFUSAL = Candidate._fields.index("refusal")
 _PRICE_OF = itemgetter(PRICE)
 
 

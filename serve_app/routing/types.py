@@ -193,6 +193,9 @@ class Candidate(NamedTuple):
     refusal: Refusal | None = None
 
 
+PRICE, REFUSAL = map(Candidate._fields.index, ("price_s", "refusal"))  # places in `Terms`
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """A choice and every candidate's terms; `chosen` is None if all refused.
@@ -213,4 +216,4 @@ class Decision:
     @property
     def refusals(self) -> frozenset[Refusal]:
         """Why replicas refused."""
-        return frozenset(c.refusal for c in self.candidates if c.refusal is not None)
+        return frozenset(terms[REFUSAL] for terms in self.weighed if terms[REFUSAL] is not None)
