@@ -105,9 +105,10 @@ class SlotPlanning:
         return False
 
     def _tail_slots(self, request: Request) -> int:
-        total = request.num_prompt_tokens + request.max_tokens
+        drafts = self.num_spec_tokens  # vLLM drafts past a request's end too
+        total = request.num_prompt_tokens + request.max_tokens + drafts
         uncomputed = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
-        return tail_slots(total, uncomputed + self.num_spec_tokens, self.block_size)
+        return tail_slots(total, uncomputed + drafts, self.block_size)
 
     def _blocks_of_requests(self) -> dict[str, list[KVCacheBlock]]:
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers

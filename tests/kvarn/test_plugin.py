@@ -103,6 +103,17 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
         (
             {
                 "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 4,
+                    "prompt_lookup_max": 2,
+                },
+                "long_prefill_token_threshold": 4,
+            },
+            "raise long_prefill_token_threshold from 4 to 5 or more",
+        ),
+        (
+            {
+                "speculative_config": {
                     "method": "ngram_gpu",
                     "num_speculative_tokens": 2,
                     "prompt_lookup_max": 2,

@@ -106,6 +106,12 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
             f"decodes at most {MOST_QUERIES} tokens of a request in a step; set speculative_config's "
             f"num_speculative_tokens to {MOST_QUERIES - 1} or less."
         )
+    if 0 < config.scheduler_config.long_prefill_token_threshold <= config.num_speculative_tokens:
+        # vLLM pads a new request's step with drafts, then cuts the step to the threshold, but not the drafts.
+        yield (
+            "needs room for a token and its drafts in a step; raise long_prefill_token_threshold from "
+            f"{config.scheduler_config.long_prefill_token_threshold} to {config.num_speculative_tokens + 1} or more."
+        )
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "does not support context parallelism; use tensor_parallel_size instead."
     if parallel.pipeline_parallel_size > 1:
