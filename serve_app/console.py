@@ -17,6 +17,7 @@ from serve_app.admissions import Admissions
 from serve_app.observation import Observation, Observer
 from serve_app.prefixes import HotPrefix
 from serve_app.routing import ReplicaState
+from serve_app.waiting import waiting_for
 from serve_app.wire import replica_status
 
 PAGE = Path(__file__).with_name("console.html")
@@ -121,11 +122,7 @@ def _replica(replica: ReplicaState) -> dict[str, Any]:
         "sinks_idle": load.sink_slots_idle,
         "running": load.running_requests,
         "waiting": load.waiting_requests,
-        "waiting_for": {
-            "slots": load.waiting_for_slots,
-            "blocks": load.waiting_for_blocks,
-            "a shared prefix": load.waiting_for_prefix,
-        },
+        "waiting_for": waiting_for(load),
         "waiting_prefill": load.waiting_prefill_tokens,
         "prefill_tokens_per_s": load.prefill_tokens_per_s,
         "inter_token_latency_s": load.inter_token_latency_s,

@@ -7,6 +7,7 @@ from kvarn.presets import PRESETS
 from serve_app import metrics
 from serve_app.metrics import Recorder
 from serve_app.routing import CacheSnapshot
+from serve_app.waiting import waiting_for
 
 
 class EngineMetrics:
@@ -40,11 +41,7 @@ class EngineMetrics:
         record.set(metrics.SLOTS, load.sink_slots_idle, use="sink_idle")
         record.set(metrics.ENGINE_REQUESTS, load.running_requests, state="running")
         record.set(metrics.ENGINE_REQUESTS, load.waiting_requests, state="waiting")
-        by_reason = {
-            "slots": load.waiting_for_slots,
-            "blocks": load.waiting_for_blocks,
-            "prefix": load.waiting_for_prefix,
-        }
+        by_reason = waiting_for(load)
         by_reason["turn"] = load.waiting_requests - sum(by_reason.values())
         for reason, count in by_reason.items():
             record.set(metrics.ENGINE_WAITING, count, reason=reason)

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from kvarn.v1 import cache_pb2, cluster_pb2
 from serve_app.client import Client, UnavailableError
+from serve_app.waiting import waiting_for
 
 RETRY_S = 1.0
 BAR_CELLS, MIN_BAR_CELLS = 24, 8
@@ -130,12 +131,7 @@ def _row(replica: cluster_pb2.ReplicaCache) -> Iterator[RenderableType]:
 
 def _waiting(load: cache_pb2.CacheLoad) -> str:
     """How many wait inside the engine, and what for if it is not their turn alone."""
-    reasons = {
-        "slots": load.waiting_for_slots,
-        "blocks": load.waiting_for_blocks,
-        "prefix": load.waiting_for_prefix,
-    }
-    told = ", ".join(f"{count} for {reason}" for reason, count in reasons.items() if count)
+    told = ", ".join(f"{count} for {reason}" for reason, count in waiting_for(load).items() if count)
     return f"{load.waiting_requests} ({told})" if told else f"{load.waiting_requests}"
 
 

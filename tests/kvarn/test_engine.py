@@ -83,7 +83,7 @@ def test_prefix_hit_after_another_request_ran(
 @pytest.mark.parametrize("chunk", [64, TILE - 1, TILE, TILE + 1, 333])
 def test_chunked_prefill(llm: LLM, text: list[int], cold: dict[int, Answer], chunk: int) -> None:
     with chunks_of(llm, chunk):
-        for length in LENGTHS:
+        for length in (length for length in LENGTHS if length > chunk):
             ask_cold(llm, text[:length]).assert_same(cold[length])
 
 

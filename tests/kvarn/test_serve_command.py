@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,14 +20,9 @@ from kvarn.v1 import cache_pb2, cluster_pb2
 from serve_app.client import Client
 from serve_app.launch import read_app
 from serve_app.terminal import Answer
+from tests.serve_app.live import free_port
 
 APP_YAML = Path(__file__).parents[2] / "cluster" / "app.yaml"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_app(path: Path, **engine: object) -> Path:
