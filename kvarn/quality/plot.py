@@ -1,4 +1,4 @@
-"""Charts of a quality run: divergence against bytes, divergence along the context, and knobs."""
+"""Charts of a quality run: divergence by size, divergence along the context, and knobs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg")
 PROTOCOLS = ("pseudo_decode", "prefill")  # the first that has rows is drawn
+LINES = ("-", "--", ":")  # after ten colours the next kind of line begins
 SMALLEST = 1e-6  # divergences below it are rounding of the arithmetic
 
 Rows = list[dict[str, Any]]
@@ -34,18 +35,22 @@ def draw(path: Path, record: dict[str, Any]) -> None:
 
 
 def figure(record: dict[str, Any]) -> Figure:
-    """Divergence against bytes, along the context and, where knobs were measured, for each of their values."""
+    """Divergence of each cache dtype, along the context where that was long, and of each value of each knob."""
     from matplotlib.figure import Figure
 
     rows = drawn_rows(record)
     knobs = [row for row in rows if "=" in row["dtype"]]
     formats = [row for row in rows if "=" not in row["dtype"]]
-    made = Figure(figsize=(12, 9 if knobs else 4.8), layout="constrained")
-    grid = made.add_gridspec(2 if knobs else 1, 2)
-    against_bytes(made.add_subplot(grid[0, 0]), formats)
-    along_context(made.add_subplot(grid[0, 1]), formats)
+    panels = [(by_size, formats)]
+    if any(len(row["by_position"]) > 1 for row in formats):
+        panels.append((along_context, formats))
     if knobs:
-        by_knob(made.add_subplot(grid[1, :]), knobs)
+        panels.append((by_knob, knobs))
+    heights = [1.2 + 0.25 * len(drawn) for _, drawn in panels]
+    made = Figure(figsize=(9, sum(heights)), layout="constrained")
+    grid = made.add_gridspec(len(panels), 1, height_ratios=heights)
+    for place, (draw_panel, drawn) in enumerate(panels):
+        draw_panel(made.add_subplot(grid[place]), drawn)
     return made
 
 
@@ -60,53 +65,48 @@ def drawn_rows(record: dict[str, Any]) -> Rows:
     return []
 
 
-def against_bytes(axes: Axes, rows: Rows) -> None:
-    """A point a cache dtype, with its confidence interval."""
-    for row in rows:
-        mean, (low, high) = row["kld_mean"], row["kld_mean_ci"]
-        ours = row["dtype"].startswith("kvarn_k")
-        axes.errorbar(
-            row["bytes_per_token"],
-            mean,
-            [[max(mean - low, 0)], [max(high - mean, 0)]],
-            fmt="o" if ours else "s",
-            color="C0" if ours else "C7",
-            capsize=3,
-        )
-        axes.annotate(
-            row["dtype"], (row["bytes_per_token"], mean), (5, 4), textcoords="offset points", fontsize=7
-        )
-    axes.set_yscale("log")
-    axes.set_xlabel("bytes of cache a token")
-    axes.set_ylabel("KL divergence, nats")
-    axes.set_title("divergence against size")
-    axes.margins(x=0.2)
+def by_size(axes: Axes, rows: Rows) -> None:
+    """A line of text and a point a cache dtype, the largest on top: ours are round and dark."""
+    ordered = sorted(rows, key=lambda row: (row["bytes_per_token"], -row["kld_mean"]))
+    _points(axes, ordered, [f"{row['dtype']}  {row['bytes_per_token']:,.0f} bytes" for row in ordered])
+    axes.set_title("each cache dtype and its bytes a token (round: ours)")
 
 
 def along_context(axes: Axes, rows: Rows) -> None:
     """A line a cache dtype over positions."""
-    for row in rows:
+    for place, row in enumerate(rows):
         x = [part["from"] for part in row["by_position"]] + [row["by_position"][-1]["to"]]
         y = [part["kld_mean"] for part in row["by_position"]]
-        axes.step(x, [*y, y[-1]], where="post", label=row["dtype"])
+        axes.step(x, [*y, y[-1]], where="post", label=row["dtype"], linestyle=LINES[place // 10 % len(LINES)])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("position in the context, tokens")
+    axes.set_ylabel("KL divergence, nats")
     axes.set_title("divergence along the context")
-    if rows:
-        axes.legend(fontsize=6, ncols=2)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def by_knob(axes: Axes, rows: Rows) -> None:
-    """A point for each value of each knob."""
-    labels = [row["dtype"] for row in rows]
-    means = [row["kld_mean"] for row in rows]
-    errors = [
-        [max(row["kld_mean"] - row["kld_mean_ci"][0], 0) for row in rows],
-        [max(row["kld_mean_ci"][1] - row["kld_mean"], 0) for row in rows],
-    ]
-    axes.errorbar(range(len(rows)), means, errors, fmt="o", capsize=3)
-    axes.set_xticks(range(len(rows)), labels, rotation=60, ha="right", fontsize=7)
-    axes.set_yscale("log")
-    axes.set_ylabel("KL divergence, nats")
+    """A line of text and a point for each value of each knob."""
+    ordered = rows[::-1]
+    _points(axes, ordered, [row["dtype"] for row in ordered])
     axes.set_title("one setting changed, others as k4v2_g128")
+
+
+def _points(axes: Axes, rows: Rows, labels: list[str]) -> None:
+    """Each row's mean divergence with its confidence interval, upwards."""
+    for height, row in enumerate(rows):
+        mean, (low, high) = row["kld_mean"], row["kld_mean_ci"]
+        rival = not row["dtype"].startswith("kvarn_k") and "=" not in row["dtype"]
+        axes.errorbar(
+            mean,
+            height,
+            xerr=[[max(mean - low, 0)], [max(high - mean, 0)]],
+            fmt="s" if rival else "o",
+            color="C7" if rival else "C0",
+            capsize=3,
+        )
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("KL divergence, nats (95 % interval)")
+    axes.grid(axis="x", which="both", alpha=0.3)

@@ -30,7 +30,10 @@ def _quality(record: Record) -> Iterator[str]:
         "difference that this sample could have shown.</p>"
     )
     if quality_plot.drawn_rows(record):
-        yield chart(quality_plot.figure(record), "KL divergence against bytes and along the context")
+        yield chart(
+            quality_plot.figure(record),
+            "KL divergence of each cache dtype, along the context, and of each setting",
+        )
     for protocol, title in TITLES.items():
         rows = [row for row in record["rows"] if row["protocol"] == protocol]
         if rows:

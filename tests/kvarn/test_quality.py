@@ -152,3 +152,9 @@ def test_charts_of_formats_and_knobs_are_drawn(tmp_path: Path) -> None:
     for name in ("chart.png", "chart.svg"):
         plot.draw(tmp_path / name, {"rows": rows})
         assert (tmp_path / name).stat().st_size > 5000
+    assert len(plot.figure({"rows": rows}).axes) == 2, "one part of the context makes no line"
+    later = {**part, "from": 512, "to": 1024, "kld_mean": 0.02}
+    rows[0]["by_position"] = [part, later]
+    drawn = plot.figure({"rows": rows}).axes
+    assert [len(axes.get_lines()) > 0 for axes in drawn] == [True, True, True]
+    assert list(drawn[1].get_lines()[0].get_ydata()) == [0.01, 0.02, 0.02]
