@@ -193,7 +193,8 @@ async def test_no_token_is_lost_while_processes_die(address: str, long_mode: boo
     traffic = Traffic(reference)
     workers = [asyncio.create_task(traffic.work(address, seed)) for seed in range(WORKERS)]
     injected = 0
-    while injected < wanted:
+    # A fault may find no stream under way; more follow until one did, within reason.
+    while injected < wanted or (not traffic.resumed and injected < 3 * wanted):
         await asyncio.sleep(random.uniform(1, 3))
         await FAULTS[injected % len(FAULTS)](random)
         injected += 1
