@@ -62,6 +62,9 @@ DEFAULTS = EngineBench()
 SCHEDULER = SchedulerBench()
 DECODE, QUANTIZE, PREFILL = DecodeBench(), QuantizeBench(), PrefillBench()
 
+ShapeOption = Annotated[
+    str | None, typer.Option(help="Instead: random weights in this shape: 1b, 8b or 70b.")
+]
 PresetOption = Annotated[str, typer.Option("--preset", help="The cache format.")]
 HeadDimOption = Annotated[int, typer.Option(help="Channels of a head: 64, 128 or 256.")]
 KvHeadsOption = Annotated[int, typer.Option(help="Heads of the cache.")]
@@ -221,9 +224,7 @@ def bench_serve(
 @bench_app.command("engine")
 def bench_engine(
     model: Annotated[str, typer.Option(help="A model's name, or its directory.")] = DEFAULTS.model,
-    shape: Annotated[
-        str | None, typer.Option(help="Instead: random weights in this shape: 1b, 8b or 70b.")
-    ] = DEFAULTS.shape,
+    shape: ShapeOption = DEFAULTS.shape,
     dtype: Annotated[str, typer.Option(help="Of weights and activations.")] = DEFAULTS.dtype,
     kv_cache_dtypes: Annotated[
         str, typer.Option(help="Cache dtypes to compare with the first, separated by commas.")
@@ -247,10 +248,16 @@ def bench_engine(
         int, typer.Option(help="Most tokens of one step.")
     ] = DEFAULTS.max_num_batched_tokens,
     enforce_eager: Annotated[bool, typer.Option(help="Do not compile the model.")] = DEFAULTS.enforce_eager,
+    tensor_parallel_sizes: Annotated[
+        str, typer.Option(help="Numbers of GPUs an engine spans, separated by commas.")
+    ] = ",".join(map(str, DEFAULTS.tensor_parallel_sizes)),
+    distributed_executor_backend: Annotated[
+        str | None, typer.Option(help="What runs the ranks: mp or ray; vLLM's choice if not given.")
+    ] = DEFAULTS.distributed_executor_backend,
     json_path: JsonOption = None,
     plot_path: PlotOption = None,
 ) -> None:
-    """Compare vLLM's speed and capacity with several KV cache dtypes, each in a process of its own."""
+    """Compare vLLM's speed and capacity with several KV cache dtypes, each in an engine of its own."""
     from kvarn.bench import engine, plot
 
     with one_sentence_errors():
@@ -268,6 +275,8 @@ def bench_engine(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enforce_eager=enforce_eager,
+            tensor_parallel_sizes=engine.parse_sizes(tensor_parallel_sizes),
+            distributed_executor_backend=distributed_executor_backend,
         )
         if shape is None:
             resolve_model(bench.model)  # may show a progress bar of its own
@@ -283,6 +292,7 @@ def bench_engine(
 @bench_app.command("scheduler")
 def bench_scheduler(
     model: Annotated[str, typer.Option(help="A model's name, or its directory.")] = SCHEDULER.model,
+    shape: ShapeOption = SCHEDULER.shape,
     dtype: Annotated[str, typer.Option(help="Of weights and activations.")] = SCHEDULER.dtype,
     preset: PresetOption = SCHEDULER.kv_cache_dtype,
     workloads: Annotated[str, typer.Option(help="Which to run, separated by commas.")] = ",".join(
@@ -325,8 +335,10 @@ def bench_scheduler(
             cache_share=cache_share,
             repeats=repeats,
             enforce_eager=enforce_eager,
+            shape=shape,
         )
-        resolve_model(bench.model)
+        if shape is None:
+            resolve_model(bench.model)  # may show a progress bar of its own
         with counting_progress("runs") as progress:
             report = scheduler.run(bench, progress)
         out.print(scheduler.table(bench, report))
@@ -364,6 +376,9 @@ def bench_decode(
     cases: Annotated[
         str, typer.Option(help="Requests x context tokens of each case, separated by commas.")
     ] = ",".join(f"{requests}x{context}" for requests, context in DECODE.cases),
+    query_tokens: Annotated[
+        int, typer.Option(help="New tokens of each request: more than one in a speculative step.")
+    ] = DECODE.query_tokens,
     preset: PresetOption = DECODE.preset,
     head_dim: HeadDimOption = DECODE.head_dim,
     kv_heads: KvHeadsOption = DECODE.kv_heads,
@@ -372,9 +387,10 @@ def bench_decode(
     json_path: JsonOption = None,
     plot_path: PlotOption = None,
 ) -> None:
-    """Compare decode attention with FlashAttention 3, fp16 and fp8, and with copy bandwidth; needs a GPU."""
+    """Compare decode attention with FlashAttention 3, vLLM's other caches and copy bandwidth; needs a GPU."""
     with one_sentence_errors():
-        bench = DecodeBench(preset, head_dim, kv_heads, repeats, query_heads, parse_cases(cases))
+        pairs = parse_cases(cases)
+        bench = DecodeBench(preset, head_dim, kv_heads, repeats, query_heads, pairs, query_tokens)
         _bench_kernels(bench, json_path, plot_path)
 
 
@@ -388,7 +404,7 @@ def bench_quantize(
     json_path: JsonOption = None,
     plot_path: PlotOption = None,
 ) -> None:
-    """Compare the speed tiles are quantized at with copy bandwidth; needs a GPU."""
+    """Compare the speed tiles are quantized at with vLLM's other caches and copy bandwidth; needs a GPU."""
     with one_sentence_errors():
         _bench_kernels(QuantizeBench(preset, head_dim, kv_heads, repeats, tiles), json_path, plot_path)
 
@@ -407,7 +423,7 @@ def bench_prefill(
     json_path: JsonOption = None,
     plot_path: PlotOption = None,
 ) -> None:
-    """Compare a prompt chunk's whole path with FlashAttention 3 fp16; needs a GPU."""
+    """Compare a prompt chunk's whole path with FlashAttention 3, fp16 and fp8; needs a GPU."""
     with one_sentence_errors():
         bench = PrefillBench(preset, head_dim, kv_heads, repeats, query_heads, chunk, parse_starts(starts))
         _bench_kernels(bench, json_path, plot_path)

@@ -10,10 +10,11 @@ from serve_app.config import EngineConfig
 
 
 def resources(config: EngineConfig) -> dict[str, Any]:
-    """The Serve deployment options that reserve one replica's CPUs and GPUs.
+    """The Serve deployment options that reserve one replica's CPUs and GPUs, all on one node: its workers exchange
+    activations in every layer.
 
-    With executors mp and uni the replica's own processes hold all GPUs, so they are on one node. With ray, each
-    tensor-parallel worker is an actor with a bundle of its own, on the same node if possible.
+    With executors mp and uni the replica's own processes hold all GPUs; with ray, each tensor-parallel worker is an
+    actor with a bundle of its own.
     """
     gpus = config.tensor_parallel_size if config.device == "cuda" else 0
     if config.distributed_executor_backend != "ray":
@@ -25,7 +26,7 @@ def resources(config: EngineConfig) -> dict[str, Any]:
             {"CPU": float(config.cpus_per_replica)},
             *[worker] * config.tensor_parallel_size,
         ],
-        "placement_group_strategy": "PACK",
+        "placement_group_strategy": "STRICT_PACK",
     }
 
 

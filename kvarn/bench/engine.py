@@ -4,7 +4,8 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -67,9 +68,11 @@ class EngineBench:
         max_num_seqs: most requests that run at once; None for the largest workload's.
         max_num_batched_tokens: most tokens of one step, prefill chunks included.
         enforce_eager: do not compile the model.
+        tensor_parallel_sizes: GPUs that an engine spans; every cache dtype is measured with each.
+        distributed_executor_backend: what runs the ranks, as vLLM's: "mp" or "ray"; None for vLLM's choice.
 
     Raises:
-        BenchError: a number is out of range, or a shape or dtype unknown.
+        BenchError: a number is out of range, or a shape, dtype or executor unknown.
     """
 
     model: str = DEFAULT_MODEL
@@ -83,6 +86,8 @@ class EngineBench:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int = 2048
     enforce_eager: bool = False
+    tensor_parallel_sizes: tuple[int, ...] = (1,)
+    distributed_executor_backend: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("repeats", "max_num_batched_tokens", "max_num_seqs"):
@@ -95,14 +100,22 @@ class EngineBench:
             raise BenchError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}: give a share above 0 and at most 1"
             )
-        if self.shape is not None and self.shape not in SHAPES:
-            raise BenchError(f"shape {self.shape!r} is not known: give one of {', '.join(SHAPES)}")
+        check_shape(self.shape)
         if not self.kv_cache_dtypes:
             raise BenchError("no cache dtype is given: name at least one, e.g. auto,kvarn_k4v2_g128")
         if not self.workloads:
             raise BenchError("no workload is given: name at least one, e.g. 4x1000+64")
         for name in self.kv_cache_dtypes:
             _check_dtype(name)
+        if not self.tensor_parallel_sizes or min(self.tensor_parallel_sizes) < 1:
+            sizes = ",".join(map(str, self.tensor_parallel_sizes))
+            raise BenchError(
+                f"tensor_parallel_sizes is {sizes!r}: give numbers of GPUs of at least 1, e.g. 1,2"
+            )
+        if self.distributed_executor_backend not in (None, "mp", "ray"):
+            raise BenchError(
+                f"distributed_executor_backend is {self.distributed_executor_backend!r}: give mp or ray"
+            )
 
     @property
     def batches(self) -> int:
@@ -143,6 +156,13 @@ class EngineResult:
     num_blocks: int = 0
     block_size: int = 0
     reason: str | None = None
+    tensor_parallel_size: int = 1
+
+    @property
+    def label(self) -> str:
+        """The cache dtype, and on how many GPUs if on several."""
+        size = self.tensor_parallel_size
+        return self.kv_cache_dtype if size == 1 else f"{self.kv_cache_dtype}, {size} GPUs"
 
     @property
     def capacity_tokens(self) -> int:
@@ -168,28 +188,52 @@ def parse_workloads(text: str) -> tuple[Workload, ...]:
     return tuple(workloads)
 
 
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """`"1,2"` -> (1, 2).
+
+    Raises:
+        BenchError: an entry is not a whole number.
+    """
+    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+    for entry in entries:
+        if not entry.isdecimal():
+            raise BenchError(f"{entry!r} is not a number of GPUs: give whole numbers, e.g. 1,2")
+    return tuple(map(int, entries))
+
+
 def run(bench: EngineBench, progress: Progress) -> list[EngineResult]:
     """Measures each cache dtype in a process of its own, so that none inherits memory or threads of another.
 
     Args:
         bench: what to measure.
-        progress: called with (cache dtype, batches done, batches to do) as work goes on.
+        progress: called with (engine, batches done, batches to do) as work goes on.
 
     Raises:
-        BenchError: the engine of the first dtype or of a preset of ours failed; the message ends with the last lines
+        BenchError: an engine of the first dtype or of a preset of ours failed; the message ends with the last lines
             of its log. Others are listed with the reason.
         ModelError: the model cannot be found.
     """
-    with _model_directory(bench) as model_dir:
+    with model_directory(bench.model, bench.shape) as model_dir:
         results = []
-        for name in bench.kv_cache_dtypes:
+        for size, name in product(bench.tensor_parallel_sizes, bench.kv_cache_dtypes):
+            empty = EngineResult(name, tensor_parallel_size=size)
             try:
-                results.append(_measure(bench, model_dir, name, progress))
+                results.append(_measure(bench, model_dir, empty, progress))
             except BenchError as error:
                 if not bench.may_fail(name):
                     raise
-                results.append(EngineResult(name, reason=_last_error(str(error))))
+                results.append(replace(empty, reason=_last_error(str(error))))
         return results
+
+
+def scaling(results: list[EngineResult], result: EngineResult, place: int) -> float | None:
+    """Tok/s of workload `place` for each GPU, over that of the same cache dtype on the fewest; None for that itself."""
+    same = [r for r in results if r.kv_cache_dtype == result.kv_cache_dtype and not r.reason]
+    fewest = min(same, key=lambda r: r.tensor_parallel_size)
+    if fewest is result:
+        return None
+    gained = result.workloads[place].tokens_per_s / fewest.workloads[place].tokens_per_s
+    return gained * fewest.tensor_parallel_size / result.tensor_parallel_size
 
 
 def table(bench: EngineBench, results: list[EngineResult]) -> Table:
@@ -203,15 +247,16 @@ def table(bench: EngineBench, results: list[EngineResult]) -> Table:
     ran = [result for result in results if not result.reason]
     first = ran[0]
     held = [
-        f"{result.kv_cache_dtype} holds {_against(result.capacity_tokens, first.capacity_tokens, ',')} tokens"
+        f"{result.label} holds {_against(result.capacity_tokens, first.capacity_tokens, ',')} tokens"
         for result in ran
     ]
-    absent = [f"{result.kv_cache_dtype} did not run: {result.reason}" for result in results if result.reason]
+    absent = [f"{result.label} did not run: {result.reason}" for result in results if result.reason]
     notes = ["tok/s: generated tokens over the whole time", *held, *absent]
     made = Table(title=f"{what}, {bench.dtype}, {memory}", caption=Text("\n".join(notes)))
     made.add_column("workload", no_wrap=True)
     made.add_column("cache dtype", no_wrap=True)
-    for heading in ("tok/s", "decode tok/s", "first token s"):
+    several = len(bench.tensor_parallel_sizes) > 1
+    for heading in ("tok/s", "decode tok/s", "first token s", *(["of linear scaling"] if several else [])):
         made.add_column(heading, justify="right")
     for place, workload in enumerate(bench.workloads):
         base = first.workloads[place]
@@ -219,10 +264,11 @@ def table(bench: EngineBench, results: list[EngineResult]) -> Table:
             at = result.workloads[place]
             made.add_row(
                 workload.label if row == 0 else "",
-                result.kv_cache_dtype,
+                result.label,
                 _against(at.tokens_per_s, base.tokens_per_s, ".1f"),
                 _against(at.decode_tokens_per_s, base.decode_tokens_per_s, ".1f"),
                 _against(at.first_token_s, base.first_token_s, ".3f"),
+                *([_percent(scaling(ran, result, place))] if several else []),
             )
         made.add_section()
     return made
@@ -250,6 +296,10 @@ def _against(value: float | None, base: float | None, form: str) -> str:
     return f"{value:{form}}" if not base else f"{value:{form}} {value / base:.2f}x"
 
 
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
 def _check_dtype(name: str) -> None:
     if name.startswith("kvarn"):
         try:
@@ -259,32 +309,42 @@ def _check_dtype(name: str) -> None:
 
 
 @contextmanager
-def _model_directory(bench: EngineBench) -> Iterator[Path]:
-    if bench.shape is None:
-        yield resolve_model(bench.model)
+def model_directory(model: str, shape: str | None) -> Iterator[Path]:
+    """The directory of `model`, or of a config alone where `shape` names one of `SHAPES`."""
+    if shape is None:
+        yield resolve_model(model)
         return
     with tempfile.TemporaryDirectory(prefix="kvarn-shape-") as directory:
-        yield write_shape(bench.shape, Path(directory))
+        yield write_shape(shape, Path(directory))
 
 
-def _measure(bench: EngineBench, model_dir: Path, kv_cache_dtype: str, progress: Progress) -> EngineResult:
-    progress(kv_cache_dtype, 0, bench.batches)
-    settings = {**asdict(bench), "model": str(model_dir), "kv_cache_dtype": kv_cache_dtype}
+def check_shape(shape: str | None) -> None:
+    """Raises BenchError unless `shape` is None or one of `SHAPES`."""
+    if shape is not None and shape not in SHAPES:
+        raise BenchError(f"shape {shape!r} is not known: give one of {', '.join(SHAPES)}")
+
+
+def _measure(bench: EngineBench, model_dir: Path, empty: EngineResult, progress: Progress) -> EngineResult:
+    """`empty` with what its engine reached."""
+    progress(empty.label, 0, bench.batches)
+    settings = {
+        **asdict(bench),
+        "model": str(model_dir),
+        "kv_cache_dtype": empty.kv_cache_dtype,
+        "tensor_parallel_size": empty.tensor_parallel_size,
+    }
     messages = []
     with tempfile.TemporaryFile("w+", prefix="kvarn-bench-", errors="replace") as log:
         with worker.running(engine_worker, settings, log) as answers:
             for line in answers:
                 messages.append(json.loads(line))
-                progress(kv_cache_dtype, min(len(messages), bench.batches), bench.batches)
+                progress(empty.label, min(len(messages), bench.batches), bench.batches)
         if len(messages) != bench.batches + 1:
-            raise BenchError(_failure(kv_cache_dtype, log))
+            raise BenchError(_failure(empty.label, log))
     _, *measured, cache = messages
     runs = [measured[place * bench.repeats :][: bench.repeats] for place in range(len(bench.workloads))]
-    return EngineResult(
-        kv_cache_dtype,
-        [_summary(workload, of) for workload, of in zip(bench.workloads, runs, strict=True)],
-        **cache,
-    )
+    reached = [_summary(workload, of) for workload, of in zip(bench.workloads, runs, strict=True)]
+    return replace(empty, workloads=reached, **cache)
 
 
 def _summary(workload: Workload, runs: list[dict[str, float | None]]) -> WorkloadResult:
@@ -295,8 +355,8 @@ def _summary(workload: Workload, runs: list[dict[str, float | None]]) -> Workloa
     return WorkloadResult(workload.label, **medians, runs=runs)
 
 
-def _failure(kv_cache_dtype: str, log: IO[str]) -> str:
-    return f"the engine with kv_cache_dtype {kv_cache_dtype!r} failed; its log ends:\n{worker.log_tail(log)}"
+def _failure(label: str, log: IO[str]) -> str:
+    return f"the engine with kv_cache_dtype {label!r} failed; its log ends:\n{worker.log_tail(log)}"
 
 
 def _last_error(failure: str) -> str:

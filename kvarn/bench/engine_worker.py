@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kvarn.bench.shapes import load_settings
 from kvarn.worker import answer, take_standard_output
 
 WARM_UP_PROMPT_TOKENS = (
@@ -49,7 +50,6 @@ def _start_engine(settings: dict[str, Any]) -> Any:
         if utilization is None
         else {"gpu_memory_utilization": utilization}
     )
-    shape = {} if settings["shape"] is None else {"load_format": "dummy", "skip_tokenizer_init": True}
     longest = max(workload["prompt_tokens"] + workload["output_tokens"] for workload in settings["workloads"])
     args = EngineArgs(
         model=settings["model"],
@@ -61,8 +61,10 @@ def _start_engine(settings: dict[str, Any]) -> Any:
         enable_prefix_caching=False,
         enforce_eager=settings["enforce_eager"],
         disable_log_stats=True,
+        tensor_parallel_size=settings["tensor_parallel_size"],
+        distributed_executor_backend=settings["distributed_executor_backend"],
         **memory,
-        **shape,
+        **load_settings(settings["shape"]),
     )
     return LLMEngine.from_engine_args(args)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -17,6 +18,7 @@ from kvarn.bench.kernel_settings import (
     QuantizeBench,
 )
 from kvarn.bench.kernels import BASELINE, FP8_RIVAL, OURS, Case, Contender
+from kvarn.bench.rivals import RIVALS, Rival
 from kvarn.kernels import decode, pages, prefill, quantize, rotate
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
@@ -33,7 +35,7 @@ def cases(bench: KernelBench, device: torch.device) -> list[Case]:
     if isinstance(bench, PrefillBench):
         return [PrefillCase(bench, start, device).case() for start in bench.starts]
     assert isinstance(bench, QuantizeBench)
-    return [quantize_case(bench, device)]
+    return [QuantizeCase(bench, device).case()]
 
 
 def layout_of(bench: KernelBench) -> TileLayout:
@@ -67,27 +69,49 @@ def random_tiles(bench: KernelBench, count: int, device: torch.device) -> Tensor
     return torch.randn(shape, generator=_generator(device), dtype=torch.float16, device=device)
 
 
-def quantize_case(bench: QuantizeBench, device: torch.device, registers: int | None = None) -> Case:
-    """Side-pool slots to records in shuffled blocks; `registers` as in `quantize.quantize_slots`."""
-    count = bench.tiles
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        count = max(1, min(count, free // (4 * raw_bytes(bench, bench.group))))
-    fp16 = raw_bytes(bench, count * bench.group)
+class QuantizeCase:
+    """Side-pool slots to records in shuffled blocks, beside rivals that store as many tokens in order.
 
-    def prepare() -> Launch:
-        layout = layout_of(bench)
-        pool = random_tiles(bench, count, device)
+    Attributes:
+        count: tiles, fewer than the benchmark's where memory does not hold them.
+    """
+
+    def __init__(self, bench: QuantizeBench, device: torch.device) -> None:
+        self._bench, self._device = bench, device
+        self.count = bench.tiles
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            self.count = max(1, min(self.count, free // (4 * raw_bytes(bench, bench.group))))
+
+    def case(self) -> Case:
+        bench, tokens = self._bench, self.count * self._bench.group
+        fp16 = raw_bytes(bench, tokens)
+        contenders = [Contender(OURS, fp16 + record_bytes(bench, self.count), fp16, self.prepare_ours)]
+        for rival in RIVALS:
+            stored = tokens * bench.kv_heads * rival.token_bytes(bench.head_dim)
+            contenders.append(Contender(rival.name, fp16 + stored, fp16, partial(self.prepare_rival, rival)))
+        return Case(f"{self.count} tiles", contenders)
+
+    def prepare_ours(self, registers: int | None = None) -> Launch:
+        """Our kernel, with `registers` as in `quantize.quantize_slots`."""
+        bench, layout, device, count = self._bench, layout_of(self._bench), self._device, self.count
         slots = torch.arange(count, dtype=torch.int32, device=device)
-        blocks = _shuffled(count, device).int()
         cache = torch.zeros(count, bench.kv_heads, layout.nbytes, dtype=torch.uint8, device=device)
+        blocks = _shuffled(count, device).int()
+        pool = random_tiles(bench, count, device)
         return partial(quantize.quantize_slots, pool, slots, blocks, cache, layout, registers)
 
-    return Case(f"{count} tiles", [Contender(OURS, fp16 + record_bytes(bench, count), fp16, prepare)])
+    def prepare_rival(self, rival: Rival) -> Launch:
+        bench = self._bench
+        tiles = random_tiles(bench, self.count, self._device)
+        key, value = tiles.permute(1, 0, 3, 2, 4).flatten(1, 2)
+        pages = self.count * bench.group // flash.PAGE_TOKENS
+        cache = rival.make(pages, bench.kv_heads, bench.head_dim, self._device)
+        return partial(cache.store, key, value)
 
 
 class DecodeCase:
-    """Attention of one new token of each of `requests` sequences.
+    """Attention of the new tokens of each of `requests` sequences.
 
     Attributes:
         tiles: of each sequence; the first is in a sink slot, the last, half filled, in a tail slot.
@@ -97,6 +121,7 @@ class DecodeCase:
     def __init__(self, bench: DecodeBench, requests: int, context: int, device: torch.device) -> None:
         self._bench, self._requests, self._context, self._device = bench, requests, context, device
         self._layout = layout_of(bench)
+        self._queries = requests * bench.query_tokens
         self.tiles = -(-context // bench.group)
         self.tokens = (self.tiles - 1) * bench.group + bench.group // 2
 
@@ -107,6 +132,7 @@ class DecodeCase:
             [
                 Contender(BASELINE, fp16, fp16, partial(self.prepare_flash, torch.float16)),
                 Contender(FP8_RIVAL, fp8, fp8, partial(self.prepare_flash, torch.float8_e4m3fn)),
+                *self._rivals(),
                 Contender(OURS, self.our_bytes(), self.our_bytes(), self.prepare_ours),
             ],
         )
@@ -117,13 +143,21 @@ class DecodeCase:
         sinks = min(self.tiles - 1, 1)
         raw_rows = sinks * bench.group + bench.group // 2
         each = record_bytes(bench, self.tiles - 1 - sinks) + raw_bytes(bench, raw_rows)
-        return self._requests * each + 2 * query_bytes(bench, self._requests)
+        return self._requests * each + 2 * query_bytes(bench, self._queries)
 
     def flash_bytes(self, element_bytes: int) -> int:
         """Keys and values, queries, and outputs, which take two bytes whatever the cache takes."""
         bench = self._bench
-        queries = query_bytes(bench, self._requests, element_bytes) + query_bytes(bench, self._requests)
+        queries = query_bytes(bench, self._queries, element_bytes) + query_bytes(bench, self._queries)
         return raw_bytes(bench, self._requests * self.tokens, element_bytes) + queries
+
+    def _rivals(self) -> Iterator[Contender]:
+        """vLLM's quantized caches with kernels of its own."""
+        bench, queries = self._bench, 2 * query_bytes(self._bench, self._queries)
+        for rival in RIVALS:
+            cached = self._requests * self.tokens * bench.kv_heads * rival.token_bytes(bench.head_dim)
+            prepare = partial(self.prepare_rival, rival)
+            yield Contender(rival.name, cached + queries, cached + queries, prepare)
 
     def prepare_ours(self, parts_per_processor: int | None = None) -> Launch:
         """Our kernels, cut for `parts_per_processor` as in `decode.splits_for`."""
@@ -136,10 +170,13 @@ class DecodeCase:
         )
         cache[order] = records[of_sequences.flatten()]
         tail_slots = torch.arange(requests, dtype=torch.int32, device=device)
-        splits = decode.splits_for(requests, bench.kv_heads, device, parts_per_processor)
+        blocks, block_tokens = decode.query_blocks(bench.query_tokens, bench.query_heads // bench.kv_heads)
+        splits = decode.splits_for(requests * blocks, bench.kv_heads, device, parts_per_processor)
+        rows = requests * blocks * block_tokens * bench.query_heads * (splits + 1)
+        query = self._query()
         return partial(
             decode.decode,
-            query=self._query(),
+            query=query,
             cache=cache,
             pool=torch.cat([tiles[of_sequences[:, -1]], tiles[of_sequences[:, 0]]]),
             block_table=order.view(requests, self.tiles).int(),
@@ -150,14 +187,27 @@ class DecodeCase:
             scale=bench.head_dim**-0.5,
             layout=layout,
             splits=splits,
-            parts=decode.Parts(requests * bench.query_heads * (splits + 1), bench.head_dim, device),
-            out=torch.empty(requests, bench.query_heads, bench.head_dim, dtype=torch.bfloat16, device=device),
+            parts=decode.Parts(rows, bench.head_dim, device),
+            out=torch.empty_like(query, dtype=torch.bfloat16),
+            queries=bench.query_tokens,
+            query_start=torch.arange(0, len(query) + 1, bench.query_tokens, dtype=torch.int32, device=device),
         )
 
     def prepare_flash(self, dtype: torch.dtype) -> Launch:
+        generator = _generator(self._device)
+        return flash.launch(self._query(), self._key_value(), self.tokens, dtype, generator)
+
+    def prepare_rival(self, rival: Rival) -> Launch:
+        bench = self._bench
+        (key, value), table = flash.paged(self._key_value(), _generator(self._device))
+        cache = rival.make(len(key), bench.kv_heads, bench.head_dim, self._device)
+        cache.store(key.flatten(0, 1), value.flatten(0, 1))
+        return cache.attend(self._query(), table, self.tokens)
+
+    def _key_value(self) -> Tensor:
+        """[2, requests, tiles * group, kv_heads, head_dim] float16."""
         tiles, of_sequences = self._tiles()
-        key_value = tiles[of_sequences].permute(2, 0, 1, 4, 3, 5).flatten(2, 3)
-        return flash.launch(self._query(), key_value, self.tokens, dtype, _generator(self._device))
+        return tiles[of_sequences].permute(2, 0, 1, 4, 3, 5).flatten(2, 3)
 
     def _tiles(self) -> tuple[Tensor, Tensor]:
         """Distinct tiles [n, 2, H, G, D], and which of them each sequence has: [requests, tiles] int64."""
@@ -167,7 +217,7 @@ class DecodeCase:
         return random_tiles(self._bench, count, self._device), chosen
 
     def _query(self) -> Tensor:
-        shape = (self._requests, self._bench.query_heads, self._bench.head_dim)
+        shape = (self._queries, self._bench.query_heads, self._bench.head_dim)
         return torch.randn(
             shape, generator=_generator(self._device), dtype=torch.float16, device=self._device
         )
@@ -187,9 +237,16 @@ class PrefillCase:
     def case(self) -> Case:
         bench = self._bench
         flops = causal_flops(bench, self._start, bench.chunk)
-        flash_bytes = raw_bytes(bench, self._start + bench.chunk) + 2 * query_bytes(bench, bench.chunk)
         contenders = [
-            Contender(BASELINE, flash_bytes, flops, self.prepare_flash),
+            Contender(
+                BASELINE, self.flash_bytes(FLOAT16_BYTES), flops, partial(self.prepare_flash, torch.float16)
+            ),
+            Contender(
+                FP8_RIVAL,
+                self.flash_bytes(FP8_BYTES),
+                flops,
+                partial(self.prepare_flash, torch.float8_e4m3fn),
+            ),
             Contender(OURS, self.our_bytes(), flops, self.prepare_ours),
         ]
         if flash.is_available():
@@ -204,6 +261,12 @@ class PrefillCase:
         context = record_bytes(bench, self._first - sinks) + raw_bytes(bench, sinks * bench.group)
         chunk = raw_bytes(bench, bench.chunk) + record_bytes(bench, self._count - self._first)
         return context + chunk + 2 * query_bytes(bench, bench.chunk)
+
+    def flash_bytes(self, element_bytes: int) -> int:
+        """Keys and values, queries, and outputs of two bytes."""
+        bench = self._bench
+        queries = query_bytes(bench, bench.chunk, element_bytes) + query_bytes(bench, bench.chunk)
+        return raw_bytes(bench, self._start + bench.chunk, element_bytes) + queries
 
     def prepare_ours(self, with_flash: bool = True) -> Launch:
         bench, layout, device, chunk = self._bench, self._layout, self._device, self._bench.chunk
@@ -248,14 +311,14 @@ class PrefillCase:
 
         return launch
 
-    def prepare_flash(self) -> Launch:
+    def prepare_flash(self, dtype: torch.dtype) -> Launch:
         bench = self._bench
         query, key, value = (x.half() for x in self._chunk())
         earlier, of_tiles = self._earlier()
         context = earlier[of_tiles].permute(1, 0, 3, 2, 4).flatten(1, 2)
         key_value = torch.cat([context, torch.stack([key, value])], dim=1)
         tokens = self._start + bench.chunk
-        return flash.launch(query, key_value[:, None], tokens, torch.float16, _generator(self._device))
+        return flash.launch(query, key_value[:, None], tokens, dtype, _generator(self._device))
 
     def _chunk(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [chunk, heads, head_dim] bfloat16, as one projection lays them out."""

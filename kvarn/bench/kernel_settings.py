@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvarn.bench.engine import BenchError
+from kvarn.kernels.checks import MOST_QUERIES
 from kvarn.presets import get_preset
 
 
@@ -86,20 +87,24 @@ class AttentionBench(KernelBench):
 
 @dataclass(frozen=True)
 class DecodeBench(AttentionBench):
-    """Attention of one new token per request.
+    """Attention of the newest tokens of each request.
 
     Attributes:
         cases: (requests, context tokens) of each case. A context is rounded up to whole tiles, and its last tile is
             half filled: the sequences are half a tile shorter.
+        query_tokens: new tokens of each request: one, or in a speculative step up to 16.
     """
 
     name: ClassVar[str] = "decode"
     rate_unit: ClassVar[str] = "TB/s"
 
     cases: tuple[tuple[int, int], ...] = ((8, 32768), (32, 16384), (256, 2048), (1, 131072))
+    query_tokens: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.query_tokens not in range(1, MOST_QUERIES + 1):
+            raise BenchError(f"query_tokens is {self.query_tokens}: give 1 to {MOST_QUERIES}")
         if not self.cases:
             raise BenchError("no case is given: name at least one, e.g. 8x32768")
         for requests, context in self.cases:

@@ -84,7 +84,7 @@ def draw_engine(path: Path, bench: EngineBench, results: list[EngineResult]) -> 
             for own, base in zip(result.workloads, ran[0].workloads, strict=True)
         ]
         held = result.capacity_tokens / ran[0].capacity_tokens
-        bars = axes.bar(x, heights, width * 0.9, label=f"{result.kv_cache_dtype}, holds {held:.2f}x")
+        bars = axes.bar(x, heights, width * 0.9, label=f"{result.label}, holds {held:.2f}x")
         axes.bar_label(bars, fmt="%.2f", fontsize=8)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(labels)), labels)

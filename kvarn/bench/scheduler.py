@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from kvarn.bench.engine import BenchError
+from kvarn.bench.engine import BenchError, check_shape, model_directory
+from kvarn.bench.shapes import load_settings
 from kvarn.bench.workloads import WORKLOADS, Scale, Workload, tenants
 from kvarn.environment import machine, versions
-from kvarn.model import DEFAULT_MODEL, resolve_model
+from kvarn.model import DEFAULT_MODEL
 from kvarn.presets import get_preset
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class SchedulerBench:
     """What to measure.
 
     Attributes:
-        model: a model's name or directory, see `kvarn.model.resolve_model`.
+        model: a model's name or directory, see `kvarn.model.resolve_model`; ignored where `shape` is given.
+        shape: one of `kvarn.bench.shapes.SHAPES`: a model of that shape with random weights.
         dtype: of weights and activations, as vLLM's `dtype`.
         kv_cache_dtype: a preset.
         workloads: names out of `kvarn.bench.workloads.WORKLOADS`.
@@ -61,8 +63,10 @@ class SchedulerBench:
     cache_share: float = 0.25
     repeats: int = 1
     enforce_eager: bool = True
+    shape: str | None = None
 
     def __post_init__(self) -> None:
+        check_shape(self.shape)
         for name in ("requests", "shared_tokens", "own_tokens", "output_tokens", "max_num_seqs", "repeats"):
             if getattr(self, name) < 1:
                 raise BenchError(f"{name} is {getattr(self, name)}: give a number of at least 1")
@@ -132,10 +136,10 @@ def run(bench: SchedulerBench, progress: Progress) -> Report:
         BenchError: a prompt does not fit the model.
         ModelError: the model cannot be found.
     """
-    model_dir = resolve_model(bench.model)
-    vocab_size = json.loads((model_dir / "config.json").read_text())["vocab_size"]
-    scale = Scale(bench.requests, bench.shared_tokens, bench.own_tokens, vocab_size)
-    engine = _start_engine(bench, model_dir)
+    with model_directory(bench.model, bench.shape) as model_dir:
+        vocab_size = json.loads((model_dir / "config.json").read_text())["vocab_size"]
+        scale = Scale(bench.requests, bench.shared_tokens, bench.own_tokens, vocab_size)
+        engine = _start_engine(bench, model_dir)
     try:
         comparisons = [_compare(engine, bench, WORKLOADS[name](scale), progress) for name in bench.workloads]
         return Report(comparisons, _ordering_ms(engine, scale))
@@ -162,8 +166,8 @@ def _start_engine(bench: SchedulerBench, model_dir: Path) -> LLMEngine:
         max_model_len=longest + 1,
         max_num_seqs=bench.max_num_seqs,
         enforce_eager=bench.enforce_eager,
-        skip_tokenizer_init=True,
         disable_log_stats=True,
+        **{"skip_tokenizer_init": True, **load_settings(bench.shape)},
     )
     return LLMEngine.from_engine_args(args)
 

@@ -35,3 +35,8 @@ def write_shape(name: str, directory: Path) -> Path:
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     return directory
+
+
+def load_settings(shape: str | None) -> dict[str, Any]:
+    """vLLM's arguments for a model without weights, if it is but a `shape`."""
+    return {} if shape is None else {"load_format": "dummy", "skip_tokenizer_init": True}

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from kvarn.bench.clock import Clock, Launch
 from kvarn.bench.engine import BenchError, Progress
-from kvarn.bench.kernel_cases import DecodeCase, quantize_case
+from kvarn.bench.kernel_cases import DecodeCase, QuantizeCase
 from kvarn.bench.kernel_settings import DecodeBench, QuantizeBench
 from kvarn.environment import machine, versions
 from kvarn.kernels.settings import Settings, settings_for
@@ -75,11 +75,10 @@ def launches(
 ) -> dict[str, Callable[[int], list[Callable[[], Launch]]]]:
     """For each setting, from a value to what prepares its launches, one a case."""
     cases = [DecodeCase(decode_bench, *case, device) for case in decode_bench.cases]
+    quantize = QuantizeCase(quantize_bench, device)
     return {
         "decode_parts": lambda value: [partial(case.prepare_ours, value) for case in cases],
-        "quantize_registers": lambda value: [
-            contender.prepare for contender in quantize_case(quantize_bench, device, value).contenders
-        ],
+        "quantize_registers": lambda value: [partial(quantize.prepare_ours, value)],
     }
 
 

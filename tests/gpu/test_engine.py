@@ -12,7 +12,7 @@ from triton import knobs
 from vllm import LLM
 
 from kvarn.vllm.triton_lane import TritonLayer, TritonMetadataBuilder
-from tests.kvarn.engines import MIB, Answer, ask, ask_cold, engine, make_llama
+from tests.kvarn.engines import MIB, Answer, ask, ask_and_preempt, ask_cold, chunks_of, engine, make_llama
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -75,6 +75,59 @@ def test_a_prefix_hit_changes_nothing(llm: LLM, cold: list[Answer]) -> None:
 def test_a_batch_changes_nothing(llm: LLM, cold: list[Answer]) -> None:
     assert llm.reset_prefix_cache()
     assert_alike(ask(llm, [prompt(length, seed=length) for length in RESIDUES]), cold)
+
+
+def test_chunks_change_nothing(llm: LLM, cold: list[Answer]) -> None:
+    for tokens in (77, 300):
+        with chunks_of(llm, tokens):
+            assert_alike([ask_cold(llm, prompt(length, seed=length)) for length in RESIDUES[::3]], cold[::3])
+
+
+def test_preemption_changes_nothing(llm: LLM, cold: list[Answer]) -> None:
+    """Each request loses its place in the middle of its answer; four run together."""
+    answers: list[Answer] = []
+    for first in range(0, len(RESIDUES), 4):
+        assert llm.reset_prefix_cache()
+        prompts = [prompt(length, seed=length) for length in RESIDUES[first : first + 4]]
+        answers += ask_and_preempt(llm, prompts, max_tokens=6)
+    assert_alike(answers, cold)
+
+
+def test_speculation_changes_nothing(
+    model: Path, cold: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts of four tokens: steps of up to five query tokens to a request run in the decode kernel."""
+    seen: list[int] = []
+    plan = TritonMetadataBuilder._plan_decode
+
+    def watched(*args: Any) -> Any:
+        batch = plan(*args)
+        seen.append(batch.queries)
+        return batch
+
+    monkeypatch.setattr(TritonMetadataBuilder, "_plan_decode", watched)
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    with engine(monkeypatch, model, **SETTINGS, speculative_config=drafts) as llm:
+        seen.clear()  # what the capture of CUDA graphs planned
+        assert_alike([ask_cold(llm, prompt(length, seed=length)) for length in RESIDUES], cold)
+    assert 5 in seen
+
+
+def test_a_raw_chunk_reads_as_the_unquantized_cache(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `raw_chunks`, a prompt of one chunk reads nothing through records, so its first token is fp16's."""
+    prompts = [prompt(length, seed=length) for length in (128, 300, 1000, 1500)]
+    stock_settings = {**SETTINGS, "kv_cache_dtype": "auto"}
+    with engine(monkeypatch, model, **stock_settings) as llm:
+        expected = [ask(llm, [tokens], max_tokens=1)[0] for tokens in prompts]
+    for raw in (True, False):
+        with engine(monkeypatch, model, **SETTINGS, additional_config={"kvarn": {"raw_chunks": raw}}) as llm:
+            answers = [ask_cold(llm, tokens, max_tokens=1) for tokens in prompts]
+        off = max(
+            abs(ours.logprobs[0][token] - theirs.logprobs[0][token])
+            for ours, theirs in zip(answers, expected, strict=True)
+            for token in ours.logprobs[0].keys() & theirs.logprobs[0].keys()
+        )
+        assert off < 0.02 if raw else off > 0.02, f"raw_chunks {raw}: log-probabilities differ by {off:.4f}"
 
 
 def test_nothing_is_compiled_while_serving(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

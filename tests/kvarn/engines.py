@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,6 +160,29 @@ def ask(llm: LLM, prompts: list[list[int]], max_tokens: int = 6, logprobs: int =
         )
         for output in outputs
     ]
+
+
+def ask_and_preempt(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[Answer]:
+    """Every request loses its place in the middle of its answer and comes back."""
+    scheduler, schedule = scheduler_of(llm), scheduler_of(llm).schedule
+    preempted: set[str] = set()
+
+    def schedule_after_preemption(*args: bool) -> object:
+        for request in [r for r in scheduler.running if r.num_output_tokens == 2]:
+            if request.request_id not in preempted:
+                preempted.add(request.request_id)
+                scheduler.running.remove(request)
+                scheduler._preempt_request(request, time.monotonic())
+                scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+        return schedule(*args)
+
+    scheduler.schedule = schedule_after_preemption  # type: ignore[method-assign]
+    try:
+        answers = ask(llm, prompts, max_tokens)
+    finally:
+        del scheduler.schedule
+    assert len(preempted) == len(prompts)
+    return answers
 
 
 def ask_cold(llm: LLM, prompt: list[int], **sampling: Any) -> Answer:

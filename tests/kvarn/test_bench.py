@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from rich.console import Console
 
 from kvarn.bench import engine, plot
 from kvarn.bench.engine import BenchError, EngineBench, EngineResult, Workload, WorkloadResult
@@ -55,3 +56,33 @@ def test_a_rival_that_does_not_run_is_listed(tmp_path):
     assert "fp8 did not run: ValueError: no such cache" in str(shown.caption)
     plot.draw_engine(tmp_path / "chart.svg", bench, results)
     assert "holds 8.00x" in (tmp_path / "chart.svg").read_text()
+
+
+def test_scaling_over_gpus_is_shown_against_the_same_cache_on_fewer():
+    bench = EngineBench(kv_cache_dtypes=("auto",), tensor_parallel_sizes=(1, 2))
+    one, two = (
+        EngineResult(
+            "auto", [WorkloadResult("4x1000+64", speed, 0.5, 1000.0, 20.0, [])], 1.0, 100, 16, None, size
+        )
+        for size, speed in ((1, 10.0), (2, 15.0))
+    )
+    assert engine.scaling([one, two], one, 0) is None
+    assert engine.scaling([one, two], two, 0) == pytest.approx(0.75)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(engine.table(bench, [one, two]))
+    assert "auto, 2 GPUs" in capture.get()
+    assert "75%" in capture.get()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"tensor_parallel_sizes": (0,)}, "tensor_parallel_sizes is '0'"),
+        ({"distributed_executor_backend": "uni"}, "'uni': give mp or ray"),
+        ({"shape": "9b"}, "shape '9b' is not known"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(settings, sentence):
+    with pytest.raises(BenchError, match=sentence):
+        EngineBench(**settings)

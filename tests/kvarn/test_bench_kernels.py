@@ -21,6 +21,7 @@ from kvarn.bench.kernel_settings import (
     parse_starts,
 )
 from kvarn.bench.kernels import BASELINE, FP8_RIVAL, OURS, Case, Contender, Measurement, Report
+from kvarn.bench.rivals import RIVALS
 from kvarn.cli import app
 from kvarn.kernels.settings import SAFE, Settings, settings_for
 from kvarn.reference import codec, hadamard
@@ -75,8 +76,10 @@ def made_up(bench: KernelBench, with_baseline: bool = True) -> Report:
 
 
 class TestCases:
-    def test_decode_attends_the_same_tiles_as_its_rivals(self) -> None:
-        case = kernel_cases.DecodeCase(DecodeBench(**TINY, query_heads=2), 2, 190, DEVICE)
+    @pytest.mark.parametrize("query_tokens", [1, 3])
+    def test_decode_attends_the_same_tiles_as_its_rivals(self, query_tokens: int) -> None:
+        bench = DecodeBench(**TINY, query_heads=2, query_tokens=query_tokens)
+        case = kernel_cases.DecodeCase(bench, 2, 190, DEVICE)
         assert (case.tiles, case.tokens) == (3, 160)
         launch = case.prepare_ours()
         launch()
@@ -89,9 +92,10 @@ class TestCases:
                 raw = tiles[of_sequences[request], which].float()
                 raw[1] = through_records[which][of_sequences[request, 1]]
                 context.append(raw.transpose(1, 2).flatten(0, 1)[: case.tokens])
-            query = launch.keywords["query"][request : request + 1]
+            rows = slice(query_tokens * request, query_tokens * (request + 1))
+            query = launch.keywords["query"][rows]
             expected = hadamard.rotate(attention(query, *context))  # its own inverse
-            assert relative_error(launch.keywords["out"][request], expected[0]) < 0.02
+            assert relative_error(launch.keywords["out"][rows], expected) < 0.02
 
     def test_decode_of_a_single_tile(self) -> None:
         case = kernel_cases.DecodeCase(DecodeBench(**TINY, query_heads=1), 1, 10, DEVICE)
@@ -129,10 +133,10 @@ class TestCases:
         bench = PrefillBench(**TINY, query_heads=2, chunk=128, starts=(128,))
         case = kernel_cases.PrefillCase(bench, 128, DEVICE)
         names = [contender.name for contender in case.case().contenders]
-        assert names == [BASELINE, OURS, kernel_cases.OURS_WITHOUT_FLASH]
+        assert names == [BASELINE, FP8_RIVAL, OURS, kernel_cases.OURS_WITHOUT_FLASH]
         with_flash, without = (case.prepare_ours(with_flash=choice)() for choice in (True, False))
         assert relative_error(with_flash, without.cpu().float()) < 0.01
-        theirs = case.prepare_flash()
+        theirs = case.prepare_flash(torch.float16)
         theirs()
         assert theirs.keywords["out"].isfinite().all()
         assert theirs.keywords["max_seqlen_q"] == 128
@@ -140,9 +144,9 @@ class TestCases:
 
     def test_quantize_writes_every_record(self) -> None:
         bench = QuantizeBench(**TINY, tiles=2)
-        case = kernel_cases.quantize_case(bench, DEVICE)
-        assert case.label == "2 tiles"
-        launch = case.contenders[0].prepare()
+        case = kernel_cases.QuantizeCase(bench, DEVICE)
+        assert case.case().label == "2 tiles"
+        launch = case.prepare_ours()
         launch()
         cache = launch.args[3]
         assert (cache != 0).flatten(1).any(1).all()
@@ -157,10 +161,13 @@ class TestCases:
     def test_list_all_contenders(self) -> None:
         decode = kernel_cases.cases(DecodeBench(), DEVICE)
         assert [case.label for case in decode] == ["8x32768", "32x16384", "256x2048", "1x131072"]
-        assert [contender.name for contender in decode[0].contenders] == [BASELINE, FP8_RIVAL, OURS]
+        rivals = [rival.name for rival in RIVALS]
+        assert [contender.name for contender in decode[0].contenders] == [BASELINE, FP8_RIVAL, *rivals, OURS]
         prefill = kernel_cases.cases(PrefillBench(), DEVICE)
         assert [case.label for case in prefill] == ["8192 at 0", "8192 at 8192", "8192 at 57344"]
-        assert [contender.name for contender in prefill[0].contenders][:2] == [BASELINE, OURS]
+        assert [contender.name for contender in prefill[0].contenders][:3] == [BASELINE, FP8_RIVAL, OURS]
+        (quantize,) = kernel_cases.cases(QuantizeBench(), DEVICE)
+        assert [contender.name for contender in quantize.contenders] == [OURS, *rivals]
 
 
 class TestBytes:
@@ -279,6 +286,7 @@ class TestSettings:
             (lambda: DecodeBench(head_dim=96), "head_dim is 96"),
             (lambda: DecodeBench(query_heads=12), "query_heads is 12"),
             (lambda: DecodeBench(cases=()), "no case is given"),
+            (lambda: DecodeBench(query_tokens=17), "query_tokens is 17"),
             (lambda: DecodeBench(cases=((0, 5),)), "number of requests is 0"),
             (lambda: QuantizeBench(tiles=0), "tiles is 0"),
             (lambda: PrefillBench(starts=(100,)), "a start is 100: give a multiple of 128"),

@@ -23,6 +23,7 @@ from tests.kvarn.engines import (
     MIB,
     Answer,
     ask,
+    ask_and_preempt,
     ask_cold,
     assert_nothing_left,
     chunks_of,
@@ -78,7 +79,7 @@ def serve(llm: LLM, prompts: list[list[int]], how: str) -> list[Answer]:
     if how == "cold":
         return ask(llm, prompts, OUTPUT_TOKENS)
     if how == "preempted":
-        return ask_and_preempt(llm, prompts)
+        return ask_and_preempt(llm, prompts, OUTPUT_TOKENS)
     ask(llm, prompts, OUTPUT_TOKENS)
     if how == "hit after eviction":
         evict_oldest(llm, keep=len(prompts))
@@ -93,29 +94,6 @@ def evict_oldest(llm: LLM, keep: int) -> None:
     """Push all but `keep` of the free blocks out of the prefix cache, the least recently used first."""
     pool = scheduler_of(llm).kv_cache_manager.block_pool
     pool.free_blocks(reversed(pool.get_new_blocks(pool.get_num_free_blocks() - keep)))
-
-
-def ask_and_preempt(llm: LLM, prompts: list[list[int]]) -> list[Answer]:
-    """Every request loses its place in the middle of its answer and comes back."""
-    scheduler, schedule = scheduler_of(llm), scheduler_of(llm).schedule
-    preempted: set[str] = set()
-
-    def schedule_after_preemption(*args: bool) -> object:
-        for request in [r for r in scheduler.running if r.num_output_tokens == 2]:
-            if request.request_id not in preempted:
-                preempted.add(request.request_id)
-                scheduler.running.remove(request)
-                scheduler._preempt_request(request, time.monotonic())
-                scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
-        return schedule(*args)
-
-    scheduler.schedule = schedule_after_preemption  # type: ignore[method-assign]
-    try:
-        answers = ask(llm, prompts, OUTPUT_TOKENS)
-    finally:
-        del scheduler.schedule
-    assert len(preempted) == len(prompts)
-    return answers
 
 
 @contextmanager

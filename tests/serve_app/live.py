@@ -5,6 +5,9 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
+
+import ray
 
 from kvarn.v1 import cluster_pb2
 from serve_app.client import Client, UnavailableError
@@ -30,3 +33,13 @@ def ready(client: Client) -> set[str]:
     except UnavailableError:
         return set()
     return {r.replica_id for r in replicas if r.status == cluster_pb2.REPLICA_STATUS_READY}
+
+
+def in_replica(app: str, replica_id: str, function: Callable[[Any], Any]) -> Any:
+    """Run `function` on the deployment's object inside an engine replica of application `app`."""
+    actor = ray.get_actor(f"SERVE_REPLICA::{app}#Engine#{replica_id}", namespace="serve")
+    return ray.get(actor.__ray_call__.remote(lambda self: function(_deployment_object(self))))
+
+
+def _deployment_object(replica_actor: Any) -> Any:
+    return replica_actor._replica_impl._user_callable_wrapper._callable

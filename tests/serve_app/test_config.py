@@ -82,6 +82,7 @@ def test_with_the_ray_executor_each_worker_has_a_bundle() -> None:
     config = EngineConfig(device="cuda", tensor_parallel_size=2, distributed_executor_backend="ray")
     options = resources(config)
     assert options["placement_group_bundles"] == [{"CPU": 1.0}, *[{"CPU": 1.0, "GPU": 1.0}] * 2]
+    assert options["placement_group_strategy"] == "STRICT_PACK"  # they exchange activations in every layer
     assert "num_gpus" not in options["ray_actor_options"]
 
 

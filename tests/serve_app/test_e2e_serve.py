@@ -14,7 +14,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +52,7 @@ from serve_app.config import AppConfig
 from serve_app.security.fleet import TOKEN_KEY
 from serve_app.security.keys import create_key
 
+from . import live
 from .browser import chromium_page
 from .live import free_port, ready, wait_for
 from .observing import Collector, Samples, otlp_collector, scraped, total
@@ -59,6 +60,7 @@ from .observing import Collector, Samples, otlp_collector, scraped, total
 pytestmark = pytest.mark.timeout(900)
 
 APP = "kvarn"
+in_replica = partial(live.in_replica, APP)
 REPLICAS = 2
 CONTEXT = 1024
 START_S = 300
@@ -189,16 +191,6 @@ def first_answer(client: Client) -> ServingError:
 def is_idle(client: Client) -> bool:
     loads = [replica.cache.load for replica in client.cache_state().replicas]
     return all(not (load.used_blocks or load.reserved_blocks or load.running_requests) for load in loads)
-
-
-def in_replica(replica_id: str, function: Callable[[Any], Any]) -> Any:
-    """Run `function` on the deployment's object inside an engine replica."""
-    actor = ray.get_actor(f"SERVE_REPLICA::{APP}#Engine#{replica_id}", namespace="serve")
-    return ray.get(actor.__ray_call__.remote(lambda self: function(deployment_object(self))))
-
-
-def deployment_object(replica_actor: Any) -> Any:
-    return replica_actor._replica_impl._user_callable_wrapper._callable
 
 
 def health_of(address: str, service: str) -> int:

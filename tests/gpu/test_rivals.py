@@ -1,0 +1,40 @@
+"""Rivals of the benchmarks read what they stored: otherwise their speed would mean nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvarn.bench.flash import paged
+from kvarn.bench.rivals import RIVALS, Rival
+from tests.kvarn.test_bench_kernels import attention, relative_error
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.name)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_rival_attends_what_it_stored(rival: Rival, head_dim: int) -> None:
+    device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
+    requests, tokens, heads, query_heads = 3, 250, 2, 8
+    key_value = torch.randn(2, requests, 256, heads, head_dim, generator=generator, device=device).half()
+    query = torch.randn(requests, query_heads, head_dim, generator=generator, device=device).half()
+    (key, value), table = paged(key_value, generator)
+    cache = rival.make(len(key), heads, head_dim, device)
+    cache.store(key.flatten(0, 1), value.flatten(0, 1))
+    launch = cache.attend(query, table, tokens)
+    returned = launch()
+    out = launch.args[3] if returned is None else returned
+    for request in range(requests):
+        key, value = key_value[:, request, :tokens]
+        expected = attention(query[request : request + 1], key, value)
+        assert relative_error(out[request], expected[0]) < 0.35  # values of 3 bits
+    assert len(cache_bytes(cache)) == rival.token_bytes(head_dim)
+
+
+def cache_bytes(cache: object) -> torch.Tensor:
+    """The bytes of one token of one head."""
+    stored = getattr(cache, "_cache", None)
+    if stored is None:
+        stored = cache._codes[0]._base  # type: ignore[attr-defined]
+    return stored[0, 0, 0]

@@ -1,0 +1,48 @@
+"""An engine over two GPUs answers as over one, whatever runs its ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvarn.vllm.slot_map import find_slot_map
+from tests.gpu.test_engine import SETTINGS, assert_alike, prompt
+from tests.kvarn.engines import ask, engine, make_llama
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+def slots_of(worker: Any) -> dict[int, int]:
+    """Which slot holds which block on this rank."""
+    found = find_slot_map(worker.vllm_config)
+    assert found is not None
+    return dict(found._slot_of)
+
+
+@pytest.mark.parametrize("executor", ["mp", "ray"])
+@pytest.mark.parametrize("kv_heads", [2, 1], ids=["a head a rank", "both ranks hold the one head"])
+def test_two_ranks_answer_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str, kv_heads: int
+) -> None:
+    model = make_llama(tmp_path, heads=8, kv_heads=kv_heads, head_dim=128)
+    prompts = [prompt(300 + 41 * k, seed=k) for k in range(8)]
+    with engine(monkeypatch, model, **SETTINGS) as llm:
+        expected = ask(llm, prompts)
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for `slots_of` alone
+    with engine(
+        monkeypatch,
+        model,
+        in_process=False,
+        tensor_parallel_size=2,
+        distributed_executor_backend=executor,
+        **SETTINGS,
+    ) as llm:
+        for answers in (ask(llm, prompts), ask(llm, prompts)):
+            assert_alike(answers, expected)
+        assert all(answer.cached > 0 for answer in answers)
+        first, second = llm.collective_rpc(slots_of)
+    assert first == second
+    assert first
