@@ -17,13 +17,19 @@ FLOAT16_MAX = tl.constexpr(65504.0)
 
 
 @triton.jit
-def _rotated(x, Hadamard, D: tl.constexpr):
-    """x [M, D] rotated and saturated: float16. Entries of Hadamard are +-1 in x's dtype, so products are exact."""
+def _rotated(rows, valid, Hadamard, D: tl.constexpr, STEP: tl.constexpr):
+    """x [M, D] at pointers `rows` [M], rotated and saturated: float16. Entries of Hadamard are +-1 in x's dtype, so
+    products are exact. STEP channels are contracted at a time."""
     channel = tl.arange(0, D)
-    hadamard = tl.load(Hadamard + channel[:, None] * D + channel[None, :])
-    if INTERPRETED:  # its bfloat16 dot multiplies the bits
-        x, hadamard = x.to(tl.float32), hadamard.to(tl.float32)
-    y = tl.dot(x, hadamard, input_precision="ieee") * (1.0 / tl.sqrt(D * 1.0))
+    y = tl.zeros([rows.shape[0], D], tl.float32)
+    for start in tl.static_range(0, D, STEP):
+        contracted = start + tl.arange(0, STEP)
+        x = tl.load(rows[:, None] + contracted[None, :], mask=valid[:, None], other=0.0)
+        hadamard = tl.load(Hadamard + contracted[:, None] * D + channel[None, :])
+        if INTERPRETED:  # its bfloat16 dot multiplies the bits
+            x, hadamard = x.to(tl.float32), hadamard.to(tl.float32)
+        y = tl.dot(x, hadamard, y, input_precision="ieee")
+    y *= 1.0 / tl.sqrt(D * 1.0)
     return tl.minimum(tl.maximum(y, -FLOAT16_MAX), FLOAT16_MAX).to(tl.float16)
 
 
@@ -48,18 +54,19 @@ def _rotate_store(
     D: tl.constexpr,
     G: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     heads = H * (PER_HEAD + 2)
     which = tl.program_id(0) % heads
     token = (tl.program_id(0) // heads).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid, channel = token < tokens, tl.arange(0, D)
     if which < H * PER_HEAD:
-        source = Query + token[:, None] * query_stride + which * D + channel[None, :]
+        rows = Query + token * query_stride + which * D
     elif which < H * (PER_HEAD + 1):
-        source = Key + token[:, None] * key_stride + (which - H * PER_HEAD) * D + channel[None, :]
+        rows = Key + token * key_stride + (which - H * PER_HEAD) * D
     else:
-        source = Value + token[:, None] * value_stride + (which - H * (PER_HEAD + 1)) * D + channel[None, :]
-    y = _rotated(tl.load(source, mask=valid[:, None], other=0.0), Hadamard, D)
+        rows = Value + token * value_stride + (which - H * (PER_HEAD + 1)) * D
+    y = _rotated(rows, valid, Hadamard, D, STEP)
     if which < H * PER_HEAD:
         at = (token * H * PER_HEAD + which) * D
         tl.store(Rotated + at[:, None] + channel[None, :], y, mask=valid[:, None])
@@ -97,6 +104,7 @@ def signs(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return hadamard_matrix(head_dim).sign().to(device, dtype)
 
 
+MOST_MATRIX_BYTES = 128 * 1024  # of the Hadamard matrix in shared memory at a time: float32's of 256 takes twice that
 FEW_TOKENS = 1024  # up to here small programs, which fill more of the device
 
 
@@ -166,6 +174,7 @@ def rotate_store(
         D=head_dim,
         G=group,
         BLOCK=block,
+        STEP=min(head_dim, MOST_MATRIX_BYTES // (head_dim * query.element_size())),
         num_warps=4,
     )
 

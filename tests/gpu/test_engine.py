@@ -116,11 +116,11 @@ def test_speculation_changes_nothing(
 def test_a_raw_chunk_reads_as_the_unquantized_cache(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `raw_chunks`, a prompt of one chunk reads nothing through records, so its first token is fp16's."""
     prompts = [prompt(length, seed=length) for length in (128, 300, 1000, 1500)]
-    stock_settings = {**SETTINGS, "kv_cache_dtype": "auto"}
-    with engine(monkeypatch, model, **stock_settings) as llm:
+    eager = {**SETTINGS, "enforce_eager": True}
+    with engine(monkeypatch, model, **{**eager, "kv_cache_dtype": "auto"}) as llm:
         expected = [ask(llm, [tokens], max_tokens=1)[0] for tokens in prompts]
     for raw in (True, False):
-        with engine(monkeypatch, model, **SETTINGS, additional_config={"kvarn": {"raw_chunks": raw}}) as llm:
+        with engine(monkeypatch, model, **eager, additional_config={"kvarn": {"raw_chunks": raw}}) as llm:
             answers = [ask_cold(llm, tokens, max_tokens=1) for tokens in prompts]
         off = max(
             abs(ours.logprobs[0][token] - theirs.logprobs[0][token])
