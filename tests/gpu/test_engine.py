@@ -23,6 +23,7 @@ SETTINGS: dict[str, Any] = {
     "skip_tokenizer_init": True,
     "enforce_eager": False,
     "kv_cache_memory_bytes": 256 * MIB,
+    "gpu_memory_utilization": 0.5,  # what must be free at start: others may be at work on the GPU
 }
 # Linear layers round a row by how many rows share the batch, and codes that flip make more of it.
 TOLERANCE = 0.3
@@ -93,6 +94,19 @@ def test_preemption_changes_nothing(llm: LLM, cold: list[Answer]) -> None:
     assert_alike(answers, cold)
 
 
+def test_nothing_is_compiled_while_serving(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        knobs.runtime, "jit_post_compile_hook", lambda **event: compiled.append(event["repr"])
+    )
+    assert llm.reset_prefix_cache()
+    ask(llm, [prompt(length, seed=5) for length in (1, 7, 128, 129, 700, 1500)], max_tokens=140)
+    assert [name for name in compiled if "kvarn" in name or name.startswith("_")] == []
+
+
+# Tests with engines of their own come last: with runner V1, one that ends takes the groups of others with it.
+
+
 def test_speculation_changes_nothing(
     model: Path, cold: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,31 +127,23 @@ def test_speculation_changes_nothing(
     assert 5 in seen
 
 
-def test_a_raw_chunk_reads_as_the_unquantized_cache(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `raw_chunks`, a prompt of one chunk reads nothing through records, so its first token is fp16's."""
+def test_a_raw_chunk_reads_nothing_through_records(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `raw_chunks`, the first token after a prompt of one chunk differs from fp16's by what rotating rounds."""
     prompts = [prompt(length, seed=length) for length in (128, 300, 1000, 1500)]
     eager = {**SETTINGS, "enforce_eager": True}
     with engine(monkeypatch, model, **{**eager, "kv_cache_dtype": "auto"}) as llm:
-        expected = [ask(llm, [tokens], max_tokens=1)[0] for tokens in prompts]
+        expected = [ask_cold(llm, tokens, max_tokens=1) for tokens in prompts]
+    off = {}
     for raw in (True, False):
         with engine(monkeypatch, model, **eager, additional_config={"kvarn": {"raw_chunks": raw}}) as llm:
             answers = [ask_cold(llm, tokens, max_tokens=1) for tokens in prompts]
-        off = max(
+        off[raw] = max(
             abs(ours.logprobs[0][token] - theirs.logprobs[0][token])
             for ours, theirs in zip(answers, expected, strict=True)
             for token in ours.logprobs[0].keys() & theirs.logprobs[0].keys()
         )
-        assert off < 0.02 if raw else off > 0.02, f"raw_chunks {raw}: log-probabilities differ by {off:.4f}"
-
-
-def test_nothing_is_compiled_while_serving(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[str] = []
-    monkeypatch.setattr(
-        knobs.runtime, "jit_post_compile_hook", lambda **event: compiled.append(event["repr"])
-    )
-    assert llm.reset_prefix_cache()
-    ask(llm, [prompt(length, seed=5) for length in (1, 7, 128, 129, 700, 1500)], max_tokens=140)
-    assert [name for name in compiled if "kvarn" in name or name.startswith("_")] == []
+    assert off[True] < 0.05
+    assert off[False] > 3 * off[True], off
 
 
 def test_a_decode_step_never_waits_for_the_device(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from serve_app.app import build
 from serve_app.client import Client
 from serve_app.config import AppConfig
+from tests.gpu.test_tensor_parallel import SAME_TOKENS
 from tests.kvarn.engines import make_llama
 from tests.serve_app.live import free_port, in_replica, ready, wait_for
 
@@ -59,6 +60,7 @@ def served(model: Path, replicas: int, **engine: Any) -> Iterator[Client]:
                 "dtype": "float16",
                 "cpus_per_replica": 2,
                 "kv_cache_memory_gib": 0.25,
+                "gpu_memory_utilization": 0.5,  # what must be free at start: others may be at work on the GPU
                 "max_model_len": 2048,
                 "max_num_seqs": 8,
                 **engine,
@@ -99,7 +101,7 @@ def test_a_dead_replica_is_replaced_while_the_other_serves_and_parallel_ones_ans
         with served(
             model, replicas=1, tensor_parallel_size=2, distributed_executor_backend=executor
         ) as client:
-            assert same(answers(client), expected) >= 0.97
+            assert same(answers(client), expected) >= SAME_TOKENS
 
 
 def same(ours: list[list[int]], theirs: list[list[int]]) -> float:

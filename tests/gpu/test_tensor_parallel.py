@@ -9,10 +9,30 @@ import pytest
 import torch
 
 from kvarn.vllm.slot_map import find_slot_map
-from tests.gpu.test_engine import SETTINGS, assert_alike, prompt
-from tests.kvarn.engines import ask, engine, make_llama
+from tests.gpu.test_engine import SETTINGS, prompt
+from tests.kvarn.engines import Answer, ask, engine, make_llama
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+# Ranks add their halves of every row, which rounds otherwise than one sum, and codes that flip make more of it.
+MEAN_TOLERANCE, SAME_TOKENS = 0.15, 0.85
+
+
+def assert_close(ours: list[Answer], theirs: list[Answer]) -> None:
+    """The first tokens' log-probabilities agree on average, in nats, and most tokens are the same."""
+    off = [
+        abs(one.logprobs[0][token] - other.logprobs[0][token])
+        for one, other in zip(ours, theirs, strict=True)
+        for token in one.logprobs[0].keys() & other.logprobs[0].keys()
+    ]
+    assert sum(off) / len(off) < MEAN_TOLERANCE
+    same = [
+        a == b
+        for one, other in zip(ours, theirs, strict=True)
+        for a, b in zip(one.tokens, other.tokens, strict=True)
+    ]
+    assert sum(same) >= SAME_TOKENS * len(same)
 
 
 def slots_of(worker: Any) -> dict[int, int]:
@@ -41,7 +61,7 @@ def test_two_ranks_answer_as_one(
         **SETTINGS,
     ) as llm:
         for answers in (ask(llm, prompts), ask(llm, prompts)):
-            assert_alike(answers, expected)
+            assert_close(answers, expected)
         assert all(answer.cached > 0 for answer in answers)
         first, second = llm.collective_rpc(slots_of)
     assert first == second
