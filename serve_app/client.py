@@ -503,7 +503,10 @@ def _errors() -> Iterator[None]:
 
 def _serving_error(error: grpc.RpcError) -> ServingError:
     kind = _ERRORS.get(error.code(), ServingError)
-    return kind(error.code(), error.details() or "", _retry_after_s(error))
+    sentence = error.details() or ""
+    if NO_CONNECTION in sentence:
+        sentence = f"No gateway answers there: start one, or check host:port and TLS ({sentence})"
+    return kind(error.code(), sentence, _retry_after_s(error))
 
 
 def _is_serving(response: health_pb2.HealthCheckResponse) -> bool:
