@@ -1,7 +1,7 @@
 """Manifests for Kubernetes and `ray up`.
 
 No package that we could depend on carries KubeRay's CRDs, so the RayService is checked against the shape below: exactly
-the fields of KubeRay 1.3's API that the manifest uses, so that a misspelt or misplaced one fails. The rest is checked
+the fields of KubeRay 1.5's API that the manifest uses, so that a misspelt or misplaced one fails. The rest is checked
 against each other: names, ports, selectors, probes and times.
 """
 
