@@ -13,7 +13,9 @@ import httpx
 import psutil
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from kvarn import cli
 from kvarn.serve import Words
 from kvarn.terminal import out
 from kvarn.v1 import cache_pb2, cluster_pb2
@@ -134,3 +136,25 @@ def test_an_engine_that_cannot_start_is_one_sentence(tmp_path, kvarn):
     assert error["message"] in errors
     assert "max_model_len" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ({"cpus_per_replica": 4096}, "the engines need 4096 CPUs and this machine has"),
+        (
+            {"device": "cuda", "num_replicas": 100, "tensor_parallel_size": 8},
+            "the engines need 800 GPUs and this machine has",
+        ),
+        (
+            {"kv_cache_memory_gib": 1 << 20},
+            "the engines' caches need 1048576.0 GiB and this machine has",
+        ),
+        ({"max_length": 1}, "args.engine.max_length: there is no such setting"),
+        ({"kv_cache_dtype": "kvarn_k9v9"}, "args.engine.kv_cache_dtype: unknown KVarN preset 'kvarn_k9v9'"),
+    ],
+)
+def test_what_this_machine_cannot_run_is_told_before_anything_starts(tmp_path, engine, words):
+    result = CliRunner().invoke(cli.app, ["serve", str(write_app(tmp_path / "app.yaml", **engine))])
+    assert result.exit_code == 1
+    assert words in result.stderr

@@ -397,20 +397,22 @@ async def test_a_client_gives_up_when_no_gateway_comes_back(asked: str) -> None:
         if at == 4:
             await asyncio.Event().wait()
 
-    async with serving(Engine("a", script)) as setup:
-        async with AsyncClient(f"127.0.0.1:{setup.port}", retry_s=1) as client:
-            if asked == "generate":
-                answer = asyncio.create_task(drained(client.generate(PROMPT, max_tokens=TOKENS)))
-            else:
-                answer = asyncio.create_task(client.generate_once(PROMPT, max_tokens=TOKENS))
-            await until(lambda: len(setup.sent) == 1)
-            (gateway,) = setup.gateways
-            setup.gateways.clear()
-            await gateway.server.server.stop(0)
-            await gateway.fleet.close()
-            async with asyncio.timeout(60):
-                with pytest.raises(UnavailableError, match="No gateway answers there"):
-                    await answer
+    async with (
+        serving(Engine("a", script)) as setup,
+        AsyncClient(f"127.0.0.1:{setup.port}", retry_s=1) as client,
+    ):
+        if asked == "generate":
+            answer = asyncio.create_task(drained(client.generate(PROMPT, max_tokens=TOKENS)))
+        else:
+            answer = asyncio.create_task(client.generate_once(PROMPT, max_tokens=TOKENS))
+        await until(lambda: len(setup.sent) == 1)
+        (gateway,) = setup.gateways
+        setup.gateways.clear()
+        await gateway.server.server.stop(0)
+        await gateway.fleet.close()
+        async with asyncio.timeout(60):
+            with pytest.raises(UnavailableError, match="No gateway answers there"):
+                await answer
 
 
 async def drained(stream: AsyncIterator[Any]) -> None:
