@@ -16,11 +16,11 @@ import yaml
 from typer.testing import CliRunner
 
 from kvarn import cli
-from kvarn.serve import Words
-from kvarn.terminal import out
+from kvarn.serve import Words, _start_progress
+from kvarn.terminal import err, out
 from kvarn.v1 import cache_pb2, cluster_pb2
 from serve_app.client import Client
-from serve_app.launch import read_app
+from serve_app.launch import Deployment, read_app
 from serve_app.terminal import Answer
 from tests.serve_app.live import free_port
 
@@ -113,6 +113,16 @@ def test_a_person_is_told_in_words(model_dir):
     text = shown.get()
     for told in ("you> What", "500 ms", "220,800", "4.74x", "http://127.0.0.1:8000/v1", "Ctrl-C stops it"):
         assert told in text
+
+
+def test_a_log_is_told_of_the_start_as_it_goes_on():
+    with err.capture() as shown, _start_progress() as update:
+        update([Deployment("Engine", 0, 2)])
+        update([Deployment("Engine", 0, 2)])
+        update([Deployment("Engine", 1, 2)])
+    told = shown.get()
+    assert told.count("starting Engine replicas: 0 of 2") == 1
+    assert told.count("starting Engine replicas: 1 of 2") == 1
 
 
 def test_sigterm_ends_a_start(tmp_path, kvarn):
