@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,7 @@ def tls_files(ca: Path | None, certificate: Path | None, private_key: Path | Non
 @contextmanager
 def serving_errors() -> Iterator[None]:
     """`one_sentence_errors` for commands that need the serving packages."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its own lines about handshakes and idle connections
     with one_sentence_errors():
         try:
             from serve_app.client import ServingError

@@ -182,15 +182,20 @@ def _wait_for_interrupt() -> None:
 
 @contextmanager
 def _start_progress() -> Iterator[Callable[[list[Deployment]], None]]:
-    """A bar for each deployment: replicas that run, of those wanted."""
+    """A bar for each deployment: replicas that run, of those wanted; in a log, where no bar moves, lines."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=err) as progress:
         ray = progress.add_task("starting Ray", total=None)
         tasks: dict[str, TaskID] = {}
+        told: set[Deployment] = set()
 
         def update(deployments: list[Deployment]) -> None:
             progress.update(ray, total=1, completed=1)
             for deployment in deployments:
+                if not err.is_terminal and deployment not in told:
+                    told.add(deployment)
+                    count = f"{deployment.running} of {deployment.wanted}"
+                    err.print(f"starting {deployment.name} replicas: {count}", highlight=False)
                 if deployment.name not in tasks:
                     tasks[deployment.name] = progress.add_task(f"starting {deployment.name} replicas")
                 progress.update(tasks[deployment.name], completed=deployment.running, total=deployment.wanted)

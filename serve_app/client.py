@@ -153,7 +153,7 @@ class Client:
         request = _generate_request(prompt, model, request_id, sampling)
         attempts = _Attempts(timeout_s, self._retry_s, self._connected)
         while True:
-            call = self._inference.Generate(request, **attempts.options())
+            call = self._inference.Generate(request, timeout=attempts.left_s)
             try:
                 for delta in call:
                     attempts.take(request, delta)
@@ -181,7 +181,7 @@ class Client:
         attempts = _Attempts(timeout_s, self._retry_s, self._connected)
         while True:
             try:
-                response = self._inference.GenerateOnce(request, **attempts.options())
+                response = self._inference.GenerateOnce(request, timeout=attempts.left_s)
             except grpc.RpcError as error:
                 time.sleep(attempts.pause_s(error))
             else:
@@ -293,7 +293,7 @@ class AsyncClient:
         request = _generate_request(prompt, model, request_id, sampling)
         attempts = _Attempts(timeout_s, self._retry_s, self._connected)
         while True:
-            call = self._inference.Generate(request, **attempts.options())
+            call = self._inference.Generate(request, timeout=attempts.left_s)
             try:
                 async for delta in call:
                     attempts.take(request, delta)
@@ -321,7 +321,7 @@ class AsyncClient:
         attempts = _Attempts(timeout_s, self._retry_s, self._connected)
         while True:
             try:
-                response = await self._inference.GenerateOnce(request, **attempts.options())
+                response = await self._inference.GenerateOnce(request, timeout=attempts.left_s)
             except grpc.RpcError as error:
                 await asyncio.sleep(attempts.pause_s(error))
             else:
@@ -405,13 +405,12 @@ class _Attempts:
         self._connected = connected
         self._give_up_s = time.monotonic() + retry_s
         self._next_pause_s = FIRST_PAUSE_S
-        self._is_retry = False
         self.is_finished = False
 
-    def options(self) -> dict[str, Any]:
-        """What the next call is made with."""
-        left_s = None if self._deadline_s is None else max(self._deadline_s - time.monotonic(), 0)
-        return {"timeout": left_s, "wait_for_ready": self._is_retry}
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that the next call may take. It must not wait for a connection: none may ever come."""
+        return None if self._deadline_s is None else max(self._deadline_s - time.monotonic(), 0)
 
     def take(self, request: inference_pb2.GenerateRequest, delta: inference_pb2.GenerateResponse) -> None:
         """Note what has arrived, so that the next attempt goes on after it."""
@@ -433,7 +432,6 @@ class _Attempts:
             self._connected.set()  # there was one, and it broke
         if not is_broken or not self._connected.is_set() or time.monotonic() >= self._give_up_s:
             raise _serving_error(error) from error
-        self._is_retry = True
         pause_s, self._next_pause_s = self._next_pause_s, min(2 * self._next_pause_s, LAST_PAUSE_S)
         return random.uniform(0, pause_s)
 
@@ -503,7 +501,10 @@ def _errors() -> Iterator[None]:
 
 def _serving_error(error: grpc.RpcError) -> ServingError:
     kind = _ERRORS.get(error.code(), ServingError)
-    return kind(error.code(), error.details() or "", _retry_after_s(error))
+    sentence = error.details() or ""
+    if NO_CONNECTION in sentence:
+        sentence = f"No gateway answers there: start one, or check host:port and TLS ({sentence})"
+    return kind(error.code(), sentence, _retry_after_s(error))
 
 
 def _is_serving(response: health_pb2.HealthCheckResponse) -> bool:

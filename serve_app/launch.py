@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 import yaml
 from pydantic import ValidationError
 
@@ -25,7 +26,7 @@ from kvarn.model import KvShape
 from kvarn.plan.model_shape import ModelShape
 from kvarn.presets import PRESETS
 from kvarn.vllm.config import KVarNConfig
-from serve_app.config import AppConfig
+from serve_app.config import GIB, AppConfig, EngineConfig
 
 LOOPBACK = "127.0.0.1"
 BUILDER = "serve_app.app:build"
@@ -110,15 +111,12 @@ def check_machine(app: App) -> None:
     """Looks for what would keep the application from starting here.
 
     Raises:
-        LaunchError: a gateway's port is taken, or the engines ask for more CPUs than there are.
+        LaunchError: a gateway's port is taken, or the engines ask for more CPUs, memory or GPUs than there are.
     """
-    engine = app.config.engine
-    needed, present = engine.least_replicas * engine.cpus_per_replica, os.cpu_count() or 1
-    if engine.device == "cpu" and needed > present:
-        raise LaunchError(
-            f"the engines need {needed:g} CPUs and this machine has {present}: "
-            "lower engine.num_replicas or engine.cpus_per_replica"
-        )
+    if app.config.engine.device == "cpu":
+        _check_cpus(app.config.engine)
+    else:
+        _check_gpus(app.config.engine)
     gateway = app.config.gateway
     for setting, listener in (("gateway.port", gateway), ("gateway.http.port", gateway.http)):
         if listener.port and not _is_free(listener.host, listener.port):
@@ -126,6 +124,30 @@ def check_machine(app: App) -> None:
                 f"{listener.host}:{listener.port} is in use: "
                 f"stop what listens there, or set another {setting}"
             )
+
+
+def _check_cpus(engine: EngineConfig) -> None:
+    needed, present = engine.least_replicas * engine.cpus_per_replica, os.cpu_count() or 1
+    if needed > present:
+        raise LaunchError(
+            f"the engines need {needed:g} CPUs and this machine has {present}: "
+            "lower engine.num_replicas or engine.cpus_per_replica"
+        )
+    cache_bytes, memory_bytes = engine.kv_cache_memory_bytes or 0, psutil.virtual_memory().total
+    if engine.least_replicas * cache_bytes > memory_bytes:
+        raise LaunchError(
+            f"the engines' caches need {engine.least_replicas * cache_bytes / GIB:.1f} GiB and this machine has "
+            f"{memory_bytes / GIB:.1f}: lower engine.num_replicas or engine.kv_cache_memory_gib"
+        )
+
+
+def _check_gpus(engine: EngineConfig) -> None:
+    needed, present = engine.least_replicas * engine.tensor_parallel_size, torch.cuda.device_count()
+    if needed > present:
+        raise LaunchError(
+            f"the engines need {needed} GPUs and this machine has {present}: lower engine.num_replicas or "
+            "engine.tensor_parallel_size, or set engine.device: cpu"
+        )
 
 
 def limits_of(app: App) -> Limits | None:
@@ -293,7 +315,9 @@ def _sentence(message: str) -> str:
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     place = ".".join(str(part) for part in ("args", *problem["loc"]))
-    return f"{place}: {problem['msg']}"
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: there is no such setting: correct its name, or remove it"
+    return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
 
 
 def _is_free(host: str, port: int) -> bool:

@@ -88,13 +88,13 @@ def table(
         title=f"{model}: replicas and their caches",
         title_justify="left",
         box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
+        show_edge=False,
+        padding=0,  # columns of usual sizes fit 80
     )
     made.add_column("replica", no_wrap=True)
     made.add_column("status", overflow="fold")
     made.add_column("cache", overflow="fold")
-    for heading in ("capacity", "live", "evictable", "promised", "tails", "sinks", "running", "waiting"):
+    for heading in ("tokens", "live", "evictable", "promised", "tails", "sinks", "run", "wait"):
         made.add_column(heading, justify="right", overflow="fold")
     rows = list(replicas)
     for replica in rows:

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 
 from serve_app.bench import summary as summaries
 from serve_app.bench import workload
-from serve_app.bench.load import Progress, Run, run
+from serve_app.bench.load import Progress, Run, run, warm_up
 from serve_app.bench.settings import ServeBench
 from serve_app.bench.targets import target
 from serve_app.channels import Tls
@@ -30,7 +30,7 @@ class Report:
 
     def reasons(self) -> str:
         """Why requests failed."""
-        return ", ".join(self.summary.failures)
+        return summaries.reasons(self.summary)
 
     def write(self, json_path: Path | None, plot_path: Path | None) -> None:
         """Write the files that were asked for."""
@@ -44,12 +44,15 @@ def measure(bench: ServeBench, tls: Tls | None, api_key: str, on_progress: Progr
     """Send the load and sum it up.
 
     Raises:
-        BenchError: the trace cannot be read, or nothing answers.
+        BenchError: the trace cannot be read, nothing answers, or a request before the load failed.
     """
     works = workload.make(bench)
 
     async def go() -> Run:
         async with target(bench, tls, api_key) as server:
+            await server.prepare()
+            if bench.warmup:
+                await warm_up(server, workload.warmup(works, bench.warmup), bench.timeout_s, on_progress)
             return await run(server, works, bench.timeout_s, on_progress)
 
     measured = asyncio.run(go())

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from kvarn.bench.engine import BenchError
 from serve_app.bench.targets import RefusedError, Target
 from serve_app.bench.workload import Work
 
@@ -23,6 +24,7 @@ class Outcome:
         token_times_s: of each piece of the answer.
         completion_tokens, prompt_tokens, cached_tokens: as the server counts them.
         failure: why it failed, or "".
+        said: the server's own words about that, or "".
     """
 
     late_s: float = 0.0
@@ -31,6 +33,7 @@ class Outcome:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     failure: str = ""
+    said: str = ""
 
     @property
     def ttft_s(self) -> float:
@@ -58,6 +61,28 @@ class Run:
     duration_s: float
 
 
+async def warm_up(target: Target, works: Sequence[Work], timeout_s: float, on_progress: Progress) -> None:
+    """Send requests that do not count, all at once, so that neither first uses nor wrong settings are measured.
+
+    Raises:
+        BenchError: one of them failed.
+    """
+    answered = 0
+
+    async def one(work: Work) -> Outcome:
+        nonlocal answered
+        outcome = await _send(target, work, time.perf_counter(), timeout_s)
+        answered += 1
+        on_progress("warm-up", answered, len(works))
+        return outcome
+
+    on_progress("warm-up", 0, len(works))
+    for outcome in await asyncio.gather(*(one(work) for work in works)):
+        if outcome.failure:
+            why = f"{outcome.failure}: {outcome.said}" if outcome.said else outcome.failure
+            raise BenchError(f"the warm-up, before the load, was not answered: {why}")
+
+
 async def run(target: Target, works: Sequence[Work], timeout_s: float, on_progress: Progress) -> Run:
     """Send every request at its time, whatever became of those before it.
 
@@ -66,11 +91,9 @@ async def run(target: Target, works: Sequence[Work], timeout_s: float, on_progre
         works: in the order they are sent.
         timeout_s: after which a request counts as failed.
         on_progress: called with "sent" and "answered", how many, and of how many.
-
-    Raises:
-        BenchError: nothing answers there.
     """
-    await target.prepare()
+    for label in ("sent", "answered"):
+        on_progress(label, 0, len(works))
     start = time.perf_counter()
     answered = 0
 
@@ -100,7 +123,7 @@ async def _send(target: Target, work: Work, due_s: float, timeout_s: float) -> O
                 outcome.completion_tokens = tokens
                 outcome.prompt_tokens, outcome.cached_tokens = prompt, cached
     except RefusedError as error:
-        outcome.failure = error.reason
+        outcome.failure, outcome.said = error.reason, error.said
     except TimeoutError:
         outcome.failure = "timeout"
     else:

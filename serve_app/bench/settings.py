@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast, get_args
+from urllib.parse import urlsplit
 
 from kvarn.bench.engine import BenchError
 
@@ -44,6 +45,7 @@ class ServeBench:
         rate_per_s: requests a second; inf sends all at once.
         arrivals: gaps between requests: drawn from an exponential distribution, or all the same.
         requests: how many.
+        warmup: how many like the first of them, but with other words, are answered before; they are not counted.
         input_tokens: about so many tokens a prompt, in words of one token each.
         output_tokens: exactly so many tokens an answer, where the server takes `ignore_eos`.
         prefix_tokens: of the input, those at its start that all requests of a group share.
@@ -54,7 +56,7 @@ class ServeBench:
         objectives: what counts as good.
 
     Raises:
-        BenchError: a number is out of range.
+        BenchError: a number is out of range, or the target is no address.
     """
 
     target: str = "127.0.0.1:50051"
@@ -63,6 +65,7 @@ class ServeBench:
     rate_per_s: float = 2.0
     arrivals: Arrivals = "poisson"
     requests: int = 64
+    warmup: int = 1
     input_tokens: int = 256
     output_tokens: int = 64
     prefix_tokens: int = 0
@@ -76,6 +79,8 @@ class ServeBench:
         for name in ("requests", "input_tokens", "output_tokens", "prefix_groups"):
             if getattr(self, name) < 1:
                 raise BenchError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.warmup <= self.requests:
+            raise BenchError(f"warmup is {self.warmup}, expected 0 to requests={self.requests}")
         if not 0 <= self.prefix_tokens <= self.input_tokens:
             raise BenchError(
                 f"prefix_tokens is {self.prefix_tokens}, expected 0 to input_tokens={self.input_tokens}"
@@ -84,10 +89,22 @@ class ServeBench:
             raise BenchError(f"rate is {self.rate_per_s:g}, expected above 0; inf sends all at once")
         if not (self.timeout_s > 0 and math.isfinite(self.timeout_s)):
             raise BenchError(f"timeout is {self.timeout_s:g}, expected a time above 0 in seconds")
-        if self.protocol == "openai" and not self.target.startswith(("http://", "https://")):
+        if not _is_address(self.target, self.protocol):
             raise BenchError(
-                f"the target of an OpenAI API is a URL such as http://127.0.0.1:8000/v1, got {self.target}"
+                f"the target is {self.target}, expected host:port of a gateway, "
+                "or the URL of an OpenAI API such as http://127.0.0.1:8000/v1"
             )
+
+
+def _is_address(target: str, protocol: Protocol) -> bool:
+    try:
+        parts = urlsplit(target if protocol == "openai" else f"grpc://{target}")
+        port = parts.port
+    except ValueError:  # brackets that do not close, a port that is no number or too large
+        return False
+    if protocol == "openai":
+        return parts.scheme in ("http", "https") and bool(parts.hostname)
+    return bool(parts.hostname and port) and parts.path == ""
 
 
 def arrivals(name: str) -> Arrivals:

@@ -51,6 +51,7 @@ class Summary:
 
     Attributes:
         answered, failed: requests; `failures` counts the failed by reason.
+        said: for a reason, what the server said to the first that failed for it, where it said something.
         duration_s: from the first request to the last answer.
         requests_per_s, goodput_per_s: answered requests, and those among them that kept all objectives.
         output_tokens_per_s: of answered requests.
@@ -65,6 +66,7 @@ class Summary:
     answered: int
     failed: int
     failures: dict[str, int]
+    said: dict[str, str]
     duration_s: float
     requests_per_s: float
     goodput_per_s: float
@@ -89,6 +91,7 @@ def summarize(run: Run, objectives: Objectives) -> Summary:
         answered=len(answered),
         failed=failures.total(),
         failures=dict(failures.most_common()),
+        said={outcome.failure: outcome.said for outcome in reversed(run.outcomes) if outcome.said},
         duration_s=run.duration_s,
         requests_per_s=len(answered) / run.duration_s,
         goodput_per_s=sum(is_good(outcome, objectives) for outcome in answered) / run.duration_s,
@@ -116,12 +119,20 @@ def is_good(outcome: Outcome, objectives: Objectives) -> bool:
 
 def render(bench: ServeBench, summary: Summary) -> RenderableType:
     """For people."""
-    lines = Text("\n".join(_lines(summary)))
-    return Group(_table(bench, summary), lines) if summary.answered else lines
+    title, lines = Text(_title(bench)), Text("\n".join(_lines(summary)))
+    return Group(title, _table(summary), lines) if summary.answered else Group(title, lines)
 
 
-def _table(bench: ServeBench, summary: Summary) -> Table:
-    made = Table(title=_title(bench), title_justify="left")
+def reasons(summary: Summary) -> str:
+    """Why requests failed, and how many for each reason, in one line."""
+    return "; ".join(
+        f"{count} {reason}" + (f" ({summary.said[reason]})" if reason in summary.said else "")
+        for reason, count in summary.failures.items()
+    )
+
+
+def _table(summary: Summary) -> Table:
+    made = Table()
     made.add_column("")
     for heading in ("mean", *(f"p{percentile}" for percentile in PERCENTILES)):
         made.add_column(heading, justify="right")
@@ -183,6 +194,7 @@ def plot(path: Path, bench: ServeBench, run: Run) -> None:
         axes.ecdf(np.asarray(values_s) * 1000)
         if objective_ms is not None:
             axes.axvline(objective_ms, color="black", linestyle="--")
+        axes.locator_params(axis="x", nbins=5)  # so that long numbers do not touch
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("share of answered requests")
@@ -209,8 +221,7 @@ def _lines(summary: Summary) -> list[str]:
         f"{summary.cached_tokens} of them from the prefix cache",
     ]
     if summary.failures:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in summary.failures.items())
-        lines.append(f"failed: {reasons}")
+        lines.append(f"failed: {reasons(summary)}")
     if summary.most_late_ms > BUSY_MS:
         lines.append(f"this machine fell behind its schedule by up to {summary.most_late_ms:.0f} ms")
     return lines

@@ -18,14 +18,21 @@ from serve_app.client import AsyncClient, ServingError
 
 Counts = tuple[int, int, int]
 READY_S = 10
+SAID_LENGTH = 300  # characters of what a server says that are kept; a proxy may answer with a page
 
 
 class RefusedError(Exception):
-    """A request failed; `reason` is short and the same for all that failed alike."""
+    """A request failed.
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
+    Attributes:
+        reason: short, and the same for all that failed alike.
+        said: the server's own words, on one line; "" if it said none.
+    """
+
+    def __init__(self, reason: str, said: str = "") -> None:
+        super().__init__(f"{reason}: {said}" if said else reason)
         self.reason = reason
+        self.said = said
 
 
 class Target(Protocol):
@@ -67,8 +74,12 @@ class GrpcTarget:
         await self._client.close()
 
     async def prepare(self) -> None:
+        try:
+            await self._client.cache_state(READY_S)
+        except ServingError as error:
+            raise BenchError(f"{self._target}: {error.sentence}") from None
         if not await self._client.is_ready(READY_S):
-            raise BenchError(f"no gateway is ready at {self._target}: start one, or name another target")
+            raise BenchError(f"{self._target}: no replica is ready yet; `kvarn status` shows them")
 
     async def send(self, work: Work, timeout_s: float) -> AsyncGenerator[Counts, None]:
         deltas = self._client.generate(
@@ -84,7 +95,7 @@ class GrpcTarget:
                 usage = delta.usage
                 yield usage.completion_tokens, usage.prompt_tokens, usage.cached_tokens
         except ServingError as error:
-            raise RefusedError(error.status.name) from error
+            raise RefusedError(error.status.name, _one_line(error.sentence)) from error
 
 
 class OpenAiTarget:
@@ -95,8 +106,9 @@ class OpenAiTarget:
 
     def __init__(self, bench: ServeBench, tls: Tls | None, api_key: str) -> None:
         self._model = bench.model
+        self._url = bench.target.rstrip("/")
         self._client = httpx.AsyncClient(
-            base_url=bench.target.rstrip("/"),
+            base_url=self._url,
             headers=caller_headers(api_key),
             verify=_ssl_context(tls),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
@@ -109,14 +121,21 @@ class OpenAiTarget:
         await self._client.aclose()
 
     async def prepare(self) -> None:
+        url = f"{self._url}/models"
         try:
             answer = await self._client.get("/models", timeout=READY_S)
-            answer.raise_for_status()
-            models = [model["id"] for model in answer.json()["data"]]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        except httpx.HTTPError as error:
+            raise BenchError(f"nothing answers at {url}: {str(error) or type(error).__name__}") from None
+        if answer.status_code == httpx.codes.NOT_FOUND:
             raise BenchError(
-                f"no OpenAI API answers at {self._client.base_url}models: {error or type(error).__name__}"
-            ) from None
+                f"no OpenAI API is at {url}: give the URL that its paths follow, as a rule ending in /v1"
+            )
+        if answer.status_code != httpx.codes.OK:
+            raise BenchError(f"{url} answers HTTP {answer.status_code}: {_said(answer)}")
+        try:
+            models = [model["id"] for model in answer.json()["data"]]
+        except (ValueError, KeyError, TypeError):
+            raise BenchError(f"what answers at {url} is no OpenAI API: it lists no models") from None
         self._model = self._model or next(iter(models), "")
 
     async def send(self, work: Work, timeout_s: float) -> AsyncGenerator[Counts, None]:
@@ -133,14 +152,15 @@ class OpenAiTarget:
         try:
             async with self._client.stream("POST", "/completions", json=body, timeout=timeout_s) as answer:
                 if answer.status_code != httpx.codes.OK:
-                    raise RefusedError(f"HTTP {answer.status_code}")
+                    await answer.aread()
+                    raise RefusedError(f"HTTP {answer.status_code}", _said(answer))
                 async for event in _events(answer):
-                    tokens += 1
+                    tokens += bool(event.get("choices"))  # the last one bears the usage alone
                     yield _counts(event, tokens)
         except httpx.TimeoutException:
             raise RefusedError("timeout") from None
         except httpx.HTTPError as error:
-            raise RefusedError(type(error).__name__) from error
+            raise RefusedError(type(error).__name__, _one_line(str(error))) from error
 
 
 def target(bench: ServeBench, tls: Tls | None, api_key: str) -> Target:
@@ -157,11 +177,38 @@ def target(bench: ServeBench, tls: Tls | None, api_key: str) -> Target:
 
 async def _events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     async for line in answer.aiter_lines():
-        if line.startswith("data: ") and line != "data: [DONE]":
-            event = json.loads(line.removeprefix("data: "))
-            if "error" in event:
-                raise RefusedError("error in stream")
-            yield event
+        data = line.removeprefix("data:").strip()
+        if not line.startswith("data:") or data == "[DONE]":
+            continue
+        try:
+            event = json.loads(data)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            raise RefusedError("not a stream of OpenAI's API", _one_line(data))
+        if event.get("error"):
+            raise RefusedError("error in stream", _message(event))
+        yield event
+
+
+def _said(answer: httpx.Response) -> str:
+    """Why a server refused."""
+    try:
+        content = answer.json()
+    except ValueError:
+        content = None
+    return (isinstance(content, dict) and _message(content)) or _one_line(answer.text) or answer.reason_phrase
+
+
+def _message(content: dict[str, Any]) -> str:
+    """What OpenAI's shape of errors says; "" if it is none."""
+    error = content.get("error")
+    message = error.get("message") if isinstance(error, dict) else error
+    return _one_line(str(message)) if message else ""
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:SAID_LENGTH]
 
 
 def _counts(event: dict[str, Any], tokens: int) -> tuple[int, int, int]:

@@ -48,6 +48,11 @@ def make(bench: ServeBench) -> list[Work]:
     return works
 
 
+def warmup(works: list[Work], count: int) -> list[Work]:
+    """The first requests of a load with their words in reverse: as long as they are, but with no start in common."""
+    return [Work(0, " ".join(reversed(work.prompt.split())), work.output_tokens) for work in works[:count]]
+
+
 def _words(draw: random.Random, count: int) -> list[str]:
     return draw.choices(WORDS, k=count)
 

@@ -1,25 +1,28 @@
 """Manifests for Kubernetes and `ray up`.
 
 No package that we could depend on carries KubeRay's CRDs, so the RayService is checked against the shape below: exactly
-the fields of KubeRay 1.3's API that the manifest uses, so that a misspelt or misplaced one fails. The rest is checked
+the fields of KubeRay 1.5's API that the manifest uses, so that a misspelt or misplaced one fails. The rest is checked
 against each other: names, ports, selectors, probes and times.
 """
 
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-import ray.autoscaler
+import ray
 import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 from serve_app.config import AppConfig
 
-CLUSTER = Path(__file__).parents[2] / "cluster"
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
 KUBERAY = CLUSTER / "kuberay"
 
 
@@ -204,16 +207,39 @@ def test_files_of_the_gateways_are_mounted(groups: dict[str, dict[str, Any]], co
 
 
 def test_ray_up_takes_its_cluster() -> None:
-    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
     content = yaml.safe_load((CLUSTER / "ray-up.yaml").read_text())
-    jsonschema.validate(content, schema)
-    assert len(content["provider"]["worker_ips"]) == content["max_workers"]
+    cluster = prepare_config(content)  # as `ray up` does
+    validate_config(cluster)
+    assert cluster["max_workers"] == len(content["provider"]["worker_ips"])
     assert "gateway" in content["worker_start_ray_commands"][-1]
 
 
-def test_the_image_holds_what_probes_and_commands_call() -> None:
-    text = (CLUSTER / "Dockerfile").read_text()
-    assert "wget" in text
-    copied = [line.split()[1:-1] for line in text.splitlines() if line.startswith("COPY")]
-    for source in (name for names in copied for name in names):
-        assert (CLUSTER.parent / source).exists()
+def instructions() -> dict[str, list[str]]:
+    """What the Dockerfile gives to each kind of instruction, in order."""
+    lines = (CLUSTER / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    found: dict[str, list[str]] = {}
+    for kind, _, rest in (line.partition(" ") for line in lines if line and not line.startswith("#")):
+        found.setdefault(kind, []).append(rest)
+    return found
+
+
+def test_the_image_holds_what_is_called_in_it(service: dict[str, Any]) -> None:
+    """KubeRay's probes call wget; `ray up` copies files into containers with rsync, the head starts workers by SSH."""
+    (system,) = (run for run in instructions()["RUN"] if "apt-get install" in run)
+    assert {"wget", "rsync", "openssh-client"} <= set(system.split())
+    for copied in instructions()["COPY"]:
+        *sources, _ = copied.split()
+        assert all((ROOT / source).exists() for source in sources)
+
+
+def test_the_image_installs_extras_and_starts_a_command_that_the_project_has() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (installed,) = (run for run in instructions()["RUN"] if "pip install" in run)
+    assert '".[${HARDWARE},serve]"' in installed
+    assert "HARDWARE=gpu" in instructions()["ARG"]
+    assert {"gpu", "cpu", "serve"} <= project["optional-dependencies"].keys()
+    command, *arguments = json.loads(*instructions()["CMD"])
+    assert command in project["scripts"]
+    app = Path(arguments[-1]).relative_to(*instructions()["WORKDIR"][:1])
+    assert app.parts[0] in " ".join(instructions()["COPY"]).split()
+    assert (ROOT / app).exists()

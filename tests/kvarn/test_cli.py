@@ -112,7 +112,9 @@ def test_serve_refuses_another_application(write_app):
 
 
 def test_serve_refuses_an_unknown_setting(write_app):
-    assert_refused(run("serve", write_app(engine={"max_seqs": 3})), "args.engine.max_seqs", "not permitted")
+    assert_refused(
+        run("serve", write_app(engine={"max_seqs": 3})), "args.engine.max_seqs", "there is no such setting"
+    )
 
 
 def test_serve_refuses_an_unknown_preset(write_app):

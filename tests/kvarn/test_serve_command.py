@@ -13,12 +13,14 @@ import httpx
 import psutil
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from kvarn.serve import Words
-from kvarn.terminal import out
+from kvarn import cli
+from kvarn.serve import Words, _start_progress
+from kvarn.terminal import err, out
 from kvarn.v1 import cache_pb2, cluster_pb2
 from serve_app.client import Client
-from serve_app.launch import read_app
+from serve_app.launch import Deployment, read_app
 from serve_app.terminal import Answer
 from tests.serve_app.live import free_port
 
@@ -113,6 +115,16 @@ def test_a_person_is_told_in_words(model_dir):
         assert told in text
 
 
+def test_a_log_is_told_of_the_start_as_it_goes_on():
+    with err.capture() as shown, _start_progress() as update:
+        update([Deployment("Engine", 0, 2)])
+        update([Deployment("Engine", 0, 2)])
+        update([Deployment("Engine", 1, 2)])
+    told = shown.get()
+    assert told.count("starting Engine replicas: 0 of 2") == 1
+    assert told.count("starting Engine replicas: 1 of 2") == 1
+
+
 def test_sigterm_ends_a_start(tmp_path, kvarn):
     process = kvarn("serve", write_app(tmp_path / "app.yaml"))
     children = wait_for_child(process, "raylet")
@@ -134,3 +146,25 @@ def test_an_engine_that_cannot_start_is_one_sentence(tmp_path, kvarn):
     assert error["message"] in errors
     assert "max_model_len" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ({"cpus_per_replica": 4096}, "the engines need 4096 CPUs and this machine has"),
+        (
+            {"device": "cuda", "num_replicas": 100, "tensor_parallel_size": 8},
+            "the engines need 800 GPUs and this machine has",
+        ),
+        (
+            {"kv_cache_memory_gib": 1 << 20},
+            "the engines' caches need 1048576.0 GiB and this machine has",
+        ),
+        ({"max_length": 1}, "args.engine.max_length: there is no such setting"),
+        ({"kv_cache_dtype": "kvarn_k9v9"}, "args.engine.kv_cache_dtype: unknown KVarN preset 'kvarn_k9v9'"),
+    ],
+)
+def test_what_this_machine_cannot_run_is_told_before_anything_starts(tmp_path, engine, words):
+    result = CliRunner().invoke(cli.app, ["serve", str(write_app(tmp_path / "app.yaml", **engine))])
+    assert result.exit_code == 1
+    assert words in result.stderr

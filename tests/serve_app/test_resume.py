@@ -389,6 +389,37 @@ async def test_a_client_resumes_its_stream_when_its_gateway_dies() -> None:
         await assert_nothing_held(setup)
 
 
+@pytest.mark.parametrize("asked", ["generate", "generate_once"])
+async def test_a_client_gives_up_when_no_gateway_comes_back(asked: str) -> None:
+    """Without a deadline of its own, too."""
+
+    async def script(engine: Engine, request: Any, at: int, context: grpc.aio.ServicerContext) -> None:
+        if at == 4:
+            await asyncio.Event().wait()
+
+    async with (
+        serving(Engine("a", script)) as setup,
+        AsyncClient(f"127.0.0.1:{setup.port}", retry_s=1) as client,
+    ):
+        if asked == "generate":
+            answer = asyncio.create_task(drained(client.generate(PROMPT, max_tokens=TOKENS)))
+        else:
+            answer = asyncio.create_task(client.generate_once(PROMPT, max_tokens=TOKENS))
+        await until(lambda: len(setup.sent) == 1)
+        (gateway,) = setup.gateways
+        setup.gateways.clear()
+        await gateway.server.server.stop(0)
+        await gateway.fleet.close()
+        async with asyncio.timeout(60):
+            with pytest.raises(UnavailableError, match="No gateway answers there"):
+                await answer
+
+
+async def drained(stream: AsyncIterator[Any]) -> None:
+    async for _ in stream:
+        pass
+
+
 async def test_a_client_that_never_reached_anything_is_told_at_once() -> None:
     async with AsyncClient("127.0.0.1:1") as client:
         with pytest.raises(UnavailableError):

@@ -59,6 +59,15 @@ def test_nothing_is_cut_off_in_a_narrow_terminal() -> None:
     assert "…" not in rendered(one, width=80)
 
 
+def test_a_replica_of_the_default_size_takes_one_line_of_80_columns() -> None:
+    one = replica("xws91wo7", 500, 0)
+    one.cache.capacity.total_blocks, one.cache.capacity.total_slots = 1725, 48
+    head, _, row = rendered(one, width=80).splitlines()[1:4]
+    headings = " ".join(head.split())
+    assert headings == "replica status cache tokens live evictable promised tails sinks run wait"
+    assert " ".join(row.split()[3:]) == "220,800 64,000 0 40,960 0/48 0+0 0 0"
+
+
 def test_no_replica_is_said() -> None:
     assert "no replica" in rendered()
 
