@@ -63,8 +63,8 @@ class EngineServicer:
 
     def Generate(self, request_iterator, context):
         """Generates from token ids. All calls of one gateway travel on one stream, each under a number that the gateway gives
-        it and does not use again there. The end of the stream, however it comes, cancels the calls that run, except that
-        those of a gateway which only writes no more are finished first.
+        it and does not use again there. When the gateway writes no more, calls that run are finished; any other end of the
+        stream cancels them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
