@@ -59,6 +59,9 @@ class HeaderChannel:
     def unary_stream(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         return self._bearing(self._channel.unary_stream(*args, **kwargs))
 
+    def stream_stream(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return self._bearing(self._channel.stream_stream(*args, **kwargs))
+
     def _bearing(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """The method with this channel's metadata before what a call adds."""
 

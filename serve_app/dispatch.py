@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import secrets
 import time
 from collections.abc import AsyncGenerator
 from random import Random
@@ -193,7 +192,7 @@ class Dispatcher:
             output = list(request.resume_token_ids)
         sampling = self._with_max_tokens(request.sampling_params, context_tokens - len(ids))
         return Job(
-            request_id=request.request_id or secrets.token_hex(16),
+            request_id=request.request_id or f"{self._random.getrandbits(128):032x}",
             caller=caller,
             ids=ids,
             sampling=sampling,

@@ -62,12 +62,14 @@ class Engine:
         self._demands = DemandBook()
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._spans = Tracing("kvarn-engine", replica_id, observability.tracing)
-        service = EngineService(self._engine, self._monitor, self._tiles, metrics, self._spans, self._demands)
+        self._service = EngineService(
+            self._engine, self._monitor, self._tiles, metrics, self._spans, self._demands
+        )
         guard = Guard(encrypted=not is_loopback(config.host))
         self._server = GrpcServer(
             f"{config.host}:0", [SERVICE_NAME], check=guard.check, credentials=guard.credentials()
         )
-        engine_pb2_grpc.add_EngineServicer_to_server(service, self._server.server)  # type: ignore[no-untyped-call]
+        engine_pb2_grpc.add_EngineServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]
         port = await self._server.start()
         self._address = guard.published(f"{_advertised_host(config.host)}:{port}")
         await self._server.set_serving(True)
@@ -99,6 +101,7 @@ class Engine:
         """Serve's shutdown hook: let gateways know, finish running streams, stop the engine."""
         self._monitor.drain()
         await asyncio.sleep(LAME_DUCK_S)
+        self._service.drain()
         await self._server.stop(self._config.drain_grace_s)
         self._monitoring.cancel()
         self._recording.cancel()

@@ -1,4 +1,4 @@
-"""One call of an engine replica: its stream, and what its end means for the replica."""
+"""One call of an engine replica, and what its end means for the replica."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import grpc
 
 from kvarn.v1 import engine_pb2, inference_pb2
+from serve_app.engine_stream import CallError
 from serve_app.errors import DeadlineExceededError, InvalidRequestError
 from serve_app.fleet import Fleet
 from serve_app.routing import Router
@@ -31,7 +32,7 @@ class ReplicaError(Exception):
 
 
 class EngineCall:
-    """A stream of deltas from one replica, kept account of in the router under `key`.
+    """The deltas from one replica, kept account of in the router under `key`.
 
     Iterating raises `ReplicaError` for what another replica may do better, and `RequestError`s for what is final.
     `close` cancels what is left; it may be called twice.
@@ -43,7 +44,7 @@ class EngineCall:
         replica_id: the replica, of which the fleet knows.
         message: what it is asked for.
         timeout_s: time the call may take; None sets no limit.
-        headers: metadata of the call.
+        headers: the trace context.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class EngineCall:
         router: Router,
         key: str,
         replica_id: str,
-        message: engine_pb2.EngineGenerateRequest,
+        message: engine_pb2.EngineRequest,
         timeout_s: float | None,
         headers: tuple[tuple[str, str], ...] = (),
     ) -> None:
@@ -62,12 +63,12 @@ class EngineCall:
         self._key = key
         self._call = fleet.call(replica_id, message, timeout_s, headers)
         self._is_finished = False
-        self._first: asyncio.Task[engine_pb2.EngineGenerateResponse] | None = None
+        self._first: asyncio.Task[engine_pb2.EngineDelta] | None = None
 
-    def __aiter__(self) -> AsyncIterator[engine_pb2.EngineGenerateResponse]:
+    def __aiter__(self) -> AsyncIterator[engine_pb2.EngineDelta]:
         return self
 
-    async def __anext__(self) -> engine_pb2.EngineGenerateResponse:
+    async def __anext__(self) -> engine_pb2.EngineDelta:
         if self._first is not None:
             first, self._first = self._first, None
             return await first
@@ -98,33 +99,28 @@ class EngineCall:
         self._call.cancel()
         self._router.release(self._key)
 
-    def _begin(self) -> asyncio.Task[engine_pb2.EngineGenerateResponse]:
+    def _begin(self) -> asyncio.Task[engine_pb2.EngineDelta]:
         if self._first is None:
             self._first = asyncio.ensure_future(self._read())
         return self._first
 
-    async def _read(self) -> engine_pb2.EngineGenerateResponse:
+    async def _read(self) -> engine_pb2.EngineDelta:
+        if self._is_finished:
+            raise StopAsyncIteration
         try:
             delta = await self._call.read()
-        except grpc.aio.AioRpcError as error:
+        except CallError as error:
             raise self._translate(error) from error
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise self._failed() from None  # not this task but the call was cancelled, by the engine or the fleet
-        if delta is grpc.aio.EOF and self._is_finished:
-            raise StopAsyncIteration
-        if delta is grpc.aio.EOF or delta.finish_reason in _DROPPED:
+        if delta.finish_reason in _DROPPED:
             raise self._failed()
         self._is_finished = bool(delta.finish_reason)
         self._router.grow(self._key, len(delta.token_ids), time.monotonic())
         return delta
 
-    def _translate(self, error: grpc.aio.AioRpcError) -> Exception:
-        match error.code():
+    def _translate(self, error: CallError) -> Exception:
+        match error.status:
             case grpc.StatusCode.INVALID_ARGUMENT:
-                return InvalidRequestError(error.details() or "The engine refused the request.")
+                return InvalidRequestError(error.sentence)
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return DeadlineExceededError(_TOO_LATE)
             case grpc.StatusCode.RESOURCE_EXHAUSTED:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
 from serve_app import wire
+from serve_app.call_server import CallServer, Write
 from serve_app.demand import Demand, DemandBook
 from serve_app.engine_metrics import EngineMetrics
 from serve_app.errors import InvalidRequestError, NoRoomError, UnavailableError
@@ -42,7 +43,10 @@ _FINISH_REASONS = {
 
 
 class EngineService(engine_pb2_grpc.EngineServicer):
-    """Serves gateways. Methods raise `RequestError`s, which the server's error boundary turns into statuses."""
+    """Serves gateways. Methods raise `RequestError`s, which `GrpcServer` and `CallServer` turn into statuses.
+
+    A gateway's calls come on one stream; each is `_generate`.
+    """
 
     def __init__(
         self,
@@ -59,11 +63,22 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._tiles = tiles
         self._metrics = metrics
         self._tracer = spans.tracer
+        self._calls = CallServer(self._generate)
 
     async def Generate(  # noqa: N802
-        self, request: engine_pb2.EngineGenerateRequest, context: grpc.aio.ServicerContext
+        self,
+        requests: AsyncIterator[engine_pb2.EngineGenerateRequest],
+        context: grpc.aio.ServicerContext,
     ) -> None:
-        """Stream a request's output; if the caller goes away, vLLM aborts the request and frees its blocks."""
+        """Run a gateway's calls."""
+        await self._calls.serve(context)
+
+    def drain(self) -> None:
+        """Refuse new calls, and end each stream once those that run have ended."""
+        self._calls.drain()
+
+    async def _generate(self, request: engine_pb2.EngineRequest, write: Write) -> None:
+        """Write a request's output; if it is cancelled, vLLM aborts the request and frees its blocks."""
         with (
             self._promised(request) as promise,
             _engine_errors(),
@@ -72,7 +87,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             meter = _Meter(self._monitor, promise, self._metrics, span)
             async with aclosing(self._deltas(request, meter)) as deltas:
                 async for delta in deltas:
-                    await context.write(delta)
+                    await write(delta)
 
     async def WatchCache(  # noqa: N802
         self, request: engine_pb2.EngineWatchCacheRequest, context: grpc.aio.ServicerContext
@@ -104,8 +119,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                 await context.write(wire.tiles_to_proto(change))
 
     async def _deltas(
-        self, request: engine_pb2.EngineGenerateRequest, meter: _Meter
-    ) -> AsyncGenerator[engine_pb2.EngineGenerateResponse, None]:
+        self, request: engine_pb2.EngineRequest, meter: _Meter
+    ) -> AsyncGenerator[engine_pb2.EngineDelta, None]:
         if request.resume_token_ids:
             resumption = Resumption(request, self._engine.get_tokenizer())
             if resumption.is_complete:
@@ -128,7 +143,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                     return  # a stop string ends a resumed request here; vLLM does not know of it
 
     @contextmanager
-    def _promised(self, request: engine_pb2.EngineGenerateRequest) -> Iterator[str]:
+    def _promised(self, request: engine_pb2.EngineRequest) -> Iterator[str]:
         """Hold what the gateway promised the request.
 
         Raises:
@@ -232,9 +247,9 @@ def _event(snapshot: CacheSnapshot, follows: bool) -> engine_pb2.EngineWatchCach
     return engine_pb2.EngineWatchCacheResponse(snapshot=wire.snapshot_to_proto(snapshot))
 
 
-def _delta(output: RequestOutput) -> engine_pb2.EngineGenerateResponse:
+def _delta(output: RequestOutput) -> engine_pb2.EngineDelta:
     completion = output.outputs[0]
-    return engine_pb2.EngineGenerateResponse(
+    return engine_pb2.EngineDelta(
         token_ids=completion.token_ids,
         text=completion.text,
         logprobs=[

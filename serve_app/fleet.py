@@ -13,6 +13,7 @@ import grpc
 
 from kvarn.v1 import engine_pb2, engine_pb2_grpc
 from serve_app import wire
+from serve_app.engine_stream import EngineStream, StreamedCall
 from serve_app.membership import Endpoint
 from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Router
 
@@ -26,8 +27,8 @@ class Fleet:
     Args:
         router: learns every replica's state.
         on_change: called with the id of a replica whose state changed or which is gone.
-        drain_s: time the streams of a gone replica have to end.
-        silence_s: time without news after which a replica counts as lost, its streams included.
+        drain_s: time the calls of a gone replica have to end.
+        silence_s: time without news after which a replica counts as lost, its calls included.
     """
 
     def __init__(
@@ -54,11 +55,11 @@ class Fleet:
     def call(
         self,
         replica_id: str,
-        message: engine_pb2.EngineGenerateRequest,
+        message: engine_pb2.EngineRequest,
         timeout_s: float | None,
         headers: tuple[tuple[str, str], ...],
-    ) -> Any:
-        """Ask a replica to generate: the stream of its answers, which is cancelled if the replica falls silent.
+    ) -> StreamedCall:
+        """Ask a replica to generate: a call that fails if the replica falls silent.
 
         Raises:
             KeyError: the replica has just gone.
@@ -96,7 +97,7 @@ class Fleet:
             await asyncio.sleep(RETRY_S)
             now_s = time.monotonic()
             for replica_id, link in self._links.items():
-                if self._router.silence_s(replica_id, now_s) > self._silence_s and link.calls:
+                if self._router.silence_s(replica_id, now_s) > self._silence_s and link.has_calls:
                     link.drop_calls()
                     self.report_lost(replica_id)
 
@@ -108,7 +109,7 @@ class Fleet:
 
 
 class Link:
-    """The channel to one replica, and the watch of its cache that runs on it."""
+    """The channel to one replica: the watches of its cache and the stream of calls that run on it."""
 
     def __init__(self, endpoint: Endpoint, router: Router, on_change: Callable[[str], None]) -> None:
         self._replica_id = endpoint.replica_id
@@ -124,7 +125,7 @@ class Link:
         )
         authorized = endpoint.address.authorized(self._channel)
         self.stub = engine_pb2_grpc.EngineStub(authorized)  # type: ignore[no-untyped-call]
-        self.calls: set[Any] = set()
+        self._stream: EngineStream | None = None
         self._watching = [
             asyncio.create_task(self._watch_forever()),
             asyncio.create_task(self._watch_tiles_forever()),
@@ -132,26 +133,32 @@ class Link:
 
     def call(
         self,
-        message: engine_pb2.EngineGenerateRequest,
+        message: engine_pb2.EngineRequest,
         timeout_s: float | None,
         headers: tuple[tuple[str, str], ...],
-    ) -> Any:
-        """Start a stream."""
-        call = self.stub.Generate(message, timeout=timeout_s, metadata=headers)
-        self.calls.add(call)
-        call.add_done_callback(self.calls.discard)
-        return call
+    ) -> StreamedCall:
+        """Start a call, on a new stream if the last one has ended."""
+        if self._stream is None or not self._stream.is_open:
+            self._stream = EngineStream(self.stub)
+        return self._stream.start(message, timeout_s, headers)
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether any call runs."""
+        return self._stream is not None and not self._stream.is_idle
 
     def drop_calls(self) -> None:
-        """Cancel all streams, for their callers to go on elsewhere."""
-        for call in tuple(self.calls):
-            call.cancel()
+        """Fail all calls, for their callers to go on elsewhere."""
+        if self._stream is not None:
+            self._stream.break_off()
 
     async def close(self, grace_s: float) -> None:
-        """Stop watching, and let streams go on for up to `grace_s` seconds."""
+        """Stop watching, and let calls go on for up to `grace_s` seconds."""
         for watching in self._watching:
             watching.cancel()
-        await self._channel.close(grace_s)
+        if self._stream is not None:
+            await self._stream.close(grace_s)
+        await self._channel.close()
 
     async def _watch_forever(self) -> None:
         while True:

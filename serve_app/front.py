@@ -60,9 +60,9 @@ class Front:
         tls = ServerTls(config.security.tls) if config.security.tls else None
         self._grpc = self._grpc_server(access, tls)
         inference = InferenceService(dispatcher, access, config.limits.write_timeout_s)
-        inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._grpc.server)  # type: ignore[no-untyped-call]
+        inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._grpc)  # type: ignore[no-untyped-call]
         cluster = ClusterService(fleet, dispatcher, access)
-        cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, self._grpc.server)  # type: ignore[no-untyped-call]
+        cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, self._grpc)  # type: ignore[no-untyped-call]
         chat = ChatService(dispatcher, ToolParsers(config.tool_parser, encoder.tokenizer), encoder.token_text)
         completions = CompletionService(dispatcher, encoder.token_text)
         openai = openai_api(model_name, chat, completions, access)
@@ -91,7 +91,7 @@ class Front:
             SERVICE_NAMES,
             max_message_bytes=config.max_message_bytes,
             reuse_port=config.num_replicas > 1,
-            check=access.check,
+            check=access.check if config.security.api_keys else None,
             credentials=tls.grpc_credentials() if tls else None,
             limits=config.limits,
         )

@@ -20,7 +20,7 @@ from serve_app.front import Front
 from serve_app.gateway_metrics import GatewayGauges
 from serve_app.gateway_service import FleetFeed
 from serve_app.metrics import GATEWAY_METRICS, RayRecorder, record_forever
-from serve_app.observation import Observer, log_requests_to_stdout
+from serve_app.observation import Observer, log_to_stdout
 from serve_app.prompts import PromptEncoder
 from serve_app.routing import TILE_BYTES, Router
 from serve_app.tracing import Tracing
@@ -63,9 +63,8 @@ class Gateway:
             self._waker = Waker(engines.wake.remote, self._router.is_ready)
         encoder = PromptEncoder(resolve_model(model))
         self._spans = Tracing("kvarn-gateway", gateway_id, observability.tracing)
-        if observability.request_log:
-            log_requests_to_stdout()
-        self._observer = Observer(RayRecorder(GATEWAY_METRICS), self._spans)
+        log = log_to_stdout if observability.request_log else None
+        self._observer = Observer(RayRecorder(GATEWAY_METRICS), self._spans, log)
         self._dispatcher = Dispatcher(
             gateway_id,
             model_name,

@@ -26,7 +26,7 @@ SERVICE_NAMES = [
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """Generation for clients. Methods raise `RequestError`s, which the error boundary turns into statuses."""
+    """Generation for clients. Methods raise `RequestError`s, which `GrpcServer` turns into statuses."""
 
     def __init__(self, dispatcher: RequestHandler, access: Access, write_timeout_s: float) -> None:
         self._dispatcher = dispatcher
@@ -47,13 +47,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateOnceRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.GenerateOnceResponse:
         """Collect the deltas into one answer."""
-        merged, text = inference_pb2.GenerateResponse(), []
+        merged, text = None, []
         with self._access.admitted(headers_of(context.invocation_metadata())) as caller:
             responses = self._dispatcher.generate(request, context.time_remaining(), caller)
             async with aclosing(responses):
                 async for response in responses:
-                    merged.MergeFrom(response)  # appends token_ids and logprobs, replaces everything else
                     text.append(response.text)
+                    if merged is None:
+                        merged = response
+                    else:
+                        merged.MergeFrom(response)  # appends token_ids and logprobs, replaces everything else
+        assert merged is not None
         return _once(merged, "".join(text))
 
     async def _write(

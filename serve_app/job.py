@@ -33,7 +33,7 @@ class Job:
         prompt: what is left to compute for it: the prompt and the output so far.
         usage: tokens counted so far.
         resumptions: times another replica went on with it.
-        headers: metadata of the calls on its behalf.
+        headers: trace context of the calls on its behalf.
         decision_s: how long the last choice of a replica took.
         queued_s: time it last waited in the queue; 0 if it did not have to.
         inexact_because: why its output may differ from an uninterrupted one.
@@ -68,9 +68,9 @@ class Job:
         if self.output:
             self.inexact_because = inexact_because(self.sampling)
 
-    def message(self, gateway_id: str, chosen: Candidate) -> engine_pb2.EngineGenerateRequest:
+    def message(self, gateway_id: str, chosen: Candidate) -> engine_pb2.EngineRequest:
         """What the chosen replica is asked for."""
-        return engine_pb2.EngineGenerateRequest(
+        return engine_pb2.EngineRequest(
             request_id=self.request_id,
             gateway_id=gateway_id,
             prompt_token_ids=self.ids,
@@ -82,9 +82,7 @@ class Job:
             resume_token_ids=self.output,
         )
 
-    def take(
-        self, replica_id: str, delta: engine_pb2.EngineGenerateResponse
-    ) -> inference_pb2.GenerateResponse:
+    def take(self, replica_id: str, delta: engine_pb2.EngineDelta) -> inference_pb2.GenerateResponse:
         """Count what an engine sent, and make of it what the caller gets."""
         self.output += delta.token_ids
         self.usage.completion_tokens = len(self.output)

@@ -24,7 +24,7 @@ class Resumption:
         tokenizer: the engine's tokenizer.
     """
 
-    def __init__(self, request: engine_pb2.EngineGenerateRequest, tokenizer: Any) -> None:
+    def __init__(self, request: engine_pb2.EngineRequest, tokenizer: Any) -> None:
         from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
         out = list(request.resume_token_ids)
@@ -44,7 +44,7 @@ class Resumption:
         self._detokenizer.update(out, stop_terminated=False)
         self._detokenizer.get_next_output_text(finished=False, delta=True)  # the caller has this
 
-    def write_text(self, delta: engine_pb2.EngineGenerateResponse) -> None:
+    def write_text(self, delta: engine_pb2.EngineDelta) -> None:
         """Give `delta` its text, and its end if a stop string is complete."""
         stopped = delta.finish_reason == inference_pb2.FINISH_REASON_STOP
         stop = self._detokenizer.update(list(delta.token_ids), stop_terminated=stopped)
@@ -53,9 +53,9 @@ class Resumption:
             delta.stop_reason.stop = stop
         delta.text = self._detokenizer.get_next_output_text(bool(delta.finish_reason), delta=True)
 
-    def ending(self) -> engine_pb2.EngineGenerateResponse:
+    def ending(self) -> engine_pb2.EngineDelta:
         """The last message of an output that was complete but for it."""
-        return engine_pb2.EngineGenerateResponse(
+        return engine_pb2.EngineDelta(
             text=self._detokenizer.get_next_output_text(finished=True, delta=True),
             finish_reason=inference_pb2.FINISH_REASON_LENGTH,
         )

@@ -10,6 +10,37 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EngineGenerateRequest(_message.Message):
+    __slots__ = ("started", "cancelled", "paused", "continued")
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
+    CONTINUED_FIELD_NUMBER: _ClassVar[int]
+    started: _containers.RepeatedCompositeFieldContainer[EngineCall]
+    cancelled: _containers.RepeatedScalarFieldContainer[int]
+    paused: _containers.RepeatedScalarFieldContainer[int]
+    continued: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, started: _Optional[_Iterable[_Union[EngineCall, _Mapping]]] = ..., cancelled: _Optional[_Iterable[int]] = ..., paused: _Optional[_Iterable[int]] = ..., continued: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class EngineCall(_message.Message):
+    __slots__ = ("number", "request", "timeout_s", "headers")
+    class HeadersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    HEADERS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    request: EngineRequest
+    timeout_s: float
+    headers: _containers.ScalarMap[str, str]
+    def __init__(self, number: _Optional[int] = ..., request: _Optional[_Union[EngineRequest, _Mapping]] = ..., timeout_s: _Optional[float] = ..., headers: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class EngineRequest(_message.Message):
     __slots__ = ("request_id", "gateway_id", "prompt_token_ids", "sampling_params", "cache_salt", "reserved_blocks", "uncached_tokens", "expected_tokens", "resume_token_ids")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +63,30 @@ class EngineGenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., gateway_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., reserved_blocks: _Optional[int] = ..., uncached_tokens: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., resume_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class EngineGenerateResponse(_message.Message):
+    __slots__ = ("outputs",)
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    outputs: _containers.RepeatedCompositeFieldContainer[EngineOutput]
+    def __init__(self, outputs: _Optional[_Iterable[_Union[EngineOutput, _Mapping]]] = ...) -> None: ...
+
+class EngineOutput(_message.Message):
+    __slots__ = ("number", "delta", "error")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    delta: EngineDelta
+    error: EngineError
+    def __init__(self, number: _Optional[int] = ..., delta: _Optional[_Union[EngineDelta, _Mapping]] = ..., error: _Optional[_Union[EngineError, _Mapping]] = ...) -> None: ...
+
+class EngineError(_message.Message):
+    __slots__ = ("code", "message")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+
+class EngineDelta(_message.Message):
     __slots__ = ("token_ids", "text", "logprobs", "finish_reason", "stop_reason", "cached_tokens")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]

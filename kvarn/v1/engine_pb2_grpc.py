@@ -35,7 +35,7 @@ class EngineStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Generate = channel.unary_stream(
+        self.Generate = channel.stream_stream(
                 '/kvarn.v1.Engine/Generate',
                 request_serializer=kvarn_dot_v1_dot_engine__pb2.EngineGenerateRequest.SerializeToString,
                 response_deserializer=kvarn_dot_v1_dot_engine__pb2.EngineGenerateResponse.FromString,
@@ -61,8 +61,10 @@ class EngineServicer:
     """One engine replica, as gateways use it.
     """
 
-    def Generate(self, request, context):
-        """Generates from token ids and streams the output as it is sampled. Cancelling the call frees its blocks.
+    def Generate(self, request_iterator, context):
+        """Generates from token ids. All calls of one gateway travel on one stream, each under a number that the gateway gives
+        it and does not use again there. When the gateway writes no more, calls that run are finished; any other end of the
+        stream cancels them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,7 +94,7 @@ class EngineServicer:
 
 def add_EngineServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Generate': grpc.unary_stream_rpc_method_handler(
+            'Generate': grpc.stream_stream_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=kvarn_dot_v1_dot_engine__pb2.EngineGenerateRequest.FromString,
                     response_serializer=kvarn_dot_v1_dot_engine__pb2.EngineGenerateResponse.SerializeToString,
@@ -125,7 +127,7 @@ class Engine:
     """
 
     @staticmethod
-    def Generate(request,
+    def Generate(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -135,8 +137,8 @@ class Engine:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/kvarn.v1.Engine/Generate',
             kvarn_dot_v1_dot_engine__pb2.EngineGenerateRequest.SerializeToString,

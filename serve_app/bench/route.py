@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
+from statistics import median
 from typing import Annotated, Any
 
 import grpc
@@ -34,7 +35,9 @@ from rich.table import Table
 
 from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2, inference_pb2_grpc
 from serve_app import wire
+from serve_app.call_server import CallServer, Write
 from serve_app.config import RoutingConfig
+from serve_app.engine_stream import EngineStream
 from serve_app.grpc_server import GrpcServer
 from serve_app.routing import (
     CacheCapacity,
@@ -51,6 +54,7 @@ from serve_app.routing import (
 DTYPE, TILE = "kvarn_k4v2_g128", 128
 REPLICA = "replica"
 PROMPT = list(range(100, 228))
+ROUNDS = 9
 
 
 @dataclass(frozen=True)
@@ -136,11 +140,15 @@ def index_bytes_per_pair(pairs: int) -> float:
 class _InstantEngine(engine_pb2_grpc.EngineServicer):
     """Answers with one token."""
 
-    async def Generate(self, request: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        await context.write(
-            engine_pb2.EngineGenerateResponse(
-                token_ids=[1], text="x", finish_reason=inference_pb2.FINISH_REASON_LENGTH
-            )
+    def __init__(self) -> None:
+        self._calls = CallServer(self._generate)
+
+    async def Generate(self, requests: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
+        await self._calls.serve(context)
+
+    async def _generate(self, request: engine_pb2.EngineRequest, write: Write) -> None:
+        await write(
+            engine_pb2.EngineDelta(token_ids=[1], text="x", finish_reason=inference_pb2.FINISH_REASON_LENGTH)
         )
 
     async def WatchCache(self, request: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
@@ -167,18 +175,15 @@ class _BareInference(inference_pb2_grpc.InferenceServicer):
 class _ForwardingInference(inference_pb2_grpc.InferenceServicer):
     """Asks an engine, and passes its answer on."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: EngineStream) -> None:
         self._engine = engine
 
     async def GenerateOnce(self, request: Any, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
-        asked = engine_pb2.EngineGenerateRequest(
+        asked = engine_pb2.EngineRequest(
             prompt_token_ids=request.prompt.token_ids.ids, sampling_params=request.sampling_params
         )
-        answer = inference_pb2.GenerateOnceResponse()
-        async for delta in self._engine.Generate(asked):
-            answer.token_ids.extend(delta.token_ids)
-            answer.text += delta.text
-        return answer
+        delta = await self._engine.start(asked).read()
+        return inference_pb2.GenerateOnceResponse(token_ids=delta.token_ids, text=delta.text)
 
 
 class _TokenIds:
@@ -192,7 +197,7 @@ class _TokenIds:
 
 async def _serve_engine() -> int:
     server = GrpcServer("127.0.0.1:0", [])
-    engine_pb2_grpc.add_EngineServicer_to_server(_InstantEngine(), server.server)  # type: ignore[no-untyped-call]
+    engine_pb2_grpc.add_EngineServicer_to_server(_InstantEngine(), server)  # type: ignore[no-untyped-call]
     _kept.append(server)
     return await server.start()
 
@@ -203,7 +208,8 @@ async def _serve_bare() -> int:
 
 async def _serve_forwarding(engine_port: int) -> int:
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{engine_port}")
-    return await _serve_plainly(_ForwardingInference(engine_pb2_grpc.EngineStub(channel)))  # type: ignore[no-untyped-call]
+    stream = EngineStream(engine_pb2_grpc.EngineStub(channel))  # type: ignore[no-untyped-call]
+    return await _serve_plainly(_ForwardingInference(stream))
 
 
 async def _serve_plainly(service: inference_pb2_grpc.InferenceServicer) -> int:
@@ -220,21 +226,20 @@ async def _serve_gateway(engine_port: int) -> int:
     from serve_app.fleet import Fleet
     from serve_app.gateway_service import InferenceService
     from serve_app.membership import Endpoint
-    from serve_app.observation import Observer, log_requests_to_stdout
+    from serve_app.observation import Observer, log_to_stdout
     from serve_app.security.access import Access
     from serve_app.security.fleet import Address
     from serve_app.tracing import Tracing
 
     sys.stdout = open(os.devnull, "w")  # noqa: ASYNC230, SIM115  # requests are logged, as they are by default
-    log_requests_to_stdout()
     routing = RoutingConfig()
     router = Router("gateway")
     fleet = Fleet(router, lambda _: None, 0, routing.silence_timeout_s)
-    observer = Observer(_NoMetrics(), Tracing("bench", "gateway", None))
+    observer = Observer(_NoMetrics(), Tracing("bench", "gateway", None), log_to_stdout)
     dispatcher = Dispatcher("gateway", "model", _TokenIds(), router, fleet, 64, observer, routing, None)  # type: ignore[arg-type]
     server = GrpcServer("127.0.0.1:0", [])
     inference = InferenceService(dispatcher, Access(None), 60)
-    inference_pb2_grpc.add_InferenceServicer_to_server(inference, server.server)  # type: ignore[no-untyped-call]
+    inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)  # type: ignore[no-untyped-call]
     fleet.set_members([Endpoint(REPLICA, Address(f"127.0.0.1:{engine_port}"))])
     while not router.is_ready():  # noqa: ASYNC110
         await asyncio.sleep(0.01)
@@ -313,15 +318,12 @@ async def _rate(call: Callable[[], Awaitable[Any]], count: int, concurrency: int
 
 
 async def _direct(engine: _Server, count: int) -> Latency:
-    inner = engine_pb2.EngineGenerateRequest(prompt_token_ids=PROMPT, sampling_params={"max_tokens": 1})
+    inner = engine_pb2.EngineRequest(prompt_token_ids=PROMPT, sampling_params={"max_tokens": 1})
     async with grpc.aio.insecure_channel(f"127.0.0.1:{engine.port}") as channel:
-        stub = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]
-
-        async def call() -> None:
-            async for _ in stub.Generate(inner):
-                pass
-
-        return await _timed(call, count)
+        stream = EngineStream(engine_pb2_grpc.EngineStub(channel))  # type: ignore[no-untyped-call]
+        latency = await _timed(lambda: stream.start(inner).read(), count)
+        await stream.close(1)
+        return latency
 
 
 async def _way(server: _Server, count: int) -> Way:
@@ -337,16 +339,18 @@ async def _way(server: _Server, count: int) -> Way:
 
 
 async def _ways(engine: _Server, servers: list[_Server], count: int) -> tuple[Latency, list[Way]]:
-    """The engine called directly, and each of `servers`; three times, in turn, keeping the best of each."""
+    """The engine called directly, and each of `servers`, in turn, again and again: the quietest latencies of each, and
+    the medians of rates and CPU times, as the best rates would be those of moments when the machine did nothing else.
+    """
     directly, ways = [], []
-    for _ in range(3):
+    for _ in range(ROUNDS):
         directly.append(await _direct(engine, count))
         ways.append([await _way(server, count) for server in servers])
     return _best_latency(directly), [
         Way(
             _best_latency([way.latency for way in found]),
-            max(way.per_s for way in found),
-            min(way.cpu_ms for way in found),
+            median(way.per_s for way in found),
+            median(way.cpu_ms for way in found),
         )
         for found in zip(*ways, strict=True)
     ]

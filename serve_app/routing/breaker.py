@@ -41,10 +41,16 @@ class Breaker:
         """A request got its first token."""
         self._failures = 0
         self._pause_s = FIRST_PAUSE_S
+        self._open_until_s = 0.0
         self._probing = False
 
     def failed(self, now_s: float) -> None:
-        """A request failed for a reason that is the replica's."""
+        """A request failed for a reason that is the replica's.
+
+        While it is open, that tells nothing new: one fault may fail all requests that were sent before.
+        """
+        if now_s < self._open_until_s:
+            return
         self._failures += 1
         if self.is_closed:
             return

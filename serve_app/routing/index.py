@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain as concatenated
 from itertools import repeat
-from operator import or_
+from operator import and_, or_
 
 TILE_BYTES = 200  # memory a tile takes here, at most
 SWEEP_TILES = 1024  # tiles cleaned of replicas that are gone, each time events are applied
@@ -47,7 +47,7 @@ class PrefixIndex:
         self._owner: dict[int, str] = {}
         self._lost_bits = 0
         self._sweeping_bits = 0
-        self._promises: dict[str, tuple[str, int, list[int]]] = {}
+        self._promises: dict[str, tuple[str, int, Sequence[int]]] = {}
 
     def __len__(self) -> int:
         """Prefixes held, those of lost replicas included until they are swept."""
@@ -129,7 +129,7 @@ class PrefixIndex:
         holder = self._holders.get(replica_id)
         if holder is None:
             return
-        promised = [tile for tile in chain if self._set(holder, tile)]
+        promised = self._set_all(holder, chain)
         holder.unconfirmed.update(dict.fromkeys(promised, request_id))
         self._promises[request_id] = (replica_id, holder.bit, promised)
 
@@ -155,6 +155,20 @@ class PrefixIndex:
         self._tiles[tile] = self._tiles.get(tile, 0) | holder.bit
         holder.tiles += 1
         return True
+
+    def _set_all(self, holder: _Holder, chain: Sequence[int]) -> Sequence[int]:
+        """As `_set` for each tile of `chain`; return those that are new.
+
+        A cold prompt is hundreds of tiles in the middle of a decision, so that the usual case has no loop of its own:
+        room for all, and none of them held.
+        """
+        bit, tiles = holder.bit, self._tiles
+        masks = list(map(tiles.get, chain, repeat(0)))
+        if self._unswept or len(tiles) + len(chain) > self._max_tiles or any(map(and_, masks, repeat(bit))):
+            return [tile for tile in chain if self._set(holder, tile)]
+        tiles.update(zip(chain, map(or_, masks, repeat(bit)), strict=True))
+        holder.tiles += len(chain)
+        return chain
 
     def _has_room(self) -> bool:
         if len(self) >= self._max_tiles:

@@ -82,9 +82,8 @@ class BreakerState(Enum):
     OPEN = 2
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaState:
-    """A replica as a gateway sees it.
+class ReplicaState(NamedTuple):
+    """A replica as a gateway sees it; a tuple, as each decision makes a new one of the replica it chooses.
 
     `reserved_blocks` and `pending_tokens` count this gateway's own requests and all others'; `starting_requests`
     are this gateway's own that have no slot yet. `slowness` is by how much it exceeds predicted times to the first

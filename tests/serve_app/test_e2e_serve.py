@@ -647,17 +647,19 @@ def test_health_and_reflection_on_gateway_and_engine(app: App, client: Client) -
 
 def test_engines_answer_only_gateways(client: Client) -> None:
     engine = in_replica(min(ready(client)), lambda engine: engine._address)
-    request = engine_pb2.EngineGenerateRequest(prompt_token_ids=[5], gateway_id="stranger")
-    request.sampling_params.max_tokens = 1
+    request = engine_pb2.EngineRequest(
+        prompt_token_ids=[5], gateway_id="stranger", sampling_params={"max_tokens": 1}
+    )
+    calls = [engine_pb2.EngineGenerateRequest(started=[{"number": 1, "request": request}])]
     for metadata in ((), ((TOKEN_KEY, "guess"),)):
         with grpc.insecure_channel(engine.address) as channel:
             stub = engine_pb2_grpc.EngineStub(channel)
             with pytest.raises(grpc.RpcError) as refused:
-                list(stub.Generate(request, metadata=metadata, timeout=10))
+                list(stub.Generate(iter(calls), metadata=metadata, timeout=10))
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
     with grpc.insecure_channel(engine.address) as channel:
         stub = engine_pb2_grpc.EngineStub(channel)
-        assert list(stub.Generate(request, metadata=((TOKEN_KEY, engine.token),), timeout=10))
+        assert list(stub.Generate(iter(calls), metadata=((TOKEN_KEY, engine.token),), timeout=10))
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
     assert [
         path for path in logs.rglob("*") if path.is_file() and engine.token.encode() in path.read_bytes()

@@ -19,6 +19,7 @@ from serve_app.config import EngineConfig
 from serve_app.demand import DemandBook
 from serve_app.engine import engine_args
 from serve_app.engine_metrics import EngineMetrics
+from serve_app.engine_stream import CallError, EngineStream
 from serve_app.grpc_server import GrpcServer
 from serve_app.routing import Namespace, PrefixIndex, chain, token_array
 from serve_app.telemetry import CacheMonitor
@@ -30,27 +31,33 @@ from .observing import Remembered
 pytestmark = pytest.mark.timeout(600)
 
 PROMPT = "Count slowly: one, two, three, four, five, six, seven,"
-Delta = engine_pb2.EngineGenerateResponse
+Delta = engine_pb2.EngineDelta
 
 
 @dataclass
 class Replica:
-    """A running engine and a stub of its service."""
+    """A running engine, a stub of its service, and a stream of calls to it."""
 
+    address: str
     stub: Any
+    stream: EngineStream
     monitor: CacheMonitor
     tokenizer: Any
     model: str
 
     async def ask(self, prompt: list[int], resume: list[int] | None = None, **sampling: Any) -> list[Delta]:
-        request = engine_pb2.EngineGenerateRequest(
+        request = engine_pb2.EngineRequest(
             request_id="test",
             gateway_id="gateway",
             prompt_token_ids=prompt,
             sampling_params=sampling,
             resume_token_ids=resume or [],
         )
-        return [delta async for delta in self.stub.Generate(request)]
+        call = self.stream.start(request)
+        deltas = [await call.read()]
+        while not deltas[-1].finish_reason:
+            deltas.append(await call.read())
+        return deltas
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +91,14 @@ async def replica(model_dir: Path) -> AsyncIterator[Replica]:
     server = GrpcServer("127.0.0.1:0", [SERVICE_NAME])
     metrics = EngineMetrics(Remembered(), kv_shape(model_dir))
     service = EngineService(engine, monitor, log[0], metrics, Tracing("test", "one", None), DemandBook())
-    engine_pb2_grpc.add_EngineServicer_to_server(service, server.server)
+    engine_pb2_grpc.add_EngineServicer_to_server(service, server)
     port = await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+    address = f"127.0.0.1:{port}"
+    async with grpc.aio.insecure_channel(address) as channel:
         stub = engine_pb2_grpc.EngineStub(channel)
-        yield Replica(stub, monitor, engine.get_tokenizer(), str(model_dir))
+        stream = EngineStream(stub)
+        yield Replica(address, stub, stream, monitor, engine.get_tokenizer(), str(model_dir))
+        await stream.close(0)
     await server.stop(0)
     running.cancel()
     engine.shutdown()
@@ -223,11 +233,31 @@ async def test_gateways_see_the_tiles_that_the_engine_finds(replica: Replica) ->
     watch.cancel()
 
 
+async def test_a_gateway_that_dies_gives_back_all_its_requests_hold(replica: Replica) -> None:
+    request = engine_pb2.EngineRequest(
+        gateway_id="dying",
+        prompt_token_ids=[5] * 100,
+        sampling_params={"max_tokens": 900, "ignore_eos": True},
+        reserved_blocks=2,
+        expected_tokens=9,
+    )
+    async with grpc.aio.insecure_channel(replica.address) as channel:
+        stream = EngineStream(engine_pb2_grpc.EngineStub(channel))
+        for name in ("one", "two"):
+            request.request_id = name
+            await stream.start(request).read()
+        assert set(replica.monitor.promises.owners()) == {"dying"}
+    async with asyncio.timeout(10):
+        while replica.monitor.promises.total_blocks or replica.monitor.snapshot.load.used_blocks:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    assert replica.monitor.promises.owners() == []
+
+
 async def test_promises_beyond_the_room_are_refused_and_a_cancelled_request_gives_its_own_back(
     replica: Replica,
 ) -> None:
     total = replica.monitor.snapshot.capacity.total_blocks
-    request = engine_pb2.EngineGenerateRequest(
+    request = engine_pb2.EngineRequest(
         request_id="big",
         gateway_id="g",
         prompt_token_ids=[5] * 100,
@@ -236,13 +266,12 @@ async def test_promises_beyond_the_room_are_refused_and_a_cancelled_request_give
     )
     request.sampling_params.max_tokens = 900
     request.sampling_params.ignore_eos = True
-    first = replica.stub.Generate(request)
-    await anext(aiter(first))
+    first = replica.stream.start(request)
+    await first.read()
     request.reserved_blocks = total
-    second = aiter(replica.stub.Generate(request))
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await anext(second)
-    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    with pytest.raises(CallError, match=f"promised {total} blocks and .* left") as refused:
+        await replica.stream.start(request).read()
+    assert refused.value.status is grpc.StatusCode.RESOURCE_EXHAUSTED
     first.cancel()
     async with asyncio.timeout(10):
         while replica.monitor.promises.total_blocks or replica.monitor.snapshot.load.used_blocks:  # noqa: ASYNC110

@@ -33,7 +33,7 @@ async def test_only_the_published_address_opens_the_server(encrypted: bool) -> N
     server = GrpcServer(
         "127.0.0.1:0", ["kvarn.v1.Engine"], check=guard.check, credentials=guard.credentials()
     )
-    engine_pb2_grpc.add_EngineServicer_to_server(Service(), server.server)
+    engine_pb2_grpc.add_EngineServicer_to_server(Service(), server)
     address = guard.published(f"127.0.0.1:{await server.start()}")
     try:
         assert Address(**address.metadata()) == address

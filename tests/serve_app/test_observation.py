@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import math
 import time
 from collections.abc import AsyncGenerator
@@ -54,12 +53,12 @@ TEXT = "a secret answer"
 class Watched:
     """An observer whose metrics, spans and log lines can be looked at."""
 
-    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+    def __init__(self) -> None:
         self.recorder = Remembered()
         self._exporter = InMemorySpanExporter()
         self._spans = Tracing("test", "one", TRACING, self._exporter)
-        self._observer = Observer(self.recorder, self._spans)
-        self._caplog = caplog
+        self.lines: list[str] = []
+        self._observer = Observer(self.recorder, self._spans, self.lines.append)
 
     def begin(self) -> Observation:
         return self._observer.begin("mine", Caller("acme", 0))
@@ -80,15 +79,14 @@ class Watched:
 
     @property
     def line(self) -> dict[str, Any]:
-        (record,) = [r for r in self._caplog.records if r.name == "serve_app.requests"]
-        line: dict[str, Any] = json.loads(record.getMessage())
-        return line
+        (line,) = self.lines
+        record: dict[str, Any] = json.loads(line)
+        return record
 
 
 @pytest.fixture
-def watched(caplog: pytest.LogCaptureFixture) -> Watched:
-    caplog.set_level(logging.INFO, "serve_app.requests")
-    return Watched(caplog)
+def watched() -> Watched:
+    return Watched()
 
 
 async def answer(error: Exception | None = None) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
@@ -272,7 +270,7 @@ async def test_a_trace_goes_on_over_grpc() -> None:
     exporter = InMemorySpanExporter()
     spans = Tracing("test", "one", TRACING, exporter)
     server = GrpcServer("127.0.0.1:0", [])
-    inference_pb2_grpc.add_InferenceServicer_to_server(Downstream(spans), server.server)  # type: ignore[no-untyped-call]
+    inference_pb2_grpc.add_InferenceServicer_to_server(Downstream(spans), server)  # type: ignore[no-untyped-call]
     port = await server.start()
     upstream = spans.tracer.start_span("upstream")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

@@ -17,9 +17,11 @@ import pytest
 
 from kvarn.v1 import cluster_pb2_grpc, engine_pb2, engine_pb2_grpc, inference_pb2, inference_pb2_grpc
 from serve_app import wire
+from serve_app.call_server import CallServer, Write
 from serve_app.client import AsyncClient, NoRoomError, ServingError, UnavailableError
 from serve_app.config import RoutingConfig
 from serve_app.dispatch import Dispatcher
+from serve_app.errors import RequestError
 from serve_app.fleet import Fleet
 from serve_app.gateway_service import SERVICE_NAMES, ClusterService, FleetFeed, InferenceService
 from serve_app.grpc_server import GrpcServer
@@ -34,13 +36,17 @@ from .observing import Remembered
 
 TOKENS = 12
 PROMPT = list(range(40))
-Script = Callable[
-    ["Engine", engine_pb2.EngineGenerateRequest, int, grpc.aio.ServicerContext], Awaitable[None]
-]
+Script = Callable[["Engine", engine_pb2.EngineRequest, int], Awaitable[None]]
 
 
 def expected(prompt: list[int], count: int = TOKENS) -> list[int]:
     return [(sum(prompt) + 7 * position) % 1000 for position in range(count)]
+
+
+def scripted(status: grpc.StatusCode) -> RequestError:
+    error = RequestError("scripted")
+    error.status = status
+    return error
 
 
 async def well(*_: Any) -> None:
@@ -53,25 +59,27 @@ class Engine(engine_pb2_grpc.EngineServicer):
 
     name: str
     script: Script = well
-    requests: list[engine_pb2.EngineGenerateRequest] = field(default_factory=list)
+    requests: list[engine_pb2.EngineRequest] = field(default_factory=list)
     cancelled: int = 0
     heartbeats: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def Generate(  # noqa: N802
-        self, request: engine_pb2.EngineGenerateRequest, context: grpc.aio.ServicerContext
-    ) -> None:
+    def __post_init__(self) -> None:
+        self.calls = CallServer(self.generate)
+
+    async def Generate(self, requests: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
+        await self.calls.serve(context)
+
+    async def generate(self, request: engine_pb2.EngineRequest, write: Write) -> None:
         self.requests.append(request)
         tokens = expected(list(request.prompt_token_ids), request.sampling_params.max_tokens)
         try:
             for position in range(len(request.resume_token_ids), len(tokens)):
-                await self.script(self, request, position, context)
+                await self.script(self, request, position)
                 last = position == len(tokens) - 1
-                delta = engine_pb2.EngineGenerateResponse(
-                    token_ids=[tokens[position]], text=f"{tokens[position]} "
-                )
+                delta = engine_pb2.EngineDelta(token_ids=[tokens[position]], text=f"{tokens[position]} ")
                 if last:
                     delta.finish_reason = inference_pb2.FINISH_REASON_LENGTH
-                await context.write(delta)
+                await write(delta)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -112,7 +120,7 @@ class Setup:
     port: int
 
     @property
-    def sent(self) -> list[engine_pb2.EngineGenerateRequest]:
+    def sent(self) -> list[engine_pb2.EngineRequest]:
         return [request for engine in self.engines for request in engine.requests]
 
     def engine(self, name: str) -> Engine:
@@ -126,7 +134,7 @@ async def serving(*engines: Engine, gateways: int = 1, **routing: Any) -> AsyncI
     for engine in engines:
         engine.heartbeats.set()
         server = servers[engine.name] = GrpcServer("127.0.0.1:0", ["kvarn.v1.Engine"])
-        engine_pb2_grpc.add_EngineServicer_to_server(engine, server.server)
+        engine_pb2_grpc.add_EngineServicer_to_server(engine, server)
         endpoints.append(Endpoint(engine.name, Address(f"127.0.0.1:{await server.start()}")))
     setup = Setup(list(engines), servers, [], 0)
     for number in range(gateways):
@@ -160,11 +168,11 @@ async def start_gateway(
     made.dispatcher = Dispatcher(name, "model", Encoder(), router, made.fleet, 64, observer, routing, None)  # type: ignore[arg-type]
     made.server = GrpcServer(f"127.0.0.1:{port}", SERVICE_NAMES, reuse_port=True)
     inference = InferenceService(made.dispatcher, Access(None), 10)
-    inference_pb2_grpc.add_InferenceServicer_to_server(inference, made.server.server)
+    inference_pb2_grpc.add_InferenceServicer_to_server(inference, made.server)
     cluster = ClusterService(
         FleetFeed("model", router, made.dispatcher.admissions), made.dispatcher, Access(None)
     )
-    cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, made.server.server)
+    cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, made.server)
     made.port = await made.server.start()
     made.fleet.set_members(endpoints)
     async with asyncio.timeout(10):
@@ -193,10 +201,10 @@ def breaking_at(
     """Fails the first `times` requests, over all engines that share this script, before the token at `position`."""
     left = [times]
 
-    async def script(engine: Engine, request: Any, at: int, context: grpc.aio.ServicerContext) -> None:
+    async def script(engine: Engine, request: Any, at: int) -> None:
         if at == position and left[0]:
             left[0] -= 1
-            await context.abort(status, "scripted")
+            raise scripted(status)
 
     return script
 
@@ -239,10 +247,30 @@ async def test_a_stream_goes_on_elsewhere(position: int, status: grpc.StatusCode
         await assert_nothing_held(setup)
 
 
+async def test_every_stream_of_a_replica_that_dies_goes_on_elsewhere() -> None:
+    gate = asyncio.Event()
+
+    async def script(engine: Engine, request: Any, at: int) -> None:
+        if at == 4 and not request.resume_token_ids:
+            await gate.wait()
+
+    async with serving(Engine("a", script), Engine("b", script)) as setup:
+        streams = [asyncio.create_task(stream(setup.port, temperature=0)) for _ in range(8)]
+        await until(lambda: len(setup.sent) == 8)
+        for engine in setup.engines:
+            if len(engine.requests) >= 4:
+                await setup.servers[engine.name].stop(0)
+                break
+        gate.set()
+        for deltas in await asyncio.gather(*streams):
+            assert_whole(deltas)
+        await assert_nothing_held(setup)
+
+
 async def test_a_stream_survives_every_replica_failing_in_turn() -> None:
-    async def script(engine: Engine, request: Any, at: int, context: grpc.aio.ServicerContext) -> None:
+    async def script(engine: Engine, request: Any, at: int) -> None:
         if at == len(request.resume_token_ids) + 1:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "after one token")
+            raise scripted(grpc.StatusCode.UNAVAILABLE)
 
     async with serving(Engine("a", script), Engine("b", script), Engine("c", script)) as setup:
         deltas = await stream(setup.port)
@@ -296,7 +324,7 @@ async def test_retries_stop_when_the_budget_is_spent() -> None:
 
 
 async def test_a_replica_that_hangs_is_lost_and_its_streams_go_on() -> None:
-    async def script(engine: Engine, request: Any, at: int, context: grpc.aio.ServicerContext) -> None:
+    async def script(engine: Engine, request: Any, at: int) -> None:
         if at == 4 and not request.resume_token_ids:
             engine.heartbeats.clear()  # as a stopped process: connections stay, nothing comes
             await asyncio.Event().wait()
@@ -308,7 +336,7 @@ async def test_a_replica_that_hangs_is_lost_and_its_streams_go_on() -> None:
 
 
 async def test_a_hedge_answers_when_the_first_replica_is_slow() -> None:
-    async def script(engine: Engine, request: Any, at: int, context: grpc.aio.ServicerContext) -> None:
+    async def script(engine: Engine, request: Any, at: int) -> None:
         if at == 0 and len(setup.sent) == 1:
             await asyncio.Event().wait()
 
@@ -324,7 +352,7 @@ async def test_a_hedge_answers_when_the_first_replica_is_slow() -> None:
 async def test_requests_wait_for_room_in_turn_and_are_refused_when_they_would_wait_too_long() -> None:
     gate = asyncio.Event()
 
-    async def script(engine: Engine, request: Any, at: int, context: grpc.aio.ServicerContext) -> None:
+    async def script(engine: Engine, request: Any, at: int) -> None:
         if at == 1:
             await gate.wait()
 
@@ -348,7 +376,7 @@ async def test_requests_wait_for_room_in_turn_and_are_refused_when_they_would_wa
 
 
 async def test_one_who_stops_waiting_leaves_no_trace() -> None:
-    async def script(engine: Engine, request: Any, at: int, context: grpc.aio.ServicerContext) -> None:
+    async def script(engine: Engine, request: Any, at: int) -> None:
         if at == 1:
             await asyncio.Event().wait()
 
@@ -367,7 +395,7 @@ async def test_one_who_stops_waiting_leaves_no_trace() -> None:
 
 
 async def test_a_client_resumes_its_stream_when_its_gateway_dies() -> None:
-    async def script(engine: Engine, request: Any, at: int, context: grpc.aio.ServicerContext) -> None:
+    async def script(engine: Engine, request: Any, at: int) -> None:
         if at == 4 and not request.resume_token_ids:
             await asyncio.Event().wait()
 
@@ -427,7 +455,7 @@ async def test_a_client_that_never_reached_anything_is_told_at_once() -> None:
 
 
 async def test_a_client_whose_first_call_breaks_asks_again() -> None:
-    async def script(engine: Engine, request: Any, at: int, context: grpc.aio.ServicerContext) -> None:
+    async def script(engine: Engine, request: Any, at: int) -> None:
         if len(setup.sent) == 1:
             await asyncio.Event().wait()
 

@@ -343,6 +343,14 @@ def test_expected_lengths_are_learned_by_max_tokens() -> None:
     assert lengths.expect(1000) == 5
 
 
+def test_one_fault_of_many_requests_opens_a_breaker_for_its_first_pause_only() -> None:
+    breaker = Breaker()
+    for _ in range(20):  # a broken stream fails every call on it
+        breaker.failed(0.0)
+    assert not breaker.allows(0.4)
+    assert breaker.allows(0.5)
+
+
 def test_a_breaker_opens_probes_once_and_closes() -> None:
     breaker = Breaker()
     for _ in range(2):
