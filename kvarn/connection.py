@@ -49,7 +49,7 @@ def serving_errors() -> Iterator[None]:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its own lines about handshakes and idle connections
     with one_sentence_errors():
         try:
-            from serve_app.client import ServingError
+            from serve_app.client import ServingError, UnauthenticatedError
             from serve_app.launch import LaunchError
         except ModuleNotFoundError as error:
             fail(
@@ -59,5 +59,7 @@ def serving_errors() -> Iterator[None]:
             yield
         except LaunchError as error:
             fail(str(error))
+        except UnauthenticatedError as error:
+            fail(f"{error.sentence} Commands take the key from KVARN_API_KEY.")
         except ServingError as error:
             fail(error.sentence)

@@ -4,12 +4,14 @@ import json
 import socket
 from pathlib import Path
 
+import grpc
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
 from kvarn import cli, doctor
 from kvarn.doctor import Check, Report
+from serve_app.client import Client, UnauthenticatedError
 
 APP_YAML = Path(__file__).parents[2] / "cluster" / "app.yaml"
 SOUND = Report(
@@ -154,3 +156,11 @@ def test_serve_says_nothing_through_tls(write_app):
         gateway={"port": 0, "http": {"port": 0}, "security": {"tls": files}}, engine={"num_replicas": 1}
     )
     assert_refused(run("serve", path, "--say", "Hi"), "--say cannot be answered: the gateways have TLS")
+
+
+def test_a_refused_key_ends_with_where_commands_take_it_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(client: Client) -> None:
+        raise UnauthenticatedError(grpc.StatusCode.UNAUTHENTICATED, "An API key is needed.")
+
+    monkeypatch.setattr(Client, "cache_state", refuse)
+    assert_refused(run("status"), "An API key is needed.", "KVARN_API_KEY")
