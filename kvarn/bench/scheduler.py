@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from kvarn.bench.engine import BenchError, check_shape, model_directory
 from kvarn.bench.shapes import load_settings
-from kvarn.bench.workloads import WORKLOADS, Scale, Workload, tenants
+from kvarn.bench.workloads import WORKLOADS, Scale, Workload, tenants, unshared
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL
 from kvarn.presets import get_preset
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 ORDERS = ("fcfs", "prefix")
-QUEUED, ORDERINGS = 1000, 50
+QUEUED, ORDERINGS, PICKLINGS = 1000, 50, 50
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """What `run` found; `ordering_ms` is the median time to order a queue of `QUEUED` waiting requests once."""
+    """What `run` found.
+
+    Attributes:
+        ordering_ms: median time to order a queue of `QUEUED` waiting requests once.
+        plan_us: median time that slot plans add to writing and reading the messages of steps to a worker.
+    """
 
     comparisons: list[Comparison]
     ordering_ms: float
+    plan_us: float
 
 
 def run(bench: SchedulerBench, progress: Progress) -> Report:
@@ -142,7 +149,7 @@ def run(bench: SchedulerBench, progress: Progress) -> Report:
         engine = _start_engine(bench, model_dir)
     try:
         comparisons = [_compare(engine, bench, WORKLOADS[name](scale), progress) for name in bench.workloads]
-        return Report(comparisons, _ordering_ms(engine, scale))
+        return Report(comparisons, _ordering_ms(engine, scale), _plan_us(engine, bench, scale))
     finally:
         engine.engine_core.shutdown()
 
@@ -208,6 +215,27 @@ def _ordering_ms(engine: LLMEngine, scale: Scale) -> float:
     return 1e3 * median(times_s)
 
 
+def _plan_us(engine: LLMEngine, bench: SchedulerBench, scale: Scale) -> float:
+    """What a plan costs beside the rest of a step's `SchedulerOutput`, pickled as vLLM's executors send it to ranks."""
+    from kvarn.vllm.scheduler import SLOT_PLAN
+
+    replay = _Replay(engine, unshared(replace(scale, requests=bench.max_num_seqs)), bench.output_tokens)
+    outputs = replay.scheduled()
+    with_plan = [_pickled_us(output) for output in outputs]
+    for output in outputs:
+        delattr(output, SLOT_PLAN)
+    return median(with_plan) - median(map(_pickled_us, outputs))
+
+
+def _pickled_us(message: Any) -> float:
+    times_s = []
+    for _ in range(PICKLINGS):
+        start = time.perf_counter()
+        pickle.loads(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+        times_s.append(time.perf_counter() - start)
+    return 1e6 * median(times_s)
+
+
 class _Replay:
     """One workload sent to an engine, and what came of it."""
 
@@ -230,14 +258,26 @@ class _Replay:
         self._prompt_tokens = self._cached_tokens = self._computed_tokens = 0
 
     def run(self) -> Run:
+        """Until every conversation has had its last answer."""
         start = time.perf_counter()
+        self.scheduled()
+        return Run(
+            hit_rate=self._cached_tokens / self._prompt_tokens,
+            mean_ttft_s=fmean(self._first_s),
+            mean_ttft_tokens=fmean(self._first_tokens),
+            computed_tokens=self._computed_tokens,
+            wall_s=time.perf_counter() - start,
+        )
+
+    def scheduled(self) -> list[Any]:
+        """What the scheduler put out in each step until every conversation has had its last answer."""
         scheduler: Any = self._engine.engine_core.engine_core.scheduler
-        schedule = scheduler.schedule
+        schedule, outputs = scheduler.schedule, []
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            output = schedule(*args, **kwargs)
-            self._computed_tokens += output.total_num_scheduled_tokens
-            return output
+            outputs.append(schedule(*args, **kwargs))
+            self._computed_tokens += outputs[-1].total_num_scheduled_tokens
+            return outputs[-1]
 
         scheduler.schedule = counted
         try:
@@ -247,13 +287,7 @@ class _Replay:
                     self._take(output)
         finally:
             del scheduler.schedule
-        return Run(
-            hit_rate=self._cached_tokens / self._prompt_tokens,
-            mean_ttft_s=fmean(self._first_s),
-            mean_ttft_tokens=fmean(self._first_tokens),
-            computed_tokens=self._computed_tokens,
-            wall_s=time.perf_counter() - start,
-        )
+        return outputs
 
     def send_all(self) -> None:
         """Send the first turn of every conversation."""
@@ -284,7 +318,8 @@ def table(bench: SchedulerBench, report: Report) -> Table:
     """Both orders side by side; gains are first come, first served over prefix order."""
     made = Table(
         title=f"{bench.kv_cache_dtype}, {bench.max_num_seqs} at once, cache of {bench.cache_share:.0%} of the tokens",
-        caption=f"ordering {QUEUED} waiting requests takes {report.ordering_ms:.2f} ms",
+        caption=f"ordering {QUEUED} waiting requests takes {report.ordering_ms:.2f} ms; "
+        f"a slot plan adds {report.plan_us:.0f} us to a step's message",
     )
     made.add_column("workload", no_wrap=True)
     for heading in (
@@ -325,6 +360,7 @@ def write(path: Path, bench: SchedulerBench, report: Report) -> None:
             for found in report.comparisons
         ],
         "ordering_ms": report.ordering_ms,
+        "plan_us": report.plan_us,
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
 

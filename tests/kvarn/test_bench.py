@@ -5,8 +5,10 @@ import json
 import pytest
 from rich.console import Console
 
-from kvarn.bench import engine, plot
+from kvarn.bench import engine, plot, scheduler
 from kvarn.bench.engine import BenchError, EngineBench, EngineResult, Workload, WorkloadResult
+from kvarn.bench.scheduler import SchedulerBench
+from tests.kvarn.engines import make_llama
 
 SMALL = {"dtype": "float32", "repeats": 1, "enforce_eager": True, "kv_cache_memory_gib": 0.25}
 
@@ -86,3 +88,34 @@ def test_scaling_over_gpus_is_shown_against_the_same_cache_on_fewer():
 def test_what_cannot_be_measured_is_refused(settings, sentence):
     with pytest.raises(BenchError, match=sentence):
         EngineBench(**settings)
+
+
+def test_prefix_order_is_compared_with_first_come_on_one_engine(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # as the benchmark sets it, for this test alone
+    bench = SchedulerBench(
+        model=str(make_llama(tmp_path)),
+        dtype="float32",
+        workloads=("multi-turn", "unshared"),
+        requests=9,
+        shared_tokens=300,
+        output_tokens=3,
+    )
+    seen = []
+    report = scheduler.run(bench, lambda *progress: seen.append(progress))
+
+    multi_turn, unshared = report.comparisons
+    assert multi_turn.value("prefix", "hit_rate") > multi_turn.value("fcfs", "hit_rate")
+    assert multi_turn.gain("mean_ttft_tokens") > 1.2
+    assert unshared.gain("mean_ttft_tokens") == 1
+    assert report.ordering_ms > 0
+    assert seen[-1] == ("unshared", 2, 2)
+
+    scheduler.write(tmp_path / "out.json", bench, report)
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["plan_us"] == report.plan_us
+    scheduler.draw(tmp_path / "chart.svg", report)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(scheduler.table(bench, report))
+    assert "multi-turn" in capture.get()
+    assert "us to a step's message" in capture.get()
