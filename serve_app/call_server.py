@@ -31,18 +31,22 @@ class CallServer:
     def __init__(self, generate: Generate) -> None:
         self._generate = generate
         self._streams: set[_Stream] = set()
+        self._is_draining = False
 
     async def serve(self, context: grpc.aio.ServicerContext) -> None:
         """Serve one stream until it ends."""
         stream = _Stream(self._generate, context)
         self._streams.add(stream)
+        if self._is_draining:
+            stream.close()
         try:
             await stream.run()
         finally:
             self._streams.discard(stream)
 
     def drain(self) -> None:
-        """Refuse new calls, and end each stream once those that run have ended."""
+        """Refuse new calls, and end each stream, also one that opens yet, once those that run have ended."""
+        self._is_draining = True
         for stream in self._streams:
             stream.close()
 
@@ -55,6 +59,7 @@ class _Call:
         self.may_send = asyncio.Event()
         self.may_send.set()
         self.has_finished = False
+        self.is_unwanted = False
 
 
 class _Stream:
@@ -85,7 +90,9 @@ class _Stream:
                 self._start(started)
             for number in message.cancelled:
                 if number in self._calls:
-                    self._calls[number][1].cancel()
+                    call, task = self._calls[number]
+                    call.is_unwanted = True
+                    task.cancel()
             for number in message.paused:
                 if number in self._calls:
                     self._calls[number][0].may_send.clear()
@@ -108,28 +115,31 @@ class _Stream:
         call = _Call(started.number)
         task = self._tasks.create_task(self._run(call, started))
         self._calls[call.number] = call, task
-        task.add_done_callback(
-            lambda _: self._end(call)
-        )  # one cancelled before it has begun runs no `finally`
+        # Not in a `finally` of the task: one that is cancelled before it has begun runs none.
+        task.add_done_callback(partial(self._end, call))
 
-    def _end(self, call: _Call) -> None:
+    def _end(self, call: _Call, task: asyncio.Task[None]) -> None:
         del self._calls[call.number]
+        if task.cancelled() and not call.is_unwanted:  # the engine let go of it
+            self._fail(call, grpc.StatusCode.INTERNAL, _FAILED)
         self._changed.set()
 
     async def _run(self, call: _Call, started: engine_pb2.EngineCall) -> None:
-        adopt_parent(started.headers.items())
+        deadline = asyncio.timeout(started.timeout_s if started.HasField("timeout_s") else None)
         try:
+            adopt_parent(started.headers.items())
             if self._is_closing:
                 raise UnavailableError(_DRAINING)
-            async with asyncio.timeout(started.timeout_s if started.HasField("timeout_s") else None):
+            async with deadline:
                 await self._generate(started.request, partial(self._put, call))
             if not call.has_finished:
                 raise RuntimeError("a call returned before its output ended")
         except RequestError as error:
             self._fail(call, error.status, error.sentence)
-        except TimeoutError:
-            self._fail(call, DeadlineExceededError.status, _LATE)
-        except Exception:
+        except Exception as error:
+            if isinstance(error, TimeoutError) and deadline.expired():
+                self._fail(call, DeadlineExceededError.status, _LATE)
+                return
             logger.exception("a request failed")
             self._fail(call, grpc.StatusCode.INTERNAL, _FAILED)
 

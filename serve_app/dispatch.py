@@ -1,4 +1,4 @@
-"""Takes one request through a gateway: check, tokenize, route, proxy the engine's stream, resume it elsewhere."""
+"""Takes one request through a gateway: check, tokenize, route, pass on what an engine puts out, resume elsewhere."""
 
 from __future__ import annotations
 

@@ -154,13 +154,19 @@ class EngineStream:
 
     def pause(self, number: int) -> None:
         """Tell the engine to send nothing of this call for now."""
-        self._wanted.paused.append(number)
-        self._wants.set()
+        self._replace_wish(self._wanted.continued, self._wanted.paused, number)
 
     def resume(self, number: int) -> None:
         """Tell the engine to go on with a paused call."""
         if number in self._calls:
-            self._wanted.continued.append(number)
+            self._replace_wish(self._wanted.paused, self._wanted.continued, number)
+
+    def _replace_wish(self, earlier: Any, wishes: Any, number: int) -> None:
+        """Of two opposite wishes that are not sent yet, neither is: the engine does as the later one asks already."""
+        if number in earlier:
+            earlier.remove(number)
+        else:
+            wishes.append(number)
             self._wants.set()
 
     def break_off(self) -> None:
@@ -211,7 +217,7 @@ class EngineStream:
     async def _write(self) -> None:
         """Write what is wanted, until the stream is to be closed and no call runs."""
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # whoever reads hears of it, too
-            while not (self._is_closing and self.is_idle):
+            while self._wants.is_set() or not (self._is_closing and self.is_idle):
                 await self._wants.wait()
                 self._wants.clear()
                 wanted, self._wanted = self._wanted, engine_pb2.EngineGenerateRequest()

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from serve_app.config import LimitsConfig
 from serve_app.errors import RequestError
@@ -31,7 +31,8 @@ def _guarded(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
     """The same method, with requests parsed here and every failure turned into a status with one sentence.
 
     grpc.aio would answer an unparsable message with INTERNAL, and put the text of an exception in the details.
-    The method is a coroutine that takes (request, context); streams are written with `context.write`.
+    The method is a coroutine that takes (request, context); streams are written with `context.write`. Methods that
+    read a stream are left as they are: they deal with what they read.
     """
     if handler.request_streaming:
         return handler
@@ -158,7 +159,11 @@ class GrpcServer:
             ],
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self)
-        reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self)
+        reflected = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        # `enable_server_reflection` would take what is no grpc.aio.Server for a server of threads, one a stream.
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+            reflection.aio.ReflectionServicer(reflected), self
+        )
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Part of what generated code calls: it registers each method, too, and that is what serves."""

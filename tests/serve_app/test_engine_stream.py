@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from opentelemetry.trace import get_current_span
 
 from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
@@ -303,7 +304,7 @@ async def test_a_reader_that_stalls_is_not_sent_more_and_stalls_nobody_else() ->
         assert held < tokens
         await asyncio.sleep(0.05)
         assert written["slow"] == held
-        assert len(slow._unread) <= held + 1
+        assert slow._is_paused
         assert await output_of(slow) == list(range(tokens))
 
 
@@ -415,3 +416,123 @@ async def test_each_call_has_the_trace_of_its_own_request() -> None:
         await output_of(setup.stream.start(request("traced"), headers=[parent]))
         await output_of(setup.stream.start(request("other")))
     assert seen == {"traced": 5, "other": 0}
+
+
+def slow_down(stream: EngineStream) -> asyncio.Event:
+    """Writes of `stream` end only while the event that is returned is set, as it is at first."""
+    gate, write = asyncio.Event(), stream._rpc.write
+    gate.set()
+
+    async def slowly(message: Any) -> None:
+        await write(message)
+        await gate.wait()
+
+    stream._rpc.write = slowly
+    return gate
+
+
+async def begin(asked: engine_pb2.EngineRequest, write: Write) -> None:
+    """Put out one token, and then nothing."""
+    await write(delta(0))
+    await asyncio.Event().wait()
+
+
+async def test_a_call_cancelled_while_its_stream_closes_is_cancelled_at_the_engine() -> None:
+    async with connected(begin) as setup:
+        gate = slow_down(setup.stream)
+        first, second = setup.stream.start(request("first")), setup.stream.start(request("second"))
+        await asyncio.gather(first.read(), second.read())
+        gate.clear()
+        first.cancel()
+        await until(lambda: setup.engine.cancelled == ["first"])  # written, but the write has not ended
+        closing = asyncio.create_task(setup.stream.close(20))
+        await asyncio.sleep(0)
+        second.cancel()
+        gate.set()
+        await closing
+        assert setup.engine.cancelled == ["first", "second"]
+
+
+async def test_of_a_call_that_goes_on_and_stalls_again_within_one_message_nothing_more_is_sent() -> None:
+    written = 0
+
+    async def script(asked: engine_pb2.EngineRequest, write: Write) -> None:
+        nonlocal written
+        while True:
+            await write(delta(0))
+            written += 1
+            await asyncio.sleep(0)
+
+    async with connected(script) as setup:
+        gate = slow_down(setup.stream)
+        call = setup.stream.start(request())
+        await until(lambda: call._is_paused)
+        await settled(lambda: written)
+        gate.clear()
+        while call._is_paused:
+            await call.read()
+        for _ in range(engine_stream.MAX_UNREAD):
+            call.take(delta(0))
+        assert call._is_paused
+        gate.set()
+        held = await settled(lambda: written)
+        await asyncio.sleep(0.05)
+        assert written == held
+        while call._is_paused:
+            await call.read()
+        await until(lambda: written > held)
+
+
+async def settled(value: Callable[[], int]) -> int:
+    before = -1
+    while before != value():
+        before = value()
+        await asyncio.sleep(0.05)
+    return before
+
+
+async def test_a_stream_that_opens_at_a_draining_engine_is_refused_and_ends() -> None:
+    async with connected() as setup:
+        await output_of(setup.stream.start(request()))
+        setup.engine.calls.drain()
+        late = EngineStream(engine_pb2_grpc.EngineStub(setup.channel))
+        with pytest.raises(CallError, match=r"about to stop|broke"):
+            await late.start(request("late")).read()
+        await until(lambda: not late.is_open)
+        assert "late" not in setup.engine.began
+
+
+async def test_a_call_that_its_engine_lets_go_of_is_answered() -> None:
+    async def script(asked: engine_pb2.EngineRequest, write: Write) -> None:
+        raise asyncio.CancelledError
+
+    async with connected(script) as setup:
+        with pytest.raises(CallError) as failed:
+            await setup.stream.start(request()).read()
+        assert failed.value.status is grpc.StatusCode.INTERNAL
+
+
+async def test_a_timeout_inside_an_engine_is_no_deadline() -> None:
+    async def script(asked: engine_pb2.EngineRequest, write: Write) -> None:
+        raise TimeoutError
+
+    async with connected(script) as setup:
+        with pytest.raises(CallError) as failed:
+            await setup.stream.start(request(), timeout_s=60).read()
+        assert failed.value.status is grpc.StatusCode.INTERNAL
+
+
+async def test_open_reflection_streams_hold_no_threads() -> None:
+    """Long prompts are tokenized in threads of the same pool."""
+    async with connected() as setup:
+        stub = reflection_pb2_grpc.ServerReflectionStub(setup.channel)
+        listing = reflection_pb2.ServerReflectionRequest(list_services="")
+        streams = []
+        for _ in range(40):
+            stream = stub.ServerReflectionInfo()
+            await stream.write(listing)
+            streams.append(stream)
+        assert (await streams[0].read()).list_services_response.service
+        assert await asyncio.to_thread(lambda: 1) == 1
+        for stream in streams:
+            stream.cancel()
