@@ -403,7 +403,7 @@ class _Attempts:
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._retry_s = retry_s
         self._connected = connected
-        self._give_up_s = time.monotonic() + retry_s
+        self._give_up_s: float | None = None  # known from the first failure since the last success
         self._next_pause_s = FIRST_PAUSE_S
         self.is_finished = False
 
@@ -418,7 +418,7 @@ class _Attempts:
         self.is_finished = bool(delta.finish_reason)
         request.resume_token_ids.extend(delta.token_ids)
         request.request_id = delta.request_id
-        self._give_up_s = time.monotonic() + self._retry_s
+        self._give_up_s = None
         self._next_pause_s = FIRST_PAUSE_S
 
     def pause_s(self, error: grpc.RpcError) -> float:
@@ -430,7 +430,9 @@ class _Attempts:
         is_broken = error.code() is grpc.StatusCode.UNAVAILABLE and not _is_from_server(error)
         if is_broken and NO_CONNECTION not in (error.details() or ""):
             self._connected.set()  # there was one, and it broke
-        if not is_broken or not self._connected.is_set() or time.monotonic() >= self._give_up_s:
+        now = time.monotonic()
+        self._give_up_s = self._give_up_s or now + self._retry_s
+        if not is_broken or not self._connected.is_set() or now >= self._give_up_s:
             raise _serving_error(error) from error
         pause_s, self._next_pause_s = self._next_pause_s, min(2 * self._next_pause_s, LAST_PAUSE_S)
         return random.uniform(0, pause_s)

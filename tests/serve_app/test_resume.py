@@ -6,7 +6,7 @@ An engine's output is a function of the prompt and of how much is out already, s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -37,6 +37,13 @@ from .observing import Remembered
 TOKENS = 12
 PROMPT = list(range(40))
 Script = Callable[["Engine", engine_pb2.EngineRequest, int], Awaitable[None]]
+
+
+@pytest.fixture(autouse=True)
+def scripts_do_not_fail(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A script that raises would look like an engine that fails, and a test might pass for it."""
+    yield
+    assert not [r for r in caplog.get_records("call") if r.name == "serve_app.call_server"]
 
 
 def expected(prompt: list[int], count: int = TOKENS) -> list[int]:
@@ -421,8 +428,11 @@ async def test_a_client_resumes_its_stream_when_its_gateway_dies() -> None:
 async def test_a_client_gives_up_when_no_gateway_comes_back(asked: str) -> None:
     """Without a deadline of its own, too."""
 
-    async def script(engine: Engine, request: Any, at: int, context: grpc.aio.ServicerContext) -> None:
+    reached = asyncio.Event()
+
+    async def script(engine: Engine, request: Any, at: int) -> None:
         if at == 4:
+            reached.set()
             await asyncio.Event().wait()
 
     async with (
@@ -433,7 +443,7 @@ async def test_a_client_gives_up_when_no_gateway_comes_back(asked: str) -> None:
             answer = asyncio.create_task(drained(client.generate(PROMPT, max_tokens=TOKENS)))
         else:
             answer = asyncio.create_task(client.generate_once(PROMPT, max_tokens=TOKENS))
-        await until(lambda: len(setup.sent) == 1)
+        await reached.wait()
         (gateway,) = setup.gateways
         setup.gateways.clear()
         await gateway.server.server.stop(0)
@@ -441,6 +451,33 @@ async def test_a_client_gives_up_when_no_gateway_comes_back(asked: str) -> None:
         async with asyncio.timeout(60):
             with pytest.raises(UnavailableError, match="No gateway answers there"):
                 await answer
+
+
+async def test_a_call_that_ran_longer_than_retries_last_is_asked_again() -> None:
+    begun = asyncio.Event()
+
+    async def script(engine: Engine, request: Any, at: int) -> None:
+        if len(setup.sent) == 1:
+            begun.set()
+            await asyncio.Event().wait()
+
+    async with (
+        serving(Engine("a", script), gateways=2) as setup,
+        AsyncClient(f"127.0.0.1:{setup.port}", retry_s=0.2) as client,
+    ):
+        asking = asyncio.create_task(client.generate_once(PROMPT, max_tokens=TOKENS))
+        await begun.wait()
+        await asyncio.sleep(0.3)
+        serving_one = next(
+            gateway
+            for gateway in setup.gateways
+            if any(replica.reserved_blocks for replica in gateway.router.replicas())
+        )
+        setup.gateways.remove(serving_one)
+        await serving_one.server.server.stop(0)
+        await serving_one.fleet.close()
+        async with asyncio.timeout(60):
+            assert (await asking).usage.completion_tokens == TOKENS
 
 
 async def drained(stream: AsyncIterator[Any]) -> None:
