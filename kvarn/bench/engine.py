@@ -122,8 +122,11 @@ class EngineBench:
         """Batches that one engine runs; the first warms up."""
         return 1 + self.repeats * len(self.workloads)
 
-    def may_fail(self, kv_cache_dtype: str) -> bool:
-        """Whether the others are worth showing if this one does not run: neither the baseline nor ours."""
+    def may_fail(self, kv_cache_dtype: str, tensor_parallel_size: int) -> bool:
+        """Whether the others are worth showing if this one does not run: on more GPUs than the first, or neither the
+        baseline nor ours."""
+        if tensor_parallel_size != self.tensor_parallel_sizes[0]:
+            return True
         return kv_cache_dtype != self.kv_cache_dtypes[0] and not kv_cache_dtype.startswith("kvarn")
 
 
@@ -209,8 +212,8 @@ def run(bench: EngineBench, progress: Progress) -> list[EngineResult]:
         progress: called with (engine, batches done, batches to do) as work goes on.
 
     Raises:
-        BenchError: an engine of the first dtype or of a preset of ours failed; the message ends with the last lines
-            of its log. Others are listed with the reason.
+        BenchError: an engine of the first size with the first dtype or a preset of ours failed; the message ends with
+            the last lines of its log. Others are listed with the reason.
         ModelError: the model cannot be found.
     """
     with model_directory(bench.model, bench.shape) as model_dir:
@@ -220,7 +223,7 @@ def run(bench: EngineBench, progress: Progress) -> list[EngineResult]:
             try:
                 results.append(_measure(bench, model_dir, empty, progress))
             except BenchError as error:
-                if not bench.may_fail(name):
+                if not bench.may_fail(name, size):
                     raise
                 results.append(replace(empty, reason=_last_error(str(error))))
         return results
@@ -356,7 +359,7 @@ def _summary(workload: Workload, runs: list[dict[str, float | None]]) -> Workloa
 
 
 def _failure(label: str, log: IO[str]) -> str:
-    return f"the engine with kv_cache_dtype {label!r} failed; its log ends:\n{worker.log_tail(log)}"
+    return f"the engine of {label} failed; its log ends:\n{worker.log_tail(log)}"
 
 
 def _last_error(failure: str) -> str:

@@ -117,11 +117,11 @@ async def _send(target: Target, work: Work, due_s: float, timeout_s: float) -> O
     outcome = Outcome(late_s=time.perf_counter() - due_s)
     try:
         async with asyncio.timeout(timeout_s), aclosing(target.send(work, timeout_s)) as pieces:
-            async for tokens, prompt, cached in pieces:
-                if tokens > outcome.completion_tokens:
+            async for counts in pieces:
+                if counts.bears_output:
                     outcome.token_times_s.append(time.perf_counter() - due_s)
-                outcome.completion_tokens = tokens
-                outcome.prompt_tokens, outcome.cached_tokens = prompt, cached
+                outcome.completion_tokens = counts.completion_tokens
+                outcome.prompt_tokens, outcome.cached_tokens = counts.prompt_tokens, counts.cached_tokens
     except RefusedError as error:
         outcome.failure, outcome.said = error.reason, error.said
     except TimeoutError:

@@ -6,7 +6,7 @@ import json
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import httpx
 
@@ -16,7 +16,6 @@ from serve_app.bench.workload import Work
 from serve_app.channels import Tls, caller_headers
 from serve_app.client import AsyncClient, ServingError
 
-Counts = tuple[int, int, int]
 READY_S = 10
 SAID_LENGTH = 300  # characters of what a server says that are kept; a proxy may answer with a page
 
@@ -33,6 +32,20 @@ class RefusedError(Exception):
         super().__init__(f"{reason}: {said}" if said else reason)
         self.reason = reason
         self.said = said
+
+
+class Counts(NamedTuple):
+    """What is known after one message of an answer.
+
+    Attributes:
+        completion_tokens, prompt_tokens, cached_tokens: so far; cached ones are of the prompt.
+        bears_output: whether the message is a piece of the answer, rather than usage alone.
+    """
+
+    completion_tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    bears_output: bool
 
 
 class Target(Protocol):
@@ -52,7 +65,7 @@ class Target(Protocol):
         """
 
     def send(self, work: Work, timeout_s: float) -> AsyncGenerator[Counts, None]:
-        """Yield, with each piece of the answer, tokens so far of output, of input, and of input found in the cache.
+        """Yield what each message of the answer tells.
 
         Raises:
             RefusedError: the request failed.
@@ -93,7 +106,8 @@ class GrpcTarget:
         try:
             async for delta in deltas:
                 usage = delta.usage
-                yield usage.completion_tokens, usage.prompt_tokens, usage.cached_tokens
+                has_tokens = bool(delta.token_ids)
+                yield Counts(usage.completion_tokens, usage.prompt_tokens, usage.cached_tokens, has_tokens)
         except ServingError as error:
             raise RefusedError(error.status.name, _one_line(error.sentence)) from error
 
@@ -155,8 +169,9 @@ class OpenAiTarget:
                     await answer.aread()
                     raise RefusedError(f"HTTP {answer.status_code}", _said(answer))
                 async for event in _events(answer):
-                    tokens += bool(event.get("choices"))  # the last one bears the usage alone
-                    yield _counts(event, tokens)
+                    bears_output = bool(event.get("choices"))  # the last one bears the usage alone
+                    tokens += bears_output
+                    yield Counts(*_usage(event, tokens), bears_output)
         except httpx.TimeoutException:
             raise RefusedError("timeout") from None
         except httpx.HTTPError as error:
@@ -211,7 +226,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[:SAID_LENGTH]
 
 
-def _counts(event: dict[str, Any], tokens: int) -> tuple[int, int, int]:
+def _usage(event: dict[str, Any], tokens: int) -> tuple[int, int, int]:
     usage = event.get("usage")
     if not usage:
         return tokens, 0, 0

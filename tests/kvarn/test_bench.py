@@ -39,7 +39,9 @@ def test_speed_and_capacity_of_each_dtype(tmp_path):
 
 def test_a_failed_engine_shows_its_log():
     bench = EngineBench(kv_cache_dtypes=("no_such_dtype",), **SMALL)
-    with pytest.raises(BenchError, match=r"'no_such_dtype' failed; its log ends:(.|\n)*no_such_dtype"):
+    with pytest.raises(
+        BenchError, match=r"engine of no_such_dtype failed; its log ends:(.|\n)*no_such_dtype"
+    ):
         engine.run(bench, lambda *progress: None)
 
 
@@ -51,9 +53,12 @@ def test_a_rival_that_does_not_run_is_listed(tmp_path):
         EngineResult("kvarn_k4v2_g128", [at], 1.0, 100, 128),
         EngineResult("fp8", reason="ValueError: no such cache"),
     ]
-    assert bench.may_fail("fp8")
-    assert not bench.may_fail("auto")
-    assert not bench.may_fail("kvarn_k4v2_g128")
+    assert bench.may_fail("fp8", 1)
+    assert not bench.may_fail("auto", 1)
+    assert not bench.may_fail("kvarn_k4v2_g128", 1)
+    assert EngineBench(tensor_parallel_sizes=(1, 2)).may_fail(
+        "kvarn_k4v2_g128", 2
+    )  # the size that ran is kept
     shown = engine.table(bench, results)
     assert "fp8 did not run: ValueError: no such cache" in str(shown.caption)
     plot.draw_engine(tmp_path / "chart.svg", bench, results)

@@ -220,7 +220,11 @@ async def test_chunks_of_several_tokens_and_servers_without_usage_are_counted() 
     async with server, target(bench, None, "") as openai:
         await openai.prepare()
         counts = [count async for count in openai.send(Work(0, "Hi", 4), 10)]
-    assert counts == [(1, 0, 0), (2, 0, 0), (4, 9, 0)]
+    assert counts == [
+        (1, 0, 0, True),
+        (2, 0, 0, True),
+        (4, 9, 0, False),
+    ]  # usage alone is no piece of the answer
 
 
 @pytest.mark.parametrize(
