@@ -277,7 +277,9 @@ def bench_engine(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enforce_eager=enforce_eager,
-            tensor_parallel_sizes=engine.parse_sizes(tensor_parallel_sizes),
+            tensor_parallel_sizes=engine.whole_numbers(
+                tensor_parallel_sizes, "tensor parallel size", "numbers of GPUs, e.g. 1,2"
+            ),
             distributed_executor_backend=distributed_executor_backend,
         )
         if shape is None:

@@ -191,8 +191,13 @@ def parse_workloads(text: str) -> tuple[Workload, ...]:
     return tuple(workloads)
 
 
-def parse_sizes(text: str) -> tuple[int, ...]:
+def whole_numbers(text: str, what: str, expected: str) -> tuple[int, ...]:
     """`"1,2"` -> (1, 2).
+
+    Args:
+        text: whole numbers separated by commas.
+        what: one of them is, for the error.
+        expected: of one of them, for the error.
 
     Raises:
         BenchError: an entry is not a whole number.
@@ -200,7 +205,7 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     entries = [entry.strip() for entry in text.split(",") if entry.strip()]
     for entry in entries:
         if not entry.isdecimal():
-            raise BenchError(f"{entry!r} is not a number of GPUs: give whole numbers, e.g. 1,2")
+            raise BenchError(f"{what} {entry!r} is not understood: give {expected}")
     return tuple(map(int, entries))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvarn.bench.engine import BenchError
+from kvarn.bench.engine import BenchError, whole_numbers
 from kvarn.kernels.checks import MOST_QUERIES
 from kvarn.presets import get_preset
 
@@ -160,11 +160,7 @@ def parse_starts(text: str) -> tuple[int, ...]:
     Raises:
         BenchError: an entry is not a whole number.
     """
-    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
-    for entry in entries:
-        if not entry.isdecimal():
-            raise BenchError(f"start {entry!r} is not understood: give a number of tokens, e.g. 8192")
-    return tuple(map(int, entries))
+    return whole_numbers(text, "start", "a number of tokens, e.g. 8192")
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:

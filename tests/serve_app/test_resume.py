@@ -401,6 +401,18 @@ async def test_one_who_stops_waiting_leaves_no_trace() -> None:
         assert len(setup.sent) == 1
 
 
+async def kill_busy_gateway(setup: Setup) -> None:
+    """End the gateway that holds a reservation."""
+    busy = next(
+        gateway
+        for gateway in setup.gateways
+        if any(replica.reserved_blocks for replica in gateway.router.replicas())
+    )
+    setup.gateways.remove(busy)
+    await busy.server.server.stop(0)
+    await busy.fleet.close()
+
+
 async def test_a_client_resumes_its_stream_when_its_gateway_dies() -> None:
     async def script(engine: Engine, request: Any, at: int) -> None:
         if at == 4 and not request.resume_token_ids:
@@ -412,14 +424,7 @@ async def test_a_client_resumes_its_stream_when_its_gateway_dies() -> None:
             async for delta in client.generate(PROMPT, max_tokens=TOKENS):
                 deltas.append(delta)
                 if len(deltas) == 4:
-                    serving_one = next(
-                        gateway
-                        for gateway in setup.gateways
-                        if any(replica.reserved_blocks for replica in gateway.router.replicas())
-                    )
-                    setup.gateways.remove(serving_one)
-                    await serving_one.server.server.stop(0)
-                    await serving_one.fleet.close()
+                    await kill_busy_gateway(setup)
         assert_whole(deltas)
         await assert_nothing_held(setup)
 
@@ -468,14 +473,7 @@ async def test_a_call_that_ran_longer_than_retries_last_is_asked_again() -> None
         asking = asyncio.create_task(client.generate_once(PROMPT, max_tokens=TOKENS))
         await begun.wait()
         await asyncio.sleep(0.3)
-        serving_one = next(
-            gateway
-            for gateway in setup.gateways
-            if any(replica.reserved_blocks for replica in gateway.router.replicas())
-        )
-        setup.gateways.remove(serving_one)
-        await serving_one.server.server.stop(0)
-        await serving_one.fleet.close()
+        await kill_busy_gateway(setup)
         async with asyncio.timeout(60):
             assert (await asking).usage.completion_tokens == TOKENS
 
@@ -500,13 +498,6 @@ async def test_a_client_whose_first_call_breaks_asks_again() -> None:
         async with AsyncClient(f"127.0.0.1:{setup.port}") as client:
             asking = asyncio.create_task(client.generate_once(PROMPT, max_tokens=TOKENS))
             await until(lambda: len(setup.sent) == 1)
-            serving_one = next(
-                gateway
-                for gateway in setup.gateways
-                if any(replica.reserved_blocks for replica in gateway.router.replicas())
-            )
-            setup.gateways.remove(serving_one)
-            await serving_one.server.server.stop(0)
-            await serving_one.fleet.close()
+            await kill_busy_gateway(setup)
             answer = await asking
         assert list(answer.token_ids) == expected(PROMPT)
