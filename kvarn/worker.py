@@ -36,9 +36,11 @@ def running(module: ModuleType, settings: dict[str, Any], log: IO[str]) -> Itera
 
 
 def log_tail(log: IO[str]) -> str:
-    """The last lines of a worker's log."""
+    """The last lines of a worker's log, up to the last that names an error: libraries print more as they end."""
     log.seek(0)
-    return "\n".join(log.read().splitlines()[-LOG_LINES_SHOWN:])
+    lines = log.read().splitlines()
+    last = max((place for place, line in enumerate(lines) if "Error" in line), default=len(lines) - 1)
+    return "\n".join(lines[: last + 1][-LOG_LINES_SHOWN:])
 
 
 def take_standard_output() -> TextIO:

@@ -60,7 +60,10 @@ class Measurement:
         for index, sequence in enumerate(self._sequences):
             self._progress("prefill", index, len(self._sequences))
             with self._hidden_states(lambda *chunk, index=index: scores.record_chunk(index, *chunk)):
-                self._generate([sequence], [SamplingParams(temperature=0, max_tokens=1, detokenize=False)])
+                # Nothing follows the last token that could be scored, and the one that is sampled needs its place.
+                self._generate(
+                    [sequence[:-1]], [SamplingParams(temperature=0, max_tokens=1, detokenize=False)]
+                )
         self._progress("prefill", len(self._sequences), len(self._sequences))
         return scores.summary()
 

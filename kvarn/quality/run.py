@@ -149,7 +149,7 @@ def _check_disk(settings: QualityRun, model: Path, work: Path) -> None:
 def _worker_settings(
     settings: QualityRun, model: Path, work: Path, dtype: str, protocols: list[str]
 ) -> WorkerSettings:
-    longest = max(settings.context + 1, min(settings.context, 512) + GREEDY_TOKENS)
+    longest = max(settings.context, min(settings.context, 512) + GREEDY_TOKENS)
     if "retrieval" in settings.protocols:
         longest = max(longest, max(RETRIEVAL_LENGTHS) + QUESTION_TOKENS)
     return WorkerSettings(

@@ -1,10 +1,12 @@
 """The engine benchmark measures real engines, and says why when one fails."""
 
+import io
 import json
 
 import pytest
 from rich.console import Console
 
+from kvarn import worker
 from kvarn.bench import engine, plot, scheduler
 from kvarn.bench.engine import BenchError, EngineBench, EngineResult, Workload, WorkloadResult
 from kvarn.bench.scheduler import SchedulerBench
@@ -43,6 +45,18 @@ def test_a_failed_engine_shows_its_log():
         BenchError, match=r"engine of no_such_dtype failed; its log ends:(.|\n)*no_such_dtype"
     ):
         engine.run(bench, lambda *progress: None)
+
+
+@pytest.mark.parametrize(
+    ("log", "tail"),
+    [
+        ("one\nValueError: too long\n" + "leaked\n" * 20, "one\nValueError: too long"),
+        ("\n".join(map(str, range(20))), "\n".join(map(str, range(5, 20)))),
+        ("", ""),
+    ],
+)
+def test_the_tail_of_a_log_ends_with_its_last_error(log, tail):
+    assert worker.log_tail(io.StringIO(log)) == tail
 
 
 def test_a_rival_that_does_not_run_is_listed(tmp_path):

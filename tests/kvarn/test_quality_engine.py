@@ -28,6 +28,26 @@ def record_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_a_context_may_be_as_long_as_the_model_holds(model_dir: Path, tmp_path: Path) -> None:
+    for file in model_dir.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((model_dir / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": TOKENS}))
+    options = [
+        "--model",
+        str(tmp_path),
+        "--dtypes",
+        "auto",
+        "--tokens",
+        str(TOKENS),
+        "--context",
+        str(TOKENS),
+    ]
+    result = CliRunner().invoke(app, ["quality", *options, "--protocols", "prefill,pseudo_decode"])
+    assert result.exit_code == 0, result.stderr
+
+
 @pytest.fixture
 def rows(record_path: Path) -> dict[tuple[str, str], dict]:
     return {(row["dtype"], row["protocol"]): row for row in json.loads(record_path.read_text())["rows"]}
