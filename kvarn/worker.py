@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import IO, Any, TextIO
 
 LOG_LINES_SHOWN = 15
+LINES_OF_ERROR = 4  # that follow the one that names it
 
 
 @contextmanager
@@ -36,11 +37,11 @@ def running(module: ModuleType, settings: dict[str, Any], log: IO[str]) -> Itera
 
 
 def log_tail(log: IO[str]) -> str:
-    """The last lines of a worker's log, up to the last that names an error: libraries print more as they end."""
+    """The last lines of a worker's log, up to its last error and what that says: libraries print more as they end."""
     log.seek(0)
     lines = log.read().splitlines()
     last = max((place for place, line in enumerate(lines) if "Error" in line), default=len(lines) - 1)
-    return "\n".join(lines[: last + 1][-LOG_LINES_SHOWN:])
+    return "\n".join(lines[: last + 1 + LINES_OF_ERROR][-LOG_LINES_SHOWN:])
 
 
 def take_standard_output() -> TextIO:

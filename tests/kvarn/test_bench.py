@@ -50,7 +50,10 @@ def test_a_failed_engine_shows_its_log():
 @pytest.mark.parametrize(
     ("log", "tail"),
     [
-        ("one\nValueError: too long\n" + "leaked\n" * 20, "one\nValueError: too long"),
+        (
+            "one\nValueError: invalid\n  why\n" + "leaked\n" * 20,
+            "one\nValueError: invalid\n  why" + "\nleaked" * 3,
+        ),
         ("\n".join(map(str, range(20))), "\n".join(map(str, range(5, 20)))),
         ("", ""),
     ],
