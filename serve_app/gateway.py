@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+from contextlib import suppress
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -25,6 +26,8 @@ from serve_app.prompts import PromptEncoder
 from serve_app.routing import TILE_BYTES, Router
 from serve_app.tracing import Tracing
 from serve_app.wake import Waker
+
+MEETING_S = 2.0  # to hear of the replicas that run already
 
 
 class Gateway:
@@ -92,6 +95,8 @@ class Gateway:
             self._observer.refused,
             pages,
         )
+        membership.listen(engines, self._fleet.set_members)
+        await self._meet_engines()
         await self._front.start()
         gauges = GatewayGauges(self._observer, admissions, self._router)
         self._tasks = [
@@ -101,7 +106,6 @@ class Gateway:
         if autoscaling is not None:
             report = report_forever(gateway_id, self._demand, self._fleet.stubs)
             self._tasks.append(asyncio.create_task(report))
-        membership.listen(engines, self._fleet.set_members)
         gc.freeze()  # what is loaded stays: collections that look at all of it would hold every stream up
 
     async def check_health(self) -> None:
@@ -129,6 +133,15 @@ class Gateway:
     def _is_ready(self) -> bool:
         """Whether requests are taken: now, or once the replica has started that they wake."""
         return self._waker is not None or self._router.is_ready()
+
+    async def _meet_engines(self) -> None:
+        """Wait until requests are taken, but not for long: they may come as soon as the port is shared, in an update
+        from clients of the gateway that this one replaces."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(MEETING_S):
+                while not self._is_ready():
+                    await self._changed.wait()
+                    self._changed.clear()
 
     async def _follow_health(self) -> None:
         """Answer health checks by `_is_ready`."""
