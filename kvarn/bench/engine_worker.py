@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvarn.bench.shapes import load_settings
+from kvarn.bench.shapes import load_format
 from kvarn.worker import answer, take_standard_output
 
 WARM_UP_PROMPT_TOKENS = (
@@ -63,8 +63,9 @@ def _start_engine(settings: dict[str, Any]) -> Any:
         disable_log_stats=True,
         tensor_parallel_size=settings["tensor_parallel_size"],
         distributed_executor_backend=settings["distributed_executor_backend"],
+        load_format=load_format(settings["shape"]),
+        skip_tokenizer_init=settings["shape"] is not None,
         **memory,
-        **load_settings(settings["shape"]),
     )
     return LLMEngine.from_engine_args(args)
 

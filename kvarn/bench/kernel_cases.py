@@ -57,6 +57,12 @@ def query_bytes(bench: AttentionBench, tokens: int, element_bytes: int = FLOAT16
     return tokens * bench.query_heads * bench.head_dim * element_bytes
 
 
+def flash_bytes(bench: AttentionBench, queries: int, tokens: int, element_bytes: int) -> int:
+    """Keys and values of `tokens` tokens, queries, and outputs, which take two bytes whatever the cache takes."""
+    moved = query_bytes(bench, queries, element_bytes) + query_bytes(bench, queries)
+    return raw_bytes(bench, tokens, element_bytes) + moved
+
+
 def causal_flops(bench: AttentionBench, start: int, tokens: int) -> int:
     """Floating point operations of causal attention of `tokens` queries at positions from `start` on."""
     pairs = tokens * start + tokens * (tokens + 1) // 2
@@ -107,7 +113,7 @@ class QuantizeCase:
         key, value = tiles.permute(1, 0, 3, 2, 4).flatten(1, 2)
         pages = self.count * bench.group // flash.PAGE_TOKENS
         cache = rival.make(pages, bench.kv_heads, bench.head_dim, self._device)
-        return partial(cache.store, key, value)
+        return cache.store(key, value)
 
 
 class DecodeCase:
@@ -146,10 +152,8 @@ class DecodeCase:
         return self._requests * each + 2 * query_bytes(bench, self._queries)
 
     def flash_bytes(self, element_bytes: int) -> int:
-        """Keys and values, queries, and outputs, which take two bytes whatever the cache takes."""
-        bench = self._bench
-        queries = query_bytes(bench, self._queries, element_bytes) + query_bytes(bench, self._queries)
-        return raw_bytes(bench, self._requests * self.tokens, element_bytes) + queries
+        """As the function of that name."""
+        return flash_bytes(self._bench, self._queries, self._requests * self.tokens, element_bytes)
 
     def _rivals(self) -> Iterator[Contender]:
         """vLLM's quantized caches with kernels of its own."""
@@ -201,7 +205,7 @@ class DecodeCase:
         bench = self._bench
         (key, value), table = flash.paged(self._key_value(), _generator(self._device))
         cache = rival.make(len(key), bench.kv_heads, bench.head_dim, self._device)
-        cache.store(key.flatten(0, 1), value.flatten(0, 1))
+        cache.store(key.flatten(0, 1), value.flatten(0, 1))()
         return cache.attend(self._query(), table, self.tokens)
 
     def _key_value(self) -> Tensor:
@@ -237,16 +241,13 @@ class PrefillCase:
     def case(self) -> Case:
         bench = self._bench
         flops = causal_flops(bench, self._start, bench.chunk)
+        fp16, fp8 = (
+            flash_bytes(bench, bench.chunk, self._start + bench.chunk, size)
+            for size in (FLOAT16_BYTES, FP8_BYTES)
+        )
         contenders = [
-            Contender(
-                BASELINE, self.flash_bytes(FLOAT16_BYTES), flops, partial(self.prepare_flash, torch.float16)
-            ),
-            Contender(
-                FP8_RIVAL,
-                self.flash_bytes(FP8_BYTES),
-                flops,
-                partial(self.prepare_flash, torch.float8_e4m3fn),
-            ),
+            Contender(BASELINE, fp16, flops, partial(self.prepare_flash, torch.float16)),
+            Contender(FP8_RIVAL, fp8, flops, partial(self.prepare_flash, torch.float8_e4m3fn)),
             Contender(OURS, self.our_bytes(), flops, self.prepare_ours),
         ]
         if flash.is_available():
@@ -261,12 +262,6 @@ class PrefillCase:
         context = record_bytes(bench, self._first - sinks) + raw_bytes(bench, sinks * bench.group)
         chunk = raw_bytes(bench, bench.chunk) + record_bytes(bench, self._count - self._first)
         return context + chunk + 2 * query_bytes(bench, bench.chunk)
-
-    def flash_bytes(self, element_bytes: int) -> int:
-        """Keys and values, queries, and outputs of two bytes."""
-        bench = self._bench
-        queries = query_bytes(bench, bench.chunk, element_bytes) + query_bytes(bench, bench.chunk)
-        return raw_bytes(bench, self._start + bench.chunk, element_bytes) + queries
 
     def prepare_ours(self, with_flash: bool = True) -> Launch:
         bench, layout, device, chunk = self._bench, self._layout, self._device, self._bench.chunk

@@ -23,8 +23,8 @@ FLOAT16_BYTES, FLOAT32_BYTES = 2, 4
 class RivalCache(Protocol):
     """A paged cache in another format."""
 
-    def store(self, key: Tensor, value: Tensor) -> None:
-        """Writes [N, H, D] float16 keys and values of the first N tokens, page by page; reads no cache."""
+    def store(self, key: Tensor, value: Tensor) -> Launch:
+        """What writes [N, H, D] float16 keys and values of the first N tokens, page by page."""
         ...
 
     def attend(self, query: Tensor, table: Tensor, tokens: int) -> Launch:
@@ -71,9 +71,10 @@ class Int4Cache:
             "v_scale_cache": scales[..., (half + codes) // FLOAT32_BYTES],
         }
 
-    def store(self, key: Tensor, value: Tensor) -> None:
+    def store(self, key: Tensor, value: Tensor) -> Launch:
         """See `RivalCache`."""
-        self._store(key, value, *self._codes, torch.arange(len(key), device=self._device), **self._scales)
+        places = torch.arange(len(key), device=self._device)
+        return partial(self._store, key, value, *self._codes, places, **self._scales)
 
     def attend(self, query: Tensor, table: Tensor, tokens: int) -> Launch:
         """See `RivalCache`."""
@@ -141,11 +142,11 @@ class TurboQuantCache:
         shape = (pages, PAGE_TOKENS, heads, config.slot_size_aligned)
         self._cache = torch.zeros(shape, dtype=torch.uint8, device=device)
 
-    def store(self, key: Tensor, value: Tensor) -> None:
+    def store(self, key: Tensor, value: Tensor) -> Launch:
         """See `RivalCache`."""
         places = torch.arange(len(key), dtype=torch.int32, device=self._device)
         between = (self._levels[:-1] + self._levels[1:]) / 2
-        self._store(key, value, self._cache, places, self._rotation, between, **self._format)
+        return partial(self._store, key, value, self._cache, places, self._rotation, between, **self._format)
 
     def attend(self, query: Tensor, table: Tensor, tokens: int) -> Launch:
         """See `RivalCache`."""

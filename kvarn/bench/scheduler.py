@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from kvarn.bench.engine import BenchError, check_shape, model_directory
-from kvarn.bench.shapes import load_settings
+from kvarn.bench.shapes import load_format
 from kvarn.bench.workloads import WORKLOADS, Scale, Workload, tenants, unshared
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL
@@ -173,8 +173,9 @@ def _start_engine(bench: SchedulerBench, model_dir: Path) -> LLMEngine:
         max_model_len=longest + 1,
         max_num_seqs=bench.max_num_seqs,
         enforce_eager=bench.enforce_eager,
+        load_format=load_format(bench.shape),
+        skip_tokenizer_init=True,
         disable_log_stats=True,
-        **{"skip_tokenizer_init": True, **load_settings(bench.shape)},
     )
     return LLMEngine.from_engine_args(args)
 

@@ -37,6 +37,6 @@ def write_shape(name: str, directory: Path) -> Path:
     return directory
 
 
-def load_settings(shape: str | None) -> dict[str, Any]:
-    """vLLM's arguments for a model without weights, if it is but a `shape`."""
-    return {} if shape is None else {"load_format": "dummy", "skip_tokenizer_init": True}
+def load_format(shape: str | None) -> str:
+    """vLLM's `load_format`: random weights for a model that is but a `shape`."""
+    return "auto" if shape is None else "dummy"

@@ -104,9 +104,8 @@ def signs(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return hadamard_matrix(head_dim).sign().to(device, dtype)
 
 
-MOST_MATRIX_BYTES = (
-    128 * 1024
-)  # of the Hadamard matrix in shared memory at a time: float32's of 256 takes twice that
+# Of the Hadamard matrix in shared memory at a time: float32's of 256 channels takes twice that.
+MOST_MATRIX_BYTES = 128 * 1024
 FEW_TOKENS = 1024  # up to here small programs, which fill more of the device
 
 

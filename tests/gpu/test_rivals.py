@@ -21,7 +21,7 @@ def test_a_rival_attends_what_it_stored(rival: Rival, head_dim: int) -> None:
     query = torch.randn(requests, query_heads, head_dim, generator=generator, device=device).half()
     (key, value), table = paged(key_value, generator)
     cache = rival.make(len(key), heads, head_dim, device)
-    cache.store(key.flatten(0, 1), value.flatten(0, 1))
+    cache.store(key.flatten(0, 1), value.flatten(0, 1))()
     launch = cache.attend(query, table, tokens)
     returned = launch()
     out = launch.args[3] if returned is None else returned
