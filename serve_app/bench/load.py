@@ -62,22 +62,18 @@ class Run:
 
 
 async def warm_up(target: Target, works: Sequence[Work], timeout_s: float, on_progress: Progress) -> None:
-    """Send requests that do not count, all at once, so that neither first uses nor wrong settings are measured.
+    """Send requests that do not count, so that neither first uses nor wrong settings are measured.
 
     Raises:
         BenchError: one of them failed.
     """
-    answered = 0
 
-    async def one(work: Work) -> Outcome:
-        nonlocal answered
-        outcome = await _send(target, work, time.perf_counter(), timeout_s)
-        answered += 1
-        on_progress("warm-up", answered, len(works))
-        return outcome
+    def on_answered(label: str, done: int, of: int) -> None:
+        if label == "answered":
+            on_progress("warm-up", done, of)
 
-    on_progress("warm-up", 0, len(works))
-    for outcome in await asyncio.gather(*(one(work) for work in works)):
+    warmed = await run(target, works, timeout_s, on_answered)
+    for outcome in warmed.outcomes:
         if outcome.failure:
             why = f"{outcome.failure}: {outcome.said}" if outcome.said else outcome.failure
             raise BenchError(f"the warm-up, before the load, was not answered: {why}")
