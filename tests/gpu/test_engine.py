@@ -12,7 +12,18 @@ from triton import knobs
 from vllm import LLM
 
 from kvarn.vllm.triton_lane import TritonLayer, TritonMetadataBuilder
-from tests.kvarn.engines import MIB, Answer, ask, ask_and_preempt, ask_cold, chunks_of, engine, make_llama
+from tests.kvarn.engines import (
+    MIB,
+    Answer,
+    ask,
+    ask_and_preempt,
+    ask_cold,
+    chunks_of,
+    engine,
+    first_differences,
+    make_llama,
+    share_of_same,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -36,13 +47,9 @@ def prompt(tokens: int, seed: int = 1) -> list[int]:
 
 def assert_alike(ours: list[Answer], theirs: list[Answer]) -> None:
     """Every first token's log-probabilities agree, and nearly all tokens are the same."""
-    same = total = 0
-    for one, other in zip(ours, theirs, strict=True):
-        shared = one.logprobs[0].keys() & other.logprobs[0].keys()
-        assert all(abs(one.logprobs[0][t] - other.logprobs[0][t]) < TOLERANCE for t in shared)
-        same += sum(a == b for a, b in zip(one.tokens, other.tokens, strict=True))
-        total += len(one.tokens)
-    assert same >= 0.97 * total, f"{same} of {total} tokens are the same"
+    assert all(off < TOLERANCE for off in first_differences(ours, theirs))
+    same = share_of_same([a.tokens for a in ours], [a.tokens for a in theirs])
+    assert same >= 0.97, f"{same:.1%} of the tokens are the same"
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +144,7 @@ def test_a_raw_chunk_reads_nothing_through_records(model: Path, monkeypatch: pyt
     for raw in (True, False):
         with engine(monkeypatch, model, **eager, additional_config={"kvarn": {"raw_chunks": raw}}) as llm:
             answers = [ask_cold(llm, tokens, max_tokens=1) for tokens in prompts]
-        off[raw] = max(
-            abs(ours.logprobs[0][token] - theirs.logprobs[0][token])
-            for ours, theirs in zip(answers, expected, strict=True)
-            for token in ours.logprobs[0].keys() & theirs.logprobs[0].keys()
-        )
+        off[raw] = max(first_differences(answers, expected))
     assert off[True] < 0.05
     assert off[False] > 3 * off[True], off
 

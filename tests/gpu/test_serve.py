@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
-from ray import serve
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from serve_app.app import build
 from serve_app.client import Client
 from serve_app.config import AppConfig
 from tests.gpu.test_tensor_parallel import SAME_TOKENS
-from tests.kvarn.engines import make_llama
-from tests.serve_app.live import free_port, in_replica, ready, wait_for
+from tests.kvarn.engines import make_llama, share_of_same
+from tests.serve_app.live import deploy, free_port, in_replica, ready, serving, wait_for
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
@@ -68,17 +65,11 @@ def served(model: Path, replicas: int, **engine: Any) -> Iterator[Client]:
             "gateway": {"port": port, "http": {"port": free_port()}},
         }
     )
-    ray.init("local", num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
-    serve.start(proxy_location="Disabled")
-    try:
-        target = serve.RunTarget(build(config), name=APP, route_prefix=None)
-        serve.run_many([target], wait_for_applications_running=False)
+    with serving(num_gpus=2):
+        deploy(APP, config)
         with Client(f"127.0.0.1:{port}") as client:
             wait_for(lambda: len(ready(client)) == replicas, START_S)
             yield client
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 def answers(client: Client) -> list[list[int]]:
@@ -94,17 +85,11 @@ def test_a_dead_replica_is_replaced_while_the_other_serves_and_parallel_ones_ans
         expected = answers(client)
         killed = min(before)
         os.kill(in_replica(APP, killed, lambda engine: os.getpid()), signal.SIGKILL)
-        assert same(answers(client), expected) >= 0.97
+        assert share_of_same(answers(client), expected) >= 0.97
         wait_for(lambda: len(ready(client)) == 2 and killed not in ready(client), START_S)
-        assert same(answers(client), expected) >= 0.97
+        assert share_of_same(answers(client), expected) >= 0.97
     for executor in ("mp", "ray"):
         with served(
             model, replicas=1, tensor_parallel_size=2, distributed_executor_backend=executor
         ) as client:
-            assert same(answers(client), expected) >= SAME_TOKENS
-
-
-def same(ours: list[list[int]], theirs: list[list[int]]) -> float:
-    """The share of equal tokens: which requests share a batch moves roundings of the linear layers."""
-    pairs = [pair for one, other in zip(ours, theirs, strict=True) for pair in zip(one, other, strict=True)]
-    return sum(a == b for a, b in pairs) / len(pairs)
+            assert share_of_same(answers(client), expected) >= SAME_TOKENS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -146,6 +146,21 @@ class Answer:
             assert len(shared) >= min(len(mine), len(theirs)) - 1
             for token in shared:
                 assert mine[token] == pytest.approx(theirs[token], abs=tolerance)
+
+
+def first_differences(ours: list[Answer], theirs: list[Answer]) -> list[float]:
+    """Of the first tokens' log-probabilities, in nats, of every token that both report."""
+    return [
+        abs(one.logprobs[0][token] - other.logprobs[0][token])
+        for one, other in zip(ours, theirs, strict=True)
+        for token in one.logprobs[0].keys() & other.logprobs[0].keys()
+    ]
+
+
+def share_of_same(ours: Iterable[Sequence[int]], theirs: Iterable[Sequence[int]]) -> float:
+    """The share of equal tokens of outputs that are equally long."""
+    pairs = [pair for one, other in zip(ours, theirs, strict=True) for pair in zip(one, other, strict=True)]
+    return sum(a == b for a, b in pairs) / len(pairs)
 
 
 def ask(llm: LLM, prompts: list[list[int]], max_tokens: int = 6, logprobs: int = 5) -> list[Answer]:
