@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray import serve
 
 from kvarn.v1 import cluster_pb2
+from serve_app.app import build
 from serve_app.client import Client, UnavailableError
+from serve_app.config import AppConfig
+
+
+@contextmanager
+def serving(**resources: Any) -> Iterator[None]:
+    """Ray of one node and Serve without its proxy; `resources` as `ray.init` takes them."""
+    ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False, **resources)
+    serve.start(proxy_location="Disabled")
+    try:
+        yield
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def deploy(app: str, config: AppConfig) -> None:
+    """Start application `app`, or update it; its replicas start in the background."""
+    target = serve.RunTarget(build(config), name=app, route_prefix=None)
+    serve.run_many([target], wait_for_applications_running=False)
 
 
 def free_port() -> int:

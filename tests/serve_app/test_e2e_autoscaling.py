@@ -18,11 +18,10 @@ from ray.cluster_utils import Cluster
 from kvarn.model import kv_shape
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
-from serve_app.app import build
 from serve_app.client import Client, ServingError
 from serve_app.config import GIB, AppConfig
 
-from .live import free_port, ready, wait_for
+from .live import deploy, free_port, in_replica, ready, wait_for
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -116,8 +115,7 @@ class Asking(threading.Thread):
 
 
 def node_of(replica_id: str) -> str:
-    actor = ray.get_actor(f"SERVE_REPLICA::{APP}#Engine#{replica_id}", namespace="serve")
-    node: str = ray.get(actor.__ray_call__.remote(lambda self: ray.get_runtime_context().get_node_id()))
+    node: str = in_replica(APP, replica_id, lambda engine: ray.get_runtime_context().get_node_id())
     return node
 
 
@@ -130,8 +128,7 @@ def test_replicas_follow_the_load_and_no_request_fails(cluster: Cluster, model_d
     most = 3
     port = free_port()
     address = f"127.0.0.1:{port}"
-    target = serve.RunTarget(build(settings(model_dir, port, most)), name=APP, route_prefix=None)
-    serve.run_many([target], wait_for_applications_running=False)
+    deploy(APP, settings(model_dir, port, most))
     with Client(address) as client:
         client.wait_ready(START_S)  # asleep, and takes requests
         assert ready(client) == set()

@@ -16,15 +16,13 @@ from typing import Any
 
 import psutil
 import pytest
-import ray
-from ray import serve
 
 from kvarn.v1 import inference_pb2
-from serve_app.app import build
 from serve_app.client import AsyncClient, Client
 from serve_app.config import AppConfig
 
-from .test_e2e_serve import START_S, free_port, is_idle, ready, wait_for
+from .live import deploy, free_port, ready, serving, wait_for
+from .test_e2e_serve import START_S, is_idle
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -62,19 +60,11 @@ def address(model_dir: Any) -> Iterator[str]:
             },
         }
     )
-    ray.init(
-        "local", num_cpus=ENGINES, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False
-    )
-    serve.start(proxy_location="Disabled")
-    try:
-        target = serve.RunTarget(build(config), name=APP, route_prefix=None)
-        serve.run_many([target], wait_for_applications_running=False)
+    with serving(num_cpus=ENGINES):
+        deploy(APP, config)
         with Client(f"127.0.0.1:{port}") as client:
             wait_for(lambda: len(ready(client)) == ENGINES, START_S)
         yield f"127.0.0.1:{port}"
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 @dataclass

@@ -36,7 +36,6 @@ from ray import serve
 
 from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
 from serve_app import metrics
-from serve_app.app import build
 from serve_app.channels import Tls
 from serve_app.client import (
     AsyncClient,
@@ -54,13 +53,13 @@ from serve_app.security.keys import create_key
 
 from . import live
 from .browser import chromium_page
-from .live import free_port, ready, wait_for
+from .live import free_port, ready, serving, wait_for
 from .observing import Collector, Samples, otlp_collector, scraped, total
 
 pytestmark = pytest.mark.timeout(900)
 
 APP = "kvarn"
-in_replica = partial(live.in_replica, APP)
+deploy, in_replica = partial(live.deploy, APP), partial(live.in_replica, APP)
 REPLICAS = 2
 CONTEXT = 1024
 START_S = 300
@@ -120,11 +119,6 @@ class App:
         return f"127.0.0.1:{self.port}"
 
 
-def deploy(config: AppConfig) -> None:
-    target = serve.RunTarget(build(config), name=APP, route_prefix=None)
-    serve.run_many([target], wait_for_applications_running=False)
-
-
 @pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
     with otlp_collector() as collector:
@@ -134,20 +128,13 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture(scope="module")
 def app(model_dir: Path, collector: Collector) -> Iterator[App]:
     port, http_port = free_port(), free_port()
-    ray.init(
-        "local", num_cpus=REPLICAS, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False
-    )
-    serve.start(proxy_location="Disabled")
-    try:
+    with serving(num_cpus=REPLICAS):
         deploy(settings(model_dir, port, http_port, collector.address))
         with Client(f"127.0.0.1:{port}") as client:
             early_error = first_answer(client)
             early_health = client.is_ready()
             wait_for(lambda: len(ready(client)) == REPLICAS, START_S)
         yield App(model_dir, port, http_port, collector, early_error, early_health)
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 @pytest.fixture

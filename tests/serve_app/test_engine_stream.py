@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import grpc
@@ -36,6 +37,24 @@ async def count(asked: engine_pb2.EngineRequest, write: Write) -> None:
     """Put out 0, 1, 2, ..."""
     for token in range(asked.sampling_params.max_tokens):
         await write(delta(token, last=token == asked.sampling_params.max_tokens - 1))
+
+
+async def begin(asked: engine_pb2.EngineRequest, write: Write) -> None:
+    """Put out one token, and then nothing."""
+    await write(delta(0))
+    await asyncio.Event().wait()
+
+
+async def begin_and_end(gate: asyncio.Event, asked: engine_pb2.EngineRequest, write: Write) -> None:
+    """Put out one token, and the last one once `gate` is set."""
+    await write(delta(0))
+    await gate.wait()
+    await write(delta(1, last=True))
+
+
+async def hang(asked: engine_pb2.EngineRequest, write: Write) -> None:
+    """Put out nothing."""
+    await asyncio.Event().wait()
 
 
 @dataclass
@@ -173,13 +192,7 @@ async def test_a_failure_tells_nothing_of_itself_and_spares_other_calls(ends: bo
 
 async def test_a_cancelled_call_is_cancelled_at_the_engine_and_others_go_on() -> None:
     gate = asyncio.Event()
-
-    async def script(asked: engine_pb2.EngineRequest, write: Write) -> None:
-        await write(delta(0))
-        await gate.wait()
-        await write(delta(1, last=True))
-
-    async with connected(script) as setup:
+    async with connected(partial(begin_and_end, gate)) as setup:
         first, second = setup.stream.start(request("first")), setup.stream.start(request("second"))
         await first.read()
         first.cancel()
@@ -201,10 +214,7 @@ async def test_a_call_cancelled_before_it_was_sent_leaves_nothing_at_the_engine(
 
 
 async def test_a_deadline_ends_a_call_at_the_engine() -> None:
-    async def script(asked: engine_pb2.EngineRequest, write: Write) -> None:
-        await asyncio.Event().wait()
-
-    async with connected(script) as setup:
+    async with connected(hang) as setup:
         call = setup.stream.start(request("late"), timeout_s=0.05)
         with pytest.raises(CallError) as failed:
             await call.read()
@@ -214,10 +224,7 @@ async def test_a_deadline_ends_a_call_at_the_engine() -> None:
 
 
 async def test_an_engine_keeps_deadlines_by_itself() -> None:
-    async def script(asked: engine_pb2.EngineRequest, write: Write) -> None:
-        await asyncio.Event().wait()
-
-    async with connected(script) as setup:
+    async with connected(hang) as setup:
         rpc = engine_pb2_grpc.EngineStub(setup.channel).Generate()
         started = {"number": 7, "request": request("late"), "timeout_s": 0.05}
         await rpc.write(engine_pb2.EngineGenerateRequest(started=[started]))
@@ -276,10 +283,7 @@ async def test_calls_of_a_stream_that_cannot_be_opened_are_unavailable() -> None
 
 
 async def test_breaking_off_fails_calls_at_once() -> None:
-    async def script(asked: engine_pb2.EngineRequest, write: Write) -> None:
-        await asyncio.Event().wait()
-
-    async with connected(script) as setup:
+    async with connected(hang) as setup:
         call = setup.stream.start(request())
         setup.stream.break_off()
         with pytest.raises(CallError) as failed:
@@ -351,13 +355,7 @@ async def test_a_gateway_that_does_not_read_holds_its_calls_up(monkeypatch: pyte
 
 async def test_a_draining_engine_finishes_what_runs_refuses_the_rest_and_ends_the_stream() -> None:
     gate = asyncio.Event()
-
-    async def script(asked: engine_pb2.EngineRequest, write: Write) -> None:
-        await write(delta(0))
-        await gate.wait()
-        await write(delta(1, last=True))
-
-    async with connected(script) as setup:
+    async with connected(partial(begin_and_end, gate)) as setup:
         running = setup.stream.start(request("running"))
         await running.read()
         setup.engine.calls.drain()
@@ -429,12 +427,6 @@ def slow_down(stream: EngineStream) -> asyncio.Event:
 
     stream._rpc.write = slowly
     return gate
-
-
-async def begin(asked: engine_pb2.EngineRequest, write: Write) -> None:
-    """Put out one token, and then nothing."""
-    await write(delta(0))
-    await asyncio.Event().wait()
 
 
 async def test_a_call_cancelled_while_its_stream_closes_is_cancelled_at_the_engine() -> None:
