@@ -158,9 +158,17 @@ def first_differences(ours: list[Answer], theirs: list[Answer]) -> list[float]:
 
 
 def share_of_same(ours: Iterable[Sequence[int]], theirs: Iterable[Sequence[int]]) -> float:
-    """The share of equal tokens of outputs that are equally long."""
-    pairs = [pair for one, other in zip(ours, theirs, strict=True) for pair in zip(one, other, strict=True)]
-    return sum(a == b for a, b in pairs) / len(pairs)
+    """The share of equal tokens among those that both outputs chose after the same tokens.
+
+    A model with random weights goes on differently after one different token, which says nothing about the cache.
+    """
+    same = different = 0
+    for one, other in zip(ours, theirs, strict=True):
+        equal = [a == b for a, b in zip(one, other, strict=True)]
+        first = equal.index(False) if False in equal else len(equal)
+        same += first
+        different += first < len(equal)
+    return same / (same + different)
 
 
 def ask(llm: LLM, prompts: list[list[int]], max_tokens: int = 6, logprobs: int = 5) -> list[Answer]:
