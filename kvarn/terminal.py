@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the resul
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Draw the results: a .png or .svg file.")]
 
 Update = Callable[[str, int, int], None]
+
+LOG_INTERVAL_S = 60.0  # between two lines about one label in a log
 
 
 class CommandError(typer.Exit):
@@ -81,6 +84,10 @@ def time_left_progress() -> Iterator[Update]:
 
 @contextmanager
 def _bars(*columns: ProgressColumn) -> Iterator[Update]:
+    """A bar for each label; in a log, where no bar moves, lines."""
+    if not err.is_terminal:
+        yield _lines()
+        return
     shown = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *columns)
     with Progress(*shown, console=err) as progress:
         tasks: dict[str, TaskID] = {}
@@ -91,3 +98,17 @@ def _bars(*columns: ProgressColumn) -> Iterator[Update]:
             progress.update(tasks[label], completed=done, total=total)
 
         yield update
+
+
+def _lines() -> Update:
+    """Writes a line as a label begins and ends, and each `LOG_INTERVAL_S` in between."""
+    told_s: dict[str, float] = {}
+
+    def update(label: str, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        if label in told_s and done < total and now_s < told_s[label] + LOG_INTERVAL_S:
+            return
+        told_s[label] = now_s
+        err.print(f"{label}: {done} of {total}", highlight=False, markup=False, soft_wrap=True)
+
+    return update
