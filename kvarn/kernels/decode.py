@@ -54,7 +54,7 @@ def _block_queries(QueryStart, seq_len, request, block, TOKENS: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["splits"],
+    do_not_specialize=["splits", "table_stride"],
     do_not_specialize_on_alignment=["QueryStart", "SeqLens", "FirstSlots", "TailSlots", "SinkSlots"],
 )
 def _decode_part(

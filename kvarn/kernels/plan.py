@@ -18,7 +18,7 @@ def _slots_of(SlotOf, block, blocks, valid):
 
 
 @triton.jit(
-    do_not_specialize=["rows", "blocks"],
+    do_not_specialize=["rows", "table_stride", "blocks"],
     do_not_specialize_on_alignment=[
         "QueryStart",
         "SlotOf",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 from rich.table import Table
@@ -94,6 +95,9 @@ def make_plan(
     """
     shape = ModelShape.read(model)
     _check(shape, gpu, tensor_parallel, context, utilization)
+    for option, value in (("--rate", rate), ("--cache-gib", cache_gib), ("--max-num-seqs", max_num_seqs)):
+        _check_positive(option, value)
+    _check_positive("--output-tokens", output_tokens)
     weights = shape.weight_bytes / tensor_parallel
     room = utilization * GPUS[gpu].memory_bytes - weights - WORKING_BYTES
     if room <= 0 and cache_gib is None:
@@ -116,6 +120,11 @@ def _check(shape: ModelShape, gpu: str, tensor_parallel: int, context: int, util
         raise PlanError(f"--context is {context}: this model holds 1 to {shape.context_limit} tokens")
     if not 0 < utilization <= 1:
         raise PlanError(f"--utilization is {utilization}: give a part of the memory, above 0 and at most 1")
+
+
+def _check_positive(option: str, value: float | None) -> None:
+    if value is not None and not 0 < value < inf:
+        raise PlanError(f"{option} is {value}: give a number above 0")
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,7 @@ class _Planner:
         pages = self._page_bytes(block_tokens) if dtype in PRESETS else 0
         if cache_gib is not None:
             cache = cache_gib * 2**30
-            sequences = int(cache // block_bytes) // per_sequence
+            sequences = min(int(cache // block_bytes) // per_sequence, self.max_num_seqs or sys.maxsize)
             pool = pages + SLOTS_PER_SEQUENCE * slot_bytes * (self.max_num_seqs or sequences)
             room = cache + pool
         elif self.max_num_seqs is not None:

@@ -48,5 +48,5 @@ def _tokens(text: str) -> int:
     number, factor = (text[:-1], 1024) if text.lower().endswith("k") else (text, 1)
     try:
         return int(float(number) * factor)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise PlanError(f"--context {text!r} is no number of tokens: give one like 32768 or 32k") from None

@@ -75,7 +75,11 @@ class KVarNBackend(AttentionBackend):
 
 
 BACKENDS: dict[str, type[KVarNBackend]] = {
-    name: type(f"KVarNBackend_{name}", (KVarNBackend,), {"preset_name": name, "__module__": __name__})
+    name: type(
+        f"KVarNBackend_{name}",
+        (KVarNBackend,),
+        {"preset_name": name, "supported_kv_cache_dtypes": [name], "__module__": __name__},
+    )
     for name in PRESETS
 }
 globals().update({backend.__name__: backend for backend in BACKENDS.values()})  # so that each can be pickled

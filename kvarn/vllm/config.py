@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ class KVarNConfig:
     def __post_init__(self) -> None:
         self._check("retained_sinks", _is_count, "a number of slots >= 0")
         self._check("raw_chunks", lambda x: isinstance(x, bool), "true or false")
-        self._check("side_pool_gib", lambda x: _is_number(x) and x > 0, "a size in GiB > 0")
+        self._check("side_pool_gib", lambda x: _is_number(x) and 0 < x < math.inf, "a size in GiB > 0")
         self._check("order", lambda x: x in ORDERS, f"one of {', '.join(ORDERS)}")
         self._check("window", lambda x: _is_count(x) and x > 0, "a number of requests > 0")
         self._check("max_overtakes", _is_count, "a number of requests >= 0")
@@ -57,7 +58,9 @@ class KVarNConfig:
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> KVarNConfig:
         """Read the settings out of `vllm_config.additional_config`; ValueError names an unknown one."""
-        given: dict[str, Any] = dict(vllm_config.additional_config).get("kvarn", {})
+        given = dict(vllm_config.additional_config).get("kvarn", {})
+        if not isinstance(given, dict):
+            raise ValueError(f"additional_config['kvarn'] is {given!r}; give a mapping of settings.")
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(given) - known):
             raise ValueError(

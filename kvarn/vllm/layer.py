@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -22,9 +23,11 @@ class KVarNLayer(AttentionImpl[Any]):
         slot_map: the worker's block -> slot map, one object for all layers of a model.
         pool: [slots, 2, KV heads, group, head_dim] float16 side pool of rotated raw tiles (keys, values).
         supports_raw_chunks: whether the lane has `KVarNConfig.raw_chunks`.
+        most_heads_per_kv_head: query heads that may share a KV head.
     """
 
     supports_raw_chunks: ClassVar[bool] = False
+    most_heads_per_kv_head: ClassVar[float] = math.inf
 
     def __init__(
         self,
@@ -62,7 +65,13 @@ class KVarNLayer(AttentionImpl[Any]):
         self.slot_map = find_slot_map(vllm_config) or SlotMap()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Allocate the side pool with the weights, so that vLLM's memory profile counts it."""
+        """Allocate the side pool with the weights, so that vLLM's memory profile counts it.
+
+        vLLM calls this again whenever weights are loaded anew; the pool, which cached prefixes and captured graphs
+        read, then stays.
+        """
+        if hasattr(self, "pool"):
+            return
         group, head_dim = self.layout.preset.group, self.layout.head_dim
         self.pool = torch.zeros(
             (self._num_slots, 2, self.num_kv_heads, group, head_dim),

@@ -180,8 +180,7 @@ class PrefixScheduling(SlotPlanning):
         try:
             output = super().schedule(*args, **kwargs)
         finally:
-            for request in held:
-                self.waiting.add_request(request)
+            self.waiting.extendleft(reversed(held))  # the oldest: at the end they would leave the window
         self._note_admitted(output)
         return output
 
@@ -222,9 +221,12 @@ class PrefixScheduling(SlotPlanning):
                 in_progress.update(
                     self._keys(request)[(request.num_computed_tokens + chunk) // self.block_size :]
                 )
-        held = hold_sharers(ordered, in_progress, self._order.is_overdue, chunk // self.block_size)
+        held = hold_sharers(ordered, in_progress, self._may_not_wait, chunk // self.block_size)
         self.wait_counts.prefix += sum(held)
         return held
+
+    def _may_not_wait(self, entry: Waiting) -> bool:
+        return entry.resumed or self._order.is_overdue(entry)
 
     def _entry(self, request: Request) -> Waiting:
         entry = self._entries.get(request.request_id)
@@ -295,9 +297,9 @@ class PrefixScheduling(SlotPlanning):
     # -- preemption ------------------------------------------------------------------------------------------
 
     def _put_cheapest_victims_last(self) -> None:
-        """Where blocks may run out in this step: vLLM preempts from the end of the running list.
+        """Where blocks may run out by one token each: vLLM preempts from the end of the running list.
 
-        The request that costs most to redo is never preempted for another, so one always comes to its end.
+        The request that costs most to redo is then not preempted for another, so one always comes to its end.
         """
         if self._by_priority or len(self.running) < 2:
             return

@@ -375,6 +375,7 @@ class TritonLayer(KVarNLayer):
 
     workspace: Workspace
     supports_raw_chunks = True
+    most_heads_per_kv_head = decode.MOST_ROWS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -415,6 +416,10 @@ class TritonLayer(KVarNLayer):
         out = torch.zeros(1, self.num_heads, layout.head_dim, dtype=dtype, device=device)
         rotate.unrotate(work.attended[:1], out)
         table, query_start = zero[:, None], zero.expand(2).contiguous()
+        wave = PrefillWave(
+            0, 1, none, none, none, none, query_start + zero.new_tensor([0, 1]), zero + 1, table, 1
+        )
+        self._attend(work.rotated[:1], work.pages, wave, self.scale, work.attended[:1])
         for queries in work.query_counts:
             blocks, tokens = decode.query_blocks(queries, self.num_heads // self.num_kv_heads)
             for splits in decode.SPLITS_OF_VARIANTS:

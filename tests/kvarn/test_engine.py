@@ -95,6 +95,17 @@ def test_concurrent_batch(llm: LLM, text: list[int]) -> None:
         together.assert_same(single)
 
 
+def test_a_cached_prefix_outlives_the_loading_of_the_same_weights(
+    llm: LLM, text: list[int], cold: dict[int, Answer]
+) -> None:
+    length = max(LENGTHS)
+    ask_cold(llm, text[:length])
+    llm.collective_rpc("reload_weights")
+    (hit,) = ask(llm, [text[:length]])
+    assert hit.cached == (length - 1) // TILE * TILE
+    hit.assert_same(cold[length])
+
+
 def test_concurrent_batch_in_odd_chunks(llm: LLM, text: list[int], cold: dict[int, Answer]) -> None:
     assert llm.reset_prefix_cache()
     with chunks_of(llm, 200):

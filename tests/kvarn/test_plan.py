@@ -83,11 +83,22 @@ def test_a_rate_keeps_more_running_where_steps_are_longer(llama_8b: str) -> None
         ({"context": 10**6}, "--context is 1000000"),
         ({"utilization": 1.5}, "--utilization is 1.5"),
         ({"gpu": "t4"}, "raise --tp"),
+        ({"cache_gib": 0}, "--cache-gib is 0: give a number above 0"),
+        ({"cache_gib": -4.0}, "--cache-gib is -4.0"),
+        ({"rate": -1.0}, "--rate is -1.0"),
+        ({"rate": float("nan")}, "--rate is nan"),
+        ({"max_num_seqs": -5}, "--max-num-seqs is -5"),
+        ({"output_tokens": 0}, "--output-tokens is 0"),
     ],
 )
 def test_bad_input_is_refused(llama_8b: str, options: dict, sentence: str) -> None:
     with pytest.raises(PlanError, match=sentence):
         make_plan(**{"model": llama_8b, "gpu": "h200", **options})
+
+
+def test_no_more_sequences_run_than_are_allowed(llama_8b: str) -> None:
+    for row in rows(model=llama_8b, gpu="h200", cache_gib=8, max_num_seqs=4).values():
+        assert row.sequences <= 4
 
 
 def test_other_attention_is_refused(tmp_path: Path) -> None:
@@ -110,6 +121,7 @@ def test_the_command_prints_a_table_or_json(llama_8b: str) -> None:
     assert all(name in shown.stdout for name in PRESETS)
     printed = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
     assert printed["context"] == 32_768
-    refused = CliRunner().invoke(app, [*options, "--context", "many"])
-    assert refused.exit_code == 1
-    assert "--context 'many' is no number of tokens" in refused.stderr
+    for context in ("many", "1e400k"):
+        refused = CliRunner().invoke(app, [*options, "--context", context])
+        assert refused.exit_code == 1
+        assert f"--context '{context}' is no number of tokens" in refused.stderr

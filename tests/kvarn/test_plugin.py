@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.attention import selector
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from kvarn.presets import PRESETS
-from kvarn.vllm import plugin
+from kvarn.vllm import backend, plugin, triton_lane
 from kvarn.vllm.config import side_pool_slots
 from kvarn.vllm.hooks import HookError, engine_config
 from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
@@ -136,6 +139,12 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
             {"additional_config": {"kvarn": {"order": "lifo"}}},
             "kvarn.order is 'lifo'; give one of prefix, fcfs",
         ),
+        ({"additional_config": {"kvarn": None}}, r"additional_config\['kvarn'\] is None; give a mapping"),
+        (
+            {"additional_config": {"kvarn": "order"}},
+            r"additional_config\['kvarn'\] is 'order'; give a mapping",
+        ),
+        ({"additional_config": {"kvarn": {"side_pool_gib": float("inf")}}}, "give a size in GiB > 0"),
         ({"additional_config": {"kvarn": {"window": 0}}}, "give a number of requests > 0"),
         ({"additional_config": {"kvarn": {"max_overtakes": None}}}, "give a number of requests >= 0"),
         ({"additional_config": {"kvarn": {"side_pool_gib": "1"}}}, "give a size in GiB > 0"),
@@ -149,6 +158,35 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
 def test_unsupported_settings_are_refused(model: Path, settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         configure(model, **settings)
+
+
+PALIGEMMA = {
+    "architectures": ["PaliGemmaForConditionalGeneration"],
+    "model_type": "paligemma",
+    "text_config": {
+        "model_type": "gemma",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "vocab_size": 512,
+        "max_position_embeddings": 1024,
+    },
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "projection_dim": 256,
+    },
+    "projection_dim": 256,
+    "image_token_index": 511,
+}
 
 
 @pytest.mark.parametrize(
@@ -172,13 +210,57 @@ def test_unsupported_settings_are_refused(model: Path, settings: dict[str, Any],
             },
             "multi-head latent attention; use kv_cache_dtype='auto'",
         ),
+        (PALIGEMMA, "this model's images also to later ones; use kv_cache_dtype='auto'"),
     ],
-    ids=["head_dim", "sliding window", "encoder", "MLA"],
+    ids=["head_dim", "sliding window", "encoder", "MLA", "images read both ways"],
 )
 def test_unsupported_models_are_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     model = write_config(tmp_path, **changes)
     with pytest.raises(ValueError, match=sentence):
         configure(model)
+
+
+def test_many_query_heads_to_a_kv_head_are_refused_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_config(tmp_path, num_attention_heads=32, num_key_value_heads=1)
+    configure(model)
+    gpu_lane = backend.Lane(triton_lane.TritonMetadataBuilder, triton_lane.TritonLayer)
+    monkeypatch.setattr(backend, "lane", lambda: gpu_lane)
+    with pytest.raises(ValueError, match="at most 16 query heads to a KV head, and this model has 32"):
+        configure(model)
+
+
+def test_sleep_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(current_platform), "is_sleep_mode_available", lambda self: True)
+    with pytest.raises(ValueError, match="leave enable_sleep_mode out"):
+        configure(model, enable_sleep_mode=True)
+
+
+def test_batch_invariance_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match="leave VLLM_BATCH_INVARIANT out"):
+        configure(model)
+
+
+@pytest.mark.parametrize(
+    ("feature", "sentence"),
+    [
+        ("use_mm_prefix", "partial multimodal token full attention not supported"),
+        ("use_non_causal", "non-causal attention not supported"),
+        ("has_sink", "attention sinks not supported"),
+        ("use_per_head_quant_scales", "per-head quant scales not supported"),
+    ],
+)
+def test_a_layer_that_needs_more_is_refused(feature: str, sentence: str) -> None:
+    plugin.register()
+    plain = selector.AttentionSelectorConfig(128, torch.bfloat16, PRESET, 128)
+    chosen = selector._cached_get_attn_backend(backend=None, attn_selector_config=plain, num_heads=8)
+    assert chosen is backend.BACKENDS[PRESET]
+    with pytest.raises(ValueError, match=f"{sentence}; use kv_cache_dtype='auto'"):
+        selector._cached_get_attn_backend(
+            backend=None, attn_selector_config=plain._replace(**{feature: True}), num_heads=8
+        )
 
 
 def test_every_hook_fits_this_vllm() -> None:

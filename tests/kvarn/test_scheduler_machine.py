@@ -309,3 +309,21 @@ def test_it_is_told_what_requests_wait_for() -> None:
     assert after(DIFFERENT, side_pool_gib=one_request) == {"waiting": 2, "waiting_for_slots": 2}
     assert after(DIFFERENT, num_blocks=8) == {"waiting": 2, "waiting_for_blocks": 2}
     assert after([[0] * 40] * 3, chunk=GROUP) == {"waiting": 1, "waiting_for_prefix": 1}
+
+
+def test_a_request_that_waits_for_a_prefix_is_overtaken_no_more_often_than_allowed() -> None:
+    """More requests wait than the order looks at."""
+    scheduler = make_scheduler(4000, max_running=3, chunk=GROUP, window=4, max_overtakes=2)
+    world = World(scheduler)
+    for _ in range(3):  # the last shares what the others compute, and is held
+        world.submit([0] * 40, max_tokens=3)
+        world.step()
+    (held,) = scheduler.waiting
+    for number in range(40):
+        world.submit([1, number % 3, number // 3 % 3, number // 9 % 3] * 5, max_tokens=3)
+    seen = {request.request_id for request in scheduler.running}
+    while held not in scheduler.running:
+        world.step()
+        seen |= {request.request_id for request in scheduler.running}
+    assert len(seen) - 3 <= 2 + scheduler.max_num_running_reqs
+    world.drain()

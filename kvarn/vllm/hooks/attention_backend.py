@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-from kvarn.presets import PRESETS
 from kvarn.vllm.hooks import Hook
 
 
@@ -21,11 +20,29 @@ def install() -> None:
 
     @wraps(choose)
     def choose_backend(backend: Any, attn_selector_config: Any, **kwargs: Any) -> Any:
-        if attn_selector_config.kv_cache_dtype in PRESETS:
-            return BACKENDS[attn_selector_config.kv_cache_dtype]
-        return choose(backend=backend, attn_selector_config=attn_selector_config, **kwargs)
+        ours = BACKENDS.get(attn_selector_config.kv_cache_dtype)
+        if ours is None:
+            return choose(backend=backend, attn_selector_config=attn_selector_config, **kwargs)
+        _refuse_unsupported(ours, attn_selector_config)
+        return ours
 
     selector._cached_get_attn_backend = choose_backend
+
+
+def _refuse_unsupported(backend: Any, layer: Any) -> None:
+    """Ask of our backend what vLLM's own choice asks of its backends.
+
+    Raises:
+        ValueError: the layer needs what the cache does not have.
+    """
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    if problems := backend.validate_configuration(device_capability=capability, **layer._asdict()):
+        raise ValueError(
+            f"kv_cache_dtype={layer.kv_cache_dtype!r} does not fit this model's attention: {', '.join(problems)}; "
+            "use kv_cache_dtype='auto' for it."
+        )
 
 
 HOOK = Hook(

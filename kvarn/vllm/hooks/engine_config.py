@@ -75,6 +75,8 @@ def _refuse_unsupported(config: Any, preset: Preset) -> None:
 
 def _problems(config: Any, preset: Preset) -> Iterator[str]:
     """What of `config` the cache cannot serve, each the end of a sentence that says what to change."""
+    from vllm import envs
+
     from kvarn.vllm.backend import lane
     from kvarn.vllm.config import KVarNConfig
 
@@ -88,6 +90,10 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield f"needs every layer to be full attention, and this model has others; {use_auto}"
     if model.get_sliding_window() is not None or _has_local_layers(model):
         yield f"does not support sliding-window attention; {use_auto}"
+    if model.is_mm_prefix_lm:
+        yield f"attends to earlier tokens only, and this model's images also to later ones; {use_auto}"
+    if (heads := _heads_per_kv_head(config)) > (most := lane().layer.most_heads_per_kv_head):
+        yield f"serves at most {most} query heads to a KV head, and this model has {heads}; {use_auto}"
     try:
         TileLayout(preset, model.get_head_size())
     except ValueError as error:
@@ -112,6 +118,10 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
             "needs room for a token and its drafts in a step; raise long_prefill_token_threshold from "
             f"{config.scheduler_config.long_prefill_token_threshold} to {config.num_speculative_tokens + 1} or more."
         )
+    if model.enable_sleep_mode:
+        yield "keeps raw tiles outside the memory that vLLM restores; leave enable_sleep_mode out."
+    if envs.VLLM_BATCH_INVARIANT:
+        yield "does not add up in the same order in every batch; leave VLLM_BATCH_INVARIANT out."
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "does not support context parallelism; use tensor_parallel_size instead."
     if parallel.pipeline_parallel_size > 1:
@@ -125,6 +135,11 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
             f"needs a scheduler that plans its slots, not {config.scheduler_config.scheduler_cls}; "
             "derive yours from kvarn.vllm.scheduler.SlotPlanning."
         )
+
+
+def _heads_per_kv_head(config: Any) -> int:
+    model, parallel = config.model_config, config.parallel_config
+    return int(model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel))
 
 
 def _has_local_layers(model: Any) -> bool:
