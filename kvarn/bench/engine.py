@@ -261,18 +261,17 @@ def table(bench: EngineBench, results: list[EngineResult]) -> Table:
     absent = [f"{result.label} did not run: {result.reason}" for result in results if result.reason]
     notes = ["tok/s: generated tokens over the whole time", *held, *absent]
     made = Table(title=f"{what}, {bench.dtype}, {memory}", caption=Text("\n".join(notes)))
-    made.add_column("workload", no_wrap=True)
-    made.add_column("cache dtype", no_wrap=True)
+    made.add_column("workload\n  cache dtype", no_wrap=True)
     several = len(bench.tensor_parallel_sizes) > 1
     for heading in ("tok/s", "decode tok/s", "first token s", *(["of linear scaling"] if several else [])):
         made.add_column(heading, justify="right")
     for place, workload in enumerate(bench.workloads):
         base = first.workloads[place]
-        for row, result in enumerate(ran):
+        made.add_row(workload.label)
+        for result in ran:
             at = result.workloads[place]
             made.add_row(
-                workload.label if row == 0 else "",
-                result.label,
+                f"  {result.label}",
                 _against(at.tokens_per_s, base.tokens_per_s, ".1f"),
                 _against(at.decode_tokens_per_s, base.decode_tokens_per_s, ".1f"),
                 _against(at.first_token_s, base.first_token_s, ".3f"),

@@ -324,7 +324,7 @@ def table(bench: SchedulerBench, report: Report) -> Table:
     )
     made.add_column("workload", no_wrap=True)
     for heading in (
-        "requests",
+        "sent",
         "hits fcfs",
         "hits prefix",
         "TTFT fcfs",
