@@ -56,7 +56,8 @@ def run(settings: QualityRun, json_path: Path | None, progress: Progress) -> dic
             missing = [p for p in settings.protocols if (dtype, p) not in done or _lost(work, dtype, p)]
             if not missing:
                 continue
-            for row in _measure(_worker_settings(settings, model, work, dtype, missing), progress):
+            earlier = {protocol: _earlier(record["rows"], dtype, protocol) for protocol in missing}
+            for row in _measure(_worker_settings(settings, model, work, dtype, earlier), progress):
                 key = (row["dtype"], row["protocol"])
                 record["rows"] = [r for r in record["rows"] if (r["dtype"], r["protocol"]) != key] + [row]
                 _write(json_path, record)
@@ -131,6 +132,12 @@ def _lost(work: Path, dtype: str, protocol: str) -> bool:
     return dtype == REFERENCE and not (work / name).exists()
 
 
+def _earlier(rows: list[Row], dtype: str, protocol: str) -> list[str]:
+    """The dtypes that `dtype` is compared with, besides the reference that each row is against as it is."""
+    names = [row["dtype"] for row in rows if row["protocol"] == protocol]
+    return [name for name in names if name not in (REFERENCE, dtype)]
+
+
 def _check_disk(settings: QualityRun, model: Path, work: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     element_bytes = 4 if settings.dtype == "float32" else 2
@@ -147,7 +154,7 @@ def _check_disk(settings: QualityRun, model: Path, work: Path) -> None:
 
 
 def _worker_settings(
-    settings: QualityRun, model: Path, work: Path, dtype: str, protocols: list[str]
+    settings: QualityRun, model: Path, work: Path, dtype: str, earlier: dict[str, list[str]]
 ) -> WorkerSettings:
     longest = max(settings.context, min(settings.context, 512) + GREEDY_TOKENS)
     if "retrieval" in settings.protocols:
@@ -156,7 +163,8 @@ def _worker_settings(
         model=str(model),
         dtype=settings.dtype,
         kv_cache_dtype=dtype,
-        protocols=protocols,
+        protocols=list(earlier),
+        earlier=earlier,
         work=str(work),
         seed=settings.seed,
         max_model_len=min(longest, _context_limit(model)),

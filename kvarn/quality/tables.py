@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-Row = dict[str, Any]
+from kvarn.quality.differences import Difference, Row, of_presets
 
 TITLES = {
     "prefill": "prefill: a sequence goes in as one prompt",
@@ -28,11 +29,13 @@ class Columns:
 
 
 def tables(record: dict[str, Any]) -> Iterator[Table]:
-    """A table for each protocol that has rows, whole on a terminal of 80 columns."""
+    """A table for each protocol that has rows, then its differences; whole on a terminal of 80 columns."""
     for protocol, title in TITLES.items():
         rows = [row for row in record["rows"] if row["protocol"] == protocol]
         if rows:
             yield _table(TERMINAL[protocol], title, rows)
+        if differences := of_presets(rows):
+            yield _differences_table(differences_title(protocol), differences)
 
 
 def _table(columns: Columns, title: str, rows: list[Row]) -> Table:
@@ -45,6 +48,31 @@ def _table(columns: Columns, title: str, rows: list[Row]) -> Table:
         cells = [] if "refused" in row else columns.cells(row)
         table.add_row(row["dtype"], *cells)
     return table
+
+
+def _differences_table(title: str, differences: list[Difference]) -> Table:
+    table = Table(title=title)
+    table.add_column("cache dtype\n  against", no_wrap=True)
+    for heading in ("KLD", "95 %"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("diverges")
+    for dtype, found in groupby(differences, key=lambda difference: difference.dtype):
+        table.add_row(dtype)
+        for difference in found:
+            table.add_row(f"  {difference.other}", *difference_cells(difference))
+        table.add_section()
+    return table
+
+
+def differences_title(protocol: str) -> str:
+    """Of the differences between rows of one protocol."""
+    return f"Differences of KLD on the same positions, {TITLES[protocol].partition(':')[0]}"
+
+
+def difference_cells(difference: Difference) -> list[str]:
+    """The difference, its interval, and what they say."""
+    low, high = difference.kld_ci
+    return [f"{difference.kld:+.5f}", f"{low:+.5f}..{high:+.5f}", difference.in_words]
 
 
 def interval(ci: list[float], digits: int) -> str:

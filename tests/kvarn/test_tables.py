@@ -78,6 +78,19 @@ def test_quality(protocol: str, expected: str) -> None:
     assert f"fp8 does not run here: {refusal}" in " ".join(text.split())
 
 
+def test_differences() -> None:
+    pair = {"kld": -0.01234, "kld_ci": [-0.02345, 0.01111], "kld_smallest_effect": 0.00321}
+    rows = [
+        {**QUALITY_ROW, "dtype": LONGEST_NAME, "protocol": "prefill"},
+        {**QUALITY_ROW, "dtype": "kvarn_k4v2_g128", "protocol": "prefill", "against": {LONGEST_NAME: pair}},
+    ]
+    _, table = tables.tables({"rows": rows})
+    text = rendered(table)
+    assert LONGEST_NAME in text
+    assert "kvarn_k4v2_g128" in text
+    assert {"-0.01234", "-0.02345..+0.01111", "0.00321"} <= {*figures(text), *text.split()}
+
+
 @pytest.mark.parametrize("rate", [None, 2.5])
 def test_plan(model_dir: Path, rate: float | None) -> None:
     plan = make_plan(str(model_dir), "h200", context=8192, rate=rate)
