@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -15,6 +14,7 @@ from rich.text import Text
 from kvarn.bench.engine import BenchError, Progress
 from kvarn.bench.kernel_settings import AttentionBench, KernelBench
 from kvarn.environment import machine, versions
+from kvarn.records import write_record
 
 if TYPE_CHECKING:
     from kvarn.bench.clock import Launch
@@ -218,8 +218,8 @@ def record(report: Report) -> dict[str, Any]:
 
 
 def write(path: Path, report: Report) -> None:
-    """Writes `record` to `path`."""
-    path.write_text(json.dumps(record(report), indent=2) + "\n")
+    """Writes `record` to `path`; RecordError where that fails."""
+    write_record(path, record(report))
 
 
 def _first_line(error: Exception) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from kvarn.quality import engine_worker
 from kvarn.quality.engine_worker import WorkerSettings
 from kvarn.quality.settings import FIRST_SCORED, REFERENCE, QualityError, QualityRun, read_text
 from kvarn.quality.tasks import GREEDY_TOKENS, RETRIEVAL_LENGTHS
+from kvarn.records import write_record
 
 Progress = Callable[[str, int, int], None]
 Row = dict[str, Any]
@@ -42,6 +42,7 @@ def run(settings: QualityRun, json_path: Path | None, progress: Progress) -> dic
 
     Raises:
         QualityError: an engine failed, the disk is full, or `json_path` holds another run; finished rows are kept.
+        RecordError: `json_path` cannot be written; the rows in it are kept.
         ModelError: the model cannot be found.
     """
     formats = settings.formats
@@ -60,7 +61,8 @@ def run(settings: QualityRun, json_path: Path | None, progress: Progress) -> dic
             for row in _measure(_worker_settings(settings, model, work, dtype, earlier), progress):
                 key = (row["dtype"], row["protocol"])
                 record["rows"] = [r for r in record["rows"] if (r["dtype"], r["protocol"]) != key] + [row]
-                _write(json_path, record)
+                if json_path is not None:
+                    write_record(json_path, record)
     return record
 
 
@@ -195,18 +197,3 @@ def _measure(settings: WorkerSettings, progress: Progress) -> Iterator[Row]:
             raise QualityError(
                 f"the engine with kv_cache_dtype {dtype!r} failed; its log ends:\n{worker.log_tail(log)}"
             )
-
-
-def _write(json_path: Path | None, record: dict[str, Any]) -> None:
-    """Replaces the record in one step, so that a reader or a full disk finds the old one or the new one."""
-    if json_path is None:
-        return
-    scratch = json_path.with_name(f".{json_path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(json.dumps(record, indent=1) + "\n")
-        scratch.replace(json_path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise QualityError(
-            f"{json_path} cannot be written: {error.strerror}; rows up to here are kept"
-        ) from None
