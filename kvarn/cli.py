@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvarn.bench.engine import EngineBench
+from kvarn.bench.engine import EngineBench, EngineResult
 from kvarn.bench.kernel_settings import (
     DecodeBench,
     KernelBench,
@@ -259,7 +259,10 @@ def bench_engine(
     json_path: JsonOption = None,
     plot_path: PlotOption = None,
 ) -> None:
-    """Compare vLLM's speed and capacity with several KV cache dtypes, each in an engine of its own."""
+    """Compare vLLM's speed and capacity with several KV cache dtypes, each in an engine of its own.
+
+    --json is written after each; a failure or Ctrl-C still prints what was measured before it.
+    """
     from kvarn.bench import engine, plot
 
     with one_sentence_errors():
@@ -284,11 +287,16 @@ def bench_engine(
         )
         if shape is None:
             resolve_model(bench.model)  # may show a progress bar of its own
-        with counting_progress("batches") as progress:
-            results = engine.run(bench, progress)
-        out.print(engine.table(bench, results))
-        if json_path is not None:
-            engine.write(json_path, bench, results)
+        results: list[EngineResult] = []
+        try:
+            with counting_progress("batches") as progress:
+                for result in engine.run(bench, progress):
+                    results.append(result)
+                    if json_path is not None:
+                        engine.write(json_path, bench, results)
+        finally:  # what was measured before a failure or Ctrl-C is not lost
+            if results:
+                out.print(engine.table(bench, results))
         if plot_path is not None:
             plot.draw_engine(plot_path, bench, results)
 

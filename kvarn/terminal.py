@@ -26,6 +26,7 @@ from kvarn.bench.engine import BenchError
 from kvarn.model import ModelError
 from kvarn.plan.model_shape import PlanError
 from kvarn.quality.settings import QualityError
+from kvarn.records import RecordError
 from kvarn.report.page import ReportError
 
 out = Console()
@@ -58,7 +59,7 @@ def one_sentence_errors() -> Iterator[None]:
     """Errors a user can act on end the command with their message and exit code 1."""
     try:
         yield
-    except (BenchError, ModelError, PlanError, QualityError, ReportError) as error:
+    except (BenchError, ModelError, PlanError, QualityError, RecordError, ReportError) as error:
         fail(str(error))
 
 

@@ -19,6 +19,7 @@ from kvarn.bench.shapes import SHAPES, write_shape
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL, resolve_model
 from kvarn.presets import get_preset
+from kvarn.records import write_record
 
 Progress = Callable[[str, int, int], None]
 
@@ -209,12 +210,15 @@ def whole_numbers(text: str, what: str, expected: str) -> tuple[int, ...]:
     return tuple(map(int, entries))
 
 
-def run(bench: EngineBench, progress: Progress) -> list[EngineResult]:
+def run(bench: EngineBench, progress: Progress) -> Iterator[EngineResult]:
     """Measures each cache dtype in a process of its own, so that none inherits memory or threads of another.
 
     Args:
         bench: what to measure.
         progress: called with (engine, batches done, batches to do) as work goes on.
+
+    Yields:
+        What each engine reached, as it finishes.
 
     Raises:
         BenchError: an engine of the first size with the first dtype or a preset of ours failed; the message ends with
@@ -222,16 +226,15 @@ def run(bench: EngineBench, progress: Progress) -> list[EngineResult]:
         ModelError: the model cannot be found.
     """
     with model_directory(bench.model, bench.shape) as model_dir:
-        results = []
         for size, name in product(bench.tensor_parallel_sizes, bench.kv_cache_dtypes):
             empty = EngineResult(name, tensor_parallel_size=size)
             try:
-                results.append(_measure(bench, model_dir, empty, progress))
+                result = _measure(bench, model_dir, empty, progress)
             except BenchError as error:
                 if not bench.may_fail(name, size):
                     raise
-                results.append(replace(empty, reason=_last_error(str(error))))
-        return results
+                result = replace(empty, reason=_last_error(str(error)))
+            yield result
 
 
 def scaling(results: list[EngineResult], result: EngineResult, place: int) -> float | None:
@@ -261,18 +264,17 @@ def table(bench: EngineBench, results: list[EngineResult]) -> Table:
     absent = [f"{result.label} did not run: {result.reason}" for result in results if result.reason]
     notes = ["tok/s: generated tokens over the whole time", *held, *absent]
     made = Table(title=f"{what}, {bench.dtype}, {memory}", caption=Text("\n".join(notes)))
-    made.add_column("workload", no_wrap=True)
-    made.add_column("cache dtype", no_wrap=True)
+    made.add_column("workload\n  cache dtype", no_wrap=True)
     several = len(bench.tensor_parallel_sizes) > 1
     for heading in ("tok/s", "decode tok/s", "first token s", *(["of linear scaling"] if several else [])):
         made.add_column(heading, justify="right")
     for place, workload in enumerate(bench.workloads):
         base = first.workloads[place]
-        for row, result in enumerate(ran):
+        made.add_row(workload.label)
+        for result in ran:
             at = result.workloads[place]
             made.add_row(
-                workload.label if row == 0 else "",
-                result.label,
+                f"  {result.label}",
                 _against(at.tokens_per_s, base.tokens_per_s, ".1f"),
                 _against(at.decode_tokens_per_s, base.decode_tokens_per_s, ".1f"),
                 _against(at.first_token_s, base.first_token_s, ".3f"),
@@ -294,8 +296,8 @@ def record(bench: EngineBench, results: list[EngineResult]) -> dict[str, Any]:
 
 
 def write(path: Path, bench: EngineBench, results: list[EngineResult]) -> None:
-    """Writes `record` to `path`."""
-    path.write_text(json.dumps(record(bench, results), indent=2) + "\n")
+    """Writes `record` to `path`; RecordError where that fails."""
+    write_record(path, record(bench, results))
 
 
 def _against(value: float | None, base: float | None, form: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from rich.text import Text
 from kvarn.bench.engine import BenchError, Progress
 from kvarn.bench.kernel_settings import AttentionBench, KernelBench
 from kvarn.environment import machine, versions
+from kvarn.records import write_record
 
 if TYPE_CHECKING:
     from kvarn.bench.clock import Launch
@@ -174,22 +175,23 @@ def table(report: Report) -> Table:
     )
     absent = dict.fromkeys(f"{m.contender} did not run: {m.reason}" for m in report.measurements if m.reason)
     made = Table(title=title, caption=Text("\n".join(["floor: its bytes at copy bandwidth", *absent])))
-    made.add_column("case", no_wrap=True)
-    made.add_column("kernel", no_wrap=True)
-    for heading in ("us", "floor us", "of copy", bench.rate_unit, "vs FA3 fp16"):
+    made.add_column("case\n  kernel", no_wrap=True)
+    for heading in ("us", "floor\nus"):
+        made.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("of copy", bench.rate_unit, "vs FA3 fp16"):
         made.add_column(heading, justify="right")
-    previous = ""
-    for m in report.measurements:
-        made.add_row(
-            m.case if m.case != previous else "",
-            m.contender,
-            _shown(m.us, ".1f"),
-            f"{report.floor_us(m):.1f}",
-            _shown(report.of_copy_bandwidth(m), ".0%"),
-            _shown(report.rate(m), ".2f"),
-            _shown(report.ratio(m), ".2f", "x"),
-        )
-        previous = m.case
+    for case, measured in groupby(report.measurements, key=lambda m: m.case):
+        made.add_row(case)
+        for m in measured:
+            made.add_row(
+                f"  {m.contender}",
+                _shown(m.us, ".1f"),
+                f"{report.floor_us(m):.1f}",
+                _shown(report.of_copy_bandwidth(m), ".0%"),
+                _shown(report.rate(m), ".2f"),
+                _shown(report.ratio(m), ".2f", "x"),
+            )
+        made.add_section()
     return made
 
 
@@ -216,8 +218,8 @@ def record(report: Report) -> dict[str, Any]:
 
 
 def write(path: Path, report: Report) -> None:
-    """Writes `record` to `path`."""
-    path.write_text(json.dumps(record(report), indent=2) + "\n")
+    """Writes `record` to `path`; RecordError where that fails."""
+    write_record(path, record(report))
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from kvarn.bench.workloads import WORKLOADS, Scale, Workload, tenants, unshared
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL
 from kvarn.presets import get_preset
+from kvarn.records import write_record
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -324,7 +325,7 @@ def table(bench: SchedulerBench, report: Report) -> Table:
     )
     made.add_column("workload", no_wrap=True)
     for heading in (
-        "requests",
+        "sent",
         "hits fcfs",
         "hits prefix",
         "TTFT fcfs",
@@ -346,7 +347,7 @@ def table(bench: SchedulerBench, report: Report) -> Table:
 
 
 def write(path: Path, bench: SchedulerBench, report: Report) -> None:
-    """Writes all that is needed to read the results later, as JSON."""
+    """Writes all that is needed to read the results later, as JSON; RecordError where that fails."""
     record = {
         "benchmark": "scheduler",
         "settings": asdict(bench),
@@ -363,7 +364,7 @@ def write(path: Path, bench: SchedulerBench, report: Report) -> None:
         "ordering_ms": report.ordering_ms,
         "plan_us": report.plan_us,
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(path, record)
 
 
 def draw(path: Path, report: Report) -> None:

@@ -6,7 +6,6 @@ first tokens can be anything; the engine itself keeps whole tiles.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from kvarn.bench.engine import BenchError
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL, resolve_model
 from kvarn.presets import get_preset
+from kvarn.records import write_record
 from kvarn.reference.codec import dequantize, quantize
 from kvarn.reference.hadamard import rotate
 from kvarn.tile import TileLayout
@@ -176,7 +176,7 @@ def table(bench: SinksBench, results: list[SinkResult]) -> Table:
 
 
 def write(path: Path, bench: SinksBench, results: list[SinkResult]) -> None:
-    """Writes all that is needed to read the results later, as JSON."""
+    """Writes all that is needed to read the results later, as JSON; RecordError where that fails."""
     record = {
         "benchmark": "sinks",
         "settings": {**asdict(bench), "text": bench.text.name},
@@ -184,4 +184,4 @@ def write(path: Path, bench: SinksBench, results: list[SinkResult]) -> None:
         "machine": machine(),
         "results": [asdict(found) for found in results],
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(path, record)

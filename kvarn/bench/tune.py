@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -18,6 +17,7 @@ from kvarn.bench.kernel_cases import DecodeCase, QuantizeCase
 from kvarn.bench.kernel_settings import DecodeBench, QuantizeBench
 from kvarn.environment import machine, versions
 from kvarn.kernels.settings import Settings, settings_for
+from kvarn.records import write_record
 
 CANDIDATES: dict[str, tuple[int, ...]] = {
     "decode_parts": (4, 6, 8, 10, 12, 16),
@@ -100,7 +100,7 @@ def measure(
 
 
 def write(path: Path, tuning: Tuning) -> None:
-    """Writes all that was measured, as JSON."""
+    """Writes all that was measured, as JSON; RecordError where that fails."""
     record = {
         "benchmark": "tune",
         **asdict(tuning),
@@ -108,7 +108,7 @@ def write(path: Path, tuning: Tuning) -> None:
         "versions": versions(),
         "machine": machine(),
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(path, record)
 
 
 def table(tuning: Tuning) -> Table:

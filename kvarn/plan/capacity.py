@@ -221,7 +221,8 @@ def table(plan: Plan) -> Table:
     where = f"{plan.tensor_parallel} x {plan.gpu}" if plan.tensor_parallel > 1 else plan.gpu
     made = Table(title=f"{plan.model} on {where}, {plan.context:,} tokens a sequence")
     made.add_column("cache dtype", no_wrap=True)
-    headings = ["tokens held", "", "seqs", "side pool", "step", "tok/s"]
+    made.add_column("tokens held", justify="right")
+    headings = ["seqs", "side\npool", "step", "tok/s"]
     if plan.rate is not None:
         headings.append(f"at {plan.rate:g}/s")
     for heading in headings:
@@ -229,11 +230,10 @@ def table(plan: Plan) -> Table:
     first = plan.rows[0]
     for row in plan.rows:
         if row.refused:
-            made.add_row(row.dtype, "-", row.refused)
+            made.add_row(row.dtype, "-")
             continue
         cells = [
-            f"{row.tokens:,}",
-            f"{row.tokens / max(first.tokens, 1):.2f}x",
+            f"{row.tokens:,} {row.tokens / max(first.tokens, 1):.2f}x",
             f"{row.sequences:,}",
             f"{100 * row.side_pool_share:.1f} %",
             f"{row.decode_ms:.1f} ms",
@@ -243,8 +243,9 @@ def table(plan: Plan) -> Table:
             fits = row.running is not None and row.running <= row.sequences
             cells.append("too many" if not fits or row.running is None else f"{row.running:.1f}")
         made.add_row(row.dtype, *cells)
+    refused = "".join(f"{row.dtype}: {row.refused}\n" for row in plan.rows if row.refused)
     made.caption = (
-        f"weights {plan.weight_gib_per_gpu:.1f} GiB a GPU; decode is bandwidth alone: caches at "
+        f"{refused}weights {plan.weight_gib_per_gpu:.1f} GiB a GPU; decode is bandwidth alone: caches at "
         f"{ATTENTION_OF_COPY['kvarn']:.0%} (KVarN) and {ATTENTION_OF_COPY['auto']:.0%} (others: fp8 "
         f"{ATTENTION_OF_COPY['fp8']:.0%}) of a copy's, full context read each step"
     )

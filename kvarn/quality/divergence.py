@@ -93,6 +93,26 @@ def summarize(measured: Floats, first_position: int, seed: int) -> dict[str, Any
     }
 
 
+def contrast(measured: Floats, other: Floats, seed: int) -> dict[str, Any]:
+    """What sets two caches apart on the same positions: the first minus the second, perplexities as a ratio.
+
+    Args:
+        measured: [sequences, positions, 4], what `compare` gives.
+        other: the same of another cache.
+        seed: of the bootstrap.
+    """
+    kld = estimate(measured[..., 0] - other[..., 0], seed)
+    excess = estimate(measured[..., 1] - other[..., 1], seed)
+    return {
+        "kld": kld.value,
+        "kld_ci": [kld.low, kld.high],
+        "kld_smallest_effect": kld.smallest_effect,
+        "ppl_ratio": float(np.exp(excess.value)),
+        "ppl_ratio_ci": [float(np.exp(excess.low)), float(np.exp(excess.high))],
+        "ppl_smallest_effect": float(np.expm1(excess.smallest_effect)),
+    }
+
+
 def by_position(kld: Floats, first_position: int, seed: int) -> list[dict[str, Any]]:
     """Mean KLD of stretches of context that double in length."""
     rows = []

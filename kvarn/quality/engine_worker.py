@@ -32,7 +32,9 @@ class WorkerSettings:
         dtype: of weights and activations.
         kv_cache_dtype: vLLM's name, or that of a simulated format.
         protocols: what to run.
-        work: directory with `sequences.json`, and the reference's logits and answers once it has run.
+        earlier: for each of them, dtypes that have a row and that this one is compared with.
+        work: directory with `sequences.json`, the reference's logits and answers once it has run, and what each
+            dtype measured at each position.
         seed: of the bootstrap and the tasks.
         max_model_len: tokens of the longest request.
         max_num_seqs: requests at once.
@@ -42,6 +44,7 @@ class WorkerSettings:
     dtype: str
     kv_cache_dtype: str
     protocols: list[str]
+    earlier: dict[str, list[str]]
     work: str
     seed: int
     max_model_len: int

@@ -17,7 +17,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from kvarn.quality import tasks
-from kvarn.quality.divergence import Floats, compare, estimate, summarize
+from kvarn.quality.divergence import Floats, compare, contrast, estimate, summarize
 from kvarn.quality.settings import FIRST_SCORED, REFERENCE, TILE, QualityError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Measurement:
                     [sequence[:-1]], [SamplingParams(temperature=0, max_tokens=1, detokenize=False)]
                 )
         self._progress("prefill", len(self._sequences), len(self._sequences))
-        return scores.summary()
+        return self._summary("prefill", scores)
 
     def _pseudo_decode(self) -> dict[str, Any]:
         scores = self._scores("pseudo_decode")
@@ -94,7 +94,7 @@ class Measurement:
                     for index in indices
                 ],
             )
-        return scores.summary()
+        return self._summary("pseudo_decode", scores)
 
     def _retrieval(self) -> dict[str, Any]:
         asked = tasks.questions(self._llm.get_tokenizer(), self._settings.max_model_len, self._settings.seed)
@@ -174,7 +174,21 @@ class Measurement:
             dtype=self._llm.llm_engine.model_config.dtype,
         )
         is_reference = self._settings.kv_cache_dtype == REFERENCE
-        return _Scores(self._sequences, logits, is_reference, self._finite, self._settings.seed)
+        return _Scores(self._sequences, logits, is_reference, self._finite)
+
+    def _summary(self, protocol: str, scores: _Scores) -> dict[str, Any]:
+        """The fields of a row, pairs with the dtypes before this one among them; measures are kept for those after."""
+        measured, seed = scores.complete(), self._settings.seed
+        np.save(self._measures(protocol, self._settings.kv_cache_dtype), measured.astype(np.float32))
+        against = {
+            other: contrast(measured, np.load(path).astype(np.float64), seed)
+            for other in self._settings.earlier[protocol]
+            if (path := self._measures(protocol, other)).exists()
+        }
+        return {**summarize(measured, FIRST_SCORED, seed), "against": against}
+
+    def _measures(self, protocol: str, dtype: str) -> Path:
+        return self._work / f"{protocol}.{dtype}.npy"
 
     @contextmanager
     def _hidden_states(
@@ -260,10 +274,9 @@ class _Scores:
         reference: ReferenceLogits,
         is_reference: bool,
         finite: _FiniteLayers,
-        seed: int,
     ) -> None:
         self._tokens = torch.tensor(sequences)
-        self._reference, self._is_reference, self._finite, self._seed = reference, is_reference, finite, seed
+        self._reference, self._is_reference, self._finite = reference, is_reference, finite
         self._measured: Floats = np.full((len(sequences), len(sequences[0]) - 1 - FIRST_SCORED, 4), np.nan)
 
     def record_chunk(self, sequence: int, positions: Tensor, compute_logits: Any, hidden: Tensor) -> None:
@@ -290,11 +303,11 @@ class _Scores:
         following = self._tokens[sequence, position + 1 : position + 1 + len(logits)]
         self._measured[sequence, index : index + len(logits)] = compare(reference, logits, following).numpy()
 
-    def summary(self) -> dict[str, Any]:
-        """The fields of a row."""
+    def complete(self) -> Floats:
+        """[sequences, positions, 4]; QualityError unless every position was scored."""
         if np.isnan(self._measured).any():
             raise QualityError("the engine left positions out: this is a bug of the measurement")
-        return summarize(self._measured, FIRST_SCORED, self._seed)
+        return self._measured
 
 
 class _FiniteLayers:

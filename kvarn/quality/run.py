@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from kvarn.quality import engine_worker
 from kvarn.quality.engine_worker import WorkerSettings
 from kvarn.quality.settings import FIRST_SCORED, REFERENCE, QualityError, QualityRun, read_text
 from kvarn.quality.tasks import GREEDY_TOKENS, RETRIEVAL_LENGTHS
+from kvarn.records import write_record
 
 Progress = Callable[[str, int, int], None]
 Row = dict[str, Any]
@@ -42,6 +42,7 @@ def run(settings: QualityRun, json_path: Path | None, progress: Progress) -> dic
 
     Raises:
         QualityError: an engine failed, the disk is full, or `json_path` holds another run; finished rows are kept.
+        RecordError: `json_path` cannot be written; the rows in it are kept.
         ModelError: the model cannot be found.
     """
     formats = settings.formats
@@ -56,10 +57,12 @@ def run(settings: QualityRun, json_path: Path | None, progress: Progress) -> dic
             missing = [p for p in settings.protocols if (dtype, p) not in done or _lost(work, dtype, p)]
             if not missing:
                 continue
-            for row in _measure(_worker_settings(settings, model, work, dtype, missing), progress):
+            earlier = {protocol: _earlier(record["rows"], dtype, protocol) for protocol in missing}
+            for row in _measure(_worker_settings(settings, model, work, dtype, earlier), progress):
                 key = (row["dtype"], row["protocol"])
                 record["rows"] = [r for r in record["rows"] if (r["dtype"], r["protocol"]) != key] + [row]
-                _write(json_path, record)
+                if json_path is not None:
+                    write_record(json_path, record)
     return record
 
 
@@ -131,6 +134,12 @@ def _lost(work: Path, dtype: str, protocol: str) -> bool:
     return dtype == REFERENCE and not (work / name).exists()
 
 
+def _earlier(rows: list[Row], dtype: str, protocol: str) -> list[str]:
+    """The dtypes that `dtype` is compared with, besides the reference that each row is against as it is."""
+    names = [row["dtype"] for row in rows if row["protocol"] == protocol]
+    return [name for name in names if name not in (REFERENCE, dtype)]
+
+
 def _check_disk(settings: QualityRun, model: Path, work: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     element_bytes = 4 if settings.dtype == "float32" else 2
@@ -147,7 +156,7 @@ def _check_disk(settings: QualityRun, model: Path, work: Path) -> None:
 
 
 def _worker_settings(
-    settings: QualityRun, model: Path, work: Path, dtype: str, protocols: list[str]
+    settings: QualityRun, model: Path, work: Path, dtype: str, earlier: dict[str, list[str]]
 ) -> WorkerSettings:
     longest = max(settings.context, min(settings.context, 512) + GREEDY_TOKENS)
     if "retrieval" in settings.protocols:
@@ -156,7 +165,8 @@ def _worker_settings(
         model=str(model),
         dtype=settings.dtype,
         kv_cache_dtype=dtype,
-        protocols=protocols,
+        protocols=list(earlier),
+        earlier=earlier,
         work=str(work),
         seed=settings.seed,
         max_model_len=min(longest, _context_limit(model)),
@@ -187,18 +197,3 @@ def _measure(settings: WorkerSettings, progress: Progress) -> Iterator[Row]:
             raise QualityError(
                 f"the engine with kv_cache_dtype {dtype!r} failed; its log ends:\n{worker.log_tail(log)}"
             )
-
-
-def _write(json_path: Path | None, record: dict[str, Any]) -> None:
-    """Replaces the record in one step, so that a reader or a full disk finds the old one or the new one."""
-    if json_path is None:
-        return
-    scratch = json_path.with_name(f".{json_path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(json.dumps(record, indent=1) + "\n")
-        scratch.replace(json_path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise QualityError(
-            f"{json_path} cannot be written: {error.strerror}; rows up to here are kept"
-        ) from None

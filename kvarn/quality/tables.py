@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
+
+from kvarn.quality.differences import Difference, Row, of_presets
 
 TITLES = {
     "prefill": "prefill: a sequence goes in as one prompt",
@@ -15,25 +20,59 @@ TITLES = {
 }
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What follows the cache dtype: headings, and the cells of a row that was measured."""
+
+    headings: tuple[str, ...]
+    cells: Callable[[Row], list[str]]
+
+
 def tables(record: dict[str, Any]) -> Iterator[Table]:
-    """A table for each protocol that has rows."""
+    """A table for each protocol that has rows, then its differences; whole on a terminal of 80 columns."""
     for protocol, title in TITLES.items():
         rows = [row for row in record["rows"] if row["protocol"] == protocol]
         if rows:
-            yield _table(protocol, title, rows)
+            yield _table(TERMINAL[protocol], title, rows)
+        if differences := of_presets(rows):
+            yield _differences_table(differences_title(protocol), differences)
 
 
-def _table(protocol: str, title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title)
+def _table(columns: Columns, title: str, rows: list[Row]) -> Table:
+    refused = [f"{row['dtype']} does not run here: {row['refused']}" for row in rows if "refused" in row]
+    table = Table(title=title, caption=Text("\n".join(refused)) if refused else None)
     table.add_column("cache dtype", no_wrap=True)
-    for heading in ("bytes/token", *HEADINGS[protocol]):
-        table.add_column(heading, justify="right")
+    for heading in columns.headings:
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        if "refused" in row:
-            table.add_row(row["dtype"], "-", f"does not run here: {row['refused']}")
-        else:
-            table.add_row(row["dtype"], f"{row['bytes_per_token']:,.0f}", *CELLS[protocol](row))
+        cells = [] if "refused" in row else columns.cells(row)
+        table.add_row(row["dtype"], *cells)
     return table
+
+
+def _differences_table(title: str, differences: list[Difference]) -> Table:
+    table = Table(title=title)
+    table.add_column("cache dtype\n  against", no_wrap=True)
+    for heading in ("KLD", "95 %"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("diverges")
+    for dtype, found in groupby(differences, key=lambda difference: difference.dtype):
+        table.add_row(dtype)
+        for difference in found:
+            table.add_row(f"  {difference.other}", *difference_cells(difference))
+        table.add_section()
+    return table
+
+
+def differences_title(protocol: str) -> str:
+    """Of the differences between rows of one protocol."""
+    return f"Differences of KLD on the same positions, {TITLES[protocol].partition(':')[0]}"
+
+
+def difference_cells(difference: Difference) -> list[str]:
+    """The difference, its interval, and what they say."""
+    low, high = difference.kld_ci
+    return [f"{difference.kld:+.5f}", f"{low:+.5f}..{high:+.5f}", difference.in_words]
 
 
 def interval(ci: list[float], digits: int) -> str:
@@ -41,22 +80,33 @@ def interval(ci: list[float], digits: int) -> str:
     return f"{ci[0]:.{digits}f}..{ci[1]:.{digits}f}"
 
 
-def _logit_cells(row: dict[str, Any]) -> list[str]:
+def _logit_cells(row: Row) -> list[str]:
     return [
+        _bytes_per_token(row),
         f"{row['kld_mean']:.5f}",
         interval(row["kld_mean_ci"], 5),
         f"{row['kld_smallest_effect']:.5f}",
         f"{row['kld_median']:.5f}",
         f"{row['kld_p999']:.3f}",
         f"{row['ppl']:.3f}",
-        f"{100 * (row['ppl_ratio'] - 1):+.2f} %",
+        _against_auto(row),
         f"{100 * row['ppl_smallest_effect']:.2f} %",
         f"{100 * row['top1']:.1f} %",
     ]
 
 
-def _retrieval_cells(row: dict[str, Any]) -> list[str]:
+def _narrow_logit_cells(row: Row) -> list[str]:
     return [
+        _bytes_per_token(row),
+        f"{row['kld_mean']:.5f}\n{interval(row['kld_mean_ci'], 5)}",
+        f"{_against_auto(row)}\n{100 * row['ppl_smallest_effect']:.2f} %",
+        f"{100 * row['top1']:.1f} %",
+    ]
+
+
+def _retrieval_cells(row: Row) -> list[str]:
+    return [
+        _bytes_per_token(row),
         f"{100 * row['accuracy']:.0f} %",
         interval(row["accuracy_ci"], 2),
         f"{100 * row['lost']:+.0f} %",
@@ -65,34 +115,60 @@ def _retrieval_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _greedy_cells(row: dict[str, Any]) -> list[str]:
+def _narrow_retrieval_cells(row: Row) -> list[str]:
+    size, right, right_interval, lost, lost_interval, visible = _retrieval_cells(row)
+    return [size, f"{right}\n{right_interval}", f"{lost}\n{lost_interval}", visible]
+
+
+def _greedy_cells(row: Row) -> list[str]:
     return [
+        _bytes_per_token(row),
         f"{row['equal_tokens_mean']:.0f} of {row['of_tokens']}",
         interval(row["equal_tokens_ci"], 0),
         f"{100 * row['never_diverged']:.0f} %",
     ]
 
 
-_LOGIT_HEADINGS = (
-    "KLD mean",
-    "95 %",
-    "visible from",
-    "median",
-    "99.9 %",
-    "ppl",
-    "against auto",
-    "visible from",
-    "top 1",
+def _bytes_per_token(row: Row) -> str:
+    return f"{row['bytes_per_token']:,.0f}"
+
+
+def _against_auto(row: Row) -> str:
+    return f"{100 * (row['ppl_ratio'] - 1):+.2f} %"
+
+
+_LOGITS = Columns(
+    (
+        "bytes/token",
+        "KLD mean",
+        "95 %",
+        "visible from",
+        "median",
+        "99.9 %",
+        "ppl",
+        "against auto",
+        "visible from",
+        "top 1",
+    ),
+    _logit_cells,
 )
-HEADINGS = {
-    "prefill": _LOGIT_HEADINGS,
-    "pseudo_decode": _LOGIT_HEADINGS,
-    "retrieval": ("right", "95 %", "lost against auto", "95 %", "visible from"),
-    "greedy": ("equal tokens", "95 %", "never diverged"),
+_NARROW_LOGITS = Columns(
+    ("bytes/\ntoken", "KLD mean\n95 %", "ppl\nagainst\nauto,\nvisible\nfrom", "top 1"), _narrow_logit_cells
+)
+# Columns on a page, and those on a terminal: there, intervals and what is visible stand in second lines.
+PAGE = {
+    "prefill": _LOGITS,
+    "pseudo_decode": _LOGITS,
+    "retrieval": Columns(
+        ("bytes/token", "right", "95 %", "lost against auto", "95 %", "visible from"), _retrieval_cells
+    ),
+    "greedy": Columns(("bytes/token", "equal tokens", "95 %", "never diverged"), _greedy_cells),
 }
-CELLS = {
-    "prefill": _logit_cells,
-    "pseudo_decode": _logit_cells,
-    "retrieval": _retrieval_cells,
-    "greedy": _greedy_cells,
+TERMINAL = {
+    "prefill": _NARROW_LOGITS,
+    "pseudo_decode": _NARROW_LOGITS,
+    "retrieval": Columns(
+        ("bytes/\ntoken", "right\n95 %", "lost\nagainst auto\n95 %", "visible\nfrom"), _narrow_retrieval_cells
+    ),
+    "greedy": Columns(("bytes/\ntoken", "equal\ntokens", "95 %", "never\ndiverged"), _greedy_cells),
 }

@@ -7,7 +7,8 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from kvarn.quality import plot as quality_plot
-from kvarn.quality.tables import CELLS, HEADINGS, TITLES
+from kvarn.quality.differences import of_presets
+from kvarn.quality.tables import PAGE, TITLES, difference_cells, differences_title
 from kvarn.report.page import Record, chart, table
 
 if TYPE_CHECKING:
@@ -39,9 +40,15 @@ def _quality(record: Record) -> Iterator[str]:
         if rows:
             yield f"<h3>{escape(title)}</h3>"
             yield table(
-                ["cache dtype", "bytes/token", *HEADINGS[protocol]],
+                ["cache dtype", *PAGE[protocol].headings],
                 [_quality_cells(protocol, row) for row in rows],
                 [row["dtype"].startswith("kvarn_k") for row in rows],
+            )
+        if differences := of_presets(rows):
+            yield f"<h3>{escape(differences_title(protocol))}</h3>"
+            yield table(
+                ["cache dtype", "against", "KLD", "95 %", "diverges"],
+                [[found.dtype, found.other, *difference_cells(found)] for found in differences],
             )
     dtypes = ",".join(dict.fromkeys(row["dtype"] for row in record["rows"]))
     yield _command(
@@ -53,7 +60,7 @@ def _quality(record: Record) -> Iterator[str]:
 def _quality_cells(protocol: str, row: Record) -> list[str]:
     if "refused" in row:
         return [row["dtype"], f"does not run here: {row['refused']}"]
-    return [row["dtype"], f"{row['bytes_per_token']:,.0f}", *CELLS[protocol](row)]
+    return [row["dtype"], *PAGE[protocol].cells(row)]
 
 
 def _plan(record: Record) -> Iterator[str]:

@@ -5,11 +5,13 @@ import json
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from kvarn import worker
 from kvarn.bench import engine, plot, scheduler
 from kvarn.bench.engine import BenchError, EngineBench, EngineResult, Workload, WorkloadResult
 from kvarn.bench.scheduler import SchedulerBench
+from kvarn.cli import app
 from tests.kvarn.engines import make_llama
 
 SMALL = {"dtype": "float32", "repeats": 1, "enforce_eager": True, "kv_cache_memory_gib": 0.25}
@@ -18,7 +20,7 @@ SMALL = {"dtype": "float32", "repeats": 1, "enforce_eager": True, "kv_cache_memo
 def test_speed_and_capacity_of_each_dtype(tmp_path):
     bench = EngineBench(workloads=(Workload(2, 150, 6), Workload(1, 200, 1)), **SMALL)
     seen = []
-    results = engine.run(bench, lambda *progress: seen.append(progress))
+    results = list(engine.run(bench, lambda *progress: seen.append(progress)))
 
     auto, kvarn = results
     assert [auto.kv_cache_dtype, kvarn.kv_cache_dtype] == ["auto", "kvarn_k4v2_g128"]
@@ -44,7 +46,31 @@ def test_a_failed_engine_shows_its_log():
     with pytest.raises(
         BenchError, match=r"engine of no_such_dtype failed; its log ends:(.|\n)*no_such_dtype"
     ):
-        engine.run(bench, lambda *progress: None)
+        list(engine.run(bench, lambda *progress: None))
+
+
+@pytest.mark.parametrize(
+    ("ending", "exit_code", "sentence"),
+    [
+        (BenchError("the engine of kvarn_k4v2_g128 failed"), 1, "error: the engine of"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch, ending, exit_code, sentence):
+    def measure(bench, model_dir, empty, progress):
+        if empty.kv_cache_dtype != "auto":
+            raise ending
+        at = WorkloadResult("4x1000+64", 12.5, 0.5, 1000.0, 20.0, [])
+        return EngineResult("auto", [at], 1.0, 100, 16)
+
+    monkeypatch.setattr(engine, "_measure", measure)
+    path = tmp_path / "out.json"
+    result = CliRunner().invoke(app, ["bench", "engine", "--shape", "1b", "--json", str(path)])
+    assert result.exit_code == exit_code
+    assert sentence in result.stderr
+    assert "12.5 1.00x" in result.stdout
+    (kept,) = json.loads(path.read_text())["results"]
+    assert (kept["kv_cache_dtype"], kept["workloads"][0]["tokens_per_s"]) == ("auto", 12.5)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from kvarn.cli import app
 from kvarn.presets import PRESETS
-from kvarn.quality import divergence, formats, plot, run, tasks
+from kvarn.quality import differences, divergence, formats, plot, run, tasks
 from kvarn.quality.settings import QualityError, QualityRun, read_text
 from kvarn.reference import codec, hadamard
 from kvarn.tile import TileLayout
@@ -158,3 +158,72 @@ def test_charts_of_formats_and_knobs_are_drawn(tmp_path: Path) -> None:
     drawn = plot.figure({"rows": rows}).axes
     assert [len(axes.get_lines()) > 0 for axes in drawn] == [True, True, True]
     assert list(drawn[1].get_lines()[0].get_ydata()) == [0.01, 0.02, 0.02]
+
+
+def measures(kld: np.ndarray, nll: np.ndarray | float = 2.0) -> np.ndarray:
+    """[sequences, positions, 4] as `compare` gives them, of divergences and of our -log p."""
+    return np.stack([kld, np.broadcast_to(nll, kld.shape), np.full_like(kld, 2.0), np.ones_like(kld)], -1)
+
+
+def test_a_pair_shows_a_difference_that_two_intervals_hide() -> None:
+    draw = np.random.default_rng(0)
+    hard = draw.exponential(1.0, (8, 256)) * draw.exponential(1.0, (8, 4)).repeat(64, 1)
+    noise = draw.normal(0, 0.02, hard.shape)
+    worse, better = measures(hard, 2.0), measures(0.9 * hard + noise, 1.9)
+    alone = [divergence.summarize(measured, 256, seed=0)["kld_mean_ci"] for measured in (better, worse)]
+    assert alone[0][1] > alone[1][0], "the intervals overlap"
+    pair = divergence.contrast(better, worse, seed=0)
+    assert pair["kld"] == pytest.approx(-0.1 * hard.mean(), rel=0.1)
+    assert pair["kld_ci"][0] < pair["kld"] < pair["kld_ci"][1] < 0
+    assert pair["ppl_ratio"] == pytest.approx(np.exp(-0.1))
+    assert pair["ppl_ratio_ci"] == pytest.approx([np.exp(-0.1)] * 2)
+    turned = divergence.contrast(worse, better, seed=0)
+    assert turned["kld"] == pytest.approx(-pair["kld"])
+    assert turned["kld_smallest_effect"] == pytest.approx(pair["kld_smallest_effect"])
+
+
+def test_a_pair_without_a_difference_says_what_it_could_have_shown() -> None:
+    one, other = np.random.default_rng(0).exponential(1.0, (2, 8, 256))
+    pair = divergence.contrast(measures(one), measures(other), seed=0)
+    assert pair["kld_ci"][0] < 0 < pair["kld_ci"][1]
+    assert pair["kld_smallest_effect"] > 0
+    equal = divergence.contrast(measures(one), measures(one), seed=0)
+    assert (equal["kld"], equal["kld_ci"], equal["ppl_ratio"]) == (0.0, [0.0, 0.0], 1.0)
+
+
+def pair_of(kld: float, low: float, high: float) -> dict:
+    return {"kld": kld, "kld_ci": [low, high], "kld_smallest_effect": 0.004}
+
+
+def test_differences_are_found_in_the_later_of_two_rows() -> None:
+    rows = [
+        {"dtype": "auto", "against": {}},
+        {"dtype": "kivi_k4v2", "against": {}},
+        {"dtype": "fp8", "refused": "no"},
+        {"dtype": "kvarn_k4v2_g128", "against": {"kivi_k4v2": pair_of(-0.01, -0.02, -0.005)}},
+        {
+            "dtype": "kvarn_paper_k4v2",
+            "against": {
+                "kivi_k4v2": pair_of(0.5, 0.4, 0.6),
+                "kvarn_k4v2_g128": pair_of(0.001, -0.001, 0.002),
+            },
+        },
+        {"dtype": "kvarn_k4v4_g128", "against": {"kvarn_k4v2_g128": pair_of(-0.008, -0.009, -0.007)}},
+    ]
+    found = differences.of_presets(rows)
+    assert [(d.dtype, d.other, d.kld, d.kld_ci) for d in found] == [
+        ("kvarn_k4v2_g128", "kivi_k4v2", -0.01, (-0.02, -0.005)),
+        ("kvarn_k4v2_g128", "kvarn_paper_k4v2", -0.001, (-0.002, 0.001)),
+        ("kvarn_k4v2_g128", "kvarn_k4v4_g128", 0.008, (0.007, 0.009)),
+        ("kvarn_k4v4_g128", "kvarn_k4v2_g128", -0.008, (-0.009, -0.007)),
+    ]
+    assert [d.in_words for d in found] == [
+        "less",
+        "no difference shown (visible from 0.00400)",
+        "more",
+        "less",
+    ]
+
+
+def test_rows_of_older_records_have_no_pairs() -> None:
+    assert differences.of_presets([{"dtype": "kivi_k4v2"}, {"dtype": "kvarn_k4v2_g128"}]) == []

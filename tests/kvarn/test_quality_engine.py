@@ -25,6 +25,7 @@ def record_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = CliRunner().invoke(app, ["quality", *options, "--protocols", "prefill,pseudo_decode,greedy"])
     assert result.exit_code == 0, result.stderr
     assert "kvarn_k4v2_g128" in result.stdout
+    assert "Differences of KLD on the same positions, prefill" in result.stdout
     return path
 
 
@@ -73,6 +74,16 @@ def test_the_simulation_measures_what_the_engine_does(rows: dict, protocol: str)
     engine, simulated = rows["kvarn_k4v2_g128", protocol], rows["simulated_kvarn_k4v2_g128", protocol]
     assert simulated["kld_mean"] == pytest.approx(engine["kld_mean"], rel=0.25)
     assert simulated["bytes_per_token"] == engine["bytes_per_token"]
+
+
+@pytest.mark.parametrize("protocol", ["prefill", "pseudo_decode"])
+def test_rows_hold_pairs_with_those_measured_before(rows: dict, protocol: str) -> None:
+    engine, simulated = rows["kvarn_k4v2_g128", protocol], rows["simulated_kvarn_k4v2_g128", protocol]
+    assert rows["auto", protocol]["against"] == engine["against"] == {}
+    (pair,) = simulated["against"].values()
+    assert list(simulated["against"]) == ["kvarn_k4v2_g128"]
+    assert pair["kld"] == pytest.approx(simulated["kld_mean"] - engine["kld_mean"], abs=1e-6)
+    assert pair["ppl_ratio"] == pytest.approx(simulated["ppl_ratio"] / engine["ppl_ratio"], rel=1e-5)
 
 
 def test_greedy_answers_are_compared_with_the_references(rows: dict) -> None:
@@ -125,9 +136,9 @@ def test_logits_that_are_not_finite_name_the_layer() -> None:
 
 def test_a_row_without_every_position_is_an_error(tmp_path: Path) -> None:
     logits = measure.ReferenceLogits(tmp_path / "x", 10, 7, torch.float32)
-    scores = measure._Scores([[0] * 267], logits, True, measure._FiniteLayers(nn.Module()), 0)
+    scores = measure._Scores([[0] * 267], logits, True, measure._FiniteLayers(nn.Module()))
     scores.record(0, 256, torch.zeros(1, 7))
     with pytest.raises(QualityError, match="left positions out"):
-        scores.summary()
+        scores.complete()
     with pytest.raises(QualityError, match="logits at position 257 are not finite"):
         scores.record(0, 257, torch.full((1, 7), math.nan))

@@ -39,6 +39,8 @@ def quality_record() -> dict:
 
     refused = {"dtype": "fp8", "protocol": "pseudo_decode", "refused": "FP8 needs <AVX-512> & AMX"}
     rows = [logits("kvarn_k4v2_g128", 0.01, 4860.0), logits("kivi_k4v2", 0.03, 5000.0), refused]
+    pair = {"kld": 0.02, "kld_ci": [0.015, 0.025], "kld_smallest_effect": 0.005}
+    rows[1]["against"] = {"kvarn_k4v2_g128": pair}
     settings = {"model": "m", "tokens": 4096, "context": 512, "dtype": "float32", "seed": 0}
     return {
         "benchmark": "quality",
@@ -79,6 +81,8 @@ def test_the_page_needs_nothing_else(page: Path) -> None:
     assert "--workloads 2x100+8" in text
     assert "did not run: no AVX-512" in text
     assert text.count("<svg") == 2
+    assert "Differences of KLD on the same positions, pseudo-decode" in text
+    assert "-0.02500..-0.01500</td><td>less" in text
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")

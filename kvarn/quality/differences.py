@@ -1,0 +1,59 @@
+"""What sets two cache dtypes apart, on the same positions: better known than the interval of each says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvarn.presets import PRESETS
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One dtype against another.
+
+    Attributes:
+        kld: mean KL divergence of `dtype` minus that of `other`, in nats.
+        kld_ci: its 95 % interval.
+        smallest_effect: the smallest difference that the sample could have shown.
+    """
+
+    dtype: str
+    other: str
+    kld: float
+    kld_ci: tuple[float, float]
+    smallest_effect: float
+
+    @property
+    def in_words(self) -> str:
+        """Whether `dtype` diverges less or more than `other`, or what the sample could have shown."""
+        low, high = self.kld_ci
+        if high < 0:
+            return "less"
+        return "more" if low > 0 else f"no difference shown (visible from {self.smallest_effect:.5f})"
+
+
+def of_presets(rows: list[Row]) -> list[Difference]:
+    """Each KVarN preset against every other dtype that a pair was measured of, by rows of one protocol."""
+    dtypes = [row["dtype"] for row in rows]
+    pairs = {(row["dtype"], other): pair for row in rows for other, pair in row.get("against", {}).items()}
+    return [
+        found
+        for dtype in dtypes
+        if dtype in PRESETS
+        for other in dtypes
+        if (found := _difference(pairs, dtype, other)) is not None
+    ]
+
+
+def _difference(pairs: dict[tuple[str, str], dict[str, Any]], dtype: str, other: str) -> Difference | None:
+    """The row that was measured later holds the pair."""
+    if (pair := pairs.get((dtype, other))) is not None:
+        low, high = pair["kld_ci"]
+        return Difference(dtype, other, pair["kld"], (low, high), pair["kld_smallest_effect"])
+    if (pair := pairs.get((other, dtype))) is not None:
+        low, high = pair["kld_ci"]
+        return Difference(dtype, other, -pair["kld"], (-high, -low), pair["kld_smallest_effect"])
+    return None
