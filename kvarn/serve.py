@@ -30,7 +30,7 @@ from kvarn.terminal import CommandError, err, fail, out
 
 if TYPE_CHECKING:
     from kvarn.v1 import cluster_pb2
-    from serve_app.launch import App, Deployment
+    from serve_app.launch import App, Dashboard, Deployment
     from serve_app.terminal import Answer
 
 
@@ -60,7 +60,7 @@ def serve(
         with ExitStack() as stack:
             state = None
             with _start_progress() as progress:
-                stack.enter_context(running(launched, progress, timeout_s))
+                dashboard = stack.enter_context(running(launched, progress, timeout_s))
                 if reachable:
                     client = stack.enter_context(Client(launched.address, api_key=api_key))
                     client.wait_ready(timeout_s)
@@ -69,7 +69,7 @@ def serve(
                 teller.asked(say)
                 messages = [{"role": "user", "content": say}]
                 teller.answered(stream_answer(client, messages, teller.console, max_tokens))
-            teller.ready(launched, state, model_dir)
+            teller.ready(launched, state, model_dir, dashboard)
             _wait_for_interrupt()
         teller.stopped()
 
@@ -91,13 +91,24 @@ class Words:
 
         out.print(answer_table(answer))
 
-    def ready(self, app: App, state: cluster_pb2.GetCacheStateResponse | None, model_dir: Path) -> None:
+    def ready(
+        self,
+        app: App,
+        state: cluster_pb2.GetCacheStateResponse | None,
+        model_dir: Path,
+        dashboard: Dashboard,
+    ) -> None:
         from serve_app.terminal import cache_table
 
         if state is not None:
             out.print(cache_table(state, model_dir))
         out.print(
             f"OpenAI's API is at {app.http_url}v1, the console at {app.http_url}console", highlight=False
+        )
+        asks = "; it asks for what `ray get-auth-token` prints" if dashboard.needs_token else ""
+        out.print(f"Ray's dashboard is at {dashboard.url}{asks}", highlight=False)
+        out.print(
+            f"Change the application with `{dashboard.deploy_command}`", highlight=False, soft_wrap=True
         )
         out.print(f"Serving on {app.address}. Talk to it with `kvarn chat`; Ctrl-C stops it.")
 
@@ -124,7 +135,13 @@ class Events:
     def answered(self, answer: Answer) -> None:
         _emit("answer", **asdict(answer))
 
-    def ready(self, app: App, state: cluster_pb2.GetCacheStateResponse | None, model_dir: Path) -> None:
+    def ready(
+        self,
+        app: App,
+        state: cluster_pb2.GetCacheStateResponse | None,
+        model_dir: Path,
+        dashboard: Dashboard,
+    ) -> None:
         replicas = state.replicas if state is not None else ()
         _emit(
             "ready",
@@ -132,6 +149,8 @@ class Events:
             grpc=app.address,
             openai=f"{app.http_url}v1",
             console=f"{app.http_url}console",
+            dashboard=dashboard.url,
+            deploy_command=dashboard.deploy_command,
             replicas=[
                 {
                     "replica_id": replica.replica_id,

@@ -175,8 +175,29 @@ def limits_of(app: App) -> Limits | None:
         raise LaunchError(str(error)) from None
 
 
+@dataclass(frozen=True)
+class Dashboard:
+    """Where Ray's dashboard is, which also takes Serve's commands.
+
+    Attributes:
+        url: its address.
+        needs_token: whether it asks for the token that `ray get-auth-token` prints.
+    """
+
+    url: str
+    needs_token: bool
+
+    @property
+    def deploy_command(self) -> str:
+        """Changes the application from another shell."""
+        mode = "RAY_AUTH_MODE=token " if self.needs_token else ""
+        return f"{mode}serve deploy -a {self.url} FILE"
+
+
 @contextmanager
-def running(app: App, on_progress: Callable[[list[Deployment]], None], timeout_s: float) -> Iterator[None]:
+def running(
+    app: App, on_progress: Callable[[list[Deployment]], None], timeout_s: float
+) -> Iterator[Dashboard]:
     """Runs the application on a Ray of its own, open to this machine only; leaving the block stops both.
 
     Args:
@@ -205,9 +226,13 @@ def running(app: App, on_progress: Callable[[list[Deployment]], None], timeout_s
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        _deploy(app, f"http://{context.dashboard_url}", on_progress, timeout_s)
+        # Unless told otherwise, `ray.init` makes a token and sets the mode for its own descendants alone.
+        dashboard = Dashboard(
+            f"http://{context.dashboard_url}", os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+        )
+        _deploy(app, dashboard.url, on_progress, timeout_s)
         try:
-            yield
+            yield dashboard
         finally:
             serve.shutdown()
     finally:

@@ -1,6 +1,7 @@
 """`kvarn serve`, as `make run` calls it: a real cluster, an answer, a clean stop."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from kvarn.serve import Words, _start_progress
 from kvarn.terminal import err, out
 from kvarn.v1 import cache_pb2, cluster_pb2
 from serve_app.client import Client
-from serve_app.launch import Deployment, read_app
+from serve_app.launch import Dashboard, Deployment, read_app
 from serve_app.terminal import Answer
 from tests.serve_app.live import free_port
 
@@ -54,6 +55,12 @@ def kvarn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
                 with suppress(psutil.NoSuchProcess):
                     member.kill()
         process.communicate()
+
+
+def shell() -> dict[str, str]:
+    """The environment of another shell: nothing in it is of a Ray that runs."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**own, "PATH": f"{Path(sys.executable).parent}:{own['PATH']}"}
 
 
 def lines_until(process: subprocess.Popen[str], words: str) -> Iterator[str]:
@@ -90,6 +97,9 @@ def test_serves_until_ctrl_c(tmp_path, kvarn):
     assert ready["replicas"] == [told]
     assert httpx.get(ready["openai"] + "/models").json()["data"][0]["id"] == ready["model"]
     assert "<html" in httpx.get(ready["console"]).text
+    command = ready["deploy_command"].replace("FILE", str(path))
+    deployed = subprocess.run(command, shell=True, capture_output=True, text=True, env=shell())
+    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     last, errors = process.communicate(timeout=60)
@@ -109,9 +119,19 @@ def test_a_person_is_told_in_words(model_dir):
     with out.capture() as shown:
         Words().asked("What is the capital of France?")
         Words().answered(Answer("Paris.", "one", 40, 0, 3, 0.5, 20.0))
-        Words().ready(read_app(APP_YAML), cluster_pb2.GetCacheStateResponse(replicas=[replica]), model_dir)
+        state = cluster_pb2.GetCacheStateResponse(replicas=[replica])
+        dashboard = Dashboard("http://127.0.0.1:8265", needs_token=True)
+        Words().ready(read_app(APP_YAML), state, model_dir, dashboard)
     text = shown.get()
-    for told in ("you> What", "500 ms", "220,800", "4.74x", "http://127.0.0.1:8000/v1", "Ctrl-C stops it"):
+    for told in (
+        "you> What",
+        "500 ms",
+        "220,800",
+        "4.74x",
+        "http://127.0.0.1:8000/v1",
+        "Ctrl-C stops it",
+        "auth-token",
+    ):
         assert told in text
 
 
