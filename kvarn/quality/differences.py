@@ -30,6 +30,8 @@ class Difference:
     def in_words(self) -> str:
         """Whether `dtype` diverges less or more than `other`, or what the sample could have shown."""
         low, high = self.kld_ci
+        if low == high:  # one stretch has no spread
+            return "too few positions to tell" if self.kld else "equal"
         if high < 0:
             return "less"
         return "more" if low > 0 else f"no difference shown (visible from {self.smallest_effect:.5f})"

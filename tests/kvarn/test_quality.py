@@ -191,6 +191,17 @@ def test_a_pair_without_a_difference_says_what_it_could_have_shown() -> None:
     assert (equal["kld"], equal["kld_ci"], equal["ppl_ratio"]) == (0.0, [0.0, 0.0], 1.0)
 
 
+def test_one_stretch_tells_nothing_of_a_difference() -> None:
+    one, other = np.random.default_rng(0).exponential(1.0, (2, 1, divergence.BLOCK_TOKENS))
+    pair = divergence.contrast(measures(one), measures(other), seed=0)
+    rows = [
+        {"dtype": "kivi_k4v2", "against": {}},
+        {"dtype": "kvarn_k4v2_g128", "against": {"kivi_k4v2": pair}},
+    ]
+    (found,) = differences.of_presets(rows)
+    assert found.in_words == "too few positions to tell"
+
+
 def pair_of(kld: float, low: float, high: float) -> dict:
     return {"kld": kld, "kld_ci": [low, high], "kld_smallest_effect": 0.004}
 
