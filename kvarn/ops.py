@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvarn.checks import MODEL_DTYPES, check_shape, check_tensor
 from kvarn.reference import codec, hadamard
+from kvarn.reference.codec import FLOAT16_MAX
 from kvarn.tile import TileLayout, lanes_to_contracted, lanes_to_free
 
-FLOAT16_MAX = torch.finfo(torch.float16).max
 WORKSPACE_ELEMENTS = 1 << 21  # codes unpacked to float32 at a time: 8 MiB, small enough to stay in cache
 CONTEXT_TOKENS = 512  # context tokens dequantized at a time in prefill
-MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -62,12 +62,12 @@ def append(pool: Tensor, key: Tensor, value: Tensor, slot_rows: Tensor) -> None:
     Raises:
         ValueError: if a shape or dtype is not as above.
     """
-    _check_tensor("pool", pool, (None, 2, None, None, None), torch.float16)
+    check_tensor("pool", pool, (None, 2, None, None, None), torch.float16)
     _, _, heads, group, head_dim = pool.shape
     tokens = slot_rows.shape[0] if slot_rows.dim() == 1 else None
-    _check_tensor("slot_rows", slot_rows, (tokens,), torch.int64)
-    _check_tensor("key", key, (tokens, heads, head_dim), torch.float16)
-    _check_tensor("value", value, (tokens, heads, head_dim), torch.float16)
+    check_tensor("slot_rows", slot_rows, (tokens,), torch.int64)
+    check_tensor("key", key, (tokens, heads, head_dim), torch.float16)
+    check_tensor("value", value, (tokens, heads, head_dim), torch.float16)
     kept = slot_rows >= 0
     rows = slot_rows[kept]
     pool[rows // group, :, :, rows % group] = torch.stack([key[kept], value[kept]], 1)
@@ -88,10 +88,10 @@ def quantize_tiles(cache: Tensor, key: Tensor, value: Tensor, blocks: Tensor, la
     """
     _check_cache(cache, layout)
     tiles = blocks.shape[0] if blocks.dim() == 1 else None
-    _check_tensor("blocks", blocks, (tiles,), torch.int64)
+    check_tensor("blocks", blocks, (tiles,), torch.int64)
     shape = (tiles, cache.shape[1], layout.group, layout.head_dim)
-    _check_tensor("key", key, shape, torch.float16)
-    _check_tensor("value", value, shape, torch.float16)
+    check_tensor("key", key, shape, torch.float16)
+    check_tensor("value", value, shape, torch.float16)
     if tiles:
         cache[blocks] = codec.encode(key.float(), value.float(), layout)
 
@@ -350,9 +350,9 @@ def prefill(
     _check_attention_inputs(query, cache, pool, layout)
     tokens, query_heads, head_dim = query.shape
     heads, group = cache.shape[1], layout.group
-    _check_tensor("key", key, (tokens, heads, head_dim), torch.float16)
-    _check_tensor("value", value, (tokens, heads, head_dim), torch.float16)
-    _check_tensor("block_table", block_table, (None,), torch.int32)
+    check_tensor("key", key, (tokens, heads, head_dim), torch.float16)
+    check_tensor("value", value, (tokens, heads, head_dim), torch.float16)
+    check_tensor("block_table", block_table, (None,), torch.int32)
     if start < 0:
         raise ValueError(f"start is {start}: expected the number of tokens before the chunk, 0 or more")
     if start % group and tail_slot < 0:
@@ -475,10 +475,8 @@ def _dequantize(records: Tensor, layout: TileLayout, dtype: torch.dtype) -> Tens
 def _check_attention_inputs(query: Tensor, cache: Tensor, pool: Tensor, layout: TileLayout) -> None:
     _check_cache(cache, layout)
     heads, group, head_dim = cache.shape[1], layout.group, layout.head_dim
-    _check_tensor("pool", pool, (None, 2, heads, group, head_dim), torch.float16)
-    if query.dtype not in MODEL_DTYPES:
-        raise ValueError(f"query is {query.dtype}: expected float32, bfloat16 or float16")
-    _check_shape("query", query, (None, None, head_dim))
+    check_tensor("pool", pool, (None, 2, heads, group, head_dim), torch.float16)
+    check_tensor("query", query, (None, None, head_dim), *MODEL_DTYPES)
     if query.shape[1] % heads:
         raise ValueError(
             f"query has {query.shape[1]} heads: expected a multiple of the cache's {heads} KV heads"
@@ -486,29 +484,10 @@ def _check_attention_inputs(query: Tensor, cache: Tensor, pool: Tensor, layout: 
 
 
 def _check_cache(cache: Tensor, layout: TileLayout) -> None:
-    _check_tensor("cache", cache, (None, None, layout.nbytes), torch.uint8)
-
-
-def _check_tensor(name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype) -> None:
-    _check_shape(name, x, shape)
-    _check_dtype(name, x, dtype)
-
-
-def _check_shape(name: str, x: Tensor | np.ndarray, shape: tuple[int | None, ...]) -> None:
-    matches = x.ndim == len(shape) and all(
-        expected is None or actual == expected for actual, expected in zip(x.shape, shape, strict=True)
-    )
-    if not matches:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected [{wanted}]")
+    check_tensor("cache", cache, (None, None, layout.nbytes), torch.uint8)
 
 
 def _check_integers(name: str, x: np.ndarray, shape: tuple[int | None, ...]) -> None:
-    _check_shape(name, x, shape)
+    check_shape(name, x, shape)
     if not np.issubdtype(x.dtype, np.integer):
         raise ValueError(f"{name} is {x.dtype}: expected integers")
-
-
-def _check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
-    if x.dtype != dtype:
-        raise ValueError(f"{name} is {x.dtype}: expected {dtype}")

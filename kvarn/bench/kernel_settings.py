@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvarn.bench.engine import BenchError, whole_numbers
-from kvarn.kernels.checks import MOST_QUERIES
+from kvarn.checks import MOST_QUERIES
 from kvarn.presets import get_preset
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvarn.kernels.checks import MODEL_DTYPES, check_packed, check_queries, check_rows
+from kvarn.checks import MODEL_DTYPES, check_packed, check_queries, check_rows
 from kvarn.kernels.records import (
     E4M3_UNIT,
     bias_rows,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvarn.kernels.checks import check_packed
+from kvarn.checks import check_packed
 from kvarn.kernels.records import (
     code_words,
     codes,

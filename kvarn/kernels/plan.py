@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvarn.kernels.checks import check_packed, check_queries, check_rows
+from kvarn.checks import check_packed, check_queries, check_rows
 
 ROWS_PER_PROGRAM = 128
 

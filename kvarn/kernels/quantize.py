@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvarn.kernels.checks import check_packed
+from kvarn.checks import check_packed
 from kvarn.kernels.records import (
     INTERPRETED,
     contracted_place,
@@ -22,6 +22,7 @@ from kvarn.kernels.records import (
     row_place,
     slot_indices,
     to_e4m3,
+    to_float16,
 )
 from kvarn.kernels.settings import settings_for
 from kvarn.reference import rtn, variance_norm
@@ -34,7 +35,6 @@ ITERATIONS = tl.constexpr(variance_norm.ITERATIONS)
 PROGRESS = tl.constexpr(variance_norm.PROGRESS)
 FLAT_SQUARED = tl.constexpr(variance_norm.FLAT**2)
 TINY = tl.constexpr(2.0**-126)
-FLOAT16_MAX = tl.constexpr(65504.0)
 FLOAT16_TINY = tl.constexpr(2.0**-24)
 ROUND = tl.constexpr(2.0**23)  # added to a small float32, leaves its nearest integer in the low bits
 E4M3_MAX = tl.constexpr(448.0)
@@ -229,11 +229,6 @@ def _narrow(low, high, PART: tl.constexpr):
 
 
 @triton.jit
-def _to_float16(x):
-    return tl.minimum(tl.maximum(x, -FLOAT16_MAX), FLOAT16_MAX).to(tl.float16)
-
-
-@triton.jit
 def _reciprocal(scale):
     """1 / scale, 0 where the scale is 0."""
     return tl.where(scale == 0, 0.0, _inverse(tl.where(scale == 0, 1.0, scale)))
@@ -269,7 +264,7 @@ def _store_key(
     y = columns.to(tl.float32) * (token_unit * _inverse(from_e4m3(token_scale)))[None, :]
     low, high = _range(y, y, 1)
     low, high = _narrow(low * channel_unit, high * channel_unit, COVERED)
-    scale, zero = _to_float16((high - low) / ((1 << BITS) - 1)), _to_float16(low)
+    scale, zero = to_float16((high - low) / ((1 << BITS) - 1)), to_float16(low)
 
     place = contracted_place(channel, D)
     tl.store(by_channel + place, scale)
@@ -319,7 +314,7 @@ def _store_value(
     low, high = _range_around_0(rows, _inverse(channel_scale), token_unit, COVERED)
     channel_scale = channel_scale * channel_unit
     channel_scale = channel_scale * _magnitude((high - low) / LEVELS, E4M3_MAX / LEVELS)
-    channel_scale = _to_float16(tl.maximum(channel_scale, FLOAT16_TINY))
+    channel_scale = to_float16(tl.maximum(channel_scale, FLOAT16_TINY))
     low, high = _range_around_0(
         rows, channel_unit * _inverse(channel_scale.to(tl.float32)), token_unit, COVERED
     )

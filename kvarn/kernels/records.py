@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from kvarn.reference import codec
 from kvarn.tile import CodeOrder, TileLayout
 
+FLOAT16_MAX = tl.constexpr(codec.FLOAT16_MAX)
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 CODE_UNIT = tl.constexpr(2.0**24)  # a code read as a subnormal float16 is worth this much less
 E4M3_UNIT = tl.constexpr(2.0**8)  # an e4m3 whose bits are shifted into a float16 is worth this much less
@@ -44,6 +46,12 @@ def record_constants(layout: TileLayout) -> dict[str, Any]:
 def _splits(bits: int, contracted: int, free: int) -> tuple[int, ...]:
     """(step, column) sizes of slot, quad and rep; see `CodeOrder`."""
     return tuple(size for pair in CodeOrder(bits, contracted, free).splits for size in pair)
+
+
+@triton.jit
+def to_float16(x):
+    """Float32 -> float16, saturated."""
+    return tl.minimum(tl.maximum(x, -FLOAT16_MAX), FLOAT16_MAX).to(tl.float16)
 
 
 @triton.jit

@@ -9,11 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvarn.kernels.checks import MODEL_DTYPES, check_packed, check_rows
-from kvarn.kernels.records import INTERPRETED
+from kvarn.checks import MODEL_DTYPES, check_packed, check_rows
+from kvarn.kernels.records import INTERPRETED, to_float16
 from kvarn.reference.hadamard import hadamard_matrix
-
-FLOAT16_MAX = tl.constexpr(65504.0)
 
 
 @triton.jit
@@ -30,7 +28,7 @@ def _rotated(rows, valid, Hadamard, D: tl.constexpr, STEP: tl.constexpr):
             x, hadamard = x.to(tl.float32), hadamard.to(tl.float32)
         y = tl.dot(x, hadamard, y, input_precision="ieee")
     y *= 1.0 / tl.sqrt(D * 1.0)
-    return tl.minimum(tl.maximum(y, -FLOAT16_MAX), FLOAT16_MAX).to(tl.float16)
+    return to_float16(y)
 
 
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["SlotRows", "PageRows"])

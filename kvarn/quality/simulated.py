@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvarn import ops
 from kvarn.quality.formats import Format
+from kvarn.reference.codec import FLOAT16_MAX
 from kvarn.vllm import backend
 from kvarn.vllm.torch_lane import FilledTiles, PrefillChunk, TorchLayer, TorchMetadata, TorchMetadataBuilder
 
@@ -53,7 +54,7 @@ class _SimulatedLayer(TorchLayer):
         if attn_metadata is None:
             return output.zero_()
         tokens = slice(attn_metadata.num_actual_tokens)
-        key, value = (x[tokens].clamp(-ops.FLOAT16_MAX, ops.FLOAT16_MAX).half() for x in (key, value))
+        key, value = (x[tokens].clamp(-FLOAT16_MAX, FLOAT16_MAX).half() for x in (key, value))
         self._store(key, value, kv_cache, attn_metadata)
         self._decode(query, kv_cache, attn_metadata, output)
         self._prefill(query, key, value, kv_cache, attn_metadata, output)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import wraps
 from typing import Any
 
-from kvarn.kernels.checks import MOST_QUERIES
+from kvarn.checks import MOST_QUERIES
 from kvarn.presets import Preset, get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.hooks import Hook, HookError
