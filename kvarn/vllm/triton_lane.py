@@ -416,10 +416,11 @@ class TritonLayer(KVarNLayer):
         out = torch.zeros(1, self.num_heads, layout.head_dim, dtype=dtype, device=device)
         rotate.unrotate(work.attended[:1], out)
         table, query_start = zero[:, None], zero.expand(2).contiguous()
-        wave = PrefillWave(
-            0, 1, none, none, none, none, query_start + zero.new_tensor([0, 1]), zero + 1, table, 1
-        )
-        self._attend(work.rotated[:1], work.pages, wave, self.scale, work.attended[:1])
+        if self._attend is _attend_with_triton:  # FlashAttention comes compiled
+            wave = PrefillWave(
+                0, 1, none, none, none, none, query_start + zero.new_tensor([0, 1]), zero + 1, table, 1
+            )
+            self._attend(work.rotated[:1], work.pages, wave, self.scale, work.attended[:1])
         for queries in work.query_counts:
             blocks, tokens = decode.query_blocks(queries, self.num_heads // self.num_kv_heads)
             for splits in decode.SPLITS_OF_VARIANTS:
