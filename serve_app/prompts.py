@@ -13,9 +13,10 @@ from kvarn.v1 import inference_pb2
 from serve_app.errors import InvalidRequestError
 from serve_app.sampling import check_token_ids
 
-LONG_TEXT_CHARACTERS = (
-    8192  # from here on tokenizing takes milliseconds, and a thread costs less than the wait
-)
+MAX_MESSAGES = 4096
+# From here on rendering and tokenizing take milliseconds, and a thread costs less than the wait.
+LONG_PROMPT_BYTES = 8192
+LONG_CHAT_MESSAGES = 32
 LONE_SURROGATE = "The request holds a lone surrogate (\\ud800 to \\udfff): send valid Unicode."
 
 
@@ -51,27 +52,23 @@ class PromptEncoder:
 
     async def _ids(self, prompt: inference_pb2.Prompt) -> list[int]:
         match prompt.WhichOneof("content"):
-            case "text":
-                return await self._tokenize(prompt.text, add_special_tokens=True)
             case "token_ids":
                 check_token_ids(prompt.token_ids.ids, self.vocab_size, "prompt.token_ids")
                 return list(prompt.token_ids.ids)
             case "chat":
-                return await self._tokenize(self._render(prompt.chat), add_special_tokens=False)
-            case _:
-                return []
+                _check_messages(prompt.chat)
+        if _is_long(prompt):
+            return await asyncio.to_thread(self._tokenize, prompt)
+        return self._tokenize(prompt)
 
-    async def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _tokenize(self, prompt: inference_pb2.Prompt) -> list[int]:
+        is_chat = prompt.HasField("chat")
+        text = self._render(prompt.chat) if is_chat else prompt.text
         if not text:
             return []
         if not text.isascii():
             _check_unicode(text)
-        if len(text) < LONG_TEXT_CHARACTERS:
-            return self._tokenize_now(text, add_special_tokens)
-        return await asyncio.to_thread(self._tokenize_now, text, add_special_tokens)
-
-    def _tokenize_now(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=not is_chat)
         return ids
 
     def _render(self, chat: inference_pb2.Chat) -> str:
@@ -93,6 +90,17 @@ class PromptEncoder:
                 f"The model's chat template refuses these messages: {error}."
             ) from error
         return text
+
+
+def _is_long(prompt: inference_pb2.Prompt) -> bool:
+    return len(prompt.chat.messages) > LONG_CHAT_MESSAGES or prompt.ByteSize() >= LONG_PROMPT_BYTES
+
+
+def _check_messages(chat: inference_pb2.Chat) -> None:
+    if len(chat.messages) > MAX_MESSAGES:
+        raise InvalidRequestError(
+            f"prompt.chat must hold at most {MAX_MESSAGES} messages, got {len(chat.messages)}."
+        )
 
 
 def _check_unicode(text: str) -> None:

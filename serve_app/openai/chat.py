@@ -12,7 +12,7 @@ from kvarn.v1 import inference_pb2
 from serve_app.handler import RequestHandler
 from serve_app.openai import responses
 from serve_app.openai.choices import Usage, generate_all
-from serve_app.openai.requests import chat_prompt, chat_sampling, numbered, valid_unicode
+from serve_app.openai.requests import chat_prompt, chat_sampling, one_per_prompt, valid_unicode
 from serve_app.openai.responses import ChatState, Head, TokenText
 from serve_app.openai.schema import ChatCompletionRequest
 from serve_app.openai.tools import ToolParsers
@@ -40,7 +40,7 @@ class ChatService:
             RequestError: with the sentence for the caller.
         """
         requests, states = self._requests(request, head), self._states(request)
-        async with aclosing(generate_all(self._dispatcher, requests, caller)) as pieces:
+        async with aclosing(generate_all(self._dispatcher, requests, len(states), caller)) as pieces:
             async for index, piece in pieces:
                 states[index].take(piece)
                 states[index].logprobs += responses.chat_logprobs(piece.logprobs, self._text_of)
@@ -56,7 +56,7 @@ class ChatService:
         """
         requests, states = self._requests(request, head), self._states(request)
         opened: set[int] = set()
-        async with aclosing(generate_all(self._dispatcher, requests, caller)) as pieces:
+        async with aclosing(generate_all(self._dispatcher, requests, len(states), caller)) as pieces:
             async for index, piece in pieces:
                 if index not in opened:
                     opened.add(index)
@@ -83,7 +83,7 @@ class ChatService:
         with valid_unicode():
             params = chat_sampling(request)
             self._parsers.prepare(request, params)
-            return numbered(head.request_id, request, [chat_prompt(request)], params)
+            return one_per_prompt(head.request_id, request, [chat_prompt(request)], params)
 
 
 def _counted(states: Sequence[ChatState]) -> Usage:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from serve_app.prompts import MAX_MESSAGES
+
 MAX_CHOICES = 16
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Uint32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -200,7 +202,7 @@ class ResponseFormat(Model):
 class ChatCompletionRequest(Sampling):
     """A conversation to answer."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Uint32 | None = None
     max_tokens: Uint32 | None = Field(default=None, description="the older name of max_completion_tokens")
     logprobs: bool | None = None
