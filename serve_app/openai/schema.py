@@ -86,6 +86,11 @@ class Sampling(Model):
     safety_identifier: Unread = None
     prompt_cache_key: Unread = None
 
+    @property
+    def generations(self) -> int:
+        """Outputs it asks for: the choices of all its prompts."""
+        return self.n or 1
+
     @model_validator(mode="after")
     def _usage_of_streams_only(self) -> Self:
         if self.stream_options is not None and not self.stream:
@@ -104,6 +109,11 @@ class CompletionRequest(Sampling):
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
         default=None, description="must equal n"
     )
+
+    @property
+    def generations(self) -> int:
+        has_one = not self.prompt or isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return super().generations * (1 if has_one else len(self.prompt))
 
     @model_validator(mode="after")
     def _not_more_than_asked(self) -> Self:
