@@ -7,6 +7,7 @@ from contextlib import aclosing
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs
+from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob
 
 from kvarn.v1 import inference_pb2
 from serve_app.handler import RequestHandler
@@ -42,8 +43,9 @@ class ChatService:
         requests, states = self._requests(request, head), self._states(request)
         async with aclosing(generate_all(self._dispatcher, requests, len(states), caller)) as pieces:
             async for index, piece in pieces:
-                states[index].take(piece)
-                states[index].logprobs += responses.chat_logprobs(piece.logprobs, self._text_of)
+                state = states[index]
+                state.take(piece)
+                state.logprobs += self._logprobs(state, piece)
         return responses.chat_completion(head, states, _counted(states))
 
     async def stream(
@@ -70,13 +72,20 @@ class ChatService:
         self, head: Head, index: int, state: ChatState, piece: inference_pb2.GenerateResponse
     ) -> ChatCompletionChunk | None:
         found = state.take(piece)
-        logprobs = responses.chat_logprobs(piece.logprobs, self._text_of)
+        logprobs = self._logprobs(state, piece)
         shown = ChoiceLogprobs(content=logprobs, refusal=None) if logprobs else None
         return responses.chunk(head, index, found, state.finish_reason, shown)
 
+    def _logprobs(
+        self, state: ChatState, piece: inference_pb2.GenerateResponse
+    ) -> list[ChatCompletionTokenLogprob]:
+        return responses.chat_logprobs(piece.logprobs, state.top_logprobs, self._text_of)
+
     def _states(self, request: ChatCompletionRequest) -> list[ChatState]:
+        with_logprobs, top_logprobs = bool(request.logprobs), request.top_logprobs or 0
         return [
-            ChatState(self._parsers.reader(request), bool(request.logprobs)) for _ in range(request.n or 1)
+            ChatState(self._parsers.reader(request), with_logprobs, top_logprobs)
+            for _ in range(request.n or 1)
         ]
 
     def _requests(self, request: ChatCompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:

@@ -54,6 +54,7 @@ class ChatState:
 
     reader: Reader
     with_logprobs: bool
+    top_logprobs: int
     content: str = ""
     calls: list[CallDelta] = field(default_factory=list)
     logprobs: list[ChatCompletionTokenLogprob] = field(default_factory=list)
@@ -126,10 +127,10 @@ def usage_chunk(head: Head, counted: Usage) -> ChatCompletionChunk:
 
 
 def chat_logprobs(
-    positions: Iterable[inference_pb2.PositionLogprobs], text_of: TokenText
+    positions: Iterable[inference_pb2.PositionLogprobs], count: int, text_of: TokenText
 ) -> list[ChatCompletionTokenLogprob]:
-    """Log probabilities as chats show them: the sampled token, and the likeliest below it."""
-    return [_position(position, text_of) for position in positions if position.candidates]
+    """Log probabilities as chats show them: the sampled token, and the `count` likeliest below it."""
+    return [_position(position, count, text_of) for position in positions if position.candidates]
 
 
 def completion(head: Head, choices: Sequence[CompletionChoice], counted: Usage | None) -> Completion:
@@ -225,18 +226,23 @@ def _call_chunk(call: CallDelta) -> ChoiceDeltaToolCall:
     return made
 
 
-def _position(position: inference_pb2.PositionLogprobs, text_of: TokenText) -> ChatCompletionTokenLogprob:
+def _position(
+    position: inference_pb2.PositionLogprobs, count: int, text_of: TokenText
+) -> ChatCompletionTokenLogprob:
     sampled = position.candidates[0]
     return ChatCompletionTokenLogprob(
         **_token(sampled, text_of),
-        top_logprobs=[TopLogprob(**_token(other, text_of)) for other in _likeliest(position.candidates)],
+        top_logprobs=[
+            TopLogprob(**_token(other, text_of)) for other in _likeliest(position.candidates, count)
+        ],
     )
 
 
-def _likeliest(candidates: Sequence[inference_pb2.TokenLogprob]) -> list[inference_pb2.TokenLogprob]:
+def _likeliest(
+    candidates: Iterable[inference_pb2.TokenLogprob], count: int
+) -> list[inference_pb2.TokenLogprob]:
     """By rank; the sampled token is listed with vLLM's candidates even if it is not among the likeliest."""
-    ranked = sorted(candidates, key=lambda candidate: candidate.rank)
-    return [candidate for candidate in ranked if candidate.rank <= len(candidates)]
+    return sorted(candidates, key=lambda candidate: candidate.rank)[:count]
 
 
 def _token(candidate: inference_pb2.TokenLogprob, text_of: TokenText) -> dict[str, Any]:

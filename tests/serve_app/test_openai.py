@@ -29,6 +29,7 @@ from serve_app.errors import (
     RequestError,
     UnavailableError,
 )
+from serve_app.openai.responses import chat_logprobs
 from serve_app.prompts import MAX_MESSAGES, PromptEncoder
 from serve_app.routing import Caller
 from tests.serve_app.fronts import CACHED, MODEL, Running, running_front, settled
@@ -207,6 +208,17 @@ async def test_log_probabilities_of_chats(client: AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(model=MODEL, messages=ASK, logprobs=True, stream=True)
     streamed = [c.choices[0].logprobs async for c in stream if c.choices[0].logprobs]
     assert len(streamed) == len(logprobs.content)
+    assert [position.top_logprobs for shown in streamed for position in shown.content] == [[]] * len(streamed)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("sampled_rank", [1, 2, 3, 50])
+def test_as_many_likeliest_tokens_are_told_as_were_asked_for(count: int, sampled_rank: int) -> None:
+    ranks = [sampled_rank, *(rank for rank in range(1, count + 1) if rank != sampled_rank)]
+    position = inference_pb2.PositionLogprobs(candidates=[{"token_id": rank, "rank": rank} for rank in ranks])
+    (shown,) = chat_logprobs([position], count, str)
+    assert shown.token == str(sampled_rank)
+    assert [other.token for other in shown.top_logprobs] == list("12"[:count])
 
 
 async def test_text_completions(front: Running, client: AsyncOpenAI) -> None:
