@@ -33,6 +33,7 @@ class PromptEncoder:
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
         self.vocab_size: int = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
+        self._bytes = _byte_symbols(self.tokenizer)
 
     async def encode(self, prompt: inference_pb2.Prompt) -> list[int]:
         """The token ids of a prompt.
@@ -49,6 +50,16 @@ class PromptEncoder:
         """The text of one token; a part of a character reads as U+FFFD."""
         text: str = self.tokenizer.decode([token_id])
         return text
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes of one token; None for a part of a character if the vocabulary is not of bytes."""
+        text = self.token_text(token_id)
+        if "\ufffd" not in text:
+            return text.encode()
+        symbols: str = self.tokenizer.convert_ids_to_tokens(token_id)
+        if not self._bytes.keys() >= set(symbols):
+            return None
+        return bytes(self._bytes[symbol] for symbol in symbols)
 
     async def _ids(self, prompt: inference_pb2.Prompt) -> list[int]:
         match prompt.WhichOneof("content"):
@@ -90,6 +101,17 @@ class PromptEncoder:
                 f"The model's chat template refuses these messages: {error}."
             ) from error
         return text
+
+
+def _byte_symbols(tokenizer: Any) -> dict[str, int]:
+    """The byte each symbol of a byte-level vocabulary stands for; empty for other vocabularies."""
+    from tokenizers.decoders import ByteLevel
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(getattr(backend, "decoder", None), ByteLevel):
+        return {}
+    return {symbol: byte for byte, symbol in bytes_to_unicode().items()}
 
 
 def _is_long(prompt: inference_pb2.Prompt) -> bool:

@@ -14,7 +14,7 @@ from serve_app.handler import RequestHandler
 from serve_app.openai import responses
 from serve_app.openai.choices import Usage, generate_all
 from serve_app.openai.requests import chat_prompt, chat_sampling, one_per_prompt, valid_unicode
-from serve_app.openai.responses import ChatState, Head, TokenText
+from serve_app.openai.responses import ChatState, Head, Vocabulary
 from serve_app.openai.schema import ChatCompletionRequest
 from serve_app.openai.tools import ToolParsers
 from serve_app.routing import Caller
@@ -26,13 +26,13 @@ class ChatService:
     Args:
         dispatcher: the gateway's way to the engines.
         parsers: for tool calls.
-        text_of: the text of a token id.
+        vocabulary: the model's.
     """
 
-    def __init__(self, dispatcher: RequestHandler, parsers: ToolParsers, text_of: TokenText) -> None:
+    def __init__(self, dispatcher: RequestHandler, parsers: ToolParsers, vocabulary: Vocabulary) -> None:
         self._dispatcher = dispatcher
         self._parsers = parsers
-        self._text_of = text_of
+        self._vocabulary = vocabulary
 
     async def complete(self, request: ChatCompletionRequest, head: Head, caller: Caller) -> ChatCompletion:
         """The whole answer.
@@ -79,7 +79,7 @@ class ChatService:
     def _logprobs(
         self, state: ChatState, piece: inference_pb2.GenerateResponse
     ) -> list[ChatCompletionTokenLogprob]:
-        return responses.chat_logprobs(piece.logprobs, state.top_logprobs, self._text_of)
+        return responses.chat_logprobs(piece.logprobs, state.top_logprobs, self._vocabulary)
 
     def _states(self, request: ChatCompletionRequest) -> list[ChatState]:
         with_logprobs, top_logprobs = bool(request.logprobs), request.top_logprobs or 0

@@ -213,12 +213,36 @@ async def test_log_probabilities_of_chats(client: AsyncOpenAI) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 @pytest.mark.parametrize("sampled_rank", [1, 2, 3, 50])
-def test_as_many_likeliest_tokens_are_told_as_were_asked_for(count: int, sampled_rank: int) -> None:
+def test_as_many_likeliest_tokens_are_told_as_were_asked_for(
+    encoder: PromptEncoder, count: int, sampled_rank: int
+) -> None:
     ranks = [sampled_rank, *(rank for rank in range(1, count + 1) if rank != sampled_rank)]
     position = inference_pb2.PositionLogprobs(candidates=[{"token_id": rank, "rank": rank} for rank in ranks])
-    (shown,) = chat_logprobs([position], count, str)
-    assert shown.token == str(sampled_rank)
-    assert [other.token for other in shown.top_logprobs] == list("12"[:count])
+    (shown,) = chat_logprobs([position], count, encoder)
+    assert shown.token == encoder.token_text(sampled_rank)
+    assert [other.token for other in shown.top_logprobs] == [*map(encoder.token_text, (1, 2))][:count]
+
+
+async def test_bytes_of_tokens_that_are_parts_of_a_character_make_it_whole(
+    front: Running, client: AsyncOpenAI
+) -> None:
+    front.script.answer = "A 🦙 and \ufffd."
+    answer = await client.chat.completions.create(model=MODEL, messages=ASK, logprobs=True)
+    shown = answer.choices[0].logprobs
+    assert shown is not None
+    parts = [bytes(position.bytes or ()) for position in shown.content or ()]
+    assert b"".join(parts) == front.script.answer.encode()
+    assert len(parts) > len(front.script.answer.split())
+
+
+def test_bytes_that_a_vocabulary_does_not_tell_are_left_out(
+    encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder, "_bytes", {})
+    part, *_ = encoder.tokenizer.encode("🦙")
+    (whole,) = encoder.tokenizer.encode("A")
+    positions = [inference_pb2.PositionLogprobs(candidates=[{"token_id": one}]) for one in (part, whole)]
+    assert [shown.bytes for shown in chat_logprobs(positions, 0, encoder)] == [None, [65]]
 
 
 async def test_text_completions(front: Running, client: AsyncOpenAI) -> None:
