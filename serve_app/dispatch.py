@@ -13,7 +13,13 @@ from serve_app import wire
 from serve_app.admissions import Admissions
 from serve_app.config import RoutingConfig
 from serve_app.engine_call import EngineCall, ReplicaError
-from serve_app.errors import InvalidRequestError, UnavailableError, UnknownModelError
+from serve_app.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    RequestError,
+    UnavailableError,
+    UnknownModelError,
+)
 from serve_app.fleet import Fleet
 from serve_app.job import Job, new_key
 from serve_app.observation import Observation, Observer
@@ -105,6 +111,29 @@ class Dispatcher:
                     observation.resumed()
                 await asyncio.sleep(pause_s(len(tried), self._random))
 
+    async def encode(self, request: Request, caller: Caller) -> list[int]:
+        """The token ids of a prompt that several requests from `caller` share, of which `request` is one.
+
+        A refusal is observed as one request, since none of them comes to `generate`.
+
+        Raises:
+            RequestError: with the sentence for the caller.
+        """
+        try:
+            if self._waker is not None:
+                await self._waker.wait(None)
+            context_tokens = self._context_tokens()
+            ids = await self._ids(request)
+            if len(ids) > context_tokens:
+                raise ContextLengthError(
+                    f"The prompt has {len(ids)} tokens, more than the context of {context_tokens} tokens: "
+                    "shorten the prompt."
+                )
+        except RequestError:
+            with self._observer.begin(request.request_id, caller):
+                raise
+        return ids
+
     async def explain(
         self, request: cluster_pb2.ExplainRouteRequest, caller: Caller
     ) -> cluster_pb2.ExplainRouteResponse:
@@ -185,8 +214,7 @@ class Dispatcher:
 
     async def _job(self, request: Request, timeout_s: float | None, caller: Caller) -> Job:
         context_tokens = self._context_tokens()
-        self._check(request)
-        ids = await self._encoder.encode(request.prompt)
+        ids = await self._ids(request)
         output: list[int] = []
         if isinstance(request, inference_pb2.GenerateRequest):
             output = list(request.resume_token_ids)
@@ -200,6 +228,10 @@ class Dispatcher:
             deadline_s=math.inf if timeout_s is None else time.monotonic() + timeout_s,
             output=output,
         )
+
+    async def _ids(self, request: Request) -> list[int]:
+        self._check(request)
+        return await self._encoder.encode(request.prompt)
 
     def _context_tokens(self) -> int:
         """The longest context of any replica."""

@@ -63,7 +63,7 @@ class Front:
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._grpc)  # type: ignore[no-untyped-call]
         cluster = ClusterService(fleet, dispatcher, access)
         cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, self._grpc)  # type: ignore[no-untyped-call]
-        chat = ChatService(dispatcher, ToolParsers(config.tool_parser, encoder.tokenizer), encoder.token_text)
+        chat = ChatService(dispatcher, ToolParsers(config.tool_parser, encoder.tokenizer), encoder)
         completions = CompletionService(dispatcher, encoder.token_text)
         openai = openai_api(model_name, chat, completions, access)
         self._http = self._http_server([probes(is_ready), openai, *routers], access, tls)

@@ -23,6 +23,13 @@ class RequestHandler(Protocol):
             RequestError: with the sentence for the caller.
         """
 
+    async def encode(self, request: Request, caller: Caller) -> list[int]:
+        """The token ids of a prompt that several requests from `caller` share, of which `request` is one.
+
+        Raises:
+            RequestError: with the sentence for the caller.
+        """
+
     async def explain(
         self, request: cluster_pb2.ExplainRouteRequest, caller: Caller
     ) -> cluster_pb2.ExplainRouteResponse:

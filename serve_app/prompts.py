@@ -13,9 +13,10 @@ from kvarn.v1 import inference_pb2
 from serve_app.errors import InvalidRequestError
 from serve_app.sampling import check_token_ids
 
-LONG_TEXT_CHARACTERS = (
-    8192  # from here on tokenizing takes milliseconds, and a thread costs less than the wait
-)
+MAX_MESSAGES = 4096
+# From here on rendering and tokenizing take milliseconds, and a thread costs less than the wait.
+LONG_PROMPT_BYTES = 8192
+LONG_CHAT_MESSAGES = 32
 LONE_SURROGATE = "The request holds a lone surrogate (\\ud800 to \\udfff): send valid Unicode."
 
 
@@ -32,6 +33,7 @@ class PromptEncoder:
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
         self.vocab_size: int = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
+        self._bytes = _byte_symbols(self.tokenizer)
 
     async def encode(self, prompt: inference_pb2.Prompt) -> list[int]:
         """The token ids of a prompt.
@@ -49,29 +51,35 @@ class PromptEncoder:
         text: str = self.tokenizer.decode([token_id])
         return text
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes of one token; None for a part of a character if the vocabulary is not of bytes."""
+        text = self.token_text(token_id)
+        if "\ufffd" not in text:
+            return text.encode()
+        symbols: str = self.tokenizer.convert_ids_to_tokens(token_id)
+        if not self._bytes.keys() >= set(symbols):
+            return None
+        return bytes(self._bytes[symbol] for symbol in symbols)
+
     async def _ids(self, prompt: inference_pb2.Prompt) -> list[int]:
         match prompt.WhichOneof("content"):
-            case "text":
-                return await self._tokenize(prompt.text, add_special_tokens=True)
             case "token_ids":
                 check_token_ids(prompt.token_ids.ids, self.vocab_size, "prompt.token_ids")
                 return list(prompt.token_ids.ids)
             case "chat":
-                return await self._tokenize(self._render(prompt.chat), add_special_tokens=False)
-            case _:
-                return []
+                _check_messages(prompt.chat)
+        if _is_long(prompt):
+            return await asyncio.to_thread(self._tokenize, prompt)
+        return self._tokenize(prompt)
 
-    async def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _tokenize(self, prompt: inference_pb2.Prompt) -> list[int]:
+        is_chat = prompt.HasField("chat")
+        text = self._render(prompt.chat) if is_chat else prompt.text
         if not text:
             return []
         if not text.isascii():
             _check_unicode(text)
-        if len(text) < LONG_TEXT_CHARACTERS:
-            return self._tokenize_now(text, add_special_tokens)
-        return await asyncio.to_thread(self._tokenize_now, text, add_special_tokens)
-
-    def _tokenize_now(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=not is_chat)
         return ids
 
     def _render(self, chat: inference_pb2.Chat) -> str:
@@ -93,6 +101,28 @@ class PromptEncoder:
                 f"The model's chat template refuses these messages: {error}."
             ) from error
         return text
+
+
+def _byte_symbols(tokenizer: Any) -> dict[str, int]:
+    """The byte each symbol of a byte-level vocabulary stands for; empty for other vocabularies."""
+    from tokenizers.decoders import ByteLevel
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(getattr(backend, "decoder", None), ByteLevel):
+        return {}
+    return {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+
+
+def _is_long(prompt: inference_pb2.Prompt) -> bool:
+    return len(prompt.chat.messages) > LONG_CHAT_MESSAGES or prompt.ByteSize() >= LONG_PROMPT_BYTES
+
+
+def _check_messages(chat: inference_pb2.Chat) -> None:
+    if len(chat.messages) > MAX_MESSAGES:
+        raise InvalidRequestError(
+            f"prompt.chat must hold at most {MAX_MESSAGES} messages, got {len(chat.messages)}."
+        )
 
 
 def _check_unicode(text: str) -> None:

@@ -113,14 +113,14 @@ async def _answer(
 async def _admitted(
     service: Service[RequestT], request: Request, wanted: RequestT, head: Head, access: Access
 ) -> BaseModel:
-    with access.admitted(request.headers) as caller:
+    with access.admitted(request.headers, wanted.generations) as caller:
         return await service.complete(wanted, head, caller)
 
 
 async def _admitted_stream(
     service: Service[RequestT], request: Request, wanted: RequestT, head: Head, access: Access
 ) -> AsyncGenerator[BaseModel, None]:
-    with access.admitted(request.headers) as caller:
+    with access.admitted(request.headers, wanted.generations) as caller:
         async with aclosing(service.stream(wanted, head, caller)) as chunks:
             async for chunk in chunks:
                 yield chunk

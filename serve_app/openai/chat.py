@@ -7,13 +7,14 @@ from contextlib import aclosing
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs
+from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob
 
 from kvarn.v1 import inference_pb2
 from serve_app.handler import RequestHandler
 from serve_app.openai import responses
 from serve_app.openai.choices import Usage, generate_all
-from serve_app.openai.requests import chat_prompt, chat_sampling, numbered, valid_unicode
-from serve_app.openai.responses import ChatState, Head, TokenText
+from serve_app.openai.requests import chat_prompt, chat_sampling, one_per_prompt, valid_unicode
+from serve_app.openai.responses import ChatState, Head, Vocabulary
 from serve_app.openai.schema import ChatCompletionRequest
 from serve_app.openai.tools import ToolParsers
 from serve_app.routing import Caller
@@ -25,13 +26,13 @@ class ChatService:
     Args:
         dispatcher: the gateway's way to the engines.
         parsers: for tool calls.
-        text_of: the text of a token id.
+        vocabulary: the model's.
     """
 
-    def __init__(self, dispatcher: RequestHandler, parsers: ToolParsers, text_of: TokenText) -> None:
+    def __init__(self, dispatcher: RequestHandler, parsers: ToolParsers, vocabulary: Vocabulary) -> None:
         self._dispatcher = dispatcher
         self._parsers = parsers
-        self._text_of = text_of
+        self._vocabulary = vocabulary
 
     async def complete(self, request: ChatCompletionRequest, head: Head, caller: Caller) -> ChatCompletion:
         """The whole answer.
@@ -40,10 +41,11 @@ class ChatService:
             RequestError: with the sentence for the caller.
         """
         requests, states = self._requests(request, head), self._states(request)
-        async with aclosing(generate_all(self._dispatcher, requests, caller)) as pieces:
+        async with aclosing(generate_all(self._dispatcher, requests, len(states), caller)) as pieces:
             async for index, piece in pieces:
-                states[index].take(piece)
-                states[index].logprobs += responses.chat_logprobs(piece.logprobs, self._text_of)
+                state = states[index]
+                state.take(piece)
+                state.logprobs += self._logprobs(state, piece)
         return responses.chat_completion(head, states, _counted(states))
 
     async def stream(
@@ -56,7 +58,7 @@ class ChatService:
         """
         requests, states = self._requests(request, head), self._states(request)
         opened: set[int] = set()
-        async with aclosing(generate_all(self._dispatcher, requests, caller)) as pieces:
+        async with aclosing(generate_all(self._dispatcher, requests, len(states), caller)) as pieces:
             async for index, piece in pieces:
                 if index not in opened:
                     opened.add(index)
@@ -70,20 +72,27 @@ class ChatService:
         self, head: Head, index: int, state: ChatState, piece: inference_pb2.GenerateResponse
     ) -> ChatCompletionChunk | None:
         found = state.take(piece)
-        logprobs = responses.chat_logprobs(piece.logprobs, self._text_of)
+        logprobs = self._logprobs(state, piece)
         shown = ChoiceLogprobs(content=logprobs, refusal=None) if logprobs else None
         return responses.chunk(head, index, found, state.finish_reason, shown)
 
+    def _logprobs(
+        self, state: ChatState, piece: inference_pb2.GenerateResponse
+    ) -> list[ChatCompletionTokenLogprob]:
+        return responses.chat_logprobs(piece.logprobs, state.top_logprobs, self._vocabulary)
+
     def _states(self, request: ChatCompletionRequest) -> list[ChatState]:
+        with_logprobs, top_logprobs = bool(request.logprobs), request.top_logprobs or 0
         return [
-            ChatState(self._parsers.reader(request), bool(request.logprobs)) for _ in range(request.n or 1)
+            ChatState(self._parsers.reader(request), with_logprobs, top_logprobs)
+            for _ in range(request.n or 1)
         ]
 
     def _requests(self, request: ChatCompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:
         with valid_unicode():
             params = chat_sampling(request)
             self._parsers.prepare(request, params)
-            return numbered(head.request_id, request, [chat_prompt(request)], params)
+            return one_per_prompt(head.request_id, request, [chat_prompt(request)], params)
 
 
 def _counted(states: Sequence[ChatState]) -> Usage:

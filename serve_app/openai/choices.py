@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from kvarn.v1 import inference_pb2
 from serve_app.errors import RequestError, UnavailableError
 from serve_app.handler import RequestHandler
+from serve_app.openai.requests import numbered
 from serve_app.routing import Caller
 
 MAX_WAITING = 16  # pieces a client is behind before its generations wait
@@ -37,15 +38,26 @@ class Usage:
 
 
 async def generate_all(
-    dispatcher: RequestHandler, requests: Sequence[inference_pb2.GenerateRequest], caller: Caller
+    dispatcher: RequestHandler,
+    requests: Sequence[inference_pb2.GenerateRequest],
+    choices: int,
+    caller: Caller,
 ) -> AsyncGenerator[Piece, None]:
-    """Yield the pieces of all requests as they come, with the number of the request each belongs to.
+    """Yield the pieces of all choices as they come, with the number of the choice each belongs to.
 
     Leaving the generator ends all of them, and so does the failure of one.
+
+    Args:
+        dispatcher: the gateway's way to the engines.
+        requests: one for each prompt.
+        choices: how often each prompt is continued.
+        caller: who asks.
 
     Raises:
         RequestError: with the sentence for the caller.
     """
+    if choices > 1:
+        await _encode_once(dispatcher, requests, caller)
     queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(MAX_WAITING)
 
     async def follow(index: int, request: inference_pb2.GenerateRequest) -> None:
@@ -59,7 +71,7 @@ async def generate_all(
         else:
             await queue.put(None)
 
-    tasks = [asyncio.create_task(follow(*numbered)) for numbered in enumerate(requests)]
+    tasks = [asyncio.create_task(follow(*each)) for each in enumerate(numbered(requests, choices))]
     try:
         async for piece in _until_all_ended(queue, len(tasks)):
             yield piece
@@ -67,6 +79,15 @@ async def generate_all(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _encode_once(
+    dispatcher: RequestHandler, requests: Sequence[inference_pb2.GenerateRequest], caller: Caller
+) -> None:
+    """Replace each prompt by its token ids, so that its choices do not render and tokenize it again."""
+    for request in requests:
+        ids = await dispatcher.encode(request, caller)
+        request.prompt.token_ids.CopyFrom(inference_pb2.TokenIds(ids=ids))
 
 
 async def _until_all_ended(

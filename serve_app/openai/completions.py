@@ -13,7 +13,7 @@ from kvarn.v1 import inference_pb2
 from serve_app.handler import RequestHandler
 from serve_app.openai import responses
 from serve_app.openai.choices import Usage, generate_all
-from serve_app.openai.requests import completion_prompts, completion_sampling, numbered, valid_unicode
+from serve_app.openai.requests import completion_prompts, completion_sampling, one_per_prompt, valid_unicode
 from serve_app.openai.responses import Head, TokenText
 from serve_app.openai.schema import CompletionRequest
 from serve_app.routing import Caller
@@ -48,17 +48,17 @@ class CompletionService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        requests = _requests(request, head)
-        states = [TextState() for _ in requests]
-        async with aclosing(generate_all(self._dispatcher, requests, caller)) as pieces:
+        requests, choices = _requests(request, head), request.n or 1
+        states = [TextState() for _ in range(len(requests) * choices)]
+        async with aclosing(generate_all(self._dispatcher, requests, choices, caller)) as pieces:
             async for index, piece in pieces:
                 state = states[index]
                 state.text.append(piece.text)
                 state.logprobs += piece.logprobs
                 state.finish_reason = piece.finish_reason
                 state.usage = piece.usage
-        choices = [self._choice(request, index, state) for index, state in enumerate(states)]
-        return responses.completion(head, choices, _counted(request, states))
+        made = [self._choice(request, index, state) for index, state in enumerate(states)]
+        return responses.completion(head, made, _counted(request, states))
 
     async def stream(
         self, request: CompletionRequest, head: Head, caller: Caller
@@ -68,9 +68,9 @@ class CompletionService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        requests = _requests(request, head)
-        states = [TextState() for _ in requests]
-        async with aclosing(generate_all(self._dispatcher, requests, caller)) as pieces:
+        requests, choices = _requests(request, head), request.n or 1
+        states = [TextState() for _ in range(len(requests) * choices)]
+        async with aclosing(generate_all(self._dispatcher, requests, choices, caller)) as pieces:
             async for index, piece in pieces:
                 states[index].usage = piece.usage
                 if piece.text or piece.finish_reason or piece.logprobs:
@@ -103,7 +103,7 @@ class CompletionService:
 def _requests(request: CompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:
     with valid_unicode():
         prompts, params = completion_prompts(request), completion_sampling(request)
-        return numbered(head.request_id, request, prompts, params)
+        return one_per_prompt(head.request_id, request, prompts, params)
 
 
 def _counted(request: CompletionRequest, states: list[TextState]) -> Usage:

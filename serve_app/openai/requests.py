@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from kvarn.v1 import inference_pb2, sampling_pb2
@@ -103,25 +103,37 @@ def chat_sampling(request: ChatCompletionRequest) -> sampling_pb2.SamplingParams
     return params
 
 
-def numbered(
+def one_per_prompt(
     request_id: str,
     request: Sampling,
-    prompts: Sequence[inference_pb2.Prompt],
+    prompts: Iterable[inference_pb2.Prompt],
     params: sampling_pb2.SamplingParams,
 ) -> list[inference_pb2.GenerateRequest]:
-    """One request for each choice of each prompt, in OpenAI's order."""
-    choices = request.n or 1
-    made = []
-    for index in range(len(prompts) * choices):
-        one = inference_pb2.GenerateRequest(
+    """One request for each prompt, all of one name."""
+    return [
+        inference_pb2.GenerateRequest(
             model=request.model,
-            prompt=prompts[index // choices],
+            prompt=prompt,
             sampling_params=params,
-            request_id=f"{request_id}-{index}" if index else request_id,
+            request_id=request_id,
             cache_salt=request.cache_salt,
         )
-        if params.HasField("seed"):  # choices must differ: seeds count up, as in vLLM
-            one.sampling_params.seed = min(params.seed + index % choices, 2**63 - 1)
+        for prompt in prompts
+    ]
+
+
+def numbered(
+    requests: Sequence[inference_pb2.GenerateRequest], choices: int
+) -> list[inference_pb2.GenerateRequest]:
+    """`choices` requests for each of `requests`, in OpenAI's order, under names of their own."""
+    made = []
+    for index in range(len(requests) * choices):
+        one = inference_pb2.GenerateRequest()
+        one.CopyFrom(requests[index // choices])
+        if index:
+            one.request_id = f"{one.request_id}-{index}"
+        if one.sampling_params.HasField("seed"):  # choices must differ: seeds count up, as in vLLM
+            one.sampling_params.seed = min(one.sampling_params.seed + index % choices, 2**63 - 1)
         made.append(one)
     return made
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -31,6 +31,18 @@ from serve_app.openai.choices import Usage
 from serve_app.openai.tools import CallDelta, Found, Reader
 
 TokenText = Callable[[int], str]
+
+
+class Vocabulary(Protocol):
+    """What the tokens of the model stand for."""
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token; a part of a character reads as U+FFFD."""
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes of one token; None if they are not known."""
+
+
 _REASONS: dict[int, Any] = {
     inference_pb2.FINISH_REASON_STOP: "stop",
     inference_pb2.FINISH_REASON_LENGTH: "length",
@@ -54,6 +66,7 @@ class ChatState:
 
     reader: Reader
     with_logprobs: bool
+    top_logprobs: int
     content: str = ""
     calls: list[CallDelta] = field(default_factory=list)
     logprobs: list[ChatCompletionTokenLogprob] = field(default_factory=list)
@@ -126,10 +139,10 @@ def usage_chunk(head: Head, counted: Usage) -> ChatCompletionChunk:
 
 
 def chat_logprobs(
-    positions: Iterable[inference_pb2.PositionLogprobs], text_of: TokenText
+    positions: Iterable[inference_pb2.PositionLogprobs], count: int, vocabulary: Vocabulary
 ) -> list[ChatCompletionTokenLogprob]:
-    """Log probabilities as chats show them: the sampled token, and the likeliest below it."""
-    return [_position(position, text_of) for position in positions if position.candidates]
+    """Log probabilities as chats show them: the sampled token, and the `count` likeliest below it."""
+    return [_position(position, count, vocabulary) for position in positions if position.candidates]
 
 
 def completion(head: Head, choices: Sequence[CompletionChoice], counted: Usage | None) -> Completion:
@@ -225,20 +238,25 @@ def _call_chunk(call: CallDelta) -> ChoiceDeltaToolCall:
     return made
 
 
-def _position(position: inference_pb2.PositionLogprobs, text_of: TokenText) -> ChatCompletionTokenLogprob:
+def _position(
+    position: inference_pb2.PositionLogprobs, count: int, vocabulary: Vocabulary
+) -> ChatCompletionTokenLogprob:
     sampled = position.candidates[0]
     return ChatCompletionTokenLogprob(
-        **_token(sampled, text_of),
-        top_logprobs=[TopLogprob(**_token(other, text_of)) for other in _likeliest(position.candidates)],
+        **_token(sampled, vocabulary),
+        top_logprobs=[
+            TopLogprob(**_token(other, vocabulary)) for other in _likeliest(position.candidates, count)
+        ],
     )
 
 
-def _likeliest(candidates: Sequence[inference_pb2.TokenLogprob]) -> list[inference_pb2.TokenLogprob]:
+def _likeliest(
+    candidates: Iterable[inference_pb2.TokenLogprob], count: int
+) -> list[inference_pb2.TokenLogprob]:
     """By rank; the sampled token is listed with vLLM's candidates even if it is not among the likeliest."""
-    ranked = sorted(candidates, key=lambda candidate: candidate.rank)
-    return [candidate for candidate in ranked if candidate.rank <= len(candidates)]
+    return sorted(candidates, key=lambda candidate: candidate.rank)[:count]
 
 
-def _token(candidate: inference_pb2.TokenLogprob, text_of: TokenText) -> dict[str, Any]:
-    text = text_of(candidate.token_id)
-    return {"token": text, "logprob": candidate.logprob, "bytes": list(text.encode())}
+def _token(candidate: inference_pb2.TokenLogprob, vocabulary: Vocabulary) -> dict[str, Any]:
+    text, raw = vocabulary.token_text(candidate.token_id), vocabulary.token_bytes(candidate.token_id)
+    return {"token": text, "logprob": candidate.logprob, "bytes": None if raw is None else list(raw)}

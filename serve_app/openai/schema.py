@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from serve_app.prompts import MAX_MESSAGES
+
 MAX_CHOICES = 16
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Uint32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -84,6 +86,11 @@ class Sampling(Model):
     safety_identifier: Unread = None
     prompt_cache_key: Unread = None
 
+    @property
+    def generations(self) -> int:
+        """Outputs it asks for: the choices of all its prompts."""
+        return self.n or 1
+
     @model_validator(mode="after")
     def _usage_of_streams_only(self) -> Self:
         if self.stream_options is not None and not self.stream:
@@ -102,6 +109,11 @@ class CompletionRequest(Sampling):
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
         default=None, description="must equal n"
     )
+
+    @property
+    def generations(self) -> int:
+        has_one = not self.prompt or isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return super().generations * (1 if has_one else len(self.prompt))
 
     @model_validator(mode="after")
     def _not_more_than_asked(self) -> Self:
@@ -200,7 +212,7 @@ class ResponseFormat(Model):
 class ChatCompletionRequest(Sampling):
     """A conversation to answer."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Uint32 | None = None
     max_tokens: Uint32 | None = Field(default=None, description="the older name of max_completion_tokens")
     logprobs: bool | None = None

@@ -55,26 +55,27 @@ class Access:
             self._key(headers)
 
     @contextmanager
-    def admitted(self, headers: Headers) -> Iterator[Caller]:
-        """Count a request within its key's limits for as long as the block lasts.
+    def admitted(self, headers: Headers, generations: int = 1) -> Iterator[Caller]:
+        """Count a call within its key's limits for as long as the block lasts.
 
         Args:
             headers: of the call, by lower-case name.
+            generations: requests it counts as.
 
         Raises:
             UnauthenticatedError, RateLimitError, InvalidRequestError: with the sentence for the caller.
         """
         with ExitStack() as held:
             with self._refusals_told():
-                caller = self._admit(headers, held)
+                caller = self._admit(headers, generations, held)
             yield caller
 
-    def _admit(self, headers: Headers, held: ExitStack) -> Caller:
+    def _admit(self, headers: Headers, generations: int, held: ExitStack) -> Caller:
         key = self._key(headers)
         priority = _priority(headers)
         if key is None:
             return Caller(_tenant(headers), priority or 0)
-        held.enter_context(self._limits.admitted(key))
+        held.enter_context(self._limits.admitted(key, generations))
         return Caller(key.tenant, key.priority if priority is None else max(key.priority, priority))
 
     @contextmanager

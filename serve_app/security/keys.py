@@ -40,11 +40,15 @@ class ApiKey(Settings):
     tenant: Name = Field(description="whose requests these are")
     priority: int = Field(default=0, ge=-(2**29), le=2**29, description="lower goes first")
     requests_per_minute: float | None = Field(
-        default=None, gt=0, description="in the long run, at each gateway; None: no limit"
+        default=None,
+        gt=0,
+        description="in the long run, at each gateway, one for each output asked for; None: no limit",
     )
     burst: int = Field(default=10, ge=1, description="requests that may come at once")
     max_concurrent: int | None = Field(
-        default=None, ge=1, description="requests that run at each gateway; None: no limit"
+        default=None,
+        ge=1,
+        description="requests that run at each gateway, one for each output; None: no limit",
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from serve_app.errors import ConcurrencyLimitError, RateLimitError
+from serve_app.errors import ConcurrencyLimitError, InvalidRequestError, RateLimitError
 from serve_app.security.keys import ApiKey
 
 
@@ -33,37 +33,51 @@ class Limits:
         self._running: Counter[str] = Counter()
 
     @contextmanager
-    def admitted(self, key: ApiKey) -> Iterator[None]:
-        """Count one request of `key` for as long as the block lasts.
+    def admitted(self, key: ApiKey, generations: int = 1) -> Iterator[None]:
+        """Count `generations` requests of `key` for as long as the block lasts.
 
         Raises:
-            RateLimitError: it is one too many, in a minute or at once.
+            InvalidRequestError: these alone are more than may ever be.
+            RateLimitError: they are too many now, in a minute or at once.
         """
-        if key.max_concurrent is not None and self._running[key.id] >= key.max_concurrent:
+        _check_possible(key, generations)
+        if key.max_concurrent is not None and self._running[key.id] + generations > key.max_concurrent:
             raise ConcurrencyLimitError(
                 f"This API key may run {key.max_concurrent} requests at once: wait for one of them to end.",
                 retry_after_s=1,
             )
-        self._take(key)
-        self._running[key.id] += 1
+        self._take(key, generations)
+        self._running[key.id] += generations
         try:
             yield
         finally:
-            self._running[key.id] -= 1
+            self._running[key.id] -= generations
             self._running += Counter()  # drops the counts that reached zero
 
-    def _take(self, key: ApiKey) -> None:
+    def _take(self, key: ApiKey, generations: int) -> None:
         if key.requests_per_minute is None:
             return
         now, per_s = self._clock(), key.requests_per_minute / 60
         bucket = self._buckets.setdefault(key.id, Bucket(key.burst, now))
         bucket.tokens = min(float(key.burst), bucket.tokens + (now - bucket.at_s) * per_s)
         bucket.at_s = now
-        if bucket.tokens < 1:
-            wait_s = (1 - bucket.tokens) / per_s
+        if bucket.tokens < generations:
+            wait_s = (generations - bucket.tokens) / per_s
             raise RateLimitError(
                 f"This API key may send {key.requests_per_minute:g} requests a minute: "
                 f"try again in {wait_s:.1f} seconds.",
                 retry_after_s=wait_s,
             )
-        bucket.tokens -= 1
+        bucket.tokens -= generations
+
+
+def _check_possible(key: ApiKey, generations: int) -> None:
+    """Refuse what waiting does not help."""
+    limits = [key.max_concurrent] if key.max_concurrent is not None else []
+    if key.requests_per_minute is not None:
+        limits.append(key.burst)
+    if generations > min(limits, default=generations):
+        raise InvalidRequestError(
+            f"The request counts as {generations}, n for each prompt, and this API key may send {min(limits)} "
+            "at once: lower n or send fewer prompts."
+        )

@@ -27,6 +27,10 @@ class TenantSalts:
         request.cache_salt = tenant_salt(caller.tenant, request.cache_salt)
         return self._dispatcher.generate(request, timeout_s, caller)
 
+    async def encode(self, request: Request, caller: Caller) -> list[int]:
+        """As the dispatcher's: token ids are the same for every tenant."""
+        return await self._dispatcher.encode(request, caller)
+
     async def explain(
         self, request: cluster_pb2.ExplainRouteRequest, caller: Caller
     ) -> cluster_pb2.ExplainRouteResponse:

@@ -42,10 +42,7 @@ class Script:
     async def generate(
         self, request: Any, timeout_s: float | None, caller: Caller
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        if request.model not in ("", MODEL):
-            raise UnknownModelError(f"The model {request.model!r} is not served here: use {MODEL!r}.")
-        check_sampling(request.sampling_params, self.encoder.vocab_size)
-        prompt = await self.encoder.encode(request.prompt)
+        prompt = await self.encode(request, caller)
         self.requests.append(request)
         self.callers.append(caller)
         self.running += 1
@@ -58,6 +55,12 @@ class Script:
                 yield self._piece(request, index, ids, text, is_last, len(prompt))
         finally:
             self.running -= 1
+
+    async def encode(self, request: Any, caller: Caller) -> list[int]:
+        if request.model not in ("", MODEL):
+            raise UnknownModelError(f"The model {request.model!r} is not served here: use {MODEL!r}.")
+        check_sampling(request.sampling_params, self.encoder.vocab_size)
+        return await self.encoder.encode(request.prompt)
 
     async def explain(self, request: Any, caller: Caller) -> cluster_pb2.ExplainRouteResponse:
         self.explained.append(request)

@@ -423,6 +423,30 @@ def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_key_is_charged_for_every_choice_of_every_prompt(
+    encoder: PromptEncoder, tmp_path: Path, stream: bool
+) -> None:
+    keys = tmp_path / "keys.yaml"
+    key, _ = create_key(keys, "acme", max_concurrent=6)
+    async with running_front(encoder, security={"api_keys": keys}) as front, httpx.AsyncClient() as http:
+
+        async def complete(prompt: Any, n: int) -> httpx.Response:
+            body = {"prompt": prompt, "n": n, "stream": stream}
+            return await http.post(f"{front.url}/v1/completions", json=body, headers=bearer(key))
+
+        front.script.wait = asyncio.Event()
+        first = asyncio.create_task(complete(["One", "Two"], 2))
+        await settled(lambda: front.script.running == 4)
+        assert (await complete("One", 3)).status_code == 429
+        too_much = await complete([[5], [6], [7], [8]], 2)
+        assert (too_much.status_code, front.script.running) == (400, 4)
+        assert "The request counts as 8" in too_much.json()["error"]["message"]
+        front.script.wait.set()
+        assert (await first).status_code == 200
+        assert (await complete([5, 6, 7, 8, 9, 10, 11], 6)).status_code == 200
+
+
 async def test_what_a_rate_limit_refuses_says_when_to_come_back(
     encoder: PromptEncoder, tmp_path: Path
 ) -> None:

@@ -188,6 +188,34 @@ def test_a_key_may_run_so_many_at_once_and_a_failure_counts_as_an_end() -> None:
         pass
 
 
+def test_limits_count_generations() -> None:
+    now = 0.0
+    limits = Limits(lambda: now)
+    key = limited(max_concurrent=4, requests_per_minute=60, burst=6)
+    with (
+        limits.admitted(key, 3),
+        pytest.raises(RateLimitError, match="4 requests at once"),
+        limits.admitted(key, 2),
+    ):
+        pass
+    with pytest.raises(RateLimitError, match=r"try again in 1\.0 seconds"), limits.admitted(key, 4):
+        pass
+    with limits.admitted(key, 3):
+        pass
+
+
+@pytest.mark.parametrize("limit", [{"max_concurrent": 3}, {"requests_per_minute": 60, "burst": 3}])
+def test_what_alone_is_over_a_limit_is_refused_for_good(limit: dict[str, int]) -> None:
+    limits, key = Limits(), limited(**limit)
+    with (
+        pytest.raises(InvalidRequestError, match=r"counts as 4.* may send 3 at once: lower n or send fewer"),
+        limits.admitted(key, 4),
+    ):
+        pass
+    with limits.admitted(key, 3):
+        pass
+
+
 @pytest.mark.parametrize(
     ("headers", "expected"),
     [

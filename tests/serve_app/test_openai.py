@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from kvarn.v1 import inference_pb2
-from serve_app.client import AsyncClient
+from serve_app.client import AsyncClient, InvalidRequestError
 from serve_app.errors import (
     ContextLengthError,
     DeadlineExceededError,
@@ -27,7 +29,8 @@ from serve_app.errors import (
     RequestError,
     UnavailableError,
 )
-from serve_app.prompts import PromptEncoder
+from serve_app.openai.responses import chat_logprobs
+from serve_app.prompts import MAX_MESSAGES, PromptEncoder
 from serve_app.routing import Caller
 from tests.serve_app.fronts import CACHED, MODEL, Running, running_front, settled
 
@@ -124,6 +127,76 @@ async def test_several_choices_are_several_generations_with_seeds_of_their_own(
     assert texts == ["Paris is the capital."] * 2
 
 
+@dataclass
+class Spied:
+    """The threads in which an encoder's tokenizer rendered and tokenized."""
+
+    rendered: list[int] = field(default_factory=list)
+    tokenized: list[int] = field(default_factory=list)
+
+
+@pytest.fixture
+def spied(front: Running, monkeypatch: pytest.MonkeyPatch) -> Spied:
+    seen, tokenizer = Spied(), front.script.encoder.tokenizer
+    for name, threads in (("apply_chat_template", seen.rendered), ("encode", seen.tokenized)):
+        monkeypatch.setattr(tokenizer, name, noting_threads(getattr(tokenizer, name), threads))
+    return seen
+
+
+def noting_threads(work: Callable[..., Any], threads: list[int]) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        threads.append(threading.get_ident())
+        return work(*args, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_long_conversation_is_encoded_once_and_beside_the_loop(
+    front: Running, client: AsyncOpenAI, spied: Spied, stream: bool
+) -> None:
+    front.script.pieces = 1  # its answers need no tokenizer
+    messages = [{"role": "user", "content": "x"}] * MAX_MESSAGES
+    answer = await client.chat.completions.create(model=MODEL, messages=messages, n=16, stream=stream)
+    if stream:
+        assert {chunk.choices[0].index async for chunk in answer} == set(range(16))
+    assert len(front.script.requests) == 16
+    assert spied.rendered == spied.tokenized
+    (thread,) = spied.tokenized
+    assert thread != threading.get_ident()
+
+
+async def test_every_prompt_of_several_choices_is_tokenized_once(
+    front: Running, client: AsyncOpenAI, spied: Spied
+) -> None:
+    front.script.pieces = 1
+    await client.completions.create(model=MODEL, prompt=["One", "x " * 10_000], n=5)
+    assert len(front.script.requests) == 10
+    assert len(spied.tokenized) == 2
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_what_a_chat_template_refuses_reads_the_same_for_several_choices(
+    client: AsyncOpenAI, n: int
+) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}
+    messages: Any = [{"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(openai.BadRequestError, match="The arguments of the tool call 'f' must be a JSON"):
+        await client.chat.completions.create(model=MODEL, messages=messages, n=n)
+
+
+async def test_a_conversation_of_too_many_messages_is_refused(front: Running, client: AsyncOpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "x"}] * (MAX_MESSAGES + 1)
+    with pytest.raises(openai.BadRequestError, match="messages: List should have at most 4096 items") as http:
+        await client.chat.completions.create(model=MODEL, messages=messages)
+    assert http.value.param == "messages"
+    async with AsyncClient(front.address) as grpc_client:
+        with pytest.raises(
+            InvalidRequestError, match=r"prompt\.chat must hold at most 4096 messages, got 4097"
+        ):
+            await grpc_client.generate_once(messages)
+
+
 async def test_log_probabilities_of_chats(client: AsyncOpenAI) -> None:
     answer = await client.chat.completions.create(model=MODEL, messages=ASK, logprobs=True, top_logprobs=2)
     logprobs = answer.choices[0].logprobs
@@ -135,12 +208,49 @@ async def test_log_probabilities_of_chats(client: AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(model=MODEL, messages=ASK, logprobs=True, stream=True)
     streamed = [c.choices[0].logprobs async for c in stream if c.choices[0].logprobs]
     assert len(streamed) == len(logprobs.content)
+    assert [position.top_logprobs for shown in streamed for position in shown.content] == [[]] * len(streamed)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("sampled_rank", [1, 2, 3, 50])
+def test_as_many_likeliest_tokens_are_told_as_were_asked_for(
+    encoder: PromptEncoder, count: int, sampled_rank: int
+) -> None:
+    ranks = [sampled_rank, *(rank for rank in range(1, count + 1) if rank != sampled_rank)]
+    position = inference_pb2.PositionLogprobs(candidates=[{"token_id": rank, "rank": rank} for rank in ranks])
+    (shown,) = chat_logprobs([position], count, encoder)
+    assert shown.token == encoder.token_text(sampled_rank)
+    assert [other.token for other in shown.top_logprobs] == [*map(encoder.token_text, (1, 2))][:count]
+
+
+async def test_bytes_of_tokens_that_are_parts_of_a_character_make_it_whole(
+    front: Running, client: AsyncOpenAI
+) -> None:
+    front.script.answer = "A 🦙 and \ufffd."
+    answer = await client.chat.completions.create(model=MODEL, messages=ASK, logprobs=True)
+    shown = answer.choices[0].logprobs
+    assert shown is not None
+    parts = [bytes(position.bytes or ()) for position in shown.content or ()]
+    assert b"".join(parts) == front.script.answer.encode()
+    assert len(parts) > len(front.script.answer.split())
+
+
+def test_bytes_that_a_vocabulary_does_not_tell_are_left_out(
+    encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder, "_bytes", {})
+    part, *_ = encoder.tokenizer.encode("🦙")
+    (whole,) = encoder.tokenizer.encode("A")
+    positions = [inference_pb2.PositionLogprobs(candidates=[{"token_id": one}]) for one in (part, whole)]
+    assert [shown.bytes for shown in chat_logprobs(positions, 0, encoder)] == [None, [65]]
 
 
 async def test_text_completions(front: Running, client: AsyncOpenAI) -> None:
     answer = await client.completions.create(model=MODEL, prompt=["One", "Two"], n=2, logprobs=1)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
-    assert [request.prompt.text for request in front.script.requests] == ["One", "One", "Two", "Two"]
+    decode = front.script.encoder.tokenizer.decode
+    continued = [decode(request.prompt.token_ids.ids) for request in front.script.requests]
+    assert continued == ["One", "One", "Two", "Two"]
     logprobs = answer.choices[3].logprobs
     assert logprobs is not None
     assert "".join(logprobs.tokens or ()) == "Paris is the capital."

@@ -16,18 +16,18 @@ import grpc
 import pytest
 
 from kvarn.v1 import cluster_pb2_grpc, engine_pb2, engine_pb2_grpc, inference_pb2, inference_pb2_grpc
-from serve_app import wire
+from serve_app import metrics, wire
 from serve_app.call_server import CallServer, Write
 from serve_app.client import AsyncClient, NoRoomError, ServingError, UnavailableError
 from serve_app.config import RoutingConfig
 from serve_app.dispatch import Dispatcher
-from serve_app.errors import RequestError
+from serve_app.errors import ContextLengthError, InvalidRequestError, RequestError, UnknownModelError
 from serve_app.fleet import Fleet
 from serve_app.gateway_service import SERVICE_NAMES, ClusterService, FleetFeed, InferenceService
 from serve_app.grpc_server import GrpcServer
 from serve_app.membership import Endpoint
 from serve_app.observation import Observer
-from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Router
+from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Caller, Router
 from serve_app.security.access import Access
 from serve_app.security.fleet import Address
 from serve_app.tracing import Tracing
@@ -162,8 +162,9 @@ async def start_gateway(
     name: str, port: int, endpoints: list[Endpoint], routing: RoutingConfig
 ) -> SimpleNamespace:
     router = Router(name)
-    observer = Observer(Remembered(), Tracing("test", name, None))
-    made = SimpleNamespace(router=router)
+    recorder = Remembered()
+    observer = Observer(recorder, Tracing("test", name, None))
+    made = SimpleNamespace(router=router, recorder=recorder)
     changed = asyncio.Event()
 
     def on_change(replica_id: str) -> None:
@@ -501,3 +502,31 @@ async def test_a_client_whose_first_call_breaks_asks_again() -> None:
             await kill_busy_gateway(setup)
             answer = await asking
         assert list(answer.token_ids) == expected(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("change", "refused", "sentence"),
+    [
+        (
+            {"prompt": {"token_ids": {"ids": [5] * 4097}}},
+            ContextLengthError,
+            "The prompt has 4097 tokens, more",
+        ),
+        ({"model": "other"}, UnknownModelError, "The model 'other' is not served here"),
+        ({"sampling_params": {"temperature": 3}}, InvalidRequestError, "temperature must be from 0 to 2"),
+    ],
+)
+async def test_a_shared_prompt_is_checked_as_its_requests_are_and_refused_once(
+    change: dict[str, Any], refused: type[RequestError], sentence: str
+) -> None:
+    good = {"prompt": {"token_ids": {"ids": PROMPT}}}
+    async with serving(Engine("a")) as setup:
+        dispatcher, recorder = setup.gateways[0].dispatcher, setup.gateways[0].recorder
+        assert await dispatcher.encode(inference_pb2.GenerateRequest(**good), Caller()) == PROMPT
+        assert not recorder.values
+        with pytest.raises(refused, match=sentence):
+            await dispatcher.encode(inference_pb2.GenerateRequest(**{**good, **change}), Caller())
+        assert recorder.values == {
+            (metrics.REQUESTS, refused.status.name): 1,
+            (metrics.REJECTS, refused.reason): 1,
+        }
