@@ -25,11 +25,12 @@ def create(
     tenant: Annotated[str, typer.Option(help="Whose key it is.")],
     priority: Annotated[int, typer.Option(help="Lower goes first.")] = 0,
     requests_per_minute: Annotated[
-        float | None, typer.Option(help="At each gateway, in the long run; no limit by default.")
+        float | None,
+        typer.Option(help="Outputs asked for at each gateway, in the long run; no limit by default."),
     ] = None,
-    burst: Annotated[int, typer.Option(help="Requests that may come at once.")] = 10,
+    burst: Annotated[int, typer.Option(help="Outputs that may be asked for at once.")] = 10,
     max_concurrent: Annotated[
-        int | None, typer.Option(help="Requests that run at each gateway; no limit by default.")
+        int | None, typer.Option(help="Outputs generated at each gateway at once; no limit by default.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

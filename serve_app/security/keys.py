@@ -42,13 +42,13 @@ class ApiKey(Settings):
     requests_per_minute: float | None = Field(
         default=None,
         gt=0,
-        description="in the long run, at each gateway, one for each output asked for; None: no limit",
+        description="outputs asked for, in the long run, at each gateway; None: no limit",
     )
-    burst: int = Field(default=10, ge=1, description="requests that may come at once")
+    burst: int = Field(default=10, ge=1, description="outputs that may be asked for at once")
     max_concurrent: int | None = Field(
         default=None,
         ge=1,
-        description="requests that run at each gateway, one for each output; None: no limit",
+        description="outputs generated at once at each gateway; None: no limit",
     )
 
 

@@ -14,7 +14,7 @@ from serve_app.security.keys import ApiKey
 
 @dataclass
 class Bucket:
-    """Tokens left at a moment, in seconds of some clock."""
+    """Tokens left at a moment, in seconds of some clock; less than none after a call larger than the bucket."""
 
     tokens: float
     at_s: float
@@ -37,10 +37,14 @@ class Limits:
         """Count `generations` requests of `key` for as long as the block lasts.
 
         Raises:
-            InvalidRequestError: these alone are more than may ever be.
+            InvalidRequestError: these alone are more than may run at once.
             RateLimitError: they are too many now, in a minute or at once.
         """
-        _check_possible(key, generations)
+        if key.max_concurrent is not None and generations > key.max_concurrent:
+            raise InvalidRequestError(
+                f"The request counts as {generations}, n for each prompt, and this API key may run "
+                f"{key.max_concurrent} at once: lower n or send fewer prompts."
+            )
         if key.max_concurrent is not None and self._running[key.id] + generations > key.max_concurrent:
             raise ConcurrencyLimitError(
                 f"This API key may run {key.max_concurrent} requests at once: wait for one of them to end.",
@@ -61,23 +65,12 @@ class Limits:
         bucket = self._buckets.setdefault(key.id, Bucket(key.burst, now))
         bucket.tokens = min(float(key.burst), bucket.tokens + (now - bucket.at_s) * per_s)
         bucket.at_s = now
-        if bucket.tokens < generations:
-            wait_s = (generations - bucket.tokens) / per_s
+        needed = min(generations, key.burst)  # what is beyond a full bucket is paid for afterwards
+        if bucket.tokens < needed:
+            wait_s = (needed - bucket.tokens) / per_s
             raise RateLimitError(
                 f"This API key may send {key.requests_per_minute:g} requests a minute: "
                 f"try again in {wait_s:.1f} seconds.",
                 retry_after_s=wait_s,
             )
         bucket.tokens -= generations
-
-
-def _check_possible(key: ApiKey, generations: int) -> None:
-    """Refuse what waiting does not help."""
-    limits = [key.max_concurrent] if key.max_concurrent is not None else []
-    if key.requests_per_minute is not None:
-        limits.append(key.burst)
-    if generations > min(limits, default=generations):
-        raise InvalidRequestError(
-            f"The request counts as {generations}, n for each prompt, and this API key may send {min(limits)} "
-            "at once: lower n or send fewer prompts."
-        )

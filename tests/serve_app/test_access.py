@@ -204,15 +204,26 @@ def test_limits_count_generations() -> None:
         pass
 
 
-@pytest.mark.parametrize("limit", [{"max_concurrent": 3}, {"requests_per_minute": 60, "burst": 3}])
-def test_what_alone_is_over_a_limit_is_refused_for_good(limit: dict[str, int]) -> None:
-    limits, key = Limits(), limited(**limit)
+def test_what_alone_is_over_the_concurrency_is_refused_for_good() -> None:
+    limits, key = Limits(), limited(max_concurrent=3)
     with (
-        pytest.raises(InvalidRequestError, match=r"counts as 4.* may send 3 at once: lower n or send fewer"),
+        pytest.raises(InvalidRequestError, match=r"counts as 4.* may run 3 at once: lower n or send fewer"),
         limits.admitted(key, 4),
     ):
         pass
     with limits.admitted(key, 3):
+        pass
+
+
+def test_what_is_larger_than_a_burst_is_paid_for_afterwards() -> None:
+    now = 0.0
+    limits, key = Limits(lambda: now), limited(requests_per_minute=60, burst=3)
+    with limits.admitted(key, 8):
+        pass
+    with pytest.raises(RateLimitError, match=r"try again in 6\.0 seconds"), limits.admitted(key):
+        pass
+    now = 6.0
+    with limits.admitted(key):
         pass
 
 
