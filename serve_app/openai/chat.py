@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -16,6 +16,7 @@ from serve_app.openai.requests import chat_prompt, chat_sampling, numbered, vali
 from serve_app.openai.responses import ChatState, Head, TokenText
 from serve_app.openai.schema import ChatCompletionRequest
 from serve_app.openai.tools import ToolParsers
+from serve_app.refusals import told
 from serve_app.routing import Caller
 
 
@@ -26,12 +27,20 @@ class ChatService:
         dispatcher: the gateway's way to the engines.
         parsers: for tool calls.
         text_of: the text of a token id.
+        on_refusal: called with the reason of each request refused before it comes to the dispatcher.
     """
 
-    def __init__(self, dispatcher: RequestHandler, parsers: ToolParsers, text_of: TokenText) -> None:
+    def __init__(
+        self,
+        dispatcher: RequestHandler,
+        parsers: ToolParsers,
+        text_of: TokenText,
+        on_refusal: Callable[[str], None],
+    ) -> None:
         self._dispatcher = dispatcher
         self._parsers = parsers
         self._text_of = text_of
+        self._on_refusal = on_refusal
 
     async def complete(self, request: ChatCompletionRequest, head: Head, caller: Caller) -> ChatCompletion:
         """The whole answer.
@@ -80,7 +89,7 @@ class ChatService:
         ]
 
     def _requests(self, request: ChatCompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:
-        with valid_unicode():
+        with told(self._on_refusal), valid_unicode():
             params = chat_sampling(request)
             self._parsers.prepare(request, params)
             return numbered(head.request_id, request, [chat_prompt(request)], params)

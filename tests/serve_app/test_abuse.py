@@ -153,6 +153,38 @@ async def test_routes_that_are_not_there(front: Running, method: str, path: str,
     assert b'"invalid_request_error"' in answer
 
 
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (post(1) + b"{", "invalid_request"),
+        (post(9) + b'{"n": 99}', "invalid_request"),
+        (post(2) + b"\xff\xfe", "invalid_request"),
+        (post(1 << 40), "too_large"),
+        (post(100), "too_slow"),
+    ],
+)
+async def test_what_http_refuses_is_counted(front: Running, sent: bytes, reason: str) -> None:
+    front.refused.clear()
+    await answer_to(front, sent)
+    assert front.refused == [reason]
+
+
+async def test_a_chat_that_cannot_be_put_to_an_engine_is_counted_once(front: Running) -> None:
+    front.refused.clear()
+    content = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
+    async with httpx.AsyncClient() as http:
+        answer = await http.post(f"{front.url}/v1/chat/completions", content=content, headers=JSON)
+    assert answer.status_code == 400
+    assert front.refused == ["invalid_request"]
+
+
+async def test_unknown_paths_are_not_counted(front: Running) -> None:
+    front.refused.clear()
+    async with httpx.AsyncClient() as http:
+        assert (await http.get(f"{front.url}/favicon.ico")).status_code == 404
+    assert front.refused == []
+
+
 async def test_a_body_announced_too_large_is_not_read(front: Running) -> None:
     assert status_of(await answer_to(front, post(1 << 40))) == 413
 
