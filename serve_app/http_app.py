@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 from serve_app.errors import InvalidRequestError, RequestError
 from serve_app.openai.errors import error_response, failed, invalid
-from serve_app.openai.schema import problem
+from serve_app.openai.schema import NOT_JSON, problem
 from serve_app.tracing import TraceContext
 
 
@@ -63,7 +63,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     request.app.state.on_refusal(InvalidRequestError.reason)
-    sentence, param = problem(error.errors())
+    sentence, param = problem(error.errors(), error.body)
     return invalid(sentence, param=param)
 
 
@@ -72,6 +72,7 @@ async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 400:
         request.app.state.on_refusal(InvalidRequestError.reason)
+        return invalid(NOT_JSON)
     response = invalid(f"{request.method} {request.url.path[:128]}: {error.detail}.", error.status_code)
     response.headers.update(error.headers or {})
     return response
