@@ -151,7 +151,7 @@ class MessageToolCall(Model):
 class Message(Model):
     """One message of a conversation."""
 
-    role: Annotated[str, Field(min_length=1, max_length=64)]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
     name: Unread = None
     tool_calls: list[MessageToolCall] | None = None

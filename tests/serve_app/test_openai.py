@@ -366,6 +366,7 @@ async def test_bad_requests_are_one_sentence(front: Running, path: str, change: 
             "tool_choice: Input should be 'none', 'auto' or 'required' or a JSON object.",
         ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "The request holds a lone surrogate"),
+        ({"messages": [{"role": "bogus", "content": "Hi"}]}, "messages.0.role: Input should be 'system', "),
         ({"top_logprobs": 2}, "Top_logprobs may be set only if logprobs is true."),
         ({"tools": [WEATHER, WEATHER]}, "Every tool needs a name of its own."),
         ({"tool_choice": "required"}, "Tool_choice required needs tools."),
