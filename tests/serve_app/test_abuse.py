@@ -245,6 +245,24 @@ async def test_header_bombs(front: Running, bomb: bytes) -> None:
     )  # unread bytes may reset the connection under the answer
 
 
+@pytest.mark.parametrize(
+    ("header_bytes", "status"), [(LIMITS["max_header_bytes"], 200), (LIMITS["max_header_bytes"] + 1, 431)]
+)
+async def test_headers_that_come_at_once_are_limited_too(
+    front: Running, header_bytes: int, status: int
+) -> None:
+    bare = len(post(len(CHAT), connection="close", x=""))
+    headers = post(len(CHAT), connection="close", x="y" * (header_bytes - bare))
+    assert status_of(await answer_to(front, headers + CHAT)) == status
+
+
+async def test_large_headers_of_a_second_request(front: Running) -> None:
+    first = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"
+    answer = await answer_to(front, first + post(len(CHAT), x="y" * LIMITS["max_header_bytes"]) + CHAT)
+    assert answer.startswith(b"HTTP/1.1 204")
+    assert b"HTTP/1.1 431" in answer
+
+
 @pytest.mark.parametrize("junk", [b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/x", b"\r\n" * 50 + b"?"])
 async def test_what_is_not_http(front: Running, junk: bytes) -> None:
     assert status_of(await answer_to(front, junk + b"\r\n\r\n")) in (400, 408)
