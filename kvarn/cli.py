@@ -22,6 +22,7 @@ from kvarn.bench.kernel_settings import (
 )
 from kvarn.bench.scheduler import SchedulerBench
 from kvarn.connection import (
+    AddressOption,
     ApiKeyOption,
     CaOption,
     CertificateOption,
@@ -107,9 +108,9 @@ def doctor(
 @app.command()
 def chat(
     prompt: Annotated[str | None, typer.Argument(help="Say only this, print the answer and leave.")] = None,
-    address: Annotated[str, typer.Option(help="host:port of a gateway.")] = "127.0.0.1:50051",
+    address: AddressOption = "127.0.0.1:50051",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each answer.")] = 512,
     ca: CaOption = None,
     certificate: CertificateOption = None,
     private_key: PrivateKeyOption = None,
@@ -137,7 +138,7 @@ def chat(
 
 @app.command()
 def status(
-    address: Annotated[str, typer.Option(help="host:port of a gateway.")] = "127.0.0.1:50051",
+    address: AddressOption = "127.0.0.1:50051",
     ca: CaOption = None,
     certificate: CertificateOption = None,
     private_key: PrivateKeyOption = None,

@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvarn.address import is_address
 from kvarn.terminal import fail, one_sentence_errors
 
 if TYPE_CHECKING:
     from serve_app.channels import Tls
 
+
+def _address(given: str) -> str:
+    if not is_address(given):
+        raise typer.BadParameter(f"expected host:port, without http://, got {given}")
+    return given
+
+
+AddressOption = Annotated[str, typer.Option(help="host:port of a gateway's gRPC.", callback=_address)]
 CaOption = Annotated[
     Path | None,
     typer.Option("--ca", exists=True, dir_okay=False, help="The CA of the server's certificate, PEM."),

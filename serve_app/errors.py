@@ -39,6 +39,18 @@ class ContextLengthError(InvalidRequestError):
     reason = "context_length"
 
 
+class TooLargeError(InvalidRequestError):
+    """Its body is larger than one may be."""
+
+    reason = "too_large"
+
+
+class TooSlowError(InvalidRequestError):
+    """Its body did not come in time."""
+
+    reason = "too_slow"
+
+
 class UnauthenticatedError(RequestError):
     """It bears no API key, or an unknown one."""
 

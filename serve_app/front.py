@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter
+from starlette.types import ASGIApp
 
 from kvarn.v1 import cluster_pb2_grpc, inference_pb2_grpc
 from serve_app.config import GatewayConfig
@@ -63,10 +64,13 @@ class Front:
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._grpc)  # type: ignore[no-untyped-call]
         cluster = ClusterService(fleet, dispatcher, access)
         cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, self._grpc)  # type: ignore[no-untyped-call]
-        chat = ChatService(dispatcher, ToolParsers(config.tool_parser, encoder.tokenizer), encoder)
-        completions = CompletionService(dispatcher, encoder.token_text)
+        parsers = ToolParsers(config.tool_parser, encoder.tokenizer)
+        chat = ChatService(dispatcher, parsers, encoder, on_refusal)
+        completions = CompletionService(dispatcher, encoder.token_text, on_refusal)
         openai = openai_api(model_name, chat, completions, access)
-        self._http = self._http_server([probes(is_ready), openai, *routers], access, tls)
+        app = http_app([probes(is_ready), openai, *routers], on_refusal)
+        guard = HttpGuard(app, access, config.limits, config.max_message_bytes, on_refusal)
+        self._http = self._http_server(guard, tls)
 
     async def start(self) -> tuple[int, int]:
         """Listen; return the ports of gRPC and HTTP.
@@ -96,10 +100,10 @@ class Front:
             limits=config.limits,
         )
 
-    def _http_server(self, routers: Sequence[APIRouter], access: Access, tls: ServerTls | None) -> HttpServer:
+    def _http_server(self, app: ASGIApp, tls: ServerTls | None) -> HttpServer:
         config = self._config
         return HttpServer(
-            HttpGuard(http_app(routers), access, config.limits, config.max_message_bytes),
+            app,
             config.http.host,
             config.http.port,
             reuse_port=config.num_replicas > 1,

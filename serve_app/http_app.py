@@ -8,16 +8,24 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from serve_app.errors import RequestError
+from serve_app.errors import InvalidRequestError, RequestError
 from serve_app.openai.errors import error_response, failed, invalid
-from serve_app.openai.schema import problem
+from serve_app.openai.schema import NOT_JSON, problem
 from serve_app.tracing import TraceContext
 
 
-def http_app(routers: Iterable[APIRouter]) -> FastAPI:
-    """One application of all `routers`."""
+def http_app(
+    routers: Iterable[APIRouter], on_refusal: Callable[[str], None] = lambda reason: None
+) -> FastAPI:
+    """One application of all `routers`.
+
+    Args:
+        routers: the routes.
+        on_refusal: called with the reason of each body refused before a route sees it.
+    """
     app = FastAPI(title="KVarN serving", openapi_url="/openapi.json", docs_url=None, redoc_url=None)
     app.add_middleware(TraceContext)
+    app.state.on_refusal = on_refusal
     for router in routers:
         app.include_router(router)
     app.add_exception_handler(RequestError, _refused)
@@ -54,13 +62,17 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    sentence, param = problem(error.errors())
+    request.app.state.on_refusal(InvalidRequestError.reason)
+    sentence, param = problem(error.errors(), error.body)
     return invalid(sentence, param=param)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
     """Unknown paths and methods, and bodies that are no JSON at all."""
     assert isinstance(error, HTTPException)
+    if error.status_code == 400:
+        request.app.state.on_refusal(InvalidRequestError.reason)
+        return invalid(NOT_JSON)
     response = invalid(f"{request.method} {request.url.path[:128]}: {error.detail}.", error.status_code)
     response.headers.update(error.headers or {})
     return response

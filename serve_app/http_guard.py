@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import LimitsConfig
-from serve_app.errors import RequestError
-from serve_app.openai.errors import error_response, invalid
+from serve_app.errors import RequestError, TooLargeError, TooSlowError
+from serve_app.openai.errors import error_response
+from serve_app.refusals import told
 from serve_app.security.access import Access
 
 OPEN_PATHS = frozenset({"/livez", "/readyz"})  # probes bear no keys
@@ -28,13 +29,22 @@ class HttpGuard:
         access: knows the API keys.
         limits: time for a body.
         max_body_bytes: largest body.
+        on_refusal: called with the reason of each refusal of a body.
     """
 
-    def __init__(self, app: ASGIApp, access: Access, limits: LimitsConfig, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        access: Access,
+        limits: LimitsConfig,
+        max_body_bytes: int,
+        on_refusal: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         self._app = app
         self._access = access
         self._limits = limits
         self._max_body_bytes = max_body_bytes
+        self._on_refusal = on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,8 +59,10 @@ class HttpGuard:
 
         try:
             body = await self._admit(scope, receive)
-        except _RefusedError as refused:
-            await refused.response(scope, receive, send_with_id)
+        except RequestError as refused:
+            response = error_response(refused)
+            response.headers["connection"] = "close"  # what remains of the request is not read
+            await response(scope, receive, send_with_id)
         except _GoneError:
             return
         else:
@@ -59,19 +71,19 @@ class HttpGuard:
     async def _admit(self, scope: Scope, receive: Receive) -> bytes:
         headers = Headers(scope=scope)
         if scope["path"] not in OPEN_PATHS:
-            try:
-                self._access.check(headers)
-            except RequestError as error:
-                raise _RefusedError(error_response(error)) from error
-        if int(headers.get("content-length", "0")) > self._max_body_bytes:
-            raise self._too_large()
+            self._access.check(headers)
+        with told(self._on_refusal):
+            if int(headers.get("content-length", "0")) > self._max_body_bytes:
+                raise self._too_large()
+            return await self._read_in_time(receive)
+
+    async def _read_in_time(self, receive: Receive) -> bytes:
+        seconds = self._limits.body_timeout_s
         try:
-            async with asyncio.timeout(self._limits.body_timeout_s):
+            async with asyncio.timeout(seconds):
                 return await self._read(receive)
         except TimeoutError:
-            raise _RefusedError(
-                invalid(f"The body did not come within {self._limits.body_timeout_s:g} seconds.", 408)
-            ) from None
+            raise TooSlowError(f"The body did not come within {seconds:g} seconds.") from None
 
     async def _read(self, receive: Receive) -> bytes:
         body = bytearray()
@@ -85,19 +97,8 @@ class HttpGuard:
             if not message.get("more_body"):
                 return bytes(body)
 
-    def _too_large(self) -> _RefusedError:
-        return _RefusedError(
-            invalid(f"The body has more than {self._max_body_bytes} bytes: send less at once.", 413)
-        )
-
-
-class _RefusedError(Exception):
-    """A request that is not handed on; what remains of it is not read."""
-
-    def __init__(self, response: Response) -> None:
-        super().__init__()
-        response.headers["connection"] = "close"
-        self.response = response
+    def _too_large(self) -> TooLargeError:
+        return TooLargeError(f"The body has more than {self._max_body_bytes} bytes: send less at once.")
 
 
 class _GoneError(Exception):

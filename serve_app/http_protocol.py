@@ -15,6 +15,29 @@ from serve_app.config import LimitsConfig
 from serve_app.openai.errors import body
 
 
+class _Connection(h11.Connection):
+    """A server's side of a connection; h11 itself limits only headers that come in more than one piece.
+
+    Args:
+        max_header_bytes: of a request's first line and headers.
+
+    Attributes:
+        has_large_headers: a request had more.
+    """
+
+    def __init__(self, max_header_bytes: int) -> None:
+        super().__init__(h11.SERVER, max_header_bytes)
+        self._max_header_bytes = max_header_bytes
+        self.has_large_headers = False
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request) and _header_bytes(event) > self._max_header_bytes:
+            self.has_large_headers = True
+            raise h11.RemoteProtocolError("the headers are too large")  # uvicorn calls send_400_response
+        return event
+
+
 class GuardedProtocol(H11Protocol):
     """Closes connections that are one too many, whose headers do not come in time, or that are not read.
 
@@ -25,6 +48,7 @@ class GuardedProtocol(H11Protocol):
     def __init__(self, *args: Any, limits: LimitsConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits
+        self.conn: _Connection = _Connection(limits.max_header_bytes)
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -58,7 +82,7 @@ class GuardedProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """uvicorn calls this for what is not HTTP, headers that are too large among them."""
         limit = self._limits.max_header_bytes
-        if len(self.conn.trailing_data[0]) > limit:
+        if self.conn.has_large_headers or len(self.conn.trailing_data[0]) > limit:
             status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             self._refuse(status, f"The headers have more than {limit} bytes: send less.")
         else:
@@ -94,3 +118,10 @@ class GuardedProtocol(H11Protocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
+
+
+def _header_bytes(request: h11.Request) -> int:
+    """The size of a request's first line and headers, without optional spaces."""
+    first_line = len(request.method) + len(request.target) + len("  HTTP/1.1\r\n")
+    lines = sum(len(name) + len(value) + len(": \r\n") for name, value in request.headers)
+    return first_line + lines + len("\r\n")

@@ -54,7 +54,6 @@ class HttpServer:
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=math.ceil(limits.idle_timeout_s),
-                h11_max_incomplete_event_size=limits.max_header_bytes,
                 ssl_context_factory=None if tls is None else lambda *_: tls,
                 timeout_graceful_shutdown=math.ceil(drain_grace_s),
             )

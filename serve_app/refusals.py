@@ -1,6 +1,9 @@
-"""Why a request was not admitted, in the words a caller can act on."""
+"""Why a request was not admitted, in the words a caller can act on and for whoever counts."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from serve_app.errors import ContextLengthError, NoRoomError, RequestError, UnavailableError
 from serve_app.routing import Decision, Refusal, RequestNeed
@@ -30,3 +33,13 @@ def refusal(decision: Decision, need: RequestNeed, context_tokens: int) -> Reque
     if Refusal.PAST_CONTEXT not in refusals:
         limit = "what the cache of any replica can hold"
     return ContextLengthError(f"{asked}, together more than {limit}: shorten the prompt or lower max_tokens.")
+
+
+@contextmanager
+def told(on_refusal: Callable[[str], None]) -> Iterator[None]:
+    """Tell the reason of each refusal in this block, for those that no observation of the request counts."""
+    try:
+        yield
+    except RequestError as error:
+        on_refusal(error.reason)
+        raise

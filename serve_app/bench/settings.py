@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 from urllib.parse import urlsplit
 
+from kvarn.address import is_address
 from kvarn.bench.engine import BenchError
 
 Protocol = Literal["grpc", "openai"]
@@ -89,22 +90,19 @@ class ServeBench:
             raise BenchError(f"rate is {self.rate_per_s:g}, expected above 0; inf sends all at once")
         if not (self.timeout_s > 0 and math.isfinite(self.timeout_s)):
             raise BenchError(f"timeout is {self.timeout_s:g}, expected a time above 0 in seconds")
-        if not _is_address(self.target, self.protocol):
+        if not (is_address(self.target) if self.protocol == "grpc" else _is_url(self.target)):
             raise BenchError(
                 f"the target is {self.target}, expected host:port of a gateway, "
                 "or the URL of an OpenAI API such as http://127.0.0.1:8000/v1"
             )
 
 
-def _is_address(target: str, protocol: Protocol) -> bool:
+def _is_url(target: str) -> bool:
     try:
-        parts = urlsplit(target if protocol == "openai" else f"grpc://{target}")
-        port = parts.port
+        parts = urlsplit(target)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # brackets that do not close, a port that is no number or too large
         return False
-    if protocol == "openai":
-        return parts.scheme in ("http", "https") and bool(parts.hostname)
-    return bool(parts.hostname and port) and parts.path == ""
 
 
 def arrivals(name: str) -> Arrivals:

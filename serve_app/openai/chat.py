@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -17,6 +17,7 @@ from serve_app.openai.requests import chat_prompt, chat_sampling, one_per_prompt
 from serve_app.openai.responses import ChatState, Head, Vocabulary
 from serve_app.openai.schema import ChatCompletionRequest
 from serve_app.openai.tools import ToolParsers
+from serve_app.refusals import told
 from serve_app.routing import Caller
 
 
@@ -27,12 +28,20 @@ class ChatService:
         dispatcher: the gateway's way to the engines.
         parsers: for tool calls.
         vocabulary: the model's.
+        on_refusal: called with the reason of each request refused before it comes to the dispatcher.
     """
 
-    def __init__(self, dispatcher: RequestHandler, parsers: ToolParsers, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self,
+        dispatcher: RequestHandler,
+        parsers: ToolParsers,
+        vocabulary: Vocabulary,
+        on_refusal: Callable[[str], None],
+    ) -> None:
         self._dispatcher = dispatcher
         self._parsers = parsers
         self._vocabulary = vocabulary
+        self._on_refusal = on_refusal
 
     async def complete(self, request: ChatCompletionRequest, head: Head, caller: Caller) -> ChatCompletion:
         """The whole answer.
@@ -89,7 +98,7 @@ class ChatService:
         ]
 
     def _requests(self, request: ChatCompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:
-        with valid_unicode():
+        with told(self._on_refusal), valid_unicode():
             params = chat_sampling(request)
             self._parsers.prepare(request, params)
             return one_per_prompt(head.request_id, request, [chat_prompt(request)], params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ from serve_app.openai.choices import Usage, generate_all
 from serve_app.openai.requests import completion_prompts, completion_sampling, one_per_prompt, valid_unicode
 from serve_app.openai.responses import Head, TokenText
 from serve_app.openai.schema import CompletionRequest
+from serve_app.refusals import told
 from serve_app.routing import Caller
 
 
@@ -36,11 +37,15 @@ class CompletionService:
     Args:
         dispatcher: the gateway's way to the engines.
         text_of: the text of a token id.
+        on_refusal: called with the reason of each request refused before it comes to the dispatcher.
     """
 
-    def __init__(self, dispatcher: RequestHandler, text_of: TokenText) -> None:
+    def __init__(
+        self, dispatcher: RequestHandler, text_of: TokenText, on_refusal: Callable[[str], None]
+    ) -> None:
         self._dispatcher = dispatcher
         self._text_of = text_of
+        self._on_refusal = on_refusal
 
     async def complete(self, request: CompletionRequest, head: Head, caller: Caller) -> Completion:
         """All choices, whole.
@@ -48,7 +53,7 @@ class CompletionService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        requests, choices = _requests(request, head), request.n or 1
+        requests, choices = self._requests(request, head), request.n or 1
         states = [TextState() for _ in range(len(requests) * choices)]
         async with aclosing(generate_all(self._dispatcher, requests, choices, caller)) as pieces:
             async for index, piece in pieces:
@@ -68,7 +73,7 @@ class CompletionService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        requests, choices = _requests(request, head), request.n or 1
+        requests, choices = self._requests(request, head), request.n or 1
         states = [TextState() for _ in range(len(requests) * choices)]
         async with aclosing(generate_all(self._dispatcher, requests, choices, caller)) as pieces:
             async for index, piece in pieces:
@@ -79,6 +84,11 @@ class CompletionService:
                     )
         if request.stream_options and request.stream_options.include_usage:
             yield responses.completion(head, [], _counted(request, states))
+
+    def _requests(self, request: CompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:
+        with told(self._on_refusal), valid_unicode():
+            prompts, params = completion_prompts(request), completion_sampling(request)
+            return one_per_prompt(head.request_id, request, prompts, params)
 
     def _choice(self, request: CompletionRequest, index: int, state: TextState) -> CompletionChoice:
         logprobs = self._logprobs(request, state, state.logprobs)
@@ -98,12 +108,6 @@ class CompletionService:
         made = responses.completion_logprobs(positions, self._text_of, state.token_characters)
         state.token_characters += sum(map(len, made.tokens or ()))
         return made
-
-
-def _requests(request: CompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:
-    with valid_unicode():
-        prompts, params = completion_prompts(request), completion_sampling(request)
-        return one_per_prompt(head.request_id, request, prompts, params)
 
 
 def _counted(request: CompletionRequest, states: list[TextState]) -> Usage:

@@ -41,6 +41,8 @@ _INVALID = Kind(400, "invalid_request_error")
 _FAILED = Kind(500, "server_error")
 _KINDS: dict[type[errors.RequestError], Kind] = {
     errors.ContextLengthError: Kind(400, "invalid_request_error", "context_length_exceeded"),
+    errors.TooLargeError: Kind(413, "invalid_request_error"),
+    errors.TooSlowError: Kind(408, "invalid_request_error"),
     errors.InvalidRequestError: _INVALID,
     errors.UnauthenticatedError: Kind(401, "invalid_request_error", "invalid_api_key"),
     errors.UnknownModelError: Kind(404, "invalid_request_error", "model_not_found"),

@@ -9,15 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from serve_app.prompts import MAX_MESSAGES
 
 MAX_CHOICES = 16
+MAX_PARAM_CHARACTERS = 128  # of a field's path in an answer
+NOT_JSON = "The body must be JSON text in UTF-8, not too deep and with numbers of a usual size."
+NOT_AN_OBJECT = "The body must be a JSON object."
+NOT_SENT_AS_JSON = "The body must be sent as JSON: set the header `content-type: application/json`."
+_EXPECTED = "Input should be "
+_OBJECT_TYPES = ("dict_type", "model_type", "model_attributes_type")
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Uint32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 TokenId = Uint32
 Stop = str | Annotated[list[str], Field(max_length=64)] | None
+Place = tuple[str | int, ...]
 Unread = Annotated[JsonValue, Field(description="taken and left unread")]
 
 
@@ -128,6 +135,15 @@ class TextPart(Model):
     type: Literal["text"]
     text: str
 
+    @field_validator("type", mode="before")
+    @classmethod
+    def _no_other(cls, value: object) -> object:
+        if value != "text":
+            raise ValueError(
+                "only parts of type 'text' are served, no images, audio or files: leave them out"
+            )
+        return value
+
 
 class CalledFunction(Model):
     """A call's function and its arguments, as JSON text."""
@@ -147,7 +163,7 @@ class MessageToolCall(Model):
 class Message(Model):
     """One message of a conversation."""
 
-    role: Annotated[str, Field(min_length=1, max_length=64)]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
     name: Unread = None
     tool_calls: list[MessageToolCall] | None = None
@@ -240,14 +256,55 @@ class ChatCompletionRequest(Sampling):
         return self
 
 
-def problem(errors: Sequence[Any]) -> tuple[str, str | None]:
-    """One sentence of pydantic's errors, and the field it is about."""
+def problem(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
+    """One sentence of pydantic's errors about `body`, and the field it is about."""
     first = errors[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(place) or None
-    if first["type"] == "extra_forbidden":
-        return f"The field {param!r} is not known here: leave it out.", param
     if first["type"] == "json_invalid":
-        return "The body must be JSON text in UTF-8.", None
-    said = first["msg"].removeprefix("Value error, ")
+        return NOT_JSON, None
+    if tuple(first["loc"]) == ("body",) and first["type"] != "value_error":
+        return (NOT_SENT_AS_JSON if isinstance(body, bytes) else NOT_AN_OBJECT), None
+    place, alike = _deepest(errors, body)
+    param = ".".join(map(str, place))[:MAX_PARAM_CHARACTERS] or None
+    if alike[0]["type"] == "extra_forbidden":
+        return f"The field {param!r} is not known here: leave it out.", param
+    said = _said(alike)
     return (f"{param}: {said}." if param else f"{said[:1].upper()}{said[1:]}."), param
+
+
+def _deepest(errors: Sequence[Any], body: Any) -> tuple[Place, list[Any]]:
+    """Where the first error is, and all errors there. Of a union, the branch that fits furthest tells most."""
+    places = [_place(error, body) for error in errors]
+    below = [place for place in places if place[: len(places[0])] == places[0]]
+    deepest = max(below, key=len)
+    return deepest, [error for error, place in zip(errors, places, strict=True) if place == deepest]
+
+
+def _place(error: Any, body: Any) -> Place:
+    """The steps of an error's `loc` that lead through the body; the others name branches of unions."""
+    place: list[str | int] = []
+    *steps, last = error["loc"][1:] or ("",)
+    for step in steps:
+        if _leads(step, body):
+            place.append(step)
+            body = body[step]
+    if _leads(last, body) or error["type"] == "missing":
+        place.append(last)
+    return tuple(place)
+
+
+def _leads(step: str | int, value: Any) -> bool:
+    if isinstance(value, list):
+        return isinstance(step, int) and step < len(value)
+    return isinstance(value, dict) and step in value
+
+
+def _said(errors: Sequence[Any]) -> str:
+    """What errors at one place say, the alternatives of a union together."""
+    said = [
+        f"{_EXPECTED}a JSON object" if error["type"] in _OBJECT_TYPES else error["msg"] for error in errors
+    ]
+    first = said[0].removeprefix("Value error, ")
+    if not first.startswith(_EXPECTED):
+        return first
+    expected = [one.removeprefix(_EXPECTED) for one in said if one.startswith(_EXPECTED)]
+    return _EXPECTED + " or ".join(dict.fromkeys(expected))

@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from serve_app.channels import PRIORITY_KEY, TENANT_KEY
-from serve_app.errors import InvalidRequestError, RequestError, UnauthenticatedError
+from serve_app.errors import InvalidRequestError, UnauthenticatedError
+from serve_app.refusals import told
 from serve_app.routing import Caller
 from serve_app.security.files import Reloaded
 from serve_app.security.keys import ApiKey, KeyFile, read_keys
@@ -51,7 +52,7 @@ class Access:
         Raises:
             UnauthenticatedError: with the sentence for the caller.
         """
-        with self._refusals_told():
+        with told(self._on_refusal):
             self._key(headers)
 
     @contextmanager
@@ -66,7 +67,7 @@ class Access:
             UnauthenticatedError, RateLimitError, InvalidRequestError: with the sentence for the caller.
         """
         with ExitStack() as held:
-            with self._refusals_told():
+            with told(self._on_refusal):
                 caller = self._admit(headers, generations, held)
             yield caller
 
@@ -77,14 +78,6 @@ class Access:
             return Caller(_tenant(headers), priority or 0)
         held.enter_context(self._limits.admitted(key, generations))
         return Caller(key.tenant, key.priority if priority is None else max(key.priority, priority))
-
-    @contextmanager
-    def _refusals_told(self) -> Iterator[None]:
-        try:
-            yield
-        except RequestError as error:
-            self._on_refusal(error.reason)
-            raise
 
     def _key(self, headers: Headers) -> ApiKey | None:
         if self._keys is None:

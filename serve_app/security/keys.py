@@ -6,11 +6,15 @@ that a slow password hash would add nothing.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import os
 import secrets
+import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -102,7 +106,6 @@ def create_key(path: Path, tenant: str, **limits: object) -> tuple[str, ApiKey]:
     Raises:
         KeyFileError: the file or the settings of the key are not valid.
     """
-    held = read_keys(path) if path.exists() else KeyFile()
     identifier = secrets.token_hex(ID_BYTES)
     presented = f"{PREFIX}-{identifier}-{secrets.token_hex(SECRET_BYTES)}"
     try:
@@ -112,7 +115,9 @@ def create_key(path: Path, tenant: str, **limits: object) -> tuple[str, ApiKey]:
     except ValidationError as error:
         problem = error.errors()[0]
         raise KeyFileError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
-    _write(path, KeyFile(keys=(*held.keys, key)))
+    with _changing(path) as file:
+        held = read_keys(file) if file.exists() else KeyFile()
+        _write(file, KeyFile(keys=(*held.keys, key)))
     return presented, key
 
 
@@ -122,24 +127,54 @@ def revoke_key(path: Path, identifier: str) -> None:
     Raises:
         KeyFileError: the file is not valid, or does not hold that key.
     """
-    held = read_keys(path)
-    left = tuple(key for key in held.keys if key.id != identifier)
-    if len(left) == len(held.keys):
-        raise KeyFileError(f"{path} holds no key of id {identifier!r}: `kvarn keys list` shows them")
-    _write(path, KeyFile(keys=left))
+    with _changing(path) as file:
+        held = read_keys(file)
+        left = tuple(key for key in held.keys if key.id != identifier)
+        if len(left) == len(held.keys):
+            raise KeyFileError(f"{path} holds no key of id {identifier!r}: `kvarn keys list` shows them")
+        _write(file, KeyFile(keys=left))
 
 
 def _hash(presented: str) -> str:
     return hashlib.sha256(presented.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _write(path: Path, keys: KeyFile) -> None:
-    """Replaces the file in one step: a server that reads it sees the old or the new keys."""
-    text = yaml.safe_dump(keys.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+@contextmanager
+def _changing(path: Path) -> Iterator[Path]:
+    """The file behind any symbolic links, for one process at a time to read and replace.
+
+    Raises:
+        KeyFileError: it cannot be written.
+    """
     try:
-        descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    except OSError as error:
-        raise KeyFileError(f"{path} cannot be written: {error.strerror}") from None
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    os.replace(scratch, path)
+        file = path.resolve()
+        directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)  # the file itself is replaced
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            yield file
+        finally:
+            os.close(directory)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
+        raise KeyFileError(f"{path} cannot be written: {error}") from None
+
+
+def _write(file: Path, keys: KeyFile) -> None:
+    """Replaces the file in one step: a server that reads it sees the old or the new keys, and still may read it."""
+    text = yaml.safe_dump(keys.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    descriptor, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+    try:
+        with os.fdopen(descriptor, "w") as written:
+            _keep_permissions(descriptor, file)
+            written.write(text)
+        os.replace(scratch, file)
+    except OSError:
+        os.unlink(scratch)
+        raise
+
+
+def _keep_permissions(descriptor: int, file: Path) -> None:
+    """Give an open file the owner and the mode of one that it will replace, if that exists."""
+    if file.exists():
+        held = file.stat()
+        os.fchown(descriptor, held.st_uid, held.st_gid)
+        os.fchmod(descriptor, stat.S_IMODE(held.st_mode))

@@ -150,6 +150,22 @@ def test_chat_says_when_nobody_answers():
         assert_refused(run("chat", "--address", address, "hello"), address)
 
 
+@pytest.mark.parametrize("command", [["status"], ["chat", "Hi"]])
+@pytest.mark.parametrize(
+    "address", ["nonsense", "http://127.0.0.1:18000", "127.0.0.1:99999", "127.0.0.1:1/v1", ":50051"]
+)
+def test_what_is_no_address_is_told_so(command: list[str], address: str) -> None:
+    result = run(*command, "--address", address)
+    assert result.exit_code == 2
+    assert "expected host:port, without http://" in result.stderr
+
+
+def test_an_answer_has_at_least_one_token() -> None:
+    result = run("chat", "Hi", "--max-tokens", "-3")
+    assert result.exit_code == 2
+    assert "equal to 1" in result.stderr
+
+
 def test_serve_says_nothing_through_tls(write_app):
     files = {"certificate": "c.pem", "private_key": "k.pem"}
     path = write_app(

@@ -1,12 +1,16 @@
 """`kvarn keys`: what it prints is the only copy of a key."""
 
 import json
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from kvarn import cli
+from serve_app.security import keys as key_file
 from serve_app.security.access import Access
 
 
@@ -54,6 +58,46 @@ def test_bad_input_is_one_sentence(file, arguments, words):
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
     assert words in result.stderr
+
+
+def test_a_changed_file_keeps_its_mode_owner_and_links(file, tmp_path):
+    """A gateway that runs as another user still reads it."""
+    target = tmp_path / "elsewhere" / "keys.yaml"
+    target.parent.mkdir()
+    file.symlink_to(target)
+    keys("create", file, "--tenant", "acme")
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    target.chmod(0o644)
+    owner = (65534, 65534) if os.getuid() == 0 else (os.getuid(), os.getgid())
+    os.chown(target, *owner)
+    (listed,) = json.loads(keys("list", file, "--json").stdout)
+    assert keys("create", file, "--tenant", "other").exit_code == 0
+    assert keys("revoke", file, listed["id"]).exit_code == 0
+    held = target.stat()
+    assert (stat.S_IMODE(held.st_mode), held.st_uid, held.st_gid) == (0o644, *owner)
+    assert file.is_symlink()
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_keys_made_at_once_are_all_kept(file):
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda index: key_file.create_key(file, f"t{index}")[1], range(48)))
+    assert {key.id for key in key_file.read_keys(file).keys} == {key.id for key in made}
+
+
+def test_what_cannot_be_kept_changes_nothing(file, monkeypatch):
+    keys("create", file, "--tenant", "acme")
+    before = file.read_bytes()
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    result = keys("create", file, "--tenant", "other")
+    assert result.exit_code == 1
+    assert "cannot be written: [Errno 1] Operation not permitted" in result.stderr
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -153,6 +153,38 @@ async def test_routes_that_are_not_there(front: Running, method: str, path: str,
     assert b'"invalid_request_error"' in answer
 
 
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (post(1) + b"{", "invalid_request"),
+        (post(9) + b'{"n": 99}', "invalid_request"),
+        (post(2) + b"\xff\xfe", "invalid_request"),
+        (post(1 << 40), "too_large"),
+        (post(100), "too_slow"),
+    ],
+)
+async def test_what_http_refuses_is_counted(front: Running, sent: bytes, reason: str) -> None:
+    front.refused.clear()
+    await answer_to(front, sent)
+    assert front.refused == [reason]
+
+
+async def test_a_chat_that_cannot_be_put_to_an_engine_is_counted_once(front: Running) -> None:
+    front.refused.clear()
+    content = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
+    async with httpx.AsyncClient() as http:
+        answer = await http.post(f"{front.url}/v1/chat/completions", content=content, headers=JSON)
+    assert answer.status_code == 400
+    assert front.refused == ["invalid_request"]
+
+
+async def test_unknown_paths_are_not_counted(front: Running) -> None:
+    front.refused.clear()
+    async with httpx.AsyncClient() as http:
+        assert (await http.get(f"{front.url}/favicon.ico")).status_code == 404
+    assert front.refused == []
+
+
 async def test_a_body_announced_too_large_is_not_read(front: Running) -> None:
     assert status_of(await answer_to(front, post(1 << 40))) == 413
 
@@ -211,6 +243,24 @@ async def test_header_bombs(front: Running, bomb: bytes) -> None:
     assert (
         status_of(answer or b"HTTP/1.1 431 ") == 431
     )  # unread bytes may reset the connection under the answer
+
+
+@pytest.mark.parametrize(
+    ("header_bytes", "status"), [(LIMITS["max_header_bytes"], 200), (LIMITS["max_header_bytes"] + 1, 431)]
+)
+async def test_headers_that_come_at_once_are_limited_too(
+    front: Running, header_bytes: int, status: int
+) -> None:
+    bare = len(post(len(CHAT), connection="close", x=""))
+    headers = post(len(CHAT), connection="close", x="y" * (header_bytes - bare))
+    assert status_of(await answer_to(front, headers + CHAT)) == status
+
+
+async def test_large_headers_of_a_second_request(front: Running) -> None:
+    first = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"
+    answer = await answer_to(front, first + post(len(CHAT), x="y" * LIMITS["max_header_bytes"]) + CHAT)
+    assert answer.startswith(b"HTTP/1.1 204")
+    assert b"HTTP/1.1 431" in answer
 
 
 @pytest.mark.parametrize("junk", [b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/x", b"\r\n" * 50 + b"?"])

@@ -439,6 +439,9 @@ async def test_a_bug_tells_nothing_of_itself(front: Running, client: AsyncOpenAI
         ({"structured_outputs": {"regex": "x", "choice": ["x"]}}, "structured_outputs: set one of"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0."),
         ({"messages": "hi", "prompt": {}}, ""),
+        ({"stop": 5}, "stop: Input should be a valid string or a valid list."),
+        ({"stream_options": 5}, "stream_options: Input should be a JSON object."),
+        ({"k" * 1000: 1}, f"The field {'k' * 128!r} is not known here: leave it out."),
     ],
 )
 async def test_bad_requests_are_one_sentence(front: Running, path: str, change: Any, sentence: str) -> None:
@@ -456,8 +459,24 @@ async def test_bad_requests_are_one_sentence(front: Running, path: str, change: 
     ("change", "sentence"),
     [
         ({"messages": []}, "messages: List should have at least 1 item"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content.0.type: only parts of type 'text' are served, no images",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages.0.content.0.text: Field required.",
+        ),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages.0.content: Input should be a valid string",
+        ),
+        (
+            {"tool_choice": "sometimes"},
+            "tool_choice: Input should be 'none', 'auto' or 'required' or a JSON object.",
+        ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "The request holds a lone surrogate"),
+        ({"messages": [{"role": "bogus", "content": "Hi"}]}, "messages.0.role: Input should be 'system', "),
         ({"top_logprobs": 2}, "Top_logprobs may be set only if logprobs is true."),
         ({"tools": [WEATHER, WEATHER]}, "Every tool needs a name of its own."),
         ({"tool_choice": "required"}, "Tool_choice required needs tools."),
@@ -486,6 +505,52 @@ async def test_bad_chats_are_one_sentence(front: Running, change: Any, sentence:
         answer = await http.post(f"{front.url}/v1/chat/completions", content=content, headers=headers)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"].startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param", "sentence"),
+    [
+        (5, "prompt", "prompt: Input should be a valid string or a valid list."),
+        ([1, "x"], "prompt.0", "prompt.0: Input should be a valid string or a valid list."),
+        ([[-1]], "prompt.0.0", "prompt.0.0: Input should be greater than or equal to 0."),
+    ],
+)
+async def test_fields_are_named_as_the_caller_wrote_them(
+    front: Running, prompt: Any, param: str, sentence: str
+) -> None:
+    async with httpx.AsyncClient() as http:
+        answer = await http.post(f"{front.url}/v1/completions", json={"prompt": prompt})
+    error = answer.json()["error"]
+    assert (error["param"], error["message"]) == (param, sentence)
+
+
+JSON = "application/json"
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type", "sentence"),
+    [
+        (b'{"prompt": "Hi"}', "text/plain", "set the header `content-type: application/json`."),
+        (b'{"prompt": "Hi"}', None, "set the header `content-type: application/json`."),
+        (b"prompt=Hi", "application/x-www-form-urlencoded", "set the header `content-type: "),
+        (b"", JSON, "The body must be a JSON object."),
+        (b"", None, "The body must be a JSON object."),
+        (b"null", JSON, "The body must be a JSON object."),
+        (b"[1]", JSON, "The body must be a JSON object."),
+        (b"{", JSON, "The body must be JSON text in UTF-8"),
+        (b"\xff\xfe\x00", JSON, "The body must be JSON text in UTF-8"),
+        (b"[" * 100_000, JSON, "The body must be JSON text in UTF-8"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", JSON, "The body must be JSON text in UTF-8"),
+    ],
+)
+async def test_bodies_that_are_no_json_object_are_told_what_to_send(
+    front: Running, content: bytes, content_type: str | None, sentence: str
+) -> None:
+    headers = {"content-type": content_type} if content_type else {}
+    async with httpx.AsyncClient() as http:
+        answer = await http.post(f"{front.url}/v1/completions", content=content, headers=headers)
+    assert answer.status_code == 400
+    assert sentence in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
