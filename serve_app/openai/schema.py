@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, m
 from serve_app.prompts import MAX_MESSAGES
 
 MAX_CHOICES = 16
+MAX_PARTS = 128  # of one message
 MAX_PARAM_CHARACTERS = 128  # of a field's path in an answer
 NOT_JSON = "The body must be JSON text in UTF-8, not too deep and with numbers of a usual size."
 NOT_AN_OBJECT = "The body must be a JSON object."
@@ -164,9 +165,9 @@ class Message(Model):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
     name: Unread = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_PARTS)] | None = None
     tool_call_id: str | None = None
     refusal: Unread = None
     annotations: Unread = None
@@ -299,12 +300,11 @@ def _leads(step: str | int, value: Any) -> bool:
 
 
 def _said(errors: Sequence[Any]) -> str:
-    """What errors at one place say, the alternatives of a union together."""
+    """What errors at one place say: of a union, the branch whose type fits, or else all types together."""
     said = [
         f"{_EXPECTED}a JSON object" if error["type"] in _OBJECT_TYPES else error["msg"] for error in errors
     ]
-    first = said[0].removeprefix("Value error, ")
-    if not first.startswith(_EXPECTED):
-        return first
-    expected = [one.removeprefix(_EXPECTED) for one in said if one.startswith(_EXPECTED)]
+    if fitting := [one for one in said if not one.startswith(_EXPECTED)]:
+        return fitting[0].removeprefix("Value error, ")
+    expected = [one.removeprefix(_EXPECTED) for one in said]
     return _EXPECTED + " or ".join(dict.fromkeys(expected))

@@ -468,6 +468,21 @@ async def test_bad_requests_are_one_sentence(front: Running, path: str, change: 
             "messages.0.content.0.text: Field required.",
         ),
         (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 129}]},
+            "messages.0.content: List should have at most 128 items",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}] * 129,
+                    }
+                ]
+            },
+            "messages.0.tool_calls: List should have at most 128 items",
+        ),
+        (
             {"messages": [{"role": "user", "content": 5}]},
             "messages.0.content: Input should be a valid string",
         ),
