@@ -180,7 +180,8 @@ class PrefixScheduling(SlotPlanning):
         try:
             output = super().schedule(*args, **kwargs)
         finally:
-            self.waiting.extendleft(reversed(held))  # the oldest: at the end they would leave the window
+            for request in reversed(held):  # among the oldest: at the end they would leave the window
+                self.waiting.prepend_request(request)
         self._note_admitted(output)
         return output
 
