@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -69,9 +69,24 @@ def serve(
                 teller.asked(say)
                 messages = [{"role": "user", "content": say}]
                 teller.answered(stream_answer(client, messages, teller.console, max_tokens))
-            teller.ready(launched, state, model_dir, dashboard)
+            teller.ready(launched, Started(state, model_dir, dashboard))
             _wait_for_interrupt()
         teller.stopped()
+
+
+@dataclass(frozen=True)
+class Started:
+    """What is told once an application takes requests.
+
+    Attributes:
+        state: its replicas and their caches; None where TLS or a key is needed to ask.
+        model_dir: the model that it serves.
+        dashboard: Ray's.
+    """
+
+    state: cluster_pb2.GetCacheStateResponse | None
+    model_dir: Path
+    dashboard: Dashboard
 
 
 class Words:
@@ -91,20 +106,15 @@ class Words:
 
         out.print(answer_table(answer))
 
-    def ready(
-        self,
-        app: App,
-        state: cluster_pb2.GetCacheStateResponse | None,
-        model_dir: Path,
-        dashboard: Dashboard,
-    ) -> None:
+    def ready(self, app: App, started: Started) -> None:
         from serve_app.terminal import cache_table
 
-        if state is not None:
-            out.print(cache_table(state, model_dir))
+        if started.state is not None:
+            out.print(cache_table(started.state, started.model_dir))
         out.print(
             f"OpenAI's API is at {app.http_url}v1, the console at {app.http_url}console", highlight=False
         )
+        dashboard = started.dashboard
         asks = "; it asks for what `ray get-auth-token` prints" if dashboard.needs_token else ""
         out.print(f"Ray's dashboard is at {dashboard.url}{asks}", highlight=False)
         out.print(
@@ -135,22 +145,16 @@ class Events:
     def answered(self, answer: Answer) -> None:
         _emit("answer", **asdict(answer))
 
-    def ready(
-        self,
-        app: App,
-        state: cluster_pb2.GetCacheStateResponse | None,
-        model_dir: Path,
-        dashboard: Dashboard,
-    ) -> None:
-        replicas = state.replicas if state is not None else ()
+    def ready(self, app: App, started: Started) -> None:
+        replicas = started.state.replicas if started.state is not None else ()
         _emit(
             "ready",
             model=app.config.model_name,
             grpc=app.address,
             openai=f"{app.http_url}v1",
             console=f"{app.http_url}console",
-            dashboard=dashboard.url,
-            deploy_command=dashboard.deploy_command,
+            dashboard=started.dashboard.url,
+            deploy_command=started.dashboard.deploy_command,
             replicas=[
                 {
                     "replica_id": replica.replica_id,

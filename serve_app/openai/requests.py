@@ -57,14 +57,10 @@ def completion_prompts(request: CompletionRequest) -> list[inference_pb2.Prompt]
     Raises:
         InvalidRequestError: there are none, or too many.
     """
-    prompt = request.prompt
-    if isinstance(prompt, str):
-        return [inference_pb2.Prompt(text=prompt)]
-    if not prompt or (len(prompt) > MAX_PROMPTS and not isinstance(prompt[0], int)):
-        raise InvalidRequestError(f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(prompt)}.")
-    if isinstance(prompt[0], int):
-        return [_token_ids(prompt)]
-    return [inference_pb2.Prompt(text=one) if isinstance(one, str) else _token_ids(one) for one in prompt]
+    prompts = request.prompts
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise InvalidRequestError(f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(prompts)}.")
+    return [inference_pb2.Prompt(text=one) if isinstance(one, str) else _token_ids(one) for one in prompts]
 
 
 def chat_prompt(request: ChatCompletionRequest) -> inference_pb2.Prompt:

@@ -7,7 +7,7 @@ that only describe the caller to OpenAI are taken and left unread, since clients
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
@@ -119,9 +119,17 @@ class CompletionRequest(Sampling):
     )
 
     @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        """Each prompt: a text, or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return cast("list[str] | list[list[int]]", self.prompt)
+
+    @property
     def generations(self) -> int:
-        has_one = not self.prompt or isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return super().generations * (1 if has_one else len(self.prompt))
+        return super().generations * max(len(self.prompts), 1)
 
     @model_validator(mode="after")
     def _not_more_than_asked(self) -> Self:

@@ -18,6 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from kvarn.vllm import backend, triton_lane
+
 MIB = 2**20
 
 
@@ -38,6 +40,12 @@ def make_llama(directory: Path, heads: int = 4, kv_heads: int = 2, head_dim: int
     )
     LlamaForCausalLM(settings).save_pretrained(directory)
     return directory
+
+
+def use_gpu_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let engines on this CPU compute as on a GPU, in Triton's interpreter."""
+    gpu_lane = backend.Lane(triton_lane.TritonMetadataBuilder, triton_lane.TritonLayer)
+    monkeypatch.setattr(backend, "lane", lambda: gpu_lane)
 
 
 def make_matmuls_row_invariant(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,11 @@ from vllm.v1.attention import selector
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from kvarn.presets import PRESETS
-from kvarn.vllm import backend, plugin, triton_lane
+from kvarn.vllm import backend, plugin
 from kvarn.vllm.config import side_pool_slots
 from kvarn.vllm.hooks import HookError, engine_config
 from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
+from tests.kvarn.engines import use_gpu_lane
 
 PRESET = "kvarn_k4v2_g128"
 
@@ -225,8 +226,7 @@ def test_many_query_heads_to_a_kv_head_are_refused_on_a_gpu(
 ) -> None:
     model = write_config(tmp_path, num_attention_heads=32, num_key_value_heads=1)
     configure(model)
-    gpu_lane = backend.Lane(triton_lane.TritonMetadataBuilder, triton_lane.TritonLayer)
-    monkeypatch.setattr(backend, "lane", lambda: gpu_lane)
+    use_gpu_lane(monkeypatch)
     with pytest.raises(ValueError, match="at most 16 query heads to a KV head, and this model has 32"):
         configure(model)
 

@@ -17,7 +17,7 @@ import yaml
 from typer.testing import CliRunner
 
 from kvarn import cli
-from kvarn.serve import Words, _start_progress
+from kvarn.serve import Started, Words, _start_progress
 from kvarn.terminal import err, out
 from kvarn.v1 import cache_pb2, cluster_pb2
 from serve_app.client import Client
@@ -121,7 +121,7 @@ def test_a_person_is_told_in_words(model_dir):
         Words().answered(Answer("Paris.", "one", 40, 0, 3, 0.5, 20.0))
         state = cluster_pb2.GetCacheStateResponse(replicas=[replica])
         dashboard = Dashboard("http://127.0.0.1:8265", needs_token=True)
-        Words().ready(read_app(APP_YAML), state, model_dir, dashboard)
+        Words().ready(read_app(APP_YAML), Started(state, model_dir, dashboard))
     text = shown.get()
     for told in (
         "you> What",

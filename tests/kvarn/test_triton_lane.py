@@ -9,8 +9,7 @@ import pytest
 from vllm import LLM
 from vllm.v1.metrics.reader import Counter
 
-from kvarn.vllm import backend, triton_lane
-from tests.kvarn.engines import Answer, ask, ask_cold, assert_nothing_left, engine, make_llama
+from tests.kvarn.engines import Answer, ask, ask_cold, assert_nothing_left, engine, make_llama, use_gpu_lane
 
 PRESET = "kvarn_k4v2_g64"
 GROUP = 64
@@ -44,8 +43,7 @@ def expected(model: Path) -> list[Answer]:
 def llm(request: pytest.FixtureRequest, model: Path, expected: list[Answer]) -> Iterator[LLM]:
     """An engine of the GPU lane; it starts after the CPU lane's has ended, for a process holds one at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        gpu_lane = backend.Lane(triton_lane.TritonMetadataBuilder, triton_lane.TritonLayer)
-        patch.setattr(backend, "lane", lambda: gpu_lane)
+        use_gpu_lane(patch)
         with engine(patch, model, max_num_batched_tokens=request.param, **SETTINGS) as made:
             yield made
 
@@ -89,8 +87,7 @@ def test_raw_chunks_read_a_whole_prompt_raw(model: Path, monkeypatch: pytest.Mon
         engine(patch, model, **{**SETTINGS, "kv_cache_dtype": "auto"}) as llm,
     ):
         unquantized = [ask_cold(llm, given, max_tokens=1) for given in PROMPTS[2:]]
-    gpu_lane = backend.Lane(triton_lane.TritonMetadataBuilder, triton_lane.TritonLayer)
-    monkeypatch.setattr(backend, "lane", lambda: gpu_lane)
+    use_gpu_lane(monkeypatch)
     raw = {"additional_config": {"kvarn": {"raw_chunks": True}}}
     with engine(monkeypatch, model, **SETTINGS, **raw) as llm:
         for given, answer in zip(PROMPTS[2:], unquantized, strict=True):
@@ -110,8 +107,7 @@ def test_drafts_change_nothing(
 ) -> None:
     """Some are taken and others are not, over the end of a tile too."""
     if of_gpu:
-        gpu_lane = backend.Lane(triton_lane.TritonMetadataBuilder, triton_lane.TritonLayer)
-        monkeypatch.setattr(backend, "lane", lambda: gpu_lane)
+        use_gpu_lane(monkeypatch)
     drafts = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 2}
     with engine(monkeypatch, model, speculative_config=drafts, **SETTINGS) as llm:
         answers = ask(llm, DRAFTED_PROMPTS, max_tokens=DRAFTED_TOKENS)
