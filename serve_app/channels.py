@@ -11,6 +11,15 @@ import grpc
 
 TENANT_KEY = "x-kvarn-tenant"
 PRIORITY_KEY = "x-kvarn-priority"
+KEEPALIVE = [  # a peer that hangs or vanishes may keep its connection: only unanswered pings tell
+    ("grpc.keepalive_time_ms", 10_000),
+    (
+        "grpc.http2.ping_timeout_ms",
+        10_000,
+    ),  # gRPC 1.85 waits a minute, whatever `grpc.keepalive_timeout_ms` says
+    ("grpc.http2.max_pings_without_data", 0),
+]
+"""Options of channels and servers."""
 Metadata = Sequence[tuple[str, str]]
 
 

@@ -13,12 +13,12 @@ import grpc
 
 from kvarn.v1 import engine_pb2, engine_pb2_grpc
 from serve_app import wire
+from serve_app.channels import KEEPALIVE
 from serve_app.engine_stream import EngineStream, StreamedCall
 from serve_app.membership import Endpoint
 from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Router
 
 RETRY_S = 0.25
-KEEPALIVE_MS = 10_000
 
 
 class Fleet:
@@ -117,7 +117,7 @@ class Link:
         self._on_change = on_change
         self._channel = endpoint.address.channel(
             [
-                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+                *KEEPALIVE,
                 ("grpc.max_receive_message_length", -1),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_reconnect_backoff_ms", 1000),

@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from serve_app.channels import KEEPALIVE
 from serve_app.config import LimitsConfig
 from serve_app.errors import RequestError
 from serve_app.tracing import adopt_parent
@@ -155,6 +156,7 @@ class GrpcServer:
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
                 ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+                *KEEPALIVE,
                 *(_limit_options(limits) if limits else []),
             ],
         )
