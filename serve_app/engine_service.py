@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 SERVICE_NAME = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
+MIN_MEASURED_TOKENS = 128  # the time of a shorter prompt is a step's, however few tokens it computes
 MAX_SENTENCE_CHARACTERS = 1000  # statuses travel in headers, which are small
 _FINISH_REASONS = {
     "stop": inference_pb2.FINISH_REASON_STOP,
@@ -136,6 +137,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             async for output in outputs:
                 meter.count(output)
                 delta = _delta(output)
+                if delta.finish_reason == _FINISH_REASONS["error"] and params.structured_outputs is not None:
+                    raise InvalidRequestError(_UNMET)
                 if resumption is not None:
                     resumption.write_text(delta)
                 yield delta
@@ -216,7 +219,8 @@ class _Meter:
         self._filled_blocks = cached // self._monitor.snapshot.capacity.tile_tokens
         computed = prompt - cached
         times = output.metrics
-        if times is not None and times.first_token_ts > times.scheduled_ts:
+        is_measured = times is not None and times.first_token_ts > times.scheduled_ts
+        if computed >= MIN_MEASURED_TOKENS and is_measured:
             self._monitor.prefill_tokens_per_s.add(computed, times.first_token_ts - times.scheduled_ts)
 
 
@@ -238,6 +242,10 @@ def _invalid(error: Exception) -> InvalidRequestError:
     return InvalidRequestError(" ".join(str(error).split())[:MAX_SENTENCE_CHARACTERS])
 
 
+_UNMET = (
+    "No token meets structured_outputs together with the other sampling parameters: change the constraint, or leave "
+    "out allowed_token_ids, min_tokens and ignore_eos."
+)
 _ENGINE_LOST = "The engine of this replica has stopped: send the request again."
 
 

@@ -40,7 +40,7 @@ class Speed:
         return self._done / self._taken_s if self._taken_s else 0.0
 
     def add(self, done: float, taken_s: float) -> None:
-        """Small pieces of work count little: most of their time is not theirs."""
+        """Count a piece of work, by its size."""
         self._done = self._keep * self._done + done
         self._taken_s = self._keep * self._taken_s + taken_s
 

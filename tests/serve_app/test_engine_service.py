@@ -180,6 +180,31 @@ async def test_an_output_complete_but_for_its_end_gets_it(replica: Replica) -> N
     assert (list(last.token_ids), last.finish_reason) == ([], inference_pb2.FINISH_REASON_LENGTH)
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"structured_outputs": {"choice": {"options": ["yes"]}}, "allowed_token_ids": [5]},
+        {"structured_outputs": {"choice": {"options": ["a"]}}, "min_tokens": 3},
+        {"structured_outputs": {"json_schema": '{"$ref": "#"}'}},
+    ],
+)
+async def test_a_constraint_that_nothing_fits_is_the_callers_mistake(
+    replica: Replica, sampling: dict[str, Any]
+) -> None:
+    with pytest.raises(CallError, match="structured_outputs") as refused:
+        await replica.ask(replica.tokenizer.encode(PROMPT), max_tokens=4, **sampling)
+    assert refused.value.status is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_short_prompts_say_nothing_of_the_speed(replica: Replica) -> None:
+    """Nearly all of their time is a step's, however few tokens it computes."""
+    await replica.ask(list(range(1000, 1300)), max_tokens=1)
+    measured = replica.monitor.prefill_tokens_per_s.value
+    assert measured > 0
+    await replica.ask(list(range(2000, 2010)), max_tokens=1)
+    assert replica.monitor.prefill_tokens_per_s.value == measured
+
+
 async def test_gateways_hear_how_many_requests_the_engine_runs(replica: Replica) -> None:
     watch = replica.stub.WatchCache(engine_pb2.EngineWatchCacheRequest())
     assert (await watch.read()).snapshot.capacity.max_requests == 4
