@@ -83,20 +83,24 @@ class Admissions:
 
     async def _wait(self, job: Job, tried: Collection[str]) -> Decision:
         now_s = time.monotonic()
-        expected_s = len(self._queue) * self._interval_s
-        if now_s + expected_s > job.deadline_s:
-            raise self._no_room(job, f"would wait about {expected_s:.1f} seconds, past its deadline")
-        entry = _Entry(job, tried)
-        waiting = Waiting(job.key, job.caller, job.need, job.deadline_s)
-        self._entries[job.key] = entry
-        displaced = self._queue.push(waiting)
+        entry = self._entries[job.key] = _Entry(job, tried)
+        if job.place is None:
+            self._check_wait(job, now_s)
+            job.place = Waiting(job.key, job.caller, job.need, job.deadline_s, now_s)
+            displaced = self._queue.push(job.place)
+        else:  # the engine that it was sent to had promised its room to others
+            job.place.request_id = job.key
+            displaced = self._queue.put_back(job.place)
+        waiting = job.place
         if displaced is not None:
             self._refuse_displaced(displaced)
         self.wake()
         try:
-            async with asyncio.timeout(min(self._patience_s, job.deadline_s - now_s)):
+            async with asyncio.timeout(min(waiting.since_s + self._patience_s, job.deadline_s) - now_s):
                 return await entry.admitted
         except TimeoutError:
+            if entry.admitted.done() and not entry.admitted.cancelled():  # in the same turn of the event loop
+                return entry.admitted.result()
             if time.monotonic() >= job.deadline_s:
                 raise DeadlineExceededError(_LATE) from None
             raise self._no_room(job, f"waited {self._patience_s:g} seconds") from None
@@ -126,11 +130,11 @@ class Admissions:
         return entry.decision.chosen is not None
 
     def _try(self, job: Job, tried: Collection[str]) -> Decision:
-        """Ask the router; where only replicas tried already are left, one of those is better than none."""
+        """Ask the router; where others have no room, a replica that failed the request may have recovered."""
         start = time.perf_counter()
         now_s = time.monotonic()
         decision = self._router.admit(job.key, job.need, job.prompt, now_s, tried)
-        if decision.chosen is None and tried and not any(why.is_full for why in decision.refusals):
+        if decision.chosen is None and tried:
             decision = self._router.admit(job.key, job.need, job.prompt, now_s)
         job.decision_s = time.perf_counter() - start
         return decision
@@ -140,9 +144,12 @@ class Admissions:
         if chosen is None or time.monotonic() + chosen.first_token_s <= job.deadline_s:
             return
         self._router.release(job.key)
-        raise self._no_room(
-            job, f"would get its first token after {chosen.first_token_s:.1f} seconds, past its deadline"
-        )
+        raise self._too_late(job, "get its first token", chosen.first_token_s)
+
+    def _check_wait(self, job: Job, now_s: float) -> None:
+        expected_s = len(self._queue) * self._interval_s
+        if now_s + expected_s > job.deadline_s:
+            raise self._too_late(job, "find room", expected_s)
 
     def _refuse_displaced(self, displaced: Waiting) -> None:
         job = self._entries[displaced.request_id].job
@@ -158,8 +165,19 @@ class Admissions:
         return NoRoomError(
             f"The prompt has {need.prompt_tokens} tokens and max_tokens is {need.max_tokens}; no replica has room for "
             f"that now and the request {reason}: try again later, allow more time or lower max_tokens.",
-            retry_after_s=min(max((len(self._queue) + 1) * self._interval_s, MIN_RETRY_S), MAX_RETRY_S),
+            self._retry_after_s(),
         )
+
+    def _too_late(self, job: Job, what: str, after_s: float) -> NoRoomError:
+        left_s = job.deadline_s - time.monotonic()
+        return NoRoomError(
+            f"The request would {what} after about {_in_seconds(after_s)}, past its deadline in {_in_seconds(left_s)}: "
+            "allow more time, shorten the prompt or send it at a quieter time.",
+            self._retry_after_s(),
+        )
+
+    def _retry_after_s(self) -> float:
+        return min(max((len(self._queue) + 1) * self._interval_s, MIN_RETRY_S), MAX_RETRY_S)
 
     def _measure_interval(self) -> None:
         """How long the queue takes for each request, as long as it is not empty in between."""
@@ -168,6 +186,11 @@ class Admissions:
             since_s = min(now_s - self._last_taken_s, MAX_RETRY_S)
             self._interval_s += INTERVAL_WEIGHT * (since_s - self._interval_s)
         self._last_taken_s = now_s if self._queue else 0.0
+
+
+def _in_seconds(duration_s: float) -> str:
+    """At least two digits of it, as waits are of milliseconds or minutes."""
+    return f"{duration_s:.1f} seconds" if duration_s >= 1 else f"{max(duration_s, 0):.2g} seconds"
 
 
 _LATE = "The deadline passed while the request waited for room: allow more time or send it at a quieter time."

@@ -81,10 +81,11 @@ class Dispatcher:
         Raises:
             RequestError: with the sentence for the caller.
         """
+        deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         with self._observer.begin(request.request_id, caller) as observation:
             if self._waker is not None:
                 await self._waker.wait(timeout_s)
-            job = await self._job(request, timeout_s, caller)
+            job = await self._job(request, deadline_s, caller)
             observation.tokenized(job.ids)
             self._retries.earn()
             tried: list[str] = []
@@ -104,6 +105,8 @@ class Dispatcher:
                     finally:
                         self._close(call)
                 except ReplicaError as error:
+                    if not error.is_failure and len(job.output) == out:  # it is asked again once it has room
+                        continue
                     tried = [error.replica_id] if len(job.output) > out else [*tried, error.replica_id]
                     self._check_retry(job, tried, error)
                 if job.output:
@@ -197,11 +200,7 @@ class Dispatcher:
     def _open(self, job: Job, key: str, chosen: Candidate) -> EngineCall:
         left_s = None if math.isinf(job.deadline_s) else max(job.deadline_s - time.monotonic(), 0)
         message = job.message(self._gateway_id, chosen)
-        try:
-            return EngineCall(self._fleet, self._router, key, chosen.replica_id, message, left_s, job.headers)
-        except KeyError:
-            self._router.release(key)
-            raise ReplicaError(chosen.replica_id, is_failure=False) from None
+        return EngineCall(self._fleet, self._router, key, chosen.replica_id, message, left_s, job.headers)
 
     def _check_retry(self, job: Job, tried: list[str], error: ReplicaError) -> None:
         """Raise if `job` should not be sent to another replica."""
@@ -209,10 +208,10 @@ class Dispatcher:
             raise UnavailableError(_NOT_RESUMABLE) from error
         if len(tried) >= MAX_ATTEMPTS:
             raise UnavailableError(_LOST) from error
-        if error.is_failure and not job.output and not self._retries.spend():
+        if not job.output and not self._retries.spend():
             raise UnavailableError(_LOST) from error
 
-    async def _job(self, request: Request, timeout_s: float | None, caller: Caller) -> Job:
+    async def _job(self, request: Request, deadline_s: float, caller: Caller) -> Job:
         context_tokens = self._context_tokens()
         ids = await self._ids(request)
         output: list[int] = []
@@ -225,7 +224,7 @@ class Dispatcher:
             ids=ids,
             sampling=sampling,
             salt=request.cache_salt,
-            deadline_s=math.inf if timeout_s is None else time.monotonic() + timeout_s,
+            deadline_s=deadline_s,
             output=output,
         )
 

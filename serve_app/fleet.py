@@ -59,11 +59,7 @@ class Fleet:
         timeout_s: float | None,
         headers: tuple[tuple[str, str], ...],
     ) -> StreamedCall:
-        """Ask a replica to generate: a call that fails if the replica falls silent.
-
-        Raises:
-            KeyError: the replica has just gone.
-        """
+        """Ask a replica that the router knows to generate: a call that fails if the replica falls silent."""
         return self._links[replica_id].call(message, timeout_s, headers)
 
     def stubs(self) -> list[engine_pb2_grpc.EngineStub]:
@@ -85,6 +81,7 @@ class Fleet:
 
     def _remove(self, replica_id: str) -> None:
         link = self._links.pop(replica_id)
+        link.stop_watching()  # or what has just come would bring the replica back
         self._router.remove(replica_id)
         self._on_change(replica_id)
         closing = asyncio.create_task(link.close(self._drain_s))
@@ -152,10 +149,13 @@ class Link:
         if self._stream is not None:
             self._stream.break_off()
 
-    async def close(self, grace_s: float) -> None:
-        """Stop watching, and let calls go on for up to `grace_s` seconds."""
+    def stop_watching(self) -> None:
+        """Tell the router nothing more of the replica."""
         for watching in self._watching:
             watching.cancel()
+
+    async def close(self, grace_s: float) -> None:
+        """Let calls go on for up to `grace_s` seconds."""
         if self._stream is not None:
             await self._stream.close(grace_s)
         await self._channel.close()

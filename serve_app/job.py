@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from kvarn.v1 import engine_pb2, inference_pb2, sampling_pb2
-from serve_app.routing import Caller, Candidate, Prompt, RequestNeed, Router, token_array
+from serve_app.routing import Caller, Candidate, Prompt, RequestNeed, Router, Waiting, token_array
 
 _numbers = count()
 
@@ -36,6 +36,7 @@ class Job:
         headers: trace context of the calls on its behalf.
         decision_s: how long the last choice of a replica took.
         queued_s: time it last waited in the queue; 0 if it did not have to.
+        place: its place in the queue, kept until a replica has begun to answer it; None if it has not waited.
         inexact_because: why its output may differ from an uninterrupted one.
     """
 
@@ -54,6 +55,7 @@ class Job:
     headers: tuple[tuple[str, str], ...] = ()
     decision_s: float = 0.0
     queued_s: float = 0.0
+    place: Waiting | None = None
     inexact_because: str = ""
 
     def begin(self, router: Router) -> None:
@@ -85,6 +87,7 @@ class Job:
     def take(self, replica_id: str, delta: engine_pb2.EngineDelta) -> inference_pb2.GenerateResponse:
         """Count what an engine sent, and make of it what the caller gets."""
         self.output += delta.token_ids
+        self.place = None
         self.usage.completion_tokens = len(self.output)
         if not self.resumptions:
             self.usage.cached_tokens = delta.cached_tokens

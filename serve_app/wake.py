@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from serve_app.errors import DeadlineExceededError, UnavailableError
 
-MAX_WAIT_S = 900.0  # for requests without a deadline
+logger = logging.getLogger(__name__)
+
+MAX_WAIT_S = 900.0
+RETRY_S = 1.0
 TOO_LATE = (
     "No engine replica started before the deadline: allow more time, or keep autoscaling.min_replicas at 1."
 )
@@ -28,6 +32,7 @@ class Waker:
         self._is_ready = is_ready
         self._changed = asyncio.Event()
         self._calling: asyncio.Task[None] | None = None
+        self._waiting = 0
 
     def report_change(self) -> None:
         """A replica has come, gone or changed."""
@@ -43,19 +48,31 @@ class Waker:
         """
         if self._is_ready():
             return
+        self._waiting += 1
         self._wake()
         self._changed.clear()
+        has_deadline = timeout_s is not None and timeout_s <= MAX_WAIT_S
         try:
-            async with asyncio.timeout(MAX_WAIT_S if timeout_s is None else min(timeout_s, MAX_WAIT_S)):
+            async with asyncio.timeout(timeout_s if has_deadline else MAX_WAIT_S):
                 await self._changed.wait()
         except TimeoutError:
             raise (
-                UnavailableError(NOT_STARTED) if timeout_s is None else DeadlineExceededError(TOO_LATE)
+                DeadlineExceededError(TOO_LATE) if has_deadline else UnavailableError(NOT_STARTED)
             ) from None
+        finally:
+            self._waiting -= 1
 
     def _wake(self) -> None:
         if self._calling is None or self._calling.done():
             self._calling = asyncio.create_task(self._ask())
 
     async def _ask(self) -> None:
-        await self._call()
+        """Ask until it works, as long as any request waits."""
+        while self._waiting:
+            try:
+                await self._call()
+            except Exception:
+                logger.exception("waking an engine replica failed: trying again")
+                await asyncio.sleep(RETRY_S)
+            else:
+                return

@@ -10,25 +10,28 @@ from math import inf
 from serve_app.routing.types import Caller, RequestNeed
 
 MAX_BYPASSES = 32  # smaller requests that may pass one which does not fit yet
+MAX_NAMES = 4  # tenants whose share is kept account of, for each request that may wait
 
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """One request in the queue; `deadline_s` is on the clock of the queue's callers."""
+    """One request in the queue; `deadline_s` and `since_s`, when it came, are on the clock of the queue's callers."""
 
     request_id: str
     caller: Caller
     need: RequestNeed
     deadline_s: float = inf
+    since_s: float = 0.0
     bypasses: int = field(default=0, init=False)
     order: tuple[int, float, int] = field(default=(0, 0.0, 0), init=False)
+    earliest: float = field(default=0.0, init=False)  # the queue's virtual time when it came
 
 
 class FairQueue:
     """A bounded queue in order of priority, and of start-time fair queueing between tenants within one.
 
-    A tenant's share is its weight; what a request takes of it is its tokens. A request that does not fit now lets
-    others pass, but only so many.
+    A tenant's share is its weight; what a request takes of it is its tokens, if it is served. A request that does not
+    fit now lets others pass, but only so many.
 
     Args:
         limit: requests held at most.
@@ -55,21 +58,29 @@ class FairQueue:
     def push(self, item: Waiting) -> Waiting | None:
         """Let a request wait; return the one that must leave for it, itself if it is the least entitled."""
         tenant = item.caller.tenant
+        item.earliest = self._virtual
         start = max(self._virtual, self._finish.get(tenant, 0.0))
-        self._finish[tenant] = start + item.need.likely_tokens / self._weights.get(tenant, 1.0)
+        self._finish[tenant] = start + self._cost(item)
+        if len(self._finish) > MAX_NAMES * self._limit:
+            waiting = {other.caller.tenant for other in (*self._waiting, item)}
+            self._finish = {name: finish for name, finish in self._finish.items() if name in waiting}
         self._count += 1
         item.order = (item.caller.priority, start, self._count)
-        insort(self._waiting, item, key=lambda waiting: waiting.order)
+        return self.put_back(item)
+
+    def put_back(self, item: Waiting) -> Waiting | None:
+        """Let a request that was taken in vain wait on in its place; return the one that must leave, as `push` does."""
+        insort(self._waiting, item, key=_order)
         self._tokens += item.need.likely_tokens
         if len(self._waiting) <= self._limit:
             return None
-        displaced = self._waiting.pop()
-        self._tokens -= displaced.need.likely_tokens
+        displaced = self._waiting[-1]
+        self.remove(displaced)
         return displaced
 
     def take(self, fits: Callable[[Waiting], bool]) -> Waiting | None:
         """Remove and return the first request that `fits`, unless one before it has been passed too often."""
-        for place, item in enumerate(self._waiting):
+        for place, item in enumerate(self._waiting[: MAX_BYPASSES + 1]):
             if fits(item):
                 for passed in self._waiting[:place]:
                     passed.bypasses += 1
@@ -82,20 +93,42 @@ class FairQueue:
         return None
 
     def remove(self, item: Waiting) -> None:
-        """Forget a request that no longer waits, if it is still here."""
+        """Forget a request that no longer waits, if it is still here; it takes nothing of its tenant's share."""
         if item in self._waiting:
             self._waiting.remove(item)
             self._tokens -= item.need.likely_tokens
+            self._refund(item)
 
     def expire(self, now_s: float) -> list[Waiting]:
         """Remove and return the requests whose deadline has passed."""
         late = [item for item in self._waiting if item.deadline_s <= now_s]
-        if late:
-            self._waiting = [item for item in self._waiting if item.deadline_s > now_s]
-            self._tokens -= sum(item.need.likely_tokens for item in late)
+        for item in late:
+            self.remove(item)
         return late
+
+    def _cost(self, item: Waiting) -> float:
+        return item.need.likely_tokens / self._weights.get(item.caller.tenant, 1.0)
+
+    def _refund(self, item: Waiting) -> None:
+        """Move up what its tenant sent after it."""
+        tenant, cost = item.caller.tenant, self._cost(item)
+        finish = self._finish.pop(tenant, 0.0) - cost
+        for later in self._waiting:
+            if later.caller.tenant == tenant and later.order[2] > item.order[2]:
+                priority, start, count = later.order
+                later.order = (priority, max(start - cost, later.earliest), count)
+                finish = max(finish, later.order[1] + self._cost(later))
+        self._waiting.sort(key=_order)
+        if finish > self._virtual and self._waiting:
+            self._finish[tenant] = finish
+        elif not self._waiting:
+            self._finish.clear()
 
     def _advance(self, item: Waiting) -> None:
         self._virtual = max(self._virtual, item.order[1])
         if not self._waiting:
             self._finish.clear()  # nobody is ahead of anybody, and names of tenants do not pile up
+
+
+def _order(item: Waiting) -> tuple[int, float, int]:
+    return item.order
