@@ -105,7 +105,7 @@ class Dispatcher:
                     finally:
                         self._close(call)
                 except ReplicaError as error:
-                    if not error.is_failure and len(job.output) == out:  # it is asked again once it has room
+                    if not error.is_failure and len(job.output) == out:  # it had no room, or has just gone
                         continue
                     tried = [error.replica_id] if len(job.output) > out else [*tried, error.replica_id]
                     self._check_retry(job, tried, error)
@@ -200,7 +200,11 @@ class Dispatcher:
     def _open(self, job: Job, key: str, chosen: Candidate) -> EngineCall:
         left_s = None if math.isinf(job.deadline_s) else max(job.deadline_s - time.monotonic(), 0)
         message = job.message(self._gateway_id, chosen)
-        return EngineCall(self._fleet, self._router, key, chosen.replica_id, message, left_s, job.headers)
+        try:
+            return EngineCall(self._fleet, self._router, key, chosen.replica_id, message, left_s, job.headers)
+        except KeyError:  # it went between the choice and now
+            self._router.release(key)
+            raise ReplicaError(chosen.replica_id, is_failure=False) from None
 
     def _check_retry(self, job: Job, tried: list[str], error: ReplicaError) -> None:
         """Raise if `job` should not be sent to another replica."""

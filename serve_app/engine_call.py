@@ -22,7 +22,7 @@ class ReplicaError(Exception):
 
     Attributes:
         replica_id: the replica.
-        is_failure: False if it refused because others took its room first.
+        is_failure: False if it refused because others took its room first, or had gone before it was asked.
     """
 
     def __init__(self, replica_id: str, is_failure: bool = True) -> None:

@@ -59,7 +59,11 @@ class Fleet:
         timeout_s: float | None,
         headers: tuple[tuple[str, str], ...],
     ) -> StreamedCall:
-        """Ask a replica that the router knows to generate: a call that fails if the replica falls silent."""
+        """Ask a replica to generate: a call that fails if the replica falls silent.
+
+        Raises:
+            KeyError: the replica has just gone.
+        """
         return self._links[replica_id].call(message, timeout_s, headers)
 
     def stubs(self) -> list[engine_pb2_grpc.EngineStub]:

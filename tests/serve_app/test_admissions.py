@@ -178,7 +178,14 @@ class Replica:
     gateway: Dispatcher | None = None
     sequence: int = 1
 
-    def call(self, *_: Any) -> Replica:
+    is_gone: bool = False
+
+    def call(self, replica_id: str, *_: Any) -> Replica:
+        if self.is_gone:
+            self.router.remove(replica_id)
+            self.router.update("another", state(1, 100))
+            self.is_gone = False
+            raise KeyError(replica_id)
         return self
 
     async def read(self) -> engine_pb2.EngineDelta:
@@ -207,19 +214,28 @@ class Encoder:
         return list(prompt.token_ids.ids)
 
 
+def gateway_of(replica: Replica, patience_s: float = 60) -> Dispatcher:
+    """A gateway for which `replica` is the fleet."""
+    observer = Observer(Remembered(), Tracing("test", "one", None))
+    config = RoutingConfig(queue_timeout_s=patience_s)
+    parts: Any = (Encoder(), replica.router, replica, 10, observer, config, None)
+    replica.gateway = Dispatcher("gateway", "model", *parts)
+    return replica.gateway
+
+
+REQUEST = inference_pb2.GenerateRequest(
+    prompt=inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=range(1280))),
+    sampling_params={"max_tokens": 10},
+)
+
+
 @pytest.mark.parametrize(("refusals", "patience_s"), [(20, 60), (1000, 0.2)])
 async def test_refusals_for_room_are_no_failures_however_many(refusals: int, patience_s: float) -> None:
     """Gateways hear of the same room at the same time: all but one are refused, and wait on, as long as they may."""
     router = Router("gateway")
     router.update("one", state(1, 100), time.monotonic())
-    replica = Replica(router, refusals)
-    observer = Observer(Remembered(), Tracing("test", "one", None))
-    config = RoutingConfig(queue_timeout_s=patience_s)
-    parts: Any = (Encoder(), router, replica, 10, observer, config, None)
-    gateway = replica.gateway = Dispatcher("gateway", "model", *parts)
-    prompt = inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=range(1280)))
-    request = inference_pb2.GenerateRequest(prompt=prompt, sampling_params={"max_tokens": 10})
-    answer = gateway.generate(request, None, Caller("tenant"))
+    gateway = gateway_of(Replica(router, refusals), patience_s)
+    answer = gateway.generate(REQUEST, None, Caller("tenant"))
     if refusals * 0.01 < patience_s:
         assert [list(response.token_ids) async for response in answer] == [[1]]
     else:
@@ -227,6 +243,14 @@ async def test_refusals_for_room_are_no_failures_however_many(refusals: int, pat
             await anext(answer)
     assert not len(gateway.admissions)
     assert router.replica("one").reserved_blocks == 0  # type: ignore[union-attr]
+
+
+async def test_a_replica_that_goes_before_it_is_asked_is_no_failure() -> None:
+    router = Router("gateway")
+    router.update("one", state(1, 100), time.monotonic())
+    gateway = gateway_of(Replica(router, 0, is_gone=True))
+    answers = [response async for response in gateway.generate(REQUEST, None, Caller("tenant"))]
+    assert [answer.replica_id for answer in answers] == ["another"]
 
 
 async def test_what_comes_as_a_replica_goes_does_not_bring_it_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,13 +267,13 @@ async def test_concurrent_requests_spread_over_the_replicas(aclient: AsyncClient
 
 def test_the_cache_state_tells_capacity_and_load(client: Client) -> None:
     client.generate_once("Count slowly: one, two, three. " * 20, max_tokens=2)  # long enough to be timed
+
+    def is_measured() -> bool:
+        loads = [replica.cache.load for replica in client.cache_state().replicas]
+        return any(load.prefill_tokens_per_s > 0 and load.inter_token_latency_s > 0 for load in loads)
+
+    wait_for(is_measured, 10)
     state = client.cache_state()
-    for _ in range(100):
-        if any(replica.cache.load.prefill_tokens_per_s for replica in state.replicas):
-            break
-        time.sleep(0.05)
-        state = client.cache_state()
-    assert any(replica.cache.load.prefill_tokens_per_s for replica in state.replicas)
     assert len(state.replicas) == REPLICAS
     for replica in state.replicas:
         capacity, load = replica.cache.capacity, replica.cache.load
@@ -281,7 +281,6 @@ def test_the_cache_state_tells_capacity_and_load(client: Client) -> None:
         assert capacity.max_model_len == CONTEXT
         assert capacity.bytes_per_tile * capacity.total_blocks <= 0.05 * (1 << 30)
         assert load.free_blocks + load.evictable_blocks + load.used_blocks == capacity.total_blocks
-        assert load.inter_token_latency_s > 0
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -588,6 +587,11 @@ def test_openai_answers_conform_to_a_schema_and_call_tools(openai_client: OpenAI
         ({"model": "gpt-9"}, openai.NotFoundError, "model_not_found"),
         ({"temperature": 9}, openai.BadRequestError, None),
         ({"extra_body": {"structured_outputs": {"regex": "("}}}, openai.BadRequestError, None),
+        (
+            {"extra_body": {"structured_outputs": {"choice": ["yes"]}, "allowed_token_ids": [5]}},
+            openai.BadRequestError,
+            None,
+        ),
         ({"extra_body": {"structured_outputs": {"grammar": "nonsense"}}}, openai.BadRequestError, None),
         (
             {"extra_body": {"structured_outputs": {"json": {"type": "nonsense"}}}},
