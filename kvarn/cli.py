@@ -264,6 +264,7 @@ def bench_engine(
 
     --json is written after each; a failure or Ctrl-C still prints what was measured before it.
     """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from kvarn.bench import engine, plot
 
     with one_sentence_errors():

@@ -102,6 +102,24 @@ def kv_shape(model_dir: Path) -> KvShape:
     )
 
 
+def context_limit(config: dict[str, Any]) -> int | None:
+    """Most tokens of a sequence by a model's config.json, as vLLM reckons them; None where it has no such entry."""
+    config = {**config, **config.get("text_config", {})}
+    limit = config.get("model_max_length") or config.get("max_position_embeddings")
+    if limit is None or "gemma3" in config.get("model_type", ""):  # Gemma 3 tells what scaling has reached
+        return limit
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    of_layers = [entry for entry in rope.values() if isinstance(entry, dict)] or [rope]
+    factor = 1.0
+    for scaling in of_layers:
+        kind = scaling.get("rope_type") or scaling.get("type")
+        if kind not in ("su", "longrope", "llama3"):
+            factor = scaling.get("factor") or factor
+        if kind == "yarn":
+            limit = scaling.get("original_max_position_embeddings") or limit
+    return int(limit * factor)
+
+
 def cache_directory() -> Path:
     """Where prepared models are kept: `kvarn/models` under XDG_CACHE_HOME, by default under ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvarn.model import resolve_model
+from kvarn.model import context_limit, resolve_model
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -78,7 +78,7 @@ class ModelShape:
             vocab_size=config["vocab_size"],
             weight_bytes=files or dtype_bytes * _parameters(config, heads, kv_heads, head_dim),
             dtype_bytes=dtype_bytes,
-            context_limit=config.get("max_position_embeddings", 1 << 20),
+            context_limit=context_limit(config) or 1 << 20,
         )
 
 
