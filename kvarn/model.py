@@ -77,6 +77,21 @@ def resolve_model(name_or_dir: str) -> Path:
     return directory.resolve()
 
 
+def read_config(model_dir: Path) -> dict[str, Any]:
+    """A model's config.json.
+
+    Raises:
+        ModelError: it cannot be read, or is not JSON.
+    """
+    path = model_dir / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from None
+
+
 @dataclass(frozen=True)
 class KvShape:
     """The shape of what a model caches for one token."""
@@ -93,7 +108,7 @@ class KvShape:
 
 def kv_shape(model_dir: Path) -> KvShape:
     """Reads the shape from a model's config.json."""
-    config = json.loads((model_dir / "config.json").read_text())
+    config = read_config(model_dir)
     config = config.get("text_config", config)
     return KvShape(
         layers=config["num_hidden_layers"],

@@ -14,7 +14,7 @@ from typing import Any
 
 from kvarn import worker
 from kvarn.environment import machine, versions
-from kvarn.model import context_limit, resolve_model
+from kvarn.model import context_limit, read_config, resolve_model
 from kvarn.quality import engine_worker
 from kvarn.quality.engine_worker import WorkerSettings
 from kvarn.quality.settings import FIRST_SCORED, REFERENCE, QualityError, QualityRun, read_text
@@ -89,7 +89,7 @@ def _sequences(settings: QualityRun, model: Path) -> list[list[int]]:
 
 
 def _context_limit(model: Path) -> int:
-    return context_limit(json.loads((model / "config.json").read_text())) or 1 << 30
+    return context_limit(read_config(model)) or 1 << 30
 
 
 def _begin(settings: QualityRun, sequences: list[list[int]], json_path: Path | None) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _earlier(rows: list[Row], dtype: str, protocol: str) -> list[str]:
 
 
 def _check_disk(settings: QualityRun, model: Path, work: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
+    config = read_config(model)
     element_bytes = 4 if settings.dtype == "float32" else 2
     rows = settings.num_sequences * (settings.context - 1 - FIRST_SCORED)
     per_protocol = rows * config["vocab_size"] * element_bytes

@@ -128,6 +128,28 @@ def test_serve_refuses_more_cpus_than_there_are(write_app):
     assert_refused(run("serve", write_app(engine={"num_replicas": 10_000})), "10000 CPUs", "num_replicas")
 
 
+@pytest.mark.parametrize("command", ["serve", "doctor"])
+@pytest.mark.parametrize("cache", ["auto", "kvarn_k4v2_g128"])
+def test_requests_longer_than_the_model_holds_are_refused(write_app, command, cache):
+    engine = {"num_replicas": 1, "max_model_len": 8193, "kv_cache_dtype": cache}
+    path = write_app(engine=engine, gateway={"port": 0, "http": {"port": 0}})
+    assert_refused(run(command, path), "engine.max_model_len is 8193: this model holds 1 to 8192 tokens")
+
+
+@pytest.mark.parametrize("command", ["serve", "doctor"])
+def test_a_model_whose_config_is_broken_is_refused(write_app, command, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    path = write_app(engine={"num_replicas": 1}, gateway={"port": 0, "http": {"port": 0}})
+    path.write_text(path.read_text().replace("smollm2-135m-instruct", str(tmp_path)))
+    assert_refused(run(command, path), f"{tmp_path}/config.json is not JSON")
+
+
+def test_a_start_takes_some_time():
+    result = run("serve", APP_YAML, "--timeout-s", -1)
+    assert result.exit_code == 2
+    assert "--timeout-s" in result.stderr
+
+
 def test_serve_refuses_a_taken_port(write_app):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
