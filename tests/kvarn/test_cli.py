@@ -2,16 +2,20 @@
 
 import json
 import socket
+import time
 from pathlib import Path
 
 import grpc
 import pytest
+import trustme
 import yaml
 from typer.testing import CliRunner, Result
 
 from kvarn import cli, doctor
+from kvarn.connection import tls_files
 from kvarn.doctor import Check, Report
-from serve_app.client import Client, UnauthenticatedError
+from serve_app.channels import Tls
+from serve_app.client import RETRY_S, Client, UnauthenticatedError
 
 APP_YAML = Path(__file__).parents[2] / "cluster" / "app.yaml"
 SOUND = Report(
@@ -170,6 +174,36 @@ def test_chat_says_when_nobody_answers():
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         assert_refused(run("chat", "--address", address, "hello"), address)
+
+
+@pytest.mark.parametrize("command", [["status"], ["chat", "Hi"]])
+def test_a_host_that_is_not_known_is_told_at_once(command: list[str]) -> None:
+    started_s = time.monotonic()
+    result = run(*command, "--address", "nohost.invalid:1")
+    assert_refused(result, "The host name in nohost.invalid:1 cannot be resolved", "--address")
+    assert time.monotonic() - started_s < RETRY_S
+
+
+@pytest.mark.parametrize("option", ["--ca", "--cert"])
+def test_a_file_without_a_certificate_is_named(option: str, tmp_path: Path) -> None:
+    wrong = tmp_path / "plan.json"
+    wrong.write_text("{}")
+    files = ["--ca", wrong] if option == "--ca" else ["--cert", wrong, "--key", wrong]
+    assert_refused(run("chat", "Hi", *files), f"{option} {wrong}", "PEM")
+
+
+def test_certificates_are_taken(tmp_path: Path) -> None:
+    ca = trustme.CA()
+    own = ca.issue_cert("me@example.com")
+    paths = [tmp_path / name for name in ("ca.pem", "own.pem", "own.key")]
+    for path, pem in zip(paths, (ca.cert_pem, own.cert_chain_pems[0], own.private_key_pem), strict=True):
+        path.write_bytes(pem.bytes())
+    assert tls_files(*paths) == Tls(*paths)
+
+
+@pytest.mark.parametrize("key", ["\u043a\u043b\u044e\u0447", "kvarn-1-2\n"])
+def test_a_key_that_no_header_can_hold_is_told_so(key: str) -> None:
+    assert_refused(run("chat", "Hi", "--api-key", key), "--api-key must be printable ASCII")
 
 
 @pytest.mark.parametrize("command", [["status"], ["chat", "Hi"]])
