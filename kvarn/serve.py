@@ -114,8 +114,9 @@ class Words:
             f"OpenAI's API is at {app.http_url}v1, the console at {app.http_url}console", highlight=False
         )
         dashboard = started.dashboard
-        asks = "; it asks for what `ray get-auth-token` prints" if dashboard.needs_token else ""
-        out.print(f"Ray's dashboard is at {dashboard.url}{asks}", highlight=False)
+        out.print(f"Ray's dashboard is at {dashboard.url}", highlight=False)
+        if dashboard.needs_token:
+            out.print("It asks for what `ray get-auth-token` prints", highlight=False)
         out.print(
             f"Change the application with `{dashboard.deploy_command}`", highlight=False, soft_wrap=True
         )

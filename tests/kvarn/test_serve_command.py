@@ -130,7 +130,7 @@ def test_a_person_is_told_in_words(model_dir):
         "4.74x",
         "http://127.0.0.1:8000/v1",
         "Ctrl-C stops it",
-        "auth-token",
+        "`ray get-auth-token`",
     ):
         assert told in text
 
