@@ -92,9 +92,11 @@ def doctor(
     limits = None
     if config is not None:
         with serving_errors():
-            from serve_app.launch import limits_of, read_app
+            from serve_app.launch import check_model, limits_of, read_app
 
-            limits = limits_of(read_app(config))
+            described = read_app(config)
+            check_model(described)
+            limits = limits_of(described)
     with err.status("looking at versions and hooks, testing the cache (about 10 seconds)"):
         report = examine(limits)
     if as_json:
@@ -264,6 +266,7 @@ def bench_engine(
 
     --json is written after each; a failure or Ctrl-C still prints what was measured before it.
     """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from kvarn.bench import engine, plot
 
     with one_sentence_errors():

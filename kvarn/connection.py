@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,12 @@ def _address(given: str) -> str:
     return given
 
 
+def _api_key(given: str) -> str:
+    if not (given.isascii() and given.isprintable()):
+        fail("--api-key must be printable ASCII: check it, or KVARN_API_KEY")
+    return given
+
+
 AddressOption = Annotated[str, typer.Option(help="host:port of a gateway's gRPC.", callback=_address)]
 CaOption = Annotated[
     Path | None,
@@ -38,18 +45,38 @@ PrivateKeyOption = Annotated[
 ApiKeyOption = Annotated[
     str,
     typer.Option(
-        envvar="KVARN_API_KEY", show_envvar=True, help="Better given by the variable: arguments show."
+        envvar="KVARN_API_KEY",
+        show_envvar=True,
+        help="Better given by the variable: arguments show.",
+        callback=_api_key,
     ),
 ]
 
 
 def tls_files(ca: Path | None, certificate: Path | None, private_key: Path | None) -> Tls | None:
-    """The files as clients take them; None, for plain text, if there are none."""
+    """The files as clients take them; None, for plain text, if there are none. Ends the command if one is not PEM."""
     from serve_app.channels import Tls
 
     if (certificate is None) != (private_key is None):
         raise typer.BadParameter("--cert and --key go together")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if ca is not None:
+        with _pem_errors(f"--ca {ca}", "a certificate"):
+            context.load_verify_locations(ca)
+    if certificate is not None:
+        with _pem_errors(f"--cert {certificate} with --key {private_key}", "a certificate and its plain key"):
+            context.load_cert_chain(certificate, private_key, password="")  # else it asks for one
     return Tls(ca, certificate, private_key) if ca or certificate else None
+
+
+@contextmanager
+def _pem_errors(given: str, expected: str) -> Iterator[None]:
+    try:
+        yield
+    except ssl.SSLError:
+        fail(f"{given} does not hold {expected}: give PEM files")
+    except OSError as error:
+        fail(f"{given} cannot be read: {error.strerror}")
 
 
 @contextmanager

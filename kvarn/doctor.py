@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from kvarn import ops
@@ -182,7 +182,9 @@ def _facts_table(title: str, facts: Iterable[tuple[str, str]]) -> Table:
 
 
 def _checks_table(title: str, checks: list[Check]) -> Table:
-    made = Table(title=title, title_justify="left", show_header=False)
+    made = Table(
+        "name", "result", Column(overflow="fold"), title=title, title_justify="left", show_header=False
+    )
     for check in checks:
         made.add_row(check.name, "[green]ok[/]" if check.ok else "[red]FAILED[/]", check.detail)
     return made

@@ -77,6 +77,21 @@ def resolve_model(name_or_dir: str) -> Path:
     return directory.resolve()
 
 
+def read_config(model_dir: Path) -> dict[str, Any]:
+    """A model's config.json.
+
+    Raises:
+        ModelError: it cannot be read, or is not JSON.
+    """
+    path = model_dir / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from None
+
+
 @dataclass(frozen=True)
 class KvShape:
     """The shape of what a model caches for one token."""
@@ -93,13 +108,31 @@ class KvShape:
 
 def kv_shape(model_dir: Path) -> KvShape:
     """Reads the shape from a model's config.json."""
-    config = json.loads((model_dir / "config.json").read_text())
+    config = read_config(model_dir)
     config = config.get("text_config", config)
     return KvShape(
         layers=config["num_hidden_layers"],
         kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
         head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
     )
+
+
+def context_limit(config: dict[str, Any]) -> int | None:
+    """Most tokens of a sequence by a model's config.json, as vLLM reckons them; None where it has no such entry."""
+    config = {**config, **config.get("text_config", {})}
+    limit = config.get("model_max_length") or config.get("max_position_embeddings")
+    if limit is None or "gemma3" in config.get("model_type", ""):  # Gemma 3 tells what scaling has reached
+        return limit
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    of_layers = [entry for entry in rope.values() if isinstance(entry, dict)] or [rope]
+    factor = 1.0
+    for scaling in of_layers:
+        kind = scaling.get("rope_type") or scaling.get("type")
+        if kind not in ("su", "longrope", "llama3"):
+            factor = scaling.get("factor") or factor
+        if kind == "yarn":
+            limit = scaling.get("original_max_position_embeddings") or limit
+    return int(limit * factor)
 
 
 def cache_directory() -> Path:

@@ -25,7 +25,6 @@ from rich.progress import (
 )
 
 from kvarn.connection import ApiKeyOption, serving_errors
-from kvarn.model import resolve_model
 from kvarn.terminal import CommandError, err, fail, out
 
 if TYPE_CHECKING:
@@ -37,8 +36,8 @@ if TYPE_CHECKING:
 def serve(
     config: Annotated[Path, typer.Argument(help="A Serve YAML, e.g. cluster/app.yaml.")],
     say: Annotated[str | None, typer.Option(help="Send this chat message once it is ready.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer to --say.")] = 96,
-    timeout_s: Annotated[float, typer.Option(help="Seconds the start may take.")] = 600,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer to --say.")] = 96,
+    timeout_s: Annotated[float, typer.Option(min=1, help="Seconds the start may take.")] = 600,
     api_key: ApiKeyOption = "",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print events as lines of JSON: answer, ready, stopped or error.")
@@ -48,7 +47,7 @@ def serve(
     teller: Teller = Events() if as_json else Words()
     with teller.errors(), serving_errors(), _stopped_by_sigterm():
         from serve_app.client import Client
-        from serve_app.launch import check_machine, read_app, running
+        from serve_app.launch import check_machine, check_model, read_app, running
         from serve_app.terminal import stream_answer
 
         launched = read_app(config)
@@ -56,7 +55,7 @@ def serve(
         reachable = launched.lets_in(api_key)
         if say is not None and not reachable:
             fail("--say cannot be answered: the gateways have TLS, or ask for a key; use `kvarn chat` later")
-        model_dir = resolve_model(launched.config.model)
+        model_dir = check_model(launched)
         with ExitStack() as stack:
             state = None
             with _start_progress() as progress:
@@ -115,8 +114,9 @@ class Words:
             f"OpenAI's API is at {app.http_url}v1, the console at {app.http_url}console", highlight=False
         )
         dashboard = started.dashboard
-        asks = "; it asks for what `ray get-auth-token` prints" if dashboard.needs_token else ""
-        out.print(f"Ray's dashboard is at {dashboard.url}{asks}", highlight=False)
+        out.print(f"Ray's dashboard is at {dashboard.url}", highlight=False)
+        if dashboard.needs_token:
+            out.print("It asks for what `ray get-auth-token` prints", highlight=False)
         out.print(
             f"Change the application with `{dashboard.deploy_command}`", highlight=False, soft_wrap=True
         )

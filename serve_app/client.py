@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ POLL_S = 0.25
 RETRY_S = 30.0
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 1.0
 NO_CONNECTION = "failed to connect"  # as gRPC says it
+NO_HOST = re.compile(r"errors resolving (\S+): .*hostname lookup error")
 
 
 class ServingError(Exception):
@@ -426,7 +428,8 @@ class _Attempts:
             ServingError: trying again is no use.
         """
         is_broken = error.code() is grpc.StatusCode.UNAVAILABLE and not _is_from_server(error)
-        if is_broken and NO_CONNECTION not in (error.details() or ""):
+        details = error.details() or ""
+        if is_broken and NO_CONNECTION not in details and not NO_HOST.search(details):
             self._connected.set()  # there was one, and it broke
         now = time.monotonic()
         self._give_up_s = self._give_up_s or now + self._retry_s
@@ -504,6 +507,10 @@ def _serving_error(error: grpc.RpcError) -> ServingError:
     sentence = error.details() or ""
     if NO_CONNECTION in sentence:
         sentence = f"No gateway answers there: start one, or check host:port and TLS ({sentence})"
+    elif unknown := NO_HOST.search(sentence):
+        sentence = (
+            f"The host name in {unknown[1]} cannot be resolved: check the gateway's address (--address)"
+        )
     return kind(error.code(), sentence, _retry_after_s(error))
 
 

@@ -243,6 +243,12 @@ class GatewayConfig(Settings):
     )
 
     @model_validator(mode="after")
+    def _ports_of_their_own(self) -> Self:
+        if self.port and (self.host, self.port) == (self.http.host, self.http.port):
+            raise ValueError(f"port and http.port are both {self.port}: gRPC and HTTP need one each")
+        return self
+
+    @model_validator(mode="after")
     def _closed_unless_asked(self) -> Self:
         if self.security.knows_callers or self.security.allow_insecure:
             return self

@@ -22,7 +22,7 @@ import yaml
 from pydantic import ValidationError
 
 from kvarn.limits import Limits, engine_limits
-from kvarn.model import KvShape
+from kvarn.model import KvShape, context_limit, read_config, resolve_model
 from kvarn.plan.model_shape import ModelShape
 from kvarn.presets import PRESETS
 from kvarn.vllm.config import KVarNConfig
@@ -124,6 +124,20 @@ def check_machine(app: App) -> None:
                 f"{listener.host}:{listener.port} is in use: "
                 f"stop what listens there, or set another {setting}"
             )
+
+
+def check_model(app: App) -> Path:
+    """The directory of the application's model, once that fits the engines' settings.
+
+    Raises:
+        ModelError: there is no such model, or its config is not JSON.
+        LaunchError: requests may be longer than the model holds.
+    """
+    directory = resolve_model(app.config.model)
+    limit, asked = context_limit(read_config(directory)), app.config.engine.max_model_len
+    if limit is not None and asked is not None and asked > limit:
+        raise LaunchError(f"engine.max_model_len is {asked}: this model holds 1 to {limit} tokens")
+    return directory
 
 
 def _check_cpus(engine: EngineConfig) -> None:

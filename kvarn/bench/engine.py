@@ -16,9 +16,9 @@ from rich.text import Text
 from kvarn import worker
 from kvarn.bench import engine_worker
 from kvarn.bench.shapes import SHAPES, write_shape
+from kvarn.dtypes import check_cache_dtype, check_model_dtype
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL, resolve_model
-from kvarn.presets import get_preset
 from kvarn.records import write_record
 
 Progress = Callable[[str, int, int], None]
@@ -106,8 +106,12 @@ class EngineBench:
             raise BenchError("no cache dtype is given: name at least one, e.g. auto,kvarn_k4v2_g128")
         if not self.workloads:
             raise BenchError("no workload is given: name at least one, e.g. 4x1000+64")
-        for name in self.kv_cache_dtypes:
-            _check_dtype(name)
+        try:
+            check_model_dtype(self.dtype)
+            for name in self.kv_cache_dtypes:
+                check_cache_dtype(name)
+        except ValueError as error:
+            raise BenchError(str(error)) from None
         if not self.tensor_parallel_sizes or min(self.tensor_parallel_sizes) < 1:
             sizes = ",".join(map(str, self.tensor_parallel_sizes))
             raise BenchError(
@@ -308,14 +312,6 @@ def _against(value: float | None, base: float | None, form: str) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
-
-
-def _check_dtype(name: str) -> None:
-    if name.startswith("kvarn"):
-        try:
-            get_preset(name)
-        except ValueError as error:
-            raise BenchError(str(error)) from None
 
 
 @contextmanager

@@ -98,6 +98,9 @@ def make_plan(
     for option, value in (("--rate", rate), ("--cache-gib", cache_gib), ("--max-num-seqs", max_num_seqs)):
         _check_positive(option, value)
     _check_positive("--output-tokens", output_tokens)
+    memory_gib = GPUS[gpu].memory_bytes / 2**30
+    if cache_gib is not None and cache_gib > memory_gib:
+        raise PlanError(f"--cache-gib is {cache_gib}: one {gpu} has {memory_gib:.1f} GiB, give at most that")
     weights = shape.weight_bytes / tensor_parallel
     room = utilization * GPUS[gpu].memory_bytes - weights - WORKING_BYTES
     if room <= 0 and cache_gib is None:
@@ -158,7 +161,13 @@ class _Planner:
             room = cache + pool
         elif self.max_num_seqs is not None:
             pool = pages + SLOTS_PER_SEQUENCE * slot_bytes * self.max_num_seqs
-            cache = max(room - pool, 0)
+            if pool > room:
+                refused = (
+                    f"a side pool for {self.max_num_seqs:,} sequences takes {pool / 2**30:,.1f} GiB of the "
+                    f"{room / 2**30:.1f} GiB left: lower --max-num-seqs"
+                )
+                return PlanRow(dtype, 0, 0, 0, 0, 0, 0, 0, 0, None, refused)
+            cache = room - pool
             sequences = min(int(cache // block_bytes) // per_sequence, self.max_num_seqs)
         else:
             sequences = int((room - pages) // (per_sequence * block_bytes + SLOTS_PER_SEQUENCE * slot_bytes))
@@ -221,10 +230,10 @@ def table(plan: Plan) -> Table:
     where = f"{plan.tensor_parallel} x {plan.gpu}" if plan.tensor_parallel > 1 else plan.gpu
     made = Table(title=f"{plan.model} on {where}, {plan.context:,} tokens a sequence")
     made.add_column("cache dtype", no_wrap=True)
-    made.add_column("tokens held", justify="right")
-    headings = ["seqs", "side\npool", "step", "tok/s"]
+    made.add_column("tokens held", justify="right", overflow="fold")
+    headings = ["seqs", "side\npool", "step\nms", "tok/s"]
     if plan.rate is not None:
-        headings.append(f"at {plan.rate:g}/s")
+        headings.append(f"at\n{plan.rate:.3g}/s")
     for heading in headings:
         made.add_column(heading, justify="right", no_wrap=True)
     first = plan.rows[0]
@@ -236,7 +245,7 @@ def table(plan: Plan) -> Table:
             f"{row.tokens:,} {row.tokens / max(first.tokens, 1):.2f}x",
             f"{row.sequences:,}",
             f"{100 * row.side_pool_share:.1f} %",
-            f"{row.decode_ms:.1f} ms",
+            f"{row.decode_ms:.1f}",
             f"{row.decode_tokens_per_s:,.0f}",
         ]
         if plan.rate is not None:

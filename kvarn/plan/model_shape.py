@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvarn.model import resolve_model
+from kvarn.model import context_limit, read_config, resolve_model
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -41,14 +40,11 @@ class ModelShape:
         """The shape of a model, by name or directory.
 
         Raises:
-            ModelError: there is no such model.
+            ModelError: there is no such model, or its config is not JSON.
             PlanError: its config is not that of a model with plain attention.
         """
         directory = resolve_model(name_or_dir)
-        try:
-            config = json.loads((directory / "config.json").read_text())
-        except ValueError as error:
-            raise PlanError(f"{directory / 'config.json'} is not JSON: {error}") from None
+        config = read_config(directory)
         config = {**config, **config.get("text_config", {})}
         if "kv_lora_rank" in config:
             raise PlanError(
@@ -78,7 +74,7 @@ class ModelShape:
             vocab_size=config["vocab_size"],
             weight_bytes=files or dtype_bytes * _parameters(config, heads, kv_heads, head_dim),
             dtype_bytes=dtype_bytes,
-            context_limit=config.get("max_position_embeddings", 1 << 20),
+            context_limit=context_limit(config) or 1 << 20,
         )
 
 

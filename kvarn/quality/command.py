@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,7 @@ def quality(
 
     Rows are written to --json as they finish; started again with the same settings, a run goes on where it stopped.
     """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to standard output as it is imported
     from kvarn.quality import plot, run, tables
 
     with one_sentence_errors():

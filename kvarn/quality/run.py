@@ -14,7 +14,7 @@ from typing import Any
 
 from kvarn import worker
 from kvarn.environment import machine, versions
-from kvarn.model import resolve_model
+from kvarn.model import context_limit, read_config, resolve_model
 from kvarn.quality import engine_worker
 from kvarn.quality.engine_worker import WorkerSettings
 from kvarn.quality.settings import FIRST_SCORED, REFERENCE, QualityError, QualityRun, read_text
@@ -69,10 +69,14 @@ def run(settings: QualityRun, json_path: Path | None, progress: Progress) -> dic
 def _sequences(settings: QualityRun, model: Path) -> list[list[int]]:
     from transformers import AutoTokenizer
 
+    context, limit = settings.context, _context_limit(model)
+    if context > limit:
+        raise QualityError(f"--context is {context}: this model holds at most {limit} tokens")
+    if settings.tokens < context:
+        raise QualityError(f"--tokens is {settings.tokens}: give at least one sequence of {context}")
     text = read_text(settings.text)
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    context = settings.context
     if len(ids) < context:
         raise QualityError(
             f"the text has {len(ids)} tokens: give one of at least {context} tokens, or a smaller --context"
@@ -81,14 +85,11 @@ def _sequences(settings: QualityRun, model: Path) -> list[list[int]]:
         raise QualityError(
             f"the text has {len(ids)} tokens, --tokens asks for {settings.tokens}: give a longer text or fewer tokens"
         )
-    limit = _context_limit(model)
-    if context > limit:
-        raise QualityError(f"--context is {context}, but the model holds {limit} tokens: give at most that")
     return [ids[i * context : (i + 1) * context] for i in range(settings.num_sequences)]
 
 
 def _context_limit(model: Path) -> int:
-    return int(json.loads((model / "config.json").read_text()).get("max_position_embeddings", 1 << 30))
+    return context_limit(read_config(model)) or 1 << 30
 
 
 def _begin(settings: QualityRun, sequences: list[list[int]], json_path: Path | None) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _earlier(rows: list[Row], dtype: str, protocol: str) -> list[str]:
 
 
 def _check_disk(settings: QualityRun, model: Path, work: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
+    config = read_config(model)
     element_bytes = 4 if settings.dtype == "float32" else 2
     rows = settings.num_sequences * (settings.context - 1 - FIRST_SCORED)
     per_protocol = rows * config["vocab_size"] * element_bytes

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from kvarn.dtypes import UNQUANTIZED, check_cache_dtype, check_model_dtype
 from kvarn.model import DEFAULT_MODEL
 from kvarn.presets import PRESETS
 
@@ -15,7 +16,7 @@ TILE = 128
 FIRST_SCORED = 2 * TILE
 PROTOCOLS = ("prefill", "pseudo_decode", "retrieval", "greedy")
 SAMPLE = "wikitext2_sample.txt"
-REFERENCE = "auto"  # vLLM's name for a cache in the model's own dtype
+REFERENCE = UNQUANTIZED
 GROUPS = ("default", "rivals", "knobs")
 
 
@@ -38,7 +39,7 @@ class QualityRun:
         seed: of the bootstrap and the retrieval tasks.
 
     Raises:
-        QualityError: a number is out of range, or a protocol unknown.
+        QualityError: a number is out of range, or a protocol or dtype unknown.
     """
 
     model: str = DEFAULT_MODEL
@@ -56,11 +57,13 @@ class QualityRun:
                 f"--context is {self.context}: give at least {FIRST_SCORED + 2}, since the first "
                 f"{FIRST_SCORED} tokens of a sequence are read raw and say nothing about a cache"
             )
-        if self.tokens < self.context:
-            raise QualityError(f"--tokens is {self.tokens}: give at least one sequence of {self.context}")
         for protocol in self.protocols:
             if protocol not in PROTOCOLS:
                 raise QualityError(f"unknown protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}")
+        try:
+            check_model_dtype(self.dtype)
+        except ValueError as error:
+            raise QualityError(str(error)) from None
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -103,8 +106,8 @@ def _expand(dtypes: tuple[str, ...]) -> tuple[str, ...]:
     }
     names = [name for dtype in dtypes for name in groups.get(dtype, [dtype])]
     for name in names:
-        if name.startswith("kvarn") and name not in PRESETS and name not in SIMULATED:
-            raise QualityError(
-                f"unknown cache dtype {name!r}: choose from {', '.join([*PRESETS, *SIMULATED])}"
-            )
+        try:
+            check_cache_dtype(name, (*SIMULATED, *GROUPS))
+        except ValueError as error:
+            raise QualityError(str(error)) from None
     return tuple(dict.fromkeys([REFERENCE, *names]))

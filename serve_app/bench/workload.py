@@ -65,8 +65,10 @@ def _from_trace(path: Path, most: int, seed: int) -> list[Work]:
     """
     try:
         lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BenchError(f"--trace {path} cannot be read: {error}") from None
+    except OSError as error:
+        raise BenchError(f"--trace {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise BenchError(f"--trace {path} is not UTF-8 text") from None
     works = [_from_line(path, number, line, seed) for number, line in enumerate(lines[:most], start=1)]
     if not works:
         raise BenchError(f"--trace {path} holds no requests")

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Annotated, Self
 
 import yaml
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from serve_app.config import Settings
 from serve_app.errors import UnauthenticatedError
@@ -29,7 +30,14 @@ ID_BYTES = 6
 SECRET_BYTES = 32
 _NO_HASH = "0" * 64
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
+
+def _without_spaces(name: str) -> str:
+    if not all("!" <= character <= "~" for character in name):
+        raise ValueError("give printable ASCII without spaces")
+    return name
+
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=128), AfterValidator(_without_spaces)]
 
 
 class KeyFileError(ValueError):
@@ -90,14 +98,16 @@ def read_keys(path: Path) -> KeyFile:
     """
     try:
         return KeyFile.model_validate(yaml.safe_load(path.read_text()) or {})
-    except (OSError, UnicodeDecodeError) as error:
-        raise KeyFileError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise KeyFileError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise KeyFileError(f"{path} is not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise KeyFileError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"])) or "its content"
-        raise KeyFileError(f"{path}: {place}: {problem['msg']}") from None
+        raise KeyFileError(f"{path}: {place}: {_message(problem)}") from None
 
 
 def create_key(path: Path, tenant: str, **limits: object) -> tuple[str, ApiKey]:
@@ -114,7 +124,8 @@ def create_key(path: Path, tenant: str, **limits: object) -> tuple[str, ApiKey]:
         )
     except ValidationError as error:
         problem = error.errors()[0]
-        raise KeyFileError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+        option = f"--{problem['loc'][0]}".replace("_", "-")
+        raise KeyFileError(f"{option} is {problem['input']!r}: {_message(problem)}") from None
     with _changing(path) as file:
         held = read_keys(file) if file.exists() else KeyFile()
         _write(file, KeyFile(keys=(*held.keys, key)))
@@ -133,6 +144,10 @@ def revoke_key(path: Path, identifier: str) -> None:
         if len(left) == len(held.keys):
             raise KeyFileError(f"{path} holds no key of id {identifier!r}: `kvarn keys list` shows them")
         _write(file, KeyFile(keys=left))
+
+
+def _message(problem: ErrorDetails) -> str:
+    return problem["msg"].removeprefix("Value error, ")
 
 
 def _hash(presented: str) -> str:
@@ -154,7 +169,9 @@ def _changing(path: Path) -> Iterator[Path]:
             yield file
         finally:
             os.close(directory)
-    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
+    except OSError as error:
+        raise KeyFileError(f"{path} cannot be written: {error.strerror}") from None
+    except RuntimeError as error:  # links that lead in a circle
         raise KeyFileError(f"{path} cannot be written: {error}") from None
 
 

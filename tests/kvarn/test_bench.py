@@ -42,9 +42,9 @@ def test_speed_and_capacity_of_each_dtype(tmp_path):
 
 
 def test_a_failed_engine_shows_its_log():
-    bench = EngineBench(kv_cache_dtypes=("no_such_dtype",), **SMALL)
+    bench = EngineBench(kv_cache_dtypes=("auto",), max_num_seqs=2, max_num_batched_tokens=1, **SMALL)
     with pytest.raises(
-        BenchError, match=r"engine of no_such_dtype failed; its log ends:(.|\n)*no_such_dtype"
+        BenchError, match=r"engine of auto failed; its log ends:(.|\n)*max_num_batched_tokens"
     ):
         list(engine.run(bench, lambda *progress: None))
 
@@ -131,6 +131,11 @@ def test_scaling_over_gpus_is_shown_against_the_same_cache_on_fewer():
         ({"tensor_parallel_sizes": (0,)}, "tensor_parallel_sizes is '0'"),
         ({"distributed_executor_backend": "uni"}, "'uni': give mp or ray"),
         ({"shape": "9b"}, "shape '9b' is not known"),
+        ({"dtype": "int8"}, "unknown dtype 'int8': choose from auto, bfloat16"),
+        (
+            {"kv_cache_dtypes": ("auto", "foo")},
+            "unknown cache dtype 'foo': choose from auto, .*kvarn_k4v2_g128",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(settings, sentence):

@@ -2,16 +2,20 @@
 
 import json
 import socket
+import time
 from pathlib import Path
 
 import grpc
 import pytest
+import trustme
 import yaml
 from typer.testing import CliRunner, Result
 
 from kvarn import cli, doctor
+from kvarn.connection import tls_files
 from kvarn.doctor import Check, Report
-from serve_app.client import Client, UnauthenticatedError
+from serve_app.channels import Tls
+from serve_app.client import RETRY_S, Client, UnauthenticatedError
 
 APP_YAML = Path(__file__).parents[2] / "cluster" / "app.yaml"
 SOUND = Report(
@@ -128,6 +132,28 @@ def test_serve_refuses_more_cpus_than_there_are(write_app):
     assert_refused(run("serve", write_app(engine={"num_replicas": 10_000})), "10000 CPUs", "num_replicas")
 
 
+@pytest.mark.parametrize("command", ["serve", "doctor"])
+@pytest.mark.parametrize("cache", ["auto", "kvarn_k4v2_g128"])
+def test_requests_longer_than_the_model_holds_are_refused(write_app, command, cache):
+    engine = {"num_replicas": 1, "max_model_len": 8193, "kv_cache_dtype": cache}
+    path = write_app(engine=engine, gateway={"port": 0, "http": {"port": 0}})
+    assert_refused(run(command, path), "engine.max_model_len is 8193: this model holds 1 to 8192 tokens")
+
+
+@pytest.mark.parametrize("command", ["serve", "doctor"])
+def test_a_model_whose_config_is_broken_is_refused(write_app, command, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    path = write_app(engine={"num_replicas": 1}, gateway={"port": 0, "http": {"port": 0}})
+    path.write_text(path.read_text().replace("smollm2-135m-instruct", str(tmp_path)))
+    assert_refused(run(command, path), f"{tmp_path}/config.json is not JSON")
+
+
+def test_a_start_takes_some_time():
+    result = run("serve", APP_YAML, "--timeout-s", -1)
+    assert result.exit_code == 2
+    assert "--timeout-s" in result.stderr
+
+
 def test_serve_refuses_a_taken_port(write_app):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -148,6 +174,36 @@ def test_chat_says_when_nobody_answers():
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         assert_refused(run("chat", "--address", address, "hello"), address)
+
+
+@pytest.mark.parametrize("command", [["status"], ["chat", "Hi"]])
+def test_a_host_that_is_not_known_is_told_at_once(command: list[str]) -> None:
+    started_s = time.monotonic()
+    result = run(*command, "--address", "nohost.invalid:1")
+    assert_refused(result, "The host name in nohost.invalid:1 cannot be resolved", "--address")
+    assert time.monotonic() - started_s < RETRY_S
+
+
+@pytest.mark.parametrize("option", ["--ca", "--cert"])
+def test_a_file_without_a_certificate_is_named(option: str, tmp_path: Path) -> None:
+    wrong = tmp_path / "plan.json"
+    wrong.write_text("{}")
+    files = ["--ca", wrong] if option == "--ca" else ["--cert", wrong, "--key", wrong]
+    assert_refused(run("chat", "Hi", *files), f"{option} {wrong}", "PEM")
+
+
+def test_certificates_are_taken(tmp_path: Path) -> None:
+    ca = trustme.CA()
+    own = ca.issue_cert("me@example.com")
+    paths = [tmp_path / name for name in ("ca.pem", "own.pem", "own.key")]
+    for path, pem in zip(paths, (ca.cert_pem, own.cert_chain_pems[0], own.private_key_pem), strict=True):
+        path.write_bytes(pem.bytes())
+    assert tls_files(*paths) == Tls(*paths)
+
+
+@pytest.mark.parametrize("key", ["\u043a\u043b\u044e\u0447", "kvarn-1-2\n"])
+def test_a_key_that_no_header_can_hold_is_told_so(key: str) -> None:
+    assert_refused(run("chat", "Hi", "--api-key", key), "--api-key must be printable ASCII")
 
 
 @pytest.mark.parametrize("command", [["status"], ["chat", "Hi"]])

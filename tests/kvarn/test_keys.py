@@ -44,11 +44,20 @@ def test_a_script_gets_json(file):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["list", "no/such/file"], "no/such/file cannot be read"),
-        (["create", "no/such/dir/keys.yaml", "--tenant", "a"], "cannot be written"),
+        (["list", "no/such/file"], "no/such/file cannot be read: No such file"),
+        (["create", "no/such/dir/keys.yaml", "--tenant", "a"], "cannot be written: No such file"),
         (["revoke", "{file}", "beef"], "holds no key of id 'beef'"),
-        (["create", "{file}", "--tenant", ""], "tenant: "),
-        (["create", "{file}", "--tenant", "a", "--burst", "0"], "burst: "),
+        (["create", "{file}", "--tenant", ""], "--tenant is '': String should have at least 1 character"),
+        (
+            ["create", "{file}", "--tenant", "\u00fcn\u00ef"],
+            "'\u00fcn\u00ef': give printable ASCII without spaces",
+        ),
+        (["create", "{file}", "--tenant", "a b"], "--tenant is 'a b': give printable ASCII without spaces"),
+        (["create", "{file}", "--tenant", "a", "--burst", "0"], "--burst is 0: Input should be greater"),
+        (
+            ["create", "{file}", "--tenant", "a", "--requests-per-minute", "-1"],
+            "--requests-per-minute is -1.0: Input should be greater than 0",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(file, arguments, words):
@@ -95,7 +104,7 @@ def test_what_cannot_be_kept_changes_nothing(file, monkeypatch):
     monkeypatch.setattr(os, "fchown", refuse)
     result = keys("create", file, "--tenant", "other")
     assert result.exit_code == 1
-    assert "cannot be written: [Errno 1] Operation not permitted" in result.stderr
+    assert "cannot be written: Operation not permitted" in result.stderr
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from kvarn import model
-from kvarn.model import DEFAULT_MODEL, ModelError, resolve_model
+from kvarn.model import DEFAULT_MODEL, ModelError, context_limit, resolve_model
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +136,38 @@ def test_local_directory_passes_through(tmp_path):
 def test_directory_without_config_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"has no config\.json"):
         resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({}, None),
+        ({"max_position_embeddings": 8192}, 8192),
+        ({"text_config": {"max_position_embeddings": 8192}}, 8192),
+        ({"max_position_embeddings": 8192, "rope_scaling": {"type": "linear", "factor": 2.0}}, 16_384),
+        (
+            {"max_position_embeddings": 131_072, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            131_072,
+        ),
+        (
+            {
+                "max_position_embeddings": 40_960,
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32_768,
+                },
+            },
+            131_072,
+        ),
+        (
+            {
+                "max_position_embeddings": 4096,
+                "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}},
+            },
+            8192,
+        ),
+    ],
+)
+def test_a_sequence_is_as_long_as_vllm_lets_it_be(config, tokens):
+    assert context_limit(config) == tokens

@@ -84,6 +84,7 @@ def test_a_rate_keeps_more_running_where_steps_are_longer(llama_8b: str) -> None
         ({"utilization": 1.5}, "--utilization is 1.5"),
         ({"gpu": "t4"}, "raise --tp"),
         ({"cache_gib": 0}, "--cache-gib is 0: give a number above 0"),
+        ({"cache_gib": 1e9}, "--cache-gib is 1000000000.0: one h200 has 140.4 GiB"),
         ({"cache_gib": -4.0}, "--cache-gib is -4.0"),
         ({"rate": -1.0}, "--rate is -1.0"),
         ({"rate": float("nan")}, "--rate is nan"),
@@ -99,6 +100,14 @@ def test_bad_input_is_refused(llama_8b: str, options: dict, sentence: str) -> No
 def test_no_more_sequences_run_than_are_allowed(llama_8b: str) -> None:
     for row in rows(model=llama_8b, gpu="h200", cache_gib=8, max_num_seqs=4).values():
         assert row.sequences <= 4
+
+
+def test_a_side_pool_that_does_not_fit_is_a_row_that_says_so(llama_8b: str) -> None:
+    planned = rows(model=llama_8b, gpu="h200", max_num_seqs=100_000_000)
+    refused = planned["kvarn_k4v2_g128"].refused
+    assert refused.startswith("a side pool for 100,000,000 sequences takes")
+    assert refused.endswith("lower --max-num-seqs")
+    assert planned["auto"].tokens > 0
 
 
 def test_other_attention_is_refused(tmp_path: Path) -> None:

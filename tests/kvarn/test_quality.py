@@ -87,8 +87,8 @@ def test_questions_can_be_answered_from_their_prompt(model_dir: Path) -> None:
     ("settings", "sentence"),
     [
         ({"context": 200}, "--context is 200"),
-        ({"tokens": 300, "context": 512}, "at least one sequence"),
         ({"protocols": ("guess",)}, "unknown protocol 'guess'"),
+        ({"dtype": "int8"}, "unknown dtype 'int8': choose from auto, bfloat16, float16, float32"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict, sentence: str) -> None:
@@ -96,9 +96,28 @@ def test_settings_out_of_range_are_refused(settings: dict, sentence: str) -> Non
         QualityRun(**settings)
 
 
-def test_unknown_kvarn_dtypes_are_refused_before_anything_starts() -> None:
-    with pytest.raises(QualityError, match="unknown cache dtype 'kvarn_k9v9'"):
-        run.run(QualityRun(dtypes=("kvarn_k9v9",)), None, lambda *_: None)
+@pytest.mark.parametrize("name", ["kvarn_k9v9", "foo"])
+def test_unknown_cache_dtypes_are_refused_before_anything_starts(name: str) -> None:
+    accepted = "auto, .*fp8.*kvarn_k4v2_g128.*kivi_k4v4.*simulated_kvarn_k4v2_g128, .*default, rivals, knobs$"
+    with pytest.raises(QualityError, match=f"unknown cache dtype '{name}': choose from {accepted}"):
+        run.run(QualityRun(dtypes=(name,)), None, lambda *_: None)
+
+
+def test_cache_dtypes_of_vllm_ours_and_simulated_ones_are_known() -> None:
+    names = ("fp8", "kvarn_k4v2_g64", "kivi_k4v2", "iterations=0")
+    assert QualityRun(dtypes=names).formats == ("auto", *names)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sentence"),
+    [
+        ({"context": 100_000}, "--context is 100000: this model holds at most 8192 tokens"),
+        ({"tokens": 300, "context": 512}, "--tokens is 300: give at least one sequence of 512"),
+    ],
+)
+def test_lengths_fit_the_model_and_each_other(lengths: dict, sentence: str) -> None:
+    with pytest.raises(QualityError, match=sentence):
+        run.run(QualityRun(**lengths), None, lambda *_: None)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +125,7 @@ def test_unknown_kvarn_dtypes_are_refused_before_anything_starts() -> None:
     [
         (["--model", "/nowhere"], "neither 'smollm2-135m-instruct' nor a local directory"),
         (["--text", "/nowhere.txt"], "--text /nowhere.txt cannot be read"),
+        (["--dtypes", "foo"], "unknown cache dtype 'foo'"),
         (["--plot", "x.pdf"], "ends in .png or .svg"),
         (["--json", "/nowhere/x.json"], "there is no directory"),
     ],

@@ -130,7 +130,7 @@ def test_a_person_is_told_in_words(model_dir):
         "4.74x",
         "http://127.0.0.1:8000/v1",
         "Ctrl-C stops it",
-        "auth-token",
+        "`ray get-auth-token`",
     ):
         assert told in text
 
@@ -157,14 +157,14 @@ def test_sigterm_ends_a_start(tmp_path, kvarn):
 
 
 def test_an_engine_that_cannot_start_is_one_sentence(tmp_path, kvarn):
-    process = kvarn("serve", "--json", write_app(tmp_path / "app.yaml", max_model_len=1_000_000))
+    process = kvarn("serve", "--json", write_app(tmp_path / "app.yaml", max_num_batched_tokens=2))
     told, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "Engine failed to start" in errors
     error = json.loads(told)
     assert error["event"] == "error"
     assert error["message"] in errors
-    assert "max_model_len" in errors
+    assert "max_num_batched_tokens" in errors
     assert "Traceback" not in errors
 
 

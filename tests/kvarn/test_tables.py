@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from kvarn import doctor
 from kvarn.bench import engine, kernels, scheduler
 from kvarn.bench.engine import EngineBench, EngineResult, Workload, WorkloadResult
 from kvarn.bench.kernel_cases import OURS_WITHOUT_FLASH
@@ -14,6 +15,7 @@ from kvarn.bench.kernel_settings import DecodeBench, KernelBench, PrefillBench, 
 from kvarn.bench.kernels import BASELINE, OURS, Measurement
 from kvarn.bench.rivals import RIVALS
 from kvarn.bench.scheduler import WORKLOADS, Comparison, Run, SchedulerBench
+from kvarn.doctor import Check, Report
 from kvarn.plan.capacity import make_plan
 from kvarn.plan.capacity import table as plan_table
 from kvarn.presets import PRESETS
@@ -91,7 +93,7 @@ def test_differences() -> None:
     assert {"-0.01234", "-0.02345..+0.01111", "0.00321"} <= {*figures(text), *text.split()}
 
 
-@pytest.mark.parametrize("rate", [None, 2.5])
+@pytest.mark.parametrize("rate", [None, 2.5, 1.23e30])
 def test_plan(model_dir: Path, rate: float | None) -> None:
     plan = make_plan(str(model_dir), "h200", context=8192, rate=rate)
     text = rendered(plan_table(plan))
@@ -99,6 +101,18 @@ def test_plan(model_dir: Path, rate: float | None) -> None:
     assert all(name in text for name in PRESETS)
     for row in plan.rows:
         assert {f"{row.tokens:,}", f"{row.sequences:,}", f"{row.decode_ms:.1f}"} <= shown
+
+
+def test_doctor() -> None:
+    hook = Check(
+        "engine configuration", ok=True, detail="vllm.engine.arg_utils:EngineArgs.create_engine_config"
+    )
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(doctor.render(Report({}, {}, [hook], [])))
+    text = capture.get()
+    assert "…" not in text
+    assert hook.detail in re.sub(r"[\s│]", "", text)
 
 
 @pytest.mark.parametrize("sizes", [(1,), (1, 2)])

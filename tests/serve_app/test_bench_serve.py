@@ -237,7 +237,7 @@ async def test_chunks_of_several_tokens_and_servers_without_usage_are_counted() 
         (["--ttft-ms", -1], "the objective ttft_ms must be above 0"),
         (["--plot", "out.pdf"], "ends in .png or .svg"),
         (["--json", "/no/such/dir/out.json"], "/no/such/dir"),
-        (["--trace", "/no/such/file"], "cannot be read"),
+        (["--trace", "/no/such/file"], "cannot be read: No such file"),
         (["--warmup", -1], "warmup is -1, expected 0 to requests=64"),
         (["gateway"], "the target is gateway, expected host:port"),
         (["127.0.0.1:99999"], "the target is 127.0.0.1:99999, expected host:port"),

@@ -38,6 +38,7 @@ def test_a_directory_is_served_under_its_last_part() -> None:
         ),
         ({"observability": {"tracing": {"otlp_endpoint": "localhost:4317"}}}, "should match pattern"),
         ({"gateway": {"port": 65536}}, "less than or equal to 65535"),
+        ({"gateway": {"port": 8000}}, "port and http.port are both 8000: gRPC and HTTP need one each"),
         (
             {"engine": {"device": "cuda", "distributed_executor_backend": "uni", "tensor_parallel_size": 2}},
             "set tensor_parallel_size to 1",
@@ -87,6 +88,11 @@ def test_with_the_ray_executor_each_worker_has_a_bundle() -> None:
 
 
 TLS = {"certificate": "c.pem", "private_key": "k.pem"}
+
+
+def test_ports_may_be_equal_on_two_hosts_or_left_to_the_system() -> None:
+    GatewayConfig(port=8000, http={"host": "127.0.0.2"})
+    GatewayConfig(port=0, http={"port": 0})
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8", "[::1]"])

@@ -1,0 +1,31 @@
+"""The dtypes of models and of their caches that commands take, checked before an engine starts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import get_args
+
+from kvarn.presets import PRESETS
+
+MODEL_DTYPES = ("auto", "bfloat16", "float16", "float32")
+UNQUANTIZED = "auto"  # vLLM's name for a cache in the model's own dtype
+
+
+def check_model_dtype(name: str) -> None:
+    """Raises ValueError unless `name` is a dtype of weights and activations."""
+    if name not in MODEL_DTYPES:
+        raise ValueError(f"unknown dtype {name!r}: choose from {', '.join(MODEL_DTYPES)}")
+
+
+def check_cache_dtype(name: str, others: Collection[str] = ()) -> None:
+    """Raises ValueError unless `name` is a preset, one of `others`, or a cache dtype of vLLM's own.
+
+    vLLM, which takes seconds to import, is asked last.
+    """
+    if name == UNQUANTIZED or name in PRESETS or name in others:
+        return
+    from vllm.config.cache import CacheDType
+
+    known = tuple(dict.fromkeys([*get_args(CacheDType), *PRESETS, *others]))
+    if name not in known:
+        raise ValueError(f"unknown cache dtype {name!r}: choose from {', '.join(known)}")
