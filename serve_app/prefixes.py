@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import secrets
 import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import xxhash
-
 PREFIX_TOKENS = 128  # prompts that agree on so many first tokens count as one prefix
 HALF_LIFE_S = 300.0
 MAX_PREFIXES = 1024
+_SECRET = secrets.token_bytes(32)
 
 
-def prefix_id(token_ids: Sequence[int]) -> str | None:
-    """A name for the first tokens of a prompt, which tells nothing of them; None if there are too few to share."""
+def prefix_id(token_ids: Sequence[int], salt: str = "") -> str | None:
+    """A name for the first tokens of a prompt; None if there are too few to share.
+
+    It tells nothing of them, not even whether they are what one guesses: it depends on a secret of this process. It
+    differs by `salt`, as what is cached does.
+    """
     if len(token_ids) < PREFIX_TOKENS:
         return None
     first = array("I", token_ids[:PREFIX_TOKENS]).tobytes()
-    return xxhash.xxh3_64_hexdigest(first)
+    return hashlib.blake2b(salt.encode() + first, key=_SECRET, digest_size=8).hexdigest()
 
 
 @dataclass
