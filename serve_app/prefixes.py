@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
 import secrets
 import time
@@ -45,6 +46,11 @@ class HotPrefix:
         """Its heat now."""
         return self.heat * math.exp2((self.used_s - now_s) / HALF_LIFE_S)
 
+    @property
+    def rank(self) -> float:
+        """Of two prefixes the hotter has the higher rank, at any time: a rank changes only when a request counts."""
+        return math.log2(self.heat) + self.used_s / HALF_LIFE_S
+
 
 class HotPrefixes:
     """Counts requests by prefix, in bounded memory: the coldest is forgotten. `clock` gives seconds."""
@@ -52,12 +58,14 @@ class HotPrefixes:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._prefixes: dict[str, HotPrefix] = {}
+        self._by_rank: list[tuple[float, str]] = []  # a heap; ranks are those of now, or lower ones of before
 
     def count(self, name: str, replica_id: str, prompt_tokens: int, cached_tokens: int) -> None:
         """A replica has served a request with this prefix, and found `cached_tokens` of it in its cache."""
         now = self._clock()
-        if name not in self._prefixes and len(self._prefixes) >= MAX_PREFIXES:
-            del self._prefixes[min(self._prefixes, key=lambda held: self._prefixes[held].cooled(now))]
+        is_new = name not in self._prefixes
+        if is_new and len(self._prefixes) >= MAX_PREFIXES:
+            self._forget_coldest()
         prefix = self._prefixes.setdefault(name, HotPrefix(name))
         prefix.heat = prefix.cooled(now) + 1
         prefix.used_s = now
@@ -66,9 +74,22 @@ class HotPrefixes:
         prefix.cached_tokens += cached_tokens
         prefix.shared_tokens = max(prefix.shared_tokens, cached_tokens)
         prefix.replicas.add(replica_id)
+        if is_new:
+            heapq.heappush(self._by_rank, (prefix.rank, name))
 
     def hottest(self, most: int) -> list[HotPrefix]:
         """Those that more than one request had, hottest first."""
         now = self._clock()
         shared = [prefix for prefix in self._prefixes.values() if prefix.requests > 1]
         return sorted(shared, key=lambda prefix: -prefix.cooled(now))[:most]
+
+    def _forget_coldest(self) -> None:
+        """Ranks only rise, so that the lowest in the heap is the coldest once it is the one of now."""
+        while True:
+            rank, name = self._by_rank[0]
+            now = self._prefixes[name].rank
+            if rank == now:
+                break
+            heapq.heapreplace(self._by_rank, (now, name))
+        heapq.heappop(self._by_rank)
+        del self._prefixes[name]
