@@ -6,6 +6,7 @@ that only describe the caller to OpenAI are taken and left unread, since clients
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -304,7 +305,7 @@ def problem(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
     """One sentence of pydantic's errors about `body`, and the field it is about."""
     first = errors[0]
     if first["type"] == "json_invalid":
-        return NOT_JSON, None
+        return _not_json(first, body), None
     if tuple(first["loc"]) == ("body",) and first["type"] != "value_error":
         return (NOT_SENT_AS_JSON if isinstance(body, bytes) else NOT_AN_OBJECT), None
     place, alike = _deepest(errors, body)
@@ -318,6 +319,12 @@ def problem(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
     if field in body:
         return f"{said}.", field
     return f"{said[:1].upper()}{said[1:]}.", None
+
+
+def _not_json(error: Any, text: str) -> str:
+    """Where and why `text` cannot be read, as json's own error says it."""
+    found = json.JSONDecodeError(error["ctx"]["error"], text, error["loc"][1])
+    return f"The body is not valid JSON at line {found.lineno}, column {found.colno}: {found.msg}."
 
 
 def _deepest(errors: Sequence[Any], body: Any) -> tuple[Place, list[Any]]:

@@ -10,6 +10,7 @@ import pytest
 
 from serve_app.http_app import http_app
 from serve_app.openai.api import openai_api
+from serve_app.openai.schema import NOT_JSON
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 TEXT: dict[str, Any] = {"prompt": "Hi"}
@@ -90,3 +91,22 @@ async def test_a_sentence_names_the_field_and_what_it_may_be(
     path = "chat/completions" if good is CHAT else "completions"
     error = await refused(path, json.dumps({**good, **change}).encode())
     assert (error["param"], error["message"]) == (param, message)
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (b'{"prompt": "Hi",}', "line 1, column 17: Expecting property name enclosed in double quotes"),
+        (b'{\n "prompt": "Hi"\n "n": 1}', "line 3, column 2: Expecting ',' delimiter"),
+        ('{"prompt": "Größe"} x'.encode(), "line 1, column 21: Extra data"),
+        (b'{"prompt": "Hi', "line 1, column 12: Unterminated string starting at"),
+    ],
+)
+async def test_text_that_is_no_json_is_told_where(content: bytes, where: str) -> None:
+    error = await refused("completions", content)
+    assert (error["param"], error["message"]) == (None, f"The body is not valid JSON at {where}.")
+
+
+@pytest.mark.parametrize("content", [b'{"prompt": "\xff"}', b"[" * 100_000, b"9" * 10_000])
+async def test_other_bodies_are_told_what_json_is(content: bytes) -> None:
+    assert (await refused("completions", content))["message"] == NOT_JSON
