@@ -12,7 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from serve_app.config import LimitsConfig
-from serve_app.http_protocol import GuardedProtocol
+from serve_app.http_protocol import GuardedProtocol, TlsHandshake
 
 BACKLOG = 2048
 
@@ -44,17 +44,21 @@ class HttpServer:
         self._host = host
         self._port = port
         self._reuse_port = reuse_port
+        protocol = (
+            partial(GuardedProtocol, limits=limits)
+            if tls is None
+            else partial(TlsHandshake, limits=limits, context=tls)
+        )
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http=partial(GuardedProtocol, limits=limits),  # type: ignore[arg-type]  # uvicorn only calls it
+                http=protocol,  # type: ignore[arg-type]  # uvicorn only calls it
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=math.ceil(limits.idle_timeout_s),
-                ssl_context_factory=None if tls is None else lambda *_: tls,
                 timeout_graceful_shutdown=math.ceil(drain_grace_s),
             )
         )

@@ -104,9 +104,9 @@ class Observation:
         """Seconds since it arrived."""
         return time.perf_counter() - self._start
 
-    def tokenized(self, token_ids: Sequence[int]) -> None:
-        """Its prompt is known; only a name for its beginning is kept."""
-        self._prefix = prefix_id(token_ids)
+    def tokenized(self, token_ids: Sequence[int], salt: str = "") -> None:
+        """Its prompt, and the salt of what it shares, are known; only a name for the prompt's beginning is kept."""
+        self._prefix = prefix_id(token_ids, salt)
 
     def queued(self, waited_s: float) -> None:
         """It left the queue, for a replica or refused; 0 seconds if it did not have to wait."""

@@ -85,7 +85,13 @@ def _check_field(name: str, value: Any, vocab_size: int) -> None:
 def _check_range(name: str, value: float) -> None:
     low, high = _RANGES[name]
     if not low <= value <= high:
-        raise InvalidRequestError(f"{name} must be from {low:g} to {high:g}, got {value:g}.")
+        limits = f"{_digits(low)} to {_digits(high)}"
+        raise InvalidRequestError(f"{name} must be from {limits}, got {_digits(value)}.")
+
+
+def _digits(number: float) -> str:
+    """Whole numbers in full, others to six digits."""
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _check_positive(name: str, value: float) -> None:

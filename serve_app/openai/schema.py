@@ -6,10 +6,21 @@ that only describe the caller to OpenAI are taken and left unread, since clients
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from serve_app.prompts import MAX_MESSAGES
 
@@ -21,9 +32,34 @@ NOT_AN_OBJECT = "The body must be a JSON object."
 NOT_SENT_AS_JSON = "The body must be sent as JSON: set the header `content-type: application/json`."
 _EXPECTED = "Input should be "
 _OBJECT_TYPES = ("dict_type", "model_type", "model_attributes_type")
+
+
+def _or(sentence: str) -> WrapValidator:
+    """What a type refuses is refused with `sentence`, where pydantic's own tells callers too little."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(sentence) from None
+
+    return WrapValidator(check)
+
+
+_NOT_SERVED = _or("this is not served here: leave it out")
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Uint32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
+MaxTokens = Annotated[int, Field(ge=1, le=2**32 - 1)]
 TokenId = Uint32
+TokenKey = Annotated[
+    str, Field(pattern=r"^[0-9]{1,10}$"), _or("keys must be token ids, in at most 10 digits")
+]
+FunctionName = Annotated[
+    str,
+    Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$"),
+    _or("a name must have 1 to 64 characters: letters, digits, '_', '.' and '-'"),
+]
+NotServed = Annotated[None, _NOT_SERVED]
 Stop = str | Annotated[list[str], Field(max_length=64)] | None
 Place = tuple[str | int, ...]
 Unread = Annotated[JsonValue, Field(description="taken and left unread")]
@@ -71,7 +107,7 @@ class Sampling(Model):
     frequency_penalty: float | None = None
     seed: Int64 | None = None
     stop: Stop = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], float] | None = None
+    logit_bias: dict[TokenKey, float] | None = None
 
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: float | None = None
@@ -110,10 +146,10 @@ class CompletionRequest(Sampling):
     """A text to continue."""
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-    max_tokens: Uint32 | None = 16
+    max_tokens: MaxTokens | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Literal[False] | None = Field(default=None, description="not served")
-    suffix: None = Field(default=None, description="not served")
+    echo: Annotated[Literal[False] | None, _NOT_SERVED] = Field(default=None, description="not served")
+    suffix: NotServed = Field(default=None, description="not served")
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
         default=None, description="must equal n"
     )
@@ -179,14 +215,14 @@ class Message(Model):
     tool_call_id: str | None = None
     refusal: Unread = None
     annotations: Unread = None
-    audio: None = None
-    function_call: None = None
+    audio: NotServed = None
+    function_call: NotServed = None
 
 
 class Function(Model):
     """A function the model may call; `parameters` is a JSON schema."""
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    name: FunctionName
     description: str | None = None
     parameters: dict[str, JsonValue] | None = None
     strict: Unread = None
@@ -238,8 +274,8 @@ class ChatCompletionRequest(Sampling):
     """A conversation to answer."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Uint32 | None = None
-    max_tokens: Uint32 | None = Field(default=None, description="the older name of max_completion_tokens")
+    max_completion_tokens: MaxTokens | None = None
+    max_tokens: MaxTokens | None = Field(default=None, description="the older name of max_completion_tokens")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
@@ -269,7 +305,7 @@ def problem(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
     """One sentence of pydantic's errors about `body`, and the field it is about."""
     first = errors[0]
     if first["type"] == "json_invalid":
-        return NOT_JSON, None
+        return _not_json(first, body), None
     if tuple(first["loc"]) == ("body",) and first["type"] != "value_error":
         return (NOT_SENT_AS_JSON if isinstance(body, bytes) else NOT_AN_OBJECT), None
     place, alike = _deepest(errors, body)
@@ -277,7 +313,18 @@ def problem(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
     if alike[0]["type"] == "extra_forbidden":
         return f"The field {param!r} is not known here: leave it out.", param
     said = _said(alike)
-    return (f"{param}: {said}." if param else f"{said[:1].upper()}{said[1:]}."), param
+    if param:
+        return f"{param}: {said}.", param
+    field = said.split(" ", 1)[0]
+    if field in body:
+        return f"{said}.", field
+    return f"{said[:1].upper()}{said[1:]}.", None
+
+
+def _not_json(error: Any, text: str) -> str:
+    """Where and why `text` cannot be read, as json's own error says it."""
+    found = json.JSONDecodeError(error["ctx"]["error"], text, error["loc"][1])
+    return f"The body is not valid JSON at line {found.lineno}, column {found.colno}: {found.msg}."
 
 
 def _deepest(errors: Sequence[Any], body: Any) -> tuple[Place, list[Any]]:

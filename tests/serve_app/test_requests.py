@@ -42,7 +42,7 @@ def test_values_in_range_pass(params: SamplingParams) -> None:
         (SamplingParams(top_p=0), "top_p must be above 0 and at most 1, got 0."),
         (SamplingParams(top_p=math.nan), "top_p must be above 0 and at most 1, got nan."),
         (SamplingParams(min_p=1.5), "min_p must be from 0 to 1, got 1.5."),
-        (SamplingParams(top_k=-2), "top_k must be from -1"),
+        (SamplingParams(top_k=-2), "top_k must be from -1 to 2147483647, got -2."),
         (SamplingParams(presence_penalty=3), "presence_penalty must be from -2 to 2, got 3."),
         (
             SamplingParams(repetition_penalty=math.inf),
