@@ -86,7 +86,7 @@ class Dispatcher:
             if self._waker is not None:
                 await self._waker.wait(timeout_s)
             job = await self._job(request, deadline_s, caller)
-            observation.tokenized(job.ids)
+            observation.tokenized(job.ids, job.salt)
             self._retries.earn()
             tried: list[str] = []
             while True:

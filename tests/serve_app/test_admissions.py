@@ -214,9 +214,9 @@ class Encoder:
         return list(prompt.token_ids.ids)
 
 
-def gateway_of(replica: Replica, patience_s: float = 60) -> Dispatcher:
+def gateway_of(replica: Replica, patience_s: float = 60, observer: Observer | None = None) -> Dispatcher:
     """A gateway for which `replica` is the fleet."""
-    observer = Observer(Remembered(), Tracing("test", "one", None))
+    observer = observer or Observer(Remembered(), Tracing("test", "one", None))
     config = RoutingConfig(queue_timeout_s=patience_s)
     parts: Any = (Encoder(), replica.router, replica, 10, observer, config, None)
     replica.gateway = Dispatcher("gateway", "model", *parts)
@@ -251,6 +251,18 @@ async def test_a_replica_that_goes_before_it_is_asked_is_no_failure() -> None:
     gateway = gateway_of(Replica(router, 0, is_gone=True))
     answers = [response async for response in gateway.generate(REQUEST, None, Caller("tenant"))]
     assert [answer.replica_id for answer in answers] == ["another"]
+
+
+async def test_prefixes_of_different_salts_are_counted_apart() -> None:
+    router = Router("gateway")
+    router.update("one", state(1, 100), time.monotonic())
+    observer = Observer(Remembered(), Tracing("test", "one", None))
+    gateway = gateway_of(Replica(router, 0), observer=observer)
+    for salt in ("mine", "yours", "mine"):
+        request = inference_pb2.GenerateRequest(cache_salt=salt)
+        request.MergeFrom(REQUEST)
+        assert [response async for response in gateway.generate(request, None, Caller("tenant"))]
+    assert [prefix.requests for prefix in observer.prefixes.hottest(8)] == [2]
 
 
 async def test_what_comes_as_a_replica_goes_does_not_bring_it_back(monkeypatch: pytest.MonkeyPatch) -> None:

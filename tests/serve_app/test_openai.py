@@ -552,7 +552,7 @@ JSON = "application/json"
         (b"", None, "The body must be a JSON object."),
         (b"null", JSON, "The body must be a JSON object."),
         (b"[1]", JSON, "The body must be a JSON object."),
-        (b"{", JSON, "The body must be JSON text in UTF-8"),
+        (b"{", JSON, "The body is not valid JSON at line 1, column 2"),
         (b"\xff\xfe\x00", JSON, "The body must be JSON text in UTF-8"),
         (b"[" * 100_000, JSON, "The body must be JSON text in UTF-8"),
         (b'{"prompt": ' + b"9" * 5000 + b"}", JSON, "The body must be JSON text in UTF-8"),
