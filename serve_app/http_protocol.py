@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import ssl
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
 import h11
-from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.server import ServerState
 
 from serve_app.config import LimitsConfig
 from serve_app.openai.errors import body
@@ -121,73 +118,6 @@ class GuardedProtocol(H11Protocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
-
-
-class TlsHandshake(asyncio.Protocol):
-    """A connection until its TLS handshake ends and a `GuardedProtocol` takes it over.
-
-    uvicorn would not count such connections, and would wait a minute for each.
-
-    Args:
-        config, server_state, app_state: uvicorn's, for its protocol.
-        limits: how many connections, and how long a handshake may take.
-        context: of the handshake.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-        *,
-        limits: LimitsConfig,
-        context: ssl.SSLContext,
-    ) -> None:
-        self._connections: set[Any] = server_state.connections
-        self._limits = limits
-        self._context = context
-        self._guarded = GuardedProtocol(config, server_state, app_state, _loop, limits=limits)
-        self._early = b""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._transport = transport
-        self._connections.add(self)
-        if len(self._connections) > self._limits.max_connections:
-            transport.abort()
-        else:
-            transport.pause_reading()  # what comes is the handshake's
-            self._shaking = asyncio.get_running_loop().create_task(self._shake_hands())
-
-    def data_received(self, data: bytes) -> None:
-        self._early += data  # of a request that came with the end of the handshake
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._connections.discard(self)
-
-    def shutdown(self) -> None:
-        """uvicorn calls this when it stops."""
-        self._transport.abort()
-
-    async def _shake_hands(self) -> None:
-        try:
-            transport = await asyncio.get_running_loop().start_tls(
-                self._transport,
-                self,
-                self._context,
-                server_side=True,
-                ssl_handshake_timeout=self._limits.header_timeout_s,
-            )
-        except OSError:  # ssl.SSLError and a timeout are such, too
-            return
-        finally:
-            self._connections.discard(self)
-        if transport is None or transport.is_closing():  # lost as the handshake ended
-            return
-        transport.set_protocol(self._guarded)
-        self._guarded.connection_made(transport)
-        if self._early:
-            self._guarded.data_received(self._early)
 
 
 def _header_bytes(request: h11.Request) -> int:

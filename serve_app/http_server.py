@@ -6,15 +6,17 @@ import asyncio
 import math
 import socket
 import ssl
+from contextlib import suppress
 from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from serve_app.config import LimitsConfig
-from serve_app.http_protocol import GuardedProtocol, TlsHandshake
+from serve_app.http_protocol import GuardedProtocol
 
 BACKLOG = 2048
+ACCEPT_RETRY_S = 1.0  # after the system had no room for a connection
 
 
 class HttpServer:
@@ -44,24 +46,18 @@ class HttpServer:
         self._host = host
         self._port = port
         self._reuse_port = reuse_port
-        protocol = (
-            partial(GuardedProtocol, limits=limits)
-            if tls is None
-            else partial(TlsHandshake, limits=limits, context=tls)
+        config = uvicorn.Config(
+            app,
+            http=partial(GuardedProtocol, limits=limits),  # type: ignore[arg-type]  # uvicorn only calls it
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=math.ceil(limits.idle_timeout_s),
+            timeout_graceful_shutdown=math.ceil(drain_grace_s),
         )
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                http=protocol,  # type: ignore[arg-type]  # uvicorn only calls it
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=math.ceil(limits.idle_timeout_s),
-                timeout_graceful_shutdown=math.ceil(drain_grace_s),
-            )
-        )
+        self._server = uvicorn.Server(config) if tls is None else _TlsServer(config, limits, tls)
 
     def start(self) -> int:
         """Listen; return the port. Connections made before uvicorn is up wait in the backlog.
@@ -93,3 +89,60 @@ class HttpServer:
                 f"cannot listen on {self._host}:{self._port}: free it or configure another port"
             ) from error
         return listener
+
+
+class _TlsServer(uvicorn.Server):
+    """uvicorn over TLS; by itself it would not count connections before their handshake, and wait a minute for that.
+
+    Args:
+        config: of uvicorn.
+        limits: how many connections, and how long a handshake may take.
+        tls: for the handshakes.
+    """
+
+    def __init__(self, config: uvicorn.Config, limits: LimitsConfig, tls: ssl.SSLContext) -> None:
+        super().__init__(config)
+        self._limits = limits
+        self._tls = tls
+        self._accepting: list[asyncio.Task[None]] = []
+        self._handshakes: set[asyncio.Task[None]] = set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.servers = []
+        self._accepting = [asyncio.create_task(self._accept(listener)) for listener in sockets or ()]
+        self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = [*self._accepting, *self._handshakes]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
+        await super().shutdown(sockets)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        listener.setblocking(False)
+        while True:
+            try:
+                connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+            except ConnectionError:  # it is gone already
+                continue
+            except OSError:
+                await asyncio.sleep(ACCEPT_RETRY_S)
+                continue
+            if len(self.server_state.connections) + len(self._handshakes) >= self._limits.max_connections:
+                connection.close()
+                continue
+            handshake = asyncio.create_task(self._shake_hands(connection))
+            self._handshakes.add(handshake)
+            handshake.add_done_callback(self._handshakes.discard)
+
+    async def _shake_hands(self, connection: socket.socket) -> None:
+        with suppress(OSError):  # ssl.SSLError and a timeout are such, too
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self._protocol, connection, ssl=self._tls, ssl_handshake_timeout=self._limits.header_timeout_s
+            )
+
+    def _protocol(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(  # type: ignore[call-arg]  # of the config above
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
