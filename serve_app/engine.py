@@ -16,6 +16,7 @@ from kvarn.vllm.cache_events import read_cache_events
 from kvarn.vllm.telemetry import CacheState, read_cache_state
 from serve_app.autoscaling import replica_load, serve_options
 from serve_app.config import EngineConfig, ObservabilityConfig, is_loopback
+from serve_app.core_errors import told_core_errors
 from serve_app.demand import DemandBook
 from serve_app.engine_metrics import EngineMetrics
 from serve_app.grpc_server import GrpcServer
@@ -51,7 +52,8 @@ class Engine:
 
         self._config = config
         _bind_threads(config)
-        self._engine = AsyncLLM.from_engine_args(engine_args(model, config))
+        with told_core_errors():
+            self._engine = AsyncLLM.from_engine_args(engine_args(model, config))
         self._monitor = CacheMonitor(self._read_cache, config.longest_step_s)
         await self._monitor.start()
         capacity = self._monitor.snapshot.capacity

@@ -156,15 +156,25 @@ def test_sigterm_ends_a_start(tmp_path, kvarn):
     assert not alive
 
 
-def test_an_engine_that_cannot_start_is_one_sentence(tmp_path, kvarn):
-    process = kvarn("serve", "--json", write_app(tmp_path / "app.yaml", max_num_batched_tokens=2))
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ({"max_num_batched_tokens": 2}, "max_num_batched_tokens"),
+        (
+            {"kv_cache_memory_gib": 0.005},
+            "KV cache is needed, which is larger than the available KV cache memory",
+        ),
+    ],
+)
+def test_an_engine_that_cannot_start_is_one_sentence(tmp_path, kvarn, engine, words):
+    process = kvarn("serve", "--json", write_app(tmp_path / "app.yaml", **engine))
     told, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "Engine failed to start" in errors
     error = json.loads(told)
     assert error["event"] == "error"
     assert error["message"] in errors
-    assert "max_num_batched_tokens" in errors
+    assert words in errors
     assert "Traceback" not in errors
 
 
