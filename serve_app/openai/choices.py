@@ -8,7 +8,6 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from kvarn.v1 import inference_pb2
-from serve_app.errors import RequestError, UnavailableError
 from serve_app.handler import RequestHandler
 from serve_app.openai.requests import numbered
 from serve_app.routing import Caller
@@ -64,7 +63,6 @@ async def generate_all(
         try:
             async with aclosing(dispatcher.generate(request, None, caller)) as pieces:
                 async for piece in pieces:
-                    _raise_if_failed(piece)
                     await queue.put((index, piece))
         except Exception as error:
             await queue.put(error)
@@ -101,10 +99,3 @@ async def _until_all_ended(
                 raise error
             case piece:
                 yield piece
-
-
-def _raise_if_failed(piece: inference_pb2.GenerateResponse) -> None:
-    if piece.finish_reason == inference_pb2.FINISH_REASON_ABORT:
-        raise UnavailableError("The engine dropped this request: send it again.")
-    if piece.finish_reason == inference_pb2.FINISH_REASON_ERROR:
-        raise RequestError("The engine failed on this request: its log says why.")

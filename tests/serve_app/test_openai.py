@@ -595,12 +595,6 @@ async def test_headers_tell_who_asks_and_name_the_request(front: Running, client
     assert len(unfit._request_id or "") == 32
 
 
-async def test_a_dropped_request_is_not_passed_off_as_an_answer(front: Running, client: AsyncOpenAI) -> None:
-    front.script.finish = inference_pb2.FINISH_REASON_ABORT
-    with pytest.raises(openai.InternalServerError, match="The engine dropped this request"):
-        await client.chat.completions.create(model=MODEL, messages=ASK)
-
-
 async def test_salts_keep_tenants_apart_whatever_they_send(encoder: PromptEncoder) -> None:
     async with (
         running_front(encoder, security={"salt_cache_by_tenant": True}) as front,
