@@ -33,7 +33,6 @@ class Script:
     wait: asyncio.Event | None = None  # before every answer's second token
     pieces: int | None = None  # instead of the answer, so many pieces of `padding`
     padding: str = " x"
-    finish: int = inference_pb2.FINISH_REASON_STOP
     requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
     callers: list[Caller] = field(default_factory=list)
     explained: list[cluster_pb2.ExplainRouteRequest] = field(default_factory=list)
@@ -78,7 +77,7 @@ class Script:
         params = request.sampling_params
         piece = inference_pb2.GenerateResponse(request_id=request.request_id, token_ids=ids, text=text)
         if is_last:
-            piece.finish_reason = self.finish
+            piece.finish_reason = inference_pb2.FINISH_REASON_STOP
         if params.HasField("logprobs"):
             position = piece.logprobs.add()
             for rank in range(1 + params.logprobs):
