@@ -222,6 +222,10 @@ class Dispatcher:
         if isinstance(request, inference_pb2.GenerateRequest):
             output = list(request.resume_token_ids)
         sampling = self._with_max_tokens(request.sampling_params, context_tokens - len(ids))
+        if len(output) > sampling.max_tokens:
+            raise InvalidRequestError(
+                f"resume_token_ids must hold at most max_tokens={sampling.max_tokens} ids, got {len(output)}."
+            )
         return Job(
             request_id=request.request_id or f"{self._random.getrandbits(128):032x}",
             caller=caller,
@@ -250,6 +254,8 @@ class Dispatcher:
                 raise InvalidRequestError(
                     f"{name} must have at most {MAX_NAME_CHARACTERS} characters, got {length}."
                 )
+        if not request.request_id.isprintable():
+            raise InvalidRequestError("request_id must hold printable characters only.")
         if request.model and request.model != self._model_name:
             name = request.model[:MAX_NAME_CHARACTERS]  # statuses travel in headers, which are small
             raise UnknownModelError(f"The model {name!r} is not served here: use {self._model_name!r}.")

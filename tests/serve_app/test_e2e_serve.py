@@ -352,6 +352,12 @@ def test_a_client_that_dies_frees_its_blocks(app: App, client: Client) -> None:
             "stop_token_ids must hold ids below 49152",
         ),
         ("Hi", {"request_id": "x" * 129}, InvalidRequestError, "request_id must have at most 128 characters"),
+        (
+            "Hi",
+            {"request_id": "a\nb"},
+            InvalidRequestError,
+            "request_id must hold printable characters only.",
+        ),
         ("Hi", {"model": "gpt-2"}, UnknownModelError, "The model 'gpt-2' is not served here"),
         ("Hi", {"model": "x" * 100_000}, UnknownModelError, "is not served here"),
         ("x" * (2 << 20), {}, NoRoomError, "larger than max"),

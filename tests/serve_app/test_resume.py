@@ -255,6 +255,19 @@ async def test_a_stream_goes_on_elsewhere(position: int, status: grpc.StatusCode
         await assert_nothing_held(setup)
 
 
+async def test_no_more_is_resumed_than_was_asked_for() -> None:
+    async with serving(Engine("a")) as setup:
+        request = inference_pb2.GenerateRequest(
+            prompt=inference_pb2.Prompt(token_ids={"ids": PROMPT}),
+            sampling_params={"max_tokens": 2},
+            resume_token_ids=[1, 2, 3],
+        )
+        with pytest.raises(
+            InvalidRequestError, match="resume_token_ids must hold at most max_tokens=2 ids, got 3"
+        ):
+            await anext(setup.gateways[0].dispatcher.generate(request, None, Caller("tenant")))
+
+
 async def test_every_stream_of_a_replica_that_dies_goes_on_elsewhere() -> None:
     gate = asyncio.Event()
 
