@@ -18,7 +18,7 @@ def check_model_dtype(name: str) -> None:
 
 
 def check_cache_dtype(name: str, others: Collection[str] = ()) -> None:
-    """Raises ValueError unless `name` is a preset, one of `others`, or a cache dtype of vLLM's own.
+    """Raises ValueError, which lists presets and vLLM's, unless `name` is one of these or of `others`.
 
     vLLM, which takes seconds to import, is asked last.
     """
@@ -26,6 +26,6 @@ def check_cache_dtype(name: str, others: Collection[str] = ()) -> None:
         return
     from vllm.config.cache import CacheDType
 
-    known = tuple(dict.fromkeys([*get_args(CacheDType), *PRESETS, *others]))
+    known = tuple(dict.fromkeys([*get_args(CacheDType), *PRESETS]))
     if name not in known:
         raise ValueError(f"unknown cache dtype {name!r}: choose from {', '.join(known)}")

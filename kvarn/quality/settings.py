@@ -109,5 +109,7 @@ def _expand(dtypes: tuple[str, ...]) -> tuple[str, ...]:
         try:
             check_cache_dtype(name, (*SIMULATED, *GROUPS))
         except ValueError as error:
-            raise QualityError(str(error)) from None
+            raise QualityError(
+                f"{error}, {', '.join(GROUPS)}, or a simulated one of docs/quality.md"
+            ) from None
     return tuple(dict.fromkeys([REFERENCE, *names]))
