@@ -77,7 +77,7 @@ class Admissions:
             if decision.chosen is not None:
                 self._check_deadline(job, decision)
                 return decision
-            if not (tried or job.output or _may_fit_later(decision)):
+            if not (tried or job.output or job.attempts > 1 or _may_fit_later(decision)):
                 raise refusal(decision, job.need, self._router.max_model_len())
         return await self._wait(job, tried)
 

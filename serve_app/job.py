@@ -29,6 +29,7 @@ class Job:
         deadline_s: when its time is over, on the monotonic clock.
         output: token ids that are out.
         key: names it in the router; new for every replica it is sent to.
+        attempts: times it was made ready to be sent.
         need: what it takes of a cache now.
         prompt: what is left to compute for it: the prompt and the output so far.
         usage: tokens counted so far.
@@ -48,6 +49,7 @@ class Job:
     deadline_s: float
     output: list[int]
     key: str = ""
+    attempts: int = 0
     need: RequestNeed = field(init=False)
     prompt: Prompt = field(init=False)
     usage: inference_pb2.Usage = field(default_factory=inference_pb2.Usage)
@@ -63,6 +65,7 @@ class Job:
         left = self.sampling.max_tokens - len(self.output)
         ids = [*self.ids, *self.output] if self.output else self.ids
         self.key = new_key()
+        self.attempts += 1
         self.need = router.need(len(ids), max(left, 0))
         self.prompt = Prompt(token_array(ids), self.salt)
         self.usage.prompt_tokens = len(self.ids)
