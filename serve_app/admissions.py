@@ -83,9 +83,10 @@ class Admissions:
 
     async def _wait(self, job: Job, tried: Collection[str]) -> Decision:
         now_s = time.monotonic()
-        entry = self._entries[job.key] = _Entry(job, tried)
         if job.place is None:
             self._check_wait(job, now_s)
+        entry = self._entries[job.key] = _Entry(job, tried)
+        if job.place is None:
             job.place = Waiting(job.key, job.caller, job.need, job.deadline_s, now_s)
             displaced = self._queue.push(job.place)
         else:  # the engine that it was sent to had promised its room to others

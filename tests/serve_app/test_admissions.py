@@ -104,6 +104,19 @@ async def test_a_deadline_that_cannot_be_met_is_told_with_its_time() -> None:
     assert router.replica("one").reserved_blocks == 0  # type: ignore[union-attr]
 
 
+async def test_a_request_that_would_wait_too_long_is_counted_nowhere() -> None:
+    router = Router("gateway")
+    router.update("one", state(1, 0))
+    admissions = Admissions(router, RoutingConfig())
+    waiting = asyncio.create_task(admissions.admit(job_of(router)))
+    await asyncio.sleep(0)
+    admissions._interval_s = 10.0  # as measured in a queue that moves slowly
+    with pytest.raises(NoRoomError, match="find room after about"):
+        await admissions.admit(job_of(router, deadline_s=time.monotonic() + 1))
+    assert admissions.by_reason().total() == len(admissions) == 1
+    waiting.cancel()
+
+
 def waiting_of(tenant: str, number: int) -> Waiting:
     return Waiting(str(number), Caller(tenant), RequestNeed(1000, 100))
 
