@@ -79,12 +79,12 @@ class Admissions:
                 return decision
             if not (tried or job.output or job.attempts > 1 or _may_fit_later(decision)):
                 raise refusal(decision, job.need, self._router.max_model_len())
+        if job.place is None:
+            self._check_wait(job)
         return await self._wait(job, tried)
 
     async def _wait(self, job: Job, tried: Collection[str]) -> Decision:
         now_s = time.monotonic()
-        if job.place is None:
-            self._check_wait(job, now_s)
         entry = self._entries[job.key] = _Entry(job, tried)
         if job.place is None:
             job.place = Waiting(job.key, job.caller, job.need, job.deadline_s, now_s)
@@ -147,9 +147,9 @@ class Admissions:
         self._router.release(job.key)
         raise self._too_late(job, "get its first token", chosen.first_token_s)
 
-    def _check_wait(self, job: Job, now_s: float) -> None:
+    def _check_wait(self, job: Job) -> None:
         expected_s = len(self._queue) * self._interval_s
-        if now_s + expected_s > job.deadline_s:
+        if time.monotonic() + expected_s > job.deadline_s:
             raise self._too_late(job, "find room", expected_s)
 
     def _refuse_displaced(self, displaced: Waiting) -> None:

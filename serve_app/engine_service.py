@@ -137,7 +137,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             async for output in outputs:
                 meter.count(output)
                 delta = _delta(output)
-                if delta.finish_reason == _FINISH_REASONS["error"] and params.structured_outputs is not None:
+                if (
+                    delta.finish_reason == inference_pb2.FINISH_REASON_ERROR
+                    and params.structured_outputs is not None
+                ):
                     raise InvalidRequestError(_UNMET)
                 if resumption is not None:
                     resumption.write_text(delta)

@@ -119,13 +119,15 @@ class FairQueue:
                 later.order = (priority, max(start - cost, later.earliest), count)
                 finish = max(finish, later.order[1] + self._cost(later))
         self._waiting.sort(key=_order)
-        if finish > self._virtual and self._waiting:
+        if finish > self._virtual:
             self._finish[tenant] = finish
-        elif not self._waiting:
-            self._finish.clear()
+        self._forget_if_empty()
 
     def _advance(self, item: Waiting) -> None:
         self._virtual = max(self._virtual, item.order[1])
+        self._forget_if_empty()
+
+    def _forget_if_empty(self) -> None:
         if not self._waiting:
             self._finish.clear()  # nobody is ahead of anybody, and names of tenants do not pile up
 
