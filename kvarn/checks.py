@@ -6,9 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvarn.tile import TileLayout
+
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Query tokens of a request in a decode step: fewer than a tile has, so they lie in two at most.
-MOST_QUERIES = 16
+MAX_QUERIES = 16
 
 
 def check_shape(name: str, x: Tensor | np.ndarray, shape: tuple[int | None, ...]) -> None:
@@ -48,8 +50,8 @@ def check_queries(queries: int, query_start: Tensor | None, requests: int) -> Te
     Raises:
         ValueError: if there are more than 16 `queries`, or several and `query_start` is not [requests + 1] int32.
     """
-    if not 1 <= queries <= MOST_QUERIES:
-        raise ValueError(f"queries is {queries}: expected 1 to {MOST_QUERIES}")
+    if not 1 <= queries <= MAX_QUERIES:
+        raise ValueError(f"queries is {queries}: expected 1 to {MAX_QUERIES}")
     if queries == 1:
         return None
     if query_start is None:
@@ -58,3 +60,18 @@ def check_queries(queries: int, query_start: Tensor | None, requests: int) -> Te
         )
     check_packed("query_start", query_start, (requests + 1,), torch.int32)
     return query_start
+
+
+def check_attention_inputs(query: Tensor, cache: Tensor, pool: Tensor, layout: TileLayout) -> None:
+    check_cache(cache, layout)
+    heads, group, head_dim = cache.shape[1], layout.group, layout.head_dim
+    check_tensor("pool", pool, (None, 2, heads, group, head_dim), torch.float16)
+    check_tensor("query", query, (None, None, head_dim), *MODEL_DTYPES)
+    if query.shape[1] % heads:
+        raise ValueError(
+            f"query has {query.shape[1]} heads: expected a multiple of the cache's {heads} KV heads"
+        )
+
+
+def check_cache(cache: Tensor, layout: TileLayout) -> None:
+    check_tensor("cache", cache, (None, None, layout.nbytes), torch.uint8)

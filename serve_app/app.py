@@ -6,9 +6,10 @@ this module has no `from __future__ import annotations`.
 
 from ray import serve
 
-from serve_app import engine, membership
 from serve_app.config import AppConfig
-from serve_app.gateway import Gateway
+from serve_app.engine import engine_deployment
+from serve_app.gateway import membership
+from serve_app.gateway.gateway_deployment import Gateway
 
 
 def build(args: AppConfig) -> serve.Application:
@@ -18,7 +19,9 @@ def build(args: AppConfig) -> serve.Application:
         args: the settings; Serve makes them from the `args` of the YAML and refuses unknown keys.
     """
     config = args.gateway
-    engines = engine.deployment(args.model, args.engine, args.observability, membership.ROUTER_CLASS)
+    engines = engine_deployment.deployment(
+        args.model, args.engine, args.observability, membership.ROUTER_CLASS
+    )
     return serve.deployment(
         Gateway,
         name="Gateway",

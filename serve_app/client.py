@@ -29,7 +29,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvarn.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc, sampling_pb2
-from serve_app.channels import KEEPALIVE, HeaderChannel, Tls, caller_headers
+from serve_app.rpc.channels import KEEPALIVE, HeaderChannel, Tls, caller_headers
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 DEFAULT_ADDRESS = "127.0.0.1:50051"

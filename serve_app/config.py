@@ -1,4 +1,4 @@
-"""Settings of the application, as `args` of the Serve YAML gives them."""
+"""StrictSettings of the application, as `args` of the Serve YAML gives them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class Settings(BaseModel):
+class StrictSettings(BaseModel):
     """Base of all settings: unknown keys are errors, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class AutoscalingConfig(Settings):
+class AutoscalingConfig(StrictSettings):
     """When engine replicas are added and removed. Fields that Serve has too bear its names and meanings."""
 
     min_replicas: int = Field(
@@ -64,7 +64,7 @@ class AutoscalingConfig(Settings):
         return self
 
 
-class EngineConfig(Settings):
+class EngineConfig(StrictSettings):
     """The engine replicas. Fields that vLLM has too bear its names and meanings."""
 
     num_replicas: int = Field(default=1, ge=1)
@@ -135,7 +135,7 @@ class EngineConfig(Settings):
 
     @property
     def kvarn_settings(self) -> dict[str, float]:
-        """The cache's own settings, as `kvarn.vllm.config.KVarNConfig` takes them."""
+        """The cache's own settings, as `kvarn.vllm.cache_settings.KVarNConfig` takes them."""
         settings = {"side_pool_gib": self.side_pool_gib, "retained_sinks": self.retained_sinks}
         return {name: value for name, value in settings.items() if value is not None}
 
@@ -150,7 +150,7 @@ class EngineConfig(Settings):
         return None if self.kv_cache_memory_gib is None else int(self.kv_cache_memory_gib * GIB)
 
 
-class TlsConfig(Settings):
+class TlsConfig(StrictSettings):
     """Files in PEM format. A new version is used by the connections that follow it, without a restart."""
 
     certificate: Path = Field(description="the gateway's certificate, then those up to its CA")
@@ -160,7 +160,7 @@ class TlsConfig(Settings):
     )
 
 
-class SecurityConfig(Settings):
+class SecurityConfig(StrictSettings):
     """Who may call the gateways."""
 
     tls: TlsConfig | None = None
@@ -177,7 +177,7 @@ class SecurityConfig(Settings):
         return self.tls is not None and (self.api_keys is not None or self.tls.client_ca is not None)
 
 
-class LimitsConfig(Settings):
+class LimitsConfig(StrictSettings):
     """What one client may take of a gateway; times in seconds."""
 
     max_connections: int = Field(default=4096, ge=1, description="of each protocol")
@@ -188,14 +188,14 @@ class LimitsConfig(Settings):
     idle_timeout_s: float = Field(default=300, gt=0, description="for connections without a call")
 
 
-class HttpConfig(Settings):
+class HttpConfig(StrictSettings):
     """Where a gateway answers over HTTP."""
 
     host: Host = "127.0.0.1"
     port: Port = 8000
 
 
-class RoutingConfig(Settings):
+class RoutingConfig(StrictSettings):
     """How requests find a replica; times in seconds."""
 
     queue_limit: int = Field(default=512, ge=0, description="requests that may wait in one gateway")
@@ -223,7 +223,7 @@ class RoutingConfig(Settings):
     index_memory_mib: int = Field(default=512, ge=1, description="most that a gateway's prefix index takes")
 
 
-class GatewayConfig(Settings):
+class GatewayConfig(StrictSettings):
     """The gateways. Several on one node share one port."""
 
     num_replicas: int = Field(default=1, ge=1)
@@ -261,7 +261,7 @@ class GatewayConfig(Settings):
         return self
 
 
-class TracingConfig(Settings):
+class TracingConfig(StrictSettings):
     """Where OpenTelemetry spans go."""
 
     otlp_endpoint: str = Field(
@@ -273,7 +273,7 @@ class TracingConfig(Settings):
     export_interval_s: float = Field(default=5, gt=0)
 
 
-class ObservabilityConfig(Settings):
+class ObservabilityConfig(StrictSettings):
     """What the application tells of its requests, beside its metrics."""
 
     request_log: bool = Field(
@@ -282,7 +282,7 @@ class ObservabilityConfig(Settings):
     tracing: TracingConfig | None = None
 
 
-class AppConfig(Settings):
+class AppConfig(StrictSettings):
     """The application: one model, its engines, and the gateways in front of them."""
 
     model: str = Field(

@@ -21,11 +21,11 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from kvarn.limits import Limits, engine_limits
+from kvarn.engine_limits import EngineLimits, engine_limits
 from kvarn.model import KvShape, context_limit, read_config, resolve_model
 from kvarn.plan.model_shape import ModelShape
 from kvarn.presets import PRESETS
-from kvarn.vllm.config import KVarNConfig
+from kvarn.vllm.cache_settings import KVarNConfig
 from serve_app.config import GIB, AppConfig, EngineConfig
 
 LOOPBACK = "127.0.0.1"
@@ -164,7 +164,7 @@ def _check_gpus(engine: EngineConfig) -> None:
         )
 
 
-def limits_of(app: App) -> Limits | None:
+def limits_of(app: App) -> EngineLimits | None:
     """What limits the requests that each engine runs at once; None if its cache is not quantized.
 
     Raises:

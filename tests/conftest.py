@@ -1,4 +1,4 @@
-"""What every test may ask for, and the order they run in: a failure should show as early as it can."""
+"""Fixtures and settings of every test."""
 
 import os
 from pathlib import Path
@@ -17,20 +17,6 @@ from kvarn.model import DEFAULT_MODEL, resolve_model
 settings.register_profile("kvarn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvarn")
 
-# Fast tests come first, then those that start engines, then those that start a cluster.
-SLOW_MODULES = (
-    "test_plan.py",
-    "test_bench.py",
-    "test_quality_engine.py",
-    "test_engine_sweep.py",
-    "test_engine_service.py",
-    "test_engine.py",
-    "test_serve_command.py",
-    "test_e2e_autoscaling.py",
-    "test_e2e_serve.py",
-    "test_e2e_faults.py",
-)
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run tests that have a longer form in that form")
@@ -46,11 +32,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def long_mode(request: pytest.FixtureRequest) -> bool:
     """Whether tests that sample a large space should go through all of it."""
     return bool(request.config.getoption("--long"))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    rank = {name: place for place, name in enumerate(SLOW_MODULES, start=1)}
-    items.sort(key=lambda item: rank.get(item.path.name, 0))
 
 
 @pytest.fixture(scope="session")

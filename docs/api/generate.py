@@ -143,7 +143,7 @@ def pages() -> dict[str, str]:
 
 
 def _openapi() -> str:
-    from serve_app.http_app import http_app, probes
+    from serve_app.http.asgi_app import http_app, probes
     from serve_app.openai.api import openai_api
 
     app = http_app([probes(lambda: True), openai_api("", None, None, None)])  # type: ignore[arg-type]  # never called

@@ -19,7 +19,7 @@ from kvarn.bench.shapes import SHAPES, write_shape
 from kvarn.dtypes import check_cache_dtype, check_model_dtype
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL, resolve_model
-from kvarn.records import write_record
+from kvarn.result_files import write_results
 
 Progress = Callable[[str, int, int], None]
 
@@ -300,8 +300,8 @@ def record(bench: EngineBench, results: list[EngineResult]) -> dict[str, Any]:
 
 
 def write(path: Path, bench: EngineBench, results: list[EngineResult]) -> None:
-    """Writes `record` to `path`; RecordError where that fails."""
-    write_record(path, record(bench, results))
+    """Writes `record` to `path`; ResultFileError where that fails."""
+    write_results(path, record(bench, results))
 
 
 def _against(value: float | None, base: float | None, form: str) -> str:

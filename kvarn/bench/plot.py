@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from kvarn.bench.engine import BenchError, EngineBench, EngineResult
-from kvarn.bench.kernels import BASELINE, Report
+from kvarn.bench.kernels.comparison import BASELINE, KernelReport
 
 FORMATS = (".png", ".svg")
 
@@ -22,7 +22,7 @@ def check(path: Path) -> None:
         raise BenchError(f"--plot {path}: give a file name that ends in {' or '.join(FORMATS)}")
 
 
-def draw(path: Path, report: Report) -> None:
+def draw(path: Path, report: KernelReport) -> None:
     """Writes a bar for each contender of each case. Bars are ratios to the baseline where it ran in every case, else
     shares of copy bandwidth. A benchmark limited by the bytes it moves has a mark where a copy's bandwidth would put
     each bar.

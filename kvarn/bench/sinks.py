@@ -19,9 +19,9 @@ from kvarn.bench.engine import BenchError
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL, resolve_model
 from kvarn.presets import get_preset
-from kvarn.records import write_record
 from kvarn.reference.codec import dequantize, quantize
 from kvarn.reference.hadamard import rotate
+from kvarn.result_files import write_results
 from kvarn.tile import TileLayout
 
 ATTENTION = "kvarn_sinks"
@@ -176,7 +176,7 @@ def table(bench: SinksBench, results: list[SinkResult]) -> Table:
 
 
 def write(path: Path, bench: SinksBench, results: list[SinkResult]) -> None:
-    """Writes all that is needed to read the results later, as JSON; RecordError where that fails."""
+    """Writes all that is needed to read the results later, as JSON; ResultFileError where that fails."""
     record = {
         "benchmark": "sinks",
         "settings": {**asdict(bench), "text": bench.text.name},
@@ -184,4 +184,4 @@ def write(path: Path, bench: SinksBench, results: list[SinkResult]) -> None:
         "machine": machine(),
         "results": [asdict(found) for found in results],
     }
-    write_record(path, record)
+    write_results(path, record)

@@ -27,7 +27,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Workload:
+class ConversationWorkload:
     """Conversations that all begin at once; each sends its next message when it has its answer.
 
     Attributes:
@@ -44,50 +44,52 @@ def _draw(seed: str, scale: Scale, count: int) -> Tokens:
     return [rng.randrange(scale.vocab_size) for _ in range(count)]
 
 
-def _interleaved(name: str, groups: int, scale: Scale) -> Workload:
+def _interleaved(name: str, groups: int, scale: Scale) -> ConversationWorkload:
     """Requests of `groups` contexts arriving in turn, so that neighbours share nothing."""
     contexts = [_draw(f"{name} {group}", scale, scale.shared_tokens) for group in range(groups)]
     questions = [_draw(f"{name} question {n}", scale, scale.own_tokens) for n in range(scale.requests)]
-    return Workload(name, [[contexts[n % groups] + own] for n, own in enumerate(questions)])
+    return ConversationWorkload(name, [[contexts[n % groups] + own] for n, own in enumerate(questions)])
 
 
-def one_system_prompt(scale: Scale) -> Workload:
+def one_system_prompt(scale: Scale) -> ConversationWorkload:
     """Many users of one system prompt, among as many who share nothing and whose prompts push it out of the cache."""
     system = _draw("system", scale, scale.shared_tokens)
     conversations = []
     for n in range(scale.requests // 2):
         conversations.append([_draw(f"other {n}", scale, scale.shared_tokens + scale.own_tokens)])
         conversations.append([system + _draw(f"user {n}", scale, scale.own_tokens)])
-    return Workload("one system prompt", conversations)
+    return ConversationWorkload("one system prompt", conversations)
 
 
-def tenants(scale: Scale) -> Workload:
+def tenants(scale: Scale) -> ConversationWorkload:
     """Users of several applications, each with a system prompt of its own."""
     return _interleaved("tenants", max(2, scale.requests // 6), scale)
 
 
-def multi_turn(scale: Scale) -> Workload:
+def multi_turn(scale: Scale) -> ConversationWorkload:
     """Conversations of three turns."""
     conversations = []
     for n in range(max(2, scale.requests // 3)):
         first = _draw(f"conversation {n}", scale, scale.shared_tokens)
         turns = [_draw(f"conversation {n} turn {turn}", scale, scale.own_tokens) for turn in range(2)]
         conversations.append([first, *turns])
-    return Workload("multi-turn", conversations)
+    return ConversationWorkload("multi-turn", conversations)
 
 
-def agents(scale: Scale) -> Workload:
+def agents(scale: Scale) -> ConversationWorkload:
     """A burst of agents, each asking eight things about a context of its own."""
     return _interleaved("agents", max(2, scale.requests // 8), scale)
 
 
-def unshared(scale: Scale) -> Workload:
+def unshared(scale: Scale) -> ConversationWorkload:
     """Prompts that share nothing."""
     length = scale.shared_tokens + scale.own_tokens
-    return Workload("unshared", [[_draw(f"unshared {n}", scale, length)] for n in range(scale.requests)])
+    return ConversationWorkload(
+        "unshared", [[_draw(f"unshared {n}", scale, length)] for n in range(scale.requests)]
+    )
 
 
-WORKLOADS: dict[str, Callable[[Scale], Workload]] = {
+WORKLOADS: dict[str, Callable[[Scale], ConversationWorkload]] = {
     "system": one_system_prompt,
     "tenants": tenants,
     "multi-turn": multi_turn,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import MODEL_DTYPES, check_packed, check_queries, check_rows
+from kvarn.kernels.launch_settings import settings_for
 from kvarn.kernels.records import (
     E4M3_UNIT,
     bias_rows,
@@ -33,10 +34,9 @@ from kvarn.kernels.records import (
     step_weights,
 )
 from kvarn.kernels.rotate import signs
-from kvarn.kernels.settings import settings_for
 from kvarn.tile import TileLayout
 
-MOST_ROWS = 16  # query heads x query tokens of one program
+MAX_ROWS = 16  # query heads x query tokens of one program
 RAW_ROWS = 32  # rows of a raw tile taken at a time
 FEW_SPLITS = 8  # up to here one program joins the parts of all query heads of a KV head
 SPLITS_OF_VARIANTS = (1, FEW_SPLITS + 1)  # between them they need every compiled variant of `decode`
@@ -315,13 +315,13 @@ def query_blocks(queries: int, per_head: int) -> tuple[int, int]:
     Raises:
         ValueError: if there are more than 16 query heads per KV head.
     """
-    if per_head > MOST_ROWS:
-        raise ValueError(f"query has {per_head} heads per KV head: expected at most {MOST_ROWS}")
-    blocks = triton.cdiv(queries, MOST_ROWS // per_head)
+    if per_head > MAX_ROWS:
+        raise ValueError(f"query has {per_head} heads per KV head: expected at most {MAX_ROWS}")
+    blocks = triton.cdiv(queries, MAX_ROWS // per_head)
     return blocks, triton.cdiv(queries, blocks)
 
 
-def most_part_rows(requests: int, query_heads: int, kv_heads: int, queries: int, device: torch.device) -> int:
+def max_part_rows(requests: int, query_heads: int, kv_heads: int, queries: int, device: torch.device) -> int:
     """The most rows of `Parts` that up to `requests` of `queries` tokens need, cut by `splits_for`."""
     blocks, tokens = query_blocks(queries, query_heads // kv_heads)
     programs = max(concurrent_parts(device), 2 * requests * blocks * kv_heads)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import check_packed
+from kvarn.kernels.launch_settings import settings_for
 from kvarn.kernels.records import (
     INTERPRETED,
     contracted_place,
@@ -24,7 +25,6 @@ from kvarn.kernels.records import (
     to_e4m3,
     to_float16,
 )
-from kvarn.kernels.settings import settings_for
 from kvarn.reference import rtn, variance_norm
 from kvarn.tile import TileLayout
 

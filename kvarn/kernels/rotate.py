@@ -103,7 +103,7 @@ def signs(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 # Of the Hadamard matrix in shared memory at a time: float32's of 256 channels takes twice that.
-MOST_MATRIX_BYTES = 128 * 1024
+MAX_MATRIX_BYTES = 128 * 1024
 FEW_TOKENS = 1024  # up to here small programs, which fill more of the device
 
 
@@ -173,7 +173,7 @@ def rotate_store(
         D=head_dim,
         G=group,
         BLOCK=block,
-        STEP=min(head_dim, MOST_MATRIX_BYTES // (head_dim * query.element_size())),
+        STEP=min(head_dim, MAX_MATRIX_BYTES // (head_dim * query.element_size())),
         num_warps=4,
     )
 

@@ -15,7 +15,7 @@ from kvarn.presets import PRESETS, get_preset
 from kvarn.tile import TileLayout
 
 BLOCK_TOKENS = 16  # of vLLM's own caches
-SLOTS_PER_SEQUENCE = 3  # tail, sink and a retained sink, see kvarn.vllm.config
+SLOTS_PER_SEQUENCE = 3  # tail, sink and a retained sink, see kvarn.vllm.cache_settings
 STEP_TOKENS = 8192  # of a prefill step, vLLM's default on large GPUs
 WORKING_BYTES = 2 * 2**30  # activations, CUDA graphs and the CUDA context: an assumption
 PAGE_BYTES = 2 * 2  # keys and values in float16

@@ -21,7 +21,7 @@ from kvarn.quality.divergence import Floats, compare, contrast, estimate, summar
 from kvarn.quality.settings import FIRST_SCORED, REFERENCE, TILE, QualityError
 
 if TYPE_CHECKING:
-    from kvarn.quality.engine_worker import WorkerSettings
+    from kvarn.quality.quality_worker import WorkerSettings
 
 LOGITS_ROWS = 128  # hidden states turned into logits at a time
 FORCED = "kvarn_forced_sequence"  # of SamplingParams.extra_args
@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 Record = Callable[[int, Tensor, Tensor], None]
 
 
-class Measurement:
+class EngineMeasurement:
     """One engine, measured by protocol; the reference's logits and answers are kept for the other dtypes."""
 
     def __init__(self, llm: LLM, settings: WorkerSettings, progress: Progress) -> None:

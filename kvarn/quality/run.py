@@ -15,11 +15,11 @@ from typing import Any
 from kvarn import worker
 from kvarn.environment import machine, versions
 from kvarn.model import context_limit, read_config, resolve_model
-from kvarn.quality import engine_worker
-from kvarn.quality.engine_worker import WorkerSettings
+from kvarn.quality import quality_worker
+from kvarn.quality.quality_worker import WorkerSettings
 from kvarn.quality.settings import FIRST_SCORED, REFERENCE, QualityError, QualityRun, read_text
 from kvarn.quality.tasks import GREEDY_TOKENS, RETRIEVAL_LENGTHS
-from kvarn.records import write_record
+from kvarn.result_files import write_results
 
 Progress = Callable[[str, int, int], None]
 Row = dict[str, Any]
@@ -42,7 +42,7 @@ def run(settings: QualityRun, json_path: Path | None, progress: Progress) -> dic
 
     Raises:
         QualityError: an engine failed, the disk is full, or `json_path` holds another run; finished rows are kept.
-        RecordError: `json_path` cannot be written; the rows in it are kept.
+        ResultFileError: `json_path` cannot be written; the rows in it are kept.
         ModelError: the model cannot be found.
     """
     formats = settings.formats
@@ -62,7 +62,7 @@ def run(settings: QualityRun, json_path: Path | None, progress: Progress) -> dic
                 key = (row["dtype"], row["protocol"])
                 record["rows"] = [r for r in record["rows"] if (r["dtype"], r["protocol"]) != key] + [row]
                 if json_path is not None:
-                    write_record(json_path, record)
+                    write_results(json_path, record)
     return record
 
 
@@ -180,7 +180,7 @@ def _measure(settings: WorkerSettings, progress: Progress) -> Iterator[Row]:
     dtype, left = settings.kv_cache_dtype, list(settings.protocols)
     progress(f"{dtype}: starting", 0, 1)
     with tempfile.TemporaryFile("w+", prefix="kvarn-quality-", errors="replace") as log:
-        with worker.running(engine_worker, asdict(settings), log) as answers:
+        with worker.running(quality_worker, asdict(settings), log) as answers:
             for line in answers:
                 message = json.loads(line)
                 if "progress" in message:

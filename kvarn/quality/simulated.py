@@ -13,23 +13,29 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kvarn import ops
+from kvarn.cpu import store
 from kvarn.quality.formats import Format
 from kvarn.reference.codec import FLOAT16_MAX
 from kvarn.vllm import backend
-from kvarn.vllm.torch_lane import FilledTiles, PrefillChunk, TorchLayer, TorchMetadata, TorchMetadataBuilder
+from kvarn.vllm.torch_backend import (
+    FilledTiles,
+    PrefillChunk,
+    TorchLayer,
+    TorchMetadata,
+    TorchMetadataBuilder,
+)
 
 
 @contextmanager
 def simulating(simulated: Format) -> Iterator[None]:
     """Engines of this process that are started inside use `simulated` in place of any preset of its group."""
     layer = type("SimulatedLayer", (_SimulatedLayer,), {"simulated": simulated})
-    stock_lane = backend.lane
-    backend.lane = lambda: backend.Lane(TorchMetadataBuilder, layer)
+    stock_device_backend = backend.device_backend
+    backend.device_backend = lambda: backend.DeviceBackend(TorchMetadataBuilder, layer)
     try:
         yield
     finally:
-        backend.lane = stock_lane
+        backend.device_backend = stock_device_backend
 
 
 class _SimulatedLayer(TorchLayer):
@@ -63,7 +69,7 @@ class _SimulatedLayer(TorchLayer):
         return output
 
     def _store(self, key: Tensor, value: Tensor, kv_cache: Tensor, metadata: TorchMetadata) -> None:
-        ops.append(self.pool, key, value, metadata.slot_rows)
+        store.append(self.pool, key, value, metadata.slot_rows)
         if metadata.filled is None:
             return
         if self.tiles is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from kvarn.quality import plot as quality_plot
+from kvarn.quality import charts as quality_plot
 from kvarn.quality.differences import of_presets
 from kvarn.quality.tables import PAGE, TITLES, difference_cells, differences_title
 from kvarn.report.page import Record, chart, table

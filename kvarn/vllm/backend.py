@@ -1,4 +1,4 @@
-"""The attention backend of the quantized cache: one backend class per preset, one lane per kind of device."""
+"""The attention backend of the quantized cache: one backend class per preset, one device_backend per kind of device."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import MultipleOf
 
 
-class Lane(NamedTuple):
+class DeviceBackend(NamedTuple):
     """How one kind of device works: what plans a step, and what computes a layer of it."""
 
     builder: type[AttentionMetadataBuilder[Any]]
     layer: type[KVarNLayer]
 
 
-def lane() -> Lane:
-    """This platform's lane: Triton kernels on a GPU, torch on a CPU."""
+def device_backend() -> DeviceBackend:
+    """This platform's device_backend: Triton kernels on a GPU, torch on a CPU."""
     if current_platform.is_cuda():
-        from kvarn.vllm.triton_lane import TritonLayer, TritonMetadataBuilder
+        from kvarn.vllm.triton_backend import TritonLayer, TritonMetadataBuilder
 
-        return Lane(TritonMetadataBuilder, TritonLayer)
-    from kvarn.vllm.torch_lane import TorchLayer, TorchMetadataBuilder
+        return DeviceBackend(TritonMetadataBuilder, TritonLayer)
+    from kvarn.vllm.torch_backend import TorchLayer, TorchMetadataBuilder
 
-    return Lane(TorchMetadataBuilder, TorchLayer)
+    return DeviceBackend(TorchMetadataBuilder, TorchLayer)
 
 
 class KVarNBackend(AttentionBackend):
@@ -47,11 +47,11 @@ class KVarNBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[KVarNLayer]:
-        return lane().layer
+        return device_backend().layer
 
     @staticmethod
     def get_builder_cls() -> type[AttentionMetadataBuilder[Any]]:
-        return lane().builder
+        return device_backend().builder
 
     @classmethod
     def get_supported_kernel_block_sizes(cls) -> list[int | MultipleOf]:

@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
-from kvarn.vllm.config import side_pool_slots
+from kvarn.vllm.cache_settings import side_pool_slots
 from kvarn.vllm.slot_map import SlotMap, find_slot_map
 
 
@@ -23,11 +23,11 @@ class KVarNLayer(AttentionImpl[Any]):
         slot_map: the worker's block -> slot map, one object for all layers of a model.
         pool: [slots, 2, KV heads, group, head_dim] float16 side pool of rotated raw tiles (keys, values).
         supports_raw_chunks: whether the lane has `KVarNConfig.raw_chunks`.
-        most_heads_per_kv_head: query heads that may share a KV head.
+        max_heads_per_kv_head: query heads that may share a KV head.
     """
 
     supports_raw_chunks: ClassVar[bool] = False
-    most_heads_per_kv_head: ClassVar[float] = math.inf
+    max_heads_per_kv_head: ClassVar[float] = math.inf
 
     def __init__(
         self,

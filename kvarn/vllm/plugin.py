@@ -11,9 +11,9 @@ from kvarn.vllm.hooks import (
     HookError,
     attention_backend,
     cache_dtype,
-    cache_events,
     cache_state,
     engine_config,
+    event_log,
     page_size,
     slot_plan,
 )
@@ -24,7 +24,7 @@ HOOKS: tuple[Hook, ...] = (
     page_size.HOOK,
     slot_plan.HOOK,
     cache_state.HOOK,
-    cache_events.HOOK,
+    event_log.HOOK,
     engine_config.HOOK,
 )
 

@@ -17,9 +17,9 @@ from vllm.v1.core.sched.request_queue import FCFSRequestQueue, SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from kvarn.vllm.config import KVarNConfig, side_pool_slots
+from kvarn.vllm.admission_order import PrefixOrder, WaitingRequest, hold_sharers
+from kvarn.vllm.cache_settings import KVarNConfig, side_pool_slots
 from kvarn.vllm.slots import ScheduledTokens, SlotPlan, SlotTable, tail_slots
-from kvarn.vllm.waiting import PrefixOrder, Waiting, hold_sharers
 
 logger = init_logger(__name__)
 
@@ -166,7 +166,7 @@ class PrefixScheduling(SlotPlanning):
         super().__init__(*args, **kwargs)
         self._config = KVarNConfig.of(self.vllm_config)
         self._order = PrefixOrder(self._is_cached, self._config.max_overtakes)
-        self._entries: dict[str, Waiting] = {}
+        self._entries: dict[str, WaitingRequest] = {}
         self._output_tokens = float(self._config.expected_output_tokens or self.block_size)
         self._by_priority = self.policy == SchedulingPolicy.PRIORITY  # type: ignore[attr-defined]
         self.orders_by_prefix = self._config.order == "prefix"
@@ -208,7 +208,7 @@ class PrefixScheduling(SlotPlanning):
         )
         return [window[place] for place, waits in zip(order, held, strict=True) if waits]
 
-    def _hold(self, ordered: list[Waiting]) -> list[bool]:
+    def _hold(self, ordered: list[WaitingRequest]) -> list[bool]:
         """Which of the `ordered` wait for a prefix that a running request computes.
 
         Without a limit on a request's chunk this never happens: a prompt that is not finished takes the whole step.
@@ -226,13 +226,13 @@ class PrefixScheduling(SlotPlanning):
         self.wait_counts.prefix += sum(held)
         return held
 
-    def _may_not_wait(self, entry: Waiting) -> bool:
+    def _may_not_wait(self, entry: WaitingRequest) -> bool:
         return entry.resumed or self._order.is_overdue(entry)
 
-    def _entry(self, request: Request) -> Waiting:
+    def _entry(self, request: Request) -> WaitingRequest:
         entry = self._entries.get(request.request_id)
         if entry is None:
-            entry = self._entries[request.request_id] = Waiting(
+            entry = self._entries[request.request_id] = WaitingRequest(
                 keys=self._keys(request),
                 arrival_s=request.arrival_time,
                 priority=request.priority if self._by_priority else 0,

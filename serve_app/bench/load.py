@@ -16,7 +16,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass
-class Outcome:
+class CallOutcome:
     """What became of one request; times in seconds from the moment it was to be sent.
 
     Attributes:
@@ -54,10 +54,10 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Run:
+class LoadRun:
     """All outcomes, and how long all of it took."""
 
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[CallOutcome]
     duration_s: float
 
 
@@ -79,7 +79,7 @@ async def warm_up(target: Target, works: Sequence[Work], timeout_s: float, on_pr
             raise BenchError(f"the warm-up, before the load, was not answered: {why}")
 
 
-async def run(target: Target, works: Sequence[Work], timeout_s: float, on_progress: Progress) -> Run:
+async def run(target: Target, works: Sequence[Work], timeout_s: float, on_progress: Progress) -> LoadRun:
     """Send every request at its time, whatever became of those before it.
 
     Args:
@@ -93,7 +93,7 @@ async def run(target: Target, works: Sequence[Work], timeout_s: float, on_progre
     start = time.perf_counter()
     answered = 0
 
-    async def one(work: Work) -> Outcome:
+    async def one(work: Work) -> CallOutcome:
         nonlocal answered
         outcome = await _send(target, work, start + work.at_s, timeout_s)
         answered += 1
@@ -106,11 +106,11 @@ async def run(target: Target, works: Sequence[Work], timeout_s: float, on_progre
             await asyncio.sleep(max(0.0, start + work.at_s - time.perf_counter()))
             tasks.append(group.create_task(one(work)))
             on_progress("sent", number, len(works))
-    return Run([task.result() for task in tasks], time.perf_counter() - start)
+    return LoadRun([task.result() for task in tasks], time.perf_counter() - start)
 
 
-async def _send(target: Target, work: Work, due_s: float, timeout_s: float) -> Outcome:
-    outcome = Outcome(late_s=time.perf_counter() - due_s)
+async def _send(target: Target, work: Work, due_s: float, timeout_s: float) -> CallOutcome:
+    outcome = CallOutcome(late_s=time.perf_counter() - due_s)
     try:
         async with asyncio.timeout(timeout_s), aclosing(target.send(work, timeout_s)) as pieces:
             async for counts in pieces:

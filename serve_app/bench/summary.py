@@ -17,8 +17,8 @@ from rich.text import Text
 
 from kvarn.bench.engine import BenchError
 from kvarn.environment import machine, versions
-from serve_app.bench.load import Outcome, Run
-from serve_app.bench.settings import Objectives, ServeBench
+from serve_app.bench.load import CallOutcome, LoadRun
+from serve_app.bench.load_settings import Objectives, ServeBench
 
 PERCENTILES = (50, 90, 99)
 PLOT_FORMATS = (".png", ".svg")
@@ -26,14 +26,14 @@ BUSY_MS = 100  # a generator that sends this late does not keep up
 
 
 @dataclass(frozen=True)
-class Latency:
+class LatencySummary:
     """One kind of latency over all answered requests, in milliseconds; `percentiles` by "p50"."""
 
     mean: float
     percentiles: dict[str, float]
 
     @classmethod
-    def of(cls, values_s: Sequence[float]) -> Latency | None:
+    def of(cls, values_s: Sequence[float]) -> LatencySummary | None:
         """None if there is nothing to sum up."""
         if not values_s:
             return None
@@ -60,7 +60,7 @@ class Summary:
         itl_ms: between two pieces of an answer.
         tpot_ms: each request's mean time between two tokens.
         e2e_ms: to the last token.
-        most_late_ms: the longest that the generator itself was behind its schedule.
+        max_late_ms: the longest that the generator itself was behind its schedule.
     """
 
     answered: int
@@ -74,14 +74,14 @@ class Summary:
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
-    ttft_ms: Latency | None
-    itl_ms: Latency | None
-    tpot_ms: Latency | None
-    e2e_ms: Latency | None
-    most_late_ms: float
+    ttft_ms: LatencySummary | None
+    itl_ms: LatencySummary | None
+    tpot_ms: LatencySummary | None
+    e2e_ms: LatencySummary | None
+    max_late_ms: float
 
 
-def summarize(run: Run, objectives: Objectives) -> Summary:
+def summarize(run: LoadRun, objectives: Objectives) -> Summary:
     """The numbers of one run."""
     answered = [outcome for outcome in run.outcomes if not outcome.failure]
     failures = Counter(outcome.failure for outcome in run.outcomes if outcome.failure)
@@ -99,15 +99,15 @@ def summarize(run: Run, objectives: Objectives) -> Summary:
         prompt_tokens=sum(outcome.prompt_tokens for outcome in answered),
         cached_tokens=sum(outcome.cached_tokens for outcome in answered),
         output_tokens=output_tokens,
-        ttft_ms=Latency.of([outcome.ttft_s for outcome in answered]),
-        itl_ms=Latency.of(gaps),
-        tpot_ms=Latency.of([outcome.itl_s for outcome in answered if outcome.itl_s is not None]),
-        e2e_ms=Latency.of([outcome.e2e_s for outcome in answered]),
-        most_late_ms=max(outcome.late_s for outcome in run.outcomes) * 1000,
+        ttft_ms=LatencySummary.of([outcome.ttft_s for outcome in answered]),
+        itl_ms=LatencySummary.of(gaps),
+        tpot_ms=LatencySummary.of([outcome.itl_s for outcome in answered if outcome.itl_s is not None]),
+        e2e_ms=LatencySummary.of([outcome.e2e_s for outcome in answered]),
+        max_late_ms=max(outcome.late_s for outcome in run.outcomes) * 1000,
     )
 
 
-def is_good(outcome: Outcome, objectives: Objectives) -> bool:
+def is_good(outcome: CallOutcome, objectives: Objectives) -> bool:
     """Whether an answered request kept every objective."""
     asked = (
         (outcome.ttft_s, objectives.ttft_ms),
@@ -149,12 +149,12 @@ def _table(summary: Summary) -> Table:
     return made
 
 
-def write(path: Path, bench: ServeBench, summary: Summary, run: Run) -> None:
+def write(path: Path, bench: ServeBench, summary: Summary, run: LoadRun) -> None:
     """For programs: what was asked, what came out, and every request."""
     path.write_text(json.dumps(document(bench, summary, run), indent=2) + "\n")
 
 
-def document(bench: ServeBench, summary: Summary, run: Run) -> dict[str, Any]:
+def document(bench: ServeBench, summary: Summary, run: LoadRun) -> dict[str, Any]:
     """What `write` writes."""
     asked = {**asdict(bench), "trace": str(bench.trace) if bench.trace else None}
     if asked["rate_per_s"] == float("inf"):
@@ -179,7 +179,7 @@ def check_plot(path: Path) -> None:
         raise BenchError(f"--plot {path}: give a file name that ends in {' or '.join(PLOT_FORMATS)}")
 
 
-def plot(path: Path, bench: ServeBench, run: Run) -> None:
+def plot(path: Path, bench: ServeBench, run: LoadRun) -> None:
     """Draws the share of requests within each latency; dashed lines are the objectives."""
     from matplotlib.figure import Figure
 
@@ -222,6 +222,6 @@ def _lines(summary: Summary) -> list[str]:
     ]
     if summary.failures:
         lines.append(f"failed: {reasons(summary)}")
-    if summary.most_late_ms > BUSY_MS:
-        lines.append(f"this machine fell behind its schedule by up to {summary.most_late_ms:.0f} ms")
+    if summary.max_late_ms > BUSY_MS:
+        lines.append(f"this machine fell behind its schedule by up to {summary.max_late_ms:.0f} ms")
     return lines

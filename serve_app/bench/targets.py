@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Protocol, Self
 import httpx
 
 from kvarn.bench.engine import BenchError
-from serve_app.bench.settings import ServeBench
+from serve_app.bench.load_settings import ServeBench
 from serve_app.bench.workload import Work
-from serve_app.channels import Tls, caller_headers
 from serve_app.client import AsyncClient, ServingError
+from serve_app.rpc.channels import Tls, caller_headers
 
 READY_S = 10
 SAID_LENGTH = 300  # characters of what a server says that are kept; a proxy may answer with a page

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvarn.bench.engine import BenchError
-from serve_app.bench.settings import ServeBench
+from serve_app.bench.load_settings import ServeBench
 
 # Common words that usual tokenizers read, with the space before them, as one token.
 _COMMON = """

@@ -17,12 +17,12 @@ from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from serve_app.errors import RequestError, UnknownModelError
-from serve_app.openai.chat import ChatService
+from serve_app.openai.chat_completions import ChatService
 from serve_app.openai.completions import CompletionService
-from serve_app.openai.errors import FAILED, ErrorResponse, body, error_body
+from serve_app.openai.error_responses import FAILED, ErrorResponse, body, error_body
 from serve_app.openai.responses import Head
 from serve_app.openai.schema import ChatCompletionRequest, CompletionRequest, Sampling
+from serve_app.request.errors import ModelNotFoundError, RequestError
 from serve_app.routing import Caller
 from serve_app.security.access import Access
 
@@ -67,7 +67,7 @@ def openai_api(
     async def retrieve_model(name: str) -> dict[str, object]:
         """The served model."""
         if name != model_name:
-            raise UnknownModelError(f"The model {name[:128]!r} is not served here: use {model_name!r}.")
+            raise ModelNotFoundError(f"The model {name[:128]!r} is not served here: use {model_name!r}.")
         return model.to_dict()
 
     @router.post("/chat/completions", response_model=None, responses=_responses(ChatCompletion))

@@ -8,8 +8,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from kvarn.v1 import inference_pb2
-from serve_app.handler import RequestHandler
 from serve_app.openai.requests import numbered
+from serve_app.request.handler import RequestHandler
 from serve_app.routing import Caller
 
 MAX_WAITING = 16  # pieces a client is behind before its generations wait

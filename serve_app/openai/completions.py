@@ -10,13 +10,13 @@ from openai.types import Completion
 from openai.types.completion_choice import CompletionChoice, Logprobs
 
 from kvarn.v1 import inference_pb2
-from serve_app.handler import RequestHandler
 from serve_app.openai import responses
 from serve_app.openai.choices import Usage, generate_all
 from serve_app.openai.requests import completion_prompts, completion_sampling, one_per_prompt, valid_unicode
 from serve_app.openai.responses import Head, TokenText
 from serve_app.openai.schema import CompletionRequest
-from serve_app.refusals import told
+from serve_app.request.errors import counting_rejections
+from serve_app.request.handler import RequestHandler
 from serve_app.routing import Caller
 
 
@@ -86,7 +86,7 @@ class CompletionService:
             yield responses.completion(head, [], _counted(request, states))
 
     def _requests(self, request: CompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:
-        with told(self._on_refusal), valid_unicode():
+        with counting_rejections(self._on_refusal), valid_unicode():
             prompts, params = completion_prompts(request), completion_sampling(request)
             return one_per_prompt(head.request_id, request, prompts, params)
 

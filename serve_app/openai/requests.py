@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from kvarn.v1 import inference_pb2, sampling_pb2
-from serve_app.errors import InvalidRequestError
 from serve_app.openai.schema import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -17,7 +16,8 @@ from serve_app.openai.schema import (
     StructuredOutputs,
     Tool,
 )
-from serve_app.prompts import LONE_SURROGATE
+from serve_app.request.errors import BadRequestError
+from serve_app.request.prompts import LONE_SURROGATE
 
 MAX_PROMPTS = 128
 _SAME_NAME = (
@@ -43,23 +43,23 @@ def valid_unicode() -> Iterator[None]:
     """JSON can hold halves of characters, which protobuf's strings cannot.
 
     Raises:
-        InvalidRequestError: such a half was met in the block.
+        BadRequestError: such a half was met in the block.
     """
     try:
         yield
     except UnicodeEncodeError:
-        raise InvalidRequestError(LONE_SURROGATE) from None
+        raise BadRequestError(LONE_SURROGATE) from None
 
 
 def completion_prompts(request: CompletionRequest) -> list[inference_pb2.Prompt]:
     """Every prompt of a completion.
 
     Raises:
-        InvalidRequestError: there are none, or too many.
+        BadRequestError: there are none, or too many.
     """
     prompts = request.prompts
     if not 1 <= len(prompts) <= MAX_PROMPTS:
-        raise InvalidRequestError(f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(prompts)}.")
+        raise BadRequestError(f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(prompts)}.")
     return [inference_pb2.Prompt(text=one) if isinstance(one, str) else _token_ids(one) for one in prompts]
 
 
@@ -142,7 +142,7 @@ def _sampling(request: Sampling) -> sampling_pb2.SamplingParams:
     params.stop.extend([request.stop] if isinstance(request.stop, str) else request.stop or ())
     for token, bias in (request.logit_bias or {}).items():
         if int(token) > 2**32 - 1:
-            raise InvalidRequestError(f"logit_bias must hold token ids as keys, got {token}.")
+            raise BadRequestError(f"logit_bias must hold token ids as keys, got {token}.")
         params.logit_bias[int(token)] = bias
     if request.structured_outputs is not None:
         params.structured_outputs.CopyFrom(_structured_outputs(request.structured_outputs))

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from serve_app.prompts import MAX_MESSAGES
+from serve_app.request.prompts import MAX_MESSAGES
 
 MAX_CHOICES = 16
 MAX_PARTS = 128  # of one message

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pydantic import JsonValue
 
 from kvarn.v1 import sampling_pb2
-from serve_app.errors import InvalidRequestError
 from serve_app.openai.schema import ChatCompletionRequest, NamedToolChoice, Tool
+from serve_app.request.errors import BadRequestError
 
 if TYPE_CHECKING:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest as VllmRequest
@@ -135,7 +135,7 @@ class ToolParsers:
         """Constrain the output to what the choice of tools asks for.
 
         Raises:
-            InvalidRequestError: it leaves the decision to the model, whose calls nothing here could read.
+            BadRequestError: it leaves the decision to the model, whose calls nothing here could read.
         """
         if not request.tools or request.tool_choice == "none":
             return
@@ -150,7 +150,7 @@ class ToolParsers:
             several = request.parallel_tool_calls is not False
             params.structured_outputs.json_schema = json.dumps(calls_schema(request.tools, several))
         elif self._parser_class is None:
-            raise InvalidRequestError(
+            raise BadRequestError(
                 "This server is not configured to find tool calls the model makes by itself: set tool_choice to "
                 "required or to one function, or gateway.tool_parser on the server."
             )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from serve_app.routing.cost import UNMEASURED_INTER_TOKEN_S, Prices, prefill_s_per_token
-from serve_app.routing.types import Refusal, ReplicaState, RequestNeed, Terms
+from serve_app.routing.cost import UNMEASURED_INTER_TOKEN_S, CostWeights, prefill_s_per_token
+from serve_app.routing.types import Rejection, ReplicaState, RequestNeed, Terms
 
 SLOTS_PER_REQUEST = 2  # its tail, and its first tile kept raw
 
 
-class Room(NamedTuple):
+class Headroom(NamedTuple):
     """What one replica can still take and how fast, worked out once a change instead of once a decision.
 
     A tuple, as `weigh` reads all of it for every replica in every decision. `used_share` counts what is promised, too;
@@ -19,7 +19,7 @@ class Room(NamedTuple):
     """
 
     replica_id: str
-    refusal: Refusal | None
+    refusal: Rejection | None
     tile_tokens: int
     max_model_len: int
     max_tokens: int
@@ -36,7 +36,7 @@ class Room(NamedTuple):
     penalty_s: float
 
     @classmethod
-    def of(cls, replica: ReplicaState, prices: Prices) -> Room:
+    def of(cls, replica: ReplicaState, prices: CostWeights) -> Headroom:
         """The room of a replica as it is now."""
         capacity, load = replica.snapshot.capacity, replica.snapshot.load
         total_blocks = max(capacity.total_blocks, 1)
@@ -64,7 +64,7 @@ class Room(NamedTuple):
 
 
 def weigh(
-    need: RequestNeed, rooms: Iterable[Room], cached_tiles: Mapping[str, int], prices: Prices
+    need: RequestNeed, rooms: Iterable[Headroom], cached_tiles: Mapping[str, int], prices: CostWeights
 ) -> list[Terms]:
     """Weigh replicas that hold the first `cached_tiles` tiles of the prompt; one that is missing there holds none.
 
@@ -106,9 +106,9 @@ def weigh(
         new = -(-likely // tile) - cached
         blocks = new + (cached if cached < evictable else evictable)
         if total > max_tokens:
-            refusal = Refusal.PAST_CONTEXT if total > max_model_len else Refusal.PAST_CACHE
+            refusal = Rejection.PAST_CONTEXT if total > max_model_len else Rejection.PAST_CACHE
         elif refusal is None and blocks > open_blocks:
-            refusal = Refusal.NO_ROOM
+            refusal = Rejection.NO_ROOM
         evicted = 0 if new <= free_blocks else min(new - free_blocks, evictable)
         occupancy = used_share + blocks * block_share
         occupancy_s = full_s * occupancy**power if occupancy > 0 else 0.0
@@ -137,19 +137,19 @@ def weigh(
     return weighed
 
 
-def _refusal(replica: ReplicaState) -> Refusal | None:
+def _refusal(replica: ReplicaState) -> Rejection | None:
     """Why it takes no request, whichever it is."""
     if not replica.reachable:
-        return Refusal.UNREACHABLE
+        return Rejection.UNREACHABLE
     if replica.snapshot.draining:
-        return Refusal.DRAINING
+        return Rejection.DRAINING
     if replica.broken:
-        return Refusal.BROKEN
+        return Rejection.BROKEN
     if replica.is_full:
-        return Refusal.NO_ROOM
+        return Rejection.NO_ROOM
     if _has_full_batch(replica):
-        return Refusal.FULL_BATCH
-    return Refusal.NO_SLOTS if _free_slots(replica) < SLOTS_PER_REQUEST else None
+        return Rejection.FULL_BATCH
+    return Rejection.NO_SLOTS if _free_slots(replica) < SLOTS_PER_REQUEST else None
 
 
 def _has_full_batch(replica: ReplicaState) -> bool:

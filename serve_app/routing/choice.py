@@ -7,23 +7,23 @@ from operator import itemgetter
 
 from xxhash import xxh3_64_intdigest
 
-from serve_app.routing.admission import Room, weigh
-from serve_app.routing.cost import Prices
-from serve_app.routing.types import PRICE, REFUSAL, Candidate, Decision, Refusal, RequestNeed, Terms
+from serve_app.routing.admission import Headroom, weigh
+from serve_app.routing.cost import CostWeights
+from serve_app.routing.types import PRICE, REFUSAL, Candidate, Decision, Rejection, RequestNeed, Terms
 
 
 def choose(
     need: RequestNeed,
-    rooms: Iterable[Room],
+    rooms: Iterable[Headroom],
     cached_tiles: Mapping[str, int],
-    prices: Prices,
+    prices: CostWeights,
     key: int = 0,
     excluded: Collection[str] = (),
 ) -> Decision:
     """Choose the replica with the least price among those that can hold `need`.
 
-    Prices close to the least count as equal; among those rendezvous hashing of `key` decides, so that gateways which
-    do not know of each other yet send the same new prefix to the same replica, and never to a busy one.
+    Prices close to the least count as equal; among those rendezvous hashing of `key` decides, so that gateways which do
+    not know of each other yet send the same new prefix to the same replica, and never to a busy one.
 
     Args:
         need: what the request takes.
@@ -55,5 +55,5 @@ def _rank(replica_id: str, key: int) -> tuple[int, str]:
 def _excluding(terms: Terms, excluded: Collection[str]) -> Terms:
     refusal = terms[REFUSAL]
     if terms[0] in excluded and not (refusal and refusal.is_permanent):
-        return *terms[:REFUSAL], Refusal.EXCLUDED
+        return *terms[:REFUSAL], Rejection.EXCLUDED
     return terms

@@ -9,7 +9,7 @@ UNMEASURED_INTER_TOKEN_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Prices:
+class CostWeights:
     """How much the terms weigh.
 
     Attributes:

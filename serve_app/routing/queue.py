@@ -14,7 +14,7 @@ MAX_NAMES = 4  # tenants whose share is kept account of, for each request that m
 
 
 @dataclass(slots=True, eq=False)
-class Waiting:
+class QueuedRequest:
     """One request in the queue; `deadline_s` and `since_s`, when it came, are on the clock of the queue's callers."""
 
     request_id: str
@@ -41,7 +41,7 @@ class FairQueue:
     def __init__(self, limit: int, weights: Mapping[str, float]) -> None:
         self._limit = limit
         self._weights = weights
-        self._waiting: list[Waiting] = []
+        self._waiting: list[QueuedRequest] = []
         self._tokens = 0
         self._finish: dict[str, float] = {}
         self._virtual = 0.0
@@ -55,7 +55,7 @@ class FairQueue:
         """Cache space that what waits will probably take, in tokens."""
         return self._tokens
 
-    def push(self, item: Waiting) -> Waiting | None:
+    def push(self, item: QueuedRequest) -> QueuedRequest | None:
         """Let a request wait; return the one that must leave for it, itself if it is the least entitled."""
         tenant = item.caller.tenant
         item.earliest = self._virtual
@@ -68,7 +68,7 @@ class FairQueue:
         item.order = (item.caller.priority, start, self._count)
         return self.put_back(item)
 
-    def put_back(self, item: Waiting) -> Waiting | None:
+    def put_back(self, item: QueuedRequest) -> QueuedRequest | None:
         """Let a request that was taken in vain wait on in its place; return the one that must leave, as `push` does."""
         insort(self._waiting, item, key=_order)
         self._tokens += item.need.likely_tokens
@@ -78,7 +78,7 @@ class FairQueue:
         self.remove(displaced)
         return displaced
 
-    def take(self, fits: Callable[[Waiting], bool]) -> Waiting | None:
+    def take(self, fits: Callable[[QueuedRequest], bool]) -> QueuedRequest | None:
         """Remove and return the first request that `fits`, unless one before it has been passed too often."""
         for place, item in enumerate(self._waiting[: MAX_BYPASSES + 1]):
             if fits(item):
@@ -92,24 +92,24 @@ class FairQueue:
                 return None
         return None
 
-    def remove(self, item: Waiting) -> None:
+    def remove(self, item: QueuedRequest) -> None:
         """Forget a request that no longer waits, if it is still here; it takes nothing of its tenant's share."""
         if item in self._waiting:
             self._waiting.remove(item)
             self._tokens -= item.need.likely_tokens
             self._refund(item)
 
-    def expire(self, now_s: float) -> list[Waiting]:
+    def expire(self, now_s: float) -> list[QueuedRequest]:
         """Remove and return the requests whose deadline has passed."""
         late = [item for item in self._waiting if item.deadline_s <= now_s]
         for item in late:
             self.remove(item)
         return late
 
-    def _cost(self, item: Waiting) -> float:
+    def _cost(self, item: QueuedRequest) -> float:
         return item.need.likely_tokens / self._weights.get(item.caller.tenant, 1.0)
 
-    def _refund(self, item: Waiting) -> None:
+    def _refund(self, item: QueuedRequest) -> None:
         """Move up what its tenant sent after it."""
         tenant, cost = item.caller.tenant, self._cost(item)
         finish = self._finish.pop(tenant, 0.0) - cost
@@ -123,7 +123,7 @@ class FairQueue:
             self._finish[tenant] = finish
         self._forget_if_empty()
 
-    def _advance(self, item: Waiting) -> None:
+    def _advance(self, item: QueuedRequest) -> None:
         self._virtual = max(self._virtual, item.order[1])
         self._forget_if_empty()
 
@@ -132,5 +132,5 @@ class FairQueue:
             self._finish.clear()  # nobody is ahead of anybody, and names of tenants do not pile up
 
 
-def _order(item: Waiting) -> tuple[int, float, int]:
+def _order(item: QueuedRequest) -> tuple[int, float, int]:
     return item.order

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from serve_app.routing.admission import Room
+from serve_app.routing.admission import Headroom
 from serve_app.routing.breaker import Breaker
 from serve_app.routing.choice import choose
-from serve_app.routing.cost import Prices
+from serve_app.routing.cost import CostWeights
 from serve_app.routing.hashing import Namespace, Prompt
 from serve_app.routing.index import PrefixIndex
 from serve_app.routing.lengths import OutputLengths
@@ -32,7 +32,7 @@ class _Replica:
     slowness: float = 1.0
     slowness_s: float = 0.0
     breaker: Breaker = field(default_factory=Breaker)
-    room: Room | None = None
+    room: Headroom | None = None
     room_until_s: float = 0.0
 
     @property
@@ -69,12 +69,12 @@ class Router:
         gateway_id: str,
         model: str = "",
         max_tiles: int = 1 << 21,
-        prices: Prices | None = None,
+        prices: CostWeights | None = None,
         output_quantile: float = 0.9,
     ) -> None:
         self._gateway_id = gateway_id
         self._model = model
-        self._prices = prices or Prices()
+        self._prices = prices or CostWeights()
         self._replicas: dict[str, _Replica] = {}
         self._requests: dict[str, _Sent] = {}
         self._reservations = Reservations()
@@ -255,9 +255,9 @@ class Router:
         ]
         return choose(need, rooms, depths, self._prices, key, excluded)
 
-    def _refresh(self, replica_id: str, replica: _Replica, now_s: float) -> Room:
+    def _refresh(self, replica_id: str, replica: _Replica, now_s: float) -> Headroom:
         replica.room_until_s = replica.heard_s + LATE_S if replica.breaker.is_closed else now_s
-        room = replica.room = Room.of(self._state(replica_id, replica, now_s), self._prices)
+        room = replica.room = Headroom.of(self._state(replica_id, replica, now_s), self._prices)
         return room
 
     def _state(self, replica_id: str, held: _Replica, now_s: float) -> ReplicaState:

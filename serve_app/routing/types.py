@@ -142,7 +142,7 @@ class RequestNeed:
         return -(-self.likely_tokens // tile_tokens)
 
 
-class Refusal(Enum):
+class Rejection(Enum):
     """Why a replica cannot take a request."""
 
     UNREACHABLE = "unreachable"
@@ -158,12 +158,12 @@ class Refusal(Enum):
     @property
     def is_permanent(self) -> bool:
         """Whether this replica will refuse the same request for ever."""
-        return self in (Refusal.PAST_CONTEXT, Refusal.PAST_CACHE)
+        return self in (Rejection.PAST_CONTEXT, Rejection.PAST_CACHE)
 
     @property
     def is_full(self) -> bool:
         """Whether this replica will take the request once others have ended."""
-        return self in (Refusal.NO_ROOM, Refusal.NO_SLOTS, Refusal.FULL_BATCH)
+        return self in (Rejection.NO_ROOM, Rejection.NO_SLOTS, Rejection.FULL_BATCH)
 
 
 Terms = tuple[Any, ...]  # the fields of a Candidate
@@ -189,7 +189,7 @@ class Candidate(NamedTuple):
     eviction_s: float = 0.0
     penalty_s: float = 0.0
     price_s: float = 0.0
-    refusal: Refusal | None = None
+    refusal: Rejection | None = None
 
 
 PRICE, REFUSAL = map(Candidate._fields.index, ("price_s", "refusal"))  # places in `Terms`
@@ -213,6 +213,6 @@ class Decision:
         return tuple(map(Candidate._make, self.weighed))
 
     @property
-    def refusals(self) -> frozenset[Refusal]:
+    def refusals(self) -> frozenset[Rejection]:
         """Why replicas refused."""
         return frozenset(terms[REFUSAL] for terms in self.weighed if terms[REFUSAL] is not None)

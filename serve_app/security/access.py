@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from serve_app.channels import PRIORITY_KEY, TENANT_KEY
-from serve_app.errors import InvalidRequestError, UnauthenticatedError
-from serve_app.refusals import told
+from serve_app.request.errors import AuthenticationError, BadRequestError, counting_rejections
 from serve_app.routing import Caller
-from serve_app.security.files import Reloaded
-from serve_app.security.keys import ApiKey, KeyFile, read_keys
-from serve_app.security.limits import Limits
+from serve_app.rpc.channels import PRIORITY_KEY, TENANT_KEY
+from serve_app.security.api_keys import ApiKey, KeyFile, read_keys
+from serve_app.security.rate_limits import RateLimits
+from serve_app.security.reloaded_files import Reloaded
 
 MAX_TENANT_CHARACTERS = 128
 NO_KEY = "An API key is needed: send the header `authorization: Bearer KEY`."
@@ -43,16 +42,16 @@ class Access:
         self._keys: Reloaded[KeyFile] | None = None
         if api_keys is not None:
             self._keys = Reloaded([api_keys], lambda: read_keys(api_keys))
-        self._limits = Limits()
+        self._limits = RateLimits()
         self._on_refusal = on_refusal
 
     def check(self, headers: Headers) -> None:
         """Refuse a call without a valid key.
 
         Raises:
-            UnauthenticatedError: with the sentence for the caller.
+            AuthenticationError: with the sentence for the caller.
         """
-        with told(self._on_refusal):
+        with counting_rejections(self._on_refusal):
             self._key(headers)
 
     @contextmanager
@@ -64,10 +63,10 @@ class Access:
             generations: requests it counts as.
 
         Raises:
-            UnauthenticatedError, RateLimitError, InvalidRequestError: with the sentence for the caller.
+            AuthenticationError, RateLimitError, BadRequestError: with the sentence for the caller.
         """
         with ExitStack() as held:
-            with told(self._on_refusal):
+            with counting_rejections(self._on_refusal):
                 caller = self._admit(headers, generations, held)
             yield caller
 
@@ -94,14 +93,14 @@ def _presented(authorization: str) -> str:
         try:
             return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
         except (binascii.Error, UnicodeDecodeError):
-            raise UnauthenticatedError(NO_KEY) from None
-    raise UnauthenticatedError(NO_KEY)
+            raise AuthenticationError(NO_KEY) from None
+    raise AuthenticationError(NO_KEY)
 
 
 def _tenant(headers: Headers) -> str:
     tenant = headers.get(TENANT_KEY, "")
     if len(tenant) > MAX_TENANT_CHARACTERS:
-        raise InvalidRequestError(
+        raise BadRequestError(
             f"{TENANT_KEY} must have at most {MAX_TENANT_CHARACTERS} characters, got {len(tenant)}."
         )
     return tenant
@@ -112,7 +111,5 @@ def _priority(headers: Headers) -> int | None:
     if given is None:
         return None
     if not re.fullmatch(r"-?\d{1,9}", given, re.ASCII):
-        raise InvalidRequestError(
-            f"{PRIORITY_KEY} must be an integer of at most 9 digits, got {given[:20]!r}."
-        )
+        raise BadRequestError(f"{PRIORITY_KEY} must be an integer of at most 9 digits, got {given[:20]!r}.")
     return int(given)

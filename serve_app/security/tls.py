@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import grpc
 
 from serve_app.config import TlsConfig
-from serve_app.security.files import Reloaded
+from serve_app.security.reloaded_files import Reloaded
 
 
 class TlsError(ValueError):

@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from serve_app.simulate.engine import EngineModel
 from serve_app.simulate.policies import POLICIES
-from serve_app.simulate.report import plot, result_of, table
-from serve_app.simulate.scenarios import Run, Scenario
+from serve_app.simulate.results import plot, result_of, table
+from serve_app.simulate.scenarios import Scenario, SimulationRun
+from serve_app.simulate.simulated_engine import EngineModel
 from serve_app.simulate.trace import TraceError, read_trace
 
 DEFAULTS = EngineModel()
@@ -53,7 +53,12 @@ def main(
         console.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
     engine = EngineModel(cache_tokens=cache_tokens, prefill_tokens_per_s=prefill)
-    runs = [Run(s, p, x, replicas, seed, engine, gateways) for s in scenario for x in load for p in chosen]
+    runs = [
+        SimulationRun(s, p, x, replicas, seed, engine, gateways)
+        for s in scenario
+        for x in load
+        for p in chosen
+    ]
     results = []
     with Progress(console=console, transient=True) as progress:
         for run in runs:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from serve_app.routing import Caller, Namespace, Prompt
-from serve_app.simulate.engine import PUBLISH_S, EngineModel, ModelledEngine, Running
 from serve_app.simulate.policies import Placement, Policy, Request
+from serve_app.simulate.simulated_engine import PUBLISH_S, EngineModel, ModelledEngine, Running
 from serve_app.simulate.trace import TraceRequest
 
 NEWS_S = 0.005  # from an engine to a gateway
@@ -26,7 +26,7 @@ class Fault:
 
 
 @dataclass(slots=True)
-class Outcome:
+class SimulatedOutcome:
     """How one request went; times in seconds from the start of the simulation, -1 if it did not happen."""
 
     request: TraceRequest
@@ -64,7 +64,7 @@ class Totals:
 class _Open:
     """A request that has arrived and not ended: what it gets next, where it is."""
 
-    outcome: Outcome
+    outcome: SimulatedOutcome
     request: Request
     replica_id: str = ""
 
@@ -88,7 +88,7 @@ class Cluster:
         faults: Sequence[Fault] = (),
         on_progress: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.outcomes = [Outcome(request) for request in requests]
+        self.outcomes = [SimulatedOutcome(request) for request in requests]
         self.totals = Totals()
         self.now_s = 0.0
         self.engines: dict[str, ModelledEngine] = {}
@@ -126,7 +126,7 @@ class Cluster:
     def _at(self, at_s: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (at_s, next(self._order), event))
 
-    def _arrive(self, outcome: Outcome) -> None:
+    def _arrive(self, outcome: SimulatedOutcome) -> None:
         ids = outcome.request.token_ids()
         model = next(iter(self._models.values()))
         prompt = Prompt(ids)

@@ -9,7 +9,7 @@ from itertools import count
 from math import inf
 from typing import Protocol
 
-from serve_app.routing import CacheSnapshot, Caller, FairQueue, Prompt, RequestNeed, Router, Waiting
+from serve_app.routing import CacheSnapshot, Caller, FairQueue, Prompt, QueuedRequest, RequestNeed, Router
 
 
 @dataclass(slots=True)
@@ -202,7 +202,7 @@ class Routed:
         gateway = next(self._turn) % len(self.routers)
         self._requests[request.key] = gateway, request
         need = self._need(self.routers[gateway], request)
-        displaced = self.queues[gateway].push(Waiting(request.key, request.caller, need, inf))
+        displaced = self.queues[gateway].push(QueuedRequest(request.key, request.caller, need, inf))
         if displaced is None:
             return True
         assert displaced.request_id == request.key, "all simulated requests have one priority and tenant"
@@ -250,8 +250,8 @@ class Routed:
         gateway, _ = self._requests.pop(key)
         self.routers[gateway].refused(key)
 
-    def _fits(self, router: Router, now_s: float, placed: list[Placement]) -> Callable[[Waiting], bool]:
-        def fits(waiting: Waiting) -> bool:
+    def _fits(self, router: Router, now_s: float, placed: list[Placement]) -> Callable[[QueuedRequest], bool]:
+        def fits(waiting: QueuedRequest) -> bool:
             _, request = self._requests[waiting.request_id]
             need = self._need(router, request)
             chosen = router.admit(request.key, need, request.prompt, now_s).chosen

@@ -8,8 +8,8 @@ from enum import StrEnum
 from random import Random
 
 from serve_app.simulate.cluster import Cluster, Fault
-from serve_app.simulate.engine import EngineModel
 from serve_app.simulate.policies import make_policy
+from serve_app.simulate.simulated_engine import EngineModel
 from serve_app.simulate.trace import TraceRequest, churn, hot_spot, names, speed_up, zero_share
 
 FP16_TILES_PER_K4V2 = 4.74  # how many bytes of fp16 one byte of kvarn_k4v2_g128 holds, at head_dim 128
@@ -27,7 +27,7 @@ class Scenario(StrEnum):
 
 
 @dataclass(frozen=True)
-class Run:
+class SimulationRun:
     """One simulation: `seed` decides everything that is random."""
 
     scenario: Scenario
@@ -41,7 +41,7 @@ class Run:
     def simulate(
         self, trace: Sequence[TraceRequest], on_progress: Callable[[int], None] = lambda _: None
     ) -> Cluster:
-        """Run it to its end."""
+        """SimulationRun it to its end."""
         random = Random(self.seed)
         engine = self.engine
         if self.scenario is Scenario.FP16:

@@ -1,7 +1,7 @@
 """Prometheus rules and the Grafana dashboard name only metrics that the application exports.
 
-`tests/serve_app/test_e2e_serve.py` checks that a live application exports what `serve_app.metrics` lists; here every
-expression is held against that list.
+`tests/e2e/test_application.py` checks that a live application exports what `serve_app.observability.metrics` lists;
+here every expression is held against that list.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from serve_app.metrics import ALL_METRICS, Kind, Metric
+from serve_app.observability.metrics import ALL_METRICS, Metric, MetricKind
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 RULES = CLUSTER / "prometheus" / "rules.yaml"
@@ -34,7 +34,7 @@ promtool = pytest.mark.skipif(
 
 
 def series(metric: Metric) -> set[str]:
-    if metric.kind is Kind.HISTOGRAM:
+    if metric.kind is MetricKind.HISTOGRAM:
         return {f"{metric.exported}_{part}" for part in ("bucket", "sum", "count")}
     return {metric.exported}
 

@@ -11,8 +11,8 @@ import torch
 from triton import knobs
 from vllm import LLM
 
-from kvarn.vllm.triton_lane import TritonLayer, TritonMetadataBuilder
-from tests.kvarn.engines import (
+from kvarn.vllm.triton_backend import TritonLayer, TritonMetadataBuilder
+from tests.support.engines import (
     MIB,
     Answer,
     ask,

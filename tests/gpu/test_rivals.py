@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvarn.bench.flash import paged
-from kvarn.bench.rivals import RIVALS, Rival
-from tests.kvarn.test_bench_kernels import attention, relative_error
+from kvarn.bench.kernels.flash import paged
+from kvarn.bench.kernels.rivals import RIVALS, Rival
+from tests.kvarn.bench.test_kernels_comparison import attention, relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

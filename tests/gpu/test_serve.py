@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from serve_app.client import Client
 from serve_app.config import AppConfig
 from tests.gpu.test_tensor_parallel import SAME_TOKENS
-from tests.kvarn.engines import make_llama, share_of_same
-from tests.serve_app.live import deploy, free_port, in_replica, ready, serving, wait_for
+from tests.support.engines import make_llama, share_of_same
+from tests.support.live import deploy, free_port, in_replica, ready, serving, wait_for
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),

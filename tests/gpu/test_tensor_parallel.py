@@ -11,7 +11,7 @@ import torch
 
 from kvarn.vllm.slot_map import find_slot_map
 from tests.gpu.test_engine import SETTINGS, prompt
-from tests.kvarn.engines import Answer, ask, engine, first_differences, make_llama, share_of_same
+from tests.support.engines import Answer, ask, engine, first_differences, make_llama, share_of_same
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from kvarn.presets import PRESETS
 from serve_app.config import AppConfig, EngineConfig, GatewayConfig
-from serve_app.placement import resources, thread_binding
+from serve_app.engine.placement import resources, thread_binding
 
 
 def test_defaults_serve_the_default_model() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from kvarn.vllm.access.telemetry import CACHE_STATE_METHOD, cache_state
 from kvarn.vllm.hooks import Hook
-from kvarn.vllm.telemetry import CACHE_STATE_METHOD, cache_state
 
 
 def install() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import wraps
 from typing import Any
 
-from kvarn.checks import MOST_QUERIES
+from kvarn.checks import MAX_QUERIES
 from kvarn.presets import Preset, get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.hooks import Hook, HookError
@@ -77,8 +77,8 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
     """What of `config` the cache cannot serve, each the end of a sentence that says what to change."""
     from vllm import envs
 
-    from kvarn.vllm.backend import lane
-    from kvarn.vllm.config import KVarNConfig
+    from kvarn.vllm.backend import device_backend
+    from kvarn.vllm.cache_settings import KVarNConfig
 
     model, parallel = config.model_config, config.parallel_config
     use_auto = "use kv_cache_dtype='auto' for this model."
@@ -92,7 +92,7 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield f"does not support sliding-window attention; {use_auto}"
     if model.is_mm_prefix_lm:
         yield f"attends to earlier tokens only, and this model's images also to later ones; {use_auto}"
-    if (heads := _heads_per_kv_head(config)) > (most := lane().layer.most_heads_per_kv_head):
+    if (heads := _heads_per_kv_head(config)) > (most := device_backend().layer.max_heads_per_kv_head):
         yield f"serves at most {most} query heads to a KV head, and this model has {heads}; {use_auto}"
     try:
         TileLayout(preset, model.get_head_size())
@@ -107,10 +107,10 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
             "supports speculative decoding with drafts from the prompt only, not with method "
             f"{config.speculative_config.method!r}; set speculative_config's method to 'ngram', or leave it out."
         )
-    if config.num_speculative_tokens >= MOST_QUERIES:
+    if config.num_speculative_tokens >= MAX_QUERIES:
         yield (
-            f"decodes at most {MOST_QUERIES} tokens of a request in a step; set speculative_config's "
-            f"num_speculative_tokens to {MOST_QUERIES - 1} or less."
+            f"decodes at most {MAX_QUERIES} tokens of a request in a step; set speculative_config's "
+            f"num_speculative_tokens to {MAX_QUERIES - 1} or less."
         )
     if 0 < config.scheduler_config.long_prefill_token_threshold <= config.num_speculative_tokens:
         # vLLM pads a new request's step with drafts, then cuts the step to the threshold, but not the drafts.
@@ -128,7 +128,7 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield "does not support pipeline parallelism; use tensor_parallel_size instead."
     if config.model_config.enable_return_routed_experts:
         yield "does not support returning routed experts; leave enable_return_routed_experts out."
-    if KVarNConfig.of(config).raw_chunks and not lane().layer.supports_raw_chunks:
+    if KVarNConfig.of(config).raw_chunks and not device_backend().layer.supports_raw_chunks:
         yield "has raw_chunks on GPUs only; leave kvarn.raw_chunks out of additional_config."
     if _has_own_scheduler(config) and not _plans_slots(config):
         yield (
@@ -168,7 +168,7 @@ def _set_scheduler(config: Any) -> None:
 def _log_limits(config: Any) -> None:
     from vllm.logger import init_logger
 
-    from kvarn.vllm.config import side_pool_slots, slot_bytes
+    from kvarn.vllm.cache_settings import side_pool_slots, slot_bytes
 
     slots, one_slot = side_pool_slots(config), slot_bytes(config)
     init_logger(__name__).info(

@@ -1,0 +1,235 @@
+"""Speed of the kernels beside FlashAttention 3 on the same data, and beside the least time their bytes take to move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from kvarn.bench.engine import BenchError, Progress
+from kvarn.bench.kernels.kernel_settings import AttentionBench, KernelBench
+from kvarn.environment import machine, versions
+from kvarn.result_files import write_results
+
+if TYPE_CHECKING:
+    from kvarn.bench.kernels.clock import Launch
+
+OURS = "KVarN"
+BASELINE = "FlashAttention 3 fp16"
+FP8_RIVAL = "FlashAttention 3 fp8"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation in one case.
+
+    Attributes:
+        name: what it is called in tables.
+        bytes_moved: bytes it must read or write, however it works.
+        amount: what the benchmark's rate counts: bytes, or floating point operations.
+        prepare: makes its inputs and returns what launches its kernels; raises if it cannot run here.
+    """
+
+    name: str
+    bytes_moved: int
+    amount: int
+    prepare: Callable[[], Launch]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Implementations to compare on the same data; `label` says what data."""
+
+    label: str
+    contenders: list[Contender]
+
+
+@dataclass(frozen=True)
+class KernelMeasurement:
+    """What one contender reached.
+
+    Attributes:
+        us: microseconds, or None if it did not run; `reason` then says why.
+        bytes_moved, amount: as in `Contender`.
+    """
+
+    case: str
+    contender: str
+    us: float | None
+    bytes_moved: int
+    amount: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """A benchmark's results; `copy_bytes_per_s` is the bandwidth of a copy measured in the same run."""
+
+    bench: KernelBench
+    copy_bytes_per_s: float
+    measurements: list[KernelMeasurement]
+
+    def floor_us(self, measured: KernelMeasurement) -> float:
+        """Microseconds a copy would need for the bytes that must be moved."""
+        return measured.bytes_moved / self.copy_bytes_per_s * 1e6
+
+    def of_copy_bandwidth(self, measured: KernelMeasurement) -> float | None:
+        """The share of copy bandwidth reached, 1 at the floor; None if it did not run."""
+        return None if measured.us is None else self.floor_us(measured) / measured.us
+
+    def rate(self, measured: KernelMeasurement) -> float | None:
+        """In the benchmark's `rate_unit`; None if it did not run."""
+        return None if measured.us is None else measured.amount / measured.us / 1e6
+
+    def ratio(self, measured: KernelMeasurement) -> float | None:
+        """How many times as fast as the baseline in the same case; None unless both ran."""
+        baseline = self._baseline_us(measured.case)
+        return None if baseline is None or measured.us is None else baseline / measured.us
+
+    def ratio_at_floor(self, measured: KernelMeasurement) -> float | None:
+        """What `ratio` would be at the floor; None unless the baseline ran."""
+        baseline = self._baseline_us(measured.case)
+        return None if baseline is None else baseline / self.floor_us(measured)
+
+    def _baseline_us(self, case: str) -> float | None:
+        return next((m.us for m in self.measurements if (m.case, m.contender) == (case, BASELINE)), None)
+
+
+def run(bench: KernelBench, progress: Progress) -> KernelReport:
+    """Measures on the current CUDA device.
+
+    Args:
+        bench: what to measure.
+        progress: called with (case, contenders measured, contenders to measure) as work goes on.
+
+    Raises:
+        BenchError: there is no CUDA device, or our own kernels found too little memory on it.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise BenchError(
+            f"`kvarn bench {bench.name}` needs a CUDA GPU, and torch {torch.__version__} finds none"
+        )
+
+    from kvarn.bench.kernels.clock import Clock
+    from kvarn.bench.kernels.kernel_cases import cases
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    clock = Clock(device, bench.repeats)
+    progress("copy bandwidth", 0, 1)
+    copy_bytes_per_s = clock.copy_bytes_per_s()
+    progress("copy bandwidth", 1, 1)
+    return KernelReport(bench, copy_bytes_per_s, measure(cases(bench, device), clock.median_us, progress))
+
+
+def measure(
+    cases: list[Case], median_us: Callable[[Launch], float], progress: Progress
+) -> list[KernelMeasurement]:
+    """Measures every contender of every case, one at a time.
+
+    Args:
+        cases: what to measure; a rival that cannot run is listed with the reason.
+        median_us: microseconds of a launch.
+        progress: as in `run`.
+
+    Raises:
+        BenchError: our own kernels found too little memory.
+    """
+    import torch
+
+    measurements = []
+    for case in cases:
+        for done, contender in enumerate(case.contenders):
+            progress(case.label, done, len(case.contenders))
+            us, reason = None, None
+            try:
+                us = median_us(contender.prepare())
+            except torch.OutOfMemoryError:
+                if contender.name == OURS:
+                    raise BenchError(
+                        f"the GPU has too little free memory for the case {case.label}"
+                    ) from None
+                reason = "too little GPU memory"
+            except Exception as error:
+                if contender.name == OURS:
+                    raise
+                reason = _first_line(error)
+            measurements.append(
+                KernelMeasurement(
+                    case.label, contender.name, us, contender.bytes_moved, contender.amount, reason
+                )
+            )
+        progress(case.label, len(case.contenders), len(case.contenders))
+    return measurements
+
+
+def table(report: KernelReport) -> Table:
+    """The measurements, with ratios to the baseline and to what copy bandwidth allows."""
+    bench = report.bench
+    heads = f"{bench.query_heads} query, " if isinstance(bench, AttentionBench) else ""
+    title = (
+        f"{bench.name}: {bench.preset}, {heads}{bench.kv_heads} KV heads of {bench.head_dim}; "
+        f"copy {report.copy_bytes_per_s / 1e12:.2f} TB/s"
+    )
+    absent = dict.fromkeys(f"{m.contender} did not run: {m.reason}" for m in report.measurements if m.reason)
+    made = Table(title=title, caption=Text("\n".join(["floor: its bytes at copy bandwidth", *absent])))
+    made.add_column("case\n  kernel", no_wrap=True)
+    for heading in ("us", "floor\nus"):
+        made.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("of copy", bench.rate_unit, "vs FA3 fp16"):
+        made.add_column(heading, justify="right")
+    for case, measured in groupby(report.measurements, key=lambda m: m.case):
+        made.add_row(case)
+        for m in measured:
+            made.add_row(
+                f"  {m.contender}",
+                _shown(m.us, ".1f"),
+                f"{report.floor_us(m):.1f}",
+                _shown(report.of_copy_bandwidth(m), ".0%"),
+                _shown(report.rate(m), ".2f"),
+                _shown(report.ratio(m), ".2f", "x"),
+            )
+        made.add_section()
+    return made
+
+
+def record(report: KernelReport) -> dict[str, Any]:
+    """All that is needed to read the results later, ready for JSON."""
+    return {
+        "benchmark": report.bench.name,
+        "settings": asdict(report.bench),
+        "versions": versions(),
+        "machine": machine(),
+        "copy_bytes_per_s": report.copy_bytes_per_s,
+        "rate_unit": report.bench.rate_unit,
+        "results": [
+            {
+                **asdict(m),
+                "floor_us": report.floor_us(m),
+                "of_copy_bandwidth": report.of_copy_bandwidth(m),
+                "rate": report.rate(m),
+                "ratio": report.ratio(m),
+            }
+            for m in report.measurements
+        ],
+    }
+
+
+def write(path: Path, report: KernelReport) -> None:
+    """Writes `record` to `path`; ResultFileError where that fails."""
+    write_results(path, record(report))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _shown(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"

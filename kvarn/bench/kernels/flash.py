@@ -1,0 +1,113 @@
+"""FlashAttention 3 as vLLM ships it, the kernel others are measured against."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kvarn.bench.kernels.clock import Launch
+
+PAGE_TOKENS = 16  # vLLM's own block size
+
+
+def is_available() -> bool:
+    """Whether vLLM is installed with FlashAttention 3 and this GPU runs it."""
+    try:
+        from vllm.vllm_flash_attn import is_fa_version_supported
+    except ImportError:
+        return False
+    return bool(is_fa_version_supported(3))
+
+
+def attend_pages(
+    query: Tensor,
+    pages: Tensor,
+    first_query: Tensor,
+    key_lens: Tensor,
+    page_table: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """As `kvarn.kernels.prefill.attend_pages`."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    flash_attn_varlen_func(
+        q=query,
+        k=pages[0],
+        v=pages[1],
+        max_seqlen_q=pages.shape[2],
+        cu_seqlens_q=first_query,
+        max_seqlen_k=page_table.shape[1] * pages.shape[2],
+        seqused_k=key_lens,
+        softmax_scale=scale,
+        causal=True,
+        block_table=page_table,
+        out=out,
+        fa_version=3,
+        num_splits=1,
+    )
+
+
+def launch(
+    query: Tensor, key_value: Tensor, tokens: int, dtype: torch.dtype, generator: torch.Generator
+) -> Launch:
+    """Causal attention of the last queries of equally long sequences over a paged cache.
+
+    Args:
+        query: [R * Q, Hq, D] float16, Q queries of each of R sequences.
+        key_value: [2, R, N, H, D] float16, N a multiple of 16; tokens from `tokens` on are not attended.
+        tokens: of each sequence.
+        dtype: of the cache: float16, or float8_e4m3fn, which is then the queries' dtype too.
+        generator: shuffles the pages.
+
+    Raises:
+        ImportError: vLLM is not installed, or without FlashAttention.
+        RuntimeError: FlashAttention 3 does not run on this GPU.
+    """
+    from vllm.vllm_flash_attn import fa_version_unsupported_reason, flash_attn_varlen_func
+
+    reason = fa_version_unsupported_reason(3)
+    if reason is not None:
+        raise RuntimeError(reason)
+    _, requests, _, heads, _ = key_value.shape
+    (key, value), table = paged(key_value, generator)
+    queries, device = query.shape[0] // requests, query.device
+    out_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    descale = None if dtype == torch.float16 else torch.ones(requests, heads, device=device)
+    return partial(
+        flash_attn_varlen_func,
+        q=query.to(dtype),
+        k=key.to(dtype),
+        v=value.to(dtype),
+        max_seqlen_q=queries,
+        cu_seqlens_q=torch.arange(0, query.shape[0] + 1, queries, dtype=torch.int32, device=device),
+        max_seqlen_k=tokens,
+        seqused_k=torch.full((requests,), tokens, dtype=torch.int32, device=device),
+        causal=True,
+        block_table=table,
+        q_descale=descale,
+        k_descale=descale,
+        v_descale=descale,
+        out=torch.empty(query.shape, dtype=out_dtype, device=device),
+        fa_version=3,
+    )
+
+
+def paged(key_value: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Keys and values in shuffled pages of 16 tokens.
+
+    Args:
+        key_value: [2, R, N, H, D], N a multiple of 16.
+        generator: shuffles the pages.
+
+    Returns:
+        The pages [2, R * N / 16, 16, H, D], and their table [R, N / 16] int32.
+    """
+    _, requests, length, heads, head_dim = key_value.shape
+    in_order = key_value.reshape(2, -1, PAGE_TOKENS, heads, head_dim)
+    order = torch.randperm(in_order.shape[1], generator=generator, device=key_value.device)
+    pages = torch.empty_like(in_order)
+    pages[:, order] = in_order
+    return pages, order.view(requests, length // PAGE_TOKENS).int()

@@ -1,0 +1,351 @@
+"""Inputs of the kernel benchmarks, made of random tiles, and the launches that work on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kvarn.bench.kernels import flash
+from kvarn.bench.kernels.clock import Launch
+from kvarn.bench.kernels.comparison import BASELINE, FP8_RIVAL, OURS, Case, Contender
+from kvarn.bench.kernels.kernel_settings import (
+    AttentionBench,
+    DecodeBench,
+    KernelBench,
+    PrefillBench,
+    QuantizeBench,
+)
+from kvarn.bench.kernels.rivals import RIVALS, Rival
+from kvarn.kernels import decode, pages, prefill, quantize, rotate
+from kvarn.presets import get_preset
+from kvarn.tile import TileLayout
+
+OURS_WITHOUT_FLASH = "KVarN, own page attention"
+FLOAT16_BYTES, FP8_BYTES = 2, 1
+DISTINCT_TILES = 64  # random tiles a cache repeats
+
+
+def cases(bench: KernelBench, device: torch.device) -> list[Case]:
+    """The cases of a benchmark; memory on `device` is taken only by what `Contender.prepare` makes."""
+    if isinstance(bench, DecodeBench):
+        return [DecodeCase(bench, *case, device).case() for case in bench.cases]
+    if isinstance(bench, PrefillBench):
+        return [PrefillCase(bench, start, device).case() for start in bench.starts]
+    assert isinstance(bench, QuantizeBench)
+    return [QuantizeCase(bench, device).case()]
+
+
+def layout_of(bench: KernelBench) -> TileLayout:
+    return TileLayout(get_preset(bench.preset), bench.head_dim)
+
+
+def raw_bytes(bench: KernelBench, tokens: int, element_bytes: int = FLOAT16_BYTES) -> int:
+    """Bytes of the keys and values of `tokens` tokens as they are."""
+    return tokens * 2 * bench.kv_heads * bench.head_dim * element_bytes
+
+
+def record_bytes(bench: KernelBench, tiles: int) -> int:
+    """Bytes of the records of `tiles` tiles."""
+    return tiles * bench.kv_heads * layout_of(bench).nbytes
+
+
+def query_bytes(bench: AttentionBench, tokens: int, element_bytes: int = FLOAT16_BYTES) -> int:
+    """Bytes of the queries of `tokens` tokens; of their outputs too."""
+    return tokens * bench.query_heads * bench.head_dim * element_bytes
+
+
+def flash_bytes(bench: AttentionBench, queries: int, tokens: int, element_bytes: int) -> int:
+    """Keys and values of `tokens` tokens, queries, and outputs, which take two bytes whatever the cache takes."""
+    moved = query_bytes(bench, queries, element_bytes) + query_bytes(bench, queries)
+    return raw_bytes(bench, tokens, element_bytes) + moved
+
+
+def causal_flops(bench: AttentionBench, start: int, tokens: int) -> int:
+    """Floating point operations of causal attention of `tokens` queries at positions from `start` on."""
+    pairs = tokens * start + tokens * (tokens + 1) // 2
+    return 4 * bench.query_heads * bench.head_dim * pairs
+
+
+def random_tiles(bench: KernelBench, count: int, device: torch.device) -> Tensor:
+    """The same tiles in every call: [count, 2, kv_heads, group, head_dim] float16, of standard deviation 1."""
+    shape = (count, 2, bench.kv_heads, bench.group, bench.head_dim)
+    return torch.randn(shape, generator=_generator(device), dtype=torch.float16, device=device)
+
+
+class QuantizeCase:
+    """Side-pool slots to records in shuffled blocks, beside rivals that store as many tokens in order.
+
+    Attributes:
+        count: tiles, fewer than the benchmark's where memory does not hold them.
+    """
+
+    def __init__(self, bench: QuantizeBench, device: torch.device) -> None:
+        self._bench, self._device = bench, device
+        self.count = bench.tiles
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            self.count = max(1, min(self.count, free // (4 * raw_bytes(bench, bench.group))))
+
+    def case(self) -> Case:
+        bench, tokens = self._bench, self.count * self._bench.group
+        fp16 = raw_bytes(bench, tokens)
+        contenders = [Contender(OURS, fp16 + record_bytes(bench, self.count), fp16, self.prepare_ours)]
+        for rival in RIVALS:
+            stored = tokens * bench.kv_heads * rival.token_bytes(bench.head_dim)
+            contenders.append(Contender(rival.name, fp16 + stored, fp16, partial(self.prepare_rival, rival)))
+        return Case(f"{self.count} tiles", contenders)
+
+    def prepare_ours(self, registers: int | None = None) -> Launch:
+        """Our kernel, with `registers` as in `quantize.quantize_slots`."""
+        bench, layout, device, count = self._bench, layout_of(self._bench), self._device, self.count
+        slots = torch.arange(count, dtype=torch.int32, device=device)
+        cache = torch.zeros(count, bench.kv_heads, layout.nbytes, dtype=torch.uint8, device=device)
+        blocks = _shuffled(count, device).int()
+        pool = random_tiles(bench, count, device)
+        return partial(quantize.quantize_slots, pool, slots, blocks, cache, layout, registers)
+
+    def prepare_rival(self, rival: Rival) -> Launch:
+        bench = self._bench
+        tiles = random_tiles(bench, self.count, self._device)
+        key, value = tiles.permute(1, 0, 3, 2, 4).flatten(1, 2)
+        pages = self.count * bench.group // flash.PAGE_TOKENS
+        cache = rival.make(pages, bench.kv_heads, bench.head_dim, self._device)
+        return cache.store(key, value)
+
+
+class DecodeCase:
+    """Attention of the new tokens of each of `requests` sequences.
+
+    Attributes:
+        tiles: of each sequence; the first is in a sink slot, the last, half filled, in a tail slot.
+        tokens: of each sequence.
+    """
+
+    def __init__(self, bench: DecodeBench, requests: int, context: int, device: torch.device) -> None:
+        self._bench, self._requests, self._context, self._device = bench, requests, context, device
+        self._layout = layout_of(bench)
+        self._queries = requests * bench.query_tokens
+        self.tiles = -(-context // bench.group)
+        self.tokens = (self.tiles - 1) * bench.group + bench.group // 2
+
+    def case(self) -> Case:
+        fp16, fp8 = self.flash_bytes(FLOAT16_BYTES), self.flash_bytes(FP8_BYTES)
+        return Case(
+            f"{self._requests}x{self._context}",
+            [
+                Contender(BASELINE, fp16, fp16, partial(self.prepare_flash, torch.float16)),
+                Contender(FP8_RIVAL, fp8, fp8, partial(self.prepare_flash, torch.float8_e4m3fn)),
+                *self._rivals(),
+                Contender(OURS, self.our_bytes(), self.our_bytes(), self.prepare_ours),
+            ],
+        )
+
+    def our_bytes(self) -> int:
+        """Records, raw rows of the sink and the tail, queries and outputs."""
+        bench = self._bench
+        sinks = min(self.tiles - 1, 1)
+        raw_rows = sinks * bench.group + bench.group // 2
+        each = record_bytes(bench, self.tiles - 1 - sinks) + raw_bytes(bench, raw_rows)
+        return self._requests * each + 2 * query_bytes(bench, self._queries)
+
+    def flash_bytes(self, element_bytes: int) -> int:
+        """As the function of that name."""
+        return flash_bytes(self._bench, self._queries, self._requests * self.tokens, element_bytes)
+
+    def _rivals(self) -> Iterator[Contender]:
+        """vLLM's quantized caches with kernels of its own."""
+        bench, queries = self._bench, 2 * query_bytes(self._bench, self._queries)
+        for rival in RIVALS:
+            cached = self._requests * self.tokens * bench.kv_heads * rival.token_bytes(bench.head_dim)
+            prepare = partial(self.prepare_rival, rival)
+            yield Contender(rival.name, cached + queries, cached + queries, prepare)
+
+    def prepare_ours(self, parts_per_processor: int | None = None) -> Launch:
+        """Our kernels, cut for `parts_per_processor` as in `decode.splits_for`."""
+        bench, layout, requests, device = self._bench, self._layout, self._requests, self._device
+        tiles, of_sequences = self._tiles()
+        records = _records(tiles, layout)
+        order = _shuffled(requests * self.tiles, device)
+        cache = torch.empty(
+            requests * self.tiles, bench.kv_heads, layout.nbytes, dtype=torch.uint8, device=device
+        )
+        cache[order] = records[of_sequences.flatten()]
+        tail_slots = torch.arange(requests, dtype=torch.int32, device=device)
+        blocks, block_tokens = decode.query_blocks(bench.query_tokens, bench.query_heads // bench.kv_heads)
+        splits = decode.splits_for(requests * blocks, bench.kv_heads, device, parts_per_processor)
+        rows = requests * blocks * block_tokens * bench.query_heads * (splits + 1)
+        query = self._query()
+        return partial(
+            decode.decode,
+            query=query,
+            cache=cache,
+            pool=torch.cat([tiles[of_sequences[:, -1]], tiles[of_sequences[:, 0]]]),
+            block_table=order.view(requests, self.tiles).int(),
+            seq_lens=torch.full((requests,), self.tokens, dtype=torch.int32, device=device),
+            first_slots=tail_slots,
+            tail_slots=tail_slots,
+            sink_slots=tail_slots + requests,
+            scale=bench.head_dim**-0.5,
+            layout=layout,
+            splits=splits,
+            parts=decode.Parts(rows, bench.head_dim, device),
+            out=torch.empty_like(query, dtype=torch.bfloat16),
+            queries=bench.query_tokens,
+            query_start=torch.arange(0, len(query) + 1, bench.query_tokens, dtype=torch.int32, device=device),
+        )
+
+    def prepare_flash(self, dtype: torch.dtype) -> Launch:
+        generator = _generator(self._device)
+        return flash.launch(self._query(), self._key_value(), self.tokens, dtype, generator)
+
+    def prepare_rival(self, rival: Rival) -> Launch:
+        bench = self._bench
+        (key, value), table = flash.paged(self._key_value(), _generator(self._device))
+        cache = rival.make(len(key), bench.kv_heads, bench.head_dim, self._device)
+        cache.store(key.flatten(0, 1), value.flatten(0, 1))()
+        return cache.attend(self._query(), table, self.tokens)
+
+    def _key_value(self) -> Tensor:
+        """[2, requests, tiles * group, kv_heads, head_dim] float16."""
+        tiles, of_sequences = self._tiles()
+        return tiles[of_sequences].permute(2, 0, 1, 4, 3, 5).flatten(2, 3)
+
+    def _tiles(self) -> tuple[Tensor, Tensor]:
+        """Distinct tiles [n, 2, H, G, D], and which of them each sequence has: [requests, tiles] int64."""
+        count = min(DISTINCT_TILES, self._requests * self.tiles)
+        shape, generator = (self._requests, self.tiles), _generator(self._device)
+        chosen = torch.randint(count, shape, generator=generator, device=self._device)
+        return random_tiles(self._bench, count, self._device), chosen
+
+    def _query(self) -> Tensor:
+        shape = (self._queries, self._bench.query_heads, self._bench.head_dim)
+        return torch.randn(
+            shape, generator=_generator(self._device), dtype=torch.float16, device=self._device
+        )
+
+
+class PrefillCase:
+    """A chunk of whole tiles at `start`, a multiple of a tile: earlier tiles are records, tile 0 is in a sink slot.
+
+    Pages are laid out as the engine does: the context first, each tile as the read rule says, then the chunk raw.
+    """
+
+    def __init__(self, bench: PrefillBench, start: int, device: torch.device) -> None:
+        self._bench, self._start, self._device = bench, start, device
+        self._layout = layout_of(bench)
+        self._first, self._count = start // bench.group, (start + bench.chunk) // bench.group
+
+    def case(self) -> Case:
+        bench = self._bench
+        flops = causal_flops(bench, self._start, bench.chunk)
+        fp16, fp8 = (
+            flash_bytes(bench, bench.chunk, self._start + bench.chunk, size)
+            for size in (FLOAT16_BYTES, FP8_BYTES)
+        )
+        contenders = [
+            Contender(BASELINE, fp16, flops, partial(self.prepare_flash, torch.float16)),
+            Contender(FP8_RIVAL, fp8, flops, partial(self.prepare_flash, torch.float8_e4m3fn)),
+            Contender(OURS, self.our_bytes(), flops, self.prepare_ours),
+        ]
+        if flash.is_available():
+            without = partial(self.prepare_ours, with_flash=False)
+            contenders.append(Contender(OURS_WITHOUT_FLASH, self.our_bytes(), flops, without))
+        return Case(f"{bench.chunk} at {self._start}", contenders)
+
+    def our_bytes(self) -> int:
+        """The chunk and its outputs, its records written, earlier tiles' records and the sink read."""
+        bench = self._bench
+        sinks = min(self._first, 1)
+        context = record_bytes(bench, self._first - sinks) + raw_bytes(bench, sinks * bench.group)
+        chunk = raw_bytes(bench, bench.chunk) + record_bytes(bench, self._count - self._first)
+        return context + chunk + 2 * query_bytes(bench, bench.chunk)
+
+    def prepare_ours(self, with_flash: bool = True) -> Launch:
+        bench, layout, device, chunk = self._bench, self._layout, self._device, self._bench.chunk
+        first, count = self._first, self._count
+        query, key, value = self._chunk()
+        tile = torch.arange(count, device=device)
+        block_of = _shuffled(count, device)
+        cache = torch.zeros(count, bench.kv_heads, layout.nbytes, dtype=torch.uint8, device=device)
+        earlier, of_tiles = self._earlier()
+        cache[block_of[:first]] = _records(earlier, layout)[of_tiles]
+        pool = earlier[:1].clone()  # slot 0 is the sink's
+        context = count - 1  # pages of the context; page context + t holds the chunk's tile t raw
+        paged = torch.zeros(
+            2, context + count - first, bench.group, bench.kv_heads, bench.head_dim,
+            dtype=torch.float16, device=device,
+        )  # fmt: skip
+        position = torch.arange(self._start, self._start + chunk, dtype=torch.int32, device=device)
+        page_rows = position - self._start + context * bench.group
+        slot_rows = torch.where(position < bench.group, position, -1)
+        own_pages = (tile[first:] - first + context).int()
+        blocks = block_of.int()
+        entries = torch.stack([tile.int(), blocks, torch.where(tile == 0, 0, -1).int()])[
+            :, :context
+        ].contiguous()
+        page_table = tile.int().repeat(count - first, 1)
+        page_table[tile[first:] - first, tile[first:]] = own_pages
+        first_query = torch.arange(0, chunk + 1, bench.group, dtype=torch.int32, device=device)
+        key_lens = ((tile[first:] + 1) * bench.group).int()
+        rotated = torch.empty(query.shape, dtype=torch.float16, device=device)
+        attended, out = torch.empty_like(rotated), torch.empty(query.shape, dtype=query.dtype, device=device)
+        with_flash = with_flash and flash.is_available()
+        attend = flash.attend_pages if with_flash else prefill.attend_pages
+        scale = bench.head_dim**-0.5
+
+        def launch() -> Tensor:
+            rotate.rotate_store(query, key, value, rotated, pool, slot_rows, paged, page_rows)
+            quantize.quantize_pages(paged, own_pages, blocks[first:], cache, layout)
+            pages.fill_pages(cache, pool, paged, entries, layout)
+            attend(rotated, paged, first_query, key_lens, page_table, scale, attended)
+            rotate.unrotate(attended, out)
+            return out
+
+        return launch
+
+    def prepare_flash(self, dtype: torch.dtype) -> Launch:
+        bench = self._bench
+        query, key, value = (x.half() for x in self._chunk())
+        earlier, of_tiles = self._earlier()
+        context = earlier[of_tiles].permute(1, 0, 3, 2, 4).flatten(1, 2)
+        key_value = torch.cat([context, torch.stack([key, value])], dim=1)
+        tokens = self._start + bench.chunk
+        return flash.launch(query, key_value[:, None], tokens, dtype, _generator(self._device))
+
+    def _chunk(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [chunk, heads, head_dim] bfloat16, as one projection lays them out."""
+        bench = self._bench
+        heads = [bench.query_heads, bench.kv_heads, bench.kv_heads]
+        shape = (bench.chunk, sum(heads), bench.head_dim)
+        packed = torch.randn(
+            shape, generator=_generator(self._device), dtype=torch.bfloat16, device=self._device
+        )
+        query, key, value = torch.split(packed, heads, dim=1)
+        return query, key, value
+
+    def _earlier(self) -> tuple[Tensor, Tensor]:
+        """Distinct tiles [n, 2, H, G, D], the sink first, and which of them each tile before the chunk is."""
+        count = max(1, min(DISTINCT_TILES, self._first))
+        return random_tiles(self._bench, count, self._device), torch.arange(
+            self._first, device=self._device
+        ) % count
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
+
+
+def _shuffled(count: int, device: torch.device) -> Tensor:
+    return torch.randperm(count, generator=_generator(device), device=device)
+
+
+def _records(tiles: Tensor, layout: TileLayout) -> Tensor:
+    """Tiles [n, 2, H, G, D] -> records [n, H, nbytes] uint8, by our kernel."""
+    count, _, heads, _, _ = tiles.shape
+    places = torch.arange(count, dtype=torch.int32, device=tiles.device)
+    records = torch.empty(count, heads, layout.nbytes, dtype=torch.uint8, device=tiles.device)
+    quantize.quantize_slots(tiles, places, places, records, layout)
+    return records

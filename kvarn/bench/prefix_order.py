@@ -1,0 +1,388 @@
+"""Prefix order against vLLM's first come, first served: one engine, one cache, the same requests in turn under both."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from kvarn.bench.engine import BenchError, check_shape, model_directory
+from kvarn.bench.shapes import load_format
+from kvarn.bench.workloads import WORKLOADS, ConversationWorkload, Scale, tenants, unshared
+from kvarn.environment import machine, versions
+from kvarn.model import DEFAULT_MODEL
+from kvarn.presets import get_preset
+from kvarn.result_files import write_results
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+Progress = Callable[[str, int, int], None]
+ORDERS = ("fcfs", "prefix")
+QUEUED, ORDERINGS, PICKLINGS = 1000, 50, 50
+
+
+@dataclass(frozen=True)
+class SchedulerBench:
+    """What to measure.
+
+    Attributes:
+        model: a model's name or directory, see `kvarn.model.resolve_model`; ignored where `shape` is given.
+        shape: one of `kvarn.bench.shapes.SHAPES`: a model of that shape with random weights.
+        dtype: of weights and activations, as vLLM's `dtype`.
+        kv_cache_dtype: a preset.
+        workloads: names out of `kvarn.bench.workloads.WORKLOADS`.
+        requests: requests of a workload, about.
+        shared_tokens: tokens of a system prompt or an agent's context.
+        own_tokens: tokens one request adds.
+        output_tokens: tokens each request generates.
+        max_num_seqs: requests that run together.
+        cache_share: part of a workload's tokens that the cache holds.
+        repeats: runs under each order, in turn; medians count.
+        enforce_eager: do not compile the model.
+
+    Raises:
+        BenchError: a number is out of range or a name unknown.
+    """
+
+    model: str = DEFAULT_MODEL
+    dtype: str = "bfloat16"
+    kv_cache_dtype: str = "kvarn_k4v2_g128"
+    workloads: tuple[str, ...] = tuple(WORKLOADS)
+    requests: int = 24
+    shared_tokens: int = 384
+    own_tokens: int = 40
+    output_tokens: int = 8
+    max_num_seqs: int = 2
+    cache_share: float = 0.25
+    repeats: int = 1
+    enforce_eager: bool = True
+    shape: str | None = None
+
+    def __post_init__(self) -> None:
+        check_shape(self.shape)
+        for name in ("requests", "shared_tokens", "own_tokens", "output_tokens", "max_num_seqs", "repeats"):
+            if getattr(self, name) < 1:
+                raise BenchError(f"{name} is {getattr(self, name)}: give a number of at least 1")
+        if not 0 < self.cache_share <= 1:
+            raise BenchError(f"cache_share is {self.cache_share}: give a part above 0 and up to 1")
+        for name in self.workloads:
+            if name not in WORKLOADS:
+                raise BenchError(f"there is no workload {name!r}: use {', '.join(WORKLOADS)}")
+        try:
+            get_preset(self.kv_cache_dtype)
+        except ValueError as error:
+            raise BenchError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class OrderRun:
+    """One workload under one order.
+
+    Attributes:
+        hit_rate: prompt tokens found in the cache, of all prompt tokens.
+        mean_ttft_s: mean seconds from a request's arrival to its first token.
+        mean_ttft_tokens: mean tokens the engine computed in that time, for all requests: the same on every machine.
+        computed_tokens: tokens the engine computed.
+        wall_s: seconds for the whole workload.
+    """
+
+    hit_rate: float
+    mean_ttft_s: float
+    mean_ttft_tokens: float
+    computed_tokens: int
+    wall_s: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One workload under both orders, the runs in the order they were made."""
+
+    workload: str
+    requests: int
+    runs: dict[str, list[OrderRun]] = field(default_factory=lambda: {order: [] for order in ORDERS})
+
+    def value(self, order: str, name: str) -> float:
+        """The median over the runs of a field of `OrderRun`."""
+        return float(median(getattr(run, name) for run in self.runs[order]))
+
+    def gain(self, name: str) -> float:
+        """First come, first served over prefix order, of a quantity that should be small."""
+        return self.value("fcfs", name) / self.value("prefix", name)
+
+
+@dataclass(frozen=True)
+class OrderReport:
+    """What `run` found.
+
+    Attributes:
+        ordering_ms: median time to order a queue of `QUEUED` waiting requests once.
+        plan_us: median time that slot plans add to writing and reading the messages of steps to a worker.
+    """
+
+    comparisons: list[Comparison]
+    ordering_ms: float
+    plan_us: float
+
+
+def run(bench: SchedulerBench, progress: Progress) -> OrderReport:
+    """Runs every workload under both orders.
+
+    Args:
+        bench: what to measure.
+        progress: called with (workload, runs done, runs to do) as work goes on.
+
+    Raises:
+        BenchError: a prompt does not fit the model.
+        ModelError: the model cannot be found.
+    """
+    with model_directory(bench.model, bench.shape) as model_dir:
+        vocab_size = json.loads((model_dir / "config.json").read_text())["vocab_size"]
+        scale = Scale(bench.requests, bench.shared_tokens, bench.own_tokens, vocab_size)
+        engine = _start_engine(bench, model_dir)
+    try:
+        comparisons = [_compare(engine, bench, WORKLOADS[name](scale), progress) for name in bench.workloads]
+        return OrderReport(comparisons, _ordering_ms(engine, scale), _plan_us(engine, bench, scale))
+    finally:
+        engine.engine_core.shutdown()
+
+
+def _start_engine(bench: SchedulerBench, model_dir: Path) -> LLMEngine:
+    """In this process, so that the order can be changed between runs."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    longest = bench.shared_tokens + 3 * (bench.own_tokens + bench.output_tokens)
+    tile = get_preset(bench.kv_cache_dtype).group
+    total = bench.requests * (bench.shared_tokens + bench.own_tokens + bench.output_tokens)
+    blocks = max(int(total * bench.cache_share), 2 * longest) // tile + 2
+    args = EngineArgs(
+        model=str(model_dir),
+        dtype=bench.dtype,
+        kv_cache_dtype=bench.kv_cache_dtype,
+        kv_cache_memory_bytes=2**30,  # what the blocks may take at most
+        num_gpu_blocks_override=blocks,
+        max_model_len=longest + 1,
+        max_num_seqs=bench.max_num_seqs,
+        enforce_eager=bench.enforce_eager,
+        load_format=load_format(bench.shape),
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+    )
+    return LLMEngine.from_engine_args(args)
+
+
+def _compare(
+    engine: LLMEngine, bench: SchedulerBench, workload: ConversationWorkload, progress: Progress
+) -> Comparison:
+    comparison = Comparison(workload.name, sum(map(len, workload.conversations)))
+    to_do = len(ORDERS) * bench.repeats
+    for place in range(to_do):
+        progress(workload.name, place, to_do)
+        order = ORDERS[place % 2]
+        comparison.runs[order].append(_run_once(engine, order, workload, bench.output_tokens))
+    progress(workload.name, to_do, to_do)
+    return comparison
+
+
+def _run_once(engine: LLMEngine, order: str, workload: ConversationWorkload, output_tokens: int) -> OrderRun:
+    scheduler = engine.engine_core.engine_core.scheduler
+    scheduler.orders_by_prefix = order == "prefix"
+    if not engine.reset_prefix_cache():
+        raise BenchError("the cache could not be emptied between two runs: requests are left in the engine")
+    return _Replay(engine, workload, output_tokens).run()
+
+
+def _ordering_ms(engine: LLMEngine, scale: Scale) -> float:
+    """Time to order many requests of which some have a cached prefix."""
+    scheduler = engine.engine_core.engine_core.scheduler
+    replay = _Replay(engine, tenants(replace(scale, requests=QUEUED)), output_tokens=1)
+    replay.send_all()
+    engine.step()
+    times_s = []
+    for _ in range(ORDERINGS):
+        start = time.perf_counter()
+        held = scheduler.arrange_waiting()
+        times_s.append(time.perf_counter() - start)
+        scheduler.waiting.extend(held)
+    engine.abort_request(list(scheduler.requests), internal=True)
+    engine.step()
+    return 1e3 * median(times_s)
+
+
+def _plan_us(engine: LLMEngine, bench: SchedulerBench, scale: Scale) -> float:
+    """What a plan costs beside the rest of a step's `SchedulerOutput`, pickled as vLLM's executors send it to ranks."""
+    from kvarn.vllm.scheduler import SLOT_PLAN
+
+    replay = _Replay(engine, unshared(replace(scale, requests=bench.max_num_seqs)), bench.output_tokens)
+    outputs = replay.scheduled()
+    with_plan = [_pickled_us(output) for output in outputs]
+    for output in outputs:
+        delattr(output, SLOT_PLAN)
+    return median(with_plan) - median(map(_pickled_us, outputs))
+
+
+def _pickled_us(message: Any) -> float:
+    times_s = []
+    for _ in range(PICKLINGS):
+        start = time.perf_counter()
+        pickle.loads(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+        times_s.append(time.perf_counter() - start)
+    return 1e6 * median(times_s)
+
+
+class _Replay:
+    """One workload sent to an engine, and what came of it."""
+
+    def __init__(self, engine: LLMEngine, workload: ConversationWorkload, output_tokens: int) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self._engine, self._workload = engine, workload
+        self._sampling = SamplingParams(
+            temperature=0,
+            max_tokens=output_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.CUMULATIVE,
+        )
+        self._histories: list[list[int]] = [[] for _ in workload.conversations]
+        self._arrived: dict[str, tuple[float, int]] = {}
+        self._first_s: list[float] = []
+        self._first_tokens: list[int] = []
+        self._prompt_tokens = self._cached_tokens = self._computed_tokens = 0
+
+    def run(self) -> OrderRun:
+        """Until every conversation has had its last answer."""
+        start = time.perf_counter()
+        self.scheduled()
+        return OrderRun(
+            hit_rate=self._cached_tokens / self._prompt_tokens,
+            mean_ttft_s=fmean(self._first_s),
+            mean_ttft_tokens=fmean(self._first_tokens),
+            computed_tokens=self._computed_tokens,
+            wall_s=time.perf_counter() - start,
+        )
+
+    def scheduled(self) -> list[Any]:
+        """What the scheduler put out in each step until every conversation has had its last answer."""
+        scheduler: Any = self._engine.engine_core.engine_core.scheduler
+        schedule, outputs = scheduler.schedule, []
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            outputs.append(schedule(*args, **kwargs))
+            self._computed_tokens += outputs[-1].total_num_scheduled_tokens
+            return outputs[-1]
+
+        scheduler.schedule = counted
+        try:
+            self.send_all()
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    self._take(output)
+        finally:
+            del scheduler.schedule
+        return outputs
+
+    def send_all(self) -> None:
+        """Send the first turn of every conversation."""
+        for number in range(len(self._histories)):
+            self._send(number, 0)
+
+    def _send(self, number: int, turn: int) -> None:
+        history = self._histories[number]
+        history += self._workload.conversations[number][turn]
+        request_id = f"{number}/{turn}"
+        self._prompt_tokens += len(history)
+        self._arrived[request_id] = time.perf_counter(), self._computed_tokens
+        self._engine.add_request(request_id, {"prompt_token_ids": list(history)}, self._sampling)
+
+    def _take(self, output: Any) -> None:
+        if (arrival := self._arrived.pop(output.request_id, None)) is not None:
+            self._first_s.append(time.perf_counter() - arrival[0])
+            self._first_tokens.append(self._computed_tokens - arrival[1])
+            self._cached_tokens += output.num_cached_tokens or 0
+        if output.finished:
+            number, turn = map(int, output.request_id.split("/"))
+            self._histories[number] += output.outputs[0].token_ids
+            if turn + 1 < len(self._workload.conversations[number]):
+                self._send(number, turn + 1)
+
+
+def table(bench: SchedulerBench, report: OrderReport) -> Table:
+    """Both orders side by side; gains are first come, first served over prefix order."""
+    made = Table(
+        title=f"{bench.kv_cache_dtype}, {bench.max_num_seqs} at once, cache of {bench.cache_share:.0%} of the tokens",
+        caption=f"ordering {QUEUED} waiting requests takes {report.ordering_ms:.2f} ms; "
+        f"a slot plan adds {report.plan_us:.0f} us to a step's message",
+    )
+    made.add_column("workload", no_wrap=True)
+    for heading in (
+        "sent",
+        "hits fcfs",
+        "hits prefix",
+        "TTFT fcfs",
+        "TTFT prefix",
+        "gain",
+        "gain in tokens",
+    ):
+        made.add_column(heading, justify="right")
+    for found in report.comparisons:
+        made.add_row(
+            found.workload,
+            str(found.requests),
+            *(f"{found.value(order, 'hit_rate'):.0%}" for order in ORDERS),
+            *(f"{found.value(order, 'mean_ttft_s'):.2f} s" for order in ORDERS),
+            f"{found.gain('mean_ttft_s'):.2f}x",
+            f"{found.gain('mean_ttft_tokens'):.2f}x",
+        )
+    return made
+
+
+def write(path: Path, bench: SchedulerBench, report: OrderReport) -> None:
+    """Writes all that is needed to read the results later, as JSON; ResultFileError where that fails."""
+    record = {
+        "benchmark": "scheduler",
+        "settings": asdict(bench),
+        "versions": versions(),
+        "machine": machine(),
+        "results": [
+            {
+                **asdict(found),
+                "ttft_gain": found.gain("mean_ttft_s"),
+                "ttft_gain_in_tokens": found.gain("mean_ttft_tokens"),
+            }
+            for found in report.comparisons
+        ],
+        "ordering_ms": report.ordering_ms,
+        "plan_us": report.plan_us,
+    }
+    write_results(path, record)
+
+
+def draw(path: Path, report: OrderReport) -> None:
+    """Draws hit rates and mean times to first token under both orders to a .png or .svg file."""
+    from matplotlib.figure import Figure
+
+    comparisons = report.comparisons
+    figure = Figure(figsize=(max(6.0, 2.2 * len(comparisons)), 6), layout="constrained")
+    for axes, name, label in zip(
+        figure.subplots(2, 1), ("hit_rate", "mean_ttft_s"), ("prefix hit rate", "mean TTFT, s"), strict=True
+    ):
+        for place, order in enumerate(ORDERS):
+            x = [at - 0.2 + 0.4 * place for at in range(len(comparisons))]
+            bars = axes.bar(x, [found.value(order, name) for found in comparisons], 0.38, label=order)
+            axes.bar_label(bars, fmt="%.2f", fontsize=8)
+        axes.set_xticks(range(len(comparisons)), [found.workload for found in comparisons])
+        axes.set_ylabel(label)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=150)

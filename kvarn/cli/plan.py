@@ -1,0 +1,52 @@
+"""The `kvarn plan` command."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from kvarn.cli.output import one_sentence_errors, out
+from kvarn.model import DEFAULT_MODEL
+from kvarn.plan.capacity import make_plan, record, table
+from kvarn.plan.hardware import GPUS
+from kvarn.plan.model_shape import PlanError
+
+
+def plan(
+    model: Annotated[
+        str, typer.Option(help="A model's name, or a directory with its config.json.")
+    ] = DEFAULT_MODEL,
+    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h200",
+    tp: Annotated[int, typer.Option(help="GPUs that share the model.")] = 1,
+    context: Annotated[str, typer.Option(help="Tokens of a sequence, e.g. 32k.")] = "8k",
+    rate: Annotated[float | None, typer.Option(help="Requests a second to plan for.")] = None,
+    output_tokens: Annotated[int, typer.Option(help="Tokens a request generates, with --rate.")] = 512,
+    cache_gib: Annotated[
+        float | None, typer.Option(help="Memory of the cache, GiB a GPU; what is left if not given.")
+    ] = None,
+    utilization: Annotated[float, typer.Option(help="vLLM's gpu_memory_utilization.")] = 0.92,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Most sequences at once; what fits if not given.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Plan capacity: tokens, sequences and decode time of each cache dtype, from the model's config alone."""
+    with one_sentence_errors():
+        made = make_plan(
+            model, gpu, tp, _tokens(context), rate, output_tokens, cache_gib, utilization, max_num_seqs
+        )
+        if as_json:
+            out.print_json(json.dumps(record(made)))
+        else:
+            out.print(table(made))
+
+
+def _tokens(text: str) -> int:
+    """`32k` -> 32768."""
+    number, factor = (text[:-1], 1024) if text.lower().endswith("k") else (text, 1)
+    try:
+        return int(float(number) * factor)
+    except (ValueError, OverflowError):
+        raise PlanError(f"--context {text!r} is no number of tokens: give one like 32768 or 32k") from None

@@ -1,0 +1,1 @@
+"""The quantized cache on a CPU, in torch: storing, quantizing, decode and prefill attention."""

@@ -1,0 +1,204 @@
+"""Decode attention on a CPU: one query token per request over raw tiles and records.
+
+Keys and values are rotated (`store.rotate`) before anything else and stay rotated in the cache and the side pool.
+Queries come in as the model makes them and results go out un-rotated. R = requests, N = tokens, Hq = query heads,
+H = KV heads, D = head_dim, G = tokens per tile; tile t of a sequence holds its tokens t * G .. t * G + G - 1.
+
+The read rule: a query reads its own tile raw (side pool or the current chunk), tile 0 raw where a sink slot keeps
+it, and every other tile from its record.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvarn.checks import check_attention_inputs, check_shape
+from kvarn.cpu.record_fields import RecordFields
+from kvarn.cpu.store import unrotate, widen
+from kvarn.reference import hadamard
+from kvarn.tile import TileLayout
+
+WORKSPACE_ELEMENTS = 1 << 21  # codes unpacked to float32 at a time: 8 MiB, small enough to stay in cache
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Which raw tiles and which records one decode step reads, the same in every layer; made by `plan_decode`.
+
+    R requests read S >= R raw tiles and P records.
+
+    Attributes:
+        num_requests: R.
+        requests: [S + P] int64, the request that reads each raw tile, then each record.
+        raw_slots: [S] int64, slots of the side pool.
+        raw_written: [S, F] bool, the rows to read of each raw tile; no request reads more than its first F.
+        blocks: [P] int64, blocks of the records.
+    """
+
+    num_requests: int
+    requests: Tensor
+    raw_slots: Tensor
+    raw_written: Tensor
+    blocks: Tensor
+
+
+def plan_decode(
+    block_table: np.ndarray, seq_lens: np.ndarray, tail_slots: np.ndarray, sink_slots: np.ndarray, group: int
+) -> DecodePlan:
+    """Applies the read rule to one new token per request, at position seq_lens - 1.
+
+    Args:
+        block_table: [R, W] integer; entries from a sequence's last tile on are never read.
+        seq_lens: [R] integer, tokens including the new one, at least 1.
+        tail_slots: [R] integer, slot of the tile the new token is in.
+        sink_slots: [R] integer, slot of tile 0, or -1 to read its record. Ignored while tile 0 is the tail.
+        group: tokens per tile.
+
+    Raises:
+        ValueError: if a shape or dtype is not as above, a sequence is empty or a tail has no slot.
+    """
+    requests = len(seq_lens)
+    _check_integers("block_table", block_table, (requests, None))
+    _check_integers("seq_lens", seq_lens, (None,))
+    _check_integers("tail_slots", tail_slots, (requests,))
+    _check_integers("sink_slots", sink_slots, (requests,))
+    if (seq_lens < 1).any():
+        raise ValueError(
+            f"seq_lens is {seq_lens.min()} somewhere: expected 1 or more, the new token included"
+        )
+    if (tail_slots < 0).any():
+        raise ValueError(f"tail_slots is {tail_slots.min()} somewhere: every new token needs a slot")
+
+    own_tile, own_row = np.divmod(seq_lens - 1, group)
+    reads_sink = (sink_slots >= 0) & (own_tile > 0)
+    sink_requests = np.flatnonzero(reads_sink)
+    raw_rows = np.concatenate([own_row + 1, np.full(len(sink_requests), group)])
+
+    tile = np.arange(own_tile.max(initial=0))
+    from_record = (tile < own_tile[:, None]) & ((tile > 0) | ~reads_sink[:, None])
+    record_requests, record_tiles = np.nonzero(from_record)
+    return DecodePlan(
+        num_requests=requests,
+        requests=_int64(np.concatenate([np.arange(requests), sink_requests, record_requests])),
+        raw_slots=_int64(np.concatenate([tail_slots, sink_slots[sink_requests]])),
+        raw_written=torch.from_numpy(np.arange(raw_rows.max(initial=0)) < raw_rows[:, None]),
+        blocks=_int64(block_table[record_requests, record_tiles]),
+    )
+
+
+def _int64(x: np.ndarray) -> Tensor:
+    return torch.from_numpy(x.astype(np.int64))
+
+
+def decode(
+    query: Tensor, cache: Tensor, pool: Tensor, plan: DecodePlan, scale: float, layout: TileLayout
+) -> Tensor:
+    """Attention of one new token per request.
+
+    Args:
+        query: [R, Hq, D] float32, bfloat16 or float16, not rotated.
+        cache: [B, H, layout.nbytes] uint8 records.
+        pool: [S, 2, H, G, D] float16 side pool; the new token is in its tail slot already.
+        plan: what the step reads.
+        scale: softmax scale.
+        layout: the records' layout.
+
+    Returns:
+        [R, Hq, D], the query's dtype, un-rotated.
+
+    Raises:
+        ValueError: if a shape or dtype is not as above.
+    """
+    check_attention_inputs(query, cache, pool, layout)
+    requests, query_heads, head_dim = query.shape
+    heads = cache.shape[1]
+    if requests != plan.num_requests:
+        raise ValueError(f"plan is for {plan.num_requests} requests: expected one for the query's {requests}")
+    if requests == 0:
+        return torch.empty_like(query)
+
+    rotated = (hadamard.rotate(widen(query)) * scale).view(requests, heads, query_heads // heads, head_dim)
+    by_tile = rotated.index_select(0, plan.requests)
+    raw_query, record_query = by_tile.tensor_split([len(plan.raw_slots)])
+    partials = [_attend_slots(raw_query, pool, plan.raw_slots, plan.raw_written)]
+    step = max(1, WORKSPACE_ELEMENTS // (heads * layout.group * head_dim))
+    for start in range(0, len(plan.blocks), step):
+        part = slice(start, start + step)
+        partials.append(_attend_records(record_query[part], cache, plan.blocks[part], layout))
+
+    output = _combine(partials, plan.requests, requests)
+    return unrotate(output).view(requests, query_heads, head_dim).to(query.dtype)
+
+
+class _Partial(NamedTuple):
+    """Softmax over one tile each: P (request, tile) pairs, M query heads per KV head."""
+
+    top: Tensor  # [P, H, M] largest score
+    total: Tensor  # [P, H, M] sum of exp(score - top)
+    weighted: Tensor  # [P, H, M, D] sum of exp(score - top) * value
+
+
+def _attend_slots(query: Tensor, pool: Tensor, slots: Tensor, written: Tensor) -> _Partial:
+    """Attention over the rows of raw slots [S] that are `written` [S, F]; query [S, H, M, D] rotated and scaled."""
+    key, value = pool.index_select(0, slots)[:, :, :, : written.shape[1]].unbind(1)
+    # Rows not written yet may hold anything, NaN included: all their bits are cleared, which is cheaper than a fill.
+    # Those of keys may stay, since their scores are replaced.
+    value = (value.view(torch.int16) & -written[:, None, :, None].to(torch.int16)).view(torch.float16)
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    scores = (query @ key.transpose(-1, -2)).masked_fill_(~written[:, None, None, :], -torch.inf)
+    top, probabilities, total = _softmax_parts(scores)
+    return _Partial(top, total, probabilities @ value)
+
+
+def _attend_records(query: Tensor, cache: Tensor, blocks: Tensor, layout: TileLayout) -> _Partial:
+    """Attention over whole records of `blocks` [P]; query [P, H, M, D] rotated and scaled.
+
+    Nothing is dequantized: scales and zeros go into the query, the scores and the probabilities.
+    """
+    pairs, heads, rows, head_dim = query.shape
+    fields = RecordFields.of(
+        cache.index_select(0, blocks).view(pairs * heads, layout.nbytes), layout, query.dtype
+    )
+    query = query.reshape(pairs * heads, rows, head_dim)
+
+    bias = query @ fields.key_zero[:, :, None]
+    scores = layout.key_order.contract(query * fields.key_scale[:, None, :], fields.key_codes)
+    scores = scores.add_(bias).mul_(fields.key_token_scale[:, None, :])
+
+    top, probabilities, total = _softmax_parts(scores)
+    bias = probabilities @ fields.value_zero[:, :, None]
+    weighted = layout.value_order.contract(probabilities * fields.value_scale[:, None, :], fields.value_codes)
+    weighted = weighted.add_(bias).mul_(fields.value_channel_scale[:, None, :])
+    return _Partial(
+        top.view(pairs, heads, rows),
+        total.view(pairs, heads, rows),
+        weighted.view(pairs, heads, rows, head_dim),
+    )
+
+
+def _softmax_parts(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(top, exp(scores - top), its sum) over the last axis; overwrites `scores`."""
+    top = scores.amax(-1)
+    probabilities = scores.sub_(top[..., None]).exp_()
+    return top, probabilities, probabilities.sum(-1)
+
+
+def _combine(partials: list[_Partial], requests: Tensor, count: int) -> Tensor:
+    """Joins softmax parts of the pairs that belong to the same request: -> [count, H, M, D]."""
+    top, total, weighted = (torch.cat(field) for field in zip(*partials, strict=True))
+    most = top.new_full((count, *top.shape[1:]), -torch.inf)
+    most.scatter_reduce_(0, requests[:, None, None].expand_as(top), top, "amax")
+    share = (top - most[requests]).exp_()
+    total = torch.zeros_like(most).index_add_(0, requests, total * share)
+    joined = weighted.new_zeros(count, *weighted.shape[1:])
+    joined.index_add_(0, requests, weighted.mul_(share[..., None]))
+    return joined.div_(total[..., None])
+
+
+def _check_integers(name: str, x: np.ndarray, shape: tuple[int | None, ...]) -> None:
+    check_shape(name, x, shape)
+    if not np.issubdtype(x.dtype, np.integer):
+        raise ValueError(f"{name} is {x.dtype}: expected integers")

@@ -1,0 +1,118 @@
+"""What limits how many requests an engine runs at once: max_num_seqs, the side pool's slots, or the cache's blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from kvarn.model import KvShape
+from kvarn.presets import get_preset
+from kvarn.tile import TileLayout
+from kvarn.vllm.cache_settings import MIN_SLOTS, KVarNConfig, slots_within, tile_bytes
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """One engine's limits; `blocks` and what follows from them are None where the cache takes what memory is left.
+
+    Attributes:
+        max_num_seqs: requests that run at once at most.
+        slots: raw tiles that the side pool holds.
+        side_pool_bytes: what they take on one rank.
+        requests_in_slots: requests that always find their slots; a request holds up to `MIN_SLOTS`.
+        blocks: tiles of all layers and heads that the cache holds.
+        cache_tokens: the tokens in them.
+        max_model_len: the longest request in tokens.
+        longest_requests: requests of that length whose blocks fit at once.
+        requests_at_once: what max_num_seqs and slots allow together.
+        tokens_each: length up to which so many requests fit into the blocks.
+        first: what limits first: "max_num_seqs", "side pool" or "blocks".
+    """
+
+    max_num_seqs: int
+    slots: int
+    side_pool_bytes: int
+    requests_in_slots: int
+    blocks: int | None
+    cache_tokens: int | None
+    max_model_len: int
+    longest_requests: int | None
+    requests_at_once: int
+    tokens_each: int | None
+    first: str
+
+    @property
+    def sentence(self) -> str:
+        """What limits, and what to change for more."""
+        at_once = self.requests_at_once
+        if self.first == "blocks":
+            return (
+                f"Blocks limit first: {at_once} requests run at once only if each has at most {self.tokens_each:,} "
+                f"tokens, and {self.longest_requests} of {self.max_model_len:,}. For more, raise the cache's memory."
+            )
+        more = "raise max_num_seqs" if self.first == "max_num_seqs" else "raise side_pool_gib"
+        blocks = "" if self.blocks is None else f", each of up to {self.max_model_len:,} tokens"
+        return f"{self.first} limits first: {at_once} requests run at once{blocks}. For more, {more}."
+
+
+def engine_limits(
+    shape: KvShape,
+    cache_dtype: str,
+    max_num_seqs: int,
+    max_model_len: int,
+    cache_bytes: int | None,
+    tensor_parallel_size: int = 1,
+    settings: KVarNConfig | None = None,
+) -> EngineLimits:
+    """The limits of an engine with a quantized cache.
+
+    Args:
+        shape: what the model caches for one token.
+        cache_dtype: a preset's name.
+        max_num_seqs, max_model_len, tensor_parallel_size: as vLLM has them.
+        cache_bytes: memory of the cache on one rank; None: what is left.
+        settings: of the cache; None for the defaults.
+
+    Raises:
+        ValueError: the side pool does not hold one request.
+    """
+    layout = TileLayout(get_preset(cache_dtype), shape.head_dim)
+    heads = max(shape.kv_heads // tensor_parallel_size, 1) * shape.layers
+    slot = tile_bytes(layout.group, shape.head_dim, heads)
+    slots = slots_within(settings or KVarNConfig(), max_num_seqs, slot)
+    in_slots = slots // MIN_SLOTS
+    at_once = min(max_num_seqs, in_slots)
+    first = "max_num_seqs" if max_num_seqs <= in_slots else "side pool"
+    blocks = longest = tokens_each = None
+    if cache_bytes is not None:
+        blocks = max(cache_bytes // (heads * layout.nbytes) - 1, 0)  # vLLM keeps one for itself
+        longest = blocks // -(-max_model_len // layout.group)
+        tokens_each = blocks // at_once * layout.group
+        first = "blocks" if longest < at_once else first
+    return EngineLimits(
+        max_num_seqs=max_num_seqs,
+        slots=slots,
+        side_pool_bytes=slots * slot,
+        requests_in_slots=in_slots,
+        blocks=blocks,
+        cache_tokens=None if blocks is None else blocks * layout.group,
+        max_model_len=max_model_len,
+        longest_requests=longest,
+        requests_at_once=at_once,
+        tokens_each=tokens_each,
+        first=first,
+    )
+
+
+def limits_table(limits: EngineLimits) -> Table:
+    """The limits for a terminal, the one that comes first below them."""
+    made = Table(title="requests at once, of each engine", title_justify="left", show_header=False)
+    made.add_row("max_num_seqs", f"{limits.max_num_seqs:,}", "")
+    pool = f"{limits.slots:,} slots, {limits.side_pool_bytes / 2**20:,.0f} MiB a rank"
+    made.add_row("side pool", f"{limits.requests_in_slots:,}", pool)
+    if limits.blocks is not None:
+        cache = f"{limits.blocks:,} blocks, {limits.cache_tokens:,} tokens"
+        made.add_row(f"blocks, at {limits.max_model_len:,} tokens", f"{limits.longest_requests:,}", cache)
+    made.caption, made.caption_justify = limits.sentence, "left"
+    return made

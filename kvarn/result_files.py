@@ -1,0 +1,29 @@
+"""Records of what commands measured, on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class ResultFileError(RuntimeError):
+    """A record cannot be written; the message says why."""
+
+
+def write_results(path: Path, record: dict[str, Any]) -> None:
+    """Replaces the record in one step, so that a reader or a full disk finds the old one or the new one.
+
+    Raises:
+        ResultFileError: the disk is full, or the directory does not let a file be made.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(json.dumps(record, indent=1) + "\n")
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise ResultFileError(
+            f"{path} cannot be written: {error.strerror}; what it held before is kept"
+        ) from None

@@ -1,0 +1,102 @@
+"""What one engine's KV cache holds and can still take, read from the engine core."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvarn.vllm.access.block_count import evictable_blocks
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
+
+CACHE_STATE_METHOD = "kvarn_cache_state"
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """One engine's cache at one moment.
+
+    A block holds one tile of `tile_tokens` tokens for every layer and KV head. Counts are blocks, slots,
+    requests or tokens as named; `bytes_per_tile` is bytes of one block over all layers and heads of one rank.
+    `free_blocks` hold nothing; `evictable_blocks` hold cached prefixes that no running request uses;
+    `used_blocks` belong to running requests; the three sum to `total_blocks`. Slots are fp16 tiles of the
+    side pool: a tail slot per tile being filled, a sink slot per first tile; both draw on `slots_total`. Of the
+    `waiting_requests`, those wait `for_slots` and `for_blocks` that stand behind one which lacked these in the last
+    step, and `for_prefix` those held back behind one that computes their prefix; the rest wait for their turn.
+    """
+
+    cache_dtype: str
+    tile_tokens: int
+    bytes_per_tile: int
+    max_model_len: int
+    max_requests: int
+    total_blocks: int
+    free_blocks: int
+    evictable_blocks: int
+    used_blocks: int
+    slots_total: int
+    tail_slots_used: int
+    sink_slots_used: int
+    sink_slots_idle: int
+    sinks_missing: int
+    running_requests: int
+    waiting_requests: int
+    waiting_prefill_tokens: int
+    preemptions: int
+    waiting_for_slots: int = 0
+    waiting_for_blocks: int = 0
+    waiting_for_prefix: int = 0
+
+
+def cache_state(core: EngineCore) -> dict[str, int | str]:
+    """The `CacheState` of an engine core as a dict that crosses its process boundary."""
+    scheduler = core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    groups = scheduler.kv_cache_config.kv_cache_groups
+    evictable = evictable_blocks(pool)
+    available = pool.get_num_free_blocks()
+    total = pool.num_gpu_blocks - 1  # one block is vLLM's null block
+    slots = getattr(scheduler, "slots", None)
+    waiting = [*scheduler.waiting, *scheduler.skipped_waiting]
+    state = CacheState(
+        cache_dtype=str(core.vllm_config.cache_config.cache_dtype),
+        tile_tokens=scheduler.block_size,
+        bytes_per_tile=sum(len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in groups),
+        max_model_len=scheduler.max_model_len,
+        max_requests=scheduler.max_num_running_reqs,
+        total_blocks=total,
+        free_blocks=available - evictable,
+        evictable_blocks=evictable,
+        used_blocks=total - available,
+        slots_total=slots.num_slots if slots else 0,
+        tail_slots_used=slots.num_tails if slots else 0,
+        sink_slots_used=slots.num_live_sinks if slots else 0,
+        sink_slots_idle=slots.num_idle_sinks if slots else 0,
+        sinks_missing=slots.sinks_missing if slots else 0,
+        running_requests=len(scheduler.running),
+        waiting_requests=len(waiting),
+        waiting_prefill_tokens=sum(r.num_tokens - r.num_computed_tokens for r in waiting),
+        preemptions=getattr(scheduler, "preemptions", 0),
+        **waiting_by_reason(scheduler, len(waiting)),
+    )
+    return asdict(state)
+
+
+def waiting_by_reason(scheduler: Any, waiting: int) -> dict[str, int]:
+    """The `waiting_for_*` counts of a scheduler in which `waiting` requests wait; vLLM's own gives no reasons."""
+    counts = getattr(scheduler, "wait_counts", None)
+    if counts is None:
+        return {}
+    held = min(counts.held_for_prefix, waiting)
+    return {
+        "waiting_for_slots": waiting - held if counts.lacking == "slots" else 0,
+        "waiting_for_blocks": waiting - held if counts.lacking == "blocks" else 0,
+        "waiting_for_prefix": held,
+    }
+
+
+async def read_cache_state(engine: AsyncLLM) -> CacheState:
+    """Ask `engine`'s core process for its cache state; needs the plugin loaded there (any cache dtype)."""
+    return CacheState(**await engine.engine_core.call_utility_async(CACHE_STATE_METHOD))

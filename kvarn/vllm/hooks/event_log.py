@@ -1,0 +1,18 @@
+"""Lets the engine's front end ask its core process for what enters and leaves the prefix cache."""
+
+from __future__ import annotations
+
+from kvarn.vllm.access.cache_events import CACHE_EVENTS_METHOD, cache_events
+from kvarn.vllm.hooks import Hook
+
+
+def install() -> None:
+    """Add the utility method that `read_cache_events` calls."""
+    from vllm.v1.engine.core import EngineCore
+
+    setattr(EngineCore, CACHE_EVENTS_METHOD, cache_events)
+
+
+HOOK = Hook(
+    "cache events", ("vllm.v1.engine.core:EngineCore", "vllm.distributed.kv_events:KVEventBatch"), install
+)

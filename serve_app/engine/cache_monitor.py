@@ -1,0 +1,158 @@
+"""Keeps one engine's cache state current: what the engine reports, what is reserved, how fast it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import fields
+from typing import Any
+
+from kvarn.vllm.access.telemetry import CacheState
+from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Reservations
+from serve_app.rpc.feed import Feed
+
+MIN_INTERVAL_S = 0.05
+IDLE_INTERVAL_S = 1.0
+
+
+class Rate:
+    """An exponentially weighted mean of a measured quantity; 0 until the first measurement."""
+
+    def __init__(self, weight: float = 0.1) -> None:
+        self._weight = weight
+        self.value = 0.0
+
+    def add(self, measured: float) -> None:
+        weight = self._weight if self.value else 1.0
+        self.value += weight * (measured - self.value)
+
+
+class Speed:
+    """Work over the time it took, the latest counting most; 0 until the first measurement."""
+
+    def __init__(self, keep: float = 0.95) -> None:
+        self._keep = keep
+        self._done = self._taken_s = 0.0
+
+    @property
+    def value(self) -> float:
+        return self._done / self._taken_s if self._taken_s else 0.0
+
+    def add(self, done: float, taken_s: float) -> None:
+        """Count a piece of work, by its size."""
+        self._done = self._keep * self._done + done
+        self._taken_s = self._keep * self._taken_s + taken_s
+
+
+class CacheMonitor:
+    """The published state of one engine's cache.
+
+    Reads the engine at most every 50 ms while something happens and every second while nothing does. Each state
+    that differs from the last gets the next sequence number, and so does one a second in any case, until the engine
+    has not answered for long: watchers can tell one that has nothing to say from one that hangs.
+
+    Args:
+        read: asks the engine for its state.
+        step_timeout_s: the longest a step may keep the engine from answering.
+
+    Attributes:
+        epoch: the life of the engine.
+        promises: what gateways promised their requests here, by gateway.
+    """
+
+    def __init__(self, read: Callable[[], Awaitable[CacheState]], step_timeout_s: float = 30) -> None:
+        self._read = read
+        self._step_timeout_s = step_timeout_s
+        self.epoch = time.time_ns()
+        self.promises = Reservations()
+        self._published_s = time.monotonic()
+        self._changed = asyncio.Event()
+        self._draining = False
+        self._feed = Feed(lambda: self.snapshot)
+        self.prefill_tokens_per_s = Speed()
+        self.inter_token_latency_s = Rate()
+        self.snapshot: CacheSnapshot
+        self._state: CacheState
+
+    async def start(self) -> None:
+        """Take the first reading."""
+        self._state = await self._read()
+        self.snapshot = CacheSnapshot(self.epoch, 1, _capacity(self._state), self._load(self._state))
+
+    async def run(self) -> None:
+        """Publish changes until cancelled or the engine dies."""
+        while True:
+            await self._wait_for_change()
+            await self._read_state()
+            for gateway_id in self.promises.owners():
+                self.promises.settle(gateway_id)
+            self._publish(self._load(self._state))
+            await asyncio.sleep(MIN_INTERVAL_S)
+
+    def touch(self) -> None:
+        """Say that the engine's state may have changed."""
+        self._changed.set()
+
+    def room_blocks(self) -> int:
+        """Blocks that are neither used nor promised."""
+        load = self.snapshot.load
+        return load.free_blocks + load.evictable_blocks - self.promises.total_blocks
+
+    def drain(self) -> None:
+        """Tell watchers at once that this replica takes nothing new."""
+        self._draining = True
+        self._publish(self.snapshot.load)
+
+    def watch(self) -> AsyncGenerator[CacheSnapshot, None]:
+        """Yield the state now and each one after it."""
+        return self._feed.watch()
+
+    def close(self) -> None:
+        """End every watch."""
+        self._feed.close()
+
+    async def _read_state(self) -> None:
+        """Read the engine; while it is busy, go on publishing what is known."""
+        reading = asyncio.ensure_future(self._read())
+        asked_s = time.monotonic()
+        try:
+            while not (await asyncio.wait([reading], timeout=IDLE_INTERVAL_S))[0]:
+                if time.monotonic() - asked_s < self._step_timeout_s:
+                    self._publish(self._load(self._state))
+            self._state = reading.result()
+        finally:
+            reading.cancel()
+
+    async def _wait_for_change(self) -> None:
+        try:
+            await asyncio.wait_for(self._changed.wait(), IDLE_INTERVAL_S)
+        except TimeoutError:
+            return
+        self._changed.clear()
+
+    def _publish(self, load: CacheLoad) -> None:
+        now_s = time.monotonic()
+        is_news = (load, self._draining) != (self.snapshot.load, self.snapshot.draining)
+        if is_news or now_s - self._published_s >= IDLE_INTERVAL_S:
+            self._published_s = now_s
+            self.snapshot = self.snapshot.advanced(self.snapshot.sequence + 1, load, self._draining)
+            self._feed.publish(self.snapshot)
+
+    def _load(self, state: CacheState) -> CacheLoad:
+        blocks, tokens = self.promises.by_owner()
+        return CacheLoad(
+            **_shared_fields(CacheLoad, state),
+            reserved_blocks=blocks,
+            pending_prefill_tokens=tokens,
+            prefill_tokens_per_s=self.prefill_tokens_per_s.value,
+            inter_token_latency_s=self.inter_token_latency_s.value,
+        )
+
+
+def _capacity(state: CacheState) -> CacheCapacity:
+    return CacheCapacity(**_shared_fields(CacheCapacity, state), total_slots=state.slots_total)
+
+
+def _shared_fields(kind: type[CacheCapacity] | type[CacheLoad], state: CacheState) -> dict[str, Any]:
+    return {f.name: getattr(state, f.name) for f in fields(kind) if hasattr(state, f.name)}

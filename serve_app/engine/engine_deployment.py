@@ -1,0 +1,183 @@
+"""The Engine deployment: one vLLM engine a replica, with its gRPC server beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+
+from kvarn.model import kv_shape, resolve_model
+from kvarn.v1 import engine_pb2_grpc
+from kvarn.vllm.access.cache_events import read_cache_events
+from kvarn.vllm.access.telemetry import CacheState, read_cache_state
+from serve_app.config import EngineConfig, ObservabilityConfig, is_loopback
+from serve_app.engine.autoscaling import replica_load, serve_options
+from serve_app.engine.cache_monitor import CacheMonitor
+from serve_app.engine.engine_metrics import EngineMetrics
+from serve_app.engine.placement import resources, thread_binding
+from serve_app.engine.startup_errors import surfacing_core_errors
+from serve_app.engine.tile_log import TileLog
+from serve_app.observability.demand import DemandBook
+from serve_app.observability.metrics import ENGINE_METRICS, RayRecorder, record_forever
+from serve_app.observability.tracing import Tracing
+from serve_app.rpc.grpc_server import GrpcServer
+from serve_app.security.engine_access import Guard
+
+if TYPE_CHECKING:
+    from vllm import AsyncEngineArgs
+
+LAME_DUCK_S = 0.2  # between telling gateways that this replica drains and refusing calls
+
+
+class Engine:
+    """One engine replica.
+
+    Args:
+        model: a known model's name or a local directory.
+        config: settings of the engines.
+        observability: where its spans go.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, model: str, config: EngineConfig, observability: ObservabilityConfig
+    ) -> None:
+        # Imported by replicas only: vLLM takes seconds to import, and whoever deploys needs none of it.
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from serve_app.engine.service import SERVICE_NAME, EngineService
+
+        self._config = config
+        _bind_threads(config)
+        with surfacing_core_errors():
+            self._engine = AsyncLLM.from_engine_args(engine_args(model, config))
+        self._monitor = CacheMonitor(self._read_cache, config.longest_step_s)
+        await self._monitor.start()
+        capacity = self._monitor.snapshot.capacity
+        self._tiles = TileLog(self._monitor.epoch, model, capacity.cache_dtype, capacity.tile_tokens)
+        self._monitoring = asyncio.create_task(self._monitor.run())
+        metrics = EngineMetrics(RayRecorder(ENGINE_METRICS), kv_shape(resolve_model(model)))
+        self._recording = asyncio.create_task(record_forever(lambda: metrics.record(self._monitor.snapshot)))
+        self._demands = DemandBook()
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        self._spans = Tracing("kvarn-engine", replica_id, observability.tracing)
+        self._service = EngineService(
+            self._engine, self._monitor, self._tiles, metrics, self._spans, self._demands
+        )
+        guard = Guard(encrypted=not is_loopback(config.host))
+        self._server = GrpcServer(
+            f"{config.host}:0", [SERVICE_NAME], check=guard.check, credentials=guard.credentials()
+        )
+        engine_pb2_grpc.add_EngineServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]
+        port = await self._server.start()
+        self._address = guard.published(f"{_advertised_host(config.host)}:{port}")
+        await self._server.set_serving(True)
+
+    async def record_replica_metadata(self) -> dict[str, Any]:
+        """What gateways need to reach this replica; Serve passes it on once."""
+        return self._address.metadata()
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """The cache's state, for gateways whose watch is not up."""
+        return asdict(self._monitor.snapshot)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy decides by."""
+        return replica_load(self._monitor.snapshot, self._demands.total()).report()
+
+    async def wake(self) -> None:
+        """Called by gateways that have no replica, through Serve, which starts one to answer it."""
+
+    async def check_health(self) -> None:
+        """Fail once the engine's processes are gone, so that Serve replaces this replica."""
+        if self._engine.errored or self._monitoring.done():
+            await self._server.set_serving(False)
+            self._monitor.close()
+            self._tiles.close()
+            raise RuntimeError("the engine core has stopped: see its log")
+
+    async def __del__(self) -> None:
+        """Serve's shutdown hook: let gateways know, finish running streams, stop the engine."""
+        self._monitor.drain()
+        await asyncio.sleep(LAME_DUCK_S)
+        self._service.drain()
+        await self._server.stop(self._config.drain_grace_s)
+        self._monitoring.cancel()
+        self._recording.cancel()
+        self._spans.close()
+        self._engine.shutdown()
+
+    async def _read_cache(self) -> CacheState:
+        """Read state and events of one moment; the first time, before any request, there are no events."""
+        state, events = await asyncio.gather(read_cache_state(self._engine), read_cache_events(self._engine))
+        if events:
+            self._tiles.take(events)
+        return state
+
+
+def engine_args(model: str, config: EngineConfig) -> AsyncEngineArgs:
+    """The vLLM arguments of one replica."""
+    from vllm import AsyncEngineArgs
+    from vllm.config import KVEventsConfig
+
+    return AsyncEngineArgs(
+        model=str(resolve_model(model)),
+        dtype=config.dtype,
+        kv_cache_dtype=config.kv_cache_dtype,
+        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        tensor_parallel_size=config.tensor_parallel_size,
+        distributed_executor_backend=config.distributed_executor_backend,
+        enforce_eager=config.enforce_eager,
+        enable_prefix_caching=True,
+        additional_config={"kvarn": config.kvarn_settings},
+        kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
+    )
+
+
+def deployment(
+    model: str, config: EngineConfig, observability: ObservabilityConfig, router_class: str
+) -> serve.Application:
+    """The Serve deployment of all replicas.
+
+    Args:
+        model: a known model's name or a local directory.
+        config: settings of the engines.
+        observability: where their spans go.
+        router_class: "module:Class" of the request router through which gateways learn of the replicas.
+    """
+    scale: dict[str, Any] = {"num_replicas": config.num_replicas}
+    if config.autoscaling is not None:
+        scale = {"autoscaling_config": serve_options(config.autoscaling)}
+    return serve.deployment(
+        Engine,
+        name="Engine",
+        **scale,
+        health_check_period_s=1,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=config.drain_grace_s + 10,
+        request_router_config=serve.config.RequestRouterConfig(
+            request_router_class=router_class, request_routing_stats_period_s=0.5
+        ),
+        **resources(config),
+    ).bind(model, config, observability)
+
+
+def _bind_threads(config: EngineConfig) -> None:
+    """Give this replica CPUs of its own: vLLM would bind every engine of a node to the same ones."""
+    if config.device == "cpu":
+        rank = serve.get_replica_context().rank.local_rank
+        allowed = sorted(os.sched_getaffinity(0))
+        binding = thread_binding(allowed, rank, config.cpus_per_replica, config.tensor_parallel_size)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = binding
+
+
+def _advertised_host(host: str) -> str:
+    """The address gateways dial: a wildcard means this node's."""
+    return ray.util.get_node_ip_address() if host in ("0.0.0.0", "::", "[::]") else host

@@ -1,0 +1,291 @@
+"""The Engine service: token ids in, deltas out, on one vLLM engine."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from opentelemetry.trace import Span
+from vllm.exceptions import VLLMClientError
+from vllm.inputs import tokens_input
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
+from serve_app.engine.cache_monitor import CacheMonitor
+from serve_app.engine.call_server import CallServer, Write
+from serve_app.engine.engine_metrics import EngineMetrics
+from serve_app.engine.resumption import Resumption
+from serve_app.engine.tile_log import TileLog
+from serve_app.observability.demand import Demand, DemandBook
+from serve_app.observability.tracing import Tracing
+from serve_app.request.errors import BadRequestError, CapacityError, ReplicaUnavailableError
+from serve_app.request.sampling import to_vllm
+from serve_app.routing import CacheSnapshot, RequestNeed
+from serve_app.rpc import wire
+
+if TYPE_CHECKING:
+    from vllm import CompletionOutput, RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+SERVICE_NAME = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
+MIN_MEASURED_TOKENS = 128  # the time of a shorter prompt is a step's, however few tokens it computes
+MAX_SENTENCE_CHARACTERS = 1000  # statuses travel in headers, which are small
+_FINISH_REASONS = {
+    "stop": inference_pb2.FINISH_REASON_STOP,
+    "length": inference_pb2.FINISH_REASON_LENGTH,
+    "abort": inference_pb2.FINISH_REASON_ABORT,
+    "error": inference_pb2.FINISH_REASON_ERROR,
+    "repetition": inference_pb2.FINISH_REASON_REPETITION,
+}
+
+
+class EngineService(engine_pb2_grpc.EngineServicer):
+    """Serves gateways. Methods raise `RequestError`s, which `GrpcServer` and `CallServer` turn into statuses.
+
+    A gateway's calls come on one stream; each is `_generate`.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncLLM,
+        monitor: CacheMonitor,
+        tiles: TileLog,
+        metrics: EngineMetrics,
+        spans: Tracing,
+        demands: DemandBook,
+    ) -> None:
+        self._engine = engine
+        self._demands = demands
+        self._monitor = monitor
+        self._tiles = tiles
+        self._metrics = metrics
+        self._tracer = spans.tracer
+        self._calls = CallServer(self._generate)
+
+    async def Generate(  # noqa: N802
+        self,
+        requests: AsyncIterator[engine_pb2.EngineGenerateRequest],
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        """Run a gateway's calls."""
+        await self._calls.serve(context)
+
+    def drain(self) -> None:
+        """Refuse new calls, and end each stream once those that run have ended."""
+        self._calls.drain()
+
+    async def _generate(self, request: engine_pb2.EngineRequest, write: Write) -> None:
+        """Write a request's output; if it is cancelled, vLLM aborts the request and frees its blocks."""
+        with (
+            self._promised(request) as promise,
+            _engine_errors(),
+            self._tracer.start_as_current_span("engine generate", record_exception=False) as span,
+        ):
+            meter = _Meter(self._monitor, promise, self._metrics, span)
+            async with aclosing(self._deltas(request, meter)) as deltas:
+                async for delta in deltas:
+                    await write(delta)
+
+    async def WatchCache(  # noqa: N802
+        self, request: engine_pb2.EngineWatchCacheRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """Stream the cache's state: whole at first and after a gap, as deltas otherwise."""
+        if self._engine.errored:
+            raise ReplicaUnavailableError(_ENGINE_LOST)
+        sequence = None
+        async with aclosing(self._monitor.watch()) as snapshots:
+            async for snapshot in snapshots:
+                await context.write(_event(snapshot, follows=sequence == snapshot.sequence - 1))
+                sequence = snapshot.sequence
+
+    async def ReportDemand(  # noqa: N802
+        self, request: engine_pb2.ReportDemandRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.ReportDemandResponse:
+        """Keep what a gateway's requests wait for."""
+        self._demands.take(request.gateway_id, Demand(request.queued_tokens, request.first_token_s))
+        return engine_pb2.ReportDemandResponse()
+
+    async def WatchTiles(  # noqa: N802
+        self, request: engine_pb2.EngineWatchTilesRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """Stream the tiles in the prefix cache: whole at first, as deltas otherwise."""
+        if self._engine.errored:
+            raise ReplicaUnavailableError(_ENGINE_LOST)
+        async with aclosing(self._tiles.watch()) as changes:
+            async for change in changes:
+                await context.write(wire.tiles_to_proto(change))
+
+    async def _deltas(
+        self, request: engine_pb2.EngineRequest, meter: _Meter
+    ) -> AsyncGenerator[engine_pb2.EngineDelta, None]:
+        if request.resume_token_ids:
+            resumption = Resumption(request, self._engine.get_tokenizer())
+            if resumption.is_complete:
+                yield resumption.ending()
+                return
+            prompt, params = resumption.prompt, resumption.params
+        else:
+            resumption = None
+            prompt, params = list(request.prompt_token_ids), to_vllm(request.sampling_params)
+        salt = request.cache_salt or None
+        outputs = self._engine.generate(tokens_input(prompt, cache_salt=salt), params, request.request_id)
+        async with aclosing(outputs):
+            async for output in outputs:
+                meter.count(output)
+                delta = _delta(output)
+                if (
+                    delta.finish_reason == inference_pb2.FINISH_REASON_ERROR
+                    and params.structured_outputs is not None
+                ):
+                    raise BadRequestError(_UNMET)
+                if resumption is not None:
+                    resumption.write_text(delta)
+                yield delta
+                if delta.finish_reason:
+                    return  # a stop string ends a resumed request here; vLLM does not know of it
+
+    @contextmanager
+    def _promised(self, request: engine_pb2.EngineRequest) -> Iterator[str]:
+        """Hold what the gateway promised the request.
+
+        Raises:
+            CapacityError: others were promised it first.
+        """
+        room = self._monitor.room_blocks()
+        if request.reserved_blocks > max(room, 0):
+            raise CapacityError(
+                f"The request was promised {request.reserved_blocks} blocks and {max(room, 0)} are left: "
+                "send it to another replica or later."
+            )
+        promise = uuid.uuid4().hex
+        prompt_tokens = len(request.prompt_token_ids) + len(request.resume_token_ids)
+        left = request.sampling_params.max_tokens - len(request.resume_token_ids)
+        self._monitor.promises.hold(
+            promise,
+            request.gateway_id,
+            RequestNeed(prompt_tokens, max(left, 0), request.expected_tokens),
+            self._monitor.snapshot.capacity.tile_tokens,
+            request.reserved_blocks,
+            request.uncached_tokens,
+        )
+        self._monitor.touch()
+        try:
+            yield promise
+        finally:
+            self._monitor.promises.release(promise)
+            self._monitor.touch()
+
+
+class _Meter:
+    """Measures one request: prefill speed from its first output, inter-token latency from the others."""
+
+    def __init__(self, monitor: CacheMonitor, promise: str, metrics: EngineMetrics, span: Span) -> None:
+        self._monitor = monitor
+        self._promise = promise
+        self._metrics = metrics
+        self._span = span
+        self._last_s = 0.0
+        self._tokens = 0
+        self._filled_blocks = 0
+
+    def count(self, output: RequestOutput) -> None:
+        now = time.monotonic()
+        tokens = len(output.outputs[0].token_ids)
+        if self._last_s:
+            self._monitor.inter_token_latency_s.add((now - self._last_s) / max(tokens, 1))
+        else:
+            self._count_prefill(output)
+        self._last_s = now
+        self._metrics.generated(tokens)
+        self._count_blocks(tokens)
+        self._monitor.promises.grow(self._promise, tokens)
+        self._monitor.touch()
+
+    def _count_blocks(self, tokens: int) -> None:
+        """Count the blocks filled since the last output; the newest token is not in the cache yet."""
+        capacity = self._monitor.snapshot.capacity
+        self._tokens += tokens
+        filled = max(self._tokens - 1, 0) // capacity.tile_tokens
+        self._metrics.filled(filled - self._filled_blocks, capacity.cache_dtype)
+        self._filled_blocks = filled
+
+    def _count_prefill(self, output: RequestOutput) -> None:
+        prompt, cached = len(output.prompt_token_ids or ()), output.num_cached_tokens or 0
+        self._metrics.started(prompt, cached)
+        self._span.set_attributes({"kvarn.prompt_tokens": prompt, "kvarn.cached_tokens": cached})
+        self._span.add_event("first token")
+        self._tokens = prompt
+        self._filled_blocks = cached // self._monitor.snapshot.capacity.tile_tokens
+        computed = prompt - cached
+        times = output.metrics
+        is_measured = times is not None and times.first_token_ts > times.scheduled_ts
+        if computed >= MIN_MEASURED_TOKENS and is_measured:
+            self._monitor.prefill_tokens_per_s.add(computed, times.first_token_ts - times.scheduled_ts)
+
+
+@contextmanager
+def _engine_errors() -> Iterator[None]:
+    try:
+        yield
+    except VLLMClientError as error:
+        raise _invalid(error) from error
+    except EngineGenerateError as error:
+        if isinstance(error.__cause__, ValueError):  # a constraint that cannot be compiled
+            raise _invalid(error.__cause__) from error
+        raise
+    except EngineDeadError as error:
+        raise ReplicaUnavailableError(_ENGINE_LOST) from error
+
+
+def _invalid(error: Exception) -> BadRequestError:
+    return BadRequestError(" ".join(str(error).split())[:MAX_SENTENCE_CHARACTERS])
+
+
+_UNMET = (
+    "No token meets structured_outputs together with the other sampling parameters: change the constraint, or leave "
+    "out allowed_token_ids, min_tokens and ignore_eos."
+)
+_ENGINE_LOST = "The engine of this replica has stopped: send the request again."
+
+
+def _event(snapshot: CacheSnapshot, follows: bool) -> engine_pb2.EngineWatchCacheResponse:
+    if follows:
+        return engine_pb2.EngineWatchCacheResponse(delta=wire.delta_to_proto(snapshot))
+    return engine_pb2.EngineWatchCacheResponse(snapshot=wire.snapshot_to_proto(snapshot))
+
+
+def _delta(output: RequestOutput) -> engine_pb2.EngineDelta:
+    completion = output.outputs[0]
+    return engine_pb2.EngineDelta(
+        token_ids=completion.token_ids,
+        text=completion.text,
+        logprobs=[
+            _position(*at) for at in zip(completion.token_ids, completion.logprobs or (), strict=False)
+        ],
+        finish_reason=_FINISH_REASONS.get(completion.finish_reason or ""),
+        stop_reason=_stop_reason(completion),
+        cached_tokens=output.num_cached_tokens or 0,
+    )
+
+
+def _stop_reason(completion: CompletionOutput) -> inference_pb2.StopReason | None:
+    if isinstance(completion.stop_reason, str):
+        return inference_pb2.StopReason(stop=completion.stop_reason)
+    if isinstance(completion.stop_reason, int):
+        return inference_pb2.StopReason(stop_token_id=completion.stop_reason)
+    return None
+
+
+def _position(sampled: int, logprobs: dict[int, Any]) -> inference_pb2.PositionLogprobs:
+    """vLLM lists the sampled token with the likeliest ones; here it comes first."""
+    ranked = sorted(logprobs.items(), key=lambda item: (item[0] != sampled, item[1].rank))
+    return inference_pb2.PositionLogprobs(
+        candidates=[
+            inference_pb2.TokenLogprob(token_id=token, logprob=entry.logprob, rank=entry.rank)
+            for token, entry in ranked
+        ]
+    )

@@ -1,0 +1,38 @@
+"""Why an engine did not start: vLLM's engine core, a process of its own, only prints it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_STANDARD_ERROR = Path("/proc/self/fd/2")
+_SAID = re.compile(r"^\(EngineCore[^)]*\) \w+(?:\.\w+)*(?:Error|Exception): (.+)$", re.MULTILINE)
+
+
+@contextmanager
+def surfacing_core_errors() -> Iterator[None]:
+    """Raise what the core printed in place of vLLM's pointer to it, if standard error is a file, as Ray makes it.
+
+    Raises:
+        RuntimeError: the engine did not start.
+    """
+    start = _printed_bytes()
+    try:
+        yield
+    except RuntimeError as error:
+        said = _SAID.search(_printed_since(start)) if start is not None else None
+        if said is None:
+            raise
+        raise RuntimeError(said[1]) from error
+
+
+def _printed_bytes() -> int | None:
+    return _STANDARD_ERROR.stat().st_size if _STANDARD_ERROR.is_file() else None
+
+
+def _printed_since(start: int) -> str:
+    with _STANDARD_ERROR.open("rb") as printed:
+        printed.seek(start)
+        return printed.read().decode(errors="replace")

@@ -1,0 +1,111 @@
+"""The full tiles in one engine's prefix cache, under names that every gateway can work out from token ids."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass
+
+from kvarn.vllm.access.cache_events import CacheEvent
+from serve_app.routing import Namespace, extend_chain
+from serve_app.rpc.feed import Feed
+
+
+@dataclass(frozen=True)
+class TileChange:
+    """Change number `sequence` of engine life `epoch`: all tiles if it is whole, else what came and went."""
+
+    epoch: int
+    sequence: int
+    stored: list[int]
+    removed: list[int]
+    is_whole: bool = False
+
+
+@dataclass(slots=True)
+class _Tile:
+    name: int
+    copies: int = 1
+
+
+class TileLog:
+    """Follows an engine's cache events and numbers the changes.
+
+    Args:
+        epoch: the life of the engine.
+        model: names the model in namespaces, as the gateways do.
+        cache_dtype: what the cache holds.
+        tile_tokens: tokens of one block.
+    """
+
+    def __init__(self, epoch: int, model: str, cache_dtype: str, tile_tokens: int) -> None:
+        self._epoch = epoch
+        self._model = model
+        self._cache_dtype = cache_dtype
+        self._tile_tokens = tile_tokens
+        self._sequence = 1
+        self._tiles: dict[int, _Tile] = {}
+        self._names: set[int] = set()
+        self._feed = Feed(self._whole)
+
+    def take(self, events: Iterable[CacheEvent]) -> None:
+        """Publish what `events` changed, if anything."""
+        before: dict[int, bool] = {}
+        for event in events:
+            if event.cleared:
+                for block in list(self._tiles):
+                    self._remove(block, before, every_copy=True)
+            for block in event.removed:
+                self._remove(block, before)
+            self._store(event, before)
+        stored = [name for name, was_held in before.items() if not was_held and name in self._names]
+        removed = [name for name, was_held in before.items() if was_held and name not in self._names]
+        if stored or removed:
+            self._sequence += 1
+            self._feed.publish(TileChange(self._epoch, self._sequence, stored, removed))
+
+    def watch(self) -> AsyncGenerator[TileChange, None]:
+        """Yield all tiles, then every change."""
+        return self._feed.watch()
+
+    def close(self) -> None:
+        """End every watch."""
+        self._feed.close()
+
+    def _store(self, event: CacheEvent, before: dict[int, bool]) -> None:
+        name = self._parent_name(event)
+        if name is None:
+            return
+        size = self._tile_tokens
+        for place, block in enumerate(event.stored):
+            name = extend_chain(name, array("I", event.token_ids[place * size : (place + 1) * size]))
+            tile = self._tiles.get(block)
+            if tile is None:
+                before.setdefault(name, False)
+                self._names.add(name)
+                self._tiles[block] = _Tile(name)
+            else:
+                tile.copies += 1
+
+    def _remove(self, block: int, before: dict[int, bool], every_copy: bool = False) -> None:
+        tile = self._tiles.get(block)
+        if tile is None:
+            return
+        tile.copies -= 1
+        if every_copy or not tile.copies:
+            before.setdefault(tile.name, True)
+            self._names.discard(tile.name)
+            del self._tiles[block]
+
+    def _parent_name(self, event: CacheEvent) -> int | None:
+        """The name of the tile that stored ones follow; None if it is not known, so that they cannot be named."""
+        if event.parent is None:
+            namespace = Namespace(
+                self._model, self._cache_dtype, self._tile_tokens, event.adapter, event.salt
+            )
+            return namespace.root()
+        parent = self._tiles.get(event.parent)
+        return parent.name if parent else None
+
+    def _whole(self) -> TileChange:
+        return TileChange(self._epoch, self._sequence, list(self._names), [], is_whole=True)

@@ -1,0 +1,246 @@
+"""Where requests of one gateway wait for a replica with room."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from serve_app.config import RoutingConfig
+from serve_app.gateway.generation import Generation
+from serve_app.request.errors import (
+    NOT_READY,
+    CapacityError,
+    ContextLengthError,
+    DeadlineError,
+    ReplicaUnavailableError,
+    RequestError,
+)
+from serve_app.routing import Decision, FairQueue, QueuedRequest, Rejection, RequestNeed, Router
+
+WAKE_S = 0.002  # changes within this are answered together
+INTERVAL_WEIGHT = 0.1
+QUEUE_REASONS = ("blocks", "slots", "batch", "replicas", "turn")
+MIN_RETRY_S, MAX_RETRY_S = 0.1, 30.0
+
+
+@dataclass(slots=True)
+class _Entry:
+    generation: Generation
+    tried: Collection[str]
+    admitted: asyncio.Future[Decision] = field(default_factory=asyncio.Future)
+    decision: Decision | None = None
+
+
+class AdmissionQueue:
+    """Gives each request a replica at once, or a place in the queue until one has room.
+
+    Args:
+        router: chooses and reserves.
+        config: how many may wait, how long, and the tenants' shares.
+    """
+
+    def __init__(self, router: Router, config: RoutingConfig) -> None:
+        self._router = router
+        self._patience_s = config.queue_timeout_s
+        self._queue = FairQueue(config.queue_limit, config.tenant_weights)
+        self._entries: dict[str, _Entry] = {}
+        self._interval_s = 0.0
+        self._last_taken_s = 0.0
+        self._waking: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        """Requests that wait."""
+        return len(self._queue)
+
+    @property
+    def tokens(self) -> int:
+        """Cache space that what waits will probably take, in tokens."""
+        return self._queue.tokens
+
+    def by_reason(self) -> Counter[str]:
+        """How many requests wait, by each of `QUEUE_REASONS`."""
+        return Counter(_lack(entry.decision) for entry in self._entries.values())
+
+    def wake(self) -> None:
+        """Something changed: see soon whether a request that waits can go."""
+        if self._waking is None and self._queue:
+            self._waking = asyncio.get_running_loop().call_later(WAKE_S, self._pump)
+
+    async def admit(self, generation: Generation, tried: Collection[str] = ()) -> Decision:
+        """Reserve room for `generation` on a replica it has not tried, waiting for it if need be.
+
+        A generation that was at a replica already waits even while no replica is ready; a new one is refused then.
+
+        Raises:
+            RequestError: it can never fit, the queue is full, it waited too long, or its deadline cannot be met.
+        """
+        generation.queued_s = 0.0
+        if not self._queue:
+            decision = self._try(generation, tried)
+            if decision.chosen is not None:
+                self._check_deadline(generation, decision)
+                return decision
+            if not (tried or generation.output or generation.attempts > 1 or _may_fit_later(decision)):
+                raise rejection_error(decision, generation.need, self._router.max_model_len())
+        if generation.place is None:
+            self._check_wait(generation)
+        return await self._wait(generation, tried)
+
+    async def _wait(self, generation: Generation, tried: Collection[str]) -> Decision:
+        now_s = time.monotonic()
+        entry = self._entries[generation.key] = _Entry(generation, tried)
+        if generation.place is None:
+            generation.place = QueuedRequest(
+                generation.key, generation.caller, generation.need, generation.deadline_s, now_s
+            )
+            displaced = self._queue.push(generation.place)
+        else:  # the engine that it was sent to had promised its room to others
+            generation.place.request_id = generation.key
+            displaced = self._queue.put_back(generation.place)
+        waiting = generation.place
+        if displaced is not None:
+            self._refuse_displaced(displaced)
+        self.wake()
+        try:
+            async with asyncio.timeout(
+                min(waiting.since_s + self._patience_s, generation.deadline_s) - now_s
+            ):
+                return await entry.admitted
+        except TimeoutError:
+            if entry.admitted.done() and not entry.admitted.cancelled():  # in the same turn of the event loop
+                return entry.admitted.result()
+            if time.monotonic() >= generation.deadline_s:
+                raise DeadlineError(_LATE) from None
+            raise self._no_room(generation, f"waited {self._patience_s:g} seconds") from None
+        except asyncio.CancelledError:
+            self._router.release(generation.key)
+            raise
+        finally:
+            generation.queued_s = time.monotonic() - now_s
+            self._queue.remove(waiting)
+            del self._entries[generation.key]
+
+    def _pump(self) -> None:
+        self._waking = None
+        for late in self._queue.expire(time.monotonic()):
+            self._fail(late, DeadlineError(_LATE))
+        while (taken := self._queue.take(self._fits)) is not None:
+            self._measure_interval()
+            entry = self._entries[taken.request_id]
+            if entry.admitted.done():  # its caller has just gone
+                self._router.release(taken.request_id)
+            elif entry.decision is not None:
+                entry.admitted.set_result(entry.decision)
+
+    def _fits(self, waiting: QueuedRequest) -> bool:
+        entry = self._entries[waiting.request_id]
+        entry.decision = self._try(entry.generation, entry.tried)
+        return entry.decision.chosen is not None
+
+    def _try(self, generation: Generation, tried: Collection[str]) -> Decision:
+        """Ask the router; where others have no room, a replica that failed the request may have recovered."""
+        start = time.perf_counter()
+        now_s = time.monotonic()
+        decision = self._router.admit(generation.key, generation.need, generation.prompt, now_s, tried)
+        if decision.chosen is None and tried:
+            decision = self._router.admit(generation.key, generation.need, generation.prompt, now_s)
+        generation.decision_s = time.perf_counter() - start
+        return decision
+
+    def _check_deadline(self, generation: Generation, decision: Decision) -> None:
+        chosen = decision.chosen
+        if chosen is None or time.monotonic() + chosen.first_token_s <= generation.deadline_s:
+            return
+        self._router.release(generation.key)
+        raise self._too_late(generation, "get its first token", chosen.first_token_s)
+
+    def _check_wait(self, generation: Generation) -> None:
+        expected_s = len(self._queue) * self._interval_s
+        if time.monotonic() + expected_s > generation.deadline_s:
+            raise self._too_late(generation, "find room", expected_s)
+
+    def _refuse_displaced(self, displaced: QueuedRequest) -> None:
+        generation = self._entries[displaced.request_id].generation
+        self._fail(displaced, self._no_room(generation, f"found {len(self._queue)} others waiting"))
+
+    def _fail(self, waiting: QueuedRequest, error: Exception) -> None:
+        admitted = self._entries[waiting.request_id].admitted
+        if not admitted.done():
+            admitted.set_exception(error)
+
+    def _no_room(self, generation: Generation, reason: str) -> CapacityError:
+        need = generation.need
+        return CapacityError(
+            f"The prompt has {need.prompt_tokens} tokens and max_tokens is {need.max_tokens}; no replica has room for "
+            f"that now and the request {reason}: try again later, allow more time or lower max_tokens.",
+            self._retry_after_s(),
+        )
+
+    def _too_late(self, generation: Generation, what: str, after_s: float) -> CapacityError:
+        left_s = generation.deadline_s - time.monotonic()
+        return CapacityError(
+            f"The request would {what} after about {_in_seconds(after_s)}, past its deadline in {_in_seconds(left_s)}: "
+            "allow more time, shorten the prompt or send it at a quieter time.",
+            self._retry_after_s(),
+        )
+
+    def _retry_after_s(self) -> float:
+        return min(max((len(self._queue) + 1) * self._interval_s, MIN_RETRY_S), MAX_RETRY_S)
+
+    def _measure_interval(self) -> None:
+        """How long the queue takes for each request, as long as it is not empty in between."""
+        now_s = time.monotonic()
+        if self._last_taken_s and self._queue:
+            since_s = min(now_s - self._last_taken_s, MAX_RETRY_S)
+            self._interval_s += INTERVAL_WEIGHT * (since_s - self._interval_s)
+        self._last_taken_s = now_s if self._queue else 0.0
+
+
+def _in_seconds(duration_s: float) -> str:
+    """At least two digits of it, as waits are of milliseconds or minutes."""
+    return f"{duration_s:.1f} seconds" if duration_s >= 1 else f"{max(duration_s, 0):.2g} seconds"
+
+
+_LATE = "The deadline passed while the request waited for room: allow more time or send it at a quieter time."
+
+
+_LACKS = {Rejection.NO_ROOM: "blocks", Rejection.NO_SLOTS: "slots", Rejection.FULL_BATCH: "batch"}
+
+
+def _lack(decision: Decision | None) -> str:
+    """What the replicas lacked when the queue last tried a request; it has not tried those behind the first few."""
+    if decision is None or decision.chosen is not None:
+        return "turn"
+    refusals = decision.refusals
+    return next((reason for refusal, reason in _LACKS.items() if refusal in refusals), "replicas")
+
+
+def _may_fit_later(decision: Decision) -> bool:
+    return any(why.is_full or why is Rejection.BROKEN for why in decision.refusals)
+
+
+def rejection_error(decision: Decision, need: RequestNeed, context_tokens: int) -> RequestError:
+    """The error for a decision that chose nothing.
+
+    Headroom that may come back wins over replicas that may: the caller then knows that the request itself is fine.
+
+    Args:
+        decision: every candidate's refusal.
+        need: what was asked for.
+        context_tokens: the longest context of any replica.
+    """
+    refusals = decision.refusals
+    asked = f"The prompt has {need.prompt_tokens} tokens and max_tokens is {need.max_tokens}"
+    if Rejection.NO_ROOM in refusals:
+        return CapacityError(
+            f"{asked}, and no replica has room for that now: try again later or lower max_tokens."
+        )
+    if not refusals or not all(refusal.is_permanent for refusal in refusals):
+        return ReplicaUnavailableError(NOT_READY)
+    limit = f"the context of {context_tokens} tokens"
+    if Rejection.PAST_CONTEXT not in refusals:
+        limit = "what the cache of any replica can hold"
+    return ContextLengthError(f"{asked}, together more than {limit}: shorten the prompt or lower max_tokens.")

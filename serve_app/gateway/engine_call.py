@@ -1,0 +1,138 @@
+"""One call of an engine replica, and what its end means for the replica."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+
+from kvarn.v1 import engine_pb2, inference_pb2
+from serve_app.gateway.engine_stream import CallError
+from serve_app.gateway.fleet import Fleet
+from serve_app.request.errors import BadRequestError, DeadlineError
+from serve_app.routing import Router
+
+_DROPPED = (inference_pb2.FINISH_REASON_ABORT, inference_pb2.FINISH_REASON_ERROR)
+
+
+class ReplicaError(Exception):
+    """A replica did not do what it was asked, for reasons of its own: another may.
+
+    Attributes:
+        replica_id: the replica.
+        is_failure: False if it refused because others took its room first, or had gone before it was asked.
+    """
+
+    def __init__(self, replica_id: str, is_failure: bool = True) -> None:
+        super().__init__(replica_id)
+        self.replica_id = replica_id
+        self.is_failure = is_failure
+
+
+class EngineCall:
+    """The deltas from one replica, kept account of in the router under `key`.
+
+    Iterating raises `ReplicaError` for what another replica may do better, and `RequestError`s for what is final.
+    `close` cancels what is left; it may be called twice.
+
+    Args:
+        fleet: reaches the replica.
+        router: holds the reservation, made already.
+        key: names the reservation.
+        replica_id: the replica, of which the fleet knows.
+        message: what it is asked for.
+        timeout_s: time the call may take; None sets no limit.
+        headers: the trace context.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        router: Router,
+        key: str,
+        replica_id: str,
+        message: engine_pb2.EngineRequest,
+        timeout_s: float | None,
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        self.replica_id = replica_id
+        self._fleet = fleet
+        self._router = router
+        self._key = key
+        self._call = fleet.call(replica_id, message, timeout_s, headers)
+        self._is_finished = False
+        self._first: asyncio.Task[engine_pb2.EngineDelta] | None = None
+
+    def __aiter__(self) -> AsyncIterator[engine_pb2.EngineDelta]:
+        return self
+
+    async def __anext__(self) -> engine_pb2.EngineDelta:
+        if self._first is not None:
+            first, self._first = self._first, None
+            return await first
+        return await self._read()
+
+    async def has_begun(self, within_s: float) -> bool:
+        """Whether it has answered, or failed, within that time."""
+        return bool((await asyncio.wait([self._begin()], timeout=within_s))[0])
+
+    async def race(self, other: EngineCall) -> tuple[EngineCall, EngineCall]:
+        """This call and another, the one that answers first being first; one that fails does not win."""
+        running = {self._begin(): self, other._begin(): other}
+        while len(running) > 1:
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if task.exception() is None:
+                    winner = running[task]
+                    return winner, other if winner is self else self
+            for task in list(done)[: len(running) - 1]:
+                del running[task]
+        (winner,) = running.values()
+        return winner, other if winner is self else self
+
+    def close(self) -> None:
+        """Give back what it holds; the engine hears of it and frees the blocks."""
+        if self._first is not None:
+            self._first.cancel()
+        self._call.cancel()
+        self._router.release(self._key)
+
+    def _begin(self) -> asyncio.Task[engine_pb2.EngineDelta]:
+        if self._first is None:
+            self._first = asyncio.ensure_future(self._read())
+        return self._first
+
+    async def _read(self) -> engine_pb2.EngineDelta:
+        if self._is_finished:
+            raise StopAsyncIteration
+        try:
+            delta = await self._call.read()
+        except CallError as error:
+            raise self._translate(error) from error
+        if delta.finish_reason in _DROPPED:
+            raise self._failed()
+        self._is_finished = bool(delta.finish_reason)
+        self._router.grow(self._key, len(delta.token_ids), time.monotonic())
+        return delta
+
+    def _translate(self, error: CallError) -> Exception:
+        match error.status:
+            case grpc.StatusCode.INVALID_ARGUMENT:
+                return BadRequestError(error.sentence)
+            case grpc.StatusCode.DEADLINE_EXCEEDED:
+                return DeadlineError(_TOO_LATE)
+            case grpc.StatusCode.RESOURCE_EXHAUSTED:
+                self._router.refused(self._key)
+                return ReplicaError(self.replica_id, is_failure=False)
+            case grpc.StatusCode.UNAVAILABLE:
+                self._fleet.report_lost(self.replica_id)
+        return self._failed()
+
+    def _failed(self) -> ReplicaError:
+        self._router.failed(self._key, time.monotonic())
+        return ReplicaError(self.replica_id)
+
+
+_TOO_LATE = "The deadline passed before the output was complete: allow more time or lower max_tokens."

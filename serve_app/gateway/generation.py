@@ -1,0 +1,122 @@
+"""One request on its way through a gateway: what was asked for and what is out already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count
+
+from kvarn.v1 import engine_pb2, inference_pb2, sampling_pb2
+from serve_app.routing import Caller, Candidate, Prompt, QueuedRequest, RequestNeed, Router, token_array
+
+_numbers = count()
+
+
+def new_key() -> str:
+    """A name for a reservation that nothing else in this process has."""
+    return str(next(_numbers))
+
+
+@dataclass(slots=True)
+class Generation:
+    """A checked and tokenized request.
+
+    Attributes:
+        request_id: the caller's name for it.
+        caller: who asks.
+        ids: token ids of the prompt.
+        sampling: how to draw tokens; max_tokens is set.
+        salt: what keeps its cached prefixes apart from others'.
+        deadline_s: when its time is over, on the monotonic clock.
+        output: token ids that are out.
+        key: names it in the router; new for every replica it is sent to.
+        attempts: times it was made ready to be sent.
+        need: what it takes of a cache now.
+        prompt: what is left to compute for it: the prompt and the output so far.
+        usage: tokens counted so far.
+        resumptions: times another replica went on with it.
+        headers: trace context of the calls on its behalf.
+        decision_s: how long the last choice of a replica took.
+        queued_s: time it last waited in the queue; 0 if it did not have to.
+        place: its place in the queue, kept until a replica has begun to answer it; None if it has not waited.
+        inexact_because: why its output may differ from an uninterrupted one.
+    """
+
+    request_id: str
+    caller: Caller
+    ids: list[int]
+    sampling: sampling_pb2.SamplingParams
+    salt: str
+    deadline_s: float
+    output: list[int]
+    key: str = ""
+    attempts: int = 0
+    need: RequestNeed = field(init=False)
+    prompt: Prompt = field(init=False)
+    usage: inference_pb2.Usage = field(default_factory=inference_pb2.Usage)
+    resumptions: int = 0
+    headers: tuple[tuple[str, str], ...] = ()
+    decision_s: float = 0.0
+    queued_s: float = 0.0
+    place: QueuedRequest | None = None
+    inexact_because: str = ""
+
+    def begin(self, router: Router) -> None:
+        """Make it ready to be sent to a replica, from where its output stands."""
+        left = self.sampling.max_tokens - len(self.output)
+        ids = [*self.ids, *self.output] if self.output else self.ids
+        self.key = new_key()
+        self.attempts += 1
+        self.need = router.need(len(ids), max(left, 0))
+        self.prompt = Prompt(token_array(ids), self.salt)
+        self.usage.prompt_tokens = len(self.ids)
+        self.usage.completion_tokens = len(self.output)
+        if self.output:
+            self.inexact_because = inexact_because(self.sampling)
+
+    def message(self, gateway_id: str, chosen: Candidate) -> engine_pb2.EngineRequest:
+        """What the chosen replica is asked for."""
+        return engine_pb2.EngineRequest(
+            request_id=self.request_id,
+            gateway_id=gateway_id,
+            prompt_token_ids=self.ids,
+            sampling_params=self.sampling,
+            cache_salt=self.salt,
+            reserved_blocks=chosen.blocks,
+            uncached_tokens=chosen.uncached_tokens,
+            expected_tokens=self.need.expected_tokens,
+            resume_token_ids=self.output,
+        )
+
+    def take(self, replica_id: str, delta: engine_pb2.EngineDelta) -> inference_pb2.GenerateResponse:
+        """Count what an engine sent, and make of it what the caller gets."""
+        self.output += delta.token_ids
+        self.place = None
+        self.usage.completion_tokens = len(self.output)
+        if not self.resumptions:
+            self.usage.cached_tokens = delta.cached_tokens
+        response = inference_pb2.GenerateResponse(
+            request_id=self.request_id,
+            replica_id=replica_id,
+            token_ids=delta.token_ids,
+            text=delta.text,
+            logprobs=delta.logprobs,
+            finish_reason=delta.finish_reason,
+            usage=self.usage,
+            resumptions=self.resumptions,
+            inexact_because=self.inexact_because,
+        )
+        if delta.HasField("stop_reason"):
+            response.stop_reason.CopyFrom(delta.stop_reason)
+        return response
+
+
+def inexact_because(sampling: sampling_pb2.SamplingParams) -> str:
+    """Why a resumed output may differ from an uninterrupted one; empty if it may not.
+
+    Drawing without a seed goes on as well as it began: no draw depends on the random numbers of earlier ones.
+    """
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        return "presence_penalty and frequency_penalty do not count tokens from before the resumption"
+    if sampling.HasField("seed") and not (sampling.HasField("temperature") and sampling.temperature == 0):
+        return "the seed's random generator starts again at the resumption"
+    return ""

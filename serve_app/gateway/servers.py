@@ -1,0 +1,113 @@
+"""What clients connect to: a gateway's gRPC and HTTP servers, over one dispatcher and one set of keys."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from fastapi import APIRouter
+from starlette.types import ASGIApp
+
+from kvarn.v1 import cluster_pb2_grpc, inference_pb2_grpc
+from serve_app.config import GatewayConfig
+from serve_app.gateway.services import SERVICE_NAMES, ClusterService, FleetFeed, InferenceService
+from serve_app.http.asgi_app import http_app, probes
+from serve_app.http.guard import HttpGuard
+from serve_app.http.server import HttpServer
+from serve_app.openai.api import openai_api
+from serve_app.openai.chat_completions import ChatService
+from serve_app.openai.completions import CompletionService
+from serve_app.openai.tools import ToolParsers
+from serve_app.request.handler import RequestHandler
+from serve_app.request.prompts import PromptEncoder
+from serve_app.rpc.grpc_server import GrpcServer
+from serve_app.security.access import Access
+from serve_app.security.tenant_salts import TenantSalts
+from serve_app.security.tls import ServerTls
+
+
+class GatewayServers:
+    """Both servers of one gateway.
+
+    Args:
+        config: settings of the gateways.
+        model_name: what clients call the model.
+        dispatcher: takes requests to the engines.
+        encoder: the model's tokenizer.
+        fleet: tells of the replicas.
+        is_ready: whether any replica takes requests.
+        on_refusal: called with the reason of each request refused before it comes to the dispatcher.
+        routers: further HTTP routes.
+
+    Raises:
+        ValueError: certificates, API keys or the tool parser cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        model_name: str,
+        dispatcher: RequestHandler,
+        encoder: PromptEncoder,
+        fleet: FleetFeed,
+        is_ready: Callable[[], bool],
+        on_refusal: Callable[[str], None],
+        routers: Sequence[APIRouter] = (),
+    ) -> None:
+        self._config = config
+        if config.security.salt_cache_by_tenant:
+            dispatcher = TenantSalts(dispatcher)
+        access = Access(config.security.api_keys, on_refusal)
+        tls = ServerTls(config.security.tls) if config.security.tls else None
+        self._grpc = self._grpc_server(access, tls)
+        inference = InferenceService(dispatcher, access, config.limits.write_timeout_s)
+        inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._grpc)  # type: ignore[no-untyped-call]
+        cluster = ClusterService(fleet, dispatcher, access)
+        cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, self._grpc)  # type: ignore[no-untyped-call]
+        parsers = ToolParsers(config.tool_parser, encoder.tokenizer)
+        chat = ChatService(dispatcher, parsers, encoder, on_refusal)
+        completions = CompletionService(dispatcher, encoder.token_text, on_refusal)
+        openai = openai_api(model_name, chat, completions, access)
+        app = http_app([probes(is_ready), openai, *routers], on_refusal)
+        guard = HttpGuard(app, access, config.limits, config.max_message_bytes, on_refusal)
+        self._http = self._http_server(guard, tls)
+
+    async def start(self) -> tuple[int, int]:
+        """Listen; return the ports of gRPC and HTTP.
+
+        Raises:
+            OSError: an address cannot be bound.
+        """
+        return await self._grpc.start(), self._http.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """Answer gRPC's health checks with SERVING or NOT_SERVING."""
+        await self._grpc.set_serving(serving)
+
+    async def stop(self) -> None:
+        """Refuse new calls, and let running ones end within the configured grace."""
+        await asyncio.gather(self._grpc.stop(self._config.drain_grace_s), self._http.stop())
+
+    def _grpc_server(self, access: Access, tls: ServerTls | None) -> GrpcServer:
+        config = self._config
+        return GrpcServer(
+            f"{config.host}:{config.port}",
+            SERVICE_NAMES,
+            max_message_bytes=config.max_message_bytes,
+            reuse_port=config.num_replicas > 1,
+            check=access.check if config.security.api_keys else None,
+            credentials=tls.grpc_credentials() if tls else None,
+            limits=config.limits,
+        )
+
+    def _http_server(self, app: ASGIApp, tls: ServerTls | None) -> HttpServer:
+        config = self._config
+        return HttpServer(
+            app,
+            config.http.host,
+            config.http.port,
+            reuse_port=config.num_replicas > 1,
+            drain_grace_s=config.drain_grace_s,
+            limits=config.limits,
+            tls=tls.ssl_context() if tls else None,
+        )

@@ -1,0 +1,82 @@
+"""The HTTP application of a gateway: probes, and the routers of whatever else it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from serve_app.observability.tracing import TraceContext
+from serve_app.openai.error_responses import error_response, failed, invalid
+from serve_app.openai.schema import NOT_JSON, problem
+from serve_app.request.errors import BadRequestError, RequestError
+
+
+def http_app(
+    routers: Iterable[APIRouter], on_refusal: Callable[[str], None] = lambda reason: None
+) -> FastAPI:
+    """One application of all `routers`.
+
+    Args:
+        routers: the routes.
+        on_refusal: called with the reason of each body refused before a route sees it.
+    """
+    app = FastAPI(title="KVarN serving", openapi_url="/openapi.json", docs_url=None, redoc_url=None)
+    app.add_middleware(TraceContext)
+    app.state.on_refusal = on_refusal
+    for router in routers:
+        app.include_router(router)
+    app.add_exception_handler(RequestError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(Exception, _failed)
+    return app
+
+
+def probes(is_ready: Callable[[], bool]) -> APIRouter:
+    """What load balancers and Kubernetes ask.
+
+    Args:
+        is_ready: whether the gateway has a replica that takes requests.
+    """
+    router = APIRouter(tags=["probes"])
+
+    @router.get("/livez", status_code=204)
+    async def livez() -> None:
+        """The gateway answers."""
+
+    @router.get("/readyz", status_code=204, responses={503: {"description": "No replica takes requests."}})
+    async def readyz() -> Response:
+        """The gateway answers and has a replica that takes requests."""
+        return Response(status_code=204 if is_ready() else 503)
+
+    return router
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error_response(error)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    request.app.state.on_refusal(BadRequestError.reason)
+    sentence, param = problem(error.errors(), error.body)
+    return invalid(sentence, param=param)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods, and bodies that are no JSON at all."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 400:
+        request.app.state.on_refusal(BadRequestError.reason)
+        return invalid(NOT_JSON)
+    response = invalid(f"{request.method} {request.url.path[:128]}: {error.detail}.", error.status_code)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return failed()

@@ -1,0 +1,127 @@
+"""HTTP/1.1 on one connection, with limits: uvicorn's protocol waits for ever for headers and for slow readers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from serve_app.config import LimitsConfig
+from serve_app.openai.error_responses import body
+
+
+class _Connection(h11.Connection):
+    """A server's side of a connection; h11 itself limits only headers that come in more than one piece.
+
+    Args:
+        max_header_bytes: of a request's first line and headers.
+
+    Attributes:
+        has_large_headers: a request had more.
+    """
+
+    def __init__(self, max_header_bytes: int) -> None:
+        super().__init__(h11.SERVER, max_header_bytes)
+        self._max_header_bytes = max_header_bytes
+        self.has_large_headers = False
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request) and _header_bytes(event) > self._max_header_bytes:
+            self.has_large_headers = True
+            raise h11.RemoteProtocolError("the headers are too large")  # uvicorn calls send_400_response
+        return event
+
+
+class GuardedProtocol(H11Protocol):
+    """Closes connections that are one too many, whose headers do not come in time, or that are not read.
+
+    Args:
+        limits: how many, how large and how long.
+    """
+
+    def __init__(self, *args: Any, limits: LimitsConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self.conn: _Connection = _Connection(limits.max_header_bytes)
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._limits.max_connections:
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "Too many connections: try again later.")
+        else:
+            self._header_timer = self._after(self._limits.header_timeout_s, self._header_timeout)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_header_timer()
+        elif self._header_timer is None and self.timeout_keep_alive_task is None:
+            self._header_timer = self._after(self._limits.header_timeout_s, self._header_timeout)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self._after(self._limits.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_write_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_header_timer()
+        self._stop_write_timer()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn calls this for what is not HTTP, headers that are too large among them."""
+        limit = self._limits.max_header_bytes
+        if self.conn.has_large_headers or len(self.conn.trailing_data[0]) > limit:
+            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            self._refuse(status, f"The headers have more than {limit} bytes: send less.")
+        else:
+            self._refuse(HTTPStatus.BAD_REQUEST, "This is not a valid HTTP/1.1 request.")
+
+    def _header_timeout(self) -> None:
+        seconds = self._limits.header_timeout_s
+        self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"The headers did not come within {seconds:g} seconds.")
+
+    def _refuse(self, status: HTTPStatus, sentence: str) -> None:
+        """Answer, if that is still possible, and close."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            content = json.dumps(body(sentence, "invalid_request_error")).encode()
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(content))),
+                ("connection", "close"),
+            ]
+            response = h11.Response(status_code=status, headers=headers, reason=status.phrase.encode())
+            for event in (response, h11.Data(data=content), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _after(self, seconds: float, action: Callable[[], None]) -> asyncio.TimerHandle:
+        return self.loop.call_later(seconds, action)
+
+    def _stop_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+
+def _header_bytes(request: h11.Request) -> int:
+    """The size of a request's first line and headers, without optional spaces."""
+    first_line = len(request.method) + len(request.target) + len("  HTTP/1.1\r\n")
+    lines = sum(len(name) + len(value) + len(": \r\n") for name, value in request.headers)
+    return first_line + lines + len("\r\n")

@@ -1,0 +1,1 @@
+"""Metrics, traces and demand reports, in gateways and engines."""

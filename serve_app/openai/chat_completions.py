@@ -1,0 +1,108 @@
+"""Chat completions: one conversation, one answer or several."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat.chat_completion_chunk import ChoiceLogprobs
+from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob
+
+from kvarn.v1 import inference_pb2
+from serve_app.openai import responses
+from serve_app.openai.choices import Usage, generate_all
+from serve_app.openai.requests import chat_prompt, chat_sampling, one_per_prompt, valid_unicode
+from serve_app.openai.responses import ChatState, Head, Vocabulary
+from serve_app.openai.schema import ChatCompletionRequest
+from serve_app.openai.tools import ToolParsers
+from serve_app.request.errors import counting_rejections
+from serve_app.request.handler import RequestHandler
+from serve_app.routing import Caller
+
+
+class ChatService:
+    """Answers conversations.
+
+    Args:
+        dispatcher: the gateway's way to the engines.
+        parsers: for tool calls.
+        vocabulary: the model's.
+        on_refusal: called with the reason of each request refused before it comes to the dispatcher.
+    """
+
+    def __init__(
+        self,
+        dispatcher: RequestHandler,
+        parsers: ToolParsers,
+        vocabulary: Vocabulary,
+        on_refusal: Callable[[str], None],
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._parsers = parsers
+        self._vocabulary = vocabulary
+        self._on_refusal = on_refusal
+
+    async def complete(self, request: ChatCompletionRequest, head: Head, caller: Caller) -> ChatCompletion:
+        """The whole answer.
+
+        Raises:
+            RequestError: with the sentence for the caller.
+        """
+        requests, states = self._requests(request, head), self._states(request)
+        async with aclosing(generate_all(self._dispatcher, requests, len(states), caller)) as pieces:
+            async for index, piece in pieces:
+                state = states[index]
+                state.take(piece)
+                state.logprobs += self._logprobs(state, piece)
+        return responses.chat_completion(head, states, _counted(states))
+
+    async def stream(
+        self, request: ChatCompletionRequest, head: Head, caller: Caller
+    ) -> AsyncGenerator[ChatCompletionChunk, None]:
+        """The answer piece by piece.
+
+        Raises:
+            RequestError: with the sentence for the caller.
+        """
+        requests, states = self._requests(request, head), self._states(request)
+        opened: set[int] = set()
+        async with aclosing(generate_all(self._dispatcher, requests, len(states), caller)) as pieces:
+            async for index, piece in pieces:
+                if index not in opened:
+                    opened.add(index)
+                    yield responses.first_chunk(head, index)
+                if made := self._chunk(head, index, states[index], piece):
+                    yield made
+        if request.stream_options and request.stream_options.include_usage:
+            yield responses.usage_chunk(head, _counted(states))
+
+    def _chunk(
+        self, head: Head, index: int, state: ChatState, piece: inference_pb2.GenerateResponse
+    ) -> ChatCompletionChunk | None:
+        found = state.take(piece)
+        logprobs = self._logprobs(state, piece)
+        shown = ChoiceLogprobs(content=logprobs, refusal=None) if logprobs else None
+        return responses.chunk(head, index, found, state.finish_reason, shown)
+
+    def _logprobs(
+        self, state: ChatState, piece: inference_pb2.GenerateResponse
+    ) -> list[ChatCompletionTokenLogprob]:
+        return responses.chat_logprobs(piece.logprobs, state.top_logprobs, self._vocabulary)
+
+    def _states(self, request: ChatCompletionRequest) -> list[ChatState]:
+        with_logprobs, top_logprobs = bool(request.logprobs), request.top_logprobs or 0
+        return [
+            ChatState(self._parsers.reader(request), with_logprobs, top_logprobs)
+            for _ in range(request.n or 1)
+        ]
+
+    def _requests(self, request: ChatCompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:
+        with counting_rejections(self._on_refusal), valid_unicode():
+            params = chat_sampling(request)
+            self._parsers.prepare(request, params)
+            return one_per_prompt(head.request_id, request, [chat_prompt(request)], params)
+
+
+def _counted(states: Sequence[ChatState]) -> Usage:
+    return Usage.of([state.usage for state in states], len(states))

@@ -1,0 +1,89 @@
+"""Refusals in the shape and with the status OpenAI's clients expect."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from serve_app.request import errors
+
+FAILED = "The server failed on this request: its log says why."
+
+
+class ErrorObject(BaseModel):
+    """What was wrong, in one sentence."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorObject
+
+
+@dataclass(frozen=True)
+class ErrorKind:
+    """How a kind of error shows: the HTTP status, and OpenAI's `type` and `code`."""
+
+    status: int
+    type: str
+    code: str | None = None
+
+
+_INVALID = ErrorKind(400, "invalid_request_error")
+_FAILED = ErrorKind(500, "server_error")
+_KINDS: dict[type[errors.RequestError], ErrorKind] = {
+    errors.ContextLengthError: ErrorKind(400, "invalid_request_error", "context_length_exceeded"),
+    errors.TooLargeError: ErrorKind(413, "invalid_request_error"),
+    errors.TooSlowError: ErrorKind(408, "invalid_request_error"),
+    errors.BadRequestError: _INVALID,
+    errors.AuthenticationError: ErrorKind(401, "invalid_request_error", "invalid_api_key"),
+    errors.ModelNotFoundError: ErrorKind(404, "invalid_request_error", "model_not_found"),
+    errors.RateLimitError: ErrorKind(429, "requests", "rate_limit_exceeded"),
+    errors.CapacityError: ErrorKind(429, "server_error", "no_room"),
+    errors.ReplicaUnavailableError: ErrorKind(503, "server_error", "unavailable"),
+    errors.DeadlineError: ErrorKind(504, "server_error", "deadline_exceeded"),
+}
+
+
+def error_response(error: errors.RequestError) -> JSONResponse:
+    """The answer to a refused request."""
+    kind = _kind(error)
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    if kind.status == 401:
+        headers["www-authenticate"] = 'Basic realm="KVarN: the password is your API key"'
+    return JSONResponse(error_body(error), kind.status, headers)
+
+
+def error_body(error: errors.RequestError) -> dict[str, object]:
+    """The error as it stands in a body or a stream's event."""
+    kind = _kind(error)
+    return body(error.sentence, kind.type, code=kind.code)
+
+
+def invalid(sentence: str, status: int = 400, param: str | None = None) -> JSONResponse:
+    """The answer to a request that HTTP or the schema refuses."""
+    return JSONResponse(body(sentence, _INVALID.type, param), status)
+
+
+def failed() -> JSONResponse:
+    """The answer when the server is at fault."""
+    return JSONResponse(body(FAILED, _FAILED.type), _FAILED.status)
+
+
+def body(sentence: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
+    """OpenAI's error object."""
+    return ErrorResponse(error=ErrorObject(message=sentence, type=kind, param=param, code=code)).model_dump()
+
+
+def _kind(error: errors.RequestError) -> ErrorKind:
+    return next((_KINDS[kind] for kind in type(error).__mro__ if kind in _KINDS), _FAILED)

@@ -1,0 +1,160 @@
+"""Prompts to token ids."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from kvarn.v1 import inference_pb2
+from serve_app.request.errors import BadRequestError
+from serve_app.request.sampling import check_token_ids
+
+MAX_MESSAGES = 4096
+# From here on rendering and tokenizing take milliseconds, and a thread costs less than the wait.
+LONG_PROMPT_BYTES = 8192
+LONG_CHAT_MESSAGES = 32
+LONE_SURROGATE = "The request holds a lone surrogate (\\ud800 to \\udfff): send valid Unicode."
+
+
+class PromptEncoder:
+    """Tokenizes prompts and renders conversations for one model.
+
+    Args:
+        model_dir: a local directory in Hugging Face format.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        # Imported by gateways only: it takes seconds, and whoever deploys needs none of it.
+        from transformers import AutoConfig, AutoTokenizer
+
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
+        self.vocab_size: int = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
+        self._bytes = _byte_symbols(self.tokenizer)
+
+    async def encode(self, prompt: inference_pb2.Prompt) -> list[int]:
+        """The token ids of a prompt.
+
+        Raises:
+            BadRequestError: it is empty, or the model cannot take it.
+        """
+        ids = await self._ids(prompt)
+        if not ids:
+            raise BadRequestError("The prompt is empty: give text, token ids or chat messages.")
+        return ids
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token; a part of a character reads as U+FFFD."""
+        text: str = self.tokenizer.decode([token_id])
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes of one token; None for a part of a character if the vocabulary is not of bytes."""
+        text = self.token_text(token_id)
+        if "\ufffd" not in text:
+            return text.encode()
+        symbols: str = self.tokenizer.convert_ids_to_tokens(token_id)
+        if not self._bytes.keys() >= set(symbols):
+            return None
+        return bytes(self._bytes[symbol] for symbol in symbols)
+
+    async def _ids(self, prompt: inference_pb2.Prompt) -> list[int]:
+        match prompt.WhichOneof("content"):
+            case "token_ids":
+                check_token_ids(prompt.token_ids.ids, self.vocab_size, "prompt.token_ids")
+                return list(prompt.token_ids.ids)
+            case "chat":
+                _check_messages(prompt.chat)
+        if _is_long(prompt):
+            return await asyncio.to_thread(self._tokenize, prompt)
+        return self._tokenize(prompt)
+
+    def _tokenize(self, prompt: inference_pb2.Prompt) -> list[int]:
+        is_chat = prompt.HasField("chat")
+        text = self._render(prompt.chat) if is_chat else prompt.text
+        if not text:
+            return []
+        if not text.isascii():
+            _check_unicode(text)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=not is_chat)
+        return ids
+
+    def _render(self, chat: inference_pb2.Chat) -> str:
+        if not chat.messages:
+            return ""
+        if self.tokenizer.chat_template is None:
+            raise BadRequestError("The model has no chat template: send prompt.text instead of prompt.chat.")
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [_message(message) for message in chat.messages],
+                tools=[_tool(tool) for tool in chat.tools] or None,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except (TemplateError, RecursionError) as error:
+            raise BadRequestError(f"The model's chat template refuses these messages: {error}.") from error
+        return text
+
+
+def _byte_symbols(tokenizer: Any) -> dict[str, int]:
+    """The byte each symbol of a byte-level vocabulary stands for; empty for other vocabularies."""
+    from tokenizers.decoders import ByteLevel
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(getattr(backend, "decoder", None), ByteLevel):
+        return {}
+    return {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+
+
+def _is_long(prompt: inference_pb2.Prompt) -> bool:
+    return len(prompt.chat.messages) > LONG_CHAT_MESSAGES or prompt.ByteSize() >= LONG_PROMPT_BYTES
+
+
+def _check_messages(chat: inference_pb2.Chat) -> None:
+    if len(chat.messages) > MAX_MESSAGES:
+        raise BadRequestError(
+            f"prompt.chat must hold at most {MAX_MESSAGES} messages, got {len(chat.messages)}."
+        )
+
+
+def _check_unicode(text: str) -> None:
+    """JSON can hold halves of characters, which a chat template may bring into the text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRequestError(LONE_SURROGATE) from None
+
+
+def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
+    """A message as chat templates take it."""
+    made: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        made["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+    if message.tool_call_id:
+        made["tool_call_id"] = message.tool_call_id
+    return made
+
+
+def _tool_call(call: inference_pb2.ToolCall) -> dict[str, Any]:
+    arguments = _json_object(call.arguments, f"The arguments of the tool call {call.name!r}")
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _tool(tool: inference_pb2.Tool) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name, "description": tool.description}
+    function["parameters"] = _json_object(tool.parameters, f"The parameters of the tool {tool.name!r}")
+    return {"type": "function", "function": function}
+
+
+def _json_object(text: str, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise BadRequestError(f"{what} must be a JSON object: send valid JSON text.")
+    return value

@@ -1,0 +1,302 @@
+"""One real engine behind its gRPC service: resumed outputs, its tiles as gateways see them, its room."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from kvarn.model import kv_shape
+from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
+from kvarn.vllm.access.cache_events import read_cache_events
+from kvarn.vllm.access.telemetry import CacheState, read_cache_state
+from serve_app.config import EngineConfig
+from serve_app.engine.cache_monitor import CacheMonitor
+from serve_app.engine.engine_deployment import engine_args
+from serve_app.engine.engine_metrics import EngineMetrics
+from serve_app.engine.tile_log import TileLog
+from serve_app.gateway.engine_stream import CallError, EngineStream
+from serve_app.observability.demand import DemandBook
+from serve_app.observability.tracing import Tracing
+from serve_app.routing import Namespace, PrefixIndex, chain, token_array
+from serve_app.rpc.grpc_server import GrpcServer
+from tests.support.observing import Remembered
+
+pytestmark = pytest.mark.timeout(600)
+
+PROMPT = "Count slowly: one, two, three, four, five, six, seven,"
+Delta = engine_pb2.EngineDelta
+
+
+@dataclass
+class Replica:
+    """A running engine, a stub of its service, and a stream of calls to it."""
+
+    address: str
+    stub: Any
+    stream: EngineStream
+    monitor: CacheMonitor
+    tokenizer: Any
+    model: str
+
+    async def ask(self, prompt: list[int], resume: list[int] | None = None, **sampling: Any) -> list[Delta]:
+        request = engine_pb2.EngineRequest(
+            request_id="test",
+            gateway_id="gateway",
+            prompt_token_ids=prompt,
+            sampling_params=sampling,
+            resume_token_ids=resume or [],
+        )
+        call = self.stream.start(request)
+        deltas = [await call.read()]
+        while not deltas[-1].finish_reason:
+            deltas.append(await call.read())
+        return deltas
+
+
+@pytest.fixture(scope="module")
+async def replica(model_dir: Path) -> AsyncIterator[Replica]:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from serve_app.engine.service import SERVICE_NAME, EngineService
+
+    config = EngineConfig(
+        dtype="float32",
+        kv_cache_memory_gib=0.012,
+        max_model_len=1024,
+        max_num_seqs=4,
+        max_num_batched_tokens=512,
+        enforce_eager=True,
+    )
+    engine = AsyncLLM.from_engine_args(engine_args(str(model_dir), config))
+    log: list[TileLog] = []
+
+    async def read() -> CacheState:
+        state, events = await asyncio.gather(read_cache_state(engine), read_cache_events(engine))
+        if events:
+            log[0].take(events)
+        return state
+
+    monitor = CacheMonitor(read)
+    await monitor.start()
+    capacity = monitor.snapshot.capacity
+    log.append(TileLog(monitor.epoch, str(model_dir), capacity.cache_dtype, capacity.tile_tokens))
+    running = asyncio.create_task(monitor.run())
+    server = GrpcServer("127.0.0.1:0", [SERVICE_NAME])
+    metrics = EngineMetrics(Remembered(), kv_shape(model_dir))
+    service = EngineService(engine, monitor, log[0], metrics, Tracing("test", "one", None), DemandBook())
+    engine_pb2_grpc.add_EngineServicer_to_server(service, server)
+    port = await server.start()
+    address = f"127.0.0.1:{port}"
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = engine_pb2_grpc.EngineStub(channel)
+        stream = EngineStream(stub)
+        yield Replica(address, stub, stream, monitor, engine.get_tokenizer(), str(model_dir))
+        await stream.close(0)
+    await server.stop(0)
+    running.cancel()
+    engine.shutdown()
+
+
+def tokens_of(deltas: list[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.token_ids]
+
+
+def text_of(deltas: list[Delta]) -> str:
+    return "".join(delta.text for delta in deltas)
+
+
+async def assert_resumes(replica: Replica, prompt: list[int], **sampling: Any) -> list[Delta]:
+    """Whatever has been sent when a stream breaks, what another engine adds makes up the same output."""
+    whole = await replica.ask(prompt, **sampling)
+    for sent in range(1, len(whole), 2):
+        before = whole[:sent]
+        after = await replica.ask(prompt, tokens_of(before), **sampling)
+        assert tokens_of(before + after) == tokens_of(whole), sent
+        assert text_of(before + after) == text_of(whole), sent
+        last = after[-1]
+        assert (last.finish_reason, last.stop_reason) == (whole[-1].finish_reason, whole[-1].stop_reason), (
+            sent
+        )
+        assert sum(len(d.logprobs) for d in after) == sum(len(d.logprobs) for d in whole[sent:])
+    return whole
+
+
+async def test_a_greedy_output_is_resumed_exactly(replica: Replica) -> None:
+    prompt = replica.tokenizer.encode(PROMPT)
+    whole = await assert_resumes(replica, prompt, temperature=0, max_tokens=12, ignore_eos=True, logprobs=1)
+    assert len(tokens_of(whole)) == 12
+
+
+async def test_a_stop_string_across_the_break_is_found_and_held_back(replica: Replica) -> None:
+    prompt = replica.tokenizer.encode(PROMPT)
+    free = text_of(await replica.ask(prompt, temperature=0, max_tokens=12, ignore_eos=True))
+    stop = free[len(free) // 2 : len(free) // 2 + 6]  # several tokens long
+    whole = await assert_resumes(replica, prompt, temperature=0, max_tokens=12, ignore_eos=True, stop=[stop])
+    assert whole[-1].stop_reason.stop == stop
+    assert stop not in text_of(whole)
+    kept = await assert_resumes(
+        replica,
+        prompt,
+        temperature=0,
+        max_tokens=12,
+        ignore_eos=True,
+        stop=[stop],
+        include_stop_str_in_output=True,
+    )
+    assert text_of(kept).endswith(stop)
+
+
+async def test_characters_of_several_tokens_come_out_whole(replica: Replica) -> None:
+    prompt = replica.tokenizer.encode("Repeat: 🦙🧮é日本 🦙🧮é日本 🦙🧮é日本 🦙🧮")
+    allowed = sorted(set(replica.tokenizer.encode("🦙🧮é日本")))
+    whole = await assert_resumes(
+        replica, prompt, temperature=0, max_tokens=12, ignore_eos=True, allowed_token_ids=allowed
+    )
+    assert any(not delta.text for delta in whole)  # a character was incomplete
+
+
+async def test_fewest_tokens_and_stop_tokens_count_from_the_start(replica: Replica) -> None:
+    prompt = replica.tokenizer.encode(PROMPT)
+    free = tokens_of(await replica.ask(prompt, temperature=0, max_tokens=12, ignore_eos=True))
+    whole = await assert_resumes(
+        replica, prompt, temperature=0, max_tokens=12, min_tokens=6, stop_token_ids=[free[2], free[8]]
+    )
+    assert len(tokens_of(whole)) >= 6
+
+
+async def test_an_output_complete_but_for_its_end_gets_it(replica: Replica) -> None:
+    prompt = replica.tokenizer.encode(PROMPT)
+    whole = await replica.ask(prompt, temperature=0, max_tokens=4, ignore_eos=True, stop=["unlikely words"])
+    (last,) = await replica.ask(
+        prompt, tokens_of(whole), temperature=0, max_tokens=4, ignore_eos=True, stop=["unlikely words"]
+    )
+    assert (list(last.token_ids), last.finish_reason) == ([], inference_pb2.FINISH_REASON_LENGTH)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"structured_outputs": {"choice": {"options": ["yes"]}}, "allowed_token_ids": [5]},
+        {"structured_outputs": {"choice": {"options": ["a"]}}, "min_tokens": 3},
+        {"structured_outputs": {"json_schema": '{"$ref": "#"}'}},
+    ],
+)
+async def test_a_constraint_that_nothing_fits_is_the_callers_mistake(
+    replica: Replica, sampling: dict[str, Any]
+) -> None:
+    with pytest.raises(CallError, match="structured_outputs") as refused:
+        await replica.ask(replica.tokenizer.encode(PROMPT), max_tokens=4, **sampling)
+    assert refused.value.status is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_short_prompts_say_nothing_of_the_speed(replica: Replica) -> None:
+    """Nearly all of their time is a step's, however few tokens it computes."""
+    await replica.ask(list(range(1000, 1300)), max_tokens=1)
+    measured = replica.monitor.prefill_tokens_per_s.value
+    assert measured > 0
+    await replica.ask(list(range(2000, 2010)), max_tokens=1)
+    assert replica.monitor.prefill_tokens_per_s.value == measured
+
+
+async def test_gateways_hear_how_many_requests_the_engine_runs(replica: Replica) -> None:
+    watch = replica.stub.WatchCache(engine_pb2.EngineWatchCacheRequest())
+    assert (await watch.read()).snapshot.capacity.max_requests == 4
+    watch.cancel()
+
+
+async def test_gateways_see_the_tiles_that_the_engine_finds(replica: Replica) -> None:
+    index, epoch = PrefixIndex(1000), 0
+    capacity = replica.monitor.snapshot.capacity
+    watch = replica.stub.WatchTiles(engine_pb2.EngineWatchTilesRequest())
+    changed = asyncio.Event()
+
+    async def follow() -> None:
+        nonlocal epoch
+        async for event in watch:
+            if event.HasField("snapshot"):
+                epoch = event.snapshot.epoch
+                index.replace("r", epoch, event.snapshot.sequence, event.snapshot.tiles)
+            else:
+                assert index.apply("r", epoch, event.delta.sequence, event.delta.stored, event.delta.removed)
+            changed.set()
+
+    following = asyncio.create_task(follow())
+
+    async def held(prompt: list[int]) -> int:
+        namespace = Namespace(replica.model, capacity.cache_dtype, capacity.tile_tokens)
+        links = chain(token_array(prompt), capacity.tile_tokens, namespace.root())
+        return index.match(links).get("r", 0)
+
+    async def until_held(prompt: list[int], tiles: int) -> None:
+        async with asyncio.timeout(20):
+            while await held(prompt) != tiles:
+                await changed.wait()
+                changed.clear()
+
+    prompt = [5 + i % 70 for i in range(400)]
+    await replica.ask(prompt, temperature=0, max_tokens=1)
+    await until_held(prompt, 3)
+    (again,) = await replica.ask(prompt, temperature=0, max_tokens=1)
+    assert again.cached_tokens == 3 * capacity.tile_tokens
+    for start in range(5):  # more than the cache holds: the first prompt is evicted
+        await replica.ask([start + 7 * i % 900 for i in range(600)], temperature=0, max_tokens=1)
+    async with asyncio.timeout(20):
+        while await held(prompt) == 3:
+            await changed.wait()
+            changed.clear()
+    tiles = await held(prompt)
+    (evicted,) = await replica.ask(prompt, temperature=0, max_tokens=1)
+    assert evicted.cached_tokens == tiles * capacity.tile_tokens
+    following.cancel()
+    watch.cancel()
+
+
+async def test_a_gateway_that_dies_gives_back_all_its_requests_hold(replica: Replica) -> None:
+    request = engine_pb2.EngineRequest(
+        gateway_id="dying",
+        prompt_token_ids=[5] * 100,
+        sampling_params={"max_tokens": 900, "ignore_eos": True},
+        reserved_blocks=2,
+        expected_tokens=9,
+    )
+    async with grpc.aio.insecure_channel(replica.address) as channel:
+        stream = EngineStream(engine_pb2_grpc.EngineStub(channel))
+        for name in ("one", "two"):
+            request.request_id = name
+            await stream.start(request).read()
+        assert set(replica.monitor.promises.owners()) == {"dying"}
+    async with asyncio.timeout(10):
+        while replica.monitor.promises.total_blocks or replica.monitor.snapshot.load.used_blocks:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    assert replica.monitor.promises.owners() == []
+
+
+async def test_promises_beyond_the_room_are_refused_and_a_cancelled_request_gives_its_own_back(
+    replica: Replica,
+) -> None:
+    total = replica.monitor.snapshot.capacity.total_blocks
+    request = engine_pb2.EngineRequest(
+        request_id="big",
+        gateway_id="g",
+        prompt_token_ids=[5] * 100,
+        reserved_blocks=total - 1,
+        expected_tokens=9,
+    )
+    request.sampling_params.max_tokens = 900
+    request.sampling_params.ignore_eos = True
+    first = replica.stream.start(request)
+    await first.read()
+    request.reserved_blocks = total
+    with pytest.raises(CallError, match=f"promised {total} blocks and .* left") as refused:
+        await replica.stream.start(request).read()
+    assert refused.value.status is grpc.StatusCode.RESOURCE_EXHAUSTED
+    first.cancel()
+    async with asyncio.timeout(10):
+        while replica.monitor.promises.total_blocks or replica.monitor.snapshot.load.used_blocks:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)

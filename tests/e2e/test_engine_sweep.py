@@ -1,0 +1,235 @@
+"""Sweeps over a real engine with a small model: residues of the tile, ways of being served, conversations, churn.
+
+The engine's own operations, slots and scheduler run; the model has two layers of random weights, so that thousands of
+requests are affordable. `--long` takes every residue, a thousand conversations and half an hour of churn.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+
+import psutil
+import pytest
+from vllm import LLM, SamplingParams
+
+from tests.support.engines import (
+    MIB,
+    Answer,
+    ask,
+    ask_and_preempt,
+    ask_cold,
+    assert_nothing_left,
+    chunks_of,
+    engine,
+    make_llama,
+    make_matmuls_row_invariant,
+    scheduler_of,
+)
+
+TILE = 128
+BLOCKS = 25
+HOW = ("cold", "hit", "hit after eviction", "preempted")
+CHUNKS = (2048, 77)
+TOGETHER = (1, 3)
+WAYS = tuple(product(HOW, CHUNKS, TOGETHER))
+OUTPUT_TOKENS = 5
+
+
+@pytest.fixture(scope="module")
+def monkeypatch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+    make_matmuls_row_invariant(monkeypatch)
+    model = make_llama(tmp_path_factory.mktemp("llama"))
+    with engine(
+        monkeypatch,
+        model,
+        kv_cache_dtype="kvarn_k4v2_g128",
+        skip_tokenizer_init=True,
+        num_gpu_blocks_override=BLOCKS,
+        max_num_seqs=4,
+    ) as llm:
+        yield llm
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_allocated(llm: LLM) -> Iterator[None]:
+    yield
+    assert_nothing_left(llm)
+
+
+def prompt_of(length: int, number: int) -> list[int]:
+    return [(7 * i * i + 3 * i + 101 * number) % 500 for i in range(length)]
+
+
+def serve(llm: LLM, prompts: list[list[int]], how: str) -> list[Answer]:
+    """Answers to `prompts` sent together, the cache and the engine being in the state that `how` names."""
+    assert llm.reset_prefix_cache()
+    if how == "cold":
+        return ask(llm, prompts, OUTPUT_TOKENS)
+    if how == "preempted":
+        return ask_and_preempt(llm, prompts, OUTPUT_TOKENS)
+    ask(llm, prompts, OUTPUT_TOKENS)
+    if how == "hit after eviction":
+        evict_oldest(llm, keep=len(prompts))
+    answers = ask(llm, prompts, OUTPUT_TOKENS)
+    assert how != "hit" or all(
+        a.cached == (len(p) - 1) // TILE * TILE for a, p in zip(answers, prompts, strict=True)
+    )
+    return answers
+
+
+def evict_oldest(llm: LLM, keep: int) -> None:
+    """Push all but `keep` of the free blocks out of the prefix cache, the least recently used first."""
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    pool.free_blocks(reversed(pool.get_new_blocks(pool.get_num_free_blocks() - keep)))
+
+
+@contextmanager
+def free_blocks(llm: LLM, blocks: int) -> Iterator[None]:
+    """Leave only `blocks` blocks to the engine."""
+    assert llm.reset_prefix_cache()
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    held = pool.get_new_blocks(pool.get_num_free_blocks() - blocks)
+    try:
+        yield
+    finally:
+        pool.free_blocks(held)
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_growth_is_foreseen_or_else_ends_in_preemption(llm: LLM, foreseen: bool) -> None:
+    """Three requests, each about to begin its third tile, where seven blocks are left."""
+    prompts = [prompt_of(2 * TILE - 2, number) for number in range(3)]
+    alone = [ask_cold(llm, prompt, max_tokens=OUTPUT_TOKENS) for prompt in prompts]
+    scheduler = scheduler_of(llm)
+    before, waited = scheduler.preemptions, scheduler.wait_counts.blocks
+    with free_blocks(llm, 7), pytest.MonkeyPatch.context() as patch:
+        if not foreseen:
+            patch.setattr(scheduler, "_expected_blocks", lambda request: 0)
+        together = ask(llm, prompts, OUTPUT_TOKENS)
+    assert (scheduler.preemptions == before) == foreseen
+    assert (scheduler.wait_counts.blocks > waited) == foreseen
+    for answer, single in zip(together, alone, strict=True):
+        answer.assert_same(single)
+
+
+def test_aborted_request_frees_its_blocks_and_slots(llm: LLM) -> None:
+    core = llm.llm_engine
+    core.add_request(
+        "doomed",
+        {"prompt_token_ids": prompt_of(3 * TILE + 40, 0)},
+        SamplingParams(max_tokens=100, detokenize=False),
+    )
+    for _ in range(5):
+        core.step()
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    free_while_running = pool.get_num_free_blocks()
+    core.abort_request(["doomed"])
+    core.step()
+    assert pool.get_num_free_blocks() == free_while_running + 4
+
+
+def test_more_prefixes_than_retained_sinks_stay_exact(llm: LLM) -> None:
+    """A prefix whose sink had to go leaves the prefix cache with it and is computed anew."""
+    prompt = prompt_of(2 * TILE + 40, 0)
+    cold = ask_cold(llm, prompt, max_tokens=OUTPUT_TOKENS)
+    slots = scheduler_of(llm).slots
+    for number in range(1, slots.num_slots + 1):
+        ask(llm, [prompt_of(TILE + 1, number)], max_tokens=1)
+    (again,) = ask(llm, [prompt], OUTPUT_TOKENS)
+    assert again.cached == 0
+    again.assert_same(cold)
+    assert slots.sinks_missing == 0
+
+
+def test_every_residue_of_the_tile_is_served_alike_in_every_way(llm: LLM, long_mode: bool) -> None:
+    """128 lengths, each served in every way; the sample takes each way at eight lengths, ends of a tile among them."""
+    lengths = range(TILE, 2 * TILE)
+    rng = random.Random(0)
+    cases = [(length, way) for length in lengths for way in WAYS]
+    if not long_mode:
+        edges = (TILE - 1, TILE, TILE + 1, 2 * TILE - 1, 2 * TILE, 2 * TILE + 1)
+        cases = [(length, way) for way in WAYS for length in (*rng.sample(edges, 2), rng.choice(lengths))]
+    alone: dict[tuple[int, int], Answer] = {}
+    for length, (how, chunk, together) in sorted(cases):
+        prompts = [prompt_of(length, number) for number in range(together)]
+        for number, prompt in enumerate(prompts):
+            if (length, number) not in alone:
+                alone[length, number] = ask_cold(llm, prompt, max_tokens=OUTPUT_TOKENS)
+        with chunks_of(llm, chunk):
+            answers = serve(llm, prompts, how)
+        for number, answer in enumerate(answers):
+            answer.assert_same(alone[length, number])
+
+
+# Lengths of real conversations: turns of one user, in blocks that its turns share, as recorded in the Mooncake trace
+# (https://github.com/kvcache-ai/Mooncake, FAST25-release/traces/conversation_trace.jsonl), divided by 24.
+TURNS_OF_CONVERSATIONS = json.loads((Path(__file__).parent / "conversations.json").read_text())
+
+
+def test_conversations_replayed_through_a_small_cache_equal_requests_alone(llm: LLM, long_mode: bool) -> None:
+    """Turns come as their predecessors finish, with a cache of a quarter of what they would fill."""
+    count = 1000 if long_mode else 24
+    rng = random.Random(1)
+    together = 24
+    for first in range(0, count, together):
+        turns = [
+            TURNS_OF_CONVERSATIONS[n % len(TURNS_OF_CONVERSATIONS)] for n in range(first, first + together)
+        ]
+        histories: list[list[int]] = [[] for _ in turns]
+        answered: list[tuple[list[int], Answer]] = []
+        assert llm.reset_prefix_cache()
+        for turn in range(max(map(len, turns))):
+            speaking = [n for n, lengths in enumerate(turns) if turn < len(lengths)]
+            for n in speaking:
+                new = turns[n][turn]
+                histories[n] += [rng.randrange(500) for _ in range(new)]
+            prompts = [list(histories[n]) for n in speaking]
+            with chunks_of(llm, rng.choice([2048, 300, 77])):
+                answers = ask(llm, prompts, OUTPUT_TOKENS)
+            answered += zip(prompts, answers, strict=True)
+            for n, answer in zip(speaking, answers, strict=True):
+                histories[n] += answer.tokens
+        sampled = answered if long_mode else rng.sample(answered, min(8, len(answered)))
+        for prompt, answer in sampled:
+            assert answer.tokens == ask_cold(llm, prompt, max_tokens=OUTPUT_TOKENS).tokens
+
+
+def test_churn_leaves_memory_flat(llm: LLM, long_mode: bool) -> None:
+    """Requests come, are answered and aborted; the long mode does so for half an hour."""
+    rng = random.Random(2)
+    core, process = llm.llm_engine, psutil.Process()
+    rounds, until = 0, time.monotonic() + (1800 if long_mode else 0)
+    settled = 0
+    while time.monotonic() < until or rounds < 12:
+        ids = [f"churn-{rounds}-{n}" for n in range(6)]
+        for n, request_id in enumerate(ids):
+            prompt = prompt_of(rng.randrange(20, 500), rng.randrange(9))
+            core.add_request(
+                request_id,
+                {"prompt_token_ids": prompt},
+                SamplingParams(max_tokens=4 + n, ignore_eos=True, detokenize=False),
+            )
+        for _ in range(rng.randrange(8)):
+            core.step()
+        core.abort_request(rng.sample(ids, 2))
+        while core.has_unfinished_requests():
+            core.step()
+        rounds += 1
+        if rounds == 6:
+            gc.collect()
+            settled = process.memory_info().rss
+    gc.collect()
+    assert process.memory_info().rss - settled < 64 * MIB

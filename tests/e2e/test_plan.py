@@ -1,0 +1,136 @@
+"""Capacity plans against what real engines report."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvarn.cli import app
+from kvarn.plan.capacity import make_plan
+from kvarn.plan.hardware import GPUS
+from kvarn.plan.model_shape import ModelShape, PlanError
+from kvarn.presets import PRESETS
+from tests.support.engines import engine, make_llama, num_blocks
+
+LLAMA_8B = {
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def llama_8b(tmp_path: Path) -> str:
+    """A directory with nothing but a config."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    return str(tmp_path)
+
+
+def rows(**options: object) -> dict:
+    return {row.dtype: row for row in make_plan(**options).rows}
+
+
+@pytest.mark.parametrize("dtype", ["auto", "kvarn_k4v2_g128", "kvarn_k4v4_g64"])
+def test_blocks_are_those_that_vllm_reports(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_llama(tmp_path, heads=4, kv_heads=2, head_dim=64, dtype="float32")
+    planned = rows(model=str(model), gpu="h200", context=1024, cache_gib=0.125)[dtype]
+    with engine(monkeypatch, model, kv_cache_dtype=dtype, skip_tokenizer_init=True) as llm:
+        tokens = num_blocks(llm) * llm.llm_engine.vllm_config.cache_config.block_size
+    assert planned.tokens == pytest.approx(tokens, rel=0.02)
+
+
+def test_weights_are_counted_from_the_config(llama_8b: str) -> None:
+    assert ModelShape.read(llama_8b).weight_bytes == pytest.approx(2 * 8.03e9, rel=0.01)
+
+
+def test_memory_is_never_given_out_twice(llama_8b: str) -> None:
+    plan = make_plan(llama_8b, "h100", context=16_384)
+    for row in plan.rows:
+        cache = row.tokens * row.bytes_per_token
+        room = 0.92 * GPUS["h100"].memory_bytes - plan.weight_gib_per_gpu * 2**30
+        assert cache / (1 - row.side_pool_share) < room
+        assert row.sequences * -(-16_384 // row.block_tokens) <= row.blocks
+    by_dtype = {row.dtype: row for row in plan.rows}
+    assert by_dtype["auto"].side_pool_share == 0
+    assert by_dtype["kvarn_k4v2_g128"].tokens > 3.5 * by_dtype["auto"].tokens
+
+
+def test_heads_are_shared_out_over_gpus(llama_8b: str) -> None:
+    one, two = (rows(model=llama_8b, gpu="h100", tensor_parallel=tp)["auto"] for tp in (1, 2))
+    assert two.bytes_per_token == one.bytes_per_token / 2
+    assert two.tokens > 2 * one.tokens
+
+
+def test_a_rate_keeps_more_running_where_steps_are_longer(llama_8b: str) -> None:
+    plans = [rows(model=llama_8b, gpu="h200", rate=rate)["kvarn_k4v2_g128"].running for rate in (1.0, 2.0)]
+    assert 2 * plans[0] < plans[1]
+    assert rows(model=llama_8b, gpu="t4", rate=1e6, cache_gib=1)["auto"].running is None
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"gpu": "h9"}, "unknown GPU 'h9'"),
+        ({"tensor_parallel": 3}, "--tp is 3"),
+        ({"context": 10**6}, "--context is 1000000"),
+        ({"utilization": 1.5}, "--utilization is 1.5"),
+        ({"gpu": "t4"}, "raise --tp"),
+        ({"cache_gib": 0}, "--cache-gib is 0: give a number above 0"),
+        ({"cache_gib": 1e9}, "--cache-gib is 1000000000.0: one h200 has 140.4 GiB"),
+        ({"cache_gib": -4.0}, "--cache-gib is -4.0"),
+        ({"rate": -1.0}, "--rate is -1.0"),
+        ({"rate": float("nan")}, "--rate is nan"),
+        ({"max_num_seqs": -5}, "--max-num-seqs is -5"),
+        ({"output_tokens": 0}, "--output-tokens is 0"),
+    ],
+)
+def test_bad_input_is_refused(llama_8b: str, options: dict, sentence: str) -> None:
+    with pytest.raises(PlanError, match=sentence):
+        make_plan(**{"model": llama_8b, "gpu": "h200", **options})
+
+
+def test_no_more_sequences_run_than_are_allowed(llama_8b: str) -> None:
+    for row in rows(model=llama_8b, gpu="h200", cache_gib=8, max_num_seqs=4).values():
+        assert row.sequences <= 4
+
+
+def test_a_side_pool_that_does_not_fit_is_a_row_that_says_so(llama_8b: str) -> None:
+    planned = rows(model=llama_8b, gpu="h200", max_num_seqs=100_000_000)
+    refused = planned["kvarn_k4v2_g128"].refused
+    assert refused.startswith("a side pool for 100,000,000 sequences takes")
+    assert refused.endswith("lower --max-num-seqs")
+    assert planned["auto"].tokens > 0
+
+
+def test_other_attention_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "kv_lora_rank": 512}))
+    with pytest.raises(PlanError, match="multi-head latent attention"):
+        make_plan(str(tmp_path), "h200")
+
+
+def test_a_head_dim_that_kvarn_lacks_is_a_row_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "head_dim": 96}))
+    planned = rows(model=str(tmp_path), gpu="h200")
+    assert "head_dim 96" in planned["kvarn_k4v2_g128"].refused
+    assert planned["auto"].tokens > 0
+
+
+def test_the_command_prints_a_table_or_json(llama_8b: str) -> None:
+    options = ["plan", "--model", llama_8b, "--gpu", "h100", "--context", "32k"]
+    shown = CliRunner().invoke(app, options)
+    assert shown.exit_code == 0
+    assert all(name in shown.stdout for name in PRESETS)
+    printed = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
+    assert printed["context"] == 32_768
+    for context in ("many", "1e400k"):
+        refused = CliRunner().invoke(app, [*options, "--context", context])
+        assert refused.exit_code == 1
+        assert f"--context '{context}' is no number of tokens" in refused.stderr

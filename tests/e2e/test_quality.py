@@ -1,0 +1,154 @@
+"""`kvarn quality` on real engines with the default model, on a few tokens."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from kvarn.cli import app
+from kvarn.quality import measure, run
+from kvarn.quality.quality_worker import WorkerSettings
+from kvarn.quality.settings import QualityError, QualityRun
+
+DTYPES = "kvarn_k4v2_g128,simulated_kvarn_k4v2_g128,fp8_e5m3"
+TOKENS = 290
+
+
+@pytest.fixture(scope="module", autouse=True)
+def names_are_left_to_vllm() -> Iterator[None]:
+    """Names that vLLM knows it refuses for want of hardware at most, which differs between machines."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("kvarn.quality.settings.check_cache_dtype", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def record_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The record of one run through the command."""
+    path = tmp_path_factory.mktemp("quality") / "out.json"
+    options = ["--dtypes", DTYPES, "--tokens", str(TOKENS), "--context", str(TOKENS), "--json", str(path)]
+    result = CliRunner().invoke(app, ["quality", *options, "--protocols", "prefill,pseudo_decode,greedy"])
+    assert result.exit_code == 0, result.stderr
+    assert "kvarn_k4v2_g128" in result.stdout
+    assert "Differences of KLD on the same positions, prefill" in result.stdout
+    return path
+
+
+def test_a_context_may_be_as_long_as_the_model_holds(model_dir: Path, tmp_path: Path) -> None:
+    for file in model_dir.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((model_dir / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": TOKENS}))
+    options = [
+        "--model",
+        str(tmp_path),
+        "--dtypes",
+        "auto",
+        "--tokens",
+        str(TOKENS),
+        "--context",
+        str(TOKENS),
+    ]
+    result = CliRunner().invoke(app, ["quality", *options, "--protocols", "prefill,pseudo_decode"])
+    assert result.exit_code == 0, result.stderr
+
+
+@pytest.fixture
+def rows(record_path: Path) -> dict[tuple[str, str], dict]:
+    return {(row["dtype"], row["protocol"]): row for row in json.loads(record_path.read_text())["rows"]}
+
+
+@pytest.mark.parametrize("protocol", ["prefill", "pseudo_decode"])
+def test_rows_say_what_the_cache_costs(rows: dict, protocol: str) -> None:
+    reference, ours = rows["auto", protocol], rows["kvarn_k4v2_g128", protocol]
+    assert (reference["kld_mean"], reference["top1"], reference["ppl_ratio"]) == (0.0, 1.0, 1.0)
+    assert reference["scored_tokens"] == TOKENS - 1 - 256
+    assert 1e-4 < ours["kld_mean"] < 0.2
+    assert ours["kld_median"] <= ours["kld_p999"]
+    assert ours["ppl"] == pytest.approx(reference["ppl"] * ours["ppl_ratio"], rel=1e-4)
+    assert (reference["bytes_per_token"], ours["bytes_per_token"]) == (46_080, 4860)
+
+
+def test_feeding_token_by_token_gives_the_same_reference(rows: dict) -> None:
+    assert rows["auto", "prefill"]["ppl"] == pytest.approx(rows["auto", "pseudo_decode"]["ppl"], rel=1e-4)
+
+
+@pytest.mark.parametrize("protocol", ["prefill", "pseudo_decode"])
+def test_the_simulation_measures_what_the_engine_does(rows: dict, protocol: str) -> None:
+    engine, simulated = rows["kvarn_k4v2_g128", protocol], rows["simulated_kvarn_k4v2_g128", protocol]
+    assert simulated["kld_mean"] == pytest.approx(engine["kld_mean"], rel=0.25)
+    assert simulated["bytes_per_token"] == engine["bytes_per_token"]
+
+
+@pytest.mark.parametrize("protocol", ["prefill", "pseudo_decode"])
+def test_rows_hold_pairs_with_those_measured_before(rows: dict, protocol: str) -> None:
+    engine, simulated = rows["kvarn_k4v2_g128", protocol], rows["simulated_kvarn_k4v2_g128", protocol]
+    assert rows["auto", protocol]["against"] == engine["against"] == {}
+    (pair,) = simulated["against"].values()
+    assert list(simulated["against"]) == ["kvarn_k4v2_g128"]
+    assert pair["kld"] == pytest.approx(simulated["kld_mean"] - engine["kld_mean"], abs=1e-6)
+    assert pair["ppl_ratio"] == pytest.approx(simulated["ppl_ratio"] / engine["ppl_ratio"], rel=1e-5)
+
+
+def test_greedy_answers_are_compared_with_the_references(rows: dict) -> None:
+    assert rows["auto", "greedy"]["never_diverged"] == 1.0
+    assert 0 <= rows["kvarn_k4v2_g128", "greedy"]["equal_tokens_mean"] <= rows["auto", "greedy"]["of_tokens"]
+
+
+def test_a_dtype_that_vllm_refuses_has_a_row_that_says_why(rows: dict) -> None:
+    assert "Input should be 'auto'" in rows["fp8_e5m3", "prefill"]["refused"]
+
+
+def test_a_run_goes_on_where_it_stopped(record_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished row is never measured again; the work directory of a run that was killed is still there."""
+    work = record_path.with_name(f"{record_path.name}.work")
+    assert not work.exists(), "a finished run leaves nothing but its record"
+    work.mkdir()
+    for name in ("prefill.logits", "pseudo_decode.logits", "greedy.json"):
+        (work / name).touch()
+    before = json.loads(record_path.read_text())
+    removed = before["rows"].pop()
+    record_path.write_text(json.dumps(before))
+    measured = []
+
+    def stub(settings: WorkerSettings, progress: object) -> list[dict]:
+        measured.append((settings.kv_cache_dtype, settings.protocols))
+        return [removed]
+
+    monkeypatch.setattr(run, "_measure", stub)
+    settings = QualityRun(
+        dtypes=tuple(DTYPES.split(",")),
+        protocols=("prefill", "pseudo_decode", "greedy"),
+        tokens=TOKENS,
+        context=TOKENS,
+    )
+    after = run.run(settings, record_path, lambda *_: None)
+    assert measured == [(removed["dtype"], [removed["protocol"]])]
+    assert after["rows"] == [*before["rows"], removed]
+
+
+def test_logits_that_are_not_finite_name_the_layer() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Identity() for _ in range(3))
+    model.layers[1] = nn.Softplus()
+    finite = measure._FiniteLayers(model)
+    x = torch.ones(2, 4)
+    for layer in model.layers:
+        x = layer(x) / (0.0 if isinstance(layer, nn.Identity) else 1.0)
+    assert finite.first_bad() == "layers.1 is the first layer whose output is not"
+
+
+def test_a_row_without_every_position_is_an_error(tmp_path: Path) -> None:
+    logits = measure.ReferenceLogits(tmp_path / "x", 10, 7, torch.float32)
+    scores = measure._Scores([[0] * 267], logits, True, measure._FiniteLayers(nn.Module()))
+    scores.record(0, 256, torch.zeros(1, 7))
+    with pytest.raises(QualityError, match="left positions out"):
+        scores.complete()
+    with pytest.raises(QualityError, match="logits at position 257 are not finite"):
+        scores.record(0, 257, torch.full((1, 7), math.nan))

@@ -1,0 +1,127 @@
+"""The GPU lane inside a real engine, its kernels in Triton's interpreter: the answers are those of the CPU lane."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from vllm import LLM
+from vllm.v1.metrics.reader import Counter
+
+from tests.support.engines import (
+    Answer,
+    ask,
+    ask_cold,
+    assert_nothing_left,
+    engine,
+    make_llama,
+    use_triton_backend,
+)
+
+PRESET = "kvarn_k4v2_g64"
+GROUP = 64
+SETTINGS = {"kv_cache_dtype": PRESET, "skip_tokenizer_init": True, "max_model_len": 512, "max_num_seqs": 4}
+TOKENS = 4  # decoding from 126 tokens fills a tile and opens the next
+TOLERANCE = 0.05  # rotated queries and attention weights are float16 on a GPU, float64 on a CPU
+
+
+def prompt(tokens: int, seed: int = 1) -> list[int]:
+    return [(seed * 7919 + i * i * 31 + i) % 500 for i in range(tokens)]
+
+
+DRAFTED_PROMPTS = [[7, 8, 9] * 18 + [7], [40 + i % 11 for i in range(120)]]
+DRAFTED_TOKENS = 16
+PROMPTS = [prompt(5), prompt(GROUP), prompt(2 * GROUP - 2, seed=2), prompt(200, seed=3)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("llama"), heads=2, kv_heads=1, head_dim=64)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[Answer]:
+    """Cold answers of the CPU lane, to each prompt alone."""
+    with pytest.MonkeyPatch.context() as patch, engine(patch, model, **SETTINGS) as llm:
+        return [ask_cold(llm, p, max_tokens=TOKENS) for p in PROMPTS]
+
+
+@pytest.fixture(scope="module", params=[512, 96], ids=["whole prompts", "chunks"])
+def llm(request: pytest.FixtureRequest, model: Path, expected: list[Answer]) -> Iterator[LLM]:
+    """An engine of the GPU lane; it starts after the CPU lane's has ended, for a process holds one at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_triton_backend(patch)
+        with engine(patch, model, max_num_batched_tokens=request.param, **SETTINGS) as made:
+            yield made
+
+
+def test_cold_answers_are_those_of_the_cpu_lane(llm: LLM, expected: list[Answer]) -> None:
+    for given, answer in zip(PROMPTS, expected, strict=True):
+        ask_cold(llm, given, max_tokens=TOKENS).assert_same(answer, TOLERANCE)
+
+
+def test_a_prefix_hit_changes_nothing(llm: LLM, expected: list[Answer]) -> None:
+    ask_cold(llm, PROMPTS[3], max_tokens=1)
+    ask(llm, [PROMPTS[2]], max_tokens=1)
+    (again,) = ask(llm, [PROMPTS[3]], max_tokens=TOKENS)
+    assert again.cached == 3 * GROUP
+    again.assert_same(expected[3], TOLERANCE)
+
+
+def test_a_batch_changes_nothing(llm: LLM, expected: list[Answer]) -> None:
+    assert llm.reset_prefix_cache()
+    for ours, theirs in zip(ask(llm, PROMPTS, max_tokens=TOKENS), expected, strict=True):
+        ours.assert_same(theirs, TOLERANCE)
+
+
+def test_chunks_that_do_not_fit_the_pages_together_go_in_waves(
+    llm: LLM, expected: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder = (
+        llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.attn_groups
+    )
+    ours = builder[0][0].get_metadata_builder()
+    monkeypatch.setattr(ours, "_page_count", 2)
+    assert llm.reset_prefix_cache()
+    for answer, theirs in zip(ask(llm, PROMPTS, max_tokens=TOKENS), expected, strict=True):
+        answer.assert_same(theirs, TOLERANCE)
+
+
+def test_raw_chunks_read_a_whole_prompt_raw(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of one chunk then has the first token's log-probabilities of an unquantized cache."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        engine(patch, model, **{**SETTINGS, "kv_cache_dtype": "auto"}) as llm,
+    ):
+        unquantized = [ask_cold(llm, given, max_tokens=1) for given in PROMPTS[2:]]
+    use_triton_backend(monkeypatch)
+    raw = {"additional_config": {"kvarn": {"raw_chunks": True}}}
+    with engine(monkeypatch, model, **SETTINGS, **raw) as llm:
+        for given, answer in zip(PROMPTS[2:], unquantized, strict=True):
+            ask_cold(llm, given, max_tokens=1).assert_same(answer, tolerance=0.01)
+
+
+@pytest.fixture(scope="module")
+def undrafted(model: Path) -> list[Answer]:
+    """Answers of the CPU lane, one token to a step."""
+    with pytest.MonkeyPatch.context() as patch, engine(patch, model, **SETTINGS) as llm:
+        return ask(llm, DRAFTED_PROMPTS, max_tokens=DRAFTED_TOKENS)
+
+
+@pytest.mark.parametrize("of_gpu", [True, False], ids=["GPU lane", "CPU lane"])
+def test_drafts_change_nothing(
+    model: Path, undrafted: list[Answer], of_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some are taken and others are not, over the end of a tile too."""
+    if of_gpu:
+        use_triton_backend(monkeypatch)
+    drafts = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 2}
+    with engine(monkeypatch, model, speculative_config=drafts, **SETTINGS) as llm:
+        answers = ask(llm, DRAFTED_PROMPTS, max_tokens=DRAFTED_TOKENS)
+        counts = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
+        assert_nothing_left(llm)
+    drafted, taken = (counts[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+    assert 0 < taken < drafted
+    for answer, theirs in zip(answers, undrafted, strict=True):
+        answer.assert_same(theirs, TOLERANCE)

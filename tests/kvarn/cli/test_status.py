@@ -1,0 +1,106 @@
+"""`kvarn status`: rows, bars, following a watch; the command itself runs in test_e2e_serve.py."""
+
+from __future__ import annotations
+
+import io
+import json
+
+from rich.console import Console
+
+from kvarn.cli.status import BAR_CELLS, as_json, follow, table
+from kvarn.v1 import cache_pb2, cluster_pb2
+
+EMPTY = cluster_pb2.QueueState()
+
+
+def replica(replica_id: str, used: int, evictable: int) -> cluster_pb2.ReplicaCache:
+    return cluster_pb2.ReplicaCache(
+        replica_id=replica_id,
+        status=cluster_pb2.REPLICA_STATUS_READY,
+        breaker=cluster_pb2.BREAKER_STATE_CLOSED,
+        cache=cache_pb2.CacheSnapshot(
+            capacity=cache_pb2.CacheCapacity(tile_tokens=128, total_blocks=1000, total_slots=16),
+            load=cache_pb2.CacheLoad(
+                used_blocks=used,
+                evictable_blocks=evictable,
+                free_blocks=1000 - used - evictable,
+                reserved_blocks={"a": 300, "b": 20},
+            ),
+        ),
+    )
+
+
+def rendered(
+    *replicas: cluster_pb2.ReplicaCache, queue: cluster_pb2.QueueState = EMPTY, width: int = 200
+) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table("llama", replicas, queue))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_row_tells_tokens_and_draws_a_bar() -> None:
+    row = next(line for line in rendered(replica("one", 250, 500)).splitlines() if "one" in line)
+    assert "█" * (BAR_CELLS // 4) + "▒" * (BAR_CELLS // 2) + "·" * (BAR_CELLS // 4) in row
+    for shown in ("ready", "128,000", "32,000", "64,000", "40,960", "0/16"):
+        assert shown in row
+
+
+def test_a_little_is_not_nothing_and_all_is_not_more() -> None:
+    assert "█▒" + "·" * (BAR_CELLS - 2) in rendered(replica("one", 1, 1))
+    assert "█" * (BAR_CELLS - 1) + "▒ " in rendered(replica("one", 950, 50))
+
+
+def test_nothing_is_cut_off_in_a_narrow_terminal() -> None:
+    one = replica("xws91wo7", 250, 500)
+    row = next(line for line in rendered(one, width=110).splitlines() if "xws" in line)
+    for shown in ("ready", "█", "128,000", "32,000", "64,000", "40,960", "0/16", "0+0"):
+        assert shown in row
+    assert "…" not in rendered(one, width=80)
+
+
+def test_a_replica_of_the_default_size_takes_one_line_of_80_columns() -> None:
+    one = replica("xws91wo7", 500, 0)
+    one.cache.capacity.total_blocks, one.cache.capacity.total_slots = 1725, 48
+    head, _, row = rendered(one, width=80).splitlines()[1:4]
+    headings = " ".join(head.split())
+    assert headings == "replica status cache tokens live evictable promised tails sinks run wait"
+    assert " ".join(row.split()[3:]) == "220,800 64,000 0 40,960 0/48 0+0 0 0"
+
+
+def test_no_replica_is_said() -> None:
+    assert "no replica" in rendered()
+
+
+def test_it_tells_what_waits_where_and_for_what_and_which_replica_fails() -> None:
+    one = replica("one", 1, 1)
+    load = one.cache.load
+    load.waiting_requests, load.waiting_for_slots, load.waiting_for_prefix = 5, 3, 1
+    one.breaker = cluster_pb2.BREAKER_STATE_OPEN
+    shown = rendered(one, queue=cluster_pb2.QueueState(requests=7, tokens=12_345))
+    assert "5 (3 for slots, 1 for prefix)" in shown
+    assert "ready, failing" in shown
+    assert "7 requests wait in this gateway, for 12,345 tokens of cache" in shown
+    assert "wait in this gateway" not in rendered(replica("one", 1, 1))
+
+
+def test_following_a_watch_keeps_all_replicas() -> None:
+    snapshot = cluster_pb2.FleetSnapshot(replicas=[replica("b", 1, 0), replica("a", 1, 0)])
+    events = [
+        cluster_pb2.WatchCacheResponse(snapshot=snapshot),
+        cluster_pb2.WatchCacheResponse(updated=replica("b", 7, 0)),
+        cluster_pb2.WatchCacheResponse(removed_replica_id="a", queue=cluster_pb2.QueueState(requests=2)),
+    ]
+    states, queues = zip(*follow(events), strict=True)
+    assert [queue.requests for queue in queues] == [0, 0, 2]
+    assert [list(state) for state in states] == [["a", "b"], ["a", "b"], ["b"]]
+    assert states[-1]["b"].cache.load.used_blocks == 7
+
+
+def test_json_has_every_field_under_the_protos_names() -> None:
+    state = json.loads(
+        as_json(cluster_pb2.GetCacheStateResponse(model="llama", replicas=[replica("one", 0, 0)]))
+    )
+    (only,) = state["replicas"]
+    assert only["cache"]["load"]["used_blocks"] == "0"
+    assert only["status"] == "REPLICA_STATUS_READY"

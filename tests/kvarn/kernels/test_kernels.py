@@ -1,0 +1,466 @@
+"""The Triton kernels against the references: on a GPU where there is one, else in Triton's interpreter."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvarn.kernels import decode, decode_plan, pages, prefill, quantize, rotate
+from kvarn.presets import PRESETS, get_preset
+from kvarn.reference import attention, codec, hadamard
+from kvarn.tile import TileLayout
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+LAYOUTS = [
+    TileLayout(get_preset(name), head_dim)
+    for name in PRESETS
+    for head_dim in ((64, 128, 256) if ON_GPU else (64, 128))
+]
+K4V2 = TileLayout(get_preset("kvarn_k4v2_g128"), 128)
+SMALL = TileLayout(get_preset("kvarn_k4v4_g64"), 64)
+NO_SLOT = -1
+
+
+def describe(value: object) -> str | None:
+    return f"{value.preset.name}-{value.head_dim}" if isinstance(value, TileLayout) else None
+
+
+def tiles(layout: TileLayout, count: int, heads: int, seed: int = 0) -> Tensor:
+    """Rotated tiles [count, 2, heads, G, D] float16 with channels and tokens of unequal size."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, 2, heads, layout.group, layout.head_dim)
+    spread = torch.linspace(0.2, 3.0, layout.head_dim) * torch.linspace(2.0, 0.5, layout.group)[:, None]
+    x = torch.randn(shape, generator=generator) * spread
+    return hadamard.rotate(x).half()
+
+
+def int32(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def assert_near(ours: Tensor, expected: Tensor, tolerance: float) -> None:
+    """The relative error of each vector along the last axis is below `tolerance`; NaN is not."""
+    error = (ours.cpu().float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert (error < tolerance).all(), f"largest relative error {error.max():.2e}"
+
+
+def quantized(x: Tensor, layout: TileLayout) -> Tensor:
+    """Records [count, heads, nbytes] of tiles [count, 2, heads, G, D], by the kernel."""
+    count, _, heads, _, _ = x.shape
+    cache = torch.full((count + 1, heads, layout.nbytes), 0x7F, dtype=torch.uint8, device=DEVICE)
+    quantize.quantize_slots(
+        x.to(DEVICE), int32([*range(count), 0]), int32([*range(count), -1]), cache, layout
+    )
+    assert (cache[count] == 0x7F).all(), "an entry to skip was written"
+    return cache[:count].cpu()
+
+
+class TestQuantize:
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=describe)
+    def test_errors_are_those_of_the_reference(self, layout: TileLayout) -> None:
+        x = tiles(layout, 2, 2)
+        ours = codec.dequantize(quantized(x, layout), layout)
+        references = codec.dequantize(codec.quantize(x[:, 0], x[:, 1], layout), layout)
+        for which in range(2):
+            exact = x[:, which].float()
+            error, least = ((y - exact).square().mean().sqrt() for y in (ours[which], references[which]))
+            assert error <= least * 1.01
+            # Beyond the last place of float16 factors; a token scale in the middle of two e4m3 may go to either.
+            differing = ((ours[which] - references[which]).abs() > exact.std() * 5e-3).float().mean()
+            assert differing < 0.03
+
+    @pytest.mark.parametrize(
+        "kind", ["channel offsets", "one huge token", "one huge channel", "near float16's end"]
+    )
+    def test_uneven_tiles_lose_no_more_than_in_the_reference(self, kind: str) -> None:
+        layout = SMALL
+        x = tiles(layout, 2, 2, seed=3).float()
+        if kind == "channel offsets":
+            x += torch.linspace(-12, 12, layout.head_dim)
+        elif kind == "one huge token":
+            x[:, :, :, 7] *= 1000
+        elif kind == "one huge channel":
+            x[..., 7] *= 1000
+        else:
+            x *= 65504 / x.abs().amax()
+        x = x.half()
+        ours = codec.dequantize(quantized(x, layout), layout)
+        references = codec.dequantize(codec.quantize(x[:, 0], x[:, 1], layout), layout)
+        for which in range(2):
+            exact = x[:, which].float()
+            # Token by token, so that one huge one does not hide the others.
+            error, least = (
+                ((y - exact).norm(dim=-1) / exact.norm(dim=-1)).mean()
+                for y in (ours[which], references[which])
+            )
+            assert error <= least * 1.02
+
+    def test_degenerate_tiles_stay_finite(self) -> None:
+        layout = SMALL
+        x = torch.zeros(6, 2, 1, layout.group, layout.head_dim, dtype=torch.float16)
+        x[1] = 3.0
+        x[2] = 65504.0
+        x[3, ..., 0] = 65504.0
+        x[4, :, :, 5] = -65504.0
+        x[5] = torch.randn(x[5].shape) * 2.0**-24
+        ours = codec.dequantize(quantized(x, layout), layout)
+        references = codec.dequantize(codec.quantize(x[:, 0], x[:, 1], layout), layout)
+        for which in range(2):
+            assert ours[which].isfinite().all()
+            exact = x[:, which].float()
+            error, least = ((y - exact).abs().amax((-1, -2)) for y in (ours[which], references[which]))
+            assert (error <= least * 1.01).all()
+
+    def test_pages_and_slots_give_the_same_records(self) -> None:
+        layout = K4V2
+        x = tiles(layout, 2, 3)
+        paged = x.permute(1, 0, 3, 2, 4).contiguous().to(DEVICE)
+        cache = torch.zeros(2, 3, layout.nbytes, dtype=torch.uint8, device=DEVICE)
+        quantize.quantize_pages(paged, int32([1, 0]), int32([1, 0]), cache, layout)
+        assert (cache.cpu() == quantized(x, layout)).all()
+
+    def test_refuses_a_cache_of_another_layout(self) -> None:
+        x = tiles(SMALL, 1, 1).to(DEVICE)
+        cache = torch.zeros(1, 1, K4V2.nbytes, dtype=torch.uint8, device=DEVICE)
+        with pytest.raises(ValueError, match="cache has shape"):
+            quantize.quantize_slots(x, int32([0]), int32([0]), cache, SMALL)
+
+
+class TestPages:
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=describe)
+    def test_hold_what_records_and_slots_say(self, layout: TileLayout) -> None:
+        heads = 2
+        pool = tiles(layout, 2, heads, seed=1)
+        source = tiles(layout, 3, heads)
+        cache = codec.quantize(source[:, 0], source[:, 1], layout)
+        filled = torch.full((2, 4, layout.group, heads, layout.head_dim), torch.nan, dtype=torch.float16)
+        filled = filled.to(DEVICE)
+        entries = torch.tensor([[2, 0, 3], [1, 2, 0], [-1, -1, 1]], dtype=torch.int32, device=DEVICE)
+        pages.fill_pages(cache.to(DEVICE), pool.to(DEVICE), filled, entries, layout)
+        filled = filled.cpu()
+        for which, expected in enumerate(codec.dequantize(cache, layout)):
+            for page, block in ((2, 1), (0, 2)):
+                torch.testing.assert_close(
+                    filled[which, page].transpose(0, 1).float(), expected[block], rtol=1e-3, atol=1e-5
+                )
+            assert (filled[which, 3].transpose(0, 1) == pool[1, which]).all()
+        assert filled[:, 1].isnan().all(), "a page that was not named was written"
+
+
+class TestRotate:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("head_dim", [64, 128, 256])
+    def test_puts_every_token_in_its_places(self, dtype: torch.dtype, head_dim: int) -> None:
+        tokens, heads, per_head, group = 21, 2, 3, 64
+        generator = torch.Generator().manual_seed(0)
+        packed = torch.randn(tokens, heads * (per_head + 2), head_dim, generator=generator).to(dtype)
+        packed[3] = 60_000  # beyond float16 once rotated
+        query, key, value = packed.split([heads * per_head, heads, heads], dim=1)
+        rotated = torch.full(query.shape, torch.nan, dtype=torch.float16, device=DEVICE)
+        pool = torch.full((2, 2, heads, group, head_dim), torch.nan, dtype=torch.float16, device=DEVICE)
+        paged = torch.full((2, 2, group, heads, head_dim), torch.nan, dtype=torch.float16, device=DEVICE)
+        slot_rows, page_rows = [NO_SLOT] * tokens, [NO_SLOT] * tokens
+        slot_rows[4], slot_rows[20], page_rows[0], page_rows[4] = 70, 5, 127, 3
+        rotate.rotate_store(
+            *(x.to(DEVICE) for x in (query, key, value)),
+            rotated,
+            pool,
+            int32(slot_rows),
+            paged,
+            int32(page_rows),
+        )
+
+        def expected(x: Tensor) -> Tensor:
+            return hadamard.rotate(x).clamp(-65504, 65504)
+
+        def check(ours: Tensor, theirs: Tensor) -> None:
+            assert_near(ours, expected(theirs), 1e-3)
+
+        check(rotated, query)
+        for which, x in enumerate((key, value)):
+            check(pool[1, which, :, 6], x[4])
+            check(pool[0, which, :, 5], x[20])
+            check(paged[which, 1, 63], x[0])
+            check(paged[which, 0, 3], x[4])
+        assert pool.isnan().sum() == pool.numel() - 2 * 2 * heads * head_dim
+        assert paged.isnan().sum() == paged.numel() - 2 * 2 * heads * head_dim
+
+    def test_unrotate_is_the_inverse(self) -> None:
+        x = torch.randn(70, 3, 128)
+        out = torch.full(x.shape, torch.nan, dtype=torch.bfloat16, device=DEVICE)
+        rotate.unrotate(hadamard.rotate(x).half().to(DEVICE), out)
+        assert_near(out, x, 6e-3)
+
+
+class Sequence:
+    """One sequence and its `queries` newest tokens, in a cache and a pool whose every other part is poison.
+
+    Slot 1 holds the newest tile, slot 2 the first, slot 3 the tile before the newest where the queries begin there.
+    """
+
+    def __init__(
+        self,
+        layout: TileLayout,
+        tokens: int,
+        heads: int,
+        per_head: int,
+        sink: bool,
+        seed: int = 0,
+        queries: int = 1,
+    ) -> None:
+        group, head_dim = layout.group, layout.head_dim
+        generator = torch.Generator().manual_seed(seed)
+        count = -(-tokens // group)
+        raw = tiles(layout, count, heads, seed)
+        self.layout, self.tokens, self.sink = layout, tokens, sink
+        self.positions = torch.arange(tokens - queries, tokens)
+        self.query = torch.randn(tokens, heads * per_head, head_dim, generator=generator)
+        flat = raw.permute(1, 0, 3, 2, 4).reshape(2, count * group, heads, head_dim)
+        self.key, self.value = flat[:, :tokens]
+        self.blocks = torch.randperm(count + 2, generator=generator)[:count]
+        self.cache = torch.full((count + 2, heads, layout.nbytes), 0xFF, dtype=torch.uint8)
+        self.cache[self.blocks] = codec.quantize(raw[:, 0], raw[:, 1], layout)
+        own = (tokens - 1) // group
+        self.cache[self.blocks[own]] = 0xFF
+        self.pool = torch.full((4, 2, heads, group, head_dim), torch.nan, dtype=torch.float16)
+        self.pool[1, :, :, : tokens - own * group] = raw[own, :, :, : tokens - own * group]
+        self.pool[2] = raw[0]
+        self.first_slot = 1
+        if self.positions[0] < own * group:
+            self.first_slot = 3
+            self.pool[3] = raw[own - 1]
+
+    @property
+    def scale(self) -> float:
+        return float(self.layout.head_dim**-0.5)
+
+    def pages_of_tiles(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as pages [2, tiles, G, H, D] float16: raw (0 where not yet written), and through records."""
+        group, (heads, head_dim) = self.layout.group, self.key.shape[1:]
+        count = -(-self.tokens // group)
+        raw = torch.zeros(2, count * group, heads, head_dim, dtype=torch.float16)
+        raw[:, : self.tokens] = torch.stack([self.key, self.value])
+        raw = raw.view(2, count, group, heads, head_dim)
+        tile = raw.transpose(2, 3)
+        records = codec.quantize(tile[0], tile[1], self.layout)
+        return raw, torch.stack(codec.dequantize(records, self.layout)).transpose(2, 3).half()
+
+    def expected(self, positions: Tensor) -> Tensor:
+        return attention.attend(
+            self.query[positions], self.key, self.value, positions, self.sink, self.scale, self.layout
+        )
+
+
+def decoded(
+    sequences: list[Sequence],
+    splits: int,
+    dtype: torch.dtype = torch.float32,
+    padding: int = 1,
+    queries: int = 1,
+) -> Tensor:
+    """The newest tokens of each sequence, by the kernels, in one batch padded with empty rows."""
+    layout = sequences[0].layout
+    heads, query_heads = sequences[0].cache.shape[1], sequences[0].query.shape[1]
+    batch = len(sequences) + padding
+    width = max(len(s.blocks) for s in sequences)
+    table = torch.full((batch, width), 2**31 - 1, dtype=torch.int32)
+    offset = 0
+    for row, sequence in enumerate(sequences):
+        table[row, : len(sequence.blocks)] = sequence.blocks + offset
+        offset += sequence.cache.shape[0]
+    newest = torch.cat([s.query[s.positions] for s in sequences])
+    query = torch.cat([newest, torch.zeros(padding, *newest.shape[1:])])
+    counts = torch.tensor([len(s.positions) for s in sequences] + [0] * padding)
+    out = torch.full(query.shape, torch.nan, dtype=dtype, device=DEVICE)
+    no_slots = [NO_SLOT] * padding
+    rows = decode.max_part_rows(batch, query_heads, heads, queries, DEVICE)
+    decode.decode(
+        hadamard.rotate(query).half().to(DEVICE),
+        torch.cat([s.cache for s in sequences]).to(DEVICE),
+        torch.cat([s.pool for s in sequences]).to(DEVICE),
+        table.to(DEVICE),
+        int32([s.tokens for s in sequences] + [0] * padding),
+        int32([4 * i + s.first_slot for i, s in enumerate(sequences)] + no_slots),
+        int32([4 * i + 1 for i in range(len(sequences))] + no_slots),
+        int32([4 * i + 2 if s.sink else NO_SLOT for i, s in enumerate(sequences)] + no_slots),
+        sequences[0].scale,
+        layout,
+        splits,
+        decode.Parts(rows * (splits + 1), layout.head_dim, DEVICE),
+        out,
+        queries,
+        int32([0, *counts.cumsum(0).tolist()]),
+    )
+    beyond = out[len(newest) :]
+    assert (beyond == 0).all() if queries == 1 else beyond.isnan().all()
+    return out[: len(newest)].cpu().float()
+
+
+class TestDecode:
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=describe)
+    @pytest.mark.parametrize("splits", [1, 3])
+    def test_matches_the_read_rule(self, layout: TileLayout, splits: int) -> None:
+        group = layout.group
+        lengths = [1, group, group + 1, 3 * group + 5, 5 * group]
+        sequences = [
+            Sequence(layout, tokens, heads=1, per_head=4, sink=tokens % 2 == 1, seed=tokens)
+            for tokens in lengths
+        ]
+        ours = decoded(sequences, splits)
+        for row, sequence in enumerate(sequences):
+            expected = sequence.expected(torch.tensor([sequence.tokens - 1]))[0]
+            assert_near(ours[row], expected, 6e-3)
+
+    @pytest.mark.parametrize("per_head", [1, 2, 3, 6, 8, 16])
+    def test_any_number_of_query_heads_to_a_kv_head(self, per_head: int) -> None:
+        sequence = Sequence(K4V2, 300, heads=2, per_head=per_head, sink=True)
+        expected = sequence.expected(torch.tensor([299]))
+        assert_near(decoded([sequence], 2), expected, 6e-3)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_writes_the_models_dtype(self, dtype: torch.dtype) -> None:
+        sequence = Sequence(SMALL, 200, heads=1, per_head=2, sink=True)
+        expected = sequence.expected(torch.tensor([199]))
+        assert_near(decoded([sequence], 12, dtype), expected, 6e-3)
+
+    def test_a_row_does_not_depend_on_its_batch(self) -> None:
+        sequences = [Sequence(SMALL, tokens, 1, 4, sink=True, seed=tokens) for tokens in (70, 190, 333)]
+        together = decoded(sequences, 2)
+        for row, sequence in enumerate(sequences):
+            assert (decoded([sequence], 2, padding=0)[0] == together[row]).all()
+
+    @pytest.mark.parametrize(("queries", "per_head"), [(2, 1), (2, 3), (5, 1), (5, 4), (16, 3), (16, 4)])
+    def test_tokens_of_a_speculative_step(self, queries: int, per_head: int) -> None:
+        """Within a short first tile, over its end, up to a tile's end, and, some fewer, over a later end."""
+        group, sink = SMALL.group, per_head != 3
+        counts = {queries: queries, group + 1: queries, 2 * group: queries, 2 * group + 1: (queries + 2) // 2}
+        sequences = [
+            Sequence(SMALL, end, 1, per_head, sink, seed=end, queries=count) for end, count in counts.items()
+        ]
+        ours = decoded(sequences, 1, queries=queries)
+        expected = torch.cat([sequence.expected(sequence.positions) for sequence in sequences])
+        assert_near(ours, expected, 6e-3)
+
+    def test_a_speculative_step_with_several_splits_and_other_types(self) -> None:
+        sequence = Sequence(K4V2, 2 * K4V2.group + 1, heads=1, per_head=6, sink=False, queries=3)
+        expected = sequence.expected(sequence.positions)
+        assert_near(decoded([sequence], 2, torch.bfloat16, queries=3), expected, 6e-3)
+
+    @pytest.mark.parametrize(
+        ("queries", "query_start", "message"),
+        [
+            (17, [0, 1], "queries is 17: expected 1 to 16"),
+            (2, None, r"query_start is missing: expected \[2\]"),
+            (2, [0, 1, 2], r"query_start has shape \(3,\): expected \[2\]"),
+        ],
+    )
+    def test_refuses_queries_that_do_not_fit(
+        self, queries: int, query_start: list[int] | None, message: str
+    ) -> None:
+        start = None if query_start is None else int32(query_start)
+        one = int32([1])
+        rows = torch.empty(1, 1, 64, device=DEVICE)
+        with pytest.raises(ValueError, match=message):
+            decode.decode(
+                rows.half(),
+                torch.empty(1, 1, SMALL.nbytes, dtype=torch.uint8, device=DEVICE),
+                torch.empty(1, 2, 1, 64, 64, dtype=torch.float16, device=DEVICE),
+                int32([[0]]),
+                *[one] * 4,
+                1.0,
+                SMALL,
+                1,
+                decode.Parts(32, 64, DEVICE),
+                rows,
+                queries,
+                start,
+            )
+        with pytest.raises(ValueError, match=message):
+            decode_plan.plan_decode(int32([[0]]), one, one, 64, *[one] * 6, queries, start)
+
+    def test_refuses_room_that_is_too_small(self) -> None:
+        sequence = Sequence(SMALL, 70, heads=1, per_head=1, sink=False)
+        with pytest.raises(ValueError, match="parts has room for 1 rows: expected 2"):
+            decode.decode(
+                sequence.query[-1:].half().to(DEVICE),
+                sequence.cache.to(DEVICE),
+                sequence.pool.to(DEVICE),
+                int32([[0, 1]]),
+                int32([70]),
+                int32([1]),
+                int32([1]),
+                int32([NO_SLOT]),
+                1.0,
+                SMALL,
+                1,
+                decode.Parts(1, 64, DEVICE),
+                torch.empty(1, 1, 64, device=DEVICE),
+            )
+
+
+class TestPlan:
+    def test_tokens_go_where_their_tiles_slots_are(self) -> None:
+        group = 64
+        table = int32([[4, 7, 9], [5, 6, 3], [8, 2, 1], [0, 0, 0], [70, 71, 0]])
+        lengths = int32([2 * group + 3, 2 * group, 1, 0, group + 1])
+        slot_of = torch.full((10,), NO_SLOT, dtype=torch.int32, device=DEVICE)
+        slot_of[int32([4, 9, 6, 8])] = int32([20, 21, 22, 23])
+        made = [torch.full((5,), -7, dtype=torch.int32, device=DEVICE) for _ in range(6)]
+        decode_plan.plan_decode(table, lengths, slot_of, group, *made)
+        firsts, tails, sinks, fills, rows, page_rows = (x.tolist() for x in made)
+        assert firsts == tails == [21, 22, 23, NO_SLOT, NO_SLOT]
+        assert sinks == [20, NO_SLOT, 23, NO_SLOT, NO_SLOT]  # blocks 5 and 70 have none; row 3 pads the batch
+        assert rows == [21 * group + 2, 22 * group + group - 1, 23 * group, NO_SLOT, NO_SLOT]
+        assert page_rows == [NO_SLOT] * 5
+        assert fills == [NO_SLOT, 6, NO_SLOT, NO_SLOT, NO_SLOT]
+
+    def test_several_tokens_may_begin_in_one_tile_and_end_in_the_next(self) -> None:
+        group = 64
+        table = int32([[4, 7], [5, 6], [8, 2], [0, 0]])
+        lengths = int32([group + 1, 2 * group, 2, 0])
+        slot_of = torch.full((9,), NO_SLOT, dtype=torch.int32, device=DEVICE)
+        slot_of[int32([4, 7, 5, 6, 8])] = int32([20, 21, 22, 23, 24])
+        made = [torch.full((4,), -7, dtype=torch.int32, device=DEVICE) for _ in range(4)]
+        rows, page_rows = (torch.full((9,), -7, dtype=torch.int32, device=DEVICE) for _ in range(2))
+        decode_plan.plan_decode(
+            table, lengths, slot_of, group, *made, rows, page_rows, 3, int32([0, 3, 6, 8, 8])
+        )
+        firsts, tails, sinks, fills = (x.tolist() for x in made)
+        assert firsts == [20, 23, 24, NO_SLOT]
+        assert tails == [21, 23, 24, NO_SLOT]
+        assert sinks == [20, 22, 24, NO_SLOT]
+        assert fills == [4, 6, NO_SLOT, NO_SLOT]
+        of_first = [20 * group + 62, 20 * group + 63, 21 * group]
+        of_others = [23 * group + 61, 23 * group + 62, 23 * group + 63, 24 * group, 24 * group + 1]
+        assert rows.tolist() == [*of_first, *of_others, -7]
+        assert page_rows.tolist() == [NO_SLOT] * 8 + [-7]
+
+
+class TestPrefill:
+    @pytest.mark.parametrize("layout", [SMALL, K4V2], ids=describe)
+    @pytest.mark.parametrize("start", [0, 70])
+    def test_query_tiles_follow_the_read_rule(self, layout: TileLayout, start: int) -> None:
+        group, per_head = layout.group, 2
+        sequence = Sequence(layout, 2 * group + 9, heads=2, per_head=per_head, sink=False)
+        positions = torch.arange(start, sequence.tokens)
+        raw, recorded = sequence.pages_of_tiles()
+        both = torch.cat([recorded, raw], dim=1).contiguous().to(DEVICE)
+        first_tile, last_tile = start // group, (sequence.tokens - 1) // group
+        own = range(first_tile, last_tile + 1)
+        count = recorded.shape[1]
+        table = [[*range(tile), count + tile, *[0] * (last_tile - tile)] for tile in own]
+        ends = [min((tile + 1) * group, sequence.tokens) for tile in own]
+        query = hadamard.rotate(sequence.query[positions]).half().to(DEVICE)
+        out = torch.full(query.shape, torch.nan, dtype=torch.float16, device=DEVICE)
+        prefill.attend_pages(
+            query,
+            both,
+            int32([0, *(end - start for end in ends)]),
+            int32(ends),
+            int32(table),
+            sequence.scale,
+            out,
+        )
+        unrotated = torch.full(query.shape, torch.nan, dtype=torch.float32, device=DEVICE)
+        rotate.unrotate(out, unrotated)
+        assert_near(unrotated, sequence.expected(positions), 6e-3)

@@ -1,0 +1,79 @@
+"""What limits the requests of an engine: told before it starts, and as the engine then has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvarn.cli.doctor import Diagnosis, render
+from kvarn.cli.output import out
+from kvarn.engine_limits import EngineLimits, engine_limits
+from kvarn.model import KvShape
+from kvarn.vllm.cache_settings import GIB, KVarNConfig, side_pool_slots
+from serve_app.config import EngineConfig
+from serve_app.engine.engine_deployment import engine_args
+from serve_app.launch import LaunchError, limits_of, read_app
+
+SHAPE = KvShape(layers=30, kv_heads=3, head_dim=64)
+SLOT = 2 * 2 * 30 * 3 * 64 * 128
+APP_YAML = Path(__file__).parents[2] / "cluster" / "app.yaml"
+
+
+def limits(max_num_seqs: int = 16, cache_gib: float | None = 1, **settings: float) -> EngineLimits:
+    cache = None if cache_gib is None else int(cache_gib * GIB)
+    return engine_limits(
+        SHAPE, "kvarn_k4v2_g128", max_num_seqs, 8192, cache, settings=KVarNConfig(**settings)
+    )  # type: ignore[arg-type]
+
+
+def test_each_of_the_three_may_come_first() -> None:
+    plenty = limits(cache_gib=4)
+    assert (plenty.first, plenty.requests_at_once, plenty.slots) == ("max_num_seqs", 16, 48)
+    assert "16 requests run at once, each of up to 8,192 tokens" in plenty.sentence
+    pool = limits(side_pool_gib=12 * SLOT / GIB)
+    assert (pool.first, pool.requests_at_once, pool.side_pool_bytes) == ("side pool", 4, 12 * SLOT)
+    assert "raise side_pool_gib" in pool.sentence
+    cache = limits(max_num_seqs=64)
+    assert (cache.first, cache.requests_at_once, cache.longest_requests) == ("blocks", 64, 1725 // 64)
+    assert (cache.blocks, cache.cache_tokens, cache.tokens_each) == (1725, 220_800, 1725 // 64 * 128)
+    assert "64 requests run at once only if each has at most 3,328 tokens, and 26 of 8,192" in cache.sentence
+
+
+def test_without_a_cache_size_blocks_are_not_guessed() -> None:
+    unknown = limits(cache_gib=None)
+    assert (unknown.blocks, unknown.longest_requests, unknown.first) == (None, None, "max_num_seqs")
+
+
+def test_the_doctor_shows_them_for_a_yaml() -> None:
+    made = limits_of(read_app(APP_YAML))
+    with out.capture() as shown:
+        out.print(render(Diagnosis({}, {}, [], [], made)))
+    text = " ".join(shown.get().split())
+    assert "48 slots" in text
+    assert "1,725 blocks" in text
+    assert "limits first" in text
+
+
+def test_a_side_pool_for_no_request_is_one_sentence(tmp_path: Path) -> None:
+    content = yaml.safe_load(APP_YAML.read_text())
+    content["applications"][0]["args"]["engine"]["side_pool_gib"] = 0.001
+    (tmp_path / "app.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(LaunchError, match="one request may need 3; give at least"):
+        limits_of(read_app(tmp_path / "app.yaml"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"side_pool_gib": 0.05}, {"retained_sinks": 2}])
+def test_the_engine_has_the_slots_that_were_told(model_dir: Path, settings: dict[str, float]) -> None:
+    config = EngineConfig.model_validate({"kv_cache_memory_gib": 1, "max_num_seqs": 8, **settings})
+    made = engine_args(str(model_dir), config).create_engine_config()
+    told = engine_limits(
+        SHAPE,
+        config.kv_cache_dtype,
+        8,
+        8192,
+        config.kv_cache_memory_bytes,
+        settings=KVarNConfig(**config.kvarn_settings),  # type: ignore[arg-type]
+    )
+    assert side_pool_slots(made) == told.slots

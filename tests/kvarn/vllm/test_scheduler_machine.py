@@ -1,0 +1,329 @@
+"""Any order of events over the real scheduler: no content is lost, mixed up or leaked, and every answer is right."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from kvarn.vllm.access.telemetry import waiting_by_reason
+from kvarn.vllm.cache_settings import GIB, slot_bytes
+from kvarn.vllm.scheduler import SlotPlanning
+from kvarn.vllm.slots import ScheduledTokens, SlotPlan, SlotTable
+from tests.support.scheduling import GROUP, VOCABULARY, Worker, World, make_scheduler
+
+MAX_REQUESTS = 10
+EVENTS = 60  # of one example
+logging.getLogger("vllm").setLevel(logging.ERROR)  # it tells of every reset of the cache
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random events; `World` asserts the invariants after every step."""
+
+    world: World
+
+    @initialize(
+        num_blocks=st.sampled_from([14, 24, 48]),
+        max_running=st.integers(1, 5),
+        asynchronous=st.booleans(),
+        policy=st.sampled_from(["fcfs", "priority"]),
+        chunk=st.sampled_from([0, 0, 3, 6]),
+        retained_sinks=st.sampled_from([0, 1, 4]),
+        order=st.sampled_from(["prefix", "prefix", "fcfs"]),
+        max_overtakes=st.sampled_from([0, 2, 100]),
+        expected_output_tokens=st.sampled_from([None, 1]),
+        drafts=st.sampled_from(
+            [0, 1, GROUP - 1]
+        ),  # as really: a step's tokens of a request touch two tiles at most
+    )
+    def start(self, drafts: int, **settings: Any) -> None:
+        if settings["asynchronous"]:  # drafts from the prompt are not
+            drafts = 0
+        if settings["chunk"]:  # an engine refuses more
+            drafts = min(drafts, settings["chunk"] - 1)
+        self.world = World(make_scheduler(drafts=drafts, **settings))
+
+    @precondition(lambda self: len(self.world.prompts) < MAX_REQUESTS)
+    @rule(
+        family=st.integers(0, 3),
+        shared=st.sampled_from([0, 0, 0, 3, 4, 6, 8, 12, 17]),
+        own=st.lists(st.integers(0, 1), min_size=1, max_size=9),
+        max_tokens=st.integers(1, 14),
+        priority=st.integers(0, 2),
+    )
+    def submit(self, family: int, shared: int, own: list[int], max_tokens: int, priority: int) -> None:
+        self.world.submit([10 + family] * shared + own, max_tokens, priority)
+
+    @rule(budget=st.sampled_from([1, 2, 3, 5, 9, 64]))
+    def step(self, budget: int) -> None:
+        self.world.step(budget)
+
+    @rule(steps=st.integers(2, 6))
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.world.step()
+
+    @precondition(lambda self: self.world.scheduler.num_spec_tokens)
+    @rule(
+        rights=st.lists(st.integers(0, GROUP - 1), min_size=1, max_size=5), budget=st.sampled_from([3, 9, 64])
+    )
+    def speculate(self, rights: list[int], budget: int) -> None:
+        for right in rights:
+            self.world.draft(right)
+            self.world.step(budget)
+
+    @rule(place=st.integers(0, 9))
+    def abort(self, place: int) -> None:
+        self.world.abort(place)
+
+    @rule(left=st.integers(0, 3))
+    def take_blocks(self, left: int) -> None:
+        self.world.take_blocks(left)
+
+    @rule()
+    def give_blocks_back(self) -> None:
+        self.world.give_blocks_back()
+
+    @rule(place=st.integers(0, 40))
+    def evict(self, place: int) -> None:
+        self.world.evict(place)
+
+    @rule(with_running=st.booleans())
+    def reset_cache(self, with_running: bool) -> None:
+        self.world.reset_cache(with_running)
+
+    def teardown(self) -> None:
+        if hasattr(self, "world") and self.world.sound:
+            self.world.drain()
+
+
+def run_machine(examples: int) -> None:
+    run_state_machine_as_test(
+        SchedulerMachine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=EVENTS,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate],
+            print_blob=False,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_no_order_of_events_breaks_the_cache(long_mode: bool) -> None:
+    """20 400 events, and over a million in the long mode."""
+    run_machine(examples=17_000 if long_mode else 340)
+
+
+def drop_tails_not_scheduled(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = SlotTable.step
+
+    def mutant(self: SlotTable, scheduled: Any, *args: Any) -> SlotPlan:
+        absent = self._tails_of.keys() - {tokens.request_id for tokens in scheduled}
+        plan = step(self, scheduled, *args)
+        for request_id in absent & self._tails_of.keys():
+            for block in self._tails_of.pop(request_id).values():
+                self._release(block, plan)
+        return plan
+
+    monkeypatch.setattr(SlotTable, "step", mutant)
+
+
+def quantize_one_step_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize = Worker.quantize
+
+    def mutant(self: Worker, *span: Any) -> None:
+        late = vars(self).setdefault("late", [])
+        late.append(span)
+        if len(late) > 1:
+            quantize(self, *late.pop(0))
+
+    monkeypatch.setattr(Worker, "quantize", mutant)
+
+
+def release_tails_as_they_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = SlotTable.step
+
+    def mutant(self: SlotTable, *args: Any) -> SlotPlan:
+        plan = step(self, *args)
+        while self._filled:
+            self._release(self._filled.pop(), plan)
+        return plan
+
+    monkeypatch.setattr(SlotTable, "step", mutant)
+
+
+def forget_the_first_tiles_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize = Worker.quantize
+    monkeypatch.setattr(
+        Worker, "quantize", lambda self, r, start, end: quantize(self, r, max(start, GROUP), end)
+    )
+
+
+def forget_the_first_tiles_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = SlotTable._place_tiles
+
+    def mutant(self: SlotTable, tokens: ScheduledTokens, *args: Any) -> None:
+        if tokens.start < GROUP < tokens.end:
+            tokens = replace(tokens, start=GROUP, blocks=tokens.blocks[1:])
+        place(self, tokens, *args)
+
+    monkeypatch.setattr(SlotTable, "_place_tiles", mutant)
+
+
+def count_a_tile_full_one_token_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = SlotTable._place_tiles
+    monkeypatch.setattr(
+        SlotTable, "_place_tiles", lambda self, t, *args: place(self, replace(t, end=t.end + 1), *args)
+    )
+
+
+def keep_tiles_that_were_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SlotTable, "_pass_tiles", lambda self, tokens, plan: None)
+
+
+def take_drafts_for_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScheduledTokens, "sure_end", property(lambda self: self.end))
+
+
+def keep_the_sink_of_an_evicted_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = SlotTable.step
+
+    def mutant(self: SlotTable, scheduled: Any, departed: Any, block_hash: Any, evict: Any) -> SlotPlan:
+        return step(
+            self, scheduled, departed, lambda block: self._sink_hash.get(block, block_hash(block)), evict
+        )
+
+    monkeypatch.setattr(SlotTable, "step", mutant)
+
+
+def drop_a_sink_but_not_its_cached_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_room = SlotTable._make_room
+    monkeypatch.setattr(
+        SlotTable, "_make_room", lambda self, plan, evict: make_room(self, plan, lambda blocks: None)
+    )
+
+
+def keep_a_cached_block_whose_hash_came_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    retire = SlotTable._retire_sink
+    monkeypatch.setattr(
+        SlotTable,
+        "_retire_sink",
+        lambda self, sink, current, evict, plan: retire(self, sink, current, lambda blocks: None, plan),
+    )
+
+
+def admit_without_asking_for_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SlotPlanning, "_admits", lambda self, request, hit: True)
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        drop_tails_not_scheduled,
+        quantize_one_step_late,
+        release_tails_as_they_fill,
+        forget_the_first_tiles_record,
+        forget_the_first_tiles_slot,
+        count_a_tile_full_one_token_early,
+        keep_tiles_that_were_passed,
+        take_drafts_for_sure,
+        keep_the_sink_of_an_evicted_block,
+        drop_a_sink_but_not_its_cached_block,
+        keep_a_cached_block_whose_hash_came_late,
+        admit_without_asking_for_slots,
+    ],
+)
+def test_the_machine_catches(
+    monkeypatch: pytest.MonkeyPatch, mutate: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    """The rarest is caught once in some 200 examples, and the first that catches it is the last."""
+    mutate(monkeypatch)
+    with pytest.raises((AssertionError, KeyError, StopIteration)):
+        run_machine(examples=6000)
+
+
+def test_a_tile_scheduled_and_then_preempted_in_one_step_is_not_cached() -> None:
+    """vLLM's priority policy takes a step back from a request whose tiles it has already hashed."""
+    world = World(make_scheduler(40, 4, policy="priority", chunk=6, expected_output_tokens=1))
+    world.submit([7] * 40, max_tokens=2, priority=2)
+    world.step()
+    world.submit([8] * 3, max_tokens=9, priority=0)
+    world.step()
+    world.step()
+    world.take_blocks(left=1)
+    world.step()  # the first request takes the last block, and the second one, more important, takes it back
+    assert world.scheduler.preemptions == 1
+    world.drain()
+
+
+def test_drafts_past_the_end_of_an_answer_have_their_slots() -> None:
+    world = World(make_scheduler(14, max_running=2, retained_sinks=0, drafts=GROUP - 1))
+    world.submit([0] * 3, max_tokens=4)
+    for _ in range(2):
+        world.draft(right=0)
+        world.step(3)
+    world.submit([0], max_tokens=2)
+    for _ in range(2):
+        world.draft(right=0)
+        world.step()
+    world.drain()
+
+
+def waiting_after_a_step(prompts: list[list[int]], **settings: Any) -> dict[str, int]:
+    """What a scheduler's requests wait for after the step that admits the first of them."""
+    scheduler = make_scheduler(**{"num_blocks": 64, "max_running": 8, **settings})
+    world = World(scheduler)
+    for prompt in prompts:
+        world.submit(prompt, max_tokens=9)
+        world.step()
+    waiting = len(scheduler.waiting) + len(scheduler.skipped_waiting)
+    reasons = waiting_by_reason(scheduler, waiting)
+    world.drain()
+    assert not any(waiting_by_reason(scheduler, 0).values())
+    return {"waiting": waiting, **{name: count for name, count in reasons.items() if count}}
+
+
+DIFFERENT = [[number % VOCABULARY, number // VOCABULARY] * 5 for number in range(3)]
+
+
+def test_it_is_told_what_requests_wait_for() -> None:
+    one_request = 4 * slot_bytes(make_scheduler(64, 8).vllm_config) / GIB
+    after = waiting_after_a_step
+    assert after(DIFFERENT) == {"waiting": 0}
+    assert after(DIFFERENT, max_running=1) == {"waiting": 2}
+    assert after(DIFFERENT, side_pool_gib=one_request) == {"waiting": 2, "waiting_for_slots": 2}
+    assert after(DIFFERENT, num_blocks=8) == {"waiting": 2, "waiting_for_blocks": 2}
+    assert after([[0] * 40] * 3, chunk=GROUP) == {"waiting": 1, "waiting_for_prefix": 1}
+
+
+def test_a_request_that_waits_for_a_prefix_is_overtaken_no_more_often_than_allowed() -> None:
+    """More requests wait than the order looks at."""
+    scheduler = make_scheduler(4000, max_running=3, chunk=GROUP, window=4, max_overtakes=2)
+    world = World(scheduler)
+    for _ in range(3):  # the last shares what the others compute, and is held
+        world.submit([0] * 40, max_tokens=3)
+        world.step()
+    (held,) = scheduler.waiting
+    for number in range(40):
+        world.submit([1, number % 3, number // 3 % 3, number // 9 % 3] * 5, max_tokens=3)
+    seen = {request.request_id for request in scheduler.running}
+    while held not in scheduler.running:
+        world.step()
+        seen |= {request.request_id for request in scheduler.running}
+    assert len(seen) - 3 <= 2 + scheduler.max_num_running_reqs
+    world.drain()

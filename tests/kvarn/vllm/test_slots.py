@@ -1,0 +1,140 @@
+"""SlotTable's own rules, one at a time; test_scheduler_machine.py drives it with the real scheduler."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvarn.vllm.slots import ScheduledTokens, SlotTable, tail_slots
+
+GROUP = 4
+
+
+class Worker:
+    """A SlotTable, and the slots that its plans leave to the blocks."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.table = SlotTable(num_slots, GROUP)
+        self.slot_of: dict[int, int] = {}
+        self.evicted: set[int] = set()
+
+    def step(self, *scheduled: ScheduledTokens, departed: tuple[str, ...] = ()) -> None:
+        plan = self.table.step(scheduled, departed, lambda block: f"hash-{block}", self.evicted.update)
+        for block in plan.released:
+            del self.slot_of[block]
+        self.slot_of.update(plan.assigned)
+
+
+def test_a_request_not_scheduled_keeps_its_tail() -> None:
+    worker = Worker(8)
+    worker.step(ScheduledTokens("a", 0, 6, 1, [1, 2]))
+    slot = worker.slot_of[2]
+    worker.step()
+    worker.step()
+    assert worker.slot_of[2] == slot
+
+
+def test_a_filled_tail_serves_its_own_step_and_is_free_in_the_next() -> None:
+    worker = Worker(8)
+    worker.step(ScheduledTokens("a", 0, 6, 1, [1, 2]))
+    worker.step(ScheduledTokens("a", 6, 8, 1, [2]))
+    assert 2 in worker.slot_of
+    worker.step(ScheduledTokens("a", 8, 9, 1, [3]))
+    assert 2 not in worker.slot_of
+
+
+def test_a_tile_that_drafts_fill_keeps_its_slot_until_the_request_goes_on_behind_it() -> None:
+    worker = Worker(8)
+    worker.step(ScheduledTokens("a", 0, 7, 1, [1, 2]))
+    slot = worker.slot_of[2]
+    worker.step(ScheduledTokens("a", 7, 10, 1, [2, 3], drafts=2))
+    assert worker.slot_of[2] == slot
+    worker.step(ScheduledTokens("a", 8, 9, 1, [3]))
+    assert 2 not in worker.slot_of
+
+    worker.step(ScheduledTokens("a", 9, 11, 1, [3]))
+    kept = worker.slot_of[3]
+    worker.step(ScheduledTokens("a", 11, 13, 1, [3, 4], drafts=1))
+    assert 4 in worker.slot_of
+    worker.step()
+    worker.step(ScheduledTokens("a", 11, 12, 1, [3], drafts=1))
+    assert worker.slot_of[3] == kept, "its drafts were rejected"
+    worker.step(departed=("a",))
+    assert set(worker.slot_of) == {1}, "the first tile of a cached prefix"
+
+
+def test_a_first_tile_that_only_drafts_fill_is_no_sink_to_give_up() -> None:
+    worker = Worker(2)
+    worker.step(ScheduledTokens("a", 0, 3, 1, [1]), ScheduledTokens("b", 0, 4, 9, [9]))
+    worker.step(ScheduledTokens("a", 3, 4, 1, [1], drafts=1))
+    worker.step(ScheduledTokens("c", 0, 1, 2, [2]))
+    assert worker.evicted == {9}
+
+
+def run_once(worker: Worker, request_id: str, block: int) -> None:
+    worker.step(ScheduledTokens(request_id, 0, 4, block, [block]))
+    worker.step(departed=(request_id,))
+
+
+def test_the_longest_idle_of_equally_used_sinks_goes_first_and_leaves_the_prefix_cache() -> None:
+    worker = Worker(3)
+    for block in (1, 2, 3):
+        run_once(worker, f"r{block}", block)
+    worker.step(ScheduledTokens("d", 0, 4, 9, [9]))
+    assert worker.evicted == {1}
+    assert set(worker.slot_of) == {2, 3, 9}
+
+
+def test_a_sink_that_many_requests_used_outlives_newer_ones() -> None:
+    worker = Worker(2)
+    for request_id in "abc":
+        run_once(worker, request_id, 1)
+    for block in range(2, 5):
+        run_once(worker, f"r{block}", block)
+    assert 1 in worker.slot_of
+    assert worker.evicted == {2, 3}
+
+
+def test_a_sink_once_hot_goes_in_the_end() -> None:
+    worker = Worker(2)
+    for request_id in "abc":
+        run_once(worker, request_id, 1)
+    for block in range(2, 8):
+        run_once(worker, f"r{block}", block)
+    assert 1 not in worker.slot_of
+
+
+def test_a_tail_that_finds_no_slot_takes_a_running_requests_sink_and_its_cached_block() -> None:
+    worker = Worker(2)
+    worker.step(ScheduledTokens("a", 0, 4, 1, [1]))
+    worker.step(ScheduledTokens("a", 4, 5, 1, [2]), ScheduledTokens("b", 0, 1, 3, [3]))
+    assert worker.evicted == {1}
+    assert set(worker.slot_of) == {2, 3}
+    worker.step(ScheduledTokens("a", 5, 6, 1, [2]))
+    assert worker.table.sinks_missing == 1
+
+
+@pytest.mark.parametrize(
+    ("total", "uncomputed", "slots"), [(4, 4, 0), (5, 4, 2), (100, 1, 1), (100, 2, 2), (100, 0, 1)]
+)
+def test_slots_a_request_may_need_beside_its_first_tile(total: int, uncomputed: int, slots: int) -> None:
+    assert tail_slots(total, uncomputed, GROUP) == slots
+
+
+def test_a_sink_shared_by_two_requests_outlives_the_first() -> None:
+    worker = Worker(8)
+    table = worker.table
+    worker.step(ScheduledTokens("a", 0, 4, 1, [1]), ScheduledTokens("b", 4, 5, 1, [2]))
+    worker.step(departed=("a",))
+    assert table.num_live_sinks == 1
+    worker.step(departed=("b",))
+    assert (table.num_live_sinks, table.num_idle_sinks, table.num_tails) == (0, 1, 0)
+
+
+def test_a_cached_block_never_outlives_a_sink_whose_hash_came_late() -> None:
+    """Under async scheduling a block that decode filled is hashed only when its output returns."""
+    table = SlotTable(8, GROUP)
+    table.step([ScheduledTokens("a", 0, 4, 1, [1])], [], lambda block: None, lambda blocks: None)
+    evicted: set[int] = set()
+    table.step([], ["a"], lambda block: "late", evicted.update)
+    assert evicted == {1}
+    assert table.num_free == table.num_slots

@@ -1,0 +1,112 @@
+"""What refused HTTP bodies are told: a sentence for callers, and the field it is about."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.http.asgi_app import http_app
+from serve_app.openai.api import openai_api
+from serve_app.openai.schema import NOT_JSON
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+TEXT: dict[str, Any] = {"prompt": "Hi"}
+NOT_SERVED = "this is not served here: leave it out."
+
+
+async def refused(path: str, content: bytes) -> dict[str, Any]:
+    """The error of an answer to a body that does not come to a service."""
+    app = http_app([openai_api("small", None, None, None)])  # type: ignore[arg-type]  # never called
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://here/v1/") as http:
+        answer = await http.post(path, content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    error: dict[str, Any] = answer.json()["error"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("good", "change", "param", "message"),
+    [
+        *[
+            (good, {name: value}, name, f"{name}: Input should be greater than or equal to 1.")
+            for good, name in (
+                (CHAT, "max_tokens"),
+                (CHAT, "max_completion_tokens"),
+                (TEXT, "max_tokens"),
+            )
+            for value in (0, -1)
+        ],
+        (
+            CHAT,
+            {"top_logprobs": 2},
+            "top_logprobs",
+            "top_logprobs may be set only if logprobs is true.",
+        ),
+        (
+            TEXT,
+            {"stream_options": {}},
+            "stream_options",
+            "stream_options may be set only if stream is true.",
+        ),
+        (CHAT, {"tool_choice": "auto"}, "tool_choice", "tool_choice auto needs tools."),
+        (TEXT, {"best_of": 2}, "best_of", "best_of must equal n, as every choice is returned."),
+        (
+            CHAT,
+            {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "x"}},
+            None,
+            "Set response_format or structured_outputs, not both.",
+        ),
+        (TEXT, {"suffix": "x"}, "suffix", f"suffix: {NOT_SERVED}"),
+        (TEXT, {"echo": True}, "echo", f"echo: {NOT_SERVED}"),
+        (
+            CHAT,
+            {"messages": [{"role": "assistant", "audio": {"id": "x"}}]},
+            "messages.0.audio",
+            f"messages.0.audio: {NOT_SERVED}",
+        ),
+        (
+            TEXT,
+            {"logit_bias": {"a": 1}},
+            "logit_bias.a",
+            "logit_bias.a: keys must be token ids, in at most 10 digits.",
+        ),
+        *[
+            (
+                CHAT,
+                {"tools": [{"type": "function", "function": {"name": name}}]},
+                "tools.0.function.name",
+                "tools.0.function.name: a name must have 1 to 64 characters: letters, digits, '_', '.' and '-'.",
+            )
+            for name in ("", "a b", "x" * 65)
+        ],
+    ],
+)
+async def test_a_sentence_names_the_field_and_what_it_may_be(
+    good: dict[str, Any], change: dict[str, Any], param: str | None, message: str
+) -> None:
+    path = "chat/completions" if good is CHAT else "completions"
+    error = await refused(path, json.dumps({**good, **change}).encode())
+    assert (error["param"], error["message"]) == (param, message)
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (b'{"prompt": "Hi",}', "line 1, column 17: Expecting property name enclosed in double quotes"),
+        (b'{\n "prompt": "Hi"\n "n": 1}', "line 3, column 2: Expecting ',' delimiter"),
+        ('{"prompt": "Größe"} x'.encode(), "line 1, column 21: Extra data"),
+        (b'{"prompt": "Hi', "line 1, column 12: Unterminated string starting at"),
+    ],
+)
+async def test_text_that_is_no_json_is_told_where(content: bytes, where: str) -> None:
+    error = await refused("completions", content)
+    assert (error["param"], error["message"]) == (None, f"The body is not valid JSON at {where}.")
+
+
+@pytest.mark.parametrize("content", [b'{"prompt": "\xff"}', b"[" * 100_000, b"9" * 10_000])
+async def test_other_bodies_are_told_what_json_is(content: bytes) -> None:
+    assert (await refused("completions", content))["message"] == NOT_JSON

@@ -1,0 +1,137 @@
+"""What a gateway refuses before any engine sees it."""
+
+import math
+
+import pytest
+
+from kvarn.v1.sampling_pb2 import Choice, SamplingParams, StructuredOutputs
+from serve_app.client import InvalidRequestError, _generate_request
+from serve_app.gateway.admission_queue import rejection_error
+from serve_app.request.errors import (
+    BadRequestError,
+    CapacityError,
+    ContextLengthError,
+    ReplicaUnavailableError,
+    RequestError,
+)
+from serve_app.request.sampling import check_sampling, to_vllm
+from serve_app.routing import Candidate, Decision, Rejection, RequestNeed
+
+VOCAB = 1000
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0, top_p=1, top_k=-1, min_p=0),
+        SamplingParams(repetition_penalty=1.5, presence_penalty=-2, frequency_penalty=2),
+        SamplingParams(max_tokens=1, min_tokens=1, logprobs=20, stop=["x"], stop_token_ids=[999]),
+    ],
+)
+def test_values_in_range_pass(params: SamplingParams) -> None:
+    check_sampling(params, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        (SamplingParams(temperature=-0.5), "temperature must be from 0 to 2, got -0.5."),
+        (SamplingParams(temperature=math.nan), "temperature must be from 0 to 2, got nan."),
+        (SamplingParams(top_p=0), "top_p must be above 0 and at most 1, got 0."),
+        (SamplingParams(top_p=math.nan), "top_p must be above 0 and at most 1, got nan."),
+        (SamplingParams(min_p=1.5), "min_p must be from 0 to 1, got 1.5."),
+        (SamplingParams(top_k=-2), "top_k must be from -1 to 2147483647, got -2."),
+        (SamplingParams(presence_penalty=3), "presence_penalty must be from -2 to 2, got 3."),
+        (
+            SamplingParams(repetition_penalty=math.inf),
+            "repetition_penalty must be above 0 and finite, got inf.",
+        ),
+        (SamplingParams(max_tokens=0), "max_tokens must be at least 1, got 0."),
+        (SamplingParams(max_tokens=2, min_tokens=3), "min_tokens must be at most max_tokens=2, got 3."),
+        (SamplingParams(logprobs=21), "logprobs must be from 0 to 20, got 21."),
+        (SamplingParams(stop=["a", ""]), "stop must hold strings of at least one character"),
+        (SamplingParams(stop_token_ids=[1000]), "stop_token_ids must hold ids below 1000"),
+        (SamplingParams(allowed_token_ids=[5, 2000]), "allowed_token_ids must hold ids below 1000"),
+        (SamplingParams(logit_bias={1: math.nan}), "logit_bias must hold finite numbers"),
+        *[
+            (SamplingParams(structured_outputs=constraint), sentence)
+            for constraint, sentence in [
+                (StructuredOutputs(), "structured_outputs must hold one of json_schema, json_object"),
+                (StructuredOutputs(json_object=False), "structured_outputs.json_object must be true"),
+                (StructuredOutputs(json_schema="{"), "structured_outputs.json_schema must be JSON text"),
+                (StructuredOutputs(json_schema="[" * 60_000), "structured_outputs.json_schema must be JSON"),
+                (StructuredOutputs(json_schema="[]"), "structured_outputs.json_schema must be a JSON object"),
+                (StructuredOutputs(regex=" "), "structured_outputs.regex must not be empty"),
+                (StructuredOutputs(regex="x" * 70_000), "structured_outputs.regex must have at most 65536"),
+                (StructuredOutputs(choice=Choice()), "structured_outputs.choice must hold 1 to 1024 strings"),
+                (StructuredOutputs(choice=Choice(options=["a", ""])), "structured_outputs.choice must hold"),
+            ]
+        ],
+    ],
+)
+def test_values_out_of_range_are_refused_in_one_sentence(params: SamplingParams, sentence: str) -> None:
+    with pytest.raises(BadRequestError) as refusal:
+        check_sampling(params, VOCAB)
+    assert refusal.value.sentence.startswith(sentence)
+    assert refusal.value.sentence.count(". ") == 0
+
+
+def test_only_set_fields_reach_vllm() -> None:
+    params = to_vllm(SamplingParams(temperature=0, max_tokens=7, stop=["x"], logit_bias={3: 1.0}))
+    assert (params.temperature, params.max_tokens, params.stop, params.logit_bias) == (0, 7, ["x"], {3: 1.0})
+    assert (params.top_p, params.seed, params.skip_special_tokens) == (1.0, None, True)
+
+
+def test_a_constraint_reaches_vllm() -> None:
+    made = to_vllm(SamplingParams(structured_outputs=StructuredOutputs(choice=Choice(options=["a", "b"]))))
+    assert made.structured_outputs.choice == ["a", "b"]
+    schema = to_vllm(SamplingParams(structured_outputs=StructuredOutputs(json_schema="{}")))
+    assert schema.structured_outputs.json == "{}"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling"),
+    [
+        ([-1], {}),
+        ([1 << 32], {}),
+        ("text", {"temprature": 1}),
+        ("text", {"max_tokens": -1}),
+        ("text", {"seed": "x"}),
+    ],
+)
+def test_what_cannot_be_sent_fails_in_the_client(prompt: object, sampling: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequestError):
+        _generate_request(prompt, "", "", sampling)
+
+
+@pytest.mark.parametrize(
+    ("refusals", "error", "part"),
+    [
+        ([], ReplicaUnavailableError, "No engine replica is ready yet"),
+        (
+            [Rejection.UNREACHABLE, Rejection.DRAINING],
+            ReplicaUnavailableError,
+            "No engine replica is ready yet",
+        ),
+        (
+            [Rejection.PAST_CONTEXT, Rejection.PAST_CONTEXT],
+            ContextLengthError,
+            "more than the context of 64 tokens",
+        ),
+        ([Rejection.PAST_CACHE], ContextLengthError, "more than what the cache of any replica can hold"),
+        (
+            [Rejection.PAST_CONTEXT, Rejection.UNREACHABLE],
+            ReplicaUnavailableError,
+            "No engine replica is ready yet",
+        ),
+        ([Rejection.UNREACHABLE, Rejection.NO_ROOM], CapacityError, "no replica has room for that now"),
+    ],
+)
+def test_a_refusal_says_what_the_caller_can_do(
+    refusals: list[Rejection], error: type[RequestError], part: str
+) -> None:
+    candidates = tuple(Candidate(str(i), refusal=why) for i, why in enumerate(refusals))
+    refused = rejection_error(Decision(None, candidates), RequestNeed(60, 10), context_tokens=64)
+    assert type(refused) is error
+    assert part in refused.sentence

@@ -1,0 +1,184 @@
+"""The prefix index against a model that keeps plain sets, and the log of tiles that feeds it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from kvarn.vllm.access.cache_events import CacheEvent
+from serve_app.engine.tile_log import TileChange, TileLog
+from serve_app.routing import Namespace, PrefixIndex, chain, token_array
+from serve_app.routing import index as index_module
+
+CHAINS = [[100 * start + link for link in range(6)] for start in range(4)]
+TILES = [tile for links in CHAINS for tile in links]
+
+
+class IndexMachine(RuleBasedStateMachine):
+    """Snapshots, deltas, gaps, drops and promises in any order; what is matched is what the sets say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = PrefixIndex(1000)
+        self.held: dict[str, set[int]] = {}
+        self.sequence: dict[str, int] = {}
+        self.promised: dict[str, tuple[str, set[int]]] = {}
+        self.count = 0
+
+    @rule(replica=st.sampled_from("abc"), tiles=st.sets(st.sampled_from(TILES)))
+    def snapshot(self, replica: str, tiles: set[int]) -> None:
+        self.held[replica], self.sequence[replica] = set(tiles), 7
+        self.promised = {key: held for key, held in self.promised.items() if held[0] != replica}
+        self.index.replace(replica, 1, 7, tiles)
+
+    @rule(
+        replica=st.sampled_from("abc"),
+        stored=st.sets(st.sampled_from(TILES)),
+        removed=st.sets(st.sampled_from(TILES)),
+    )
+    def delta(self, replica: str, stored: set[int], removed: set[int]) -> None:
+        sequence = self.sequence.get(replica, 0) + 1
+        assert self.index.apply(replica, 1, sequence, stored, removed) == (replica in self.held)
+        if replica in self.held:
+            self.sequence[replica] = sequence
+            self.held[replica] = (self.held[replica] - removed) | stored
+            for _, tiles in (held for held in self.promised.values() if held[0] == replica):
+                tiles -= stored | removed
+
+    @rule(replica=st.sampled_from("abc"), skipped=st.integers(2, 5), epoch=st.sampled_from([1, 2]))
+    def gap(self, replica: str, skipped: int, epoch: int) -> None:
+        sequence = self.sequence.get(replica, 0)
+        assert not self.index.apply(replica, epoch, sequence + skipped, TILES, ())
+
+    @rule(replica=st.sampled_from("abc"))
+    def drop(self, replica: str) -> None:
+        self.held.pop(replica, None)
+        self.index.drop(replica)
+        self.promised = {key: held for key, held in self.promised.items() if held[0] != replica}
+
+    @rule(replica=st.sampled_from("abc"), links=st.sampled_from(CHAINS))
+    def promise(self, replica: str, links: list[int]) -> None:
+        self.count += 1
+        if replica in self.held:
+            self.index.promise(str(self.count), replica, links)
+            others = set().union(*(tiles for owner, tiles in self.promised.values() if owner == replica))
+            self.promised[str(self.count)] = (replica, set(links) - self.held[replica] - others)
+
+    @rule(data=st.data())
+    def settle(self, data: st.DataObject) -> None:
+        if self.promised:
+            key = data.draw(st.sampled_from(sorted(self.promised)))
+            del self.promised[key]
+            self.index.settle(key)
+
+    @invariant()
+    def matches_are_exact(self) -> None:
+        for links in CHAINS:
+            expected = {}
+            for replica, held in self.held.items():
+                tiles = held.union(*(tiles for owner, tiles in self.promised.values() if owner == replica))
+                depth = next((i for i, link in enumerate(links) if link not in tiles), len(links))
+                if depth:
+                    expected[replica] = depth
+            assert self.index.match(links) == expected
+        for replica, held in self.held.items():
+            promised = {tile for owner, tiles in self.promised.values() if owner == replica for tile in tiles}
+            assert self.index.tiles(replica) == len(held | promised)
+
+
+TestIndex = IndexMachine.TestCase
+TestIndex.settings = settings(max_examples=200, stateful_step_count=30)
+
+
+def test_memory_is_bounded_and_what_is_dropped_is_swept() -> None:
+    index = PrefixIndex(100)
+    index.replace("a", 1, 1, range(1, 200))
+    assert len(index) == index.tiles("a") == 100
+    for life in range(2, 100):
+        index.drop("a")
+        index.replace("a", life, 1, range(1000 * life, 1000 * life + 50))
+        index.apply("a", life, 2, [], [])
+        index.apply("a", life, 3, [1000 * life + 60], [])
+        assert len(index) <= 100
+        assert index.match([1000 * life, 1000 * life + 1]) == {"a": 2}
+        assert index.match([1000 * life + 60]) == {"a": 1}
+
+
+def test_heat_is_the_share_of_evicted_tiles_that_come_back() -> None:
+    index = PrefixIndex(1 << 20)
+    index.replace("hot", 1, 0, ())
+    index.replace("cold", 1, 0, ())
+    for step in range(1, 400):
+        index.apply("hot", 1, step, range(100), range(100) if step % 2 else ())
+        fresh = range(100 * step, 100 * step + 100)
+        index.apply("cold", 1, step, fresh, range(100 * step - 100, 100 * step))
+    assert index.heat("hot") > 0.9
+    assert index.heat("cold") == 0.0
+    assert index_module.GHOSTS < 400 * 100
+
+
+def test_chains_name_prefixes_by_namespace() -> None:
+    ids = token_array(range(300))
+    roots = {
+        Namespace("m", "auto", 128).root(),
+        Namespace("m", "auto", 64).root(),
+        Namespace("m", "kvarn_k4v2_g128", 128).root(),
+        Namespace("n", "auto", 128).root(),
+        Namespace("m", "auto", 128, adapter="x").root(),
+        Namespace("m", "auto", 128, salt="x").root(),
+    }
+    assert len(roots) == 6
+    links = chain(ids, 128, 1)
+    assert len(links) == 2
+    assert chain(ids[:255], 128, 1) == links[:1]
+    assert chain(ids[128:], 128, links[0]) == links[1:]
+
+
+async def taken(log: TileLog) -> TileChange:
+    async with aclosing(log.watch()) as changes:
+        return await anext(changes)
+
+
+async def test_events_become_names_that_gateways_work_out_too() -> None:
+    log = TileLog(5, "m", "auto", 4)
+    ids = list(range(12))
+    links = chain(token_array(ids), 4, Namespace("m", "auto", 4).root())
+    async with aclosing(log.watch()) as changes:
+        assert await anext(changes) == TileChange(5, 1, [], [], is_whole=True)
+        log.take([CacheEvent(stored=[10, 11], token_ids=ids[:8])])
+        log.take([CacheEvent(stored=[12], parent=11, token_ids=ids[8:])])
+        assert await anext(changes) == TileChange(5, 2, links[:2], [])
+        assert await anext(changes) == TileChange(5, 3, links[2:], [])
+        log.take([CacheEvent(stored=[12], parent=11, token_ids=ids[8:]), CacheEvent(removed=[12])])
+        log.take([CacheEvent(stored=[99], parent=77, token_ids=ids[:4])])  # after a tile nobody knows
+        log.take([CacheEvent(removed=[12])])  # two blocks held it, now none does
+        assert await anext(changes) == TileChange(5, 4, [], links[2:])
+        log.take([CacheEvent(stored=[12], parent=11, token_ids=ids[8:]), CacheEvent(cleared=True)])
+        change = await anext(changes)
+        assert (change.sequence, change.stored, set(change.removed)) == (5, [], set(links[:2]))
+    whole = await taken(log)
+    assert (whole.sequence, whole.stored, whole.is_whole) == (5, [], True)
+
+
+async def test_a_salt_keeps_prefixes_apart() -> None:
+    log = TileLog(1, "m", "auto", 4)
+    log.take([CacheEvent(stored=[1], token_ids=[1, 2, 3, 4], salt="x")])
+    whole = await taken(log)
+    assert whole.stored == chain(token_array([1, 2, 3, 4]), 4, Namespace("m", "auto", 4, salt="x").root())
+    await asyncio.sleep(0)
+
+
+def test_a_tile_evicted_and_promised_again_outlives_the_first_promise() -> None:
+    index = PrefixIndex(1000)
+    index.replace("a", 1, 1, ())
+    index.promise("first", "a", [200])
+    assert index.apply("a", 1, 2, (), [200])
+    index.promise("second", "a", [200])
+    index.settle("first")
+    assert index.match([200]) == {"a": 1}
+    index.settle("second")
+    assert index.match([200]) == {}

@@ -1,0 +1,106 @@
+"""Peers that hang or vanish without a word: a stopped process answers no ping, while its system acknowledges."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+
+from kvarn.v1 import cluster_pb2, cluster_pb2_grpc
+from serve_app.client import AsyncClient, UnavailableError
+from serve_app.rpc.grpc_server import GrpcServer
+
+LONGEST_S = 45  # less than the minute that gRPC waits by itself
+
+
+@asynccontextmanager
+async def process(code: str, *args: str) -> AsyncIterator[Process]:
+    """A Python process that runs `code`."""
+    running = await asyncio.create_subprocess_exec(sys.executable, "-c", code, *args, stdout=PIPE)
+    try:
+        yield running
+    finally:
+        running.kill()
+        await running.wait()
+
+
+class Gateway(cluster_pb2_grpc.ClusterServicer):
+    """Sends each watcher one event, and then nothing."""
+
+    def __init__(self) -> None:
+        self.has_begun = asyncio.Event()
+        self.is_cancelled = asyncio.Event()
+
+    async def WatchCache(  # noqa: N802
+        self, request: cluster_pb2.WatchCacheRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        await context.write(cluster_pb2.WatchCacheResponse())
+        self.has_begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.is_cancelled.set()
+
+
+async def started(gateway: Gateway) -> tuple[GrpcServer, str]:
+    """A server of it, and its address."""
+    server = GrpcServer("127.0.0.1:0", [])
+    cluster_pb2_grpc.add_ClusterServicer_to_server(gateway, server)
+    return server, f"127.0.0.1:{await server.start()}"
+
+
+async def test_calls_of_a_client_that_vanishes_are_cancelled() -> None:
+    gateway = Gateway()
+    server, address = await started(gateway)
+    try:
+        async with process(_CLIENT, address) as client:
+            await gateway.has_begun.wait()
+            client.send_signal(signal.SIGSTOP)
+            async with asyncio.timeout(LONGEST_S):
+                await gateway.is_cancelled.wait()
+    finally:
+        await server.stop(0)
+
+
+async def test_a_client_notices_that_its_gateway_hangs() -> None:
+    async with process(_GATEWAY) as gateway:
+        assert gateway.stdout is not None
+        address = (await gateway.stdout.readline()).decode().strip()
+        async with AsyncClient(address) as client:
+            events = client.watch_cache()
+            await anext(events)
+            gateway.send_signal(signal.SIGSTOP)
+            with pytest.raises(UnavailableError):
+                async with asyncio.timeout(LONGEST_S):
+                    await anext(events)
+
+
+_CLIENT = """
+import asyncio, sys
+from serve_app.client import AsyncClient, UnavailableError
+
+async def main():
+    async with AsyncClient(sys.argv[1]) as client:
+        async for event in client.watch_cache():
+            pass
+
+asyncio.run(main())
+"""
+
+_GATEWAY = """
+import asyncio
+from tests.serve_app.rpc.test_keepalive import Gateway, started
+
+async def main():
+    server, address = await started(Gateway())
+    print(address, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""

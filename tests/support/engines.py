@@ -1,0 +1,224 @@
+"""Engines and small models for tests that run vLLM itself."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import vllm._custom_ops as vllm_ops
+from transformers import LlamaConfig, LlamaForCausalLM
+from vllm import LLM, SamplingParams
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from kvarn.vllm import backend, triton_backend
+
+MIB = 2**20
+
+
+def make_llama(directory: Path, heads: int = 4, kv_heads: int = 2, head_dim: int = 64, **config: Any) -> Path:
+    """A two-layer Llama with random float32 weights, saved in Hugging Face format without a tokenizer."""
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=512,
+        hidden_size=heads * head_dim,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=2048,
+        initializer_range=0.08,
+        **config,
+    )
+    LlamaForCausalLM(settings).save_pretrained(directory)
+    return directory
+
+
+def use_triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let engines on this CPU compute as on a GPU, in Triton's interpreter."""
+    triton = backend.DeviceBackend(triton_backend.TritonMetadataBuilder, triton_backend.TritonLayer)
+    monkeypatch.setattr(backend, "device_backend", lambda: triton)
+
+
+def make_matmuls_row_invariant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every row of vLLM's CPU linear layers the same bits whatever rows share the batch.
+
+    A BLAS picks its kernel, and so its rounding, by the number of rows. Rounding codes to 2 and 4 bits amplifies
+    such noise from layer to layer (docs/decisions/0011-exactness-is-bitwise.md), so a test of the read rule needs
+    it gone: rows go through in blocks of one fixed size for which this machine's kernel treats all rows alike.
+    """
+    stock, block = vllm_ops.onednn_mm, _row_invariant_block()
+
+    def onednn_mm(handler: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % block))
+        parts = [stock(handler, part, bias) for part in padded.split(block)]
+        return torch.cat(parts)[: len(rows)].reshape(*x.shape[:-1], -1)
+
+    monkeypatch.setattr(vllm_ops, "onednn_mm", onednn_mm)
+
+
+@lru_cache
+def _row_invariant_block() -> int:
+    """The smallest number of rows for which this machine's matmul gives equal rows equal results."""
+    handler = vllm_ops.create_onednn_mm(torch.randn(576, 960), 32)
+    for block in (12, 16, 24, 32, 48, 64):
+        row = torch.randn(1, 576).expand(block, -1).contiguous()
+        result = vllm_ops.onednn_mm(handler, row, None)
+        if all(torch.equal(result[0], other) for other in result):
+            return block
+    raise RuntimeError("No block size makes this machine's float32 matmul row-invariant.")
+
+
+@contextmanager
+def engine(
+    monkeypatch: pytest.MonkeyPatch, model: Path, in_process: bool = True, **settings: Any
+) -> Iterator[LLM]:
+    """A vLLM engine, by default in this process so that a test can reach its scheduler."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if in_process else "1")
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 2048,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 128 * MIB,
+        "disable_log_stats": False,
+    }
+    llm = LLM(str(model), **{**defaults, **settings})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def scheduler_of(llm: LLM) -> Scheduler:
+    """The scheduler of an engine that runs in this process."""
+    scheduler: Scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    return scheduler
+
+
+@contextmanager
+def chunks_of(llm: LLM, tokens: int) -> Iterator[None]:
+    """Let a step take no more than `tokens` tokens."""
+    scheduler = scheduler_of(llm)
+    usual = scheduler.max_num_scheduled_tokens
+    scheduler.max_num_scheduled_tokens = tokens
+    try:
+        yield
+    finally:
+        scheduler.max_num_scheduled_tokens = usual
+
+
+def assert_nothing_left(llm: LLM) -> None:
+    """All blocks and slots are free once the prefix cache is emptied."""
+    scheduler = scheduler_of(llm)
+    pool = scheduler.kv_cache_manager.block_pool
+    assert not scheduler.requests
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    assert llm.reset_prefix_cache()
+    # An empty step, in which the scheduler lets go of what finished and tells the worker.
+    llm.llm_engine.engine_core.engine_core.model_executor.execute_model(scheduler.schedule())
+    assert scheduler.slots.num_free == scheduler.slots.num_slots
+
+
+def num_blocks(llm: LLM) -> int:
+    """Blocks vLLM gave the cache."""
+    blocks: int = scheduler_of(llm).kv_cache_manager.block_pool.num_gpu_blocks
+    return blocks
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one request produced: tokens, their top log-probabilities by token id, and prompt tokens from cache."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[dict[int, float], ...]
+    cached: int
+
+    def assert_same(self, other: Answer, tolerance: float = 1e-3) -> None:
+        """Equal tokens, and every log-probability both report within `tolerance`."""
+        assert self.tokens == other.tokens
+        for mine, theirs in zip(self.logprobs, other.logprobs, strict=True):
+            shared = mine.keys() & theirs.keys()
+            assert len(shared) >= min(len(mine), len(theirs)) - 1
+            for token in shared:
+                assert mine[token] == pytest.approx(theirs[token], abs=tolerance)
+
+
+def first_differences(ours: list[Answer], theirs: list[Answer]) -> list[float]:
+    """Of the first tokens' log-probabilities, in nats, of every token that both report."""
+    return [
+        abs(one.logprobs[0][token] - other.logprobs[0][token])
+        for one, other in zip(ours, theirs, strict=True)
+        for token in one.logprobs[0].keys() & other.logprobs[0].keys()
+    ]
+
+
+def share_of_same(ours: Iterable[Sequence[int]], theirs: Iterable[Sequence[int]]) -> float:
+    """The share of equal tokens among those that both outputs chose after the same tokens.
+
+    A model with random weights goes on differently after one different token, which says nothing about the cache.
+    """
+    same = different = 0
+    for one, other in zip(ours, theirs, strict=True):
+        equal = [a == b for a, b in zip(one, other, strict=True)]
+        first = equal.index(False) if False in equal else len(equal)
+        same += first
+        different += first < len(equal)
+    return same / (same + different)
+
+
+def ask(llm: LLM, prompts: list[list[int]], max_tokens: int = 6, logprobs: int = 5) -> list[Answer]:
+    """Greedy answers to token-id prompts sent together."""
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=logprobs, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    return [
+        Answer(
+            tokens=tuple(output.outputs[0].token_ids),
+            logprobs=tuple({t: p.logprob for t, p in step.items()} for step in output.outputs[0].logprobs),
+            cached=output.num_cached_tokens or 0,
+        )
+        for output in outputs
+    ]
+
+
+def ask_and_preempt(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[Answer]:
+    """Every request loses its place in the middle of its answer and comes back."""
+    scheduler, schedule = scheduler_of(llm), scheduler_of(llm).schedule
+    preempted: set[str] = set()
+
+    def schedule_after_preemption(*args: bool) -> object:
+        for request in [r for r in scheduler.running if r.num_output_tokens == 2]:
+            if request.request_id not in preempted:
+                preempted.add(request.request_id)
+                scheduler.running.remove(request)
+                scheduler._preempt_request(request, time.monotonic())
+                scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+        return schedule(*args)
+
+    scheduler.schedule = schedule_after_preemption  # type: ignore[method-assign]
+    try:
+        answers = ask(llm, prompts, max_tokens)
+    finally:
+        del scheduler.schedule
+    assert len(preempted) == len(prompts)
+    return answers
+
+
+def ask_cold(llm: LLM, prompt: list[int], **sampling: Any) -> Answer:
+    """The answer from an empty cache."""
+    assert llm.reset_prefix_cache()
+    (answer,) = ask(llm, [prompt], **sampling)
+    assert answer.cached == 0
+    return answer

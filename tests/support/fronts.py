@@ -1,0 +1,133 @@
+"""A gateway's real servers in front of a dispatcher that answers by itself: no engine, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvarn.v1 import cluster_pb2, inference_pb2
+from serve_app.config import GatewayConfig, RoutingConfig
+from serve_app.gateway.admission_queue import AdmissionQueue
+from serve_app.gateway.servers import GatewayServers
+from serve_app.gateway.services import FleetFeed
+from serve_app.request.errors import ModelNotFoundError
+from serve_app.request.prompts import PromptEncoder
+from serve_app.request.sampling import check_sampling
+from serve_app.routing import Caller, Router
+
+HOST = "127.0.0.1"
+MODEL = "small"
+CACHED = 2
+
+
+@dataclass
+class Script:
+    """Answers every request with `answer`, a token a piece; checks requests as the real dispatcher does."""
+
+    encoder: PromptEncoder
+    answer: str = "Paris is the capital."
+    error_after: tuple[int, Exception] | None = None
+    wait: asyncio.Event | None = None  # before every answer's second token
+    pieces: int | None = None  # instead of the answer, so many pieces of `padding`
+    padding: str = " x"
+    requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
+    callers: list[Caller] = field(default_factory=list)
+    explained: list[cluster_pb2.ExplainRouteRequest] = field(default_factory=list)
+    running: int = 0
+
+    async def generate(
+        self, request: Any, timeout_s: float | None, caller: Caller
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        prompt = await self.encode(request, caller)
+        self.requests.append(request)
+        self.callers.append(caller)
+        self.running += 1
+        try:
+            for index, (ids, text, is_last) in enumerate(self._pieces()):
+                if self.error_after is not None and index == self.error_after[0]:
+                    raise self.error_after[1]
+                if index == 1 and self.wait is not None:
+                    await self.wait.wait()
+                yield self._piece(request, index, ids, text, is_last, len(prompt))
+        finally:
+            self.running -= 1
+
+    async def encode(self, request: Any, caller: Caller) -> list[int]:
+        if request.model not in ("", MODEL):
+            raise ModelNotFoundError(f"The model {request.model!r} is not served here: use {MODEL!r}.")
+        check_sampling(request.sampling_params, self.encoder.vocab_size)
+        return await self.encoder.encode(request.prompt)
+
+    async def explain(self, request: Any, caller: Caller) -> cluster_pb2.ExplainRouteResponse:
+        self.explained.append(request)
+        return cluster_pb2.ExplainRouteResponse()
+
+    def _pieces(self) -> list[tuple[list[int], str, bool]]:
+        if self.pieces is not None:
+            return [([0], self.padding, index == self.pieces - 1) for index in range(self.pieces)]
+        ids = self.encoder.tokenizer.encode(self.answer)
+        return [([one], self.encoder.token_text(one), index == len(ids) - 1) for index, one in enumerate(ids)]
+
+    def _piece(
+        self, request: Any, index: int, ids: list[int], text: str, is_last: bool, prompt_tokens: int
+    ) -> inference_pb2.GenerateResponse:
+        params = request.sampling_params
+        piece = inference_pb2.GenerateResponse(request_id=request.request_id, token_ids=ids, text=text)
+        if is_last:
+            piece.finish_reason = inference_pb2.FINISH_REASON_STOP
+        if params.HasField("logprobs"):
+            position = piece.logprobs.add()
+            for rank in range(1 + params.logprobs):
+                position.candidates.add(token_id=ids[0] + rank, logprob=-0.5 - rank, rank=rank + 1)
+            del position.candidates[max(1, params.logprobs) :]
+        piece.usage.prompt_tokens, piece.usage.cached_tokens = prompt_tokens, CACHED
+        piece.usage.completion_tokens = index + 1
+        return piece
+
+
+@dataclass
+class Running:
+    """A running front, and what its dispatcher saw."""
+
+    grpc_port: int
+    http_port: int
+    script: Script
+    refused: list[str]
+
+    @property
+    def address(self) -> str:
+        return f"{HOST}:{self.grpc_port}"
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.http_port}"
+
+
+@asynccontextmanager
+async def running_servers(encoder: PromptEncoder, **config: Any) -> AsyncIterator[Running]:
+    """Both servers on free ports, until the block is left."""
+    script = Script(encoder)
+    settings = GatewayConfig.model_validate(
+        {"port": 0, "http": {"port": 0}, "drain_grace_s": 0, "max_message_bytes": 1 << 18, **config}
+    )
+    refused: list[str] = []
+    router = Router("gateway")
+    fleet = FleetFeed(MODEL, router, AdmissionQueue(router, RoutingConfig()))
+    front = GatewayServers(settings, MODEL, script, encoder, fleet, lambda: True, refused.append)  # type: ignore[arg-type]
+    grpc_port, http_port = await front.start()
+    await front.set_serving(True)
+    try:
+        yield Running(grpc_port, http_port, script, refused)
+    finally:
+        fleet.close()
+        await front.stop()
+
+
+async def settled(condition: Any, timeout_s: float = 20) -> None:
+    """Wait until `condition()` holds."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110  # it is no event
+            await asyncio.sleep(0.01)

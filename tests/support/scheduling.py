@@ -1,0 +1,379 @@
+"""The real scheduler, vLLM's real block pool and the real slot map, with a worker whose tiles hold hashes of tokens.
+
+No model runs: a position's content is a hash of all tokens up to it, the token that follows is a function of that
+content, and every raw row or record that a step reads must hold just what it should.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import deque
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import xxhash
+from vllm.v1.core.kv_cache_utils import get_block_hash, get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from kvarn.vllm.access.block_count import evictable_blocks
+from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
+from kvarn.vllm.slot_map import SlotMap
+
+GROUP = 4
+VOCABULARY = 3
+MODEL_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 512,
+    "max_position_embeddings": 1024,
+    "torch_dtype": "float32",
+}
+
+
+@cache
+def _base_config() -> VllmConfig:
+    with TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(MODEL_CONFIG))
+        arguments = EngineArgs(directory, skip_tokenizer_init=True, kv_cache_dtype="kvarn_k4v2_g128")
+        return arguments.create_engine_config()
+
+
+def make_scheduler(
+    num_blocks: int,
+    max_running: int,
+    asynchronous: bool = False,
+    policy: str = "fcfs",
+    chunk: int = 0,
+    block_size: int = GROUP,
+    scheduler_cls: type[KVarNScheduler] | None = None,
+    drafts: int = 0,
+    **kvarn: Any,
+) -> KVarNScheduler | KVarNAsyncScheduler:
+    """A scheduler for blocks of `block_size` tokens; in a step, a request has at most `chunk` tokens and `drafts`."""
+    config = copy.deepcopy(_base_config())
+    config.cache_config.block_size = block_size
+    config.cache_config.num_gpu_blocks = num_blocks
+    config.scheduler_config.max_num_seqs = max_running
+    config.scheduler_config.policy = policy
+    config.scheduler_config.long_prefill_token_threshold = chunk
+    config.additional_config = {"kvarn": kvarn}
+    spec = FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    cache_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+    chosen = scheduler_cls or (KVarNAsyncScheduler if asynchronous else KVarNScheduler)
+    scheduler = chosen(config, cache_config, StructuredOutputManager(config), block_size)
+    scheduler.num_spec_tokens = drafts
+    return scheduler
+
+
+@cache
+def _hasher(block_size: int) -> Any:
+    init_none_hash(xxhash)
+    return get_request_block_hasher(block_size, xxhash)
+
+
+def make_request(
+    request_id: str,
+    prompt: list[int],
+    max_tokens: int,
+    priority: int = 0,
+    block_size: int = GROUP,
+    arrival_time: float | None = None,
+) -> Request:
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    return Request(
+        request_id,
+        prompt,
+        sampling,
+        None,
+        priority=priority,
+        block_hasher=_hasher(block_size),
+        arrival_time=arrival_time,
+    )
+
+
+def contents_of(tokens: list[int], known: list[int] | None = None) -> list[int]:
+    """What each position of `tokens` holds: a hash of it and all before it; `known` are the first ones."""
+    contents = list(known or [])
+    for token in tokens[len(contents) :]:
+        contents.append(hash((contents[-1] if contents else 0, token)))
+    return contents
+
+
+def continuation(prompt: list[int], length: int) -> list[int]:
+    """The `length` tokens that follow `prompt`."""
+    tokens, contents = list(prompt), contents_of(prompt)
+    for _ in range(length):
+        tokens.append(contents[-1] % VOCABULARY)
+        contents = contents_of(tokens, contents)
+    return tokens[len(prompt) :]
+
+
+class Worker:
+    """Does with hashes what an attention lane does with keys and values."""
+
+    def __init__(self) -> None:
+        self.slot_map = SlotMap()
+        self.tokens: dict[str, list[int]] = {}
+        self.contents: dict[str, list[int]] = {}
+        self.blocks: dict[str, list[int]] = {}
+        self.raw: dict[int, list[int | None]] = {}
+        self.record: dict[int, int] = {}
+
+    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        self.slot_map.apply(output)
+        for request_id in output.finished_req_ids:
+            self.tokens.pop(request_id, None)
+        starts = self._take_requests(output)
+        spans = [(r, starts[r], starts[r] + n) for r, n in output.num_scheduled_tokens.items()]
+        drafts = output.scheduled_spec_decode_tokens
+        for span in spans:
+            guessed = [*self.tokens[span[0]], *drafts.get(span[0], ())]
+            self.contents[span[0]] = contents_of(guessed[: span[2]])
+            self.write(*span)
+        for span in spans:
+            self.quantize(*span)
+        for span in spans:
+            self.read(*span)
+        sampled = [self._sample(request_id, end, drafts.get(request_id, [])) for request_id, _, end in spans]
+        ids = [request_id for request_id, _, _ in spans]
+        return ModelRunnerOutput(ids, {r: i for i, r in enumerate(ids)}, sampled_token_ids=sampled)
+
+    def _take_requests(self, output: SchedulerOutput) -> dict[str, int]:
+        starts = {}
+        for new in output.scheduled_new_reqs:
+            starts[new.req_id] = new.num_computed_tokens
+            self.tokens[new.req_id] = list(new.prompt_token_ids or [])
+            self.blocks[new.req_id] = list(new.block_ids[0])
+        cached = output.scheduled_cached_reqs
+        for request_id, computed, blocks in zip(
+            cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
+        ):
+            starts[request_id] = computed
+            if request_id in cached.resumed_req_ids:
+                self.blocks[request_id] = []
+            if request_id in cached.all_token_ids:
+                self.tokens[request_id] = list(cached.all_token_ids[request_id])
+            self.blocks[request_id] += blocks[0] if blocks else []
+        return starts
+
+    def _sample(self, request_id: str, end: int, drafts: list[int]) -> list[int]:
+        """The token after the last sure one, and one more after each draft that is right."""
+        tokens, contents = self.tokens[request_id], self.contents[request_id]
+        sure_end = end - len(drafts)
+        assert sure_end <= len(tokens)
+        if sure_end < len(tokens):
+            return []
+        sampled = [contents[sure_end - 1] % VOCABULARY]
+        for place, draft in enumerate(drafts):
+            if draft != sampled[-1]:
+                break
+            sampled.append(contents[sure_end + place] % VOCABULARY)
+        tokens += sampled
+        return sampled
+
+    def slot(self, block: int) -> int | None:
+        return self.slot_map._slot_of.get(block)
+
+    def write(self, request_id: str, start: int, end: int) -> None:
+        for position in range(start, end):
+            slot = self.slot(self.blocks[request_id][position // GROUP])
+            if slot is not None:
+                rows = self.raw.setdefault(slot, [None] * GROUP)
+                rows[position % GROUP] = self.contents[request_id][position]
+
+    def quantize(self, request_id: str, start: int, end: int) -> None:
+        for tile in range(start // GROUP, end // GROUP):
+            if tile * GROUP < start:
+                self.expect_raw(request_id, tile, GROUP)
+            self.record[self.blocks[request_id][tile]] = self.contents[request_id][(tile + 1) * GROUP - 1]
+
+    def read(self, request_id: str, start: int, end: int) -> None:
+        """What queries at `start:end` read: their own tile raw, the first tile raw, all others from their records."""
+        self.expect_raw(request_id, start // GROUP, start % GROUP)
+        for tile in range((end - 1) // GROUP):
+            block = self.blocks[request_id][tile]
+            assert self.record.get(block) == self.contents[request_id][(tile + 1) * GROUP - 1], "wrong record"
+        if end > GROUP:
+            self.expect_raw(request_id, 0, GROUP)
+
+    def expect_raw(self, request_id: str, tile: int, rows: int) -> None:
+        """The first `rows` rows of a tile are in its slot."""
+        if rows:
+            slot = self.slot(self.blocks[request_id][tile])
+            assert slot is not None, "a raw tile has no slot"
+            expected = self.contents[request_id][tile * GROUP : tile * GROUP + rows]
+            assert self.raw.get(slot, [None] * GROUP)[:rows] == expected, "wrong raw tile"
+
+
+class World:
+    """One scheduler and one worker, and what must hold between them after every step."""
+
+    def __init__(self, scheduler: KVarNScheduler | KVarNAsyncScheduler, worker: Worker | None = None) -> None:
+        self.scheduler = scheduler
+        self.worker = worker or Worker()
+        self.pool = scheduler.kv_cache_manager.block_pool
+        self.prompts: dict[str, tuple[list[int], int]] = {}
+        self.answers: dict[str, list[int]] = {}
+        self.known: dict[bytes, tuple[int, list[int]]] = {}  # block hash -> tile's place and its rows
+        self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self.taken: list[Any] = []
+        self.submitted = self.hits = 0
+        self.sound = True  # until a check fails
+        evictable_blocks(self.pool)
+
+    # -- events ----------------------------------------------------------------------------------------------
+
+    def submit(self, prompt: list[int], max_tokens: int, priority: int = 0) -> None:
+        self.submitted += 1
+        request_id = f"r{self.submitted}"
+        self.prompts[request_id] = (prompt, max_tokens)
+        self.answers[request_id] = []
+        arrival = float(self.submitted)
+        self.scheduler.add_request(
+            make_request(request_id, prompt, max_tokens, priority, arrival_time=arrival)
+        )
+
+    def step(self, budget: int = 64) -> None:
+        self.sound = False
+        self.scheduler.max_num_scheduled_tokens = budget
+        output = self.scheduler.schedule()
+        self._learn_hashes()
+        for new in output.scheduled_new_reqs:
+            self.hits += new.num_computed_tokens // GROUP
+        result = self.worker.execute(output)
+        if output.total_num_scheduled_tokens:
+            self.in_flight.append((output, result))
+        depth = 2 if isinstance(self.scheduler, KVarNAsyncScheduler) else 1
+        if len(self.in_flight) == depth or not output.total_num_scheduled_tokens:
+            self._deliver()
+        self.check()
+        self.sound = True
+
+    def draft(self, right: int) -> None:
+        """Guess what requests that decode go on with; the first `right` guesses are true."""
+        for request in self.scheduler.running:
+            if request.num_computed_tokens + 1 == request.num_tokens:
+                future = continuation(list(request.all_token_ids), self.scheduler.num_spec_tokens)
+                wrong = [(token + 1) % VOCABULARY for token in future[right:]]
+                request.spec_token_ids = [*future[:right], *wrong]
+
+    def _deliver(self) -> None:
+        if not self.in_flight:
+            return
+        outputs = self.scheduler.update_from_output(*self.in_flight.popleft())
+        for client in outputs.values():
+            for answer in client.outputs:
+                self.answers[answer.request_id] += answer.new_token_ids
+                if answer.finish_reason is not None:
+                    prompt, max_tokens = self.prompts.pop(answer.request_id)
+                    assert self.answers.pop(answer.request_id) == continuation(prompt, max_tokens)
+        self._learn_hashes()
+
+    def abort(self, place: int) -> None:
+        if self.prompts:
+            request_id = sorted(self.prompts)[place % len(self.prompts)]
+            del self.prompts[request_id], self.answers[request_id]
+            self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+
+    def take_blocks(self, left: int) -> None:
+        """Take all free blocks but `left`: what was cached in them is evicted, and requests may be preempted."""
+        self.taken += self.pool.get_new_blocks(max(0, self.pool.get_num_free_blocks() - left))
+
+    def give_blocks_back(self) -> None:
+        self.pool.free_blocks(self.taken)
+        self.taken = []
+
+    def evict(self, place: int) -> None:
+        """Take one cached block out of the prefix cache, as a connector or an operator may."""
+        cached = [block.block_id for block in self.pool.blocks if block.block_hash is not None]
+        if cached:
+            self.pool.evict_blocks({cached[place % len(cached)]})
+
+    def reset_cache(self, with_running: bool) -> None:
+        self.give_blocks_back()
+        self.scheduler.reset_prefix_cache(reset_running_requests=with_running)
+
+    def drain(self) -> None:
+        """Let everything finish, and see that nothing stays allocated."""
+        self.give_blocks_back()
+        for _ in range(2000):
+            if not self.prompts:
+                break
+            self.step()
+        assert not self.prompts, "requests starve"
+        for _ in range(4):
+            self.step()
+        assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1
+        assert self.scheduler.reset_prefix_cache()
+        self.step()
+        assert self.scheduler.slots.num_free == self.scheduler.slots.num_slots
+        assert not self.worker.slot_map._slot_of
+        assert not getattr(self.scheduler, "_entries", None)
+
+    # -- what must hold --------------------------------------------------------------------------------------
+
+    def _learn_hashes(self) -> None:
+        for request in self.scheduler.requests.values():
+            unknown = [h for h in request.block_hashes if h not in self.known]
+            if unknown:
+                contents = contents_of(list(request.all_token_ids))
+                for tile, block_hash in enumerate(request.block_hashes):
+                    self.known[block_hash] = (tile, contents[tile * GROUP : (tile + 1) * GROUP])
+
+    def check(self) -> None:
+        self._check_cached_blocks()
+        self._check_tails()
+        self._check_slots()
+        assert self.scheduler.slots.sinks_missing == 0
+        evictable = sum(b.ref_cnt == 0 and b.block_hash is not None for b in self.pool.blocks)
+        assert evictable_blocks(self.pool) == evictable
+
+    def _check_cached_blocks(self) -> None:
+        """Whatever the prefix cache may give to the next request has its record, and a first tile its raw rows."""
+        for block in self.pool.blocks:
+            if block.block_hash is None:
+                continue
+            tile, rows = self.known[get_block_hash(block.block_hash)]
+            assert self.worker.record.get(block.block_id) == rows[-1], "a cached block has no valid record"
+            if tile == 0:
+                slot = self.worker.slot(block.block_id)
+                assert slot is not None, "a cached first tile has no sink slot"
+                assert self.worker.raw[slot] == rows, "a sink slot holds something else"
+
+    def _check_tails(self) -> None:
+        """A running request's unfilled tile is raw in its slot, scheduled or not, and no tile it passed is."""
+        for request in self.scheduler.running:
+            computed = request.num_computed_tokens
+            tails = self.scheduler.slots._tails_of.get(request.request_id, ())
+            assert all(tile >= computed // GROUP - 1 for tile in tails), (
+                "a tile that was passed keeps its slot"
+            )
+            contents = self.worker.contents.get(request.request_id)
+            if contents is not None and computed and len(contents) >= computed:
+                self.worker.expect_raw(request.request_id, computed // GROUP, computed % GROUP)
+
+    def _check_slots(self) -> None:
+        table, slots = self.scheduler.slots, self.worker.slot_map._slot_of
+        assert len(set(slots.values())) == len(slots), "two blocks share a slot"
+        assert all(0 <= slot < table.num_slots for slot in slots.values())
+        assert table._slot_of == slots, "the worker's slots differ from the scheduler's"
+        used = table.num_tails + table.num_live_sinks + table.num_idle_sinks
+        assert used == len(slots), "a slot belongs to nobody, or to two"
+        assert used + table.num_free == table.num_slots, "a slot is lost"
