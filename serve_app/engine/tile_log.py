@@ -7,19 +7,8 @@ from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 
 from kvarn.vllm.access.cache_events import CacheEvent
-from serve_app.routing import Namespace, extend_chain
+from serve_app.routing import Namespace, TileChange, extend_chain
 from serve_app.rpc.feed import Feed
-
-
-@dataclass(frozen=True)
-class TileChange:
-    """Change number `sequence` of engine life `epoch`: all tiles if it is whole, else what came and went."""
-
-    epoch: int
-    sequence: int
-    stored: list[int]
-    removed: list[int]
-    is_whole: bool = False
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ from serve_app.routing.types import (
     Rejection,
     ReplicaState,
     RequestNeed,
+    TileChange,
 )
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "Reservations",
     "RetryBudget",
     "Router",
+    "TileChange",
     "chain",
     "choose",
     "extend_chain",

@@ -74,6 +74,17 @@ class CacheSnapshot:
         return replace(self, sequence=sequence, load=load, draining=draining)
 
 
+@dataclass(frozen=True, slots=True)
+class TileChange:
+    """Change number `sequence` of engine life `epoch`: all tiles if it is whole, else what came and went."""
+
+    epoch: int
+    sequence: int
+    stored: list[int]
+    removed: list[int]
+    is_whole: bool = False
+
+
 class BreakerState(Enum):
     """What a gateway's circuit breaker lets through to a replica; the value is that of the metric."""
 

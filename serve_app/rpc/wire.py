@@ -6,8 +6,15 @@ from dataclasses import fields
 from typing import Any
 
 from kvarn.v1 import cache_pb2, cluster_pb2, engine_pb2
-from serve_app.engine.tile_log import TileChange
-from serve_app.routing import BreakerState, CacheCapacity, CacheLoad, CacheSnapshot, Candidate, ReplicaState
+from serve_app.routing import (
+    BreakerState,
+    CacheCapacity,
+    CacheLoad,
+    CacheSnapshot,
+    Candidate,
+    ReplicaState,
+    TileChange,
+)
 
 _BREAKERS = {
     BreakerState.CLOSED: cluster_pb2.BREAKER_STATE_CLOSED,

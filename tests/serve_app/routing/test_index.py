@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvarn.vllm.access.cache_events import CacheEvent
-from serve_app.engine.tile_log import TileChange, TileLog
+from serve_app.engine.tile_log import TileLog
+from serve_app.routing.types import TileChange
 from serve_app.routing import Namespace, PrefixIndex, chain, token_array
 from serve_app.routing import index as index_module
 
