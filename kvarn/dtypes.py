@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import get_args
 
 from kvarn.presets import PRESETS
 
@@ -24,8 +23,8 @@ def check_cache_dtype(name: str, others: Collection[str] = ()) -> None:
     """
     if name == UNQUANTIZED or name in PRESETS or name in others:
         return
-    from vllm.config.cache import CacheDType
+    from kvarn.vllm.access.cache_dtypes import stock_cache_dtypes
 
-    known = tuple(dict.fromkeys([*get_args(CacheDType), *PRESETS]))
+    known = tuple(dict.fromkeys([*stock_cache_dtypes(), *PRESETS]))
     if name not in known:
         raise ValueError(f"unknown cache dtype {name!r}: choose from {', '.join(known)}")

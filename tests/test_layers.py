@@ -16,10 +16,11 @@ MAX_FILES = 15  # Python files in one folder
 # A row imports from the rows above it; within a row, nothing imports its neighbors. docs/architecture.md draws it.
 LAYERS = (
     ("kvarn.errors", "kvarn.presets", "kvarn.address", "kvarn.worker", "kvarn.environment"),
-    ("kvarn.tile", "kvarn.dtypes", "kvarn.result_files"),
+    ("kvarn.tile", "kvarn.result_files"),
     ("kvarn.checks", "kvarn.reference", "kvarn.model"),
     ("kvarn.kernels", "kvarn.cpu"),
     ("kvarn.vllm",),
+    ("kvarn.dtypes",),
     ("kvarn.engine_limits", "kvarn.plan", "kvarn.bench", "kvarn.quality"),
     ("kvarn.report",),
     ("serve_app.routing",),
@@ -49,6 +50,7 @@ PUBLIC_VLLM = {  # what may be imported of vLLM outside kvarn/vllm
     "vllm.v1.engine.exceptions",
     "vllm.v1.engine.llm_engine",
     "vllm.v1.sample.logits_processor",
+    "vllm.v1.sample.logits_processor.builtin",
 }
 # One operation, implemented once for GPUs (kvarn/kernels) and once for CPUs (kvarn/cpu).
 SIBLINGS = {"decode.py", "prefill.py"}

@@ -158,7 +158,7 @@ def _int4_per_token_head(x: Tensor) -> Tensor:
 
 def _turboquant_key(bits: int, key: Tensor) -> Tensor:
     """Rotated unit vectors on the Lloyd-Max centroids of N(0, 1 / D), scaled back to the key's norm."""
-    from vllm.model_executor.layers.quantization.turboquant.centroids import get_centroids
+    from kvarn.vllm.access.turboquant import get_centroids
 
     centroids = get_centroids(key.shape[-1], bits)
     boundaries = (centroids[:-1] + centroids[1:]) / 2

@@ -562,7 +562,7 @@ def _page_attention(head_dim: int) -> PageAttention:
 def _attend_with_flash_attention(
     query: Tensor, page_pool: Tensor, wave: PrefillWave, scale: float, out: Tensor
 ) -> None:
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
+    from kvarn.vllm.access.flash_attention import flash_attn_varlen_func
 
     flash_attn_varlen_func(
         q=query,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from kvarn.v1 import engine_pb2, inference_pb2, sampling_pb2
+from kvarn.vllm.access.detokenizer import make_detokenizer
 from serve_app.request.sampling import to_vllm
 
 if TYPE_CHECKING:
@@ -25,21 +25,13 @@ class Resumption:
     """
 
     def __init__(self, request: engine_pb2.EngineRequest, tokenizer: Any) -> None:
-        from vllm.v1.engine.detokenizer import IncrementalDetokenizer
-
         out = list(request.resume_token_ids)
         whole = request.sampling_params
         self.prompt = [*request.prompt_token_ids, *out]
         self.params = _remaining(whole, len(out))
         self.is_complete = whole.max_tokens <= len(out)
-        self._detokenizer = IncrementalDetokenizer.from_new_request(
-            tokenizer,
-            SimpleNamespace(  # the fields of vLLM's request that it reads
-                request_id=request.request_id,
-                prompt_token_ids=list(request.prompt_token_ids),
-                prompt_embeds=None,
-                sampling_params=to_vllm(whole),
-            ),
+        self._detokenizer = make_detokenizer(
+            tokenizer, request.request_id, request.prompt_token_ids, to_vllm(whole)
         )
         self._detokenizer.update(out, stop_terminated=False)
         self._detokenizer.get_next_output_text(finished=False, delta=True)  # the caller has this

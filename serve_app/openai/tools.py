@@ -19,8 +19,7 @@ from serve_app.openai.schema import ChatCompletionRequest, NamedToolChoice, Tool
 from serve_app.request.errors import BadRequestError
 
 if TYPE_CHECKING:
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest as VllmRequest
-    from vllm.tool_parsers import ToolParser
+    from kvarn.vllm.access.tool_parsers import StreamedToolCalls
 
 
 @dataclass(frozen=True)
@@ -89,19 +88,11 @@ class RequiredReader:
 class ParserReader:
     """Hands the output to one of vLLM's tool parsers."""
 
-    def __init__(self, parser: ToolParser, request: VllmRequest) -> None:
-        self._parser = parser
-        self._request = request
-        self._text = ""
-        self._ids: list[int] = []
+    def __init__(self, calls: StreamedToolCalls) -> None:
+        self._calls = calls
 
     def read(self, text: str, token_ids: Sequence[int], is_last: bool) -> Found:
-        before, ids_before = self._text, list(self._ids)
-        self._text += text
-        self._ids += token_ids
-        delta = self._parser.extract_tool_calls_streaming(
-            before, self._text, text, ids_before, self._ids, list(token_ids), self._request
-        )
+        delta = self._calls.feed(text, token_ids)
         if delta is None:
             return Found()
         return Found(delta.content or "", tuple(_call_delta(call) for call in delta.tool_calls))
@@ -119,17 +110,12 @@ class ToolParsers:
     """
 
     def __init__(self, name: str | None, tokenizer: Any) -> None:
-        self._parser_class: type[ToolParser] | None = None
+        self._parser_class: type[Any] | None = None
         self._tokenizer = tokenizer
         if name is not None:
-            # Imported only where it is wanted: it takes seconds.
-            from vllm.tool_parsers import ToolParserManager
+            from kvarn.vllm.access.tool_parsers import find_tool_parser
 
-            try:
-                self._parser_class = ToolParserManager.get_tool_parser(name)
-            except KeyError:
-                known = ", ".join(ToolParserManager.list_registered())
-                raise ValueError(f"tool_parser is {name!r}, expected one of {known}") from None
+            self._parser_class = find_tool_parser(name)
 
     def prepare(self, request: ChatCompletionRequest, params: sampling_pb2.SamplingParams) -> None:
         """Constrain the output to what the choice of tools asks for.
@@ -168,12 +154,11 @@ class ToolParsers:
         return self._parser_reader(request)
 
     def _parser_reader(self, request: ChatCompletionRequest) -> ParserReader:
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest as VllmRequest
+        from kvarn.vllm.access.tool_parsers import StreamedToolCalls
 
         assert self._parser_class is not None  # `prepare` refused
         tools = [tool.model_dump(exclude={"function": {"strict"}}) for tool in request.tools or ()]
-        made = VllmRequest(messages=[], model=request.model, tools=tools, tool_choice="auto")
-        return ParserReader(self._parser_class(self._tokenizer, made.tools), made)
+        return ParserReader(StreamedToolCalls(self._parser_class, self._tokenizer, request.model, tools))
 
 
 def calls_schema(tools: Sequence[Tool], several: bool) -> dict[str, JsonValue]:

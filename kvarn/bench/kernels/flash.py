@@ -15,7 +15,7 @@ PAGE_TOKENS = 16  # vLLM's own block size
 def is_available() -> bool:
     """Whether vLLM is installed with FlashAttention 3 and this GPU runs it."""
     try:
-        from vllm.vllm_flash_attn import is_fa_version_supported
+        from kvarn.vllm.access.flash_attention import is_fa_version_supported
     except ImportError:
         return False
     return bool(is_fa_version_supported(3))
@@ -31,7 +31,7 @@ def attend_pages(
     out: Tensor,
 ) -> None:
     """As `kvarn.kernels.prefill.attend_pages`."""
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
+    from kvarn.vllm.access.flash_attention import flash_attn_varlen_func
 
     flash_attn_varlen_func(
         q=query,
@@ -66,7 +66,7 @@ def launch(
         ImportError: vLLM is not installed, or without FlashAttention.
         RuntimeError: FlashAttention 3 does not run on this GPU.
     """
-    from vllm.vllm_flash_attn import fa_version_unsupported_reason, flash_attn_varlen_func
+    from kvarn.vllm.access.flash_attention import fa_version_unsupported_reason, flash_attn_varlen_func
 
     reason = fa_version_unsupported_reason(3)
     if reason is not None:

@@ -55,7 +55,7 @@ class Int4Cache:
     """
 
     def __init__(self, pages: int, heads: int, head_dim: int, device: torch.device) -> None:
-        from vllm.v1.attention.ops.int4_per_token_head import reshape_and_cache_int4, unified_attention_int4
+        from kvarn.vllm.access.rival_kernels import reshape_and_cache_int4, unified_attention_int4
 
         self._store, self._attend = reshape_and_cache_int4, unified_attention_int4
         self._heads, self._head_dim, self._device = heads, head_dim, device
@@ -122,10 +122,11 @@ class TurboQuantCache:
     """
 
     def __init__(self, dtype: str, pages: int, heads: int, head_dim: int, device: torch.device) -> None:
-        from vllm.model_executor.layers.quantization.turboquant.centroids import get_centroids
-        from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
-        from vllm.v1.attention.ops.triton_turboquant_decode import triton_turboquant_decode_attention
-        from vllm.v1.attention.ops.triton_turboquant_store import triton_turboquant_store
+        from kvarn.vllm.access.rival_kernels import (
+            triton_turboquant_decode_attention,
+            triton_turboquant_store,
+        )
+        from kvarn.vllm.access.turboquant import TurboQuantConfig, get_centroids
 
         self._store, self._attend = triton_turboquant_store, triton_turboquant_decode_attention
         self._head_dim, self._device = head_dim, device

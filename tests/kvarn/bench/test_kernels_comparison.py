@@ -63,12 +63,11 @@ def flash_by_torch(*, q, k, v, cu_seqlens_q, seqused_k, block_table, out, **opti
 
 @pytest.fixture
 def torch_flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = types.ModuleType("vllm.vllm_flash_attn")
+    module = types.ModuleType("kvarn.vllm.access.flash_attention")
     module.flash_attn_varlen_func = flash_by_torch
     module.is_fa_version_supported = lambda version: True
     module.fa_version_unsupported_reason = lambda version: None
-    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
-    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", module)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
 def made_up(bench: KernelBench, with_baseline: bool = True) -> KernelReport:

@@ -11,9 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvarn.vllm.access.cache_events import CacheEvent
 from serve_app.engine.tile_log import TileLog
-from serve_app.routing.types import TileChange
 from serve_app.routing import Namespace, PrefixIndex, chain, token_array
 from serve_app.routing import index as index_module
+from serve_app.routing.types import TileChange
 
 CHAINS = [[100 * start + link for link in range(6)] for start in range(4)]
 TILES = [tile for links in CHAINS for tile in links]
