@@ -7,10 +7,11 @@ PROMPT ?= In one sentence, what does a KV cache hold?
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+UNIT_TESTS := tests/test_layers.py tests/kvarn tests/serve_app tests/cluster
 PROTOS := $(wildcard protos/kvarn/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock proto lint browser test run clean
+.PHONY: help env lock proto format lint browser check test run clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -37,7 +38,11 @@ proto: env  ## Generate kvarn/v1 from protos/, and the reference in docs/api
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
 	$(BIN)/python docs/api/generate.py
 
-lint: env  ## ruff and mypy
+format: env  ## Sort imports and format
+	$(BIN)/ruff check --select I --fix
+	$(BIN)/ruff format
+
+lint: env  ## Run ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -48,9 +53,13 @@ browser:  ## Install Chromium from Debian's packages, if it is missing and this 
 	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 	  || echo "no Chromium: tests of pages will skip" >&2
 
-# Fast tests first and the serving cluster last, so that a failure shows early.
+check: env lint browser  ## Lint and the fast tests, in about three minutes
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(UNIT_TESTS)
+
+# Engines and clusters take the cores that they are given: their tests run one after another.
 test: env lint browser  ## Lint, then every test
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n 2 $(UNIT_TESTS)
+	$(BIN)/python -m pytest tests/e2e tests/gpu
 
 run: env  ## Serve cluster/app.yaml on loopback, say one thing to it, and stay up until Ctrl-C
 	$(BIN)/kvarn serve cluster/app.yaml --say "$(PROMPT)"
