@@ -3,6 +3,12 @@
 import os
 from pathlib import Path
 
+# With pytest-xdist each worker has a core to itself: OpenMP threads of two engines on the same cores spin on each
+# other. OpenMP reads the affinity when torch is imported.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -12,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything imports one
 
 from kvarn.model import DEFAULT_MODEL, resolve_model
+from tests.support.models import SHALLOW_LAYERS, cut_model
 
 # A busy machine is slow, which is no failure.
 settings.register_profile("kvarn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -36,5 +43,11 @@ def long_mode(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session")
 def model_dir() -> Path:
-    """The default model's directory: prepared once for the machine, then shared by all sessions."""
+    """The default model's directory: prepared once per machine, then shared by all sessions."""
     return resolve_model(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def shallow_model_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model cut to its first layers: real weights and text at a fifth of the cost."""
+    return cut_model(model_dir, tmp_path_factory.mktemp("shallow") / "model", layers=SHALLOW_LAYERS)

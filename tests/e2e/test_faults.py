@@ -35,11 +35,11 @@ OPTIONS: dict[str, Any] = {"max_tokens": TOKENS, "ignore_eos": True, "temperatur
 
 
 @pytest.fixture(scope="module")
-def address(model_dir: Any) -> Iterator[str]:
+def address(shallow_model_dir: Any) -> Iterator[str]:
     port = free_port()
     config = AppConfig.model_validate(
         {
-            "model": str(model_dir),
+            "model": str(shallow_model_dir),
             "engine": {
                 "num_replicas": ENGINES,
                 "dtype": "float32",
@@ -157,7 +157,7 @@ async def stop_gateway(random: Random) -> None:
     process.send_signal(signal.SIGCONT)
 
 
-FAULTS = (kill_core, kill_gateway, stop_engine, kill_engine, stop_gateway, kill_gateway)
+FAULTS = (kill_core, kill_gateway, stop_engine, kill_engine, stop_gateway)
 
 
 async def recovered(address: str) -> None:

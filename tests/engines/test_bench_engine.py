@@ -17,8 +17,10 @@ from tests.support.engines import make_llama
 SMALL = {"dtype": "float32", "repeats": 1, "enforce_eager": True, "kv_cache_memory_gib": 0.25}
 
 
-def test_speed_and_capacity_of_each_dtype(tmp_path):
-    bench = EngineBench(workloads=(Workload(2, 150, 6), Workload(1, 200, 1)), **SMALL)
+def test_speed_and_capacity_of_each_dtype(tmp_path, shallow_model_dir):
+    bench = EngineBench(
+        model=str(shallow_model_dir), workloads=(Workload(2, 150, 6), Workload(1, 200, 1)), **SMALL
+    )
     seen = []
     results = list(engine.run(bench, lambda *progress: seen.append(progress)))
 
@@ -41,8 +43,14 @@ def test_speed_and_capacity_of_each_dtype(tmp_path):
     assert record["versions"]["torch"]
 
 
-def test_a_failed_engine_shows_its_log():
-    bench = EngineBench(kv_cache_dtypes=("auto",), max_num_seqs=2, max_num_batched_tokens=1, **SMALL)
+def test_a_failed_engine_shows_its_log(shallow_model_dir):
+    bench = EngineBench(
+        model=str(shallow_model_dir),
+        kv_cache_dtypes=("auto",),
+        max_num_seqs=2,
+        max_num_batched_tokens=1,
+        **SMALL,
+    )
     with pytest.raises(
         BenchError, match=r"engine of auto failed; its log ends:(.|\n)*max_num_batched_tokens"
     ):

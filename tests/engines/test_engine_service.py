@@ -60,20 +60,20 @@ class Replica:
 
 
 @pytest.fixture(scope="module")
-async def replica(model_dir: Path) -> AsyncIterator[Replica]:
+async def replica(shallow_model_dir: Path) -> AsyncIterator[Replica]:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from serve_app.engine.service import SERVICE_NAME, EngineService
 
     config = EngineConfig(
         dtype="float32",
-        kv_cache_memory_gib=0.012,
+        kv_cache_memory_gib=0.0024,
         max_model_len=1024,
         max_num_seqs=4,
         max_num_batched_tokens=512,
         enforce_eager=True,
     )
-    engine = AsyncLLM.from_engine_args(engine_args(str(model_dir), config))
+    engine = AsyncLLM.from_engine_args(engine_args(str(shallow_model_dir), config))
     log: list[TileLog] = []
 
     async def read() -> CacheState:
@@ -85,10 +85,10 @@ async def replica(model_dir: Path) -> AsyncIterator[Replica]:
     monitor = CacheMonitor(read)
     await monitor.start()
     capacity = monitor.snapshot.capacity
-    log.append(TileLog(monitor.epoch, str(model_dir), capacity.cache_dtype, capacity.tile_tokens))
+    log.append(TileLog(monitor.epoch, str(shallow_model_dir), capacity.cache_dtype, capacity.tile_tokens))
     running = asyncio.create_task(monitor.run())
     server = GrpcServer("127.0.0.1:0", [SERVICE_NAME])
-    metrics = EngineMetrics(Remembered(), kv_shape(model_dir))
+    metrics = EngineMetrics(Remembered(), kv_shape(shallow_model_dir))
     service = EngineService(engine, monitor, log[0], metrics, Tracing("test", "one", None), DemandBook())
     engine_pb2_grpc.add_EngineServicer_to_server(service, server)
     port = await server.start()
@@ -96,7 +96,7 @@ async def replica(model_dir: Path) -> AsyncIterator[Replica]:
     async with grpc.aio.insecure_channel(address) as channel:
         stub = engine_pb2_grpc.EngineStub(channel)
         stream = EngineStream(stub)
-        yield Replica(address, stub, stream, monitor, engine.get_tokenizer(), str(model_dir))
+        yield Replica(address, stub, stream, monitor, engine.get_tokenizer(), str(shallow_model_dir))
         await stream.close(0)
     await server.stop(0)
     running.cancel()

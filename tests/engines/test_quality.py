@@ -14,6 +14,7 @@ from kvarn.cli import app
 from kvarn.quality import measure, run
 from kvarn.quality.quality_worker import WorkerSettings
 from kvarn.quality.settings import QualityError, QualityRun
+from tests.support.models import SHALLOW_LAYERS
 
 DTYPES = "kvarn_k4v2_g128,simulated_kvarn_k4v2_g128,fp8_e5m3"
 TOKENS = 290
@@ -28,10 +29,11 @@ def names_are_left_to_vllm() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def record_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def record_path(shallow_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The record of one run through the command."""
     path = tmp_path_factory.mktemp("quality") / "out.json"
-    options = ["--dtypes", DTYPES, "--tokens", str(TOKENS), "--context", str(TOKENS), "--json", str(path)]
+    options = ["--model", str(shallow_model_dir)]
+    options += ["--dtypes", DTYPES, "--tokens", str(TOKENS), "--context", str(TOKENS), "--json", str(path)]
     result = CliRunner().invoke(app, ["quality", *options, "--protocols", "prefill,pseudo_decode,greedy"])
     assert result.exit_code == 0, result.stderr
     assert "kvarn_k4v2_g128" in result.stdout
@@ -39,10 +41,10 @@ def record_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_context_may_be_as_long_as_the_model_holds(model_dir: Path, tmp_path: Path) -> None:
-    for file in model_dir.iterdir():
+def test_a_context_may_be_as_long_as_the_model_holds(shallow_model_dir: Path, tmp_path: Path) -> None:
+    for file in shallow_model_dir.iterdir():
         (tmp_path / file.name).symlink_to(file)
-    config = json.loads((model_dir / "config.json").read_text())
+    config = json.loads((shallow_model_dir / "config.json").read_text())
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": TOKENS}))
     options = [
@@ -72,7 +74,8 @@ def test_rows_say_what_the_cache_costs(rows: dict, protocol: str) -> None:
     assert 1e-4 < ours["kld_mean"] < 0.2
     assert ours["kld_median"] <= ours["kld_p999"]
     assert ours["ppl"] == pytest.approx(reference["ppl"] * ours["ppl_ratio"], rel=1e-4)
-    assert (reference["bytes_per_token"], ours["bytes_per_token"]) == (46_080, 4860)
+    per_layer = (reference["bytes_per_token"] / SHALLOW_LAYERS, ours["bytes_per_token"] / SHALLOW_LAYERS)
+    assert per_layer == (1536, 162)
 
 
 def test_feeding_token_by_token_gives_the_same_reference(rows: dict) -> None:
@@ -105,7 +108,9 @@ def test_a_dtype_that_vllm_refuses_has_a_row_that_says_why(rows: dict) -> None:
     assert "Input should be 'auto'" in rows["fp8_e5m3", "prefill"]["refused"]
 
 
-def test_a_run_goes_on_where_it_stopped(record_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_where_it_stopped(
+    record_path: Path, shallow_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A finished row is never measured again; the work directory of a run that was killed is still there."""
     work = record_path.with_name(f"{record_path.name}.work")
     assert not work.exists(), "a finished run leaves nothing but its record"
@@ -123,6 +128,7 @@ def test_a_run_goes_on_where_it_stopped(record_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(run, "_measure", stub)
     settings = QualityRun(
+        model=str(shallow_model_dir),
         dtypes=tuple(DTYPES.split(",")),
         protocols=("prefill", "pseudo_decode", "greedy"),
         tokens=TOKENS,

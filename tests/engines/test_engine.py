@@ -20,14 +20,11 @@ from tests.support.engines import (
     engine,
     make_llama,
     make_matmuls_row_invariant,
-    num_blocks,
-    scheduler_of,
 )
 
 TILE = 128
 LENGTHS = (1, TILE - 1, TILE, TILE + 1, 2 * TILE, 2 * TILE + 1, 3 * TILE + 40)
 LONGEST = LENGTHS[-1]
-RANKS_TOLERANCE = 0.02  # nats: each rank's matmuls are of other shapes, and the codes amplify how those round
 BFLOAT16_TIE = 0.5  # nats: four steps of a bfloat16 logit between 16 and 32
 
 
@@ -46,9 +43,9 @@ def text(model_dir: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def llm(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+def llm(shallow_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
     make_matmuls_row_invariant(monkeypatch)
-    with engine(monkeypatch, model_dir, kv_cache_dtype="kvarn_k4v2_g128") as llm:
+    with engine(monkeypatch, shallow_model_dir, kv_cache_dtype="kvarn_k4v2_g128") as llm:
         yield llm
 
 
@@ -162,19 +159,15 @@ def test_head_dims_and_dtypes(
         hit.assert_same(cold, tolerance=1e-3 if dtype == "float32" else 0.05)
 
 
-def test_capacity_and_text_against_the_unquantized_cache(
+def test_text_against_the_unquantized_cache(
     model_dir: Path, text: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Passages that begin again: the model is mostly sure how they go on.
     prompts = [text[start : start + 260] + text[start : start + 60] for start in (0, 500, 900, 1400)]
-    tokens, answers = {}, {}
-    for dtype in ("auto", "kvarn_k4v4_g128", "kvarn_k4v2_g128", "kvarn_k4v4_g64"):
+    answers = {}
+    for dtype in ("auto", "kvarn_k4v4_g128"):
         with engine(monkeypatch, model_dir, kv_cache_dtype=dtype, dtype="bfloat16") as llm:
-            tokens[dtype] = num_blocks(llm) * scheduler_of(llm).block_size
-            if dtype in ("auto", "kvarn_k4v4_g128"):
-                answers[dtype] = ask(llm, prompts, max_tokens=16)
-    assert tokens["kvarn_k4v2_g128"] >= 4.7 * tokens["auto"]
-    assert tokens["kvarn_k4v4_g64"] >= 3.5 * tokens["auto"]
+            answers[dtype] = ask(llm, prompts, max_tokens=16)
     for ours, stock in zip(answers["kvarn_k4v4_g128"], answers["auto"], strict=True):
         assert ours.tokens == stock.tokens or lead_where_they_part(stock, ours) < BFLOAT16_TIE
 
@@ -184,24 +177,3 @@ def lead_where_they_part(stock: Answer, ours: Answer) -> float:
     step = next(i for i, pair in enumerate(zip(stock.tokens, ours.tokens, strict=True)) if pair[0] != pair[1])
     logprobs = stock.logprobs[step]
     return logprobs[stock.tokens[step]] - logprobs.get(ours.tokens[step], -math.inf)
-
-
-@pytest.mark.parametrize("kv_heads", [2, 1], ids=["a head a rank", "both ranks hold the one head"])
-def test_tensor_parallel_in_processes_equals_one_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_heads: int
-) -> None:
-    model = make_llama(tmp_path, kv_heads=kv_heads)
-    prompts = [[(11 * i * i + k * i) % 500 for i in range(300 + 40 * k)] for k in range(3)]
-    settings = {
-        "kv_cache_dtype": "kvarn_k4v2_g128",
-        "skip_tokenizer_init": True,
-        "kv_cache_memory_bytes": 16 * MIB,
-    }
-    with engine(monkeypatch, model, **settings) as llm:
-        expected = ask(llm, prompts)
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    with engine(monkeypatch, model, in_process=False, tensor_parallel_size=2, **settings) as llm:
-        for answers in (ask(llm, prompts), ask(llm, prompts)):
-            for answer, single in zip(answers, expected, strict=True):
-                answer.assert_same(single, RANKS_TOLERANCE)
-    assert all(answer.cached > 0 for answer in answers)

@@ -1,0 +1,32 @@
+"""An engine over two processes answers like an engine in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.engines import MIB, ask, engine, make_llama
+
+RANKS_TOLERANCE = 0.02  # nats: each rank's matmuls have other shapes, and the codes amplify their rounding
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1], ids=["a head a rank", "both ranks hold the one head"])
+def test_tensor_parallel_in_processes_equals_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_heads: int
+) -> None:
+    model = make_llama(tmp_path, kv_heads=kv_heads)
+    prompts = [[(11 * i * i + k * i) % 500 for i in range(300 + 40 * k)] for k in range(3)]
+    settings = {
+        "kv_cache_dtype": "kvarn_k4v2_g128",
+        "skip_tokenizer_init": True,
+        "kv_cache_memory_bytes": 16 * MIB,
+    }
+    with engine(monkeypatch, model, **settings) as llm:
+        expected = ask(llm, prompts)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with engine(monkeypatch, model, in_process=False, tensor_parallel_size=2, **settings) as llm:
+        for answers in (ask(llm, prompts), ask(llm, prompts)):
+            for answer, single in zip(answers, expected, strict=True):
+                answer.assert_same(single, RANKS_TOLERANCE)
+    assert all(answer.cached > 0 for answer in answers)

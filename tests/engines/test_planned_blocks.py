@@ -1,0 +1,30 @@
+"""Capacity plans against the blocks that real engines report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvarn.plan.capacity import make_plan
+from tests.support.engines import engine, make_llama, num_blocks
+
+
+@pytest.mark.parametrize("dtype", ["auto", "kvarn_k4v2_g128", "kvarn_k4v4_g64"])
+def test_blocks_are_those_that_vllm_reports(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_llama(tmp_path, heads=4, kv_heads=2, head_dim=64, dtype="float32")
+    plan = make_plan(str(model), gpu="h200", context=1024, cache_gib=0.125)
+    planned = next(row for row in plan.rows if row.dtype == dtype)
+    with engine(monkeypatch, model, kv_cache_dtype=dtype, skip_tokenizer_init=True) as llm:
+        tokens = num_blocks(llm) * llm.llm_engine.vllm_config.cache_config.block_size
+    assert planned.tokens == pytest.approx(tokens, rel=0.02)
+
+
+def test_presets_hold_several_times_the_tokens(tmp_path: Path) -> None:
+    model = make_llama(tmp_path, heads=4, kv_heads=2, head_dim=64, dtype="bfloat16")
+    plan = make_plan(str(model), gpu="h200", context=1024, cache_gib=0.125)
+    tokens = {row.dtype: row.tokens for row in plan.rows}
+    assert tokens["kvarn_k4v2_g128"] >= 4.7 * tokens["auto"]
+    assert tokens["kvarn_k4v4_g64"] >= 3.5 * tokens["auto"]

@@ -1,0 +1,38 @@
+"""Small models for tests."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+SHALLOW_LAYERS = 6
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+
+def cut_model(model_dir: Path, directory: Path, layers: int) -> Path:
+    """Copy a model without the layers from number `layers` on; tokenizer files are linked.
+
+    Args:
+        model_dir: a model in Hugging Face format whose weights are one safetensors file.
+        directory: where the copy goes; made here.
+        layers: layers that are kept.
+    """
+    directory.mkdir()
+    (weights_file,) = model_dir.glob("*.safetensors")
+    with safe_open(weights_file, "pt") as weights:
+        kept = {
+            name: weights.get_tensor(name)
+            for name in weights.keys()  # noqa: SIM118 - not a mapping
+            if (layer := _LAYER.match(name)) is None or int(layer[1]) < layers
+        }
+    save_file(kept, directory / weights_file.name, metadata={"format": "pt"})
+    config = json.loads((model_dir / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    for file in model_dir.iterdir():
+        if not (directory / file.name).exists():
+            (directory / file.name).symlink_to(file)
+    return directory
