@@ -57,21 +57,21 @@ class ClusterServicer:
     """
 
     def GetCacheState(self, request, context):
-        """The caches of all replicas now.
+        """Returns the current caches of all replicas.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchCache(self, request, context):
-        """The caches of all replicas now, then every change. A change of one replica comes at most every 50 ms.
+        """Streams the caches of all replicas, then every change. Changes of one replica are at least 50 ms apart.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExplainRoute(self, request, context):
-        """Which replica a request would go to now, and why. Sends nothing to it and reserves nothing.
+        """Explains which replica a request would be routed to now. Sends nothing to the replica and reserves nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

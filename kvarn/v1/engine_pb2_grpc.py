@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class EngineStub:
-    """One engine replica, as gateways use it.
+    """Interface of an engine replica to gateways.
     """
 
     def __init__(self, channel):
@@ -58,12 +58,12 @@ class EngineStub:
 
 
 class EngineServicer:
-    """One engine replica, as gateways use it.
+    """Interface of an engine replica to gateways.
     """
 
     def Generate(self, request_iterator, context):
-        """Generates from token ids. All calls of one gateway travel on one stream, each under a number that the gateway gives
-        it and does not use again there. When the gateway writes no more, calls that run are finished; any other end of the
+        """Generates from token ids. All calls of one gateway share one stream; the gateway assigns each call a number that is
+        unique on the stream. If the gateway half-closes the stream, running calls are finished; any other end of the
         stream cancels them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -71,21 +71,21 @@ class EngineServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchCache(self, request, context):
-        """The replica's cache now, then every change, at most one every 50 ms.
+        """Streams the state of the replica's cache, then every change, at most one every 50 ms.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportDemand(self, request, context):
-        """What a gateway's requests wait for, told to every replica once a second; autoscaling acts on it.
+        """Reports the demand of a gateway's waiting requests, once per second to every replica; input of autoscaling.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchTiles(self, request, context):
-        """The full tiles in the replica's prefix cache now, then every change, at most one every 50 ms.
+        """Streams the full tiles in the replica's prefix cache, then every change, at most one every 50 ms.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,7 +123,7 @@ def add_EngineServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Engine:
-    """One engine replica, as gateways use it.
+    """Interface of an engine replica to gateways.
     """
 
     @staticmethod

@@ -26,11 +26,11 @@ if _version_not_supported:
 
 
 class InferenceStub:
-    """Text generation. Every error carries one sentence in its status message:
-    INVALID_ARGUMENT for a request that can never work, NOT_FOUND for a model this server does not hold,
-    RESOURCE_EXHAUSTED for an oversized message or when no replica has room soon enough (google.rpc.RetryInfo in the
-    status details then says when to try again), UNAVAILABLE when no replica is ready or takes the request over.
-    Metadata of a call: x-kvarn-tenant names who asks, x-kvarn-priority is an integer, lower first, 0 by default.
+    """Text generation. Every error has one sentence in its status message:
+    INVALID_ARGUMENT for a request that can never succeed, NOT_FOUND for a model that is not served,
+    RESOURCE_EXHAUSTED for an oversized message or when no replica has capacity in time (google.rpc.RetryInfo in the
+    status details then gives the time to retry after), UNAVAILABLE when no replica is ready or can take over.
+    Call metadata: x-kvarn-tenant names the tenant, x-kvarn-priority is an integer, lower first, 0 by default.
     """
 
     def __init__(self, channel):
@@ -52,22 +52,22 @@ class InferenceStub:
 
 
 class InferenceServicer:
-    """Text generation. Every error carries one sentence in its status message:
-    INVALID_ARGUMENT for a request that can never work, NOT_FOUND for a model this server does not hold,
-    RESOURCE_EXHAUSTED for an oversized message or when no replica has room soon enough (google.rpc.RetryInfo in the
-    status details then says when to try again), UNAVAILABLE when no replica is ready or takes the request over.
-    Metadata of a call: x-kvarn-tenant names who asks, x-kvarn-priority is an integer, lower first, 0 by default.
+    """Text generation. Every error has one sentence in its status message:
+    INVALID_ARGUMENT for a request that can never succeed, NOT_FOUND for a model that is not served,
+    RESOURCE_EXHAUSTED for an oversized message or when no replica has capacity in time (google.rpc.RetryInfo in the
+    status details then gives the time to retry after), UNAVAILABLE when no replica is ready or can take over.
+    Call metadata: x-kvarn-tenant names the tenant, x-kvarn-priority is an integer, lower first, 0 by default.
     """
 
     def Generate(self, request, context):
-        """Generates and streams the output as it is sampled.
+        """Generates output and streams it as it is sampled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateOnce(self, request, context):
-        """Generates and answers once, with the whole output.
+        """Generates output and returns it as a whole.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,11 +95,11 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference:
-    """Text generation. Every error carries one sentence in its status message:
-    INVALID_ARGUMENT for a request that can never work, NOT_FOUND for a model this server does not hold,
-    RESOURCE_EXHAUSTED for an oversized message or when no replica has room soon enough (google.rpc.RetryInfo in the
-    status details then says when to try again), UNAVAILABLE when no replica is ready or takes the request over.
-    Metadata of a call: x-kvarn-tenant names who asks, x-kvarn-priority is an integer, lower first, 0 by default.
+    """Text generation. Every error has one sentence in its status message:
+    INVALID_ARGUMENT for a request that can never succeed, NOT_FOUND for a model that is not served,
+    RESOURCE_EXHAUSTED for an oversized message or when no replica has capacity in time (google.rpc.RetryInfo in the
+    status details then gives the time to retry after), UNAVAILABLE when no replica is ready or can take over.
+    Call metadata: x-kvarn-tenant names the tenant, x-kvarn-priority is an integer, lower first, 0 by default.
     """
 
     @staticmethod

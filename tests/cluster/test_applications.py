@@ -1,4 +1,4 @@
-"""Every Serve YAML that ships, on its own or inside a manifest: taken by Serve's schema and by the typed config."""
+"""Serve YAMLs in `cluster`, standalone or inside a manifest: accepted by Serve's schema and by the typed config."""
 
 from __future__ import annotations
 

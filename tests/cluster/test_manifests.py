@@ -1,8 +1,8 @@
 """Manifests for Kubernetes and `ray up`.
 
-No package that we could depend on carries KubeRay's CRDs, so the RayService is checked against the shape below: exactly
-the fields of KubeRay 1.5's API that the manifest uses, so that a misspelt or misplaced one fails. The rest is checked
-against each other: names, ports, selectors, probes and times.
+No suitable package contains KubeRay's CRDs, so the RayService is checked against the schema below: exactly the fields
+of KubeRay 1.5's API that the manifest uses, so that a misspelt or misplaced field fails. Names, ports, selectors,
+probes and times are checked for consistency with each other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KUBERAY = CLUSTER / "kuberay"
 
 
 def closed(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
-    """The schema of an object with these keys and no others."""
+    """Return the schema of an object with exactly these keys."""
     return {
         "type": "object",
         "properties": {**required, **optional},
@@ -168,7 +168,7 @@ def test_ports_and_probes_are_the_gateways_own(groups: dict[str, dict[str, Any]]
 
 
 def test_every_worker_has_probes_of_its_own(groups: dict[str, dict[str, Any]]) -> None:
-    """KubeRay's default readiness probe asks Serve's proxy, which is off."""
+    """KubeRay's default readiness probe queries Serve's proxy, which is off."""
     for group in groups.values():
         for container in group["template"]["spec"]["containers"]:
             assert {"readinessProbe", "livenessProbe"} <= set(container)
@@ -215,7 +215,7 @@ def test_ray_up_takes_its_cluster() -> None:
 
 
 def instructions() -> dict[str, list[str]]:
-    """What the Dockerfile gives to each kind of instruction, in order."""
+    """Return the arguments of the Dockerfile's instructions by kind, in order."""
     lines = (CLUSTER / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
     found: dict[str, list[str]] = {}
     for kind, _, rest in (line.partition(" ") for line in lines if line and not line.startswith("#")):

@@ -1,7 +1,7 @@
 """Prometheus rules and the Grafana dashboard name only metrics that the application exports.
 
 `tests/e2e/test_application.py` checks that a live application exports what `serve_app.observability.metrics` lists;
-here every expression is held against that list.
+here every expression is checked against that list.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ def test_every_name_and_label_is_exported(where: str, expression: str) -> None:
 
 
 def test_every_metric_is_drawn_or_alerted_on() -> None:
-    told = " ".join(expression for _, expression in expressions())
-    assert [metric.name for metric in ALL_METRICS if metric.exported not in told] == []
+    used = " ".join(expression for _, expression in expressions())
+    assert [metric.name for metric in ALL_METRICS if metric.exported not in used] == []
 
 
 def test_every_recording_is_used() -> None:
-    told = " ".join(expression for _, expression in expressions())
-    assert [name for name in recorded() if name not in told] == []
+    used = " ".join(expression for _, expression in expressions())
+    assert [name for name in recorded() if name not in used] == []
 
 
 def test_panels_do_not_overlap() -> None:
