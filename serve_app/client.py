@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
@@ -32,6 +32,7 @@ from kvarn.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2
 from serve_app.rpc.channels import KEEPALIVE, HeaderChannel, Tls, caller_headers
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+_RequestT = TypeVar("_RequestT", inference_pb2.GenerateRequest, inference_pb2.GenerateOnceRequest)
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 POLL_S = 0.25
 RETRY_S = 30.0
@@ -95,16 +96,10 @@ _ERRORS: dict[grpc.StatusCode, type[ServingError]] = {
 }
 
 
-class Client:
-    """A synchronous client; safe to share between threads.
+class _ClientBase:
+    """Options, channel and stubs that both clients share."""
 
-    Args:
-        address: "host:port" of a gateway.
-        tls: for gateways with TLS; None is plain text.
-        api_key: for gateways that ask for one.
-        tenant, priority: who asks; gateways with API keys know that from the key, and let it only lower its priority.
-        retry_s: how long a broken stream or call is tried again before it fails; 0 for never.
-    """
+    _grpc: Any  # the module that opens channels: grpc or grpc.aio
 
     def __init__(
         self,
@@ -116,17 +111,36 @@ class Client:
         priority: int | None = None,
         retry_s: float = RETRY_S,
     ) -> None:
+        """Open a channel; the connection itself is made by the first call.
+
+        Args:
+            address: "host:port" of a gateway.
+            tls: for gateways with TLS; None connects in plain text.
+            api_key: for gateways that require one.
+            tenant, priority: the caller's identity. Gateways with API keys take it from the key, and let the caller
+                only lower its own priority.
+            retry_s: how long a broken stream or call is retried before it fails; 0 disables retries.
+        """
         self._retry_s = retry_s
         self._connected = threading.Event()
         if tls is None:
-            self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+            self._channel = self._grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         else:
             credentials = tls.channel_credentials()
-            self._channel = grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+            self._channel = self._grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
         channel = HeaderChannel(self._channel, caller_headers(api_key, tenant, priority))
         self._inference = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
         self._cluster = cluster_pb2_grpc.ClusterStub(channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def _attempts(self, timeout_s: float | None) -> _Attempts:
+        return _Attempts(timeout_s, self._retry_s, self._connected)
+
+
+class Client(_ClientBase):
+    """A synchronous client; safe to share between threads."""
+
+    _grpc = grpc
 
     def __enter__(self) -> Self:
         return self
@@ -152,8 +166,8 @@ class Client:
         Raises:
             ServingError: one of its subclasses, by the status of the call.
         """
-        request = _generate_request(prompt, model, request_id, sampling)
-        attempts = _Attempts(timeout_s, self._retry_s, self._connected)
+        request = _request(inference_pb2.GenerateRequest, prompt, model, request_id, sampling)
+        attempts = self._attempts(timeout_s)
         while True:
             call = self._inference.Generate(request, timeout=attempts.left_s)
             try:
@@ -179,8 +193,8 @@ class Client:
         **sampling: Any,
     ) -> inference_pb2.GenerateOnceResponse:
         """Return the whole output. Raises as `generate` does."""
-        request = _generate_once_request(prompt, model, request_id, sampling)
-        attempts = _Attempts(timeout_s, self._retry_s, self._connected)
+        request = _request(inference_pb2.GenerateOnceRequest, prompt, model, request_id, sampling)
+        attempts = self._attempts(timeout_s)
         while True:
             try:
                 response = self._inference.GenerateOnce(request, timeout=attempts.left_s)
@@ -208,9 +222,7 @@ class Client:
         self, prompt: Prompt, *, cache_salt: str = "", timeout_s: float | None = 10, **sampling: Any
     ) -> cluster_pb2.ExplainRouteResponse:
         """Return which replica a request would go to now, and every replica's terms."""
-        request = cluster_pb2.ExplainRouteRequest(
-            prompt=_prompt(prompt), sampling_params=_sampling(sampling), cache_salt=cache_salt
-        )
+        request = _explain_request(prompt, cache_salt, sampling)
         with _errors():
             return self._cluster.ExplainRoute(request, timeout=timeout_s)
 
@@ -235,38 +247,10 @@ class Client:
             time.sleep(POLL_S)
 
 
-class AsyncClient:
-    """An asynchronous client, for use in one event loop.
+class AsyncClient(_ClientBase):
+    """An asynchronous client, for use in one event loop."""
 
-    Args:
-        address: "host:port" of a gateway.
-        tls: for gateways with TLS; None is plain text.
-        api_key: for gateways that ask for one.
-        tenant, priority: who asks; gateways with API keys know that from the key, and let it only lower its priority.
-        retry_s: how long a broken stream or call is tried again before it fails; 0 for never.
-    """
-
-    def __init__(
-        self,
-        address: str = DEFAULT_ADDRESS,
-        *,
-        tls: Tls | None = None,
-        api_key: str = "",
-        tenant: str = "",
-        priority: int | None = None,
-        retry_s: float = RETRY_S,
-    ) -> None:
-        self._retry_s = retry_s
-        self._connected = threading.Event()
-        if tls is None:
-            self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        else:
-            credentials = tls.channel_credentials()
-            self._channel = grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
-        channel = HeaderChannel(self._channel, caller_headers(api_key, tenant, priority))
-        self._inference = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
-        self._cluster = cluster_pb2_grpc.ClusterStub(channel)  # type: ignore[no-untyped-call]
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+    _grpc = grpc.aio
 
     async def __aenter__(self) -> Self:
         return self
@@ -292,8 +276,8 @@ class AsyncClient:
         Raises:
             ServingError: one of its subclasses, by the status of the call.
         """
-        request = _generate_request(prompt, model, request_id, sampling)
-        attempts = _Attempts(timeout_s, self._retry_s, self._connected)
+        request = _request(inference_pb2.GenerateRequest, prompt, model, request_id, sampling)
+        attempts = self._attempts(timeout_s)
         while True:
             call = self._inference.Generate(request, timeout=attempts.left_s)
             try:
@@ -319,8 +303,8 @@ class AsyncClient:
         **sampling: Any,
     ) -> inference_pb2.GenerateOnceResponse:
         """Return the whole output. Raises as `generate` does."""
-        request = _generate_once_request(prompt, model, request_id, sampling)
-        attempts = _Attempts(timeout_s, self._retry_s, self._connected)
+        request = _request(inference_pb2.GenerateOnceRequest, prompt, model, request_id, sampling)
+        attempts = self._attempts(timeout_s)
         while True:
             try:
                 response = await self._inference.GenerateOnce(request, timeout=attempts.left_s)
@@ -351,9 +335,7 @@ class AsyncClient:
         self, prompt: Prompt, *, cache_salt: str = "", timeout_s: float | None = 10, **sampling: Any
     ) -> cluster_pb2.ExplainRouteResponse:
         """Return which replica a request would go to now, and every replica's terms."""
-        request = cluster_pb2.ExplainRouteRequest(
-            prompt=_prompt(prompt), sampling_params=_sampling(sampling), cache_salt=cache_salt
-        )
+        request = _explain_request(prompt, cache_salt, sampling)
         with _errors():
             return await self._cluster.ExplainRoute(request, timeout=timeout_s)
 
@@ -455,19 +437,19 @@ def _retry_after_s(error: grpc.RpcError) -> float | None:
     return None
 
 
-def _generate_request(
-    prompt: Prompt, model: str, request_id: str, sampling: dict[str, Any]
-) -> inference_pb2.GenerateRequest:
-    return inference_pb2.GenerateRequest(
+def _request(
+    kind: type[_RequestT], prompt: Prompt, model: str, request_id: str, sampling: dict[str, Any]
+) -> _RequestT:
+    return kind(
         model=model, request_id=request_id, prompt=_prompt(prompt), sampling_params=_sampling(sampling)
     )
 
 
-def _generate_once_request(
-    prompt: Prompt, model: str, request_id: str, sampling: dict[str, Any]
-) -> inference_pb2.GenerateOnceRequest:
-    return inference_pb2.GenerateOnceRequest(
-        model=model, request_id=request_id, prompt=_prompt(prompt), sampling_params=_sampling(sampling)
+def _explain_request(
+    prompt: Prompt, cache_salt: str, sampling: dict[str, Any]
+) -> cluster_pb2.ExplainRouteRequest:
+    return cluster_pb2.ExplainRouteRequest(
+        prompt=_prompt(prompt), sampling_params=_sampling(sampling), cache_salt=cache_salt
     )
 
 
