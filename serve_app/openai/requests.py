@@ -20,21 +20,11 @@ from serve_app.request.errors import BadRequestError
 from serve_app.request.prompts import LONE_SURROGATE
 
 MAX_PROMPTS = 128
-_SAME_NAME = (
-    "temperature",
-    "top_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "min_tokens",
-    "stop_token_ids",
-    "allowed_token_ids",
-    "ignore_eos",
-    "skip_special_tokens",
-    "include_stop_str_in_output",
+_CONVERTED = {"stop", "logit_bias", "structured_outputs"}
+_SAME_NAME = tuple(
+    name
+    for name in Sampling.model_fields
+    if name in sampling_pb2.SamplingParams.DESCRIPTOR.fields_by_name and name not in _CONVERTED
 )
 
 
