@@ -58,14 +58,14 @@ class CacheMonitor:
 
     Attributes:
         epoch: the life of the engine.
-        promises: what gateways promised their requests here, by gateway.
+        reservations: blocks and prefill that gateways reserved here for their requests, by gateway.
     """
 
     def __init__(self, read: Callable[[], Awaitable[CacheState]], step_timeout_s: float = 30) -> None:
         self._read = read
         self._step_timeout_s = step_timeout_s
         self.epoch = time.time_ns()
-        self.promises = Reservations()
+        self.reservations = Reservations()
         self._published_s = time.monotonic()
         self._changed = asyncio.Event()
         self._draining = False
@@ -85,8 +85,8 @@ class CacheMonitor:
         while True:
             await self._wait_for_change()
             await self._read_state()
-            for gateway_id in self.promises.owners():
-                self.promises.settle(gateway_id)
+            for gateway_id in self.reservations.owners():
+                self.reservations.settle(gateway_id)
             self._publish(self._load(self._state))
             await asyncio.sleep(MIN_INTERVAL_S)
 
@@ -94,10 +94,10 @@ class CacheMonitor:
         """Say that the engine's state may have changed."""
         self._changed.set()
 
-    def room_blocks(self) -> int:
-        """Blocks that are neither used nor promised."""
+    def headroom_blocks(self) -> int:
+        """Blocks that are neither used nor reserved; negative if reservations exceed what is free."""
         load = self.snapshot.load
-        return load.free_blocks + load.evictable_blocks - self.promises.total_blocks
+        return load.free_blocks + load.evictable_blocks - self.reservations.total_blocks
 
     def drain(self) -> None:
         """Tell watchers at once that this replica takes nothing new."""
@@ -140,7 +140,7 @@ class CacheMonitor:
             self._feed.publish(self.snapshot)
 
     def _load(self, state: CacheState) -> CacheLoad:
-        blocks, tokens = self.promises.by_owner()
+        blocks, tokens = self.reservations.by_owner()
         return CacheLoad(
             **_shared_fields(CacheLoad, state),
             reserved_blocks=blocks,

@@ -81,11 +81,11 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     async def _generate(self, request: engine_pb2.EngineRequest, write: Write) -> None:
         """Write a request's output; if it is cancelled, vLLM aborts the request and frees its blocks."""
         with (
-            self._promised(request) as promise,
+            self._reservation(request) as reservation,
             _engine_errors(),
             self._tracer.start_as_current_span("engine generate", record_exception=False) as span,
         ):
-            meter = _Meter(self._monitor, promise, self._metrics, span)
+            meter = _Meter(self._monitor, reservation, self._metrics, span)
             async with aclosing(self._deltas(request, meter)) as deltas:
                 async for delta in deltas:
                     await write(delta)
@@ -149,23 +149,23 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                     return  # a stop string ends a resumed request here; vLLM does not know of it
 
     @contextmanager
-    def _promised(self, request: engine_pb2.EngineRequest) -> Iterator[str]:
-        """Hold what the gateway promised the request.
+    def _reservation(self, request: engine_pb2.EngineRequest) -> Iterator[str]:
+        """Hold the blocks the gateway reserved for the request; yield the reservation's id.
 
         Raises:
-            CapacityError: others were promised it first.
+            CapacityError: earlier reservations leave too few blocks.
         """
-        room = self._monitor.room_blocks()
-        if request.reserved_blocks > max(room, 0):
+        headroom = max(self._monitor.headroom_blocks(), 0)
+        if request.reserved_blocks > headroom:
             raise CapacityError(
-                f"The request was promised {request.reserved_blocks} blocks and {max(room, 0)} are left: "
-                "send it to another replica or later."
+                f"The request reserves {request.reserved_blocks} blocks and only {headroom} are available: "
+                "send it to another replica, or retry later."
             )
-        promise = uuid.uuid4().hex
+        reservation = uuid.uuid4().hex
         prompt_tokens = len(request.prompt_token_ids) + len(request.resume_token_ids)
         left = request.sampling_params.max_tokens - len(request.resume_token_ids)
-        self._monitor.promises.hold(
-            promise,
+        self._monitor.reservations.hold(
+            reservation,
             request.gateway_id,
             RequestNeed(prompt_tokens, max(left, 0), request.expected_tokens),
             self._monitor.snapshot.capacity.tile_tokens,
@@ -174,18 +174,18 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         )
         self._monitor.touch()
         try:
-            yield promise
+            yield reservation
         finally:
-            self._monitor.promises.release(promise)
+            self._monitor.reservations.release(reservation)
             self._monitor.touch()
 
 
 class _Meter:
     """Measures one request: prefill speed from its first output, inter-token latency from the others."""
 
-    def __init__(self, monitor: CacheMonitor, promise: str, metrics: EngineMetrics, span: Span) -> None:
+    def __init__(self, monitor: CacheMonitor, reservation: str, metrics: EngineMetrics, span: Span) -> None:
         self._monitor = monitor
-        self._promise = promise
+        self._reservation = reservation
         self._metrics = metrics
         self._span = span
         self._last_s = 0.0
@@ -202,7 +202,7 @@ class _Meter:
         self._last_s = now
         self._metrics.generated(tokens)
         self._count_blocks(tokens)
-        self._monitor.promises.grow(self._promise, tokens)
+        self._monitor.reservations.grow(self._reservation, tokens)
         self._monitor.touch()
 
     def _count_blocks(self, tokens: int) -> None:
