@@ -14,7 +14,7 @@ from serve_app.openai.schema import NOT_JSON
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 TEXT: dict[str, Any] = {"prompt": "Hi"}
-NOT_SERVED = "this is not served here: leave it out."
+UNSUPPORTED = "not supported; omit this field."
 
 
 async def refused(path: str, content: bytes) -> dict[str, Any]:
@@ -52,21 +52,21 @@ async def refused(path: str, content: bytes) -> dict[str, Any]:
             "stream_options",
             "stream_options may be set only if stream is true.",
         ),
-        (CHAT, {"tool_choice": "auto"}, "tool_choice", "tool_choice auto needs tools."),
-        (TEXT, {"best_of": 2}, "best_of", "best_of must equal n, as every choice is returned."),
+        (CHAT, {"tool_choice": "auto"}, "tool_choice", "tool_choice auto needs tools: set tools."),
+        (TEXT, {"best_of": 2}, "best_of", "best_of must equal n, since every choice is returned."),
         (
             CHAT,
             {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "x"}},
             None,
             "Set response_format or structured_outputs, not both.",
         ),
-        (TEXT, {"suffix": "x"}, "suffix", f"suffix: {NOT_SERVED}"),
-        (TEXT, {"echo": True}, "echo", f"echo: {NOT_SERVED}"),
+        (TEXT, {"suffix": "x"}, "suffix", f"suffix: {UNSUPPORTED}"),
+        (TEXT, {"echo": True}, "echo", f"echo: {UNSUPPORTED}"),
         (
             CHAT,
             {"messages": [{"role": "assistant", "audio": {"id": "x"}}]},
             "messages.0.audio",
-            f"messages.0.audio: {NOT_SERVED}",
+            f"messages.0.audio: {UNSUPPORTED}",
         ),
         (
             TEXT,
