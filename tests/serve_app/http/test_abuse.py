@@ -452,7 +452,7 @@ async def test_keys_guard_everything_but_probes(encoder: PromptEncoder, tmp_path
         async with AsyncClient(front.address) as stranger:
             assert await stranger.is_ready()
             for call in (stranger.generate_once("Hi"), stranger.cache_state(), anext(stranger.watch_cache())):
-                with pytest.raises(UnauthenticatedError, match="An API key is needed"):
+                with pytest.raises(UnauthenticatedError, match="An API key is required"):
                     await call
         front.script.wait = asyncio.Event()
         async with AsyncClient(front.address, api_key=key) as client:
