@@ -61,7 +61,7 @@ def test_whatever_is_no_key_is_refused(path: Path, authorization: str) -> None:
 def test_a_key_with_a_wrong_secret_is_refused(path: Path) -> None:
     key, _ = create_key(path, "acme")
     wrong = key[:-1] + ("0" if key[-1] != "0" else "1")
-    with pytest.raises(AuthenticationError, match="The API key is not known here"):
+    with pytest.raises(AuthenticationError, match="The API key is unknown"):
         Access(path).check(bearer(wrong))
 
 
@@ -141,7 +141,7 @@ def test_a_broken_file_refuses_the_start(path: Path, text: str, words: str) -> N
 
 def test_revoking_what_is_not_there_is_refused(path: Path) -> None:
     create_key(path, "acme")
-    with pytest.raises(KeyFileError, match="holds no key of id 'beef'"):
+    with pytest.raises(KeyFileError, match="holds no key with id 'beef'"):
         revoke_key(path, "beef")
     assert len(read_keys(path).keys) == 1
 
@@ -158,7 +158,7 @@ def test_a_key_may_send_a_burst_and_then_so_many_a_minute() -> None:
         with limits.admitted(key):
             pass
     with (
-        pytest.raises(RateLimitError, match=r"60 requests a minute: try again in 1\.0 seconds") as refused,
+        pytest.raises(RateLimitError, match=r"60 requests per minute: try again in 1\.0 seconds") as refused,
         limits.admitted(key),
     ):
         pass
