@@ -38,7 +38,7 @@ def test_a_directory_is_served_under_its_last_part() -> None:
         ),
         ({"observability": {"tracing": {"otlp_endpoint": "localhost:4317"}}}, "should match pattern"),
         ({"gateway": {"port": 65536}}, "less than or equal to 65535"),
-        ({"gateway": {"port": 8000}}, "port and http.port are both 8000: gRPC and HTTP need one each"),
+        ({"gateway": {"port": 8000}}, "port and http.port are both 8000: gRPC and HTTP need different ports"),
         (
             {"engine": {"device": "cuda", "distributed_executor_backend": "uni", "tensor_parallel_size": 2}},
             "set tensor_parallel_size to 1",
