@@ -1,1 +1,1 @@
-"""A Ray Serve application that serves vLLM engines over gRPC and routes by what their KV caches can hold."""
+"""A Ray Serve application that serves vLLM engines over gRPC and HTTP, and routes by KV cache capacity."""

@@ -1,7 +1,7 @@
-"""The application `serve run cluster/app.yaml` starts.
+"""Builder of the application that `serve run cluster/app.yaml` starts.
 
-Serve turns the YAML's `args` into the builder's annotated class, which it cannot see if annotations are strings: so
-this module has no `from __future__ import annotations`.
+Serve converts the YAML's `args` to the builder's annotated class, which it cannot resolve from string
+annotations; therefore this module has no `from __future__ import annotations`.
 """
 
 from ray import serve
@@ -13,10 +13,10 @@ from serve_app.gateway.gateway_deployment import Gateway
 
 
 def build(args: AppConfig) -> serve.Application:
-    """Engines and, bound to them, the gateways.
+    """Return the gateways, bound to the engines.
 
     Args:
-        args: the settings; Serve makes them from the `args` of the YAML and refuses unknown keys.
+        args: settings, which Serve parses from `args` in the YAML; unknown keys are errors.
     """
     config = args.gateway
     engines = engine_deployment.deployment(
@@ -26,6 +26,6 @@ def build(args: AppConfig) -> serve.Application:
         Gateway,
         name="Gateway",
         num_replicas=config.num_replicas,
-        ray_actor_options={"num_cpus": 0},  # CPUs are counted for engines, which are bound to theirs
+        ray_actor_options={"num_cpus": 0},  # only engines reserve CPUs, which they are bound to
         graceful_shutdown_timeout_s=config.drain_grace_s + 10,
     ).bind(args.model, args.model_name, config, args.observability, args.engine.autoscaling, engines)

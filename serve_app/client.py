@@ -1,4 +1,4 @@
-"""Clients of a gateway.
+"""Synchronous and asynchronous clients of a gateway.
 
     with Client("127.0.0.1:50051") as client:
         client.wait_ready(timeout_s=60)
@@ -6,11 +6,12 @@
             print(delta.text, end="")
 
 A prompt is a string, a sequence of token ids, or a sequence of chat messages ({"role": ..., "content": ...}).
-Sampling parameters are keyword arguments under vLLM's names (`kvarn.v1.SamplingParams`). `AsyncClient` has the
-same methods as coroutines and asynchronous iterators. Leaving an iteration early cancels the request on the server.
+Sampling parameters are keyword arguments with vLLM's names (`kvarn.v1.SamplingParams`). `AsyncClient` has the
+same methods as coroutines and asynchronous iterators. Leaving an iteration early cancels the request on the
+server.
 
-If the connection to a gateway breaks, `generate` resumes its stream through whatever gateway answers next, without
-losing or doubling a token, and `generate_once` asks again.
+If the connection to a gateway breaks, `generate` resumes its stream through the next gateway that responds,
+without losing or repeating a token, and `generate_once` retries the call.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
@@ -32,11 +33,12 @@ from kvarn.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2
 from serve_app.rpc.channels import KEEPALIVE, HeaderChannel, Tls, caller_headers
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+_RequestT = TypeVar("_RequestT", inference_pb2.GenerateRequest, inference_pb2.GenerateOnceRequest)
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 POLL_S = 0.25
 RETRY_S = 30.0
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 1.0
-NO_CONNECTION = "failed to connect"  # as gRPC says it
+NO_CONNECTION = "failed to connect"  # gRPC's words
 NO_HOST = re.compile(r"errors resolving (\S+): .*hostname lookup error")
 
 
@@ -45,8 +47,8 @@ class ServingError(Exception):
 
     Attributes:
         status: the gRPC status.
-        sentence: what was wrong and what to change, as the server said it.
-        retry_after_s: seconds after which the same request may succeed, if the server said so.
+        sentence: what was wrong and what to change, in the server's words.
+        retry_after_s: seconds after which the same request may succeed, if the server sent them.
     """
 
     def __init__(self, status: grpc.StatusCode, sentence: str, retry_after_s: float | None = None) -> None:
@@ -57,27 +59,27 @@ class ServingError(Exception):
 
 
 class InvalidRequestError(ServingError):
-    """The request can never work as it is."""
+    """The request is not valid; retrying it unchanged cannot succeed."""
 
 
 class UnknownModelError(ServingError):
-    """The server does not hold that model."""
+    """The server does not serve that model."""
 
 
 class NoRoomError(ServingError):
-    """The message is too large, no replica has room now, or the API key has used up what it may."""
+    """The message is too large, no replica has headroom now, or the API key's limits are exhausted."""
 
 
 class UnavailableError(ServingError):
-    """Nothing answers there, no replica is ready, or the one that served the request was lost."""
+    """No gateway responds, no replica is ready, or the replica that served the request was lost."""
 
 
 class DeadlineExceededError(ServingError):
-    """The time allowed for the call has passed."""
+    """The call's deadline has passed."""
 
 
 class UnauthenticatedError(ServingError):
-    """The API key is missing, or not known to the server."""
+    """The API key is missing or unknown to the server."""
 
 
 class RequestCancelledError(ServingError):
@@ -95,16 +97,10 @@ _ERRORS: dict[grpc.StatusCode, type[ServingError]] = {
 }
 
 
-class Client:
-    """A synchronous client; safe to share between threads.
+class _ClientBase:
+    """Options, channel and stubs that both clients share."""
 
-    Args:
-        address: "host:port" of a gateway.
-        tls: for gateways with TLS; None is plain text.
-        api_key: for gateways that ask for one.
-        tenant, priority: who asks; gateways with API keys know that from the key, and let it only lower its priority.
-        retry_s: how long a broken stream or call is tried again before it fails; 0 for never.
-    """
+    _grpc: Any  # the module that opens channels: grpc or grpc.aio
 
     def __init__(
         self,
@@ -116,17 +112,36 @@ class Client:
         priority: int | None = None,
         retry_s: float = RETRY_S,
     ) -> None:
+        """Open a channel; the connection itself is made by the first call.
+
+        Args:
+            address: "host:port" of a gateway.
+            tls: for gateways with TLS; None connects in plain text.
+            api_key: for gateways that require one.
+            tenant, priority: the caller's identity. Gateways with API keys take it from the key, and let the
+                caller only lower its own priority.
+            retry_s: how long a broken stream or call is retried before it fails; 0 disables retries.
+        """
         self._retry_s = retry_s
         self._connected = threading.Event()
         if tls is None:
-            self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+            self._channel = self._grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         else:
             credentials = tls.channel_credentials()
-            self._channel = grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+            self._channel = self._grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
         channel = HeaderChannel(self._channel, caller_headers(api_key, tenant, priority))
         self._inference = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
         self._cluster = cluster_pb2_grpc.ClusterStub(channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def _attempts(self, timeout_s: float | None) -> _Attempts:
+        return _Attempts(timeout_s, self._retry_s, self._connected)
+
+
+class Client(_ClientBase):
+    """A synchronous client; safe to share between threads."""
+
+    _grpc = grpc
 
     def __enter__(self) -> Self:
         return self
@@ -150,10 +165,10 @@ class Client:
         """Yield the output as it is sampled.
 
         Raises:
-            ServingError: one of its subclasses, by the status of the call.
+            ServingError: the subclass for the status of the call.
         """
-        request = _generate_request(prompt, model, request_id, sampling)
-        attempts = _Attempts(timeout_s, self._retry_s, self._connected)
+        request = _request(inference_pb2.GenerateRequest, prompt, model, request_id, sampling)
+        attempts = self._attempts(timeout_s)
         while True:
             call = self._inference.Generate(request, timeout=attempts.left_s)
             try:
@@ -179,8 +194,8 @@ class Client:
         **sampling: Any,
     ) -> inference_pb2.GenerateOnceResponse:
         """Return the whole output. Raises as `generate` does."""
-        request = _generate_once_request(prompt, model, request_id, sampling)
-        attempts = _Attempts(timeout_s, self._retry_s, self._connected)
+        request = _request(inference_pb2.GenerateOnceRequest, prompt, model, request_id, sampling)
+        attempts = self._attempts(timeout_s)
         while True:
             try:
                 response = self._inference.GenerateOnce(request, timeout=attempts.left_s)
@@ -208,9 +223,7 @@ class Client:
         self, prompt: Prompt, *, cache_salt: str = "", timeout_s: float | None = 10, **sampling: Any
     ) -> cluster_pb2.ExplainRouteResponse:
         """Return which replica a request would go to now, and every replica's terms."""
-        request = cluster_pb2.ExplainRouteRequest(
-            prompt=_prompt(prompt), sampling_params=_sampling(sampling), cache_salt=cache_salt
-        )
+        request = _explain_request(prompt, cache_salt, sampling)
         with _errors():
             return self._cluster.ExplainRoute(request, timeout=timeout_s)
 
@@ -235,38 +248,10 @@ class Client:
             time.sleep(POLL_S)
 
 
-class AsyncClient:
-    """An asynchronous client, for use in one event loop.
+class AsyncClient(_ClientBase):
+    """An asynchronous client, for use in one event loop."""
 
-    Args:
-        address: "host:port" of a gateway.
-        tls: for gateways with TLS; None is plain text.
-        api_key: for gateways that ask for one.
-        tenant, priority: who asks; gateways with API keys know that from the key, and let it only lower its priority.
-        retry_s: how long a broken stream or call is tried again before it fails; 0 for never.
-    """
-
-    def __init__(
-        self,
-        address: str = DEFAULT_ADDRESS,
-        *,
-        tls: Tls | None = None,
-        api_key: str = "",
-        tenant: str = "",
-        priority: int | None = None,
-        retry_s: float = RETRY_S,
-    ) -> None:
-        self._retry_s = retry_s
-        self._connected = threading.Event()
-        if tls is None:
-            self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        else:
-            credentials = tls.channel_credentials()
-            self._channel = grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
-        channel = HeaderChannel(self._channel, caller_headers(api_key, tenant, priority))
-        self._inference = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
-        self._cluster = cluster_pb2_grpc.ClusterStub(channel)  # type: ignore[no-untyped-call]
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+    _grpc = grpc.aio
 
     async def __aenter__(self) -> Self:
         return self
@@ -290,10 +275,10 @@ class AsyncClient:
         """Yield the output as it is sampled.
 
         Raises:
-            ServingError: one of its subclasses, by the status of the call.
+            ServingError: the subclass for the status of the call.
         """
-        request = _generate_request(prompt, model, request_id, sampling)
-        attempts = _Attempts(timeout_s, self._retry_s, self._connected)
+        request = _request(inference_pb2.GenerateRequest, prompt, model, request_id, sampling)
+        attempts = self._attempts(timeout_s)
         while True:
             call = self._inference.Generate(request, timeout=attempts.left_s)
             try:
@@ -319,8 +304,8 @@ class AsyncClient:
         **sampling: Any,
     ) -> inference_pb2.GenerateOnceResponse:
         """Return the whole output. Raises as `generate` does."""
-        request = _generate_once_request(prompt, model, request_id, sampling)
-        attempts = _Attempts(timeout_s, self._retry_s, self._connected)
+        request = _request(inference_pb2.GenerateOnceRequest, prompt, model, request_id, sampling)
+        attempts = self._attempts(timeout_s)
         while True:
             try:
                 response = await self._inference.GenerateOnce(request, timeout=attempts.left_s)
@@ -351,9 +336,7 @@ class AsyncClient:
         self, prompt: Prompt, *, cache_salt: str = "", timeout_s: float | None = 10, **sampling: Any
     ) -> cluster_pb2.ExplainRouteResponse:
         """Return which replica a request would go to now, and every replica's terms."""
-        request = cluster_pb2.ExplainRouteRequest(
-            prompt=_prompt(prompt), sampling_params=_sampling(sampling), cache_salt=cache_salt
-        )
+        request = _explain_request(prompt, cache_salt, sampling)
         with _errors():
             return await self._cluster.ExplainRoute(request, timeout=timeout_s)
 
@@ -379,7 +362,7 @@ class AsyncClient:
 
 
 _CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),  # the server's limit counts
+    ("grpc.max_receive_message_length", -1),  # unlimited: the server sets the limit
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -388,32 +371,32 @@ _CHANNEL_OPTIONS = [
 
 
 class _Attempts:
-    """The attempts of one call: what is left of its time, and whether to try again.
+    """Retry state of one call: its remaining time, and whether to try again.
 
     Args:
-        timeout_s: time for all of them together; None sets no limit.
-        retry_s: time to go on trying without success.
-        connected: set once this client has reached a gateway; before, a failure to connect is final.
+        timeout_s: time for all attempts together; None sets no limit.
+        retry_s: time to keep retrying without success.
+        connected: set once this client has reached a gateway; before that, a failure to connect is final.
 
     Attributes:
-        is_finished: whether the whole output is here, whatever becomes of the connection.
+        is_finished: whether the whole output has arrived, even if the connection then breaks.
     """
 
     def __init__(self, timeout_s: float | None, retry_s: float, connected: threading.Event) -> None:
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._retry_s = retry_s
         self._connected = connected
-        self._give_up_s: float | None = None  # known from the first failure since the last success
+        self._give_up_s: float | None = None  # set by the first failure after a success
         self._next_pause_s = FIRST_PAUSE_S
         self.is_finished = False
 
     @property
     def left_s(self) -> float | None:
-        """Seconds that the next call may take. It must not wait for a connection: none may ever come."""
+        """Seconds left for the next attempt, which must not wait for a connection: there may never be one."""
         return None if self._deadline_s is None else max(self._deadline_s - time.monotonic(), 0)
 
     def take(self, request: inference_pb2.GenerateRequest, delta: inference_pb2.GenerateResponse) -> None:
-        """Note what has arrived, so that the next attempt goes on after it."""
+        """Record what has arrived, so that the next attempt resumes after it."""
         self._connected.set()
         self.is_finished = bool(delta.finish_reason)
         request.resume_token_ids.extend(delta.token_ids)
@@ -422,15 +405,15 @@ class _Attempts:
         self._next_pause_s = FIRST_PAUSE_S
 
     def pause_s(self, error: grpc.RpcError) -> float:
-        """Seconds to wait before trying again.
+        """Return the seconds to wait before the next attempt.
 
         Raises:
-            ServingError: trying again is no use.
+            ServingError: a retry is pointless.
         """
         is_broken = error.code() is grpc.StatusCode.UNAVAILABLE and not _is_from_server(error)
         details = error.details() or ""
         if is_broken and NO_CONNECTION not in details and not NO_HOST.search(details):
-            self._connected.set()  # there was one, and it broke
+            self._connected.set()  # there was a connection, and it broke
         now = time.monotonic()
         self._give_up_s = self._give_up_s or now + self._retry_s
         if not is_broken or not self._connected.is_set() or now >= self._give_up_s:
@@ -440,12 +423,12 @@ class _Attempts:
 
 
 def _is_from_server(error: grpc.RpcError) -> bool:
-    """Whether a gateway said so, rather than the connection; gateways say when to try again."""
+    """Whether a gateway sent the error, rather than the connection failing; gateways send a retry delay."""
     return _retry_after_s(error) is not None
 
 
 def _retry_after_s(error: grpc.RpcError) -> float | None:
-    """What google.rpc.RetryInfo in the status details says."""
+    """Return the delay of google.rpc.RetryInfo in the status details."""
     retry = error_details_pb2.RetryInfo()
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
@@ -455,19 +438,19 @@ def _retry_after_s(error: grpc.RpcError) -> float | None:
     return None
 
 
-def _generate_request(
-    prompt: Prompt, model: str, request_id: str, sampling: dict[str, Any]
-) -> inference_pb2.GenerateRequest:
-    return inference_pb2.GenerateRequest(
+def _request(
+    kind: type[_RequestT], prompt: Prompt, model: str, request_id: str, sampling: dict[str, Any]
+) -> _RequestT:
+    return kind(
         model=model, request_id=request_id, prompt=_prompt(prompt), sampling_params=_sampling(sampling)
     )
 
 
-def _generate_once_request(
-    prompt: Prompt, model: str, request_id: str, sampling: dict[str, Any]
-) -> inference_pb2.GenerateOnceRequest:
-    return inference_pb2.GenerateOnceRequest(
-        model=model, request_id=request_id, prompt=_prompt(prompt), sampling_params=_sampling(sampling)
+def _explain_request(
+    prompt: Prompt, cache_salt: str, sampling: dict[str, Any]
+) -> cluster_pb2.ExplainRouteRequest:
+    return cluster_pb2.ExplainRouteRequest(
+        prompt=_prompt(prompt), sampling_params=_sampling(sampling), cache_salt=cache_salt
     )
 
 
@@ -521,5 +504,5 @@ def _is_serving(response: health_pb2.HealthCheckResponse) -> bool:
 def _raise_not_ready(timeout_s: float) -> NoReturn:
     raise DeadlineExceededError(
         grpc.StatusCode.DEADLINE_EXCEEDED,
-        f"No replica was ready within {timeout_s:g} seconds: look at the server's log, or allow more time.",
+        f"No replica was ready within {timeout_s:g} seconds: check the server's log, or allow more time.",
     )

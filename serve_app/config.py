@@ -1,4 +1,4 @@
-"""StrictSettings of the application, as `args` of the Serve YAML gives them."""
+"""Settings of the application: the schema of `args` in the Serve YAML."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server on `host`; a name other than localhost may be any."""
+    """Whether a server on `host` is reachable only locally; names other than localhost count as open."""
     try:
         return host == "localhost" or ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -24,31 +24,29 @@ def is_loopback(host: str) -> bool:
 
 
 class StrictSettings(BaseModel):
-    """Base of all settings: unknown keys are errors, values do not change."""
+    """Base of all settings: unknown keys are errors, instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class AutoscalingConfig(StrictSettings):
-    """When engine replicas are added and removed. Fields that Serve has too bear its names and meanings."""
+    """When to add and remove engine replicas. Fields that Serve also has keep its names and meanings."""
 
     min_replicas: int = Field(
-        default=1, ge=0, description="0: none while nobody asks; the first request waits"
+        default=1, ge=0, description="0: scale to zero when idle; the next request waits for a start"
     )
     max_replicas: int = Field(ge=1)
     upscale_occupancy: float = Field(
-        default=0.8, gt=0, le=1, description="share of the caches in use or promised that adds replicas"
+        default=0.8, gt=0, le=1, description="add replicas above this share of cache in use or reserved"
     )
     downscale_occupancy: float = Field(
-        default=0.5, gt=0, le=1, description="share that the caches left must stay below to remove one"
+        default=0.5, gt=0, le=1, description="remove a replica if the others then stay below this share"
     )
-    max_first_token_s: float = Field(
-        default=10, gt=0, description="a longer time to first token adds replicas"
-    )
+    max_first_token_s: float = Field(default=10, gt=0, description="add replicas above this TTFT")
     upscale_delay_s: float = Field(default=10, ge=0)
     downscale_delay_s: float = Field(default=300, ge=0)
     downscale_to_zero_delay_s: float = Field(default=900, ge=0)
-    look_back_period_s: float = Field(default=10, gt=1, description="loads are averaged over this time")
+    look_back_period_s: float = Field(default=10, gt=1, description="window over which loads are averaged")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -59,50 +57,50 @@ class AutoscalingConfig(StrictSettings):
         if self.downscale_occupancy >= self.upscale_occupancy:
             raise ValueError(
                 f"downscale_occupancy {self.downscale_occupancy:g} must be below "
-                f"upscale_occupancy {self.upscale_occupancy:g}: replicas would come and go"
+                f"upscale_occupancy {self.upscale_occupancy:g}, or scaling would oscillate"
             )
         return self
 
 
 class EngineConfig(StrictSettings):
-    """The engine replicas. Fields that vLLM has too bear its names and meanings."""
+    """Settings of the engine replicas. Fields that vLLM also has keep its names and meanings."""
 
     num_replicas: int = Field(default=1, ge=1)
-    autoscaling: AutoscalingConfig | None = Field(default=None, description="takes the place of num_replicas")
+    autoscaling: AutoscalingConfig | None = Field(default=None, description="replaces num_replicas")
     device: Literal["cpu", "cuda"] = "cpu"
     cpus_per_replica: float = Field(
-        default=1, ge=0, description="CPUs Ray reserves; on device cpu, rounded up, the ones computed on"
+        default=1, ge=0, description="CPUs that Ray reserves; on device cpu, rounded up, also compute threads"
     )
     dtype: str = "auto"
     kv_cache_dtype: str = "kvarn_k4v2_g128"
     kv_cache_memory_gib: float | None = Field(
-        default=None, gt=0, description="cache size; None on cuda: what is left"
+        default=None, gt=0, description="cache size; None, on cuda only: all remaining memory"
     )
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     max_model_len: int | None = Field(default=None, ge=1, description="tokens; None: the model's own limit")
     max_num_seqs: int = Field(default=32, ge=1)
     max_num_batched_tokens: int = Field(default=2048, ge=1)
     side_pool_gib: float | None = Field(
-        default=None, gt=0, description="most memory of raw tiles on one rank; None: enough for max_num_seqs"
+        default=None, gt=0, description="maximum memory for raw tiles per rank; None: enough for max_num_seqs"
     )
     retained_sinks: int | None = Field(
         default=None,
         ge=0,
-        description="raw first tiles kept of prefixes that nobody uses; None: max_num_seqs",
+        description="raw first tiles to retain for unused prefixes; None: max_num_seqs",
     )
     tensor_parallel_size: int = Field(default=1, ge=1)
     distributed_executor_backend: Literal["mp", "ray", "uni"] = "mp"
     enforce_eager: bool = False
     host: Host = Field(
-        default="127.0.0.1", description="address of the engines' gRPC servers, open to gateways"
+        default="127.0.0.1", description="address of the engines' gRPC servers, which gateways call"
     )
     step_timeout_s: float | None = Field(
         default=None,
         gt=0,
-        description="an engine busy with one step for longer counts as hanging; None: 30 on cuda, 300 on cpu",
+        description="an engine in one step for longer counts as hanging; None: 30 on cuda, 300 on cpu",
     )
     drain_grace_s: float = Field(
-        default=30, ge=0, description="time a stopping replica gives its streams to end"
+        default=30, ge=0, description="time that a stopping replica lets running streams finish"
     )
 
     @field_validator("kv_cache_dtype")
@@ -113,7 +111,7 @@ class EngineConfig(StrictSettings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.autoscaling and "num_replicas" in self.model_fields_set:
-            raise ValueError("num_replicas and autoscaling exclude each other: set one of them")
+            raise ValueError("num_replicas and autoscaling exclude each other: set only one of them")
         if self.device == "cpu" and self.kv_cache_memory_gib is None:
             raise ValueError(
                 "kv_cache_memory_gib must be set when device is cpu, e.g. kv_cache_memory_gib: 1"
@@ -130,108 +128,115 @@ class EngineConfig(StrictSettings):
 
     @property
     def longest_step_s(self) -> float:
-        """After how long in one step an engine counts as hanging; a CPU shared with others may need minutes."""
+        """Time in one step after which an engine counts as hanging; on shared CPUs, steps may take minutes."""
         return self.step_timeout_s or {"cuda": 30, "cpu": 300}[self.device]
 
     @property
     def kvarn_settings(self) -> dict[str, float]:
-        """The cache's own settings, as `kvarn.vllm.cache_settings.KVarNConfig` takes them."""
+        """Arguments of `kvarn.vllm.cache_settings.KVarNConfig`, without unset ones."""
         settings = {"side_pool_gib": self.side_pool_gib, "retained_sinks": self.retained_sinks}
         return {name: value for name, value in settings.items() if value is not None}
 
     @property
     def least_replicas(self) -> int:
-        """Replicas there are at least."""
+        """Minimum number of replicas."""
         return self.num_replicas if self.autoscaling is None else self.autoscaling.min_replicas
 
     @property
     def kv_cache_memory_bytes(self) -> int | None:
-        """The cache size in bytes, or None to let vLLM measure what is left."""
+        """The cache size in bytes, or None to let vLLM use all remaining memory."""
         return None if self.kv_cache_memory_gib is None else int(self.kv_cache_memory_gib * GIB)
 
 
 class TlsConfig(StrictSettings):
-    """Files in PEM format. A new version is used by the connections that follow it, without a restart."""
+    """Files in PEM format. New connections use new versions of the files, without a restart."""
 
-    certificate: Path = Field(description="the gateway's certificate, then those up to its CA")
+    certificate: Path = Field(description="the gateway's certificate chain, leaf first")
     private_key: Path
     client_ca: Path | None = Field(
-        default=None, description="if set, clients must present a certificate of this CA"
+        default=None, description="if set, clients must present a certificate signed by this CA"
     )
 
 
 class SecurityConfig(StrictSettings):
-    """Who may call the gateways."""
+    """Access control of the gateways."""
 
     tls: TlsConfig | None = None
-    api_keys: Path | None = Field(default=None, description="file made with `kvarn keys create`")
+    api_keys: Path | None = Field(default=None, description="file created with `kvarn keys create`")
     salt_cache_by_tenant: bool = Field(
         default=False,
-        description="cached prefixes are shared only within a tenant, so that none probes another's",
+        description="share cached prefixes only within a tenant, so that no tenant can probe another's",
     )
-    allow_insecure: bool = Field(default=False, description="listen beyond loopback even without the above")
+    allow_insecure: bool = Field(
+        default=False, description="listen beyond loopback without TLS and authentication"
+    )
 
     @property
     def knows_callers(self) -> bool:
-        """Whether only known callers get through, unseen by others."""
+        """Whether callers are authenticated and their traffic is encrypted."""
         return self.tls is not None and (self.api_keys is not None or self.tls.client_ca is not None)
 
 
 class LimitsConfig(StrictSettings):
-    """What one client may take of a gateway; times in seconds."""
+    """Limits on the clients of a gateway; times in seconds."""
 
-    max_connections: int = Field(default=4096, ge=1, description="of each protocol")
+    max_connections: int = Field(default=4096, ge=1, description="per protocol")
     max_header_bytes: int = Field(default=16 << 10, ge=1024, description="request line and headers together")
-    header_timeout_s: float = Field(default=10, gt=0, description="for a request's headers, and a handshake")
-    body_timeout_s: float = Field(default=60, gt=0, description="for a request's body")
-    write_timeout_s: float = Field(default=60, gt=0, description="for a client to read what waits for it")
+    header_timeout_s: float = Field(
+        default=10, gt=0, description="to receive headers, or for a TLS handshake"
+    )
+    body_timeout_s: float = Field(default=60, gt=0, description="to receive a request body")
+    write_timeout_s: float = Field(default=60, gt=0, description="for a client to read pending output")
     idle_timeout_s: float = Field(default=300, gt=0, description="for connections without a call")
 
 
 class HttpConfig(StrictSettings):
-    """Where a gateway answers over HTTP."""
+    """Address of a gateway's HTTP server."""
 
     host: Host = "127.0.0.1"
     port: Port = 8000
 
 
 class RoutingConfig(StrictSettings):
-    """How requests find a replica; times in seconds."""
+    """Queueing and routing of requests; times in seconds."""
 
-    queue_limit: int = Field(default=512, ge=0, description="requests that may wait in one gateway")
-    queue_timeout_s: float = Field(default=30, gt=0, description="longest wait for room")
+    queue_limit: int = Field(default=512, ge=0, description="maximum queued requests per gateway")
+    queue_timeout_s: float = Field(default=30, gt=0, description="maximum wait for headroom")
     tenant_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default={}, description="shares of tenants that wait, 1 for those not named"
+        default={}, description="fair-share weights of queued tenants; 1 for tenants not listed"
     )
     silence_timeout_s: float = Field(
         default=10,
         gt=0,
-        description="a replica without news for so long is lost, and its streams go on elsewhere",
+        description="a replica silent for longer is lost, and its streams resume on other replicas",
     )
     retry_share: float = Field(
         default=0.2,
         ge=0,
         le=1,
-        description="requests sent again for each that comes, before their first token",
+        description="retry budget: retries before the first token, per incoming request",
     )
     hedge_after_s: float | None = Field(
-        default=None, gt=0, description="ask a second replica if no token has come by then; None: never"
+        default=None, gt=0, description="call a second replica if no token arrives in time; None: never"
     )
     output_quantile: float = Field(
-        default=0.9, gt=0, le=1, description="share of outputs to make room for at their length; 1: all"
+        default=0.9,
+        gt=0,
+        le=1,
+        description="quantile of output lengths to reserve blocks for; 1: the maximum",
     )
-    index_memory_mib: int = Field(default=512, ge=1, description="most that a gateway's prefix index takes")
+    index_memory_mib: int = Field(default=512, ge=1, description="maximum size of a gateway's prefix index")
 
 
 class GatewayConfig(StrictSettings):
-    """The gateways. Several on one node share one port."""
+    """Settings of the gateways. Gateways on one node share their ports."""
 
     num_replicas: int = Field(default=1, ge=1)
     host: Host = "127.0.0.1"
     port: Port = 50051
     http: HttpConfig = HttpConfig()
     tool_parser: str | None = Field(
-        default=None, description="vLLM's parser of the tool calls this model makes by itself, e.g. hermes"
+        default=None, description="vLLM's parser for tool calls that the model makes by itself, e.g. hermes"
     )
     security: SecurityConfig = SecurityConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -239,45 +244,45 @@ class GatewayConfig(StrictSettings):
     max_message_bytes: int = Field(default=4 << 20, ge=1024, description="largest request or response")
     default_max_tokens: int = Field(default=256, ge=1, description="for requests that do not set max_tokens")
     drain_grace_s: float = Field(
-        default=30, ge=0, description="time a stopping gateway gives its streams to end"
+        default=30, ge=0, description="time that a stopping gateway lets running streams finish"
     )
 
     @model_validator(mode="after")
-    def _ports_of_their_own(self) -> Self:
+    def _distinct_ports(self) -> Self:
         if self.port and (self.host, self.port) == (self.http.host, self.http.port):
-            raise ValueError(f"port and http.port are both {self.port}: gRPC and HTTP need one each")
+            raise ValueError(f"port and http.port are both {self.port}: gRPC and HTTP need different ports")
         return self
 
     @model_validator(mode="after")
-    def _closed_unless_asked(self) -> Self:
+    def _secure_unless_loopback(self) -> Self:
         if self.security.knows_callers or self.security.allow_insecure:
             return self
         for setting, host in (("host", self.host), ("http.host", self.http.host)):
             if not is_loopback(host):
                 raise ValueError(
                     f"{setting} {host} is open to other machines: set security.tls, and security.api_keys or "
-                    "tls.client_ca; or security.allow_insecure: true if something else guards it"
+                    "tls.client_ca; or security.allow_insecure: true if the network restricts access"
                 )
         return self
 
 
 class TracingConfig(StrictSettings):
-    """Where OpenTelemetry spans go."""
+    """Export of OpenTelemetry spans."""
 
     otlp_endpoint: str = Field(
         pattern="^https?://", description="an OTLP collector's gRPC address, e.g. http://127.0.0.1:4317"
     )
     sample_ratio: float = Field(
-        default=1, ge=0, le=1, description="share of traces kept, if the client does not decide"
+        default=1, ge=0, le=1, description="share of traces to sample, unless the client decides"
     )
     export_interval_s: float = Field(default=5, gt=0)
 
 
 class ObservabilityConfig(StrictSettings):
-    """What the application tells of its requests, beside its metrics."""
+    """Request log and tracing, in addition to metrics."""
 
     request_log: bool = Field(
-        default=True, description="one line of JSON a request on the gateways' standard output"
+        default=True, description="one line of JSON per request on the gateways' standard output"
     )
     tracing: TracingConfig | None = None
 
@@ -289,7 +294,7 @@ class AppConfig(StrictSettings):
         "smollm2-135m-instruct", min_length=1, description="a known model's name or a local directory"
     )
     served_model_name: str | None = Field(
-        None, description="what clients call it; default: the last part of model"
+        None, description="the model's name in the APIs; default: the last part of model"
     )
     engine: EngineConfig = EngineConfig(kv_cache_memory_gib=1)
     gateway: GatewayConfig = GatewayConfig()
@@ -297,5 +302,5 @@ class AppConfig(StrictSettings):
 
     @property
     def model_name(self) -> str:
-        """What clients call the model."""
+        """The model's name in the APIs."""
         return self.served_model_name or PurePath(self.model).name

@@ -1,4 +1,4 @@
-"""Starts Ray on this machine and the application of a Serve YAML on it: what `kvarn serve` does."""
+"""Start of Ray and of the application in a Serve YAML on this machine, for `kvarn serve`."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from serve_app.config import GIB, AppConfig, EngineConfig
 LOOPBACK = "127.0.0.1"
 BUILDER = "serve_app.app:build"
 POLL_S = 0.5
-PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl(2)
-GRACE_S = 5  # for Ray's processes to end by themselves
-OBJECT_STORE_BYTES = 128 << 20  # requests travel over gRPC, not through Ray's object store
+PR_SET_CHILD_SUBREAPER = 36  # option of Linux's prctl(2)
+GRACE_S = 5  # for Ray's processes to exit by themselves
+OBJECT_STORE_BYTES = 128 << 20  # small: requests travel over gRPC, not through Ray's object store
 _EXCEPTION = re.compile(r"^(?:ray\.exceptions\.)?[A-Za-z_][\w.]*(?:Error|Exception)(?:\(\w+\))?: (.+)$")
 
 
@@ -43,7 +43,7 @@ class LaunchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Deployment:
-    """One deployment while it starts."""
+    """Start progress of one deployment: replicas running and wanted."""
 
     name: str
     running: int
@@ -52,12 +52,12 @@ class Deployment:
 
 @dataclass(frozen=True)
 class App:
-    """The one application of a Serve YAML.
+    """The application of a Serve YAML.
 
     Attributes:
         name: the application's name.
         config: its settings.
-        schema: the whole YAML, as Serve takes it.
+        schema: the whole YAML, in Serve's schema.
     """
 
     name: str
@@ -66,27 +66,28 @@ class App:
 
     @property
     def address(self) -> str:
-        """Where its gateways answer."""
+        """The gateways' gRPC address, "host:port"."""
         return f"{self.config.gateway.host}:{self.config.gateway.port}"
 
     @property
     def http_url(self) -> str:
-        """Where its gateways answer over HTTP; the console is there, and OpenAI's API below it in /v1."""
+        """The gateways' HTTP URL, which serves the console; OpenAI's API is below it in /v1."""
         gateway = self.config.gateway
         scheme = "https" if gateway.security.tls else "http"
         return f"{scheme}://{gateway.http.host}:{gateway.http.port}/"
 
     def lets_in(self, api_key: str) -> bool:
-        """Whether a client on this machine gets through with no more than an API key."""
+        """Whether a client on this machine needs at most `api_key` to call the gateways."""
         security = self.config.gateway.security
         return security.tls is None and (security.api_keys is None or bool(api_key))
 
 
 def read_app(path: Path) -> App:
-    """Reads and checks a Serve YAML.
+    """Read and validate a Serve YAML.
 
     Raises:
-        LaunchError: there is no such file, it is no Serve YAML with one application of ours, or a setting is wrong.
+        LaunchError: the file cannot be read, does not hold exactly one application of ours, or a setting is
+            not valid.
     """
     try:
         schema = yaml.safe_load(path.read_text())
@@ -96,7 +97,7 @@ def read_app(path: Path) -> App:
         raise LaunchError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     applications = schema.get("applications") if isinstance(schema, dict) else None
     if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
-        raise LaunchError(f"{path} must hold one application: a list `applications` with one entry")
+        raise LaunchError(f"{path} must hold exactly one application: a list `applications` with one entry")
     application = applications[0]
     if application.get("import_path") != BUILDER:
         raise LaunchError(f"{path}: import_path is {application.get('import_path')!r}, expected {BUILDER!r}")
@@ -108,10 +109,10 @@ def read_app(path: Path) -> App:
 
 
 def check_machine(app: App) -> None:
-    """Looks for what would keep the application from starting here.
+    """Check that this machine has the ports and resources that the application needs.
 
     Raises:
-        LaunchError: a gateway's port is taken, or the engines ask for more CPUs, memory or GPUs than there are.
+        LaunchError: a gateway's port is in use, or the engines need more CPUs, memory or GPUs than there are.
     """
     if app.config.engine.device == "cpu":
         _check_cpus(app.config.engine)
@@ -122,16 +123,16 @@ def check_machine(app: App) -> None:
         if listener.port and not _is_free(listener.host, listener.port):
             raise LaunchError(
                 f"{listener.host}:{listener.port} is in use: "
-                f"stop what listens there, or set another {setting}"
+                f"stop the process that listens there, or set another {setting}"
             )
 
 
 def check_model(app: App) -> Path:
-    """The directory of the application's model, once that fits the engines' settings.
+    """Check the application's model against the engines' settings; return the model's directory.
 
     Raises:
         ModelError: there is no such model, or its config is not JSON.
-        LaunchError: requests may be longer than the model holds.
+        LaunchError: engine.max_model_len exceeds the model's context limit.
     """
     directory = resolve_model(app.config.model)
     limit, asked = context_limit(read_config(directory)), app.config.engine.max_model_len
@@ -150,8 +151,8 @@ def _check_cpus(engine: EngineConfig) -> None:
     cache_bytes, memory_bytes = engine.kv_cache_memory_bytes or 0, psutil.virtual_memory().total
     if engine.least_replicas * cache_bytes > memory_bytes:
         raise LaunchError(
-            f"the engines' caches need {engine.least_replicas * cache_bytes / GIB:.1f} GiB and this machine has "
-            f"{memory_bytes / GIB:.1f}: lower engine.num_replicas or engine.kv_cache_memory_gib"
+            f"the engines' caches need {engine.least_replicas * cache_bytes / GIB:.1f} GiB and this machine "
+            f"has {memory_bytes / GIB:.1f}: lower engine.num_replicas or engine.kv_cache_memory_gib"
         )
 
 
@@ -165,11 +166,11 @@ def _check_gpus(engine: EngineConfig) -> None:
 
 
 def limits_of(app: App) -> EngineLimits | None:
-    """What limits the requests that each engine runs at once; None if its cache is not quantized.
+    """Return the limits on each engine's concurrent requests; None if its cache is not quantized.
 
     Raises:
-        ModelError, PlanError: there is no such model, or its attention is not plain.
-        LaunchError: the side pool does not hold one request.
+        ModelError, PlanError: there is no such model, or its attention is not supported.
+        LaunchError: the side pool is too small for one request.
     """
     engine = app.config.engine
     if engine.kv_cache_dtype not in PRESETS:
@@ -191,11 +192,11 @@ def limits_of(app: App) -> EngineLimits | None:
 
 @dataclass(frozen=True)
 class Dashboard:
-    """Where Ray's dashboard is, which also takes Serve's commands.
+    """Ray's dashboard, which also accepts Serve's commands.
 
     Attributes:
-        url: its address.
-        needs_token: whether it asks for the token that `ray get-auth-token` prints.
+        url: its URL.
+        needs_token: whether it requires the token that `ray get-auth-token` prints.
     """
 
     url: str
@@ -203,7 +204,7 @@ class Dashboard:
 
     @property
     def deploy_command(self) -> str:
-        """Changes the application from another shell."""
+        """Shell command that updates the application."""
         mode = "RAY_AUTH_MODE=token " if self.needs_token else ""
         return f"{mode}serve deploy -a {self.url} FILE"
 
@@ -212,17 +213,17 @@ class Dashboard:
 def running(
     app: App, on_progress: Callable[[list[Deployment]], None], timeout_s: float
 ) -> Iterator[Dashboard]:
-    """Runs the application on a Ray of its own, open to this machine only; leaving the block stops both.
+    """Run the application on a new Ray cluster that listens on loopback only; leaving the block stops both.
 
     Args:
-        app: what to run.
+        app: the application.
         on_progress: called with the state of the deployments while they start.
-        timeout_s: seconds the start may take.
+        timeout_s: maximum seconds for the start.
 
     Raises:
         LaunchError: an engine or gateway fails to start, or the start takes too long.
     """
-    # Ray reads these when it is imported. Without the first, a cluster of one listens on every interface.
+    # Ray reads these on import. Without the first, a single-node cluster listens on every interface.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -240,7 +241,7 @@ def running(
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        # Unless told otherwise, `ray.init` makes a token and sets the mode for its own descendants alone.
+        # By default, `ray.init` creates a token and sets the mode in its own environment only.
         dashboard = Dashboard(
             f"http://{context.dashboard_url}", os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
         )
@@ -255,14 +256,14 @@ def running(
 
 
 def _adopt_orphans() -> None:
-    """Makes this process the parent of what its descendants leave behind, so that `_end_descendants` finds it."""
+    """Make this process the parent of its descendants' orphans, so that `_end_descendants` finds them."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _end_descendants() -> None:
-    """Ends what a Ray that was stopped while it started leaves behind: agents whose raylet went before them."""
-    for _ in range(3):  # what is ended may have left orphans in turn
+    """Kill what is left of a Ray that was stopped during its start: agents that outlive their raylet."""
+    for _ in range(3):  # killed processes may leave orphans in turn
         _, left = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=GRACE_S)
         for process in left:
             with suppress(psutil.NoSuchProcess):
@@ -271,7 +272,7 @@ def _end_descendants() -> None:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Lets SIGINT and SIGTERM wait until the block is left: a Ray that is half started cannot be shut down."""
+    """Defer SIGINT and SIGTERM until the block is left: a half-started Ray cannot be shut down."""
     received: list[int] = []
     handled = (signal.SIGINT, signal.SIGTERM)
     previous = {
@@ -288,7 +289,7 @@ def _signals_held_back() -> Iterator[None]:
 
 @contextmanager
 def _interrupted_by_ray() -> Iterator[None]:
-    """Ray takes SIGTERM over while it starts, ends its processes and exits; here that interrupts like any signal."""
+    """Turn Ray's exit into an interrupt: a starting Ray handles SIGTERM by ending its processes and exiting."""
     try:
         yield
     except SystemExit:
@@ -304,7 +305,7 @@ def _deploy(
     try:
         client.deploy_applications(app.schema)
     except RuntimeError as error:
-        raise LaunchError(f"Serve refuses the application: {_sentence(str(error))}") from None
+        raise LaunchError(f"Serve rejected the application: {_sentence(str(error))}") from None
     deadline = time.monotonic() + timeout_s
     while True:
         details = client.get_serve_details()["applications"].get(app.name, {})
@@ -330,7 +331,7 @@ def _deployments(details: dict[str, Any]) -> list[Deployment]:
 
 
 def _failure(details: dict[str, Any]) -> str | None:
-    """Serve tries again and again; the first failure is what a person wants to read."""
+    """Return the first failure, since Serve retries forever; None if there is none."""
     for name, deployment in details.get("deployments", {}).items():
         if "failed to start" in deployment["message"]:
             return f"{name} failed to start: {_sentence(deployment['message'])}"
@@ -340,14 +341,14 @@ def _failure(details: dict[str, Any]) -> str | None:
 
 
 def _sentence(message: str) -> str:
-    """What the last exception in a traceback says, else the last line."""
+    """Return the message of the last exception in a traceback, or else the last line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    said = [index for index, line in enumerate(lines) if _EXCEPTION.match(line)]
-    if not said:
+    raised = [index for index, line in enumerate(lines) if _EXCEPTION.match(line)]
+    if not raised:
         return (lines or ["no reason was given"])[-1]
-    last = _EXCEPTION.sub(r"\1", lines[said[-1]])
-    if "validation error" in last:  # pydantic: what is wrong stands on the following lines
-        last = next((line for line in lines[said[-1] + 1 :] if "error, " in line), last)
+    last = _EXCEPTION.sub(r"\1", lines[raised[-1]])
+    if "validation error" in last:  # pydantic reports the problems on the following lines
+        last = next((line for line in lines[raised[-1] + 1 :] if "error, " in line), last)
     return last.partition(" [type=")[0].removeprefix("Value error, ")
 
 
@@ -355,7 +356,7 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     place = ".".join(str(part) for part in ("args", *problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        return f"{place}: there is no such setting: correct its name, or remove it"
+        return f"{place}: there is no such setting: correct the name, or remove it"
     return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
 
 

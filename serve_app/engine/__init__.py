@@ -1,1 +1,1 @@
-"""What runs in an engine replica: one vLLM engine and the gRPC service in front of it."""
+"""Engine replica: one vLLM engine and the gRPC service in front of it."""

@@ -1,7 +1,7 @@
-"""How many engine replicas there should be: by what their caches will hold, what waits, and how long first tokens take.
+"""Autoscaling of engine replicas by cache occupancy, queued work and TTFT.
 
-`desired_replicas` is the rule, a pure function. `CachePolicy` runs it inside Serve's controller on what the replicas
-report; Serve then applies the delays and bounds of `AutoscalingConfig`.
+`desired_replicas` is the rule, a pure function. `CachePolicy` applies it inside Serve's controller to the
+replicas' reports; Serve then applies the delays and bounds of `AutoscalingConfig`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ REPORT_INTERVAL_S = 1.0  # how often replicas report to Serve's controller
 
 @dataclass(frozen=True)
 class ReplicaLoad:
-    """One replica's load, as it reports it.
+    """Load that one replica reports.
 
     Attributes:
-        cache_tokens: what its cache can hold.
-        committed_tokens: cache space in use or promised to admitted requests at their likely length.
-        prefill_tokens: prompt tokens it has yet to compute.
-        prefill_tokens_per_s: its measured speed of that; 0 until measured.
+        cache_tokens: capacity of its cache.
+        committed_tokens: cache space in use, or reserved for admitted requests at their likely length.
+        prefill_tokens: prompt tokens not computed yet.
+        prefill_tokens_per_s: measured prefill speed; 0 until measured.
         running_requests: requests it serves.
-        queued_tokens: cache space that requests need which no replica has room for, as gateways tell every replica.
-        first_token_s: time to first token, as gateways tell every replica.
+        queued_tokens: cache space for requests that no replica has headroom for; gateways report it to every
+            replica.
+        first_token_s: TTFT; gateways report it to every replica.
     """
 
     cache_tokens: float
@@ -41,13 +42,13 @@ class ReplicaLoad:
     first_token_s: float = 0
 
     def report(self) -> dict[str, float]:
-        """For Serve, which wants numbers by name."""
+        """Return the numbers by name, as Serve expects them."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Goals:
-    """What the rule aims at; the fields are those of `AutoscalingConfig`."""
+    """Targets of the rule; the fields are those of `AutoscalingConfig`."""
 
     upscale_occupancy: float
     downscale_occupancy: float
@@ -55,15 +56,16 @@ class Goals:
 
 
 def desired_replicas(loads: Sequence[ReplicaLoad], target: int, goals: Goals) -> int:
-    """The number of replicas to aim for.
+    """Return the target number of replicas.
 
-    Up at once to what keeps the caches below `upscale_occupancy` and prompts from waiting for longer than
-    `max_first_token_s`. Down by one at a time, and only if the rest then stay below `downscale_occupancy` and wait for
-    at most half as long: what the rule chose once, it keeps for the same load. Zero only if nothing runs or waits.
+    Scale up at once to the number that keeps caches below `upscale_occupancy` and prompts from waiting longer
+    than `max_first_token_s`. Scale down one replica at a time, and only if the remaining ones then stay below
+    `downscale_occupancy` and prompts wait at most half as long; so the rule does not oscillate under a
+    constant load. Scale to zero only if nothing runs or waits.
 
     Args:
-        loads: of the running replicas; those that have not reported yet are missing.
-        target: the number aimed for so far, replicas that still start included.
+        loads: loads of the running replicas that have reported.
+        target: the current target, including replicas that are still starting.
         goals: the limits.
     """
     if not loads:
@@ -81,7 +83,7 @@ def desired_replicas(loads: Sequence[ReplicaLoad], target: int, goals: Goals) ->
 
 
 def _needed(loads: Sequence[ReplicaLoad], occupancy: float, wait_s: float) -> int:
-    """Replicas that hold the load below `occupancy` and compute what waits within `wait_s`."""
+    """Return the replicas that keep caches below `occupancy` and compute queued prompts within `wait_s`."""
     capacity = _mean(load.cache_tokens for load in loads)
     queued = max(load.queued_tokens for load in loads)
     held = sum(load.committed_tokens for load in loads) + queued
@@ -100,7 +102,7 @@ def _is_idle(loads: Sequence[ReplicaLoad]) -> bool:
 
 
 def _is_late(loads: Sequence[ReplicaLoad], goals: Goals) -> bool:
-    """First tokens come too late while something waits: more replicas would help."""
+    """Whether TTFT exceeds its goal while work is queued, so that more replicas would help."""
     waiting = any(load.prefill_tokens or load.queued_tokens for load in loads)
     return waiting and max(load.first_token_s for load in loads) > goals.max_first_token_s
 
@@ -111,7 +113,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def replica_load(snapshot: CacheSnapshot, demand: Demand) -> ReplicaLoad:
-    """The load of a replica whose cache is in the state `snapshot`, where gateways report `demand`."""
+    """Return the load of a replica with cache state `snapshot` to which gateways report `demand`."""
     capacity, load = snapshot.capacity, snapshot.load
     committed_blocks = load.used_blocks + sum(load.reserved_blocks.values())
     return ReplicaLoad(
@@ -126,26 +128,26 @@ def replica_load(snapshot: CacheSnapshot, demand: Demand) -> ReplicaLoad:
 
 
 class CachePolicy:
-    """Serve's autoscaling policy; Serve makes it from `policy_kwargs`, the fields of `Goals`."""
+    """Serve's autoscaling policy; Serve constructs it from `policy_kwargs`, the fields of `Goals`."""
 
     def __init__(self, **goals: float) -> None:
         self._goals = Goals(**goals)
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
-        """Decide on the means of `look_back_period_s`, which the controller keeps."""
+        """Decide by the loads that the controller averages over `look_back_period_s`."""
         loads = loads_from_metrics(context.aggregated_metrics or {})
         return desired_replicas(loads, context.target_num_replicas, self._goals), {}
 
 
 def loads_from_metrics(metrics: Mapping[str, Mapping[Any, float]]) -> list[ReplicaLoad]:
-    """The loads of the replicas that have reported, from Serve's mapping of metric to replica to value."""
+    """Return the reported loads of the replicas, from Serve's mapping of metric to replica to value."""
     names = [f.name for f in fields(ReplicaLoad)]
     reported = metrics.get("cache_tokens", {})
     return [ReplicaLoad(**{name: metrics[name].get(replica, 0.0) for name in names}) for replica in reported]
 
 
 def serve_options(config: AutoscalingConfig) -> dict[str, Any]:
-    """Serve's `autoscaling_config` of a deployment."""
+    """Return Serve's `autoscaling_config` of a deployment."""
     goals = {f.name: getattr(config, f.name) for f in fields(Goals)}
     own = config.model_dump(exclude=set(goals))
     policy = {"policy_function": f"{__name__}:{CachePolicy.__name__}", "policy_kwargs": goals}

@@ -1,4 +1,4 @@
-"""Keeps one engine's cache state current: what the engine reports, what is reserved, how fast it runs."""
+"""Current state of one engine's cache: its reported load, its reservations, and its measured speed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IDLE_INTERVAL_S = 1.0
 
 
 class Rate:
-    """An exponentially weighted mean of a measured quantity; 0 until the first measurement."""
+    """Exponentially weighted mean of a measured quantity; 0 until the first measurement."""
 
     def __init__(self, weight: float = 0.1) -> None:
         self._weight = weight
@@ -29,7 +29,7 @@ class Rate:
 
 
 class Speed:
-    """Work over the time it took, the latest counting most; 0 until the first measurement."""
+    """Work per second, with exponentially decaying weights; 0 until the first measurement."""
 
     def __init__(self, keep: float = 0.95) -> None:
         self._keep = keep
@@ -40,32 +40,33 @@ class Speed:
         return self._done / self._taken_s if self._taken_s else 0.0
 
     def add(self, done: float, taken_s: float) -> None:
-        """Count a piece of work, by its size."""
+        """Add `done` units of work that took `taken_s` seconds."""
         self._done = self._keep * self._done + done
         self._taken_s = self._keep * self._taken_s + taken_s
 
 
 class CacheMonitor:
-    """The published state of one engine's cache.
+    """Publishes the state of one engine's cache.
 
-    Reads the engine at most every 50 ms while something happens and every second while nothing does. Each state
-    that differs from the last gets the next sequence number, and so does one a second in any case, until the engine
-    has not answered for long: watchers can tell one that has nothing to say from one that hangs.
+    Reads the engine at most every 50 ms while it is active and once per second while it is idle. Each state
+    that differs from the last gets the next sequence number, and so does at least one state per second,
+    unless the engine has not answered for longer than a step may take: watchers can distinguish an idle
+    engine from a hanging one.
 
     Args:
-        read: asks the engine for its state.
-        step_timeout_s: the longest a step may keep the engine from answering.
+        read: reads the engine's state.
+        step_timeout_s: longest time that a step may keep the engine from answering.
 
     Attributes:
-        epoch: the life of the engine.
-        promises: what gateways promised their requests here, by gateway.
+        epoch: identifies this run of the engine.
+        reservations: blocks and prefill that gateways reserved here for their requests, by gateway.
     """
 
     def __init__(self, read: Callable[[], Awaitable[CacheState]], step_timeout_s: float = 30) -> None:
         self._read = read
         self._step_timeout_s = step_timeout_s
         self.epoch = time.time_ns()
-        self.promises = Reservations()
+        self.reservations = Reservations()
         self._published_s = time.monotonic()
         self._changed = asyncio.Event()
         self._draining = False
@@ -76,7 +77,7 @@ class CacheMonitor:
         self._state: CacheState
 
     async def start(self) -> None:
-        """Take the first reading."""
+        """Read the engine's state for the first time."""
         self._state = await self._read()
         self.snapshot = CacheSnapshot(self.epoch, 1, _capacity(self._state), self._load(self._state))
 
@@ -85,27 +86,27 @@ class CacheMonitor:
         while True:
             await self._wait_for_change()
             await self._read_state()
-            for gateway_id in self.promises.owners():
-                self.promises.settle(gateway_id)
+            for gateway_id in self.reservations.owners():
+                self.reservations.settle(gateway_id)
             self._publish(self._load(self._state))
             await asyncio.sleep(MIN_INTERVAL_S)
 
     def touch(self) -> None:
-        """Say that the engine's state may have changed."""
+        """Signal that the engine's state may have changed."""
         self._changed.set()
 
-    def room_blocks(self) -> int:
-        """Blocks that are neither used nor promised."""
+    def headroom_blocks(self) -> int:
+        """Blocks that are neither used nor reserved; negative if reservations exceed what is free."""
         load = self.snapshot.load
-        return load.free_blocks + load.evictable_blocks - self.promises.total_blocks
+        return load.free_blocks + load.evictable_blocks - self.reservations.total_blocks
 
     def drain(self) -> None:
-        """Tell watchers at once that this replica takes nothing new."""
+        """Publish at once that this replica accepts no new requests."""
         self._draining = True
         self._publish(self.snapshot.load)
 
     def watch(self) -> AsyncGenerator[CacheSnapshot, None]:
-        """Yield the state now and each one after it."""
+        """Yield the current state, then every later one."""
         return self._feed.watch()
 
     def close(self) -> None:
@@ -113,7 +114,7 @@ class CacheMonitor:
         self._feed.close()
 
     async def _read_state(self) -> None:
-        """Read the engine; while it is busy, go on publishing what is known."""
+        """Read the engine; while it is busy, keep publishing the last known state."""
         reading = asyncio.ensure_future(self._read())
         asked_s = time.monotonic()
         try:
@@ -140,7 +141,7 @@ class CacheMonitor:
             self._feed.publish(self.snapshot)
 
     def _load(self, state: CacheState) -> CacheLoad:
-        blocks, tokens = self.promises.by_owner()
+        blocks, tokens = self.reservations.by_owner()
         return CacheLoad(
             **_shared_fields(CacheLoad, state),
             reserved_blocks=blocks,

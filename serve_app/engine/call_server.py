@@ -1,4 +1,4 @@
-"""The streams on which gateways' calls of an engine replica travel: the engine's end of them."""
+"""Engine side of the streams that multiplex a gateway's calls to an engine replica."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ logger = logging.getLogger(__name__)
 
 Write = Callable[[engine_pb2.EngineDelta], Awaitable[None]]
 Generate = Callable[[engine_pb2.EngineRequest, Write], Awaitable[None]]
-MAX_UNSENT = 1024  # outputs of one stream; with so many, its calls wait for the gateway to read
+MAX_UNSENT = 1024  # outputs of one stream before back-pressure pauses its calls
 
 
 class CallServer:
-    """Runs the calls of all streams, each as a task of its own.
+    """Runs the calls of all streams, one task per call.
 
     Args:
-        generate: does what a call asks for, and awaits its second argument for each delta, the last of which has a
-            finish_reason; it is cancelled with the call. `RequestError`s end the call with their status and sentence.
+        generate: runs one call, and awaits its second argument for each delta, the last of which has a
+            finish_reason; it is cancelled with the call. `RequestError`s end the call with their status and
+            sentence.
     """
 
     def __init__(self, generate: Generate) -> None:
@@ -45,24 +46,26 @@ class CallServer:
             self._streams.discard(stream)
 
     def drain(self) -> None:
-        """Refuse new calls, and end each stream, also one that opens yet, once those that run have ended."""
+        """Reject new calls, and end each stream, now open or opened later, once its calls have ended."""
         self._is_draining = True
         for stream in self._streams:
             stream.close()
 
 
 class _Call:
-    """One call that runs."""
+    """One running call."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.may_send = asyncio.Event()
         self.may_send.set()
         self.has_finished = False
-        self.is_unwanted = False
+        self.is_cancelled = False
 
 
 class _Stream:
+    """One gateway's stream and its running calls."""
+
     def __init__(self, generate: Generate, context: grpc.aio.ServicerContext) -> None:
         self._generate = generate
         self._context = context
@@ -74,7 +77,7 @@ class _Stream:
         self._tasks = asyncio.TaskGroup()
 
     async def run(self) -> None:
-        """Until the gateway writes no more or `close`, and all calls have ended."""
+        """Serve until the gateway half-closes or `close` is called, and all calls have ended."""
         async with self._tasks:
             reading = self._tasks.create_task(self._read())
             await self._send()
@@ -91,7 +94,7 @@ class _Stream:
             for number in message.cancelled:
                 if number in self._calls:
                     call, task = self._calls[number]
-                    call.is_unwanted = True
+                    call.is_cancelled = True
                     task.cancel()
             for number in message.paused:
                 if number in self._calls:
@@ -102,7 +105,7 @@ class _Stream:
         self.close()
 
     async def _send(self) -> None:
-        """Send what calls put out: all that comes in one turn of the event loop, as from one step, is one message."""
+        """Send outputs of the calls, those of one event loop turn (such as an engine step) in one message."""
         while self._calls or self._unsent or not self._is_closing:
             await self._changed.wait()
             self._changed.clear()
@@ -115,12 +118,12 @@ class _Stream:
         call = _Call(started.number)
         task = self._tasks.create_task(self._run(call, started))
         self._calls[call.number] = call, task
-        # Not in a `finally` of the task: one that is cancelled before it has begun runs none.
+        # Not in a `finally` of the task: a task that is cancelled before it starts runs none.
         task.add_done_callback(partial(self._end, call))
 
     def _end(self, call: _Call, task: asyncio.Task[None]) -> None:
         del self._calls[call.number]
-        if task.cancelled() and not call.is_unwanted:  # the engine let go of it
+        if task.cancelled() and not call.is_cancelled:  # cancelled by the engine, not by the gateway
             self._fail(call, grpc.StatusCode.INTERNAL, _FAILED)
         self._changed.set()
 

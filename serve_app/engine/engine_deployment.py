@@ -1,4 +1,4 @@
-"""The Engine deployment: one vLLM engine a replica, with its gRPC server beside it."""
+"""The Engine deployment of Ray Serve: each replica runs one vLLM engine and its gRPC server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from serve_app.security.engine_access import Guard
 if TYPE_CHECKING:
     from vllm import AsyncEngineArgs
 
-LAME_DUCK_S = 0.2  # between telling gateways that this replica drains and refusing calls
+LAME_DUCK_S = 0.2  # between announcing that this replica drains and rejecting calls
 
 
 class Engine:
@@ -39,13 +39,13 @@ class Engine:
     Args:
         model: a known model's name or a local directory.
         config: settings of the engines.
-        observability: where its spans go.
+        observability: where to export spans.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, model: str, config: EngineConfig, observability: ObservabilityConfig
     ) -> None:
-        # Imported by replicas only: vLLM takes seconds to import, and whoever deploys needs none of it.
+        # Only replicas import vLLM: it takes seconds, and the deploying process does not need it.
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from serve_app.engine.service import SERVICE_NAME, EngineService
@@ -77,19 +77,19 @@ class Engine:
         await self._server.set_serving(True)
 
     async def record_replica_metadata(self) -> dict[str, Any]:
-        """What gateways need to reach this replica; Serve passes it on once."""
+        """Return what gateways need to reach this replica; Serve distributes it once."""
         return self._address.metadata()
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """The cache's state, for gateways whose watch is not up."""
+        """Return the cache's state, for gateways whose watch is not connected."""
         return asdict(self._monitor.snapshot)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the autoscaling policy decides by."""
+        """Return the load for the autoscaling policy."""
         return replica_load(self._monitor.snapshot, self._demands.total()).report()
 
     async def wake(self) -> None:
-        """Called by gateways that have no replica, through Serve, which starts one to answer it."""
+        """Do nothing; gateways without a replica call this, so that Serve starts one to handle the call."""
 
     async def check_health(self) -> None:
         """Fail once the engine's processes are gone, so that Serve replaces this replica."""
@@ -100,7 +100,7 @@ class Engine:
             raise RuntimeError("the engine core has stopped: see its log")
 
     async def __del__(self) -> None:
-        """Serve's shutdown hook: let gateways know, finish running streams, stop the engine."""
+        """Shut down, as Serve's hook: notify gateways, finish running streams, stop the engine."""
         self._monitor.drain()
         await asyncio.sleep(LAME_DUCK_S)
         self._service.drain()
@@ -111,7 +111,7 @@ class Engine:
         self._engine.shutdown()
 
     async def _read_cache(self) -> CacheState:
-        """Read state and events of one moment; the first time, before any request, there are no events."""
+        """Read state and cache events of the same moment; before any request, there are no events."""
         state, events = await asyncio.gather(read_cache_state(self._engine), read_cache_events(self._engine))
         if events:
             self._tiles.take(events)
@@ -119,7 +119,7 @@ class Engine:
 
 
 def engine_args(model: str, config: EngineConfig) -> AsyncEngineArgs:
-    """The vLLM arguments of one replica."""
+    """Return the vLLM arguments of one replica."""
     from vllm import AsyncEngineArgs
     from vllm.config import KVEventsConfig
 
@@ -144,13 +144,13 @@ def engine_args(model: str, config: EngineConfig) -> AsyncEngineArgs:
 def deployment(
     model: str, config: EngineConfig, observability: ObservabilityConfig, router_class: str
 ) -> serve.Application:
-    """The Serve deployment of all replicas.
+    """Return the Serve deployment of all engine replicas.
 
     Args:
         model: a known model's name or a local directory.
         config: settings of the engines.
-        observability: where their spans go.
-        router_class: "module:Class" of the request router through which gateways learn of the replicas.
+        observability: where to export spans.
+        router_class: "module:Class" of the request router through which gateways discover replicas.
     """
     scale: dict[str, Any] = {"num_replicas": config.num_replicas}
     if config.autoscaling is not None:
@@ -170,7 +170,7 @@ def deployment(
 
 
 def _bind_threads(config: EngineConfig) -> None:
-    """Give this replica CPUs of its own: vLLM would bind every engine of a node to the same ones."""
+    """Bind this replica to distinct CPUs: vLLM would bind every engine of a node to the same ones."""
     if config.device == "cpu":
         rank = serve.get_replica_context().rank.local_rank
         allowed = sorted(os.sched_getaffinity(0))
@@ -179,5 +179,5 @@ def _bind_threads(config: EngineConfig) -> None:
 
 
 def _advertised_host(host: str) -> str:
-    """The address gateways dial: a wildcard means this node's."""
+    """Return the address that gateways dial: this node's if `host` is a wildcard."""
     return ray.util.get_node_ip_address() if host in ("0.0.0.0", "::", "[::]") else host

@@ -1,4 +1,4 @@
-"""The metrics of one engine replica: its cache as published, its requests as they run."""
+"""Metrics of one engine replica: published cache states, and progress of its requests."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class EngineMetrics:
     """Records one engine's metrics.
 
     Args:
-        recorder: where they go.
-        shape: what the model caches for one token.
+        recorder: receives the metrics.
+        shape: shape of the KV cache per token.
     """
 
     def __init__(self, recorder: Recorder, shape: KvShape) -> None:
@@ -51,15 +51,15 @@ class EngineMetrics:
         self._preemptions, self._missing_sinks = load.preemptions, load.sinks_missing
 
     def started(self, prompt_tokens: int, cached_tokens: int) -> None:
-        """A request's prompt was computed."""
+        """Record that a request's prompt has been computed."""
         self._recorder.add(metrics.PROMPT_TOKENS, prompt_tokens)
         self._recorder.add(metrics.PREFIX_HIT_TOKENS, cached_tokens)
 
     def generated(self, tokens: int) -> None:
-        """A request got more tokens."""
+        """Record that a request has generated `tokens` more tokens."""
         self._recorder.add(metrics.GENERATED_TOKENS, tokens)
 
     def filled(self, blocks: int, cache_dtype: str) -> None:
-        """A request filled more blocks; each is one tile for every layer and KV head if the cache is quantized."""
+        """Record filled blocks of a request; in a quantized cache, each is one tile per layer and KV head."""
         if cache_dtype in PRESETS:
             self._recorder.add(metrics.QUANTIZED_TILES, blocks * self._shape.layers * self._shape.kv_heads)

@@ -1,4 +1,4 @@
-"""What an engine replica takes of its node: Ray resources, and the CPUs it computes on."""
+"""Placement of an engine replica on its node: Ray resources, and the CPUs it computes on."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from serve_app.config import EngineConfig
 
 
 def resources(config: EngineConfig) -> dict[str, Any]:
-    """The Serve deployment options that reserve one replica's CPUs and GPUs, all on one node: its workers exchange
-    activations in every layer.
+    """Return the Serve deployment options that reserve one replica's CPUs and GPUs.
 
-    With executors mp and uni the replica's own processes hold all GPUs; with ray, each tensor-parallel worker is an
-    actor with a bundle of its own.
+    All are on one node, since workers exchange activations in every layer. With executors mp and uni, the
+    replica's own processes hold all GPUs; with ray, each tensor-parallel worker is an actor with its own
+    bundle.
     """
     gpus = config.tensor_parallel_size if config.device == "cuda" else 0
     if config.distributed_executor_backend != "ray":
@@ -31,16 +31,16 @@ def resources(config: EngineConfig) -> dict[str, Any]:
 
 
 def thread_binding(allowed: Sequence[int], local_rank: int, cpus_per_replica: float, workers: int) -> str:
-    """The CPUs of one replica as vLLM takes them, e.g. "0,1|2,3" for two workers with two CPUs each.
+    """Return the CPUs of one replica in vLLM's format, e.g. "0,1|2,3" for two workers with two CPUs each.
 
-    Replicas take consecutive runs of `cpus_per_replica` CPUs, wrapping around when there are too few. Workers
-    share their replica's run evenly, and take at least one CPU each.
+    Replicas get consecutive runs of `cpus_per_replica` CPUs, wrapping around when there are too few. Workers
+    split their replica's run evenly, and get at least one CPU each.
 
     Args:
         allowed: CPUs this process may use.
-        local_rank: the replica's number among those of its deployment on this node.
-        cpus_per_replica: CPUs of one replica.
-        workers: tensor-parallel workers of one replica.
+        local_rank: index of the replica among those of its deployment on this node.
+        cpus_per_replica: CPUs per replica.
+        workers: tensor-parallel workers per replica.
     """
     per_worker = max(math.ceil(cpus_per_replica) // workers, 1)
     start = local_rank * per_worker * workers

@@ -1,4 +1,4 @@
-"""Going on with an output that another replica began, as if it had never been interrupted."""
+"""Resumption of an output that another replica began, with the same result as without the interruption."""
 
 from __future__ import annotations
 
@@ -13,31 +13,36 @@ if TYPE_CHECKING:
 
 
 class Resumption:
-    """One resumed request: what vLLM is asked for, and the text of what comes.
+    """One resumed request: the prompt and parameters for vLLM, and the text of its output.
 
-    To vLLM the output so far is part of the prompt. Text and stop strings are worked out here by vLLM's own incremental
-    detokenizer, which has been fed that output as output: characters that were held back, stop strings that lie across
-    the interruption and `min_tokens` come out as they would have.
+    For vLLM, the tokens already emitted are part of the prompt. Text and stop strings come from vLLM's
+    incremental detokenizer, which is fed those tokens as output: characters held back, stop strings that span
+    the interruption and `min_tokens` behave as in an uninterrupted output.
 
     Args:
-        request: with the output so far in `resume_token_ids`.
+        request: has the tokens already emitted in `resume_token_ids`.
         tokenizer: the engine's tokenizer.
+
+    Attributes:
+        prompt: token ids for vLLM, prompt and emitted tokens.
+        params: sampling parameters of the remaining output.
+        is_complete: whether the emitted tokens already reach `max_tokens`.
     """
 
     def __init__(self, request: engine_pb2.EngineRequest, tokenizer: Any) -> None:
-        out = list(request.resume_token_ids)
+        emitted = list(request.resume_token_ids)
         whole = request.sampling_params
-        self.prompt = [*request.prompt_token_ids, *out]
-        self.params = _remaining(whole, len(out))
-        self.is_complete = whole.max_tokens <= len(out)
+        self.prompt = [*request.prompt_token_ids, *emitted]
+        self.params = _remaining(whole, len(emitted))
+        self.is_complete = whole.max_tokens <= len(emitted)
         self._detokenizer = make_detokenizer(
             tokenizer, request.request_id, request.prompt_token_ids, to_vllm(whole)
         )
-        self._detokenizer.update(out, stop_terminated=False)
-        self._detokenizer.get_next_output_text(finished=False, delta=True)  # the caller has this
+        self._detokenizer.update(emitted, stop_terminated=False)
+        self._detokenizer.get_next_output_text(finished=False, delta=True)  # the caller already has this
 
     def write_text(self, delta: engine_pb2.EngineDelta) -> None:
-        """Give `delta` its text, and its end if a stop string is complete."""
+        """Set the text of `delta`, and its finish reason if a stop string is complete."""
         stopped = delta.finish_reason == inference_pb2.FINISH_REASON_STOP
         stop = self._detokenizer.update(list(delta.token_ids), stop_terminated=stopped)
         if stop is not None:
@@ -46,19 +51,19 @@ class Resumption:
         delta.text = self._detokenizer.get_next_output_text(bool(delta.finish_reason), delta=True)
 
     def ending(self) -> engine_pb2.EngineDelta:
-        """The last message of an output that was complete but for it."""
+        """Return the final message of an output of which only that message is missing."""
         return engine_pb2.EngineDelta(
             text=self._detokenizer.get_next_output_text(finished=True, delta=True),
             finish_reason=inference_pb2.FINISH_REASON_LENGTH,
         )
 
 
-def _remaining(whole: sampling_pb2.SamplingParams, out_tokens: int) -> SamplingParams:
-    """What is left to sample; vLLM must not look for stop strings in half of the text."""
+def _remaining(whole: sampling_pb2.SamplingParams, emitted_tokens: int) -> SamplingParams:
+    """Return the parameters of the remaining output; vLLM must not look for stop strings in a part of it."""
     left = sampling_pb2.SamplingParams()
     left.CopyFrom(whole)
-    left.max_tokens = max(whole.max_tokens - out_tokens, 1)
-    left.min_tokens = max(whole.min_tokens - out_tokens, 0)
+    left.max_tokens = max(whole.max_tokens - emitted_tokens, 1)
+    left.min_tokens = max(whole.min_tokens - emitted_tokens, 0)
     del left.stop[:]
     params = to_vllm(left)
     params.detokenize = False

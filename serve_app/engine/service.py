@@ -1,4 +1,4 @@
-"""The Engine service: token ids in, deltas out, on one vLLM engine."""
+"""The Engine gRPC service: takes token ids, streams deltas, on one vLLM engine."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 SERVICE_NAME = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
-MIN_MEASURED_TOKENS = 128  # the time of a shorter prompt is a step's, however few tokens it computes
-MAX_SENTENCE_CHARACTERS = 1000  # statuses travel in headers, which are small
+MIN_MEASURED_TOKENS = 128  # a shorter prompt takes the time of a step, however few tokens it computes
+MAX_SENTENCE_CHARACTERS = 1000  # gRPC statuses travel in headers, whose size is limited
 _FINISH_REASONS = {
     "stop": inference_pb2.FINISH_REASON_STOP,
     "length": inference_pb2.FINISH_REASON_LENGTH,
@@ -46,7 +46,7 @@ _FINISH_REASONS = {
 class EngineService(engine_pb2_grpc.EngineServicer):
     """Serves gateways. Methods raise `RequestError`s, which `GrpcServer` and `CallServer` turn into statuses.
 
-    A gateway's calls come on one stream; each is `_generate`.
+    All calls of a gateway share one stream; `_generate` runs each of them.
     """
 
     def __init__(
@@ -75,17 +75,17 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         await self._calls.serve(context)
 
     def drain(self) -> None:
-        """Refuse new calls, and end each stream once those that run have ended."""
+        """Reject new calls, and end each stream once its running calls have ended."""
         self._calls.drain()
 
     async def _generate(self, request: engine_pb2.EngineRequest, write: Write) -> None:
-        """Write a request's output; if it is cancelled, vLLM aborts the request and frees its blocks."""
+        """Write a request's output; on cancellation, vLLM aborts the request and frees its blocks."""
         with (
-            self._promised(request) as promise,
+            self._reservation(request) as reservation,
             _engine_errors(),
             self._tracer.start_as_current_span("engine generate", record_exception=False) as span,
         ):
-            meter = _Meter(self._monitor, promise, self._metrics, span)
+            meter = _Meter(self._monitor, reservation, self._metrics, span)
             async with aclosing(self._deltas(request, meter)) as deltas:
                 async for delta in deltas:
                     await write(delta)
@@ -93,7 +93,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     async def WatchCache(  # noqa: N802
         self, request: engine_pb2.EngineWatchCacheRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        """Stream the cache's state: whole at first and after a gap, as deltas otherwise."""
+        """Stream the cache's state: a snapshot at first and after a gap, deltas otherwise."""
         if self._engine.errored:
             raise ReplicaUnavailableError(_ENGINE_LOST)
         sequence = None
@@ -105,14 +105,14 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     async def ReportDemand(  # noqa: N802
         self, request: engine_pb2.ReportDemandRequest, context: grpc.aio.ServicerContext
     ) -> engine_pb2.ReportDemandResponse:
-        """Keep what a gateway's requests wait for."""
+        """Store the demand of a gateway's queued requests."""
         self._demands.take(request.gateway_id, Demand(request.queued_tokens, request.first_token_s))
         return engine_pb2.ReportDemandResponse()
 
     async def WatchTiles(  # noqa: N802
         self, request: engine_pb2.EngineWatchTilesRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        """Stream the tiles in the prefix cache: whole at first, as deltas otherwise."""
+        """Stream the tiles in the prefix cache: a snapshot at first, deltas otherwise."""
         if self._engine.errored:
             raise ReplicaUnavailableError(_ENGINE_LOST)
         async with aclosing(self._tiles.watch()) as changes:
@@ -146,26 +146,26 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                     resumption.write_text(delta)
                 yield delta
                 if delta.finish_reason:
-                    return  # a stop string ends a resumed request here; vLLM does not know of it
+                    return  # a stop string that vLLM does not know of may end a resumed request
 
     @contextmanager
-    def _promised(self, request: engine_pb2.EngineRequest) -> Iterator[str]:
-        """Hold what the gateway promised the request.
+    def _reservation(self, request: engine_pb2.EngineRequest) -> Iterator[str]:
+        """Hold the blocks the gateway reserved for the request; yield the reservation's id.
 
         Raises:
-            CapacityError: others were promised it first.
+            CapacityError: earlier reservations leave too few blocks.
         """
-        room = self._monitor.room_blocks()
-        if request.reserved_blocks > max(room, 0):
+        headroom = max(self._monitor.headroom_blocks(), 0)
+        if request.reserved_blocks > headroom:
             raise CapacityError(
-                f"The request was promised {request.reserved_blocks} blocks and {max(room, 0)} are left: "
-                "send it to another replica or later."
+                f"The request reserves {request.reserved_blocks} blocks and only {headroom} are available: "
+                "send it to another replica, or retry later."
             )
-        promise = uuid.uuid4().hex
+        reservation = uuid.uuid4().hex
         prompt_tokens = len(request.prompt_token_ids) + len(request.resume_token_ids)
         left = request.sampling_params.max_tokens - len(request.resume_token_ids)
-        self._monitor.promises.hold(
-            promise,
+        self._monitor.reservations.hold(
+            reservation,
             request.gateway_id,
             RequestNeed(prompt_tokens, max(left, 0), request.expected_tokens),
             self._monitor.snapshot.capacity.tile_tokens,
@@ -174,18 +174,18 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         )
         self._monitor.touch()
         try:
-            yield promise
+            yield reservation
         finally:
-            self._monitor.promises.release(promise)
+            self._monitor.reservations.release(reservation)
             self._monitor.touch()
 
 
 class _Meter:
-    """Measures one request: prefill speed from its first output, inter-token latency from the others."""
+    """Measures one request: prefill speed by its first output, inter-token latency by the others."""
 
-    def __init__(self, monitor: CacheMonitor, promise: str, metrics: EngineMetrics, span: Span) -> None:
+    def __init__(self, monitor: CacheMonitor, reservation: str, metrics: EngineMetrics, span: Span) -> None:
         self._monitor = monitor
-        self._promise = promise
+        self._reservation = reservation
         self._metrics = metrics
         self._span = span
         self._last_s = 0.0
@@ -202,7 +202,7 @@ class _Meter:
         self._last_s = now
         self._metrics.generated(tokens)
         self._count_blocks(tokens)
-        self._monitor.promises.grow(self._promise, tokens)
+        self._monitor.reservations.grow(self._reservation, tokens)
         self._monitor.touch()
 
     def _count_blocks(self, tokens: int) -> None:
@@ -234,7 +234,7 @@ def _engine_errors() -> Iterator[None]:
     except VLLMClientError as error:
         raise _invalid(error) from error
     except EngineGenerateError as error:
-        if isinstance(error.__cause__, ValueError):  # a constraint that cannot be compiled
+        if isinstance(error.__cause__, ValueError):  # vLLM cannot compile the constraint
             raise _invalid(error.__cause__) from error
         raise
     except EngineDeadError as error:
@@ -246,8 +246,8 @@ def _invalid(error: Exception) -> BadRequestError:
 
 
 _UNMET = (
-    "No token meets structured_outputs together with the other sampling parameters: change the constraint, or leave "
-    "out allowed_token_ids, min_tokens and ignore_eos."
+    "No token satisfies both structured_outputs and the other sampling parameters: change the constraint, "
+    "or omit allowed_token_ids, min_tokens and ignore_eos."
 )
 _ENGINE_LOST = "The engine of this replica has stopped: send the request again."
 
@@ -281,7 +281,7 @@ def _stop_reason(completion: CompletionOutput) -> inference_pb2.StopReason | Non
 
 
 def _position(sampled: int, logprobs: dict[int, Any]) -> inference_pb2.PositionLogprobs:
-    """vLLM lists the sampled token with the likeliest ones; here it comes first."""
+    """Rank a position's log probabilities with the sampled token first; vLLM lists it anywhere."""
     ranked = sorted(logprobs.items(), key=lambda item: (item[0] != sampled, item[1].rank))
     return inference_pb2.PositionLogprobs(
         candidates=[

@@ -1,4 +1,4 @@
-"""Why an engine did not start: vLLM's engine core, a process of its own, only prints it."""
+"""Startup errors of vLLM's engine core, a separate process that only prints its exceptions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SAID = re.compile(r"^\(EngineCore[^)]*\) \w+(?:\.\w+)*(?:Error|Exception): (.+)
 
 @contextmanager
 def surfacing_core_errors() -> Iterator[None]:
-    """Raise what the core printed in place of vLLM's pointer to it, if standard error is a file, as Ray makes it.
+    """Raise the core's printed error instead of vLLM's reference to it, if stderr is a file, as under Ray.
 
     Raises:
         RuntimeError: the engine did not start.

@@ -1,4 +1,4 @@
-"""The full tiles in one engine's prefix cache, under names that every gateway can work out from token ids."""
+"""Log of the full tiles in one engine's prefix cache, under names that gateways can derive from token ids."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class _Tile:
 
 
 class TileLog:
-    """Follows an engine's cache events and numbers the changes.
+    """Turns an engine's cache events into numbered changes.
 
     Args:
-        epoch: the life of the engine.
-        model: names the model in namespaces, as the gateways do.
-        cache_dtype: what the cache holds.
-        tile_tokens: tokens of one block.
+        epoch: identifies this run of the engine.
+        model: name of the model in namespaces, the same as in gateways.
+        cache_dtype: data type of the cache.
+        tile_tokens: tokens per block.
     """
 
     def __init__(self, epoch: int, model: str, cache_dtype: str, tile_tokens: int) -> None:
@@ -38,7 +38,7 @@ class TileLog:
         self._feed = Feed(self._whole)
 
     def take(self, events: Iterable[CacheEvent]) -> None:
-        """Publish what `events` changed, if anything."""
+        """Apply `events`, and publish the net change, if any."""
         before: dict[int, bool] = {}
         for event in events:
             if event.cleared:
@@ -87,7 +87,7 @@ class TileLog:
             del self._tiles[block]
 
     def _parent_name(self, event: CacheEvent) -> int | None:
-        """The name of the tile that stored ones follow; None if it is not known, so that they cannot be named."""
+        """Return the name of the stored tiles' parent; None if it is unknown, so they cannot be named."""
         if event.parent is None:
             namespace = Namespace(
                 self._model, self._cache_dtype, self._tile_tokens, event.adapter, event.salt

@@ -1,1 +1,1 @@
-"""The gateway's HTTP server, below any API."""
+"""HTTP server of a gateway, independent of the APIs it serves."""

@@ -1,4 +1,4 @@
-"""The HTTP application of a gateway: probes, and the routers of whatever else it answers."""
+"""HTTP application of a gateway: health probes, API routers, and error responses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from serve_app.request.errors import BadRequestError, RequestError
 def http_app(
     routers: Iterable[APIRouter], on_refusal: Callable[[str], None] = lambda reason: None
 ) -> FastAPI:
-    """One application of all `routers`.
+    """Build one application from all `routers`.
 
     Args:
         routers: the routes.
@@ -28,7 +28,7 @@ def http_app(
     app.state.on_refusal = on_refusal
     for router in routers:
         app.include_router(router)
-    app.add_exception_handler(RequestError, _refused)
+    app.add_exception_handler(RequestError, _rejected)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _failed)
@@ -36,10 +36,10 @@ def http_app(
 
 
 def probes(is_ready: Callable[[], bool]) -> APIRouter:
-    """What load balancers and Kubernetes ask.
+    """Build the liveness and readiness probes of load balancers and Kubernetes.
 
     Args:
-        is_ready: whether the gateway has a replica that takes requests.
+        is_ready: returns whether the gateway has a replica that accepts requests.
     """
     router = APIRouter(tags=["probes"])
 
@@ -47,15 +47,15 @@ def probes(is_ready: Callable[[], bool]) -> APIRouter:
     async def livez() -> None:
         """The gateway answers."""
 
-    @router.get("/readyz", status_code=204, responses={503: {"description": "No replica takes requests."}})
+    @router.get("/readyz", status_code=204, responses={503: {"description": "No replica accepts requests."}})
     async def readyz() -> Response:
-        """The gateway answers and has a replica that takes requests."""
+        """The gateway answers and has a replica that accepts requests."""
         return Response(status_code=204 if is_ready() else 503)
 
     return router
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+async def _rejected(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     return error_response(error)
 
@@ -68,7 +68,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
-    """Unknown paths and methods, and bodies that are no JSON at all."""
+    """Respond to unknown paths and methods, and to bodies that are not JSON at all."""
     assert isinstance(error, HTTPException)
     if error.status_code == 400:
         request.app.state.on_refusal(BadRequestError.reason)

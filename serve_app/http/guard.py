@@ -1,4 +1,4 @@
-"""What stands in front of every HTTP route: request ids, API keys, and bodies of a size and in time."""
+"""Middleware in front of every HTTP route: request ids, API keys, and limits on bodies."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from serve_app.openai.error_responses import error_response
 from serve_app.request.errors import RequestError, TooLargeError, TooSlowError, counting_rejections
 from serve_app.security.access import Access
 
-OPEN_PATHS = frozenset({"/livez", "/readyz"})  # probes bear no keys
+OPEN_PATHS = frozenset({"/livez", "/readyz"})  # probes send no keys
 REQUEST_ID = "x-request-id"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,120}")
 
 
 class HttpGuard:
-    """Hands requests on to `app` whole, within limits, and only from those who may call.
+    """Passes complete requests from authorized callers to `app`, and rejects all others.
 
     Args:
-        app: what answers them.
-        access: knows the API keys.
-        limits: time for a body.
+        app: handles the requests.
+        access: authenticates callers by their API keys.
+        limits: sets the time for a body.
         max_body_bytes: largest body.
         on_refusal: called with the reason of each refusal of a body.
     """
@@ -58,9 +58,9 @@ class HttpGuard:
 
         try:
             body = await self._admit(scope, receive)
-        except RequestError as refused:
-            response = error_response(refused)
-            response.headers["connection"] = "close"  # what remains of the request is not read
+        except RequestError as error:
+            response = error_response(error)
+            response.headers["connection"] = "close"  # the rest of the request is not read
             await response(scope, receive, send_with_id)
         except _GoneError:
             return
@@ -82,7 +82,7 @@ class HttpGuard:
             async with asyncio.timeout(seconds):
                 return await self._read(receive)
         except TimeoutError:
-            raise TooSlowError(f"The body did not come within {seconds:g} seconds.") from None
+            raise TooSlowError(f"The body did not arrive within {seconds:g} seconds.") from None
 
     async def _read(self, receive: Receive) -> bytes:
         body = bytearray()
@@ -97,11 +97,11 @@ class HttpGuard:
                 return bytes(body)
 
     def _too_large(self) -> TooLargeError:
-        return TooLargeError(f"The body has more than {self._max_body_bytes} bytes: send less at once.")
+        return TooLargeError(f"The body exceeds {self._max_body_bytes} bytes: send a smaller request.")
 
 
 class _GoneError(Exception):
-    """The client went away before its request was whole."""
+    """The client disconnected before its request was complete."""
 
 
 def _request_id(headers: Headers) -> str:
@@ -110,7 +110,7 @@ def _request_id(headers: Headers) -> str:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """The body in one message, then what follows it: the client going away."""
+    """Return a `receive` that yields the body as one message, then what follows it: the disconnect."""
     pending = [body]
 
     async def replay() -> Message:

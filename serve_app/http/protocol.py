@@ -1,4 +1,4 @@
-"""HTTP/1.1 on one connection, with limits: uvicorn's protocol waits for ever for headers and for slow readers."""
+"""HTTP/1.1 connections with limits: uvicorn's own protocol waits forever for headers and for slow readers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from serve_app.openai.error_responses import body
 
 
 class _Connection(h11.Connection):
-    """A server's side of a connection; h11 itself limits only headers that come in more than one piece.
+    """Server side of a connection; h11 itself limits only headers that arrive in more than one piece.
 
     Args:
-        max_header_bytes: of a request's first line and headers.
+        max_header_bytes: largest request line and headers together.
 
     Attributes:
-        has_large_headers: a request had more.
+        has_large_headers: whether a request exceeded the limit.
     """
 
     def __init__(self, max_header_bytes: int) -> None:
@@ -39,10 +39,10 @@ class _Connection(h11.Connection):
 
 
 class GuardedProtocol(H11Protocol):
-    """Closes connections that are one too many, whose headers do not come in time, or that are not read.
+    """Closes connections over the limit, whose headers arrive too late, or whose client does not read.
 
     Args:
-        limits: how many, how large and how long.
+        limits: number of connections, header size and timeouts.
     """
 
     def __init__(self, *args: Any, limits: LimitsConfig, **kwargs: Any) -> None:
@@ -55,7 +55,7 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self._limits.max_connections:
-            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "Too many connections: try again later.")
+            self._reject(HTTPStatus.SERVICE_UNAVAILABLE, "Too many connections: try again later.")
         else:
             self._header_timer = self._after(self._limits.header_timeout_s, self._header_timeout)
 
@@ -80,20 +80,20 @@ class GuardedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn calls this for what is not HTTP, headers that are too large among them."""
+        """Reject a request that uvicorn cannot parse, which includes headers that are too large."""
         limit = self._limits.max_header_bytes
         if self.conn.has_large_headers or len(self.conn.trailing_data[0]) > limit:
             status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            self._refuse(status, f"The headers have more than {limit} bytes: send less.")
+            self._reject(status, f"The headers exceed {limit} bytes: send fewer or shorter headers.")
         else:
-            self._refuse(HTTPStatus.BAD_REQUEST, "This is not a valid HTTP/1.1 request.")
+            self._reject(HTTPStatus.BAD_REQUEST, "This is not a valid HTTP/1.1 request.")
 
     def _header_timeout(self) -> None:
         seconds = self._limits.header_timeout_s
-        self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"The headers did not come within {seconds:g} seconds.")
+        self._reject(HTTPStatus.REQUEST_TIMEOUT, f"The headers did not arrive within {seconds:g} seconds.")
 
-    def _refuse(self, status: HTTPStatus, sentence: str) -> None:
-        """Answer, if that is still possible, and close."""
+    def _reject(self, status: HTTPStatus, sentence: str) -> None:
+        """Send an error response, if none has begun, and close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             content = json.dumps(body(sentence, "invalid_request_error")).encode()
             headers = [
@@ -121,7 +121,7 @@ class GuardedProtocol(H11Protocol):
 
 
 def _header_bytes(request: h11.Request) -> int:
-    """The size of a request's first line and headers, without optional spaces."""
+    """Return the size of the request line and headers, without optional whitespace."""
     first_line = len(request.method) + len(request.target) + len("  HTTP/1.1\r\n")
     lines = sum(len(name) + len(value) + len(": \r\n") for name, value in request.headers)
     return first_line + lines + len("\r\n")

@@ -1,4 +1,4 @@
-"""The HTTP server of a gateway: uvicorn in the gateway's own event loop, beside its gRPC server."""
+"""HTTP server of a gateway: uvicorn in the gateway's event loop, next to the gRPC server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serve_app.config import LimitsConfig
 from serve_app.http.protocol import GuardedProtocol
 
 BACKLOG = 2048
-ACCEPT_RETRY_S = 1.0  # after the system had no room for a connection
+ACCEPT_RETRY_S = 1.0  # pause after accept fails, for example for lack of file descriptors
 
 
 class HttpServer:
@@ -25,11 +25,11 @@ class HttpServer:
     Args:
         app: the application.
         host: address to listen on.
-        port: port to listen on; 0 takes any free one.
+        port: port to listen on; 0 picks any free one.
         reuse_port: let other processes listen on the same port and share its connections.
-        drain_grace_s: seconds that `stop` gives running responses to end.
-        limits: on what clients take.
-        tls: for HTTPS; None is plain text.
+        drain_grace_s: seconds that `stop` lets running responses finish.
+        limits: limits per client connection.
+        tls: for HTTPS; None serves plain text.
     """
 
     def __init__(
@@ -60,17 +60,17 @@ class HttpServer:
         self._server = uvicorn.Server(config) if tls is None else _TlsServer(config, limits, tls)
 
     def start(self) -> int:
-        """Listen; return the port. Connections made before uvicorn is up wait in the backlog.
+        """Listen and return the port. Connections made before uvicorn is up wait in the backlog.
 
         Raises:
-            OSError: if the address cannot be bound.
+            OSError: the address cannot be bound.
         """
         listener = self._bind()
         self._serving = asyncio.create_task(self._server.serve([listener]))
         return int(listener.getsockname()[1])
 
     async def stop(self) -> None:
-        """Refuse new connections, let running responses end within the grace, and cut off those that do not."""
+        """Stop accepting connections, and cancel responses still running after the grace period."""
         self._server.should_exit = True
         await self._serving
 
@@ -92,12 +92,14 @@ class HttpServer:
 
 
 class _TlsServer(uvicorn.Server):
-    """uvicorn over TLS; by itself it would not count connections before their handshake, and wait a minute for that.
+    """uvicorn over TLS with limits on handshakes.
+
+    uvicorn itself does not count connections before their handshake, and lets a handshake take a minute.
 
     Args:
-        config: of uvicorn.
-        limits: how many connections, and how long a handshake may take.
-        tls: for the handshakes.
+        config: uvicorn's settings.
+        limits: number of connections, and time for a handshake.
+        tls: context of the handshakes.
     """
 
     def __init__(self, config: uvicorn.Config, limits: LimitsConfig, tls: ssl.SSLContext) -> None:
@@ -124,7 +126,7 @@ class _TlsServer(uvicorn.Server):
         while True:
             try:
                 connection, _ = await asyncio.get_running_loop().sock_accept(listener)
-            except ConnectionError:  # it is gone already
+            except ConnectionError:  # the client has already gone
                 continue
             except OSError:
                 await asyncio.sleep(ACCEPT_RETRY_S)
@@ -137,7 +139,7 @@ class _TlsServer(uvicorn.Server):
             handshake.add_done_callback(self._handshakes.discard)
 
     async def _shake_hands(self, connection: socket.socket) -> None:
-        with suppress(OSError):  # ssl.SSLError and a timeout are such, too
+        with suppress(OSError):  # includes ssl.SSLError and timeouts
             await asyncio.get_running_loop().connect_accepted_socket(
                 self._protocol, connection, ssl=self._tls, ssl_handshake_timeout=self._limits.header_timeout_s
             )

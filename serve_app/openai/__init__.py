@@ -1,1 +1,1 @@
-"""OpenAI's HTTP API in front of the gateway's dispatcher."""
+"""OpenAI's HTTP API on top of the gateway's dispatcher."""

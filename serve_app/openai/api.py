@@ -1,4 +1,4 @@
-"""The routes of OpenAI's API."""
+"""Routes of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -29,56 +29,56 @@ from serve_app.security.access import Access
 logger = logging.getLogger(__name__)
 RequestT = TypeVar("RequestT", bound=Sampling, contravariant=True)
 T = TypeVar("T")
-CLIENT_CLOSED_REQUEST = 499  # as nginx has it; nobody is there to read it
+CLIENT_CLOSED_REQUEST = 499  # nginx's code; the client that would read it is gone
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
 _DONE = "data: [DONE]\n\n"
 
 
 class Service(Protocol[RequestT]):
-    """Answers one kind of request, whole or piece by piece."""
+    """Handles one kind of request, as a whole or as a stream."""
 
     async def complete(self, request: RequestT, head: Head, caller: Caller) -> BaseModel:
-        """The whole answer."""
+        """Return the whole response."""
 
     def stream(self, request: RequestT, head: Head, caller: Caller) -> AsyncGenerator[BaseModel, None]:
-        """The answer piece by piece."""
+        """Yield the response in chunks."""
 
 
 def openai_api(
     model_name: str, chat: ChatService, completions: CompletionService, access: Access
 ) -> APIRouter:
-    """OpenAI's routes.
+    """Build the router of OpenAI's API.
 
     Args:
         model_name: the served model.
-        chat: answers conversations.
-        completions: continues texts.
-        access: knows the callers.
+        chat: handles chat completions.
+        completions: handles text completions.
+        access: authenticates callers and applies their rate limits.
     """
     router = APIRouter(prefix="/v1", tags=["openai"])
     model = Model(id=model_name, created=int(time.time()), object="model", owned_by="kvarn")
 
     @router.get("/models", responses=_ERRORS)
     async def list_models() -> dict[str, Any]:
-        """The served model, alone in its list."""
+        """List the one served model."""
         return {"object": "list", "data": [model.to_dict()]}
 
     @router.get("/models/{name:path}", responses=_ERRORS)
     async def retrieve_model(name: str) -> dict[str, object]:
-        """The served model."""
+        """Describe the served model."""
         if name != model_name:
             raise ModelNotFoundError(f"The model {name[:128]!r} is not served here: use {model_name!r}.")
         return model.to_dict()
 
     @router.post("/chat/completions", response_model=None, responses=_responses(ChatCompletion))
     async def create_chat_completion(request: Request, wanted: ChatCompletionRequest) -> Response:
-        """Answer a conversation."""
+        """Create a chat completion."""
         head = _head("chatcmpl", request, model_name)
         return await _answer(chat, request, wanted, head, access)
 
     @router.post("/completions", response_model=None, responses=_responses(Completion))
     async def create_completion(request: Request, wanted: CompletionRequest) -> Response:
-        """Continue texts."""
+        """Create text completions."""
         head = _head("cmpl", request, model_name)
         return await _answer(completions, request, wanted, head, access)
 
@@ -86,7 +86,7 @@ def openai_api(
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events from a generator, which is closed as soon as nobody reads them."""
+    """Server-sent events from a generator, which is closed as soon as the client stops reading."""
 
     def __init__(self, events: AsyncGenerator[str, None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
@@ -102,7 +102,7 @@ async def _answer(
 ) -> Response:
     if wanted.stream:
         chunks = _admitted_stream(service, request, wanted, head, access)
-        first = await _unless_gone(request, anext(chunks))  # a refusal still gets its status
+        first = await _unless_gone(request, anext(chunks))  # a rejection still gets its HTTP status
         return EventStream(_events(first, chunks)) if first is not None else _gone()
     answer = await _unless_gone(request, _admitted(service, request, wanted, head, access))
     if answer is None:
@@ -127,7 +127,7 @@ async def _admitted_stream(
 
 
 async def _events(first: BaseModel, rest: AsyncGenerator[BaseModel, None]) -> AsyncGenerator[str, None]:
-    """All chunks as server-sent events; once a stream has begun, an error is an event too."""
+    """Yield all chunks as server-sent events; once a stream has begun, an error is an event too."""
     async with aclosing(rest):
         yield _event(first)
         try:
@@ -150,7 +150,7 @@ def _event_text(data: str) -> str:
 
 
 async def _unless_gone(request: Request, answer: Awaitable[T]) -> T | None:
-    """The answer, or None if the client went away meanwhile; then the work for it is cancelled."""
+    """Return the result of `answer`, or cancel it and return None if the client disconnects first."""
     working = asyncio.ensure_future(answer)
     leaving = asyncio.create_task(_disconnected(request))
     try:

@@ -1,4 +1,4 @@
-"""Chat completions: one conversation, one answer or several."""
+"""Chat completions: one conversation, one or more choices."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from serve_app.routing import Caller
 
 
 class ChatService:
-    """Answers conversations.
+    """Handles chat completion requests.
 
     Args:
-        dispatcher: the gateway's way to the engines.
+        dispatcher: generates the outputs.
         parsers: for tool calls.
         vocabulary: the model's.
         on_refusal: called with the reason of each request refused before it comes to the dispatcher.
@@ -44,7 +44,7 @@ class ChatService:
         self._on_refusal = on_refusal
 
     async def complete(self, request: ChatCompletionRequest, head: Head, caller: Caller) -> ChatCompletion:
-        """The whole answer.
+        """Return the whole response.
 
         Raises:
             RequestError: with the sentence for the caller.
@@ -60,7 +60,7 @@ class ChatService:
     async def stream(
         self, request: ChatCompletionRequest, head: Head, caller: Caller
     ) -> AsyncGenerator[ChatCompletionChunk, None]:
-        """The answer piece by piece.
+        """Yield the response in chunks.
 
         Raises:
             RequestError: with the sentence for the caller.

@@ -1,4 +1,4 @@
-"""One or several generations of one HTTP request, as one stream of pieces."""
+"""All generations of one HTTP request, merged into one stream of pieces."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from serve_app.openai.requests import numbered
 from serve_app.request.handler import RequestHandler
 from serve_app.routing import Caller
 
-MAX_WAITING = 16  # pieces a client is behind before its generations wait
+MAX_WAITING = 16  # unread pieces before back-pressure pauses the generations
 
 Piece = tuple[int, inference_pb2.GenerateResponse]
 
 
 @dataclass
 class Usage:
-    """Tokens of all choices; a prompt counts once, however many choices continue it."""
+    """Tokens of all choices; each prompt counts once, whatever its number of choices."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -27,7 +27,7 @@ class Usage:
 
     @classmethod
     def of(cls, last: Sequence[inference_pb2.Usage], choices_per_prompt: int) -> Usage:
-        """The sum over every choice's last count, in the order of choices."""
+        """Sum the last usage of every choice; `last` is in choice order."""
         first = last[::choices_per_prompt]
         return cls(
             sum(usage.prompt_tokens for usage in first),
@@ -42,15 +42,15 @@ async def generate_all(
     choices: int,
     caller: Caller,
 ) -> AsyncGenerator[Piece, None]:
-    """Yield the pieces of all choices as they come, with the number of the choice each belongs to.
+    """Yield the pieces of all choices as they arrive, each with the index of its choice.
 
-    Leaving the generator ends all of them, and so does the failure of one.
+    Closing the generator cancels all generations, and so does the failure of any of them.
 
     Args:
-        dispatcher: the gateway's way to the engines.
-        requests: one for each prompt.
-        choices: how often each prompt is continued.
-        caller: who asks.
+        dispatcher: generates the outputs.
+        requests: one per prompt.
+        choices: number of choices per prompt.
+        caller: the caller's tenant and priority.
 
     Raises:
         RequestError: with the sentence for the caller.
@@ -84,8 +84,8 @@ async def _encode_once(
 ) -> None:
     """Replace each prompt by its token ids, so that its choices do not render and tokenize it again."""
     for request in requests:
-        ids = await dispatcher.encode(request, caller)
-        request.prompt.token_ids.CopyFrom(inference_pb2.TokenIds(ids=ids))
+        prompt_token_ids = await dispatcher.encode(request, caller)
+        request.prompt.token_ids.CopyFrom(inference_pb2.TokenIds(ids=prompt_token_ids))
 
 
 async def _until_all_ended(

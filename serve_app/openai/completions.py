@@ -1,4 +1,4 @@
-"""Text completions: prompts to continue, each once or several times."""
+"""Text completions: one or more prompts, one or more choices per prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from serve_app.routing import Caller
 
 @dataclass
 class TextState:
-    """One choice while its pieces come."""
+    """Accumulated state of one choice."""
 
     text: list[str] = field(default_factory=list)
     logprobs: list[inference_pb2.PositionLogprobs] = field(default_factory=list)
@@ -32,10 +32,10 @@ class TextState:
 
 
 class CompletionService:
-    """Continues texts.
+    """Handles text completion requests.
 
     Args:
-        dispatcher: the gateway's way to the engines.
+        dispatcher: generates the outputs.
         text_of: the text of a token id.
         on_refusal: called with the reason of each request refused before it comes to the dispatcher.
     """
@@ -48,7 +48,7 @@ class CompletionService:
         self._on_refusal = on_refusal
 
     async def complete(self, request: CompletionRequest, head: Head, caller: Caller) -> Completion:
-        """All choices, whole.
+        """Return all choices as one response.
 
         Raises:
             RequestError: with the sentence for the caller.
@@ -68,7 +68,7 @@ class CompletionService:
     async def stream(
         self, request: CompletionRequest, head: Head, caller: Caller
     ) -> AsyncGenerator[Completion, None]:
-        """All choices, piece by piece.
+        """Yield all choices in chunks.
 
         Raises:
             RequestError: with the sentence for the caller.

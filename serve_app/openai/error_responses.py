@@ -1,4 +1,4 @@
-"""Refusals in the shape and with the status OpenAI's clients expect."""
+"""Error responses with the statuses and bodies that OpenAI's clients expect."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class ErrorObject(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The body of every answer that is an error."""
+    """Body of every error response."""
 
     error: ErrorObject
 
 
 @dataclass(frozen=True)
 class ErrorKind:
-    """How a kind of error shows: the HTTP status, and OpenAI's `type` and `code`."""
+    """HTTP status of a kind of error, and OpenAI's `type` and `code`."""
 
     status: int
     type: str
@@ -54,7 +54,7 @@ _KINDS: dict[type[errors.RequestError], ErrorKind] = {
 
 
 def error_response(error: errors.RequestError) -> JSONResponse:
-    """The answer to a refused request."""
+    """Return the response to a rejected request."""
     kind = _kind(error)
     headers = {}
     if error.retry_after_s is not None:
@@ -65,23 +65,23 @@ def error_response(error: errors.RequestError) -> JSONResponse:
 
 
 def error_body(error: errors.RequestError) -> dict[str, object]:
-    """The error as it stands in a body or a stream's event."""
+    """Return the error as a response body or a stream event."""
     kind = _kind(error)
     return body(error.sentence, kind.type, code=kind.code)
 
 
 def invalid(sentence: str, status: int = 400, param: str | None = None) -> JSONResponse:
-    """The answer to a request that HTTP or the schema refuses."""
+    """Return the response to a request that HTTP or the schema rejects."""
     return JSONResponse(body(sentence, _INVALID.type, param), status)
 
 
 def failed() -> JSONResponse:
-    """The answer when the server is at fault."""
+    """Return the response to a request on which the server failed."""
     return JSONResponse(body(FAILED, _FAILED.type), _FAILED.status)
 
 
 def body(sentence: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
-    """OpenAI's error object."""
+    """Return OpenAI's error object."""
     return ErrorResponse(error=ErrorObject(message=sentence, type=kind, param=param, code=code)).model_dump()
 
 

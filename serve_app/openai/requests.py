@@ -1,4 +1,4 @@
-"""From OpenAI's requests to the gateway's own."""
+"""Conversion of OpenAI's requests to the gateway's."""
 
 from __future__ import annotations
 
@@ -20,30 +20,20 @@ from serve_app.request.errors import BadRequestError
 from serve_app.request.prompts import LONE_SURROGATE
 
 MAX_PROMPTS = 128
-_SAME_NAME = (
-    "temperature",
-    "top_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "min_tokens",
-    "stop_token_ids",
-    "allowed_token_ids",
-    "ignore_eos",
-    "skip_special_tokens",
-    "include_stop_str_in_output",
+_CONVERTED = {"stop", "logit_bias", "structured_outputs"}
+_SAME_NAME = tuple(
+    name
+    for name in Sampling.model_fields
+    if name in sampling_pb2.SamplingParams.DESCRIPTOR.fields_by_name and name not in _CONVERTED
 )
 
 
 @contextmanager
 def valid_unicode() -> Iterator[None]:
-    """JSON can hold halves of characters, which protobuf's strings cannot.
+    """Reject lone surrogates: JSON can hold them, protobuf's strings cannot.
 
     Raises:
-        BadRequestError: such a half was met in the block.
+        BadRequestError: the block met one.
     """
     try:
         yield
@@ -52,7 +42,7 @@ def valid_unicode() -> Iterator[None]:
 
 
 def completion_prompts(request: CompletionRequest) -> list[inference_pb2.Prompt]:
-    """Every prompt of a completion.
+    """Return every prompt of a completion request.
 
     Raises:
         BadRequestError: there are none, or too many.
@@ -64,7 +54,7 @@ def completion_prompts(request: CompletionRequest) -> list[inference_pb2.Prompt]
 
 
 def chat_prompt(request: ChatCompletionRequest) -> inference_pb2.Prompt:
-    """The conversation, and the tools the model may know of."""
+    """Return the conversation, with the tools to show the model."""
     tools = [] if request.tool_choice == "none" else request.tools or []
     return inference_pb2.Prompt(
         chat=inference_pb2.Chat(
@@ -75,7 +65,7 @@ def chat_prompt(request: ChatCompletionRequest) -> inference_pb2.Prompt:
 
 
 def completion_sampling(request: CompletionRequest) -> sampling_pb2.SamplingParams:
-    """How the tokens of a completion are drawn."""
+    """Return the sampling parameters of a text completion."""
     params = _sampling(request)
     if request.max_tokens is not None:
         params.max_tokens = request.max_tokens
@@ -85,7 +75,7 @@ def completion_sampling(request: CompletionRequest) -> sampling_pb2.SamplingPara
 
 
 def chat_sampling(request: ChatCompletionRequest) -> sampling_pb2.SamplingParams:
-    """How the tokens of an answer are drawn; what a choice of tools asks for is not part of it."""
+    """Return the sampling parameters of a chat completion, without the constraints of tool_choice."""
     params = _sampling(request)
     max_tokens = (
         request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
@@ -105,7 +95,7 @@ def one_per_prompt(
     prompts: Iterable[inference_pb2.Prompt],
     params: sampling_pb2.SamplingParams,
 ) -> list[inference_pb2.GenerateRequest]:
-    """One request for each prompt, all of one name."""
+    """Return one request per prompt, all with the same id."""
     return [
         inference_pb2.GenerateRequest(
             model=request.model,
@@ -121,7 +111,7 @@ def one_per_prompt(
 def numbered(
     requests: Sequence[inference_pb2.GenerateRequest], choices: int
 ) -> list[inference_pb2.GenerateRequest]:
-    """`choices` requests for each of `requests`, in OpenAI's order, under names of their own."""
+    """Return `choices` requests for each of `requests`, in OpenAI's order and with distinct ids."""
     made = []
     for index in range(len(requests) * choices):
         one = inference_pb2.GenerateRequest()

@@ -1,4 +1,4 @@
-"""From the engine's pieces to OpenAI's objects, in OpenAI's own types."""
+"""Conversion of the engine's output to OpenAI's response objects, in OpenAI's own types."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ TokenText = Callable[[int], str]
 
 
 class Vocabulary(Protocol):
-    """What the tokens of the model stand for."""
+    """Text and bytes of the model's tokens."""
 
     def token_text(self, token_id: int) -> str:
-        """The text of one token; a part of a character reads as U+FFFD."""
+        """Return the text of one token; an incomplete character reads as U+FFFD."""
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """The bytes of one token; None if they are not known."""
+        """Return the bytes of one token; None if they are not known."""
 
 
 _REASONS: dict[int, Any] = {
@@ -52,7 +52,7 @@ _REASONS: dict[int, Any] = {
 
 @dataclass(frozen=True)
 class Head:
-    """What all objects of one answer share, and the name of the request in logs."""
+    """Fields that all objects of one response share, and the request's id in logs."""
 
     request_id: str
     id: str
@@ -62,7 +62,7 @@ class Head:
 
 @dataclass
 class ChatState:
-    """One choice of a chat while its pieces come."""
+    """Accumulated state of one chat choice."""
 
     reader: Reader
     with_logprobs: bool
@@ -74,7 +74,7 @@ class ChatState:
     usage: inference_pb2.Usage = field(default_factory=inference_pb2.Usage)
 
     def take(self, piece: inference_pb2.GenerateResponse) -> Found:
-        """Read one piece; returns what it adds."""
+        """Read one piece; return what it adds."""
         reason = _REASONS.get(piece.finish_reason)
         found = self.reader.read(piece.text, piece.token_ids, is_last=reason is not None)
         self.usage = piece.usage
@@ -86,7 +86,7 @@ class ChatState:
 
 
 def usage(counted: Usage) -> CompletionUsage:
-    """The tokens of an answer."""
+    """Return OpenAI's token counts of a response."""
     return CompletionUsage(
         prompt_tokens=counted.prompt_tokens,
         completion_tokens=counted.completion_tokens,
@@ -96,7 +96,7 @@ def usage(counted: Usage) -> CompletionUsage:
 
 
 def chat_completion(head: Head, states: Sequence[ChatState], counted: Usage) -> ChatCompletion:
-    """The whole answer."""
+    """Return the whole response."""
     return ChatCompletion(
         id=head.id,
         created=head.created,
@@ -108,7 +108,7 @@ def chat_completion(head: Head, states: Sequence[ChatState], counted: Usage) -> 
 
 
 def first_chunk(head: Head, index: int) -> ChatCompletionChunk:
-    """The chunk that opens a choice."""
+    """Return the chunk that opens a choice."""
     return _chunk(
         head, ChunkChoice(index=index, delta=ChoiceDelta(role="assistant", content=""), finish_reason=None)
     )
@@ -117,7 +117,7 @@ def first_chunk(head: Head, index: int) -> ChatCompletionChunk:
 def chunk(
     head: Head, index: int, found: Found, finish_reason: str | None, logprobs: ChunkLogprobs | None
 ) -> ChatCompletionChunk | None:
-    """The chunk for a piece; None if there is nothing to tell yet."""
+    """Return the chunk for a piece; None if it would be empty."""
     if not (found.content or found.calls or finish_reason or logprobs):
         return None
     delta = ChoiceDelta()
@@ -132,7 +132,7 @@ def chunk(
 
 
 def usage_chunk(head: Head, counted: Usage) -> ChatCompletionChunk:
-    """The chunk that ends a stream whose caller asked for its usage."""
+    """Return the last chunk of a stream with `include_usage`."""
     made = _chunk(head)
     made.usage = usage(counted)
     return made
@@ -141,12 +141,12 @@ def usage_chunk(head: Head, counted: Usage) -> ChatCompletionChunk:
 def chat_logprobs(
     positions: Iterable[inference_pb2.PositionLogprobs], count: int, vocabulary: Vocabulary
 ) -> list[ChatCompletionTokenLogprob]:
-    """Log probabilities as chats show them: the sampled token, and the `count` likeliest below it."""
+    """Return log probabilities in chat format: the sampled token, and the `count` likeliest ones."""
     return [_position(position, count, vocabulary) for position in positions if position.candidates]
 
 
 def completion(head: Head, choices: Sequence[CompletionChoice], counted: Usage | None) -> Completion:
-    """A whole text completion, or one event of its stream."""
+    """Return a whole text completion, or one chunk of its stream."""
     made = Completion(
         id=head.id, created=head.created, model=head.model, object="text_completion", choices=list(choices)
     )
@@ -158,8 +158,8 @@ def completion(head: Head, choices: Sequence[CompletionChoice], counted: Usage |
 def completion_choice(
     index: int, text: str, finish_reason: int, logprobs: Logprobs | None
 ) -> CompletionChoice:
-    """One choice of a text completion, or a piece of it."""
-    # A piece in the middle has no reason yet, which OpenAI's type does not know.
+    """Return one choice of a text completion, or a part of it."""
+    # Before the last chunk there is no reason yet, which OpenAI's type does not allow.
     return CompletionChoice.model_construct(
         index=index, text=text, finish_reason=_REASONS.get(finish_reason), logprobs=logprobs
     )
@@ -168,7 +168,7 @@ def completion_choice(
 def completion_logprobs(
     positions: Iterable[inference_pb2.PositionLogprobs], text_of: TokenText, offset: int
 ) -> Logprobs:
-    """Log probabilities as text completions show them; `offset` is the first token's place in the text."""
+    """Return log probabilities in text completion format; `offset` is the first token's place in the text."""
     made = Logprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
     assert made.tokens is not None
     assert made.text_offset is not None
@@ -210,7 +210,7 @@ def _chat_choice(index: int, state: ChatState) -> ChatChoice:
 
 
 def _joined(calls: list[CallDelta], parts: Iterable[CallDelta]) -> list[CallDelta]:
-    """The calls so far with further parts: a part continues the call of its index, or starts it."""
+    """Merge further parts into the calls so far: a part continues the call with its index, or starts it."""
     held = {call.index: call for call in calls}
     for part in parts:
         before = held.get(part.index, CallDelta(part.index))
@@ -253,7 +253,7 @@ def _position(
 def _likeliest(
     candidates: Iterable[inference_pb2.TokenLogprob], count: int
 ) -> list[inference_pb2.TokenLogprob]:
-    """By rank; the sampled token is listed with vLLM's candidates even if it is not among the likeliest."""
+    """Return the `count` best by rank; vLLM lists the sampled token even if it is not among them."""
     return sorted(candidates, key=lambda candidate: candidate.rank)[:count]
 
 

@@ -1,7 +1,7 @@
-"""The requests of OpenAI's API that are served, with vLLM's further sampling parameters.
+"""Supported requests of OpenAI's API, extended by vLLM's sampling parameters.
 
-OpenAI's own types for requests are TypedDicts of everything its service has; here an unknown field is an error. Fields
-that only describe the caller to OpenAI are taken and left unread, since clients send them unasked.
+OpenAI's own request types are TypedDicts of everything its service offers; here an unknown field is an error.
+Fields that only describe the caller to OpenAI are accepted and ignored, since clients send them by default.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pydantic import (
 from serve_app.request.prompts import MAX_MESSAGES
 
 MAX_CHOICES = 16
-MAX_PARTS = 128  # of one message
-MAX_PARAM_CHARACTERS = 128  # of a field's path in an answer
-NOT_JSON = "The body must be JSON text in UTF-8, not too deep and with numbers of a usual size."
+MAX_PARTS = 128  # per message
+MAX_PARAM_CHARACTERS = 128  # of a field's path in an error response
+NOT_JSON = "The body is not valid UTF-8 JSON, or its nesting or a number exceeds the supported limits."
 NOT_AN_OBJECT = "The body must be a JSON object."
 NOT_SENT_AS_JSON = "The body must be sent as JSON: set the header `content-type: application/json`."
 _EXPECTED = "Input should be "
@@ -35,7 +35,7 @@ _OBJECT_TYPES = ("dict_type", "model_type", "model_attributes_type")
 
 
 def _or(sentence: str) -> WrapValidator:
-    """What a type refuses is refused with `sentence`, where pydantic's own tells callers too little."""
+    """Report `sentence` if the type rejects a value, where pydantic's own message is unclear to callers."""
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -46,7 +46,7 @@ def _or(sentence: str) -> WrapValidator:
     return WrapValidator(check)
 
 
-_NOT_SERVED = _or("this is not served here: leave it out")
+_UNSUPPORTED = _or("not supported; omit this field")
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Uint32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 MaxTokens = Annotated[int, Field(ge=1, le=2**32 - 1)]
@@ -59,10 +59,10 @@ FunctionName = Annotated[
     Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$"),
     _or("a name must have 1 to 64 characters: letters, digits, '_', '.' and '-'"),
 ]
-NotServed = Annotated[None, _NOT_SERVED]
+Unsupported = Annotated[None, _UNSUPPORTED]
 Stop = str | Annotated[list[str], Field(max_length=64)] | None
 Place = tuple[str | int, ...]
-Unread = Annotated[JsonValue, Field(description="taken and left unread")]
+Ignored = Annotated[JsonValue, Field(description="accepted and ignored")]
 
 
 class Model(BaseModel):
@@ -72,14 +72,14 @@ class Model(BaseModel):
 
 
 class StreamOptions(Model):
-    """What a stream tells beside its text."""
+    """What a stream reports besides its text."""
 
     include_usage: bool = False
-    include_obfuscation: Unread = None
+    include_obfuscation: Ignored = None
 
 
 class StructuredOutputs(Model):
-    """vLLM's constraints on the output, of which one may be set."""
+    """vLLM's constraints on the output; set exactly one."""
 
     json_schema: dict[str, JsonValue] | str | None = Field(default=None, alias="json")
     regex: str | None = None
@@ -95,7 +95,7 @@ class StructuredOutputs(Model):
 
 
 class Sampling(Model):
-    """What both kinds of completion have in common."""
+    """Fields that chat and text completions share."""
 
     model: str = ""
     stream: bool | None = False
@@ -120,19 +120,19 @@ class Sampling(Model):
     include_stop_str_in_output: bool | None = None
     structured_outputs: StructuredOutputs | None = None
     cache_salt: Annotated[str, Field(max_length=128)] = Field(
-        default="", description="cached prefixes are shared only between requests of equal salt"
+        default="", description="cached prefixes are shared only between requests with equal salts"
     )
 
-    user: Unread = None
-    metadata: Unread = None
-    store: Unread = None
-    service_tier: Unread = None
-    safety_identifier: Unread = None
-    prompt_cache_key: Unread = None
+    user: Ignored = None
+    metadata: Ignored = None
+    store: Ignored = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
 
     @property
     def generations(self) -> int:
-        """Outputs it asks for: the choices of all its prompts."""
+        """Number of requested outputs: choices times prompts."""
         return self.n or 1
 
     @model_validator(mode="after")
@@ -143,20 +143,20 @@ class Sampling(Model):
 
 
 class CompletionRequest(Sampling):
-    """A text to continue."""
+    """A text completion request."""
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
     max_tokens: MaxTokens | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Annotated[Literal[False] | None, _NOT_SERVED] = Field(default=None, description="not served")
-    suffix: NotServed = Field(default=None, description="not served")
+    echo: Annotated[Literal[False] | None, _UNSUPPORTED] = Field(default=None, description="not supported")
+    suffix: Unsupported = Field(default=None, description="not supported")
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
         default=None, description="must equal n"
     )
 
     @property
     def prompts(self) -> Sequence[str | list[int]]:
-        """Each prompt: a text, or token ids."""
+        """All prompts, each as text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
@@ -168,37 +168,35 @@ class CompletionRequest(Sampling):
         return super().generations * max(len(self.prompts), 1)
 
     @model_validator(mode="after")
-    def _not_more_than_asked(self) -> Self:
+    def _every_choice_returned(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of must equal n, as every choice is returned")
+            raise ValueError("best_of must equal n, since every choice is returned")
         return self
 
 
 class TextPart(Model):
-    """A piece of a message's content."""
+    """A text part of a message's content."""
 
     type: Literal["text"]
     text: str
 
     @field_validator("type", mode="before")
     @classmethod
-    def _no_other(cls, value: object) -> object:
+    def _text_only(cls, value: object) -> object:
         if value != "text":
-            raise ValueError(
-                "only parts of type 'text' are served, no images, audio or files: leave them out"
-            )
+            raise ValueError("only parts of type 'text' are supported; remove images, audio and files")
         return value
 
 
 class CalledFunction(Model):
-    """A call's function and its arguments, as JSON text."""
+    """Name of the called function, and its arguments as JSON text."""
 
     name: str
     arguments: str
 
 
 class MessageToolCall(Model):
-    """A call in a message of the assistant."""
+    """A tool call in an assistant message."""
 
     id: str
     type: Literal["function"] = "function"
@@ -210,13 +208,13 @@ class Message(Model):
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
-    name: Unread = None
+    name: Ignored = None
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_PARTS)] | None = None
     tool_call_id: str | None = None
-    refusal: Unread = None
-    annotations: Unread = None
-    audio: NotServed = None
-    function_call: NotServed = None
+    refusal: Ignored = None
+    annotations: Ignored = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
 
 
 class Function(Model):
@@ -225,7 +223,7 @@ class Function(Model):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, JsonValue] | None = None
-    strict: Unread = None
+    strict: Ignored = None
 
 
 class Tool(Model):
@@ -236,53 +234,55 @@ class Tool(Model):
 
 
 class NamedFunction(Model):
-    """The name of a function."""
+    """A function, by name."""
 
     name: str
 
 
 class NamedToolChoice(Model):
-    """The one tool to use."""
+    """A choice of one tool by name."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
 class JsonSchema(Model):
-    """A JSON schema by name."""
+    """A named JSON schema."""
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     description: str | None = None
     schema_: dict[str, JsonValue] = Field(alias="schema")
-    strict: Unread = None
+    strict: Ignored = None
 
 
 class ResponseFormat(Model):
-    """The form of the answer."""
+    """Required format of the output."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
     @model_validator(mode="after")
-    def _with_its_schema(self) -> Self:
+    def _schema_matches_type(self) -> Self:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema must be set if type is json_schema, and only then")
+            raise ValueError("json_schema must be set if and only if type is json_schema")
         return self
 
 
 class ChatCompletionRequest(Sampling):
-    """A conversation to answer."""
+    """A chat completion request."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: MaxTokens | None = None
-    max_tokens: MaxTokens | None = Field(default=None, description="the older name of max_completion_tokens")
+    max_tokens: MaxTokens | None = Field(
+        default=None, description="deprecated alias of max_completion_tokens"
+    )
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Unread = None
+    reasoning_effort: Ignored = None
     modalities: list[Literal["text"]] | None = None
 
     @model_validator(mode="after")
@@ -293,16 +293,16 @@ class ChatCompletionRequest(Sampling):
             raise ValueError("set response_format or structured_outputs, not both")
         names = [tool.function.name for tool in self.tools or ()]
         if len(names) != len(set(names)):
-            raise ValueError("every tool needs a name of its own")
+            raise ValueError("every tool needs a unique name")
         if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
-            raise ValueError("tool_choice must name one of tools")
+            raise ValueError("tool_choice must name one of the tools")
         if self.tool_choice in ("auto", "required") and not names:
-            raise ValueError(f"tool_choice {self.tool_choice} needs tools")
+            raise ValueError(f"tool_choice {self.tool_choice} needs tools: set tools")
         return self
 
 
 def problem(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
-    """One sentence of pydantic's errors about `body`, and the field it is about."""
+    """Return one sentence for pydantic's errors about `body`, and the path of the offending field, if any."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return _not_json(first, body), None
@@ -311,7 +311,7 @@ def problem(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
     place, alike = _deepest(errors, body)
     param = ".".join(map(str, place))[:MAX_PARAM_CHARACTERS] or None
     if alike[0]["type"] == "extra_forbidden":
-        return f"The field {param!r} is not known here: leave it out.", param
+        return f"Unknown field {param!r}: remove it.", param
     said = _said(alike)
     if param:
         return f"{param}: {said}.", param
@@ -322,13 +322,13 @@ def problem(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
 
 
 def _not_json(error: Any, text: str) -> str:
-    """Where and why `text` cannot be read, as json's own error says it."""
+    """Return where and why `text` is not JSON, in the words of the json module."""
     found = json.JSONDecodeError(error["ctx"]["error"], text, error["loc"][1])
     return f"The body is not valid JSON at line {found.lineno}, column {found.colno}: {found.msg}."
 
 
 def _deepest(errors: Sequence[Any], body: Any) -> tuple[Place, list[Any]]:
-    """Where the first error is, and all errors there. Of a union, the branch that fits furthest tells most."""
+    """Return the first error's place and all errors there; for a union, where its best branch failed."""
     places = [_place(error, body) for error in errors]
     below = [place for place in places if place[: len(places[0])] == places[0]]
     deepest = max(below, key=len)
@@ -336,7 +336,7 @@ def _deepest(errors: Sequence[Any], body: Any) -> tuple[Place, list[Any]]:
 
 
 def _place(error: Any, body: Any) -> Place:
-    """The steps of an error's `loc` that lead through the body; the others name branches of unions."""
+    """Return the steps of an error's `loc` that lead through the body; the others name branches of unions."""
     place: list[str | int] = []
     *steps, last = error["loc"][1:] or ("",)
     for step in steps:
@@ -355,7 +355,7 @@ def _leads(step: str | int, value: Any) -> bool:
 
 
 def _said(errors: Sequence[Any]) -> str:
-    """What errors at one place say: of a union, the branch whose type fits, or else all types together."""
+    """Merge the errors at one place; for a union, use the branch whose type fits, else list all its types."""
     said = [
         f"{_EXPECTED}a JSON object" if error["type"] in _OBJECT_TYPES else error["msg"] for error in errors
     ]

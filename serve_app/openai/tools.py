@@ -1,7 +1,7 @@
-"""Tool calls: what a choice of tools asks of the output, and the calls found in it.
+"""Tool calls: constraints that tool_choice puts on the output, and parsing of the calls in it.
 
-If the caller demands a call, the output is constrained to JSON, which is read here. If the model decides, its own
-notation is read by one of vLLM's tool parsers.
+If the caller requires a call, the output is constrained to JSON, which is parsed here. If the model decides,
+one of vLLM's tool parsers reads the model's own notation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CallDelta:
-    """A part of a tool call: `id` and `name` with its first part, then text of its arguments."""
+    """A part of a tool call: the first part has `id` and `name`, later ones only text of the arguments."""
 
     index: int
     arguments: str = ""
@@ -34,7 +34,7 @@ class CallDelta:
 
 @dataclass(frozen=True)
 class Found:
-    """What a piece of the output says: text for the reader, and parts of tool calls."""
+    """Contents of a piece of output: text for the user, and parts of tool calls."""
 
     content: str = ""
     calls: Sequence[CallDelta] = field(default_factory=tuple)
@@ -44,18 +44,18 @@ class Reader(Protocol):
     """Reads the output of one choice piece by piece."""
 
     def read(self, text: str, token_ids: Sequence[int], is_last: bool) -> Found:
-        """What the next piece of the output adds."""
+        """Return what the next piece of the output adds."""
 
 
 class PlainReader:
-    """Takes all output as text."""
+    """Reads all output as text."""
 
     def read(self, text: str, token_ids: Sequence[int], is_last: bool) -> Found:
         return Found(text)
 
 
 class NamedReader:
-    """Takes all output as the arguments of one function."""
+    """Reads all output as the arguments of one function, `name`."""
 
     def __init__(self, name: str) -> None:
         self._name: str | None = name
@@ -68,7 +68,7 @@ class NamedReader:
 
 
 class RequiredReader:
-    """Takes the output as a JSON list of calls, which is read once it is whole; cut off, it is text."""
+    """Reads the output as a JSON list of calls once it is complete; a truncated list is returned as text."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -86,7 +86,7 @@ class RequiredReader:
 
 
 class ParserReader:
-    """Hands the output to one of vLLM's tool parsers."""
+    """Passes the output to one of vLLM's tool parsers."""
 
     def __init__(self, calls: StreamedToolCalls) -> None:
         self._calls = calls
@@ -99,10 +99,10 @@ class ParserReader:
 
 
 class ToolParsers:
-    """Makes readers, and with a parser lets the model decide.
+    """Makes readers of tool calls; with a parser, the model may decide to call tools by itself.
 
     Args:
-        name: of one of vLLM's tool parsers; None serves only demanded calls.
+        name: one of vLLM's tool parsers; with None, only calls that the request requires are supported.
         tokenizer: the model's.
 
     Raises:
@@ -118,10 +118,10 @@ class ToolParsers:
             self._parser_class = find_tool_parser(name)
 
     def prepare(self, request: ChatCompletionRequest, params: sampling_pb2.SamplingParams) -> None:
-        """Constrain the output to what the choice of tools asks for.
+        """Constrain the output in `params` as the request's tool_choice requires.
 
         Raises:
-            BadRequestError: it leaves the decision to the model, whose calls nothing here could read.
+            BadRequestError: the model may decide, and no parser is configured to read its calls.
         """
         if not request.tools or request.tool_choice == "none":
             return
@@ -137,14 +137,14 @@ class ToolParsers:
             params.structured_outputs.json_schema = json.dumps(calls_schema(request.tools, several))
         elif self._parser_class is None:
             raise BadRequestError(
-                "This server is not configured to find tool calls the model makes by itself: set tool_choice to "
-                "required or to one function, or gateway.tool_parser on the server."
+                "No parser is configured for tool calls that the model makes by itself: set tool_choice to "
+                "required or to one function, or set gateway.tool_parser on the server."
             )
         else:
-            params.skip_special_tokens = False  # the marks of tool calls are special tokens in some models
+            params.skip_special_tokens = False  # some models mark tool calls by special tokens
 
     def reader(self, request: ChatCompletionRequest) -> Reader:
-        """A reader for one choice."""
+        """Return a reader for one choice."""
         if not request.tools or request.tool_choice == "none":
             return PlainReader()
         if isinstance(request.tool_choice, NamedToolChoice):
@@ -156,19 +156,19 @@ class ToolParsers:
     def _parser_reader(self, request: ChatCompletionRequest) -> ParserReader:
         from kvarn.vllm.access.tool_parsers import StreamedToolCalls
 
-        assert self._parser_class is not None  # `prepare` refused
+        assert self._parser_class is not None  # `prepare` has rejected the request otherwise
         tools = [tool.model_dump(exclude={"function": {"strict"}}) for tool in request.tools or ()]
         return ParserReader(StreamedToolCalls(self._parser_class, self._tokenizer, request.model, tools))
 
 
 def calls_schema(tools: Sequence[Tool], several: bool) -> dict[str, JsonValue]:
-    """The JSON schema of a list of calls: one at least, and one at most unless `several`."""
+    """Return the JSON schema of a list of calls: at least one, and at most one unless `several`."""
     definitions: dict[str, JsonValue] = {}
     calls: list[JsonValue] = []
     for tool in tools:
         parameters = dict(tool.function.parameters or {"type": "object"})
         for keyword in ("$defs", "definitions"):
-            hoisted = parameters.pop(keyword, {})  # references count from the root
+            hoisted = parameters.pop(keyword, {})  # references are relative to the root
             if isinstance(hoisted, dict) and hoisted:
                 held = definitions.setdefault(keyword, {})
                 assert isinstance(held, dict)

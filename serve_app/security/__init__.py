@@ -1,1 +1,1 @@
-"""Who may call: certificates, API keys, limits, and what a caller's identity becomes inside."""
+"""Authentication, TLS, rate limits, and isolation of tenants."""

@@ -1,4 +1,4 @@
-"""From the headers of a call to the `Caller` it is from; the same for gRPC metadata and HTTP."""
+"""Authentication of calls: headers to a `Caller`, the same for gRPC metadata and HTTP."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from serve_app.security.rate_limits import RateLimits
 from serve_app.security.reloaded_files import Reloaded
 
 MAX_TENANT_CHARACTERS = 128
-NO_KEY = "An API key is needed: send the header `authorization: Bearer KEY`."
+NO_KEY = "An API key is required: send the header `authorization: Bearer KEY`."
 
 Headers = Mapping[str, str]
 
 
 class Access:
-    """Decides who may call, and as whom.
+    """Authenticates callers and applies the rate limits of their API keys.
 
-    With API keys, a call's tenant and priority are those of its key; `x-kvarn-priority` may only make it wait longer.
-    Without, both come from the headers `x-kvarn-tenant` and `x-kvarn-priority`.
+    With API keys, a call's tenant and priority are those of its key; `x-kvarn-priority` can only lower the
+    priority. Without, both come from the headers `x-kvarn-tenant` and `x-kvarn-priority`.
 
     Args:
         api_keys: the file of keys, read again when it changes; None lets everyone in.
@@ -46,7 +46,7 @@ class Access:
         self._on_refusal = on_refusal
 
     def check(self, headers: Headers) -> None:
-        """Refuse a call without a valid key.
+        """Reject a call without a valid key.
 
         Raises:
             AuthenticationError: with the sentence for the caller.
@@ -56,11 +56,11 @@ class Access:
 
     @contextmanager
     def admitted(self, headers: Headers, generations: int = 1) -> Iterator[Caller]:
-        """Count a call within its key's limits for as long as the block lasts.
+        """Authenticate a call, and count it against its key's limits for the duration of the block.
 
         Args:
-            headers: of the call, by lower-case name.
-            generations: requests it counts as.
+            headers: the call's headers, by lower-case name.
+            generations: number of requests the call counts as.
 
         Raises:
             AuthenticationError, RateLimitError, BadRequestError: with the sentence for the caller.
@@ -85,7 +85,7 @@ class Access:
 
 
 def _presented(authorization: str) -> str:
-    """The key of an authorization header: a bearer token, or the password of basic authentication."""
+    """Return the key in an authorization header: a bearer token, or the password of basic authentication."""
     scheme, _, credentials = authorization.partition(" ")
     if scheme.lower() == "bearer" and credentials:
         return credentials.strip()

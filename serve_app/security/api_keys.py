@@ -1,7 +1,7 @@
-"""API keys: made once, kept as hashes in a file, checked in constant time.
+"""API keys, stored as hashes in a file and compared in constant time.
 
-A key reads `kvarn-ID-SECRET`. The file holds, for each ID, the SHA-256 of the whole key: a key is 256 random bits, so
-that a slow password hash would add nothing.
+A key has the form `kvarn-ID-SECRET`. For each ID, the file holds the SHA-256 of the whole key. The secret has
+256 random bits, so a slow password hash would add nothing.
 """
 
 from __future__ import annotations
@@ -45,27 +45,27 @@ class KeyFileError(ValueError):
 
 
 class ApiKey(StrictSettings):
-    """One key, as the file holds it."""
+    """One entry of the key file."""
 
     id: str = Field(pattern=r"^[0-9a-f]{12}$")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the whole key, in hexadecimal")
-    tenant: Name = Field(description="whose requests these are")
-    priority: int = Field(default=0, ge=-(2**29), le=2**29, description="lower goes first")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the whole key, in hexadecimal")
+    tenant: Name = Field(description="tenant of the key's requests")
+    priority: int = Field(default=0, ge=-(2**29), le=2**29, description="lower values are served first")
     requests_per_minute: float | None = Field(
         default=None,
         gt=0,
-        description="outputs asked for, in the long run, at each gateway; None: no limit",
+        description="long-term rate of requested outputs per gateway; None: no limit",
     )
-    burst: int = Field(default=10, ge=1, description="outputs that may be asked for at once")
+    burst: int = Field(default=10, ge=1, description="outputs that may be requested at once")
     max_concurrent: int | None = Field(
         default=None,
         ge=1,
-        description="outputs generated at once at each gateway; None: no limit",
+        description="outputs generated concurrently per gateway; None: no limit",
     )
 
 
 class KeyFile(StrictSettings):
-    """All keys."""
+    """Contents of the key file."""
 
     keys: tuple[ApiKey, ...] = ()
 
@@ -73,28 +73,28 @@ class KeyFile(StrictSettings):
     def _unique(self) -> Self:
         ids = [key.id for key in self.keys]
         if len(ids) != len(set(ids)):
-            raise ValueError("every key needs an id of its own")
+            raise ValueError("every key needs a unique id")
         return self
 
     def authenticate(self, presented: str) -> ApiKey:
-        """The entry of a key.
+        """Return the entry of the presented key, in a time that does not depend on any secret.
 
         Raises:
-            AuthenticationError: it is none of these. How long that takes tells nothing of a secret.
+            AuthenticationError: no entry matches.
         """
         parts = presented.split("-")
         named = {key.id: key for key in self.keys}.get(parts[1] if len(parts) == 3 else "")
         expected = named.sha256 if named else _NO_HASH
         if not hmac.compare_digest(_hash(presented), expected) or named is None:
-            raise AuthenticationError("The API key is not known here: check it, or ask for a new one.")
+            raise AuthenticationError("The API key is unknown: check it, or request a new one.")
         return named
 
 
 def read_keys(path: Path) -> KeyFile:
-    """Reads a file of keys.
+    """Read and validate a key file.
 
     Raises:
-        KeyFileError: it cannot be read, or is no file of keys.
+        KeyFileError: the file cannot be read or is not valid.
     """
     try:
         return KeyFile.model_validate(yaml.safe_load(path.read_text()) or {})
@@ -106,12 +106,12 @@ def read_keys(path: Path) -> KeyFile:
         raise KeyFileError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"])) or "its content"
+        place = ".".join(map(str, problem["loc"])) or "content"
         raise KeyFileError(f"{path}: {place}: {_message(problem)}") from None
 
 
 def create_key(path: Path, tenant: str, **limits: object) -> tuple[str, ApiKey]:
-    """Adds a key to a file, which is made if missing; returns the key, which is kept nowhere, and its entry.
+    """Add a new key to a file, created if missing; return the key, which is not stored, and its entry.
 
     Raises:
         KeyFileError: the file or the settings of the key are not valid.
@@ -133,7 +133,7 @@ def create_key(path: Path, tenant: str, **limits: object) -> tuple[str, ApiKey]:
 
 
 def revoke_key(path: Path, identifier: str) -> None:
-    """Removes a key from a file.
+    """Remove a key from a file.
 
     Raises:
         KeyFileError: the file is not valid, or does not hold that key.
@@ -142,7 +142,9 @@ def revoke_key(path: Path, identifier: str) -> None:
         held = read_keys(file)
         left = tuple(key for key in held.keys if key.id != identifier)
         if len(left) == len(held.keys):
-            raise KeyFileError(f"{path} holds no key of id {identifier!r}: `kvarn keys list` shows them")
+            raise KeyFileError(
+                f"{path} holds no key with id {identifier!r}: list them with `kvarn keys list`"
+            )
         _write(file, KeyFile(keys=left))
 
 
@@ -156,7 +158,7 @@ def _hash(presented: str) -> str:
 
 @contextmanager
 def _changing(path: Path) -> Iterator[Path]:
-    """The file behind any symbolic links, for one process at a time to read and replace.
+    """Yield the file behind any symbolic links, locked so that one process at a time reads and replaces it.
 
     Raises:
         KeyFileError: it cannot be written.
@@ -171,12 +173,12 @@ def _changing(path: Path) -> Iterator[Path]:
             os.close(directory)
     except OSError as error:
         raise KeyFileError(f"{path} cannot be written: {error.strerror}") from None
-    except RuntimeError as error:  # links that lead in a circle
+    except RuntimeError as error:  # a loop of symbolic links
         raise KeyFileError(f"{path} cannot be written: {error}") from None
 
 
 def _write(file: Path, keys: KeyFile) -> None:
-    """Replaces the file in one step: a server that reads it sees the old or the new keys, and still may read it."""
+    """Replace the file atomically and with the same permissions: a server reads the old or the new keys."""
     text = yaml.safe_dump(keys.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     descriptor, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
     try:
@@ -190,7 +192,7 @@ def _write(file: Path, keys: KeyFile) -> None:
 
 
 def _keep_permissions(descriptor: int, file: Path) -> None:
-    """Give an open file the owner and the mode of one that it will replace, if that exists."""
+    """Copy owner and mode of `file`, if it exists, to the open file that will replace it."""
     if file.exists():
         held = file.stat()
         os.fchown(descriptor, held.st_uid, held.st_gid)

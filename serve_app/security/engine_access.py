@@ -1,8 +1,9 @@
-"""How an engine replica knows its gateways: a token that only Ray's control plane carries.
+"""Authentication of gateways to engine replicas, by a token that only Ray's control plane carries.
 
-Each replica makes its own token when it starts and publishes it beside its address in Serve's replica metadata, which
-reaches gateways and nobody else. If its server listens beyond loopback, it also makes a certificate, published the same
-way, and the traffic is encrypted. Nothing has to be configured, and nothing outlives the replica.
+Each replica creates its own token when it starts and publishes it with its address in Serve's replica
+metadata, which only gateways receive. If its server listens beyond loopback, the replica also creates a
+certificate, published the same way, and the traffic is encrypted. This needs no configuration, and no secret
+outlives the replica.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ from serve_app.request.errors import AuthenticationError
 from serve_app.rpc.channels import HeaderChannel
 
 TOKEN_KEY = "x-kvarn-engine-token"
-NAME = "engine.kvarn"  # what the certificate is for; addresses change
+NAME = "engine.kvarn"  # the certificate's subject: addresses change, so it names none
 LIFETIME = timedelta(days=3650)  # longer than any replica lives
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where an engine replica listens and how to prove that one may call: `certificate` is PEM, "" for plain text."""
+    """Address of an engine replica, its token for calls, and its certificate in PEM ("" for plain text)."""
 
     address: str
     token: str = field(default="", repr=False)
     certificate: str = field(default="", repr=False)
 
     def metadata(self) -> dict[str, Any]:
-        """As Serve's replica metadata."""
+        """Return the fields as Serve's replica metadata."""
         return asdict(self)
 
     def channel(self, options: list[tuple[str, int]]) -> grpc.aio.Channel:
-        """A channel to the replica, whose calls are yet to bear the token."""
+        """Open a channel to the replica; its calls do not carry the token yet."""
         if not self.certificate:
             return grpc.aio.insecure_channel(self.address, options)
         credentials = grpc.ssl_channel_credentials(self.certificate.encode())
@@ -48,12 +49,12 @@ class Address:
         )
 
     def authorized(self, channel: grpc.aio.Channel) -> HeaderChannel:
-        """The same channel, whose calls bear the token."""
+        """Wrap a channel so that every call carries the token."""
         return HeaderChannel(channel, [(TOKEN_KEY, self.token)])
 
 
 class Guard:
-    """One replica's secrets.
+    """Creates and checks the secrets of one replica.
 
     Args:
         encrypted: whether to serve TLS.
@@ -64,27 +65,27 @@ class Guard:
         self._private_key, self._certificate = _self_signed() if encrypted else (b"", b"")
 
     def check(self, headers: dict[str, str]) -> None:
-        """Refuse calls that do not come from a gateway.
+        """Reject calls that do not come from a gateway.
 
         Raises:
-            AuthenticationError: the token is missing or another one's.
+            AuthenticationError: the token is missing or wrong.
         """
         if not hmac.compare_digest(headers.get(TOKEN_KEY, "").encode(), self._token.encode()):
-            raise AuthenticationError("Engines answer only gateways: call a gateway instead.")
+            raise AuthenticationError("Engines accept calls from gateways only: call a gateway instead.")
 
     def credentials(self) -> grpc.ServerCredentials | None:
-        """For the server; None is plain text."""
+        """Return the server's credentials; None for plain text."""
         if not self._certificate:
             return None
         return grpc.ssl_server_credentials([(self._private_key, self._certificate)])
 
     def published(self, address: str) -> Address:
-        """What gateways need."""
+        """Return what gateways need to call the replica at `address`."""
         return Address(address, self._token, self._certificate.decode())
 
 
 def _self_signed() -> tuple[bytes, bytes]:
-    """A private key and a certificate of its own, in PEM."""
+    """Return a private key and its self-signed certificate, in PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, NAME)])
     now = datetime.now(UTC)

@@ -1,4 +1,4 @@
-"""How much one key may ask for: a token bucket, and a count of what runs."""
+"""Rate limits per API key: a token bucket, and a count of running requests."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from serve_app.security.api_keys import ApiKey
 
 @dataclass
 class Bucket:
-    """Tokens left at a moment, in seconds of some clock; less than none after a call larger than the bucket."""
+    """Tokens left at time `at_s`; negative after a call larger than the bucket."""
 
     tokens: float
     at_s: float
 
 
 class RateLimits:
-    """The requests of all keys at one gateway.
+    """Rate limits of all keys at one gateway.
 
     Args:
-        clock: seconds that never go back.
+        clock: returns monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -34,15 +34,15 @@ class RateLimits:
 
     @contextmanager
     def admitted(self, key: ApiKey, generations: int = 1) -> Iterator[None]:
-        """Count `generations` requests of `key` for as long as the block lasts.
+        """Count `generations` requests of `key` for the duration of the block.
 
         Raises:
-            BadRequestError: these alone are more than may run at once.
-            RateLimitError: they are too many now, in a minute or at once.
+            BadRequestError: `generations` alone exceeds the key's concurrency.
+            RateLimitError: the key's rate or concurrency is exhausted for now.
         """
         if key.max_concurrent is not None and generations > key.max_concurrent:
             raise BadRequestError(
-                f"The request counts as {generations}, n for each prompt, and this API key may run "
+                f"The request counts as {generations}, n per prompt, and this API key may run "
                 f"{key.max_concurrent} at once: lower n or send fewer prompts."
             )
         if key.max_concurrent is not None and self._running[key.id] + generations > key.max_concurrent:
@@ -65,11 +65,11 @@ class RateLimits:
         bucket = self._buckets.setdefault(key.id, Bucket(key.burst, now))
         bucket.tokens = min(float(key.burst), bucket.tokens + (now - bucket.at_s) * per_s)
         bucket.at_s = now
-        needed = min(generations, key.burst)  # what is beyond a full bucket is paid for afterwards
+        needed = min(generations, key.burst)  # beyond a full bucket, later calls wait until it is refilled
         if bucket.tokens < needed:
             wait_s = (needed - bucket.tokens) / per_s
             raise RateLimitError(
-                f"This API key may send {key.requests_per_minute:g} requests a minute: "
+                f"This API key may send {key.requests_per_minute:g} requests per minute: "
                 f"try again in {wait_s:.1f} seconds.",
                 retry_after_s=wait_s,
             )

@@ -1,4 +1,4 @@
-"""Values read from files that may be replaced while the server runs."""
+"""Values loaded from files that may be replaced while the server runs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Signature = tuple[tuple[int, int, int], ...]
 
 
 class Reloaded(Generic[T]):
-    """A value made of files, made anew once one of them has changed.
+    """A value loaded from files, and reloaded when one of them changes.
 
-    A version that cannot be read is logged and the last good one kept, so that a rotation of several files may
-    take its time. Reading `value` costs one stat(2) a file.
+    If a new version cannot be loaded, that is logged and the last good one stays in use, so files that belong
+    together need not be replaced at once. Reading `value` costs one stat(2) per file.
 
     Args:
         paths: the files.
-        load: makes the value of them; raises ValueError or OSError if they are not fit.
+        load: returns the value; raises ValueError or OSError if the files are not valid.
 
     Raises:
-        ValueError, OSError: from `load`, the first time.
+        ValueError, OSError: the first `load` failed.
     """
 
     def __init__(self, paths: Sequence[Path], load: Callable[[], T]) -> None:
@@ -34,7 +34,7 @@ class Reloaded(Generic[T]):
 
     @property
     def value(self) -> T:
-        """The value of the newest good files."""
+        """The value of the newest valid files."""
         signature = self._read_signature()
         if signature != self._signature:
             self._signature = signature
@@ -46,9 +46,9 @@ class Reloaded(Generic[T]):
         try:
             self._value = self._load()
         except (ValueError, OSError) as error:
-            logger.warning("%s changed and cannot be used, the last version stays: %s", names, error)
+            logger.warning("%s changed but cannot be used; keeping the last good version: %s", names, error)
         else:
-            logger.info("read %s again", names)
+            logger.info("reloaded %s", names)
 
     def _read_signature(self) -> Signature | None:
         try:

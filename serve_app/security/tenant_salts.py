@@ -1,4 +1,4 @@
-"""Keeps the cached prefixes of tenants apart."""
+"""Isolation of tenants in the prefix cache."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from serve_app.routing import Caller
 
 
 class TenantSalts:
-    """A dispatcher whose requests share cached prefixes only within their tenant.
+    """Request handler that salts the cache, so that requests share cached prefixes only within their tenant.
 
     Args:
-        dispatcher: takes the requests on.
+        dispatcher: handles the salted requests.
     """
 
     def __init__(self, dispatcher: RequestHandler) -> None:
@@ -23,22 +23,22 @@ class TenantSalts:
     def generate(
         self, request: Request, timeout_s: float | None, caller: Caller
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        """As the dispatcher's; the request's own salt keeps apart within the tenant."""
+        """Generate as the dispatcher does; the request's own salt separates requests within the tenant."""
         request.cache_salt = tenant_salt(caller.tenant, request.cache_salt)
         return self._dispatcher.generate(request, timeout_s, caller)
 
     async def encode(self, request: Request, caller: Caller) -> list[int]:
-        """As the dispatcher's: token ids are the same for every tenant."""
+        """Encode as the dispatcher does: token ids are the same for every tenant."""
         return await self._dispatcher.encode(request, caller)
 
     async def explain(
         self, request: cluster_pb2.ExplainRouteRequest, caller: Caller
     ) -> cluster_pb2.ExplainRouteResponse:
-        """As the dispatcher's, of a request salted in the same way."""
+        """Explain as the dispatcher does, with the salt that `generate` would use."""
         request.cache_salt = tenant_salt(caller.tenant, request.cache_salt)
         return await self._dispatcher.explain(request, caller)
 
 
 def tenant_salt(tenant: str, own: str) -> str:
-    """A salt that no other tenant's requests can have, whatever salt of their own they bring."""
+    """Return a salt that no other tenant's requests can have, whatever their own salts are."""
     return hashlib.sha256(f"{len(tenant)}:{tenant}{own}".encode()).hexdigest()

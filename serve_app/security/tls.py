@@ -1,4 +1,4 @@
-"""TLS on both protocols from files that may be replaced while the server runs."""
+"""TLS for gRPC and HTTP, from files that may be replaced while the server runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TlsError(ValueError):
 
 @dataclass(frozen=True)
 class Pem:
-    """The contents of the files: the server's private key and certificates, and the CA of its clients."""
+    """Contents of the files: the server's private key and certificate chain, and the CA of its clients."""
 
     private_key: bytes
     certificates: bytes
@@ -25,13 +25,13 @@ class Pem:
 
 
 class ServerTls:
-    """The credentials of a gateway's servers; new connections get the newest good files.
+    """TLS credentials of a gateway's servers; new connections use the newest valid files.
 
     Args:
-        config: where the files are.
+        config: paths of the files.
 
     Raises:
-        TlsError: they cannot be read, or do not belong together.
+        TlsError: the files cannot be read, or do not match.
     """
 
     def __init__(self, config: TlsConfig) -> None:
@@ -43,7 +43,7 @@ class ServerTls:
         self._contexts = Reloaded(paths, lambda: _context(config))
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
-        """For `grpc.aio.Server.add_secure_port`."""
+        """Return credentials for `grpc.aio.Server.add_secure_port`."""
         return grpc.dynamic_ssl_server_credentials(
             _grpc_configuration(self._pem.value),
             lambda: _grpc_configuration(self._pem.value),
@@ -51,7 +51,7 @@ class ServerTls:
         )
 
     def ssl_context(self) -> ssl.SSLContext:
-        """For asyncio's servers: a context that hands each handshake on to the newest one."""
+        """Return a context for asyncio's servers that passes each handshake to the newest context."""
         outer = self._contexts.value
 
         def choose(connection: ssl.SSLObject, server_name: str | None, context: ssl.SSLContext) -> None:
@@ -62,7 +62,7 @@ class ServerTls:
 
 
 def _read(config: TlsConfig) -> Pem:
-    _context(config)  # refuses what does not belong together
+    _context(config)  # raises if the files do not match
     return Pem(
         config.private_key.read_bytes(),
         config.certificate.read_bytes(),
@@ -73,7 +73,7 @@ def _read(config: TlsConfig) -> Pem:
 def _context(config: TlsConfig) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # A resumed session would skip the check of the client's certificate against a CA that has been replaced.
+    # A resumed session skips the check of the client's certificate, even after the CA has been replaced.
     context.options |= ssl.OP_NO_TICKET
     context.num_tickets = 0
     try:

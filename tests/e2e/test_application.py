@@ -776,7 +776,7 @@ def test_an_update_turns_tls_and_keys_on_and_no_key_is_told_anywhere(
             stream.close()
     with Client(address, tls=tls, api_key=rare) as limited:
         limited.generate_once("Hi", max_tokens=1)
-        with pytest.raises(NoRoomError, match="This API key may send 1 requests a minute"):
+        with pytest.raises(NoRoomError, match="This API key may send 1 requests per minute"):
             limited.generate_once("Hi", max_tokens=1)
     for presented in ("", wrong):
         with Client(address, tls=tls, api_key=presented) as stranger, pytest.raises(ServingError) as refused:

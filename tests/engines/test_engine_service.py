@@ -270,11 +270,11 @@ async def test_a_gateway_that_dies_gives_back_all_its_requests_hold(replica: Rep
         for name in ("one", "two"):
             request.request_id = name
             await stream.start(request).read()
-        assert set(replica.monitor.promises.owners()) == {"dying"}
+        assert set(replica.monitor.reservations.owners()) == {"dying"}
     async with asyncio.timeout(10):
-        while replica.monitor.promises.total_blocks or replica.monitor.snapshot.load.used_blocks:  # noqa: ASYNC110
+        while replica.monitor.reservations.total_blocks or replica.monitor.snapshot.load.used_blocks:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
-    assert replica.monitor.promises.owners() == []
+    assert replica.monitor.reservations.owners() == []
 
 
 async def test_promises_beyond_the_room_are_refused_and_a_cancelled_request_gives_its_own_back(
@@ -298,5 +298,5 @@ async def test_promises_beyond_the_room_are_refused_and_a_cancelled_request_give
     assert refused.value.status is grpc.StatusCode.RESOURCE_EXHAUSTED
     first.cancel()
     async with asyncio.timeout(10):
-        while replica.monitor.promises.total_blocks or replica.monitor.snapshot.load.used_blocks:  # noqa: ASYNC110
+        while replica.monitor.reservations.total_blocks or replica.monitor.snapshot.load.used_blocks:  # noqa: ASYNC110
             await asyncio.sleep(0.02)

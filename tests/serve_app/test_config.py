@@ -1,4 +1,4 @@
-"""Settings: what is refused, and what they mean."""
+"""Settings: validation, and derived values."""
 
 import pytest
 from pydantic import ValidationError
@@ -38,7 +38,7 @@ def test_a_directory_is_served_under_its_last_part() -> None:
         ),
         ({"observability": {"tracing": {"otlp_endpoint": "localhost:4317"}}}, "should match pattern"),
         ({"gateway": {"port": 65536}}, "less than or equal to 65535"),
-        ({"gateway": {"port": 8000}}, "port and http.port are both 8000: gRPC and HTTP need one each"),
+        ({"gateway": {"port": 8000}}, "port and http.port are both 8000: gRPC and HTTP need different ports"),
         (
             {"engine": {"device": "cuda", "distributed_executor_backend": "uni", "tensor_parallel_size": 2}},
             "set tensor_parallel_size to 1",
@@ -49,7 +49,7 @@ def test_a_directory_is_served_under_its_last_part() -> None:
         ),
     ],
 )
-def test_mistakes_are_refused(values: dict[str, object], sentence: str) -> None:
+def test_mistakes_are_rejected(values: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         AppConfig.model_validate(values)
 
@@ -68,7 +68,7 @@ def test_mistakes_are_refused(values: dict[str, object], sentence: str) -> None:
         ([0, 1], 2, 0, 1, "0"),
     ],
 )
-def test_replicas_compute_on_cpus_of_their_own(
+def test_replicas_compute_on_distinct_cpus(
     allowed: list[int], rank: int, cpus: float, workers: int, expected: str
 ) -> None:
     assert thread_binding(allowed, rank, cpus, workers) == expected
@@ -105,7 +105,7 @@ def test_loopback_needs_no_security(host: str) -> None:
 @pytest.mark.parametrize(
     "security", [{}, {"tls": TLS}, {"api_keys": "keys.yaml"}], ids=["none", "tls", "keys"]
 )
-def test_open_hosts_need_to_know_their_callers(host: str, where: str, security: dict[str, object]) -> None:
+def test_open_hosts_require_authentication(host: str, where: str, security: dict[str, object]) -> None:
     listener = {"host": host} if where == "grpc" else {"http": {"host": host}}
     with pytest.raises(ValidationError, match=r"is open to other machines: set security\.tls, and"):
         GatewayConfig.model_validate({**listener, "security": security})

@@ -46,7 +46,7 @@ def test_a_script_gets_json(file):
     [
         (["list", "no/such/file"], "no/such/file cannot be read: No such file"),
         (["create", "no/such/dir/keys.yaml", "--tenant", "a"], "cannot be written: No such file"),
-        (["revoke", "{file}", "beef"], "holds no key of id 'beef'"),
+        (["revoke", "{file}", "beef"], "holds no key with id 'beef'"),
         (["create", "{file}", "--tenant", ""], "--tenant is '': String should have at least 1 character"),
         (
             ["create", "{file}", "--tenant", "\u00fcn\u00ef"],

@@ -1,4 +1,4 @@
-"""The autoscaling rule: what it asks for, that it settles, and what reaches Serve and comes back."""
+"""The autoscaling rule: its decisions, their stability, and the exchange with Serve."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def desired(*loads: ReplicaLoad, target: int | None = None) -> int:
     return desired_replicas(loads, len(loads) if target is None else target, GOALS)
 
 
-def test_nothing_known_changes_nothing() -> None:
+def test_without_reports_the_target_stays() -> None:
     assert desired(target=3) == 3
 
 
@@ -46,7 +46,7 @@ def test_occupancy_adds_as_many_as_it_takes() -> None:
     assert desired(replace(BUSY, committed_tokens=9_000, queued_tokens=20_000)) == 4
 
 
-def test_every_replica_tells_of_the_same_queue() -> None:
+def test_all_replicas_report_the_same_queue() -> None:
     waiting = replace(BUSY, queued_tokens=10_000)
     assert desired(waiting, waiting, waiting) == 3
 
@@ -57,7 +57,7 @@ def test_prompts_that_wait_too_long_add_replicas() -> None:
     assert desired(replace(BUSY, prefill_tokens=30_000, prefill_tokens_per_s=0)) == 1  # not measured yet
 
 
-def test_late_first_tokens_add_one_once_those_that_start_have_started() -> None:
+def test_a_late_first_token_adds_one_replica_unless_one_is_starting() -> None:
     late = replace(BUSY, prefill_tokens=100, first_token_s=11)
     assert desired(late) == 2
     assert desired(late, target=2) == 2
@@ -65,7 +65,7 @@ def test_late_first_tokens_add_one_once_those_that_start_have_started() -> None:
     assert desired(replace(late, prefill_tokens=0)) == 1  # nothing waits: more replicas would not help
 
 
-def test_removal_is_one_at_a_time_and_leaves_room() -> None:
+def test_removal_is_one_at_a_time_and_leaves_headroom() -> None:
     assert desired(BUSY, BUSY) == 2  # one would be 80 % full
     assert desired(replace(BUSY, committed_tokens=2_500), replace(BUSY, committed_tokens=2_500)) == 1
     light = replace(BUSY, committed_tokens=100)
@@ -98,7 +98,7 @@ loads = st.lists(
 
 
 @given(loads, st.integers(1, 50))
-def test_what_was_chosen_is_kept_for_the_same_load(loads: list[ReplicaLoad], target: int) -> None:
+def test_a_decision_is_kept_for_the_same_load(loads: list[ReplicaLoad], target: int) -> None:
     """No flapping: from any start, repeated decisions move one way and settle."""
     chosen = [target]
     for _ in range(60):
@@ -109,7 +109,7 @@ def test_what_was_chosen_is_kept_for_the_same_load(loads: list[ReplicaLoad], tar
 
 
 @given(loads, st.integers(1, 300))
-def test_a_removal_never_calls_for_an_addition(loads: list[ReplicaLoad], target: int) -> None:
+def test_a_removal_never_causes_an_addition(loads: list[ReplicaLoad], target: int) -> None:
     after = desired_replicas(loads, target, GOALS)
     if after < target:
         committed = sum(load.committed_tokens for load in loads) + max(load.queued_tokens for load in loads)
@@ -117,12 +117,12 @@ def test_a_removal_never_calls_for_an_addition(loads: list[ReplicaLoad], target:
 
 
 @given(loads, tokens)
-def test_more_load_never_asks_for_fewer(loads: list[ReplicaLoad], more: float) -> None:
+def test_more_load_never_means_fewer_replicas(loads: list[ReplicaLoad], more: float) -> None:
     heavier = [replace(loads[0], committed_tokens=loads[0].committed_tokens + more), *loads[1:]]
     assert desired_replicas(heavier, len(loads), GOALS) >= desired_replicas(loads, len(loads), GOALS)
 
 
-def test_a_replica_reports_its_cache_and_what_gateways_wait_for() -> None:
+def test_a_replica_reports_its_cache_and_the_gateways_demand() -> None:
     capacity = CacheCapacity("kvarn_k4v2_g128", 128, 1, 100, 1024)
     load = CacheLoad(
         80, 10, 10, {"a": 12, "b": 3}, running_requests=2, waiting_prefill_tokens=5, prefill_tokens_per_s=50
@@ -134,7 +134,7 @@ def test_a_replica_reports_its_cache_and_what_gateways_wait_for() -> None:
     assert loads_from_metrics({}) == []
 
 
-def test_serve_takes_the_options_and_calls_the_policy() -> None:
+def test_serve_accepts_the_options_and_calls_the_policy() -> None:
     from ray.serve.config import AutoscalingConfig as ServeConfig
 
     options = serve_options(AutoscalingConfig(min_replicas=0, max_replicas=4, downscale_delay_s=60))

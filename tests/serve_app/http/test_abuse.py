@@ -1,4 +1,4 @@
-"""Clients that send nonsense, too much, too slowly, or never read: the right status, and others are served."""
+"""Clients that send garbage, too much or too slowly, or never read get the right status; others are still served."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def front(encoder: PromptEncoder) -> AsyncIterator[Running]:
 
 @pytest.fixture(autouse=True)
 async def others_are_served(front: Running) -> AsyncIterator[None]:
-    """After every test, an honest client of either protocol gets its answer, and nothing of before still runs."""
+    """After every test, no request still runs, and a well-behaved client of either protocol gets its answer."""
     yield
     await settled(lambda: front.script.running == 0)
     front.script.pieces = front.script.wait = None
@@ -70,7 +70,7 @@ JSON = {"content-type": "application/json"}
 
 
 async def answer_to(front: Running, *sent: bytes, pause_s: float = 0) -> bytes:
-    """Everything a server says to raw bytes until it closes the connection."""
+    """Return everything the server sends in response to raw bytes until it closes the connection."""
     reader, writer = await asyncio.open_connection(HOST, front.http_port)
     answering = asyncio.create_task(drained(reader))
     try:
@@ -86,7 +86,7 @@ async def answer_to(front: Running, *sent: bytes, pause_s: float = 0) -> bytes:
 
 
 async def drained(reader: asyncio.StreamReader) -> bytes:
-    """What comes until the end of a connection, or until it is reset."""
+    """Return what arrives until a connection ends or is reset."""
     said = b""
     with suppress(ConnectionError):
         while part := await reader.read(1 << 16):
@@ -193,13 +193,12 @@ async def test_an_endless_body_is_cut_off_and_costs_no_memory(front: Running) ->
     before = psutil.Process().memory_info().rss
     chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
     answer = await answer_to(front, post(transfer_encoding="chunked"), *[chunk] * 1000)
-    assert (
-        status_of(answer or b"HTTP/1.1 413 ") == 413
-    )  # unread bytes may reset the connection under the answer
+    # Unread bytes may reset the connection before the answer arrives.
+    assert status_of(answer or b"HTTP/1.1 413 ") == 413
     assert psutil.Process().memory_info().rss - before < 32 * MIB
 
 
-async def test_a_body_that_does_not_come_in_time(front: Running) -> None:
+async def test_a_body_that_does_not_arrive_in_time(front: Running) -> None:
     assert status_of(await answer_to(front, post(100), b"{")) == 408
 
 
@@ -240,15 +239,14 @@ async def test_second_requests_that_trickle(front: Running) -> None:
 )
 async def test_header_bombs(front: Running, bomb: bytes) -> None:
     answer = await answer_to(front, bomb)
-    assert (
-        status_of(answer or b"HTTP/1.1 431 ") == 431
-    )  # unread bytes may reset the connection under the answer
+    # Unread bytes may reset the connection before the answer arrives.
+    assert status_of(answer or b"HTTP/1.1 431 ") == 431
 
 
 @pytest.mark.parametrize(
     ("header_bytes", "status"), [(LIMITS["max_header_bytes"], 200), (LIMITS["max_header_bytes"] + 1, 431)]
 )
-async def test_headers_that_come_at_once_are_limited_too(
+async def test_headers_that_arrive_in_one_piece_are_limited_too(
     front: Running, header_bytes: int, status: int
 ) -> None:
     bare = len(post(len(CHAT), connection="close", x=""))
@@ -274,10 +272,10 @@ async def test_junk_after_a_request_ends_only_its_connection(front: Running) -> 
 
 
 async def test_thousands_of_idle_connections(front: Running) -> None:
-    """Those past the limit are told so; who is connected is served, and so is everyone after the idle are closed.
+    """Connections over the limit get 503; the connected client is served, and so are new ones once idle ones close.
 
-    Who is connected has a stream running all the while: without one, its connection would itself be idle for
-    longer than the limit on a machine that takes its time to open so many.
+    The connected client keeps a stream running: without one, its own connection would exceed the idle limit on a
+    machine that is slow to open this many connections.
     """
     front.script.wait = asyncio.Event()
     async with (
@@ -375,7 +373,7 @@ VALID = inference_pb2.GenerateRequest(
 
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
-    """A valid message with some of its bytes changed, repeated or gone."""
+    """Draw a valid message with some of its bytes changed, repeated or removed."""
     message = bytearray(VALID)
     for _ in range(draw(st.integers(1, 6))):
         at = draw(st.integers(0, len(message)))
@@ -410,7 +408,7 @@ async def test_http_fuzzing_never_fails_the_server(front: Running) -> None:
 
 
 async def fuzzed(strategy: Any, call: Any) -> list[Any]:
-    """The results of `call` on examples of `strategy`; Hypothesis runs in a thread, the calls in this loop."""
+    """Return the results of `call` on examples of `strategy`; Hypothesis runs in a thread, the calls in this loop."""
     loop, results = asyncio.get_running_loop(), []
     deadline = loop.time() + FUZZ_S
 
@@ -430,7 +428,8 @@ async def test_schemathesis_finds_nothing_against_the_openapi_document(
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{front.url}/openapi.json", "--no-color"),
         *("--max-time", "20", "--max-examples", "20", "--generation-deterministic"),
-        *("--exclude-checks", "positive_data_acceptance"),  # what fields mean together is not in the document
+        # Constraints between fields are not in the document.
+        *("--exclude-checks", "positive_data_acceptance"),
         *("--continue-on-failure", "--warnings", "off", "--request-timeout", "20"),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -452,7 +451,7 @@ async def test_keys_guard_everything_but_probes(encoder: PromptEncoder, tmp_path
         async with AsyncClient(front.address) as stranger:
             assert await stranger.is_ready()
             for call in (stranger.generate_once("Hi"), stranger.cache_state(), anext(stranger.watch_cache())):
-                with pytest.raises(UnauthenticatedError, match="An API key is needed"):
+                with pytest.raises(UnauthenticatedError, match="An API key is required"):
                     await call
         front.script.wait = asyncio.Event()
         async with AsyncClient(front.address, api_key=key) as client:
@@ -497,9 +496,7 @@ async def test_a_key_is_charged_for_every_choice_of_every_prompt(
         assert (await complete([5, 6, 7, 8, 9, 10, 11], 6)).status_code == 200
 
 
-async def test_what_a_rate_limit_refuses_says_when_to_come_back(
-    encoder: PromptEncoder, tmp_path: Path
-) -> None:
+async def test_a_rate_limit_rejection_has_a_retry_delay(encoder: PromptEncoder, tmp_path: Path) -> None:
     keys = tmp_path / "keys.yaml"
     key, _ = create_key(keys, "acme", requests_per_minute=1, burst=1)
     async with (

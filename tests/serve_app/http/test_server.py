@@ -25,7 +25,7 @@ def server(routers: Iterable[APIRouter] = (), port: int = 0, **options: object) 
     return HttpServer(http_app(routers), HOST, port, **options)  # type: ignore[arg-type]
 
 
-async def test_probes_tell_life_from_readiness() -> None:
+async def test_probes_distinguish_liveness_from_readiness() -> None:
     ready = False
     http = server([probes(lambda: ready)])
     port = http.start()
@@ -50,7 +50,7 @@ async def test_two_servers_share_a_port() -> None:
         await second.stop()
 
 
-async def test_a_taken_port_is_one_sentence() -> None:
+async def test_a_port_in_use_is_one_sentence() -> None:
     first = server()
     port = first.start()
     with pytest.raises(OSError, match=f"cannot listen on {HOST}:{port}: free it or configure another port"):

@@ -1,4 +1,4 @@
-"""Connections to the HTTP port that owe a TLS handshake: they are counted, timed, and handed over whole."""
+"""Connections to the HTTP port before their TLS handshake: they are counted, timed, and passed on intact."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def silent(port: int, count: int) -> list[Connection]:
-    """As many connections that never send a byte."""
+    """Open `count` connections that never send a byte."""
     return [await asyncio.open_connection(HOST, port) for _ in range(count)]
 
 
 async def ended(connections: Iterable[Connection], within_s: float) -> int:
-    """How many the server closes in time."""
+    """Return how many of the connections the server closes in time."""
     waits = [asyncio.create_task(reader.read()) for reader, _ in connections]
     done, open_still = await asyncio.wait(waits, timeout=within_s)
     for wait in open_still:
@@ -130,8 +130,8 @@ async def test_stopping_does_not_wait_for_handshakes(tls: TlsConfig) -> None:
     assert problems == []
 
 
-def test_the_other_event_loop_serves_alike(tls: TlsConfig, trusting: ssl.SSLContext) -> None:
-    """Ray runs its actors on uvloop where that is installed."""
+def test_uvloop_behaves_the_same(tls: TlsConfig, trusting: ssl.SSLContext) -> None:
+    """Ray runs its actors on uvloop where it is installed."""
 
     async def both() -> None:
         async with served(tls, header_timeout_s=1, max_connections=3) as port:

@@ -1,6 +1,6 @@
-"""OpenAI's HTTP API as the official client sees it, in front of a dispatcher that answers by itself.
+"""OpenAI's HTTP API as the official client sees it, in front of a scripted dispatcher.
 
-What depends on a model and an engine is tested in the end-to-end module.
+The end-to-end tests cover what depends on a model and an engine.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ async def test_a_chat(front: Running, client: AsyncOpenAI) -> None:
     assert request.prompt.chat.messages[0].content == ASK[0]["content"]
 
 
-async def test_a_streamed_chat_tells_role_text_reason_and_usage(client: AsyncOpenAI) -> None:
+async def test_a_streamed_chat_has_role_text_reason_and_usage(client: AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(
         model=MODEL, messages=ASK, stream=True, stream_options={"include_usage": True}
     )
@@ -108,7 +108,7 @@ async def test_a_streamed_chat_tells_role_text_reason_and_usage(client: AsyncOpe
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-async def test_several_choices_are_several_generations_with_seeds_of_their_own(
+async def test_several_choices_are_several_generations_with_distinct_seeds(
     front: Running, client: AsyncOpenAI
 ) -> None:
     answer = await client.chat.completions.create(model=MODEL, messages=ASK, n=3, seed=5)
@@ -129,7 +129,7 @@ async def test_several_choices_are_several_generations_with_seeds_of_their_own(
 
 @dataclass
 class Spied:
-    """The threads in which an encoder's tokenizer rendered and tokenized."""
+    """Threads in which an encoder's tokenizer rendered and tokenized."""
 
     rendered: list[int] = field(default_factory=list)
     tokenized: list[int] = field(default_factory=list)
@@ -152,7 +152,7 @@ def noting_threads(work: Callable[..., Any], threads: list[int]) -> Callable[...
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_long_conversation_is_encoded_once_and_beside_the_loop(
+async def test_a_long_conversation_is_encoded_once_and_outside_the_event_loop(
     front: Running, client: AsyncOpenAI, spied: Spied, stream: bool
 ) -> None:
     front.script.pieces = 1  # its answers need no tokenizer
@@ -176,16 +176,14 @@ async def test_every_prompt_of_several_choices_is_tokenized_once(
 
 
 @pytest.mark.parametrize("n", [1, 2])
-async def test_what_a_chat_template_refuses_reads_the_same_for_several_choices(
-    client: AsyncOpenAI, n: int
-) -> None:
+async def test_a_chat_template_error_reads_the_same_for_several_choices(client: AsyncOpenAI, n: int) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}
     messages: Any = [{"role": "assistant", "tool_calls": [call]}]
     with pytest.raises(openai.BadRequestError, match="The arguments of the tool call 'f' must be a JSON"):
         await client.chat.completions.create(model=MODEL, messages=messages, n=n)
 
 
-async def test_a_conversation_of_too_many_messages_is_refused(front: Running, client: AsyncOpenAI) -> None:
+async def test_a_conversation_of_too_many_messages_is_rejected(front: Running, client: AsyncOpenAI) -> None:
     messages: Any = [{"role": "user", "content": "x"}] * (MAX_MESSAGES + 1)
     with pytest.raises(openai.BadRequestError, match="messages: List should have at most 4096 items") as http:
         await client.chat.completions.create(model=MODEL, messages=messages)
@@ -213,7 +211,7 @@ async def test_log_probabilities_of_chats(client: AsyncOpenAI) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 @pytest.mark.parametrize("sampled_rank", [1, 2, 3, 50])
-def test_as_many_likeliest_tokens_are_told_as_were_asked_for(
+def test_as_many_likeliest_tokens_are_returned_as_requested(
     encoder: PromptEncoder, count: int, sampled_rank: int
 ) -> None:
     ranks = [sampled_rank, *(rank for rank in range(1, count + 1) if rank != sampled_rank)]
@@ -235,7 +233,7 @@ async def test_bytes_of_tokens_that_are_parts_of_a_character_make_it_whole(
     assert len(parts) > len(front.script.answer.split())
 
 
-def test_bytes_that_a_vocabulary_does_not_tell_are_left_out(
+def test_bytes_unknown_to_the_vocabulary_are_omitted(
     encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoder, "_bytes", {})
@@ -285,7 +283,7 @@ async def test_a_json_schema_reaches_the_engine(front: Running, client: AsyncOpe
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_demanded_call(front: Running, client: AsyncOpenAI, stream: bool) -> None:
+async def test_a_required_call(front: Running, client: AsyncOpenAI, stream: bool) -> None:
     front.script.answer = json.dumps(CALLS)
     calls, reason = await called(client, stream, tools=[WEATHER, CLOCK], tool_choice="required")
     assert calls == [("weather", {"city": "Paris"}), ("clock", {})]
@@ -317,7 +315,7 @@ async def test_calls_the_model_makes_by_itself(front: Running, client: AsyncOpen
 async def called(
     client: AsyncOpenAI, stream: bool, **options: Any
 ) -> tuple[list[tuple[str, Any]], str | None]:
-    """The calls of an answer, and its finish reason."""
+    """Return the calls of an answer, and its finish reason."""
     if not stream:
         answer = await client.chat.completions.create(model=MODEL, messages=ASK, **options)
         functions = [call.function for call in answer.choices[0].message.tool_calls or ()]
@@ -356,7 +354,7 @@ async def test_a_conversation_with_calls_is_rendered(front: Running, client: Asy
     assert not chat.tools
 
 
-async def test_without_a_parser_only_demanded_calls_are_served(encoder: PromptEncoder) -> None:
+async def test_without_a_parser_only_required_calls_are_supported(encoder: PromptEncoder) -> None:
     async with (
         running_servers(encoder) as front,
         AsyncOpenAI(base_url=f"{front.url}/v1", api_key="-") as client,
@@ -367,7 +365,7 @@ async def test_without_a_parser_only_demanded_calls_are_served(encoder: PromptEn
         assert (await called(client, False, tools=[WEATHER], tool_choice="required"))[0]
 
 
-def test_an_unknown_parser_refuses_the_start(encoder: PromptEncoder) -> None:
+def test_an_unknown_parser_is_an_error_at_start(encoder: PromptEncoder) -> None:
     from serve_app.openai.tools import ToolParsers
 
     with pytest.raises(ValueError, match=r"tool_parser is 'nosuch', expected one of .*hermes"):
@@ -386,7 +384,7 @@ def test_an_unknown_parser_refuses_the_start(encoder: PromptEncoder) -> None:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-async def test_refusals_have_openai_statuses_and_shapes(
+async def test_rejections_have_openai_statuses_and_shapes(
     front: Running,
     client: AsyncOpenAI,
     error: RequestError,
@@ -395,12 +393,12 @@ async def test_refusals_have_openai_statuses_and_shapes(
     stream: bool,
 ) -> None:
     front.script.error_after = (0, error)
-    with pytest.raises(raised) as refused:
+    with pytest.raises(raised) as rejection:
         await client.chat.completions.create(model=MODEL, messages=ASK, stream=stream)
-    assert refused.value.body["message"] == error.sentence
-    assert refused.value.code == code
+    assert rejection.value.body["message"] == error.sentence
+    assert rejection.value.code == code
     expected = str(math.ceil(error.retry_after_s)) if error.retry_after_s else None
-    assert refused.value.response.headers.get("retry-after") == expected
+    assert rejection.value.response.headers.get("retry-after") == expected
 
 
 async def test_an_error_in_the_middle_of_a_stream_is_an_event(front: Running, client: AsyncOpenAI) -> None:
@@ -412,7 +410,7 @@ async def test_an_error_in_the_middle_of_a_stream_is_an_event(front: Running, cl
     assert front.script.running == 0
 
 
-async def test_a_bug_tells_nothing_of_itself(front: Running, client: AsyncOpenAI) -> None:
+async def test_a_bug_does_not_leak_its_message(front: Running, client: AsyncOpenAI) -> None:
     front.script.error_after = (0, ZeroDivisionError("secret"))
     with pytest.raises(
         openai.InternalServerError, match="The server failed on this request: its log says why"
@@ -424,7 +422,7 @@ async def test_a_bug_tells_nothing_of_itself(front: Running, client: AsyncOpenAI
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"temprature": 1}, "The field 'temprature' is not known here: leave it out."),
+        ({"temprature": 1}, "Unknown field 'temprature': remove it."),
         ({"temperature": "hot"}, "temperature: Input should be a valid number"),
         ({"temperature": 3}, "temperature must be from 0 to 2, got 3."),
         ({"n": 0}, "n: Input should be greater than or equal to 1"),
@@ -441,7 +439,7 @@ async def test_a_bug_tells_nothing_of_itself(front: Running, client: AsyncOpenAI
         ({"messages": "hi", "prompt": {}}, ""),
         ({"stop": 5}, "stop: Input should be a valid string or a valid list."),
         ({"stream_options": 5}, "stream_options: Input should be a JSON object."),
-        ({"k" * 1000: 1}, f"The field {'k' * 128!r} is not known here: leave it out."),
+        ({"k" * 1000: 1}, f"Unknown field {'k' * 128!r}: remove it."),
     ],
 )
 async def test_bad_requests_are_one_sentence(front: Running, path: str, change: Any, sentence: str) -> None:
@@ -461,7 +459,7 @@ async def test_bad_requests_are_one_sentence(front: Running, path: str, change: 
         ({"messages": []}, "messages: List should have at least 1 item"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-            "messages.0.content.0.type: only parts of type 'text' are served, no images",
+            "messages.0.content.0.type: only parts of type 'text' are supported; remove images",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
@@ -493,8 +491,8 @@ async def test_bad_requests_are_one_sentence(front: Running, path: str, change: 
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "The request holds a lone surrogate"),
         ({"messages": [{"role": "bogus", "content": "Hi"}]}, "messages.0.role: Input should be 'system', "),
         ({"top_logprobs": 2}, "top_logprobs may be set only if logprobs is true."),
-        ({"tools": [WEATHER, WEATHER]}, "Every tool needs a name of its own."),
-        ({"tool_choice": "required"}, "tool_choice required needs tools."),
+        ({"tools": [WEATHER, WEATHER]}, "Every tool needs a unique name."),
+        ({"tool_choice": "required"}, "tool_choice required needs tools: set tools."),
         (
             {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}},
             "tool_choice must",
@@ -553,12 +551,12 @@ JSON = "application/json"
         (b"null", JSON, "The body must be a JSON object."),
         (b"[1]", JSON, "The body must be a JSON object."),
         (b"{", JSON, "The body is not valid JSON at line 1, column 2"),
-        (b"\xff\xfe\x00", JSON, "The body must be JSON text in UTF-8"),
-        (b"[" * 100_000, JSON, "The body must be JSON text in UTF-8"),
-        (b'{"prompt": ' + b"9" * 5000 + b"}", JSON, "The body must be JSON text in UTF-8"),
+        (b"\xff\xfe\x00", JSON, "The body is not valid UTF-8 JSON"),
+        (b"[" * 100_000, JSON, "The body is not valid UTF-8 JSON"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", JSON, "The body is not valid UTF-8 JSON"),
     ],
 )
-async def test_bodies_that_are_no_json_object_are_told_what_to_send(
+async def test_bodies_that_are_not_a_json_object_get_one_sentence(
     front: Running, content: bytes, content_type: str | None, sentence: str
 ) -> None:
     headers = {"content-type": content_type} if content_type else {}
@@ -584,7 +582,7 @@ async def test_a_client_that_leaves_ends_its_generations(
     await settled(lambda: front.script.running == 0)
 
 
-async def test_headers_tell_who_asks_and_name_the_request(front: Running, client: AsyncOpenAI) -> None:
+async def test_headers_identify_the_caller_and_name_the_request(front: Running, client: AsyncOpenAI) -> None:
     headers = {"x-kvarn-tenant": "acme", "x-kvarn-priority": "4", "x-request-id": "mine"}
     answer = await client.chat.completions.create(model=MODEL, messages=ASK, extra_headers=headers)
     assert front.script.callers == [Caller("acme", 4)]
@@ -595,7 +593,7 @@ async def test_headers_tell_who_asks_and_name_the_request(front: Running, client
     assert len(unfit._request_id or "") == 32
 
 
-async def test_salts_keep_tenants_apart_whatever_they_send(encoder: PromptEncoder) -> None:
+async def test_salts_isolate_tenants_whatever_they_send(encoder: PromptEncoder) -> None:
     async with (
         running_servers(encoder, security={"salt_cache_by_tenant": True}) as front,
         AsyncOpenAI(base_url=f"{front.url}/v1", api_key="-") as http,

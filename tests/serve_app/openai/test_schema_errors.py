@@ -1,4 +1,4 @@
-"""What refused HTTP bodies are told: a sentence for callers, and the field it is about."""
+"""Errors for rejected HTTP bodies: a sentence for the caller, and the offending field."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from serve_app.openai.schema import NOT_JSON
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 TEXT: dict[str, Any] = {"prompt": "Hi"}
-NOT_SERVED = "this is not served here: leave it out."
+UNSUPPORTED = "not supported; omit this field."
 
 
-async def refused(path: str, content: bytes) -> dict[str, Any]:
-    """The error of an answer to a body that does not come to a service."""
+async def rejected(path: str, content: bytes) -> dict[str, Any]:
+    """Return the error for a body that is rejected before it reaches a service."""
     app = http_app([openai_api("small", None, None, None)])  # type: ignore[arg-type]  # never called
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://here/v1/") as http:
@@ -52,21 +52,21 @@ async def refused(path: str, content: bytes) -> dict[str, Any]:
             "stream_options",
             "stream_options may be set only if stream is true.",
         ),
-        (CHAT, {"tool_choice": "auto"}, "tool_choice", "tool_choice auto needs tools."),
-        (TEXT, {"best_of": 2}, "best_of", "best_of must equal n, as every choice is returned."),
+        (CHAT, {"tool_choice": "auto"}, "tool_choice", "tool_choice auto needs tools: set tools."),
+        (TEXT, {"best_of": 2}, "best_of", "best_of must equal n, since every choice is returned."),
         (
             CHAT,
             {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "x"}},
             None,
             "Set response_format or structured_outputs, not both.",
         ),
-        (TEXT, {"suffix": "x"}, "suffix", f"suffix: {NOT_SERVED}"),
-        (TEXT, {"echo": True}, "echo", f"echo: {NOT_SERVED}"),
+        (TEXT, {"suffix": "x"}, "suffix", f"suffix: {UNSUPPORTED}"),
+        (TEXT, {"echo": True}, "echo", f"echo: {UNSUPPORTED}"),
         (
             CHAT,
             {"messages": [{"role": "assistant", "audio": {"id": "x"}}]},
             "messages.0.audio",
-            f"messages.0.audio: {NOT_SERVED}",
+            f"messages.0.audio: {UNSUPPORTED}",
         ),
         (
             TEXT,
@@ -89,7 +89,7 @@ async def test_a_sentence_names_the_field_and_what_it_may_be(
     good: dict[str, Any], change: dict[str, Any], param: str | None, message: str
 ) -> None:
     path = "chat/completions" if good is CHAT else "completions"
-    error = await refused(path, json.dumps({**good, **change}).encode())
+    error = await rejected(path, json.dumps({**good, **change}).encode())
     assert (error["param"], error["message"]) == (param, message)
 
 
@@ -102,11 +102,11 @@ async def test_a_sentence_names_the_field_and_what_it_may_be(
         (b'{"prompt": "Hi', "line 1, column 12: Unterminated string starting at"),
     ],
 )
-async def test_text_that_is_no_json_is_told_where(content: bytes, where: str) -> None:
-    error = await refused("completions", content)
+async def test_a_json_syntax_error_has_its_position(content: bytes, where: str) -> None:
+    error = await rejected("completions", content)
     assert (error["param"], error["message"]) == (None, f"The body is not valid JSON at {where}.")
 
 
 @pytest.mark.parametrize("content", [b'{"prompt": "\xff"}', b"[" * 100_000, b"9" * 10_000])
-async def test_other_bodies_are_told_what_json_is(content: bytes) -> None:
-    assert (await refused("completions", content))["message"] == NOT_JSON
+async def test_other_invalid_bodies_get_one_sentence(content: bytes) -> None:
+    assert (await rejected("completions", content))["message"] == NOT_JSON

@@ -85,10 +85,12 @@ async def test_the_monitor_numbers_each_different_state() -> None:
     async with aclosing(monitor.watch()) as states:
         first = await anext(states)
         used = 3
-        monitor.promises.hold("request", "gateway", RequestNeed(300, 300), 128, blocks=5, pending_tokens=300)
+        monitor.reservations.hold(
+            "request", "gateway", RequestNeed(300, 300), 128, blocks=5, pending_tokens=300
+        )
         monitor.touch()
         second = await anext(states)
-        monitor.promises.release("request")
+        monitor.reservations.release("request")
         monitor.drain()
         third = await anext(states)
     running.cancel()

@@ -1,4 +1,4 @@
-"""API keys: made, found, revoked, limited, reloaded; and who a caller is with and without them."""
+"""API keys: created, authenticated, revoked, rate-limited, reloaded; and the caller with and without them."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ def test_a_key_is_its_tenant_and_the_file_does_not_hold_it(path: Path) -> None:
         "Bearer kvarn-é-x",
     ],
 )
-def test_whatever_is_no_key_is_refused(path: Path, authorization: str) -> None:
+def test_anything_but_a_key_is_rejected(path: Path, authorization: str) -> None:
     create_key(path, "acme")
     with pytest.raises(AuthenticationError):
         Access(path).check({"authorization": authorization})
 
 
-def test_a_key_with_a_wrong_secret_is_refused(path: Path) -> None:
+def test_a_key_with_a_wrong_secret_is_rejected(path: Path) -> None:
     key, _ = create_key(path, "acme")
     wrong = key[:-1] + ("0" if key[-1] != "0" else "1")
-    with pytest.raises(AuthenticationError, match="The API key is not known here"):
+    with pytest.raises(AuthenticationError, match="The API key is unknown"):
         Access(path).check(bearer(wrong))
 
 
-def test_every_refusal_is_told_once_by_its_reason(path: Path) -> None:
+def test_every_rejection_is_reported_once_by_its_reason(path: Path) -> None:
     key, _ = create_key(path, "acme", requests_per_minute=1, burst=2, max_concurrent=1)
-    told: list[str] = []
-    access = Access(path, told.append)
+    reasons: list[str] = []
+    access = Access(path, reasons.append)
     for headers in ({}, bearer("guess")):
         with pytest.raises(AuthenticationError):
             access.check(headers)
@@ -80,7 +80,7 @@ def test_every_refusal_is_told_once_by_its_reason(path: Path) -> None:
         pass
     with pytest.raises(BadRequestError), access.admitted(bearer(key, **{"x-kvarn-priority": "x"})):
         pass
-    assert told == [
+    assert reasons == [
         "unauthenticated",
         "unauthenticated",
         "concurrency_limit",
@@ -89,12 +89,12 @@ def test_every_refusal_is_told_once_by_its_reason(path: Path) -> None:
     ]
 
 
-def test_what_goes_wrong_later_is_no_refusal(path: Path) -> None:
+def test_errors_after_admission_are_not_reported(path: Path) -> None:
     key, _ = create_key(path, "acme")
-    told: list[str] = []
-    with pytest.raises(CapacityError), Access(path, told.append).admitted(bearer(key)):
+    reasons: list[str] = []
+    with pytest.raises(CapacityError), Access(path, reasons.append).admitted(bearer(key)):
         raise CapacityError("No room.")
-    assert told == []
+    assert reasons == []
 
 
 def test_a_caller_cannot_take_another_tenant_nor_go_ahead_of_its_key(path: Path) -> None:
@@ -133,15 +133,15 @@ def test_a_broken_file_keeps_the_last_keys(path: Path) -> None:
         ("keys: [{id: x, sha256: y, tenant: z}]", "keys.0.id"),
     ],
 )
-def test_a_broken_file_refuses_the_start(path: Path, text: str, words: str) -> None:
+def test_a_broken_file_is_an_error_at_start(path: Path, text: str, words: str) -> None:
     path.write_text(text)
     with pytest.raises(KeyFileError, match=words):
         Access(path)
 
 
-def test_revoking_what_is_not_there_is_refused(path: Path) -> None:
+def test_revoking_an_unknown_key_is_an_error(path: Path) -> None:
     create_key(path, "acme")
-    with pytest.raises(KeyFileError, match="holds no key of id 'beef'"):
+    with pytest.raises(KeyFileError, match="holds no key with id 'beef'"):
         revoke_key(path, "beef")
     assert len(read_keys(path).keys) == 1
 
@@ -150,7 +150,7 @@ def limited(**limits: object) -> ApiKey:
     return ApiKey.model_validate({"id": "0" * 12, "sha256": "0" * 64, "tenant": "acme", **limits})
 
 
-def test_a_key_may_send_a_burst_and_then_so_many_a_minute() -> None:
+def test_a_key_may_send_a_burst_and_then_its_rate_per_minute() -> None:
     now = 0.0
     limits = RateLimits(lambda: now)
     key = limited(requests_per_minute=60, burst=2)
@@ -158,7 +158,7 @@ def test_a_key_may_send_a_burst_and_then_so_many_a_minute() -> None:
         with limits.admitted(key):
             pass
     with (
-        pytest.raises(RateLimitError, match=r"60 requests a minute: try again in 1\.0 seconds") as refused,
+        pytest.raises(RateLimitError, match=r"60 requests per minute: try again in 1\.0 seconds") as refused,
         limits.admitted(key),
     ):
         pass
@@ -174,7 +174,7 @@ def test_a_key_may_send_a_burst_and_then_so_many_a_minute() -> None:
         pass
 
 
-def test_a_key_may_run_so_many_at_once_and_a_failure_counts_as_an_end() -> None:
+def test_a_key_has_a_concurrency_limit_and_a_failure_ends_a_request() -> None:
     limits, key = RateLimits(), limited(max_concurrent=1)
     with (
         limits.admitted(key),
@@ -204,7 +204,7 @@ def test_limits_count_generations() -> None:
         pass
 
 
-def test_what_alone_is_over_the_concurrency_is_refused_for_good() -> None:
+def test_a_request_over_the_whole_concurrency_limit_is_invalid() -> None:
     limits, key = RateLimits(), limited(max_concurrent=3)
     with (
         pytest.raises(BadRequestError, match=r"counts as 4.* may run 3 at once: lower n or send fewer"),
@@ -215,7 +215,7 @@ def test_what_alone_is_over_the_concurrency_is_refused_for_good() -> None:
         pass
 
 
-def test_what_is_larger_than_a_burst_is_paid_for_afterwards() -> None:
+def test_a_request_larger_than_a_burst_delays_later_ones() -> None:
     now = 0.0
     limits, key = RateLimits(lambda: now), limited(requests_per_minute=60, burst=3)
     with limits.admitted(key, 8):
@@ -235,7 +235,7 @@ def test_what_is_larger_than_a_burst_is_paid_for_afterwards() -> None:
         ({"user-agent": "grpc", "x-kvarn-priority": "7"}, Caller("", 7)),
     ],
 )
-def test_without_keys_headers_tell_who_asks(headers: dict[str, str], expected: Caller) -> None:
+def test_without_keys_headers_identify_the_caller(headers: dict[str, str], expected: Caller) -> None:
     assert caller(Access(), headers) == expected
 
 
@@ -247,7 +247,7 @@ def test_without_keys_headers_tell_who_asks(headers: dict[str, str], expected: C
         ("x-kvarn-tenant", "x" * 129, "x-kvarn-tenant must have at most 128 characters, got 129."),
     ],
 )
-def test_headers_that_cannot_be_read_are_refused(name: str, value: str, sentence: str) -> None:
+def test_invalid_headers_are_rejected(name: str, value: str, sentence: str) -> None:
     with pytest.raises(BadRequestError) as refused:
         caller(Access(), {name: value})
     assert refused.value.sentence.startswith(sentence)

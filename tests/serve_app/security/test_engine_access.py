@@ -1,4 +1,4 @@
-"""Engine servers answer whoever has their token, encrypted where they listen beyond loopback."""
+"""Engine servers accept only callers with their token, and encrypt traffic where they listen beyond loopback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TLS and mutual TLS on both protocols, with certificates that are wrong, expired or replaced while a front runs."""
+"""TLS and mutual TLS on both protocols, with certificates that are wrong, expired or replaced while servers run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAST = datetime.datetime(2001, 1, 1, tzinfo=datetime.UTC)
 
 @dataclass
 class Files:
-    """The files of a server, as a configuration names them."""
+    """Writes the PEM files of a server and of its clients."""
 
     directory: Path
 
@@ -37,7 +37,7 @@ class Files:
         return {name: str(path) for name, path in paths.items()}
 
     def client(self, server_ca: trustme.CA, own: trustme.LeafCert | None = None) -> Tls:
-        """A client's files."""
+        """Write a client's files."""
         ca = self.directory / f"ca-{id(server_ca)}.pem"
         server_ca.cert_pem.write_to_path(ca)
         if own is None:
@@ -68,7 +68,7 @@ async def by_http(front: Running, tls: Tls) -> bool:
 
 
 async def connects(front: Running, tls: Tls) -> tuple[bool, bool]:
-    """Whether a client gets through by gRPC, and by HTTP."""
+    """Return whether a client can connect over gRPC, and over HTTP."""
     return await by_grpc(front, tls), await by_http(front, tls)
 
 
@@ -106,7 +106,7 @@ async def test_only_clients_of_the_right_ca_connect(front: Running, files: Files
     assert await connects(front, files.client(trustme.CA())) == (False, False)
 
 
-async def test_plain_text_gets_nothing(front: Running) -> None:
+async def test_plain_text_is_rejected(front: Running) -> None:
     async with AsyncClient(front.address) as client:
         assert not await client.is_ready(timeout_s=5)
     async with httpx.AsyncClient() as http:
@@ -114,7 +114,7 @@ async def test_plain_text_gets_nothing(front: Running) -> None:
             await http.get(f"http://{HOST}:{front.http_port}/livez")
 
 
-async def test_mutual_tls_wants_a_certificate_of_its_ca(
+async def test_mutual_tls_requires_a_certificate_of_its_ca(
     mutual: Running, files: Files, ca: trustme.CA
 ) -> None:
     assert await connects(mutual, files.client(ca, ca.issue_cert("client"))) == (True, True)
@@ -124,7 +124,7 @@ async def test_mutual_tls_wants_a_certificate_of_its_ca(
     assert await connects(mutual, files.client(ca, expired)) == (False, False)
 
 
-async def test_an_expired_server_is_left_alone(front: Running, files: Files, ca: trustme.CA) -> None:
+async def test_clients_reject_an_expired_server(front: Running, files: Files, ca: trustme.CA) -> None:
     files.write(ca.issue_cert("localhost", not_before=PAST, not_after=PAST + datetime.timedelta(days=1)))
     assert await connects(front, files.client(ca)) == (False, False)
     files.write(ca.issue_cert("localhost"))
@@ -140,10 +140,10 @@ async def test_rotated_files_need_no_restart(mutual: Running, files: Files, ca: 
         assert await connects(mutual, files.client(new_ca, new_ca.issue_cert("client"))) == (True, True)
         assert await connects(mutual, old) == (False, False)
         assert await connects(mutual, files.client(new_ca, ca.issue_cert("client"))) == (False, False)
-        assert (await open_client.generate_once("Hi")).text  # what is open stays open
+        assert (await open_client.generate_once("Hi")).text  # open connections stay open
 
 
-async def test_files_that_do_not_fit_leave_the_last_ones(
+async def test_files_that_do_not_match_leave_the_last_ones_in_use(
     front: Running, files: Files, ca: trustme.CA
 ) -> None:
     (files.directory / "server.key").write_text("nonsense")
@@ -152,7 +152,7 @@ async def test_files_that_do_not_fit_leave_the_last_ones(
     assert await connects(front, files.client(ca)) == (True, True)
 
 
-async def test_files_that_do_not_fit_refuse_the_start(
+async def test_files_that_do_not_match_are_an_error_at_start(
     encoder: PromptEncoder, files: Files, ca: trustme.CA
 ) -> None:
     tls = files.write(ca.issue_cert("localhost"))
