@@ -111,10 +111,10 @@ class DeadlineError(RequestError):
 
 
 @contextmanager
-def counting_rejections(on_refusal: Callable[[str], None]) -> Iterator[None]:
+def counting_rejections(on_rejection: Callable[[str], None]) -> Iterator[None]:
     """Tell the reason of each refusal in this block, for those that no observation of the request counts."""
     try:
         yield
     except RequestError as error:
-        on_refusal(error.reason)
+        on_rejection(error.reason)
         raise
