@@ -85,7 +85,7 @@ async def _follow(watch: Watch, changed: asyncio.Event) -> None:
 
 
 def view(
-    model_name: str, replicas: list[ReplicaState], observer: Observer, admissions: AdmissionQueue
+    model_name: str, replicas: list[ReplicaState], observer: Observer, queue: AdmissionQueue
 ) -> dict[str, Any]:
     """What the page shows, as JSON takes it; counts are tokens where not named otherwise."""
     streams = sorted(observer.open, key=lambda observation: observation.age_s)
@@ -94,9 +94,9 @@ def view(
         "replicas": [_replica(replica) for replica in replicas],
         "open_requests": len(streams),
         "streams": [_stream(observation) for observation in streams[-SHOWN_STREAMS:]],
-        "queue": {"requests": len(admissions), "tokens": admissions.tokens},
+        "queue": {"requests": len(queue), "tokens": queue.tokens},
         "first_token_s": observer.first_tokens.p90_s(),
-        "rejects": dict(observer.rejects),
+        "rejects": dict(observer.rejections),
         "prefixes": [_prefix(prefix) for prefix in observer.prefixes.hottest(SHOWN_PREFIXES)],
     }
 

@@ -51,6 +51,7 @@ class EngineCall:
         self,
         fleet: Fleet,
         router: Router,
+        *,
         key: str,
         replica_id: str,
         message: engine_pb2.EngineRequest,
@@ -79,18 +80,12 @@ class EngineCall:
         return bool((await asyncio.wait([self._begin()], timeout=within_s))[0])
 
     async def race(self, other: EngineCall) -> tuple[EngineCall, EngineCall]:
-        """This call and another, the one that answers first being first; one that fails does not win."""
-        running = {self._begin(): self, other._begin(): other}
-        while len(running) > 1:
-            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                if task.exception() is None:
-                    winner = running[task]
-                    return winner, other if winner is self else self
-            for task in list(done)[: len(running) - 1]:
-                del running[task]
-        (winner,) = running.values()
-        return winner, other if winner is self else self
+        """Return this call and `other`, the winner first: the one that answers first, or has not failed."""
+        mine, theirs = self._begin(), other._begin()
+        await asyncio.wait([mine, theirs], return_when=asyncio.FIRST_COMPLETED)
+        has_answered, other_has_answered = _has_answered(mine), _has_answered(theirs)
+        other_has_failed = theirs.done() and not other_has_answered
+        return (self, other) if has_answered or other_has_failed else (other, self)
 
     def close(self) -> None:
         """Give back what it holds; the engine hears of it and frees the blocks."""
@@ -133,6 +128,10 @@ class EngineCall:
     def _failed(self) -> ReplicaError:
         self._router.failed(self._key, time.monotonic())
         return ReplicaError(self.replica_id)
+
+
+def _has_answered(first: asyncio.Task[engine_pb2.EngineDelta]) -> bool:
+    return first.done() and first.exception() is None
 
 
 _TOO_LATE = "The deadline passed before the output was complete: allow more time or lower max_tokens."

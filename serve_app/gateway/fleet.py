@@ -32,7 +32,7 @@ class Fleet:
     """
 
     def __init__(
-        self, router: Router, on_change: Callable[[str], None], drain_s: float, silence_s: float
+        self, router: Router, on_change: Callable[[str], None], *, drain_s: float, silence_s: float
     ) -> None:
         self._router = router
         self._on_change = on_change

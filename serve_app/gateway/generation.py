@@ -16,7 +16,7 @@ def new_key() -> str:
     return str(next(_numbers))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Generation:
     """A checked and tokenized request.
 
@@ -43,11 +43,11 @@ class Generation:
 
     request_id: str
     caller: Caller
-    ids: list[int]
+    prompt_token_ids: list[int]
     sampling: sampling_pb2.SamplingParams
-    salt: str
+    cache_salt: str
     deadline_s: float
-    output: list[int]
+    output: list[int] = field(default_factory=list)
     key: str = ""
     attempts: int = 0
     need: RequestNeed = field(init=False)
@@ -57,18 +57,18 @@ class Generation:
     headers: tuple[tuple[str, str], ...] = ()
     decision_s: float = 0.0
     queued_s: float = 0.0
-    place: QueuedRequest | None = None
+    queue_entry: QueuedRequest | None = None
     inexact_because: str = ""
 
     def begin(self, router: Router) -> None:
         """Make it ready to be sent to a replica, from where its output stands."""
         left = self.sampling.max_tokens - len(self.output)
-        ids = [*self.ids, *self.output] if self.output else self.ids
+        token_ids = [*self.prompt_token_ids, *self.output] if self.output else self.prompt_token_ids
         self.key = new_key()
         self.attempts += 1
-        self.need = router.need(len(ids), max(left, 0))
-        self.prompt = Prompt(token_array(ids), self.salt)
-        self.usage.prompt_tokens = len(self.ids)
+        self.need = router.need(len(token_ids), max(left, 0))
+        self.prompt = Prompt(token_array(token_ids), self.cache_salt)
+        self.usage.prompt_tokens = len(self.prompt_token_ids)
         self.usage.completion_tokens = len(self.output)
         if self.output:
             self.inexact_because = inexact_because(self.sampling)
@@ -78,9 +78,9 @@ class Generation:
         return engine_pb2.EngineRequest(
             request_id=self.request_id,
             gateway_id=gateway_id,
-            prompt_token_ids=self.ids,
+            prompt_token_ids=self.prompt_token_ids,
             sampling_params=self.sampling,
-            cache_salt=self.salt,
+            cache_salt=self.cache_salt,
             reserved_blocks=chosen.blocks,
             uncached_tokens=chosen.uncached_tokens,
             expected_tokens=self.need.expected_tokens,
@@ -90,7 +90,7 @@ class Generation:
     def take(self, replica_id: str, delta: engine_pb2.EngineDelta) -> inference_pb2.GenerateResponse:
         """Count what an engine sent, and make of it what the caller gets."""
         self.output += delta.token_ids
-        self.place = None
+        self.queue_entry = None
         self.usage.completion_tokens = len(self.output)
         if not self.resumptions:
             self.usage.cached_tokens = delta.cached_tokens

@@ -52,17 +52,17 @@ class Observer:
         self.log = log
         self.first_tokens = RecentLatencies()
         self.prefixes = HotPrefixes()
-        self.rejects: Counter[str] = Counter()
+        self.rejections: Counter[str] = Counter()
         self.open: set[Observation] = set()
 
     def begin(self, request_id: str, caller: Caller) -> Observation:
         """A request from `caller`, by its own name `request_id`, has arrived."""
         return Observation(self, request_id, caller)
 
-    def refused(self, reason: str) -> None:
+    def count_rejection(self, reason: str) -> None:
         """A request was refused for this reason, be it before or after it was observed."""
         self.recorder.add(metrics.REJECTS, reason=reason)
-        self.rejects[reason] += 1
+        self.rejections[reason] += 1
 
 
 class Observation:
@@ -166,7 +166,7 @@ class Observation:
         self._recorder.add(metrics.REQUESTS, status=status.name)
         self._recorder.observe(metrics.DURATION, duration_s)
         if reason:
-            self._observer.refused(reason)
+            self._observer.count_rejection(reason)
         if self._prefix is not None and self._first_token_s is not None:
             self._observer.prefixes.count(
                 self._prefix, self.replica_id, self.usage.prompt_tokens, self.usage.cached_tokens
@@ -225,22 +225,22 @@ class GatewayGauges:
 
     Args:
         observer: knows the open requests.
-        admissions: hold those that wait.
+        queue: hold those that wait.
         router: knows the replicas.
     """
 
-    def __init__(self, observer: Observer, admissions: AdmissionQueue, router: Router) -> None:
+    def __init__(self, observer: Observer, queue: AdmissionQueue, router: Router) -> None:
         self._observer = observer
-        self._admissions = admissions
+        self._queue = queue
         self._router = router
 
     def record(self) -> None:
         """Give the gauges their values of now."""
         recorder = self._observer.recorder
         recorder.set(metrics.STREAMS, len(self._observer.open))
-        waiting = self._admissions.by_reason()
+        waiting = self._queue.by_reason()
         for reason in QUEUE_REASONS:
             recorder.set(metrics.QUEUED_REQUESTS, waiting[reason], reason=reason)
-        recorder.set(metrics.QUEUED_TOKENS, self._admissions.tokens)
+        recorder.set(metrics.QUEUED_TOKENS, self._queue.tokens)
         for replica in self._router.replicas(time.monotonic()):
             recorder.set(metrics.BREAKER, replica.breaker.value, replica_id=replica.replica_id)

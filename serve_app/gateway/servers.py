@@ -34,9 +34,9 @@ class GatewayServers:
         model_name: what clients call the model.
         dispatcher: takes requests to the engines.
         encoder: the model's tokenizer.
-        fleet: tells of the replicas.
-        is_ready: whether any replica takes requests.
-        on_refusal: called with the reason of each request refused before it comes to the dispatcher.
+        feed: state of the replicas, and its changes.
+        is_ready: whether requests are taken.
+        on_rejection: called with the reason of each request rejected before it reaches the dispatcher.
         routers: further HTTP routes.
 
     Raises:
@@ -47,29 +47,30 @@ class GatewayServers:
         self,
         config: GatewayConfig,
         model_name: str,
+        *,
         dispatcher: RequestHandler,
         encoder: PromptEncoder,
-        fleet: FleetFeed,
+        feed: FleetFeed,
         is_ready: Callable[[], bool],
-        on_refusal: Callable[[str], None],
+        on_rejection: Callable[[str], None],
         routers: Sequence[APIRouter] = (),
     ) -> None:
         self._config = config
         if config.security.salt_cache_by_tenant:
             dispatcher = TenantSalts(dispatcher)
-        access = Access(config.security.api_keys, on_refusal)
+        access = Access(config.security.api_keys, on_rejection)
         tls = ServerTls(config.security.tls) if config.security.tls else None
         self._grpc = self._grpc_server(access, tls)
         inference = InferenceService(dispatcher, access, config.limits.write_timeout_s)
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._grpc)  # type: ignore[no-untyped-call]
-        cluster = ClusterService(fleet, dispatcher, access)
+        cluster = ClusterService(feed, dispatcher, access)
         cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, self._grpc)  # type: ignore[no-untyped-call]
         parsers = ToolParsers(config.tool_parser, encoder.tokenizer)
-        chat = ChatService(dispatcher, parsers, encoder, on_refusal)
-        completions = CompletionService(dispatcher, encoder.token_text, on_refusal)
+        chat = ChatService(dispatcher, parsers, encoder, on_rejection)
+        completions = CompletionService(dispatcher, encoder.token_text, on_rejection)
         openai = openai_api(model_name, chat, completions, access)
-        app = http_app([probes(is_ready), openai, *routers], on_refusal)
-        guard = HttpGuard(app, access, config.limits, config.max_message_bytes, on_refusal)
+        app = http_app([probes(is_ready), openai, *routers], on_rejection)
+        guard = HttpGuard(app, access, config.limits, config.max_message_bytes, on_rejection)
         self._http = self._http_server(guard, tls)
 
     async def start(self) -> tuple[int, int]:

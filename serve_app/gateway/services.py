@@ -79,13 +79,13 @@ class FleetFeed:
     Args:
         model_name: name of the served model.
         router: holds the replicas' states.
-        admissions: where requests wait.
+        queue: where requests wait.
     """
 
-    def __init__(self, model_name: str, router: Router, admissions: AdmissionQueue) -> None:
+    def __init__(self, model_name: str, router: Router, queue: AdmissionQueue) -> None:
         self._model_name = model_name
         self._router = router
-        self._admissions = admissions
+        self._queue = queue
         self._epoch = time.time_ns()
         self._sequence = 0
         self._feed = Feed(self._snapshot)
@@ -98,7 +98,7 @@ class FleetFeed:
     def state(self) -> cluster_pb2.GetCacheStateResponse:
         """All replicas now."""
         return cluster_pb2.GetCacheStateResponse(
-            model=self._model_name, replicas=self._replicas(), queue=self._queue()
+            model=self._model_name, replicas=self._replicas(), queue=self._queue_state()
         )
 
     def watch(self) -> AsyncGenerator[cluster_pb2.WatchCacheResponse, None]:
@@ -112,20 +112,20 @@ class FleetFeed:
     def _replicas(self) -> list[cluster_pb2.ReplicaCache]:
         return [wire.replica_to_proto(replica) for replica in self._router.replicas(time.monotonic())]
 
-    def _queue(self) -> cluster_pb2.QueueState:
-        return cluster_pb2.QueueState(requests=len(self._admissions), tokens=self._admissions.tokens)
+    def _queue_state(self) -> cluster_pb2.QueueState:
+        return cluster_pb2.QueueState(requests=len(self._queue), tokens=self._queue.tokens)
 
     def _snapshot(self) -> cluster_pb2.WatchCacheResponse:
         return cluster_pb2.WatchCacheResponse(
             epoch=self._epoch,
             sequence=self._sequence,
             snapshot=cluster_pb2.FleetSnapshot(replicas=self._replicas()),
-            queue=self._queue(),
+            queue=self._queue_state(),
         )
 
     def _change(self, replica_id: str) -> cluster_pb2.WatchCacheResponse:
         change = cluster_pb2.WatchCacheResponse(
-            epoch=self._epoch, sequence=self._sequence, queue=self._queue()
+            epoch=self._epoch, sequence=self._sequence, queue=self._queue_state()
         )
         replica = self._router.replica(replica_id, time.monotonic())
         if replica is None:
@@ -138,8 +138,8 @@ class FleetFeed:
 class ClusterService(cluster_pb2_grpc.ClusterServicer):
     """Tells of the replicas, and where requests would go."""
 
-    def __init__(self, fleet: FleetFeed, dispatcher: RequestHandler, access: Access) -> None:
-        self._fleet = fleet
+    def __init__(self, feed: FleetFeed, dispatcher: RequestHandler, access: Access) -> None:
+        self._feed = feed
         self._dispatcher = dispatcher
         self._access = access
 
@@ -147,13 +147,13 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         self, request: cluster_pb2.GetCacheStateRequest, context: grpc.aio.ServicerContext
     ) -> cluster_pb2.GetCacheStateResponse:
         """All replicas now."""
-        return self._fleet.state()
+        return self._feed.state()
 
     async def WatchCache(  # noqa: N802
         self, request: cluster_pb2.WatchCacheRequest, context: grpc.aio.ServicerContext
     ) -> None:
         """All replicas, then each change."""
-        async with aclosing(self._fleet.watch()) as events:
+        async with aclosing(self._feed.watch()) as events:
             async for event in events:
                 await context.write(event)
 

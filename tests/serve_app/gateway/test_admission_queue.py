@@ -47,9 +47,13 @@ def state(sequence: int, free_blocks: int) -> CacheSnapshot:
 
 
 def generation_of(router: Router, prompt_tokens: int = 1280, deadline_s: float = math.inf) -> Generation:
-    sampling = sampling_pb2.SamplingParams(max_tokens=10)
     generation = Generation(
-        "request", Caller("tenant"), list(range(prompt_tokens)), sampling, "", deadline_s, []
+        request_id="request",
+        caller=Caller("tenant"),
+        prompt_token_ids=list(range(prompt_tokens)),
+        sampling=sampling_pb2.SamplingParams(max_tokens=10),
+        cache_salt="",
+        deadline_s=deadline_s,
     )
     generation.begin(router)
     return generation
@@ -59,16 +63,16 @@ async def test_a_replica_that_had_no_room_is_taken_once_it_has() -> None:
     router = Router("gateway")
     router.update("first", state(1, 12))
     router.update("second", state(1, 0))
-    admissions = AdmissionQueue(router, RoutingConfig(queue_timeout_s=10))
+    queue = AdmissionQueue(router, RoutingConfig(queue_timeout_s=10))
     generation = generation_of(router)
-    assert (await admissions.admit(generation)).chosen.replica_id == "first"  # type: ignore[union-attr]
+    assert (await queue.admit(generation)).chosen.replica_id == "first"  # type: ignore[union-attr]
     router.refused(generation.key)
     generation.begin(router)
-    waiting = asyncio.create_task(admissions.admit(generation))
+    waiting = asyncio.create_task(queue.admit(generation))
     await asyncio.sleep(0)
-    assert len(admissions) == 1
+    assert len(queue) == 1
     router.update("first", state(2, 100))
-    admissions.wake()
+    queue.wake()
     assert (await waiting).chosen.replica_id == "first"  # type: ignore[union-attr]
 
 
@@ -84,13 +88,13 @@ async def test_a_replica_that_failed_is_better_than_one_without_room() -> None:
 async def test_room_that_comes_as_patience_ends_is_given_or_kept() -> None:
     router = Router("gateway")
     router.update("one", state(1, 0))
-    admissions = AdmissionQueue(router, RoutingConfig(queue_timeout_s=0.1))
-    waiting = asyncio.create_task(admissions.admit(generation_of(router)))
-    await asyncio.sleep(0.09)
+    queue = AdmissionQueue(router, RoutingConfig(queue_timeout_s=0.1))
+    waiting = asyncio.create_task(queue.admit(generation_of(router)))
+    await asyncio.sleep(2 * WAKE_S)
     router.update("one", state(2, 100))
-    admissions.wake()
+    queue.wake()
     await asyncio.sleep(0)
-    time.sleep(0.02 + WAKE_S)  # noqa: ASYNC251 - both timers end in one turn of the loop
+    time.sleep(0.1 + WAKE_S)  # noqa: ASYNC251 - both timers end in one turn of the loop
     assert (await waiting).chosen is not None
     assert router.replica("one").reserved_blocks > 0  # type: ignore[union-attr]
 
@@ -109,13 +113,13 @@ async def test_a_deadline_that_cannot_be_met_is_told_with_its_time() -> None:
 async def test_a_request_that_would_wait_too_long_is_counted_nowhere() -> None:
     router = Router("gateway")
     router.update("one", state(1, 0))
-    admissions = AdmissionQueue(router, RoutingConfig())
-    waiting = asyncio.create_task(admissions.admit(generation_of(router)))
+    queue = AdmissionQueue(router, RoutingConfig())
+    waiting = asyncio.create_task(queue.admit(generation_of(router)))
     await asyncio.sleep(0)
-    admissions._interval_s = 10.0  # as measured in a queue that moves slowly
+    queue._interval_s = 10.0  # as measured in a queue that moves slowly
     with pytest.raises(CapacityError, match="find room after about"):
-        await admissions.admit(generation_of(router, deadline_s=time.monotonic() + 1))
-    assert admissions.by_reason().total() == len(admissions) == 1
+        await queue.admit(generation_of(router, deadline_s=time.monotonic() + 1))
+    assert queue.by_reason().total() == len(queue) == 1
     waiting.cancel()
 
 
@@ -189,11 +193,14 @@ class Replica:
     """A replica whose room others take first, so many times; each time it then tells of room again."""
 
     router: Router
-    refusals: int
-    gateway: Dispatcher | None = None
+    rejections: int
+    patience_s: float = 60
     sequence: int = 1
-
     is_gone: bool = False
+
+    def __post_init__(self) -> None:
+        self.config = RoutingConfig(queue_timeout_s=self.patience_s)
+        self.queue = AdmissionQueue(self.router, self.config)
 
     def call(self, replica_id: str, *_: Any) -> Replica:
         if self.is_gone:
@@ -204,25 +211,23 @@ class Replica:
         return self
 
     async def read(self) -> engine_pb2.EngineDelta:
-        if not self.refusals:
+        if not self.rejections:
             return engine_pb2.EngineDelta(token_ids=[1], finish_reason=inference_pb2.FINISH_REASON_LENGTH)
-        self.refusals -= 1
+        self.rejections -= 1
         asyncio.get_running_loop().call_later(0.01, self._publish)
-        raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "promised to others")
+        raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "reserved for others")
 
     def cancel(self) -> None:
         """Nothing is left."""
 
     def _come_back(self) -> None:
         self.router.update("another", state(1, 100))
-        assert self.gateway is not None
-        self.gateway.admissions.wake()
+        self.queue.wake()
 
     def _publish(self) -> None:
         self.sequence += 1
         self.router.update("one", state(self.sequence, 100), time.monotonic())
-        assert self.gateway is not None
-        self.gateway.admissions.wake()
+        self.queue.wake()
 
 
 class Encoder:
@@ -234,13 +239,19 @@ class Encoder:
         return list(prompt.token_ids.ids)
 
 
-def gateway_of(replica: Replica, patience_s: float = 60, observer: Observer | None = None) -> Dispatcher:
+def gateway_of(replica: Replica, observer: Observer | None = None) -> Dispatcher:
     """A gateway for which `replica` is the fleet."""
-    observer = observer or Observer(Remembered(), Tracing("test", "one", None))
-    config = RoutingConfig(queue_timeout_s=patience_s)
-    parts: Any = (Encoder(), replica.router, replica, 10, observer, config, None)
-    replica.gateway = Dispatcher("gateway", "model", *parts)
-    return replica.gateway
+    return Dispatcher(
+        "gateway",
+        "model",
+        encoder=Encoder(),  # type: ignore[arg-type]
+        router=replica.router,
+        queue=replica.queue,
+        fleet=replica,  # type: ignore[arg-type]
+        observer=observer or Observer(Remembered(), Tracing("test", "one", None)),
+        config=replica.config,
+        default_max_tokens=10,
+    )
 
 
 REQUEST = inference_pb2.GenerateRequest(
@@ -249,19 +260,19 @@ REQUEST = inference_pb2.GenerateRequest(
 )
 
 
-@pytest.mark.parametrize(("refusals", "patience_s"), [(20, 60), (1000, 0.2)])
-async def test_refusals_for_room_are_no_failures_however_many(refusals: int, patience_s: float) -> None:
-    """Gateways hear of the same room at the same time: all but one are refused, and wait on, as long as they may."""
+@pytest.mark.parametrize(("rejections", "patience_s"), [(20, 60), (1000, 0.2)])
+async def test_rejections_for_room_are_no_failures_however_many(rejections: int, patience_s: float) -> None:
+    """Gateways see the same room at the same time: all requests but one are rejected, and wait until their timeout."""
     router = Router("gateway")
     router.update("one", state(1, 100), time.monotonic())
-    gateway = gateway_of(Replica(router, refusals), patience_s)
-    answer = gateway.generate(REQUEST, None, Caller("tenant"))
-    if refusals * 0.01 < patience_s:
+    replica = Replica(router, rejections, patience_s)
+    answer = gateway_of(replica).generate(REQUEST, None, Caller("tenant"))
+    if rejections * 0.01 < patience_s:
         assert [list(response.token_ids) async for response in answer] == [[1]]
     else:
         with pytest.raises(CapacityError, match=r"waited 0\.2 seconds"):
             await anext(answer)
-    assert not len(gateway.admissions)
+    assert not len(replica.queue)
     assert router.replica("one").reserved_blocks == 0  # type: ignore[union-attr]
 
 
@@ -312,7 +323,7 @@ async def test_what_comes_as_a_replica_goes_does_not_bring_it_back(monkeypatch: 
 
     monkeypatch.setattr(fleet.engine_pb2_grpc, "EngineStub", Stub)
     router = Router("gateway")
-    members = fleet.Fleet(router, lambda replica_id: None, 1, 10)
+    members = fleet.Fleet(router, lambda replica_id: None, drain_s=1, silence_s=10)
     address: Any = Address()
     members.set_members([Endpoint("one", address, {})])
     states.put_nowait(news(1))

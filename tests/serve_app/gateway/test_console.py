@@ -55,8 +55,8 @@ class Fleet:
 
     def __init__(self) -> None:
         self.router = Router("me")
-        self.admissions = AdmissionQueue(self.router, RoutingConfig())
-        self.feed = FleetFeed("smollm2-135m-instruct", self.router, self.admissions)
+        self.queue = AdmissionQueue(self.router, RoutingConfig())
+        self.feed = FleetFeed("smollm2-135m-instruct", self.router, self.queue)
         self.observer = Observer(Remembered(), Tracing("test", "one", None))
         self._sequence = 0
         self.update("k3f8z0qa", BUSY)
@@ -69,17 +69,22 @@ class Fleet:
 
     def app(self) -> ASGIApp:
         shown = lambda: view(  # noqa: E731
-            "smollm2-135m-instruct", self.router.replicas(time.monotonic()), self.observer, self.admissions
+            "smollm2-135m-instruct", self.router.replicas(time.monotonic()), self.observer, self.queue
         )
         return http_app([console(shown, self.feed.watch)])
 
     async def wait_for_room(self) -> None:
         """A request that no cache here has room for."""
         generation = Generation(
-            "large", Caller(), [5] * 8000, SamplingParams(max_tokens=192), "", math.inf, []
+            request_id="large",
+            caller=Caller(),
+            prompt_token_ids=[5] * 8000,
+            sampling=SamplingParams(max_tokens=192),
+            cache_salt="",
+            deadline_s=math.inf,
         )
         generation.begin(self.router)
-        await self.admissions.admit(generation)
+        await self.queue.admit(generation)
 
     def fail(self, replica_id: str) -> None:
         """As many requests fail there as open its breaker."""

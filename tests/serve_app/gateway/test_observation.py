@@ -65,9 +65,9 @@ class Watched:
     def open_requests(self) -> float:
         return self.gauges(Router("me"))[metrics.STREAMS,]
 
-    def gauges(self, router: Router, admissions: AdmissionQueue | None = None) -> dict[Any, float]:
-        admissions = admissions or AdmissionQueue(router, RoutingConfig())
-        GatewayGauges(self._observer, admissions, router).record()
+    def gauges(self, router: Router, queue: AdmissionQueue | None = None) -> dict[Any, float]:
+        queue = queue or AdmissionQueue(router, RoutingConfig())
+        GatewayGauges(self._observer, queue, router).record()
         return self.recorder.values
 
     @property
@@ -189,14 +189,26 @@ async def test_it_is_told_what_the_queue_waits_for(
     capacity = CacheCapacity("kvarn_k4v2_g128", 128, 622_080, 4, 1024, slots, max_requests=3)
     router.update("one", CacheSnapshot(1, 1, capacity, load), time.monotonic())
     router.mark_reachable("one", reachable)
-    admissions = AdmissionQueue(router, RoutingConfig())
-    generation = Generation("mine", Caller(), [5] * 300, SamplingParams(max_tokens=84), "", math.inf, [])
-    generation.begin(router)
-    waiting = asyncio.create_task(admissions.admit(generation, tried=["another"]))
+    queue = AdmissionQueue(router, RoutingConfig())
+    generation = generation_of(router)
+    waiting = asyncio.create_task(queue.admit(generation, tried=["another"]))
     await asyncio.sleep(0.05)
-    assert queued(watched.gauges(router, admissions)) == {reason: 1}
+    assert queued(watched.gauges(router, queue)) == {reason: 1}
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
+
+
+def generation_of(router: Router) -> Generation:
+    generation = Generation(
+        request_id="mine",
+        caller=Caller(),
+        prompt_token_ids=[5] * 300,
+        sampling=SamplingParams(max_tokens=84),
+        cache_salt="",
+        deadline_s=math.inf,
+    )
+    generation.begin(router)
+    return generation
 
 
 def queued(gauges: dict[Any, float]) -> dict[str, float]:
@@ -216,21 +228,20 @@ async def test_the_queue_and_the_breakers_are_gauged(watched: Watched) -> None:
         router.update("failing", CacheSnapshot(1, 2 + number, capacity, CacheLoad(free_blocks=4)))
         router.admit(f"r{number}", small, now_s=time.monotonic())
         router.failed(f"r{number}", time.monotonic())
-    admissions = AdmissionQueue(router, RoutingConfig())
-    generation = Generation("mine", Caller(), [5] * 300, SamplingParams(max_tokens=84), "", math.inf, [])
-    generation.begin(router)
-    waiting = asyncio.create_task(admissions.admit(generation))
+    queue = AdmissionQueue(router, RoutingConfig())
+    generation = generation_of(router)
+    waiting = asyncio.create_task(queue.admit(generation))
     await asyncio.sleep(0)
-    gauges = watched.gauges(router, admissions)
+    gauges = watched.gauges(router, queue)
     assert gauges[metrics.QUEUED_TOKENS,] == 384
     assert queued(gauges) == {"turn": 1}
     await asyncio.sleep(0.05)  # the queue has tried it
-    assert queued(watched.gauges(router, admissions)) == {"blocks": 1}
+    assert queued(watched.gauges(router, queue)) == {"blocks": 1}
     assert gauges[metrics.BREAKER, "full"] == BreakerState.CLOSED.value == 0
     assert gauges[metrics.BREAKER, "failing"] == BreakerState.OPEN.value == 2
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
-    gauges = watched.gauges(router, admissions)
+    gauges = watched.gauges(router, queue)
     assert gauges[metrics.QUEUED_TOKENS,] == 0
     assert queued(gauges) == {}
     assert generation.queued_s > 0

@@ -19,6 +19,7 @@ from kvarn.v1 import cluster_pb2_grpc, engine_pb2, engine_pb2_grpc, inference_pb
 from serve_app.client import AsyncClient, NoRoomError, ServingError, UnavailableError
 from serve_app.config import RoutingConfig
 from serve_app.engine.call_server import CallServer, Write
+from serve_app.gateway.admission_queue import AdmissionQueue
 from serve_app.gateway.dispatcher import Dispatcher
 from serve_app.gateway.fleet import Fleet
 from serve_app.gateway.membership import Endpoint
@@ -164,22 +165,30 @@ async def start_gateway(
     router = Router(name)
     recorder = Remembered()
     observer = Observer(recorder, Tracing("test", name, None))
-    made = SimpleNamespace(router=router, recorder=recorder)
+    queue = AdmissionQueue(router, routing)
+    made = SimpleNamespace(router=router, recorder=recorder, queue=queue)
     changed = asyncio.Event()
 
     def on_change(replica_id: str) -> None:
         changed.set()
-        if hasattr(made, "dispatcher"):
-            made.dispatcher.admissions.wake()
+        queue.wake()
 
     made.fleet = Fleet(router, on_change, drain_s=0, silence_s=routing.silence_timeout_s)
-    made.dispatcher = Dispatcher(name, "model", Encoder(), router, made.fleet, 64, observer, routing, None)  # type: ignore[arg-type]
+    made.dispatcher = Dispatcher(
+        name,
+        "model",
+        encoder=Encoder(),  # type: ignore[arg-type]
+        router=router,
+        queue=queue,
+        fleet=made.fleet,
+        observer=observer,
+        config=routing,
+        default_max_tokens=64,
+    )
     made.server = GrpcServer(f"127.0.0.1:{port}", SERVICE_NAMES, reuse_port=True)
     inference = InferenceService(made.dispatcher, Access(None), 10)
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, made.server)
-    cluster = ClusterService(
-        FleetFeed("model", router, made.dispatcher.admissions), made.dispatcher, Access(None)
-    )
+    cluster = ClusterService(FleetFeed("model", router, queue), made.dispatcher, Access(None))
     cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, made.server)
     made.port = await made.server.start()
     made.fleet.set_members(endpoints)
@@ -385,7 +394,7 @@ async def test_requests_wait_for_room_in_turn_and_are_refused_when_they_would_wa
             async with aclosing(holder):
                 await anext(holder)
                 waiting = [asyncio.create_task(client.generate_once(PROMPT, **big)) for _ in range(2)]
-                await until(lambda: len(setup.gateways[0].dispatcher.admissions) == 2)
+                await until(lambda: len(setup.gateways[0].queue) == 2)
                 with pytest.raises(NoRoomError) as refused:
                     await client.generate_once(PROMPT, **big)
                 assert 0 < refused.value.retry_after_s <= 30
@@ -406,11 +415,11 @@ async def test_one_who_stops_waiting_leaves_no_trace() -> None:
             holder = client.generate(PROMPT, max_tokens=1500)
             await anext(holder)
             waiting = asyncio.create_task(client.generate_once(PROMPT, max_tokens=1500))
-            admissions = setup.gateways[0].dispatcher.admissions
-            await until(lambda: len(admissions) == 1)
+            queue = setup.gateways[0].queue
+            await until(lambda: len(queue) == 1)
             waiting.cancel()
             await holder.aclose()
-            await until(lambda: not len(admissions))
+            await until(lambda: not len(queue))
             await assert_nothing_held(setup)
         assert len(setup.sent) == 1
 
