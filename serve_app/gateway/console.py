@@ -1,4 +1,4 @@
-"""The live console: one page, and the feed of events that keeps it up to date."""
+"""The live console: one page, and the server-sent events that update it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ Watch = Callable[[], AsyncGenerator[cluster_pb2.WatchCacheResponse, None]]
 
 
 def console(view: Callable[[], dict[str, Any]], watch: Watch) -> APIRouter:
-    """The page, and its events.
+    """Return the routes of the page and of its events.
 
     Args:
-        view: what the page shows now.
-        watch: the feed of `Cluster.WatchCache`, which says when the replicas change.
+        view: returns what the page shows now.
+        watch: the feed of `Cluster.WatchCache`, which reports changes of the replicas.
     """
     router = APIRouter(include_in_schema=False)
     page = PAGE.read_text()
@@ -63,7 +63,7 @@ def console(view: Callable[[], dict[str, Any]], watch: Watch) -> APIRouter:
 
 
 async def _events(view: Callable[[], dict[str, Any]], watch: Watch) -> AsyncGenerator[str, None]:
-    """The view whenever it may have changed, at most four times and at least once a second."""
+    """Yield the view when it may have changed, at most four times and at least once per second."""
     changed = asyncio.Event()
     following = asyncio.create_task(_follow(watch, changed))
     try:
@@ -87,7 +87,7 @@ async def _follow(watch: Watch, changed: asyncio.Event) -> None:
 def view(
     model_name: str, replicas: list[ReplicaState], observer: Observer, queue: AdmissionQueue
 ) -> dict[str, Any]:
-    """What the page shows, as JSON takes it; counts are tokens where not named otherwise."""
+    """Return what the page shows, as JSON values; sizes are in tokens unless their name says otherwise."""
     streams = sorted(observer.open, key=lambda observation: observation.age_s)
     return {
         "model": model_name,

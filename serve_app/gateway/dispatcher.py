@@ -31,7 +31,7 @@ from serve_app.routing import Caller, Candidate, Prompt, RetryBudget, Router, pa
 from serve_app.rpc import wire
 
 MAX_NAME_CHARACTERS = 128
-MAX_ATTEMPTS = 5  # replicas that may fail a request one after another without a token in between
+MAX_ATTEMPTS = 5  # consecutive failures of a request at replicas, without a token in between
 Responses = AsyncGenerator[inference_pb2.GenerateResponse, None]
 Request = inference_pb2.GenerateRequest | inference_pb2.GenerateOnceRequest
 
@@ -80,7 +80,7 @@ class Dispatcher:
         self._retries = RetryBudget(config.retry_share)
 
     async def generate(self, request: Request, timeout_s: float | None, caller: Caller) -> Responses:
-        """Yield the output of `request` from `caller`, of which at most `timeout_s` seconds are left.
+        """Yield the output of `request` from `caller`, whose deadline is `timeout_s` seconds away.
 
         Raises:
             RequestError: with the sentence for the caller.
@@ -103,7 +103,7 @@ class Dispatcher:
                     return
                 except ReplicaError as error:
                     progressed = len(generation.output) > emitted
-                    if not (error.is_failure or progressed):  # it had no room, or was removed meanwhile
+                    if not (error.is_failure or progressed):  # the replica had no room or was just removed
                         continue
                     if progressed:
                         tried = []
@@ -115,9 +115,9 @@ class Dispatcher:
                 await asyncio.sleep(pause_s(len(tried), self._random))
 
     async def encode(self, request: Request, caller: Caller) -> list[int]:
-        """The token ids of a prompt that several requests from `caller` share, of which `request` is one.
+        """Return the token ids of a prompt that several requests from `caller` share; `request` is one of them.
 
-        A refusal is observed as one request, since none of them comes to `generate`.
+        A rejection is counted as one request, since none of them reaches `generate`.
 
         Raises:
             RequestError: with the sentence for the caller.
@@ -140,7 +140,7 @@ class Dispatcher:
     async def explain(
         self, request: cluster_pb2.ExplainRouteRequest, caller: Caller
     ) -> cluster_pb2.ExplainRouteResponse:
-        """Where a request would go now, whoever asks, and every replica's terms.
+        """Return where a request of any caller would go now, and the cost terms of every replica.
 
         Raises:
             RequestError: with the sentence for the caller.
@@ -161,7 +161,7 @@ class Dispatcher:
         )
 
     async def _call(self, generation: Generation, tried: list[str], observation: Observation) -> EngineCall:
-        """Send `generation` to a replica that has room for it, once there is one."""
+        """Wait for a replica with room for `generation`, and send it there."""
         generation.headers = observation.headers()
         try:
             decision = await self._queue.admit(generation, tried)
@@ -177,7 +177,7 @@ class Dispatcher:
     def _response(
         self, generation: Generation, replica_id: str, delta: engine_pb2.EngineDelta, observation: Observation
     ) -> inference_pb2.GenerateResponse:
-        """Account for `delta`, and return what the caller gets of it."""
+        """Account for `delta`, and return the caller's response."""
         response = generation.take(replica_id, delta)
         observation.count(response)
         if delta.finish_reason:
@@ -185,7 +185,7 @@ class Dispatcher:
         return response
 
     async def _hedged(self, generation: Generation, call: EngineCall, after_s: float) -> EngineCall:
-        """The call that answers first: `call`, or one to another replica if nothing has come after `after_s`."""
+        """Return the call that answers first: `call`, or a hedge to another replica, sent after `after_s` seconds."""
         calls = [call]
         try:
             if await call.has_begun(after_s):
@@ -231,12 +231,12 @@ class Dispatcher:
                 timeout_s=left_s,
                 headers=generation.headers,
             )
-        except KeyError:  # it went between the choice and now
+        except KeyError:  # the replica was removed after it was chosen
             self._router.release(key)
             raise ReplicaError(chosen.replica_id, is_failure=False) from None
 
     def _check_retry(self, generation: Generation, tried: list[str], error: ReplicaError) -> None:
-        """Raise if `generation` should not be sent to another replica."""
+        """Raise `error` to the caller if `generation` must not be sent to another replica."""
         if generation.output and generation.sampling.HasField("structured_outputs"):
             raise ReplicaUnavailableError(_NOT_RESUMABLE) from error
         if len(tried) >= MAX_ATTEMPTS:
@@ -270,7 +270,7 @@ class Dispatcher:
         return await self._encoder.encode(request.prompt)
 
     def _context_tokens(self) -> int:
-        """The longest context of any replica."""
+        """Return the longest context of any replica."""
         tokens = self._router.max_model_len()
         if not tokens:
             raise ReplicaUnavailableError(NOT_READY)
@@ -286,7 +286,9 @@ class Dispatcher:
         if not request.request_id.isprintable():
             raise BadRequestError("request_id must hold printable characters only.")
         if request.model and request.model != self._model_name:
-            name = request.model[:MAX_NAME_CHARACTERS]  # statuses travel in headers, which are small
+            name = request.model[
+                :MAX_NAME_CHARACTERS
+            ]  # gRPC statuses travel in headers, whose size is limited
             raise ModelNotFoundError(f"The model {name!r} is not served here: use {self._model_name!r}.")
         check_sampling(request.sampling_params, self._encoder.vocab_size)
         if isinstance(request, inference_pb2.GenerateRequest) and request.resume_token_ids:

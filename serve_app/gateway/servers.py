@@ -1,4 +1,4 @@
-"""What clients connect to: a gateway's gRPC and HTTP servers, over one dispatcher and one set of keys."""
+"""A gateway's gRPC and HTTP servers, which share one dispatcher and one set of API keys."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from serve_app.security.tls import ServerTls
 
 
 class GatewayServers:
-    """Both servers of one gateway.
+    """The gRPC and HTTP servers of one gateway.
 
     Args:
         config: settings of the gateways.
-        model_name: what clients call the model.
+        model_name: name of the model in requests.
         dispatcher: takes requests to the engines.
         encoder: the model's tokenizer.
         feed: state of the replicas, and its changes.
         is_ready: whether requests are taken.
         on_rejection: called with the reason of each request rejected before it reaches the dispatcher.
-        routers: further HTTP routes.
+        routers: additional HTTP routes.
 
     Raises:
         ValueError: certificates, API keys or the tool parser cannot be used.
@@ -74,7 +74,7 @@ class GatewayServers:
         self._http = self._http_server(guard, tls)
 
     async def start(self) -> tuple[int, int]:
-        """Listen; return the ports of gRPC and HTTP.
+        """Start listening, and return the ports of gRPC and HTTP.
 
         Raises:
             OSError: an address cannot be bound.
@@ -82,11 +82,11 @@ class GatewayServers:
         return await self._grpc.start(), self._http.start()
 
     async def set_serving(self, serving: bool) -> None:
-        """Answer gRPC's health checks with SERVING or NOT_SERVING."""
+        """Answer gRPC health checks with SERVING or NOT_SERVING."""
         await self._grpc.set_serving(serving)
 
     async def stop(self) -> None:
-        """Refuse new calls, and let running ones end within the configured grace."""
+        """Refuse new calls, and let running ones finish within the configured grace period."""
         await asyncio.gather(self._grpc.stop(self._config.drain_grace_s), self._http.stop())
 
     def _grpc_server(self, access: Access, tls: ServerTls | None) -> GrpcServer:

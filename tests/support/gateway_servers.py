@@ -137,5 +137,5 @@ async def running_servers(encoder: PromptEncoder, **config: Any) -> AsyncIterato
 async def settled(condition: Any, timeout_s: float = 20) -> None:
     """Wait until `condition()` holds."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110  # it is no event
+        while not condition():  # noqa: ASYNC110  # there is no event to wait for
             await asyncio.sleep(0.01)

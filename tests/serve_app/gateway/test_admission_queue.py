@@ -1,4 +1,4 @@
-"""The queue of one gateway: what replicas refuse, what leaves unserved, what goes away meanwhile."""
+"""The queue of one gateway: rejections by replicas, requests that leave unserved, replicas that are removed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def generation_of(router: Router, prompt_tokens: int = 1280, deadline_s: float =
     return generation
 
 
-async def test_a_replica_that_had_no_room_is_taken_once_it_has() -> None:
+async def test_a_replica_that_had_no_room_is_chosen_once_it_has() -> None:
     router = Router("gateway")
     router.update("first", state(1, 12))
     router.update("second", state(1, 0))
@@ -99,7 +99,7 @@ async def test_room_that_comes_as_patience_ends_is_given_or_kept() -> None:
     assert router.replica("one").reserved_blocks > 0  # type: ignore[union-attr]
 
 
-async def test_a_deadline_that_cannot_be_met_is_told_with_its_time() -> None:
+async def test_the_error_of_a_deadline_that_cannot_be_met_names_its_time() -> None:
     router = Router("gateway")
     router.update("one", state(1, 100))
     generation = generation_of(router, deadline_s=time.monotonic() + 0.5)
@@ -127,7 +127,7 @@ def waiting_of(tenant: str, number: int) -> QueuedRequest:
     return QueuedRequest(str(number), Caller(tenant), RequestNeed(1000, 100))
 
 
-def test_what_was_not_served_costs_a_tenant_nothing() -> None:
+def test_requests_not_served_cost_their_tenant_nothing() -> None:
     queue = FairQueue(16, {})
     for number in range(15):
         queue.push(waiting_of("patient", number))
@@ -167,7 +167,7 @@ def test_names_of_tenants_do_not_pile_up() -> None:
     assert len(queue._finish) <= 17
 
 
-def test_a_request_that_was_taken_in_vain_waits_on_in_its_place() -> None:
+def test_a_request_that_is_put_back_keeps_its_position() -> None:
     queue = FairQueue(16, {})
     items = [waiting_of("tenant", number) for number in range(3)]
     for item in items:
@@ -190,7 +190,7 @@ def test_a_queue_that_nothing_fits_is_not_searched_to_its_end() -> None:
 
 @dataclass
 class Replica:
-    """A replica whose room others take first, so many times; each time it then tells of room again."""
+    """A replica that rejects `rejections` requests because others took its room, and reports room again after each."""
 
     router: Router
     rejections: int
@@ -218,7 +218,7 @@ class Replica:
         raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "reserved for others")
 
     def cancel(self) -> None:
-        """Nothing is left."""
+        """Do nothing."""
 
     def _come_back(self) -> None:
         self.router.update("another", state(1, 100))
@@ -231,7 +231,7 @@ class Replica:
 
 
 class Encoder:
-    """Takes token ids as they are."""
+    """An encoder of prompts that are token ids already."""
 
     vocab_size = 50_000
 
@@ -276,7 +276,7 @@ async def test_rejections_for_room_are_no_failures_however_many(rejections: int,
     assert router.replica("one").reserved_blocks == 0  # type: ignore[union-attr]
 
 
-async def test_a_request_whose_replica_goes_before_it_is_asked_waits_for_another() -> None:
+async def test_a_request_whose_replica_is_removed_before_its_call_waits_for_another() -> None:
     router = Router("gateway")
     router.update("one", state(1, 100), time.monotonic())
     gateway = gateway_of(Replica(router, 0, is_gone=True))
@@ -296,12 +296,14 @@ async def test_prefixes_of_different_salts_are_counted_apart() -> None:
     assert [prefix.requests for prefix in observer.prefixes.hottest(8)] == [2]
 
 
-async def test_what_comes_as_a_replica_goes_does_not_bring_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_update_after_its_removal_does_not_bring_a_replica_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     states: asyncio.Queue[engine_pb2.EngineWatchCacheResponse] = asyncio.Queue()
 
     class Stub:
         def __init__(self, channel: Any) -> None:
-            """It takes what the test puts into `states` as news."""
+            """A stub whose watch yields what the test puts into `states`."""
 
         async def WatchCache(self, _: Any) -> AsyncIterator[engine_pb2.EngineWatchCacheResponse]:  # noqa: N802
             while True:
@@ -318,7 +320,7 @@ async def test_what_comes_as_a_replica_goes_does_not_bring_it_back(monkeypatch: 
         def authorized(self, channel: grpc.aio.Channel) -> grpc.aio.Channel:
             return channel
 
-    def news(sequence: int) -> engine_pb2.EngineWatchCacheResponse:
+    def update(sequence: int) -> engine_pb2.EngineWatchCacheResponse:
         return engine_pb2.EngineWatchCacheResponse(snapshot=wire.snapshot_to_proto(state(sequence, 100)))
 
     monkeypatch.setattr(fleet.engine_pb2_grpc, "EngineStub", Stub)
@@ -326,17 +328,17 @@ async def test_what_comes_as_a_replica_goes_does_not_bring_it_back(monkeypatch: 
     members = fleet.Fleet(router, lambda replica_id: None, drain_s=1, silence_s=10)
     address: Any = Address()
     members.set_members([Endpoint("one", address, {})])
-    states.put_nowait(news(1))
+    states.put_nowait(update(1))
     await asyncio.sleep(0.01)
     assert router.is_ready()
-    states.put_nowait(news(2))
+    states.put_nowait(update(2))
     members.set_members([])
     await asyncio.sleep(0.05)
     assert not router.is_ready()
     await members.close()
 
 
-async def test_requests_that_wait_are_woken_though_waking_fails_at_first(
+async def test_requests_wait_while_starting_a_replica_fails_at_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("serve_app.gateway.scale_from_zero.RETRY_S", 0.01)
@@ -362,7 +364,7 @@ async def test_a_wait_that_ends_before_its_deadline_is_not_blamed_on_it(
     monkeypatch.setattr("serve_app.gateway.scale_from_zero.MAX_WAIT_S", 0.05)
 
     async def wake() -> None:
-        """Nothing comes of it."""
+        """Start nothing."""
 
     with pytest.raises(ReplicaUnavailableError):
         await ScaleFromZero(wake, lambda: False).wait(100)

@@ -51,7 +51,7 @@ async def test_a_change_of_a_replica_reaches_watchers_and_health() -> None:
 
 async def test_a_gateway_that_can_start_a_replica_is_ready_without_one() -> None:
     async def wake() -> None:
-        """Nothing comes of it."""
+        """Start nothing."""
 
     async with wired(wake) as parts:
         assert parts.readiness.is_ready()

@@ -1,4 +1,4 @@
-"""Metrics, spans and the log line of requests: what they say, and what they must not."""
+"""Metrics, spans and the log line of requests: what they contain, and what they must not."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TEXT = "a secret answer"
 
 
 class Watched:
-    """An observer whose metrics, spans and log lines can be looked at."""
+    """An observer whose metrics, spans and log lines can be inspected."""
 
     def __init__(self) -> None:
         self.recorder = Remembered()
@@ -182,7 +182,7 @@ async def test_time_in_the_queue_and_resumptions_are_measured(watched: Watched) 
         (8, CacheLoad(free_blocks=4), False, "replicas"),
     ],
 )
-async def test_it_is_told_what_the_queue_waits_for(
+async def test_the_reasons_for_waiting_in_the_queue_are_gauged(
     watched: Watched, slots: int, load: CacheLoad, reachable: bool, reason: str
 ) -> None:
     router = Router("me")
@@ -212,7 +212,7 @@ def generation_of(router: Router) -> Generation:
 
 
 def queued(gauges: dict[Any, float]) -> dict[str, float]:
-    """Requests in the queue by reason, those that are none left out."""
+    """Requests in the queue by reason, without zeros."""
     counts = {key[1]: count for key, count in gauges.items() if key[0] is metrics.QUEUED_REQUESTS}
     assert counts.keys() == set(QUEUE_REASONS)
     return {reason: count for reason, count in counts.items() if count}
@@ -258,14 +258,14 @@ async def test_a_caller_that_leaves_is_cancelled_unless_it_has_everything(watche
     assert watched.open_requests == 0
 
 
-def test_every_refusal_names_its_reason() -> None:
+def test_every_error_has_its_reason() -> None:
     kinds = RequestError.__subclasses__()
     assert kinds
     assert all("reason" in vars(kind) for kind in kinds)
 
 
 class Downstream(inference_pb2_grpc.InferenceServicer):
-    """A server whose spans should belong to its caller's trace."""
+    """A server whose spans must belong to its caller's trace."""
 
     def __init__(self, spans: Tracing) -> None:
         self._tracer = spans.tracer
@@ -275,7 +275,7 @@ class Downstream(inference_pb2_grpc.InferenceServicer):
             return inference_pb2.GenerateOnceResponse()
 
 
-async def test_a_trace_goes_on_over_grpc() -> None:
+async def test_a_trace_continues_over_grpc() -> None:
     exporter = InMemorySpanExporter()
     spans = Tracing("test", "one", TRACING, exporter)
     server = GrpcServer("127.0.0.1:0", [])
@@ -295,7 +295,7 @@ async def test_a_trace_goes_on_over_grpc() -> None:
     assert second.parent is None
 
 
-def test_without_tracing_nothing_is_sent_on() -> None:
+def test_without_tracing_no_context_is_propagated() -> None:
     span = Tracing("test", "one", None).tracer.start_span("any")
     assert tracing.headers_of(span) == ()
     assert tracing.trace_id_of(span) is None
