@@ -222,6 +222,7 @@ async def _serve_plainly(service: inference_pb2_grpc.InferenceServicer) -> int:
 
 
 async def _serve_gateway(engine_port: int) -> int:
+    from serve_app.gateway.admission_queue import AdmissionQueue
     from serve_app.gateway.dispatcher import Dispatcher
     from serve_app.gateway.fleet import Fleet
     from serve_app.gateway.membership import Endpoint
@@ -234,9 +235,19 @@ async def _serve_gateway(engine_port: int) -> int:
     sys.stdout = open(os.devnull, "w")  # noqa: ASYNC230, SIM115  # requests are logged, as they are by default
     routing = RoutingConfig()
     router = Router("gateway")
-    fleet = Fleet(router, lambda _: None, 0, routing.silence_timeout_s)
+    fleet = Fleet(router, lambda _: None, drain_s=0, silence_s=routing.silence_timeout_s)
     observer = Observer(_NoMetrics(), Tracing("bench", "gateway", None), log_to_stdout)
-    dispatcher = Dispatcher("gateway", "model", _TokenIds(), router, fleet, 64, observer, routing, None)  # type: ignore[arg-type]
+    dispatcher = Dispatcher(
+        "gateway",
+        "model",
+        encoder=_TokenIds(),  # type: ignore[arg-type]
+        router=router,
+        queue=AdmissionQueue(router, routing),
+        fleet=fleet,
+        observer=observer,
+        config=routing,
+        default_max_tokens=64,
+    )
     server = GrpcServer("127.0.0.1:0", [])
     inference = InferenceService(dispatcher, Access(None), 60)
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)  # type: ignore[no-untyped-call]

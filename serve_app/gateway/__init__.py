@@ -1,1 +1,1 @@
-"""What runs in a gateway replica: dispatching, queueing, and connections to engine replicas."""
+"""The gateway process: dispatching, queueing, and connections to engine replicas."""

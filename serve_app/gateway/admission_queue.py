@@ -1,4 +1,4 @@
-"""Where requests of one gateway wait for a replica with room."""
+"""The queue of one gateway, in which requests wait for a replica with room."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from serve_app.request.errors import (
 )
 from serve_app.routing import Decision, FairQueue, QueuedRequest, Rejection, RequestNeed, Router
 
-WAKE_S = 0.002  # changes within this are answered together
+WAKE_S = 0.002  # changes within this time are handled together
 INTERVAL_WEIGHT = 0.1
 QUEUE_REASONS = ("blocks", "slots", "batch", "replicas", "turn")
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 30.0
 
 
 @dataclass(slots=True)
-class _Entry:
+class _Waiter:
+    """A generation that waits, and its last decision; `admitted` is set to the one that chose a replica."""
+
     generation: Generation
     tried: Collection[str]
     admitted: asyncio.Future[Decision] = field(default_factory=asyncio.Future)
@@ -35,44 +37,44 @@ class _Entry:
 
 
 class AdmissionQueue:
-    """Gives each request a replica at once, or a place in the queue until one has room.
+    """Admits each request to a replica at once, or queues it until one has room.
 
     Args:
-        router: chooses and reserves.
-        config: how many may wait, how long, and the tenants' shares.
+        router: chooses replicas and holds reservations.
+        config: length of the queue, longest wait, and weights of the tenants.
     """
 
     def __init__(self, router: Router, config: RoutingConfig) -> None:
         self._router = router
         self._patience_s = config.queue_timeout_s
         self._queue = FairQueue(config.queue_limit, config.tenant_weights)
-        self._entries: dict[str, _Entry] = {}
+        self._waiters: dict[str, _Waiter] = {}
         self._interval_s = 0.0
         self._last_taken_s = 0.0
         self._waking: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
-        """Requests that wait."""
+        """Return the number of requests that wait."""
         return len(self._queue)
 
     @property
     def tokens(self) -> int:
-        """Cache space that what waits will probably take, in tokens."""
+        """Cache space that the waiting requests are expected to take, in tokens."""
         return self._queue.tokens
 
     def by_reason(self) -> Counter[str]:
-        """How many requests wait, by each of `QUEUE_REASONS`."""
-        return Counter(_lack(entry.decision) for entry in self._entries.values())
+        """Count the waiting requests by `QUEUE_REASONS`."""
+        return Counter(_lack(waiter.decision) for waiter in self._waiters.values())
 
     def wake(self) -> None:
-        """Something changed: see soon whether a request that waits can go."""
+        """Schedule another attempt to admit waiting requests, after a replica or a reservation changed."""
         if self._waking is None and self._queue:
             self._waking = asyncio.get_running_loop().call_later(WAKE_S, self._pump)
 
     async def admit(self, generation: Generation, tried: Collection[str] = ()) -> Decision:
-        """Reserve room for `generation` on a replica it has not tried, waiting for it if need be.
+        """Reserve room for `generation` on a replica not in `tried`, waiting for it if necessary.
 
-        A generation that was at a replica already waits even while no replica is ready; a new one is refused then.
+        While no replica is ready, a generation that was already sent to one waits; a new one is rejected.
 
         Raises:
             RequestError: it can never fit, the queue is full, it waited too long, or its deadline cannot be met.
@@ -85,33 +87,32 @@ class AdmissionQueue:
                 return decision
             if not (tried or generation.output or generation.attempts > 1 or _may_fit_later(decision)):
                 raise rejection_error(decision, generation.need, self._router.max_model_len())
-        if generation.place is None:
+        if generation.queue_entry is None:
             self._check_wait(generation)
         return await self._wait(generation, tried)
 
     async def _wait(self, generation: Generation, tried: Collection[str]) -> Decision:
         now_s = time.monotonic()
-        entry = self._entries[generation.key] = _Entry(generation, tried)
-        if generation.place is None:
-            generation.place = QueuedRequest(
+        waiter = self._waiters[generation.key] = _Waiter(generation, tried)
+        if generation.queue_entry is None:
+            entry = generation.queue_entry = QueuedRequest(
                 generation.key, generation.caller, generation.need, generation.deadline_s, now_s
             )
-            displaced = self._queue.push(generation.place)
-        else:  # the engine that it was sent to had promised its room to others
-            generation.place.request_id = generation.key
-            displaced = self._queue.put_back(generation.place)
-        waiting = generation.place
+            displaced = self._queue.push(entry)
+        else:  # the engine it was sent to had reserved the room for other requests
+            entry = generation.queue_entry
+            entry.request_id = generation.key
+            displaced = self._queue.put_back(entry)
         if displaced is not None:
-            self._refuse_displaced(displaced)
+            self._reject_displaced(displaced)
         self.wake()
         try:
-            async with asyncio.timeout(
-                min(waiting.since_s + self._patience_s, generation.deadline_s) - now_s
-            ):
-                return await entry.admitted
+            async with asyncio.timeout(min(entry.since_s + self._patience_s, generation.deadline_s) - now_s):
+                return await waiter.admitted
         except TimeoutError:
-            if entry.admitted.done() and not entry.admitted.cancelled():  # in the same turn of the event loop
-                return entry.admitted.result()
+            # The queue may have admitted it in the same turn of the event loop.
+            if waiter.admitted.done() and not waiter.admitted.cancelled():
+                return waiter.admitted.result()
             if time.monotonic() >= generation.deadline_s:
                 raise DeadlineError(_LATE) from None
             raise self._no_room(generation, f"waited {self._patience_s:g} seconds") from None
@@ -120,8 +121,8 @@ class AdmissionQueue:
             raise
         finally:
             generation.queued_s = time.monotonic() - now_s
-            self._queue.remove(waiting)
-            del self._entries[generation.key]
+            self._queue.remove(entry)
+            del self._waiters[generation.key]
 
     def _pump(self) -> None:
         self._waking = None
@@ -129,19 +130,19 @@ class AdmissionQueue:
             self._fail(late, DeadlineError(_LATE))
         while (taken := self._queue.take(self._fits)) is not None:
             self._measure_interval()
-            entry = self._entries[taken.request_id]
-            if entry.admitted.done():  # its caller has just gone
+            waiter = self._waiters[taken.request_id]
+            if waiter.admitted.done():  # its caller has just disconnected
                 self._router.release(taken.request_id)
-            elif entry.decision is not None:
-                entry.admitted.set_result(entry.decision)
+            elif waiter.decision is not None:
+                waiter.admitted.set_result(waiter.decision)
 
-    def _fits(self, waiting: QueuedRequest) -> bool:
-        entry = self._entries[waiting.request_id]
-        entry.decision = self._try(entry.generation, entry.tried)
-        return entry.decision.chosen is not None
+    def _fits(self, entry: QueuedRequest) -> bool:
+        waiter = self._waiters[entry.request_id]
+        waiter.decision = self._try(waiter.generation, waiter.tried)
+        return waiter.decision.chosen is not None
 
     def _try(self, generation: Generation, tried: Collection[str]) -> Decision:
-        """Ask the router; where others have no room, a replica that failed the request may have recovered."""
+        """Ask the router for a replica not in `tried`, then for any: one that failed before may have recovered."""
         start = time.perf_counter()
         now_s = time.monotonic()
         decision = self._router.admit(generation.key, generation.need, generation.prompt, now_s, tried)
@@ -162,12 +163,12 @@ class AdmissionQueue:
         if time.monotonic() + expected_s > generation.deadline_s:
             raise self._too_late(generation, "find room", expected_s)
 
-    def _refuse_displaced(self, displaced: QueuedRequest) -> None:
-        generation = self._entries[displaced.request_id].generation
+    def _reject_displaced(self, displaced: QueuedRequest) -> None:
+        generation = self._waiters[displaced.request_id].generation
         self._fail(displaced, self._no_room(generation, f"found {len(self._queue)} others waiting"))
 
-    def _fail(self, waiting: QueuedRequest, error: Exception) -> None:
-        admitted = self._entries[waiting.request_id].admitted
+    def _fail(self, entry: QueuedRequest, error: Exception) -> None:
+        admitted = self._waiters[entry.request_id].admitted
         if not admitted.done():
             admitted.set_exception(error)
 
@@ -191,7 +192,7 @@ class AdmissionQueue:
         return min(max((len(self._queue) + 1) * self._interval_s, MIN_RETRY_S), MAX_RETRY_S)
 
     def _measure_interval(self) -> None:
-        """How long the queue takes for each request, as long as it is not empty in between."""
+        """Update the mean time between two admissions from the queue; idle periods do not count."""
         now_s = time.monotonic()
         if self._last_taken_s and self._queue:
             since_s = min(now_s - self._last_taken_s, MAX_RETRY_S)
@@ -200,7 +201,7 @@ class AdmissionQueue:
 
 
 def _in_seconds(duration_s: float) -> str:
-    """At least two digits of it, as waits are of milliseconds or minutes."""
+    """Format a duration with at least two significant digits: waits range from milliseconds to minutes."""
     return f"{duration_s:.1f} seconds" if duration_s >= 1 else f"{max(duration_s, 0):.2g} seconds"
 
 
@@ -211,7 +212,7 @@ _LACKS = {Rejection.NO_ROOM: "blocks", Rejection.NO_SLOTS: "slots", Rejection.FU
 
 
 def _lack(decision: Decision | None) -> str:
-    """What the replicas lacked when the queue last tried a request; it has not tried those behind the first few."""
+    """Return what replicas lacked when the request was last tried; those behind the first few were not tried yet."""
     if decision is None or decision.chosen is not None:
         return "turn"
     refusals = decision.refusals
@@ -223,13 +224,13 @@ def _may_fit_later(decision: Decision) -> bool:
 
 
 def rejection_error(decision: Decision, need: RequestNeed, context_tokens: int) -> RequestError:
-    """The error for a decision that chose nothing.
+    """Return the error for a decision that chose no replica.
 
-    Headroom that may come back wins over replicas that may: the caller then knows that the request itself is fine.
+    A lack of room is reported before a lack of ready replicas: it shows the caller that the request itself is valid.
 
     Args:
-        decision: every candidate's refusal.
-        need: what was asked for.
+        decision: every candidate's rejection.
+        need: what the request asked for.
         context_tokens: the longest context of any replica.
     """
     refusals = decision.refusals

@@ -1,4 +1,4 @@
-"""The live console: one page, and the feed of events that keeps it up to date."""
+"""The live console: one page, and the server-sent events that update it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ Watch = Callable[[], AsyncGenerator[cluster_pb2.WatchCacheResponse, None]]
 
 
 def console(view: Callable[[], dict[str, Any]], watch: Watch) -> APIRouter:
-    """The page, and its events.
+    """Return the routes of the page and of its events.
 
     Args:
-        view: what the page shows now.
-        watch: the feed of `Cluster.WatchCache`, which says when the replicas change.
+        view: returns what the page shows now.
+        watch: the feed of `Cluster.WatchCache`, which reports changes of the replicas.
     """
     router = APIRouter(include_in_schema=False)
     page = PAGE.read_text()
@@ -63,7 +63,7 @@ def console(view: Callable[[], dict[str, Any]], watch: Watch) -> APIRouter:
 
 
 async def _events(view: Callable[[], dict[str, Any]], watch: Watch) -> AsyncGenerator[str, None]:
-    """The view whenever it may have changed, at most four times and at least once a second."""
+    """Yield the view when it may have changed, at most four times and at least once per second."""
     changed = asyncio.Event()
     following = asyncio.create_task(_follow(watch, changed))
     try:
@@ -85,18 +85,18 @@ async def _follow(watch: Watch, changed: asyncio.Event) -> None:
 
 
 def view(
-    model_name: str, replicas: list[ReplicaState], observer: Observer, admissions: AdmissionQueue
+    model_name: str, replicas: list[ReplicaState], observer: Observer, queue: AdmissionQueue
 ) -> dict[str, Any]:
-    """What the page shows, as JSON takes it; counts are tokens where not named otherwise."""
+    """Return what the page shows, as JSON values; sizes are in tokens unless their name says otherwise."""
     streams = sorted(observer.open, key=lambda observation: observation.age_s)
     return {
         "model": model_name,
         "replicas": [_replica(replica) for replica in replicas],
         "open_requests": len(streams),
         "streams": [_stream(observation) for observation in streams[-SHOWN_STREAMS:]],
-        "queue": {"requests": len(admissions), "tokens": admissions.tokens},
+        "queue": {"requests": len(queue), "tokens": queue.tokens},
         "first_token_s": observer.first_tokens.p90_s(),
-        "rejects": dict(observer.rejects),
+        "rejects": dict(observer.rejections),
         "prefixes": [_prefix(prefix) for prefix in observer.prefixes.hottest(SHOWN_PREFIXES)],
     }
 

@@ -1,14 +1,15 @@
-"""Takes one request through a gateway: check, tokenize, route, pass on what an engine puts out, resume elsewhere."""
+"""The path of one request through a gateway: check, tokenize, route, relay the engine's output, resume elsewhere."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from random import Random
 
-from kvarn.v1 import cluster_pb2, inference_pb2, sampling_pb2
+from kvarn.v1 import cluster_pb2, engine_pb2, inference_pb2, sampling_pb2
 from serve_app.config import RoutingConfig
 from serve_app.gateway.admission_queue import AdmissionQueue
 from serve_app.gateway.engine_call import EngineCall, ReplicaError
@@ -30,42 +31,46 @@ from serve_app.routing import Caller, Candidate, Prompt, RetryBudget, Router, pa
 from serve_app.rpc import wire
 
 MAX_NAME_CHARACTERS = 128
-MAX_ATTEMPTS = 5  # replicas that may fail a request one after another without a token in between
+MAX_ATTEMPTS = 5  # consecutive failures of a request at replicas, without a token in between
 Responses = AsyncGenerator[inference_pb2.GenerateResponse, None]
 Request = inference_pb2.GenerateRequest | inference_pb2.GenerateOnceRequest
 
 
 class Dispatcher:
-    """The path of every request through one gateway.
+    """Takes every request of one gateway to an engine replica, and its output back.
 
     Args:
-        gateway_id: under which engines count this gateway's reservations.
-        model_name: the name requests may give.
+        gateway_id: identifies this gateway's reservations at the engines.
+        model_name: name of the model in requests.
         encoder: turns prompts into token ids.
         router: chooses replicas and holds reservations.
-        fleet: reaches them.
+        queue: holds requests until a replica has room.
+        fleet: connections to the replicas.
+        observer: records every request.
+        config: hedging and retries.
         default_max_tokens: for requests that set none.
-        observer: is told of every request.
-        scale_from_zero: lets requests wait while there are no replicas; None refuses them.
-        config: how requests wait and are sent again.
+        scale_from_zero: makes requests wait while there are no replicas; None rejects them.
     """
 
     def __init__(
         self,
         gateway_id: str,
         model_name: str,
+        *,
         encoder: PromptEncoder,
         router: Router,
+        queue: AdmissionQueue,
         fleet: Fleet,
-        default_max_tokens: int,
         observer: Observer,
         config: RoutingConfig,
-        scale_from_zero: ScaleFromZero | None,
+        default_max_tokens: int,
+        scale_from_zero: ScaleFromZero | None = None,
     ) -> None:
         self._gateway_id = gateway_id
         self._model_name = model_name
         self._encoder = encoder
         self._router = router
+        self._queue = queue
         self._fleet = fleet
         self._default_max_tokens = default_max_tokens
         self._observer = observer
@@ -73,10 +78,9 @@ class Dispatcher:
         self._hedge_after_s = config.hedge_after_s
         self._random = Random(gateway_id)
         self._retries = RetryBudget(config.retry_share)
-        self.admissions = AdmissionQueue(router, config)
 
     async def generate(self, request: Request, timeout_s: float | None, caller: Caller) -> Responses:
-        """Yield the output of `request` from `caller`, of which at most `timeout_s` seconds are left.
+        """Yield the output of `request` from `caller`, whose deadline is `timeout_s` seconds away.
 
         Raises:
             RequestError: with the sentence for the caller.
@@ -86,32 +90,24 @@ class Dispatcher:
             if self._scale_from_zero is not None:
                 await self._scale_from_zero.wait(timeout_s)
             generation = await self._generation(request, deadline_s, caller)
-            observation.tokenized(generation.ids, generation.salt)
+            observation.tokenized(generation.prompt_token_ids, generation.cache_salt)
             self._retries.earn()
             tried: list[str] = []
             while True:
                 generation.begin(self._router)
-                out = len(generation.output)
+                emitted = len(generation.output)
                 try:
-                    call = await self._call(generation, tried, observation)
-                    try:
+                    with self._closing(await self._call(generation, tried, observation)) as call:
                         async for delta in call:
-                            response = generation.take(call.replica_id, delta)
-                            observation.count(response)
-                            if delta.finish_reason:
-                                self._router.lengths.observe(
-                                    generation.sampling.max_tokens, len(generation.output)
-                                )
-                            yield response
-                        return
-                    finally:
-                        self._close(call)
+                            yield self._response(generation, call.replica_id, delta, observation)
+                    return
                 except ReplicaError as error:
-                    if (
-                        not error.is_failure and len(generation.output) == out
-                    ):  # it had no room, or has just gone
+                    progressed = len(generation.output) > emitted
+                    if not (error.is_failure or progressed):  # the replica had no room or was just removed
                         continue
-                    tried = [error.replica_id] if len(generation.output) > out else [*tried, error.replica_id]
+                    if progressed:
+                        tried = []
+                    tried.append(error.replica_id)
                     self._check_retry(generation, tried, error)
                 if generation.output:
                     generation.resumptions += 1
@@ -119,9 +115,9 @@ class Dispatcher:
                 await asyncio.sleep(pause_s(len(tried), self._random))
 
     async def encode(self, request: Request, caller: Caller) -> list[int]:
-        """The token ids of a prompt that several requests from `caller` share, of which `request` is one.
+        """Return the token ids of a prompt that several requests from `caller` share; `request` is one of them.
 
-        A refusal is observed as one request, since none of them comes to `generate`.
+        A rejection is counted as one request, since none of them reaches `generate`.
 
         Raises:
             RequestError: with the sentence for the caller.
@@ -144,7 +140,7 @@ class Dispatcher:
     async def explain(
         self, request: cluster_pb2.ExplainRouteRequest, caller: Caller
     ) -> cluster_pb2.ExplainRouteResponse:
-        """Where a request would go now, whoever asks, and every replica's terms.
+        """Return where a request of any caller would go now, and the cost terms of every replica.
 
         Raises:
             RequestError: with the sentence for the caller.
@@ -161,14 +157,14 @@ class Dispatcher:
             prompt_tokens=len(ids),
             expected_tokens=need.expected_tokens,
             near=decision.near,
-            queued_requests=len(self.admissions),
+            queued_requests=len(self._queue),
         )
 
     async def _call(self, generation: Generation, tried: list[str], observation: Observation) -> EngineCall:
-        """Send `generation` to a replica that has room for it, once there is one."""
+        """Wait for a replica with room for `generation`, and send it there."""
         generation.headers = observation.headers()
         try:
-            decision = await self.admissions.admit(generation, tried)
+            decision = await self._queue.admit(generation, tried)
         finally:
             observation.queued(generation.queued_s)
         observation.routed(decision, generation.decision_s)
@@ -178,8 +174,18 @@ class Dispatcher:
             return call
         return await self._hedged(generation, call, self._hedge_after_s)
 
+    def _response(
+        self, generation: Generation, replica_id: str, delta: engine_pb2.EngineDelta, observation: Observation
+    ) -> inference_pb2.GenerateResponse:
+        """Account for `delta`, and return the caller's response."""
+        response = generation.take(replica_id, delta)
+        observation.count(response)
+        if delta.finish_reason:
+            self._router.lengths.observe(generation.sampling.max_tokens, len(generation.output))
+        return response
+
     async def _hedged(self, generation: Generation, call: EngineCall, after_s: float) -> EngineCall:
-        """The call that answers first: `call`, or one to another replica if nothing has come after `after_s`."""
+        """Return the call that answers first: `call`, or a hedge to another replica, sent after `after_s` seconds."""
         calls = [call]
         try:
             if await call.has_begun(after_s):
@@ -199,9 +205,16 @@ class Dispatcher:
         self._close(loser)
         return winner
 
+    @contextmanager
+    def _closing(self, call: EngineCall) -> Iterator[EngineCall]:
+        try:
+            yield call
+        finally:
+            self._close(call)
+
     def _close(self, call: EngineCall) -> None:
         call.close()
-        self.admissions.wake()
+        self._queue.wake()
 
     def _open(self, generation: Generation, key: str, chosen: Candidate) -> EngineCall:
         left_s = (
@@ -210,14 +223,20 @@ class Dispatcher:
         message = generation.message(self._gateway_id, chosen)
         try:
             return EngineCall(
-                self._fleet, self._router, key, chosen.replica_id, message, left_s, generation.headers
+                self._fleet,
+                self._router,
+                key=key,
+                replica_id=chosen.replica_id,
+                message=message,
+                timeout_s=left_s,
+                headers=generation.headers,
             )
-        except KeyError:  # it went between the choice and now
+        except KeyError:  # the replica was removed after it was chosen
             self._router.release(key)
             raise ReplicaError(chosen.replica_id, is_failure=False) from None
 
     def _check_retry(self, generation: Generation, tried: list[str], error: ReplicaError) -> None:
-        """Raise if `generation` should not be sent to another replica."""
+        """Raise `error` to the caller if `generation` must not be sent to another replica."""
         if generation.output and generation.sampling.HasField("structured_outputs"):
             raise ReplicaUnavailableError(_NOT_RESUMABLE) from error
         if len(tried) >= MAX_ATTEMPTS:
@@ -239,9 +258,9 @@ class Dispatcher:
         return Generation(
             request_id=request.request_id or f"{self._random.getrandbits(128):032x}",
             caller=caller,
-            ids=ids,
+            prompt_token_ids=ids,
             sampling=sampling,
-            salt=request.cache_salt,
+            cache_salt=request.cache_salt,
             deadline_s=deadline_s,
             output=output,
         )
@@ -251,7 +270,7 @@ class Dispatcher:
         return await self._encoder.encode(request.prompt)
 
     def _context_tokens(self) -> int:
-        """The longest context of any replica."""
+        """Return the longest context of any replica."""
         tokens = self._router.max_model_len()
         if not tokens:
             raise ReplicaUnavailableError(NOT_READY)
@@ -267,7 +286,9 @@ class Dispatcher:
         if not request.request_id.isprintable():
             raise BadRequestError("request_id must hold printable characters only.")
         if request.model and request.model != self._model_name:
-            name = request.model[:MAX_NAME_CHARACTERS]  # statuses travel in headers, which are small
+            name = request.model[
+                :MAX_NAME_CHARACTERS
+            ]  # gRPC statuses travel in headers, whose size is limited
             raise ModelNotFoundError(f"The model {name!r} is not served here: use {self._model_name!r}.")
         check_sampling(request.sampling_params, self._encoder.vocab_size)
         if isinstance(request, inference_pb2.GenerateRequest) and request.resume_token_ids:

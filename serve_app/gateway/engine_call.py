@@ -1,4 +1,4 @@
-"""One call of an engine replica, and what its end means for the replica."""
+"""One call of an engine replica, and how its outcome counts for the replica."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _DROPPED = (inference_pb2.FINISH_REASON_ABORT, inference_pb2.FINISH_REASON_ERROR
 
 
 class ReplicaError(Exception):
-    """A replica did not do what it was asked, for reasons of its own: another may.
+    """A replica did not complete a call, and another replica may.
 
     Attributes:
         replica_id: the replica.
-        is_failure: False if it refused because others took its room first, or had gone before it was asked.
+        is_failure: False if other requests had taken its room, or it was removed before the call.
     """
 
     def __init__(self, replica_id: str, is_failure: bool = True) -> None:
@@ -32,25 +32,29 @@ class ReplicaError(Exception):
 
 
 class EngineCall:
-    """The deltas from one replica, kept account of in the router under `key`.
+    """The deltas from one replica, accounted for in the router under `key`.
 
-    Iterating raises `ReplicaError` for what another replica may do better, and `RequestError`s for what is final.
-    `close` cancels what is left; it may be called twice.
+    Iteration raises `ReplicaError` if another replica may succeed, and a `RequestError` if the error is final.
+    `close` cancels the rest of the call; it may be called twice.
 
     Args:
-        fleet: reaches the replica.
-        router: holds the reservation, made already.
-        key: names the reservation.
-        replica_id: the replica, of which the fleet knows.
-        message: what it is asked for.
-        timeout_s: time the call may take; None sets no limit.
+        fleet: connections to the replicas.
+        router: holds the reservation, which exists already.
+        key: identifies the reservation.
+        replica_id: a replica of the fleet.
+        message: the request to the engine.
+        timeout_s: limit on the duration of the call; None for no limit.
         headers: the trace context.
+
+    Raises:
+        KeyError: the replica is no longer in the fleet.
     """
 
     def __init__(
         self,
         fleet: Fleet,
         router: Router,
+        *,
         key: str,
         replica_id: str,
         message: engine_pb2.EngineRequest,
@@ -75,25 +79,19 @@ class EngineCall:
         return await self._read()
 
     async def has_begun(self, within_s: float) -> bool:
-        """Whether it has answered, or failed, within that time."""
+        """Whether the call answers, or fails, within `within_s` seconds."""
         return bool((await asyncio.wait([self._begin()], timeout=within_s))[0])
 
     async def race(self, other: EngineCall) -> tuple[EngineCall, EngineCall]:
-        """This call and another, the one that answers first being first; one that fails does not win."""
-        running = {self._begin(): self, other._begin(): other}
-        while len(running) > 1:
-            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                if task.exception() is None:
-                    winner = running[task]
-                    return winner, other if winner is self else self
-            for task in list(done)[: len(running) - 1]:
-                del running[task]
-        (winner,) = running.values()
-        return winner, other if winner is self else self
+        """Return this call and `other`, the winner first: the one that answers first, or has not failed."""
+        mine, theirs = self._begin(), other._begin()
+        await asyncio.wait([mine, theirs], return_when=asyncio.FIRST_COMPLETED)
+        has_answered, other_has_answered = _has_answered(mine), _has_answered(theirs)
+        other_has_failed = theirs.done() and not other_has_answered
+        return (self, other) if has_answered or other_has_failed else (other, self)
 
     def close(self) -> None:
-        """Give back what it holds; the engine hears of it and frees the blocks."""
+        """Cancel the call and release its reservation; the engine frees its blocks."""
         if self._first is not None:
             self._first.cancel()
         self._call.cancel()
@@ -133,6 +131,10 @@ class EngineCall:
     def _failed(self) -> ReplicaError:
         self._router.failed(self._key, time.monotonic())
         return ReplicaError(self.replica_id)
+
+
+def _has_answered(first: asyncio.Task[engine_pb2.EngineDelta]) -> bool:
+    return first.done() and first.exception() is None
 
 
 _TOO_LATE = "The deadline passed before the output was complete: allow more time or lower max_tokens."

@@ -1,4 +1,4 @@
-"""The one stream on which all calls of a gateway to an engine replica travel: the gateway's end of it."""
+"""The gateway's end of the stream that multiplexes all its calls to one engine replica."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import grpc
 
 from kvarn.v1 import engine_pb2, engine_pb2_grpc
 
-MAX_UNREAD = 64  # deltas of a call that nobody has read yet; with so many, its engine is asked to wait
+MAX_UNREAD = 64  # unread deltas of a call; from here on, its engine is asked to pause
 
 
 class CallError(Exception):
     """A call ended before its output did.
 
     Attributes:
-        status: why, as gRPC names it; UNAVAILABLE if the stream broke.
-        sentence: why, in words.
+        status: gRPC status of the engine; UNAVAILABLE if the stream broke.
+        sentence: the reason, as a sentence.
     """
 
     def __init__(self, status: grpc.StatusCode, sentence: str) -> None:
@@ -30,7 +30,7 @@ class CallError(Exception):
 
 
 class StreamedCall:
-    """One call of a stream. At most one task may read it."""
+    """One call on a stream. At most one task may read it."""
 
     def __init__(self, stream: EngineStream, number: int, timeout_s: float | None) -> None:
         self._stream = stream
@@ -44,10 +44,10 @@ class StreamedCall:
             self._timer = asyncio.get_running_loop().call_later(timeout_s, self._expire)
 
     async def read(self) -> engine_pb2.EngineDelta:
-        """The next delta; none follows one that has a finish_reason.
+        """Return the next delta; the one with a finish_reason is the last.
 
         Raises:
-            CallError: the call has failed, after all deltas that came before that.
+            CallError: the call failed; deltas received before the failure are returned first.
         """
         if not self._unread and self._error is None:
             self._reader = asyncio.get_running_loop().create_future()
@@ -62,12 +62,12 @@ class StreamedCall:
         return delta
 
     def cancel(self) -> None:
-        """Let the engine free what it holds, unless it has ended."""
+        """Cancel the call at the engine, unless it has ended."""
         if self._stream.cancel(self._number):
             self.fail(CallError(grpc.StatusCode.CANCELLED, "The call was cancelled."))
 
     def take(self, delta: engine_pb2.EngineDelta) -> None:
-        """Keep `delta` until it is read."""
+        """Buffer `delta` until it is read."""
         self._unread.append(delta)
         if delta.finish_reason:
             self._stop_timer()
@@ -77,13 +77,13 @@ class StreamedCall:
         self._wake()
 
     def fail(self, error: CallError) -> None:
-        """End it, once what came before is read."""
+        """End the call with `error`, after the deltas that are buffered."""
         self._stop_timer()
         self._error = self._error or error
         self._wake()
 
     def _expire(self) -> None:
-        """The engine keeps the same time, but may hang."""
+        """Enforce the deadline here too: the engine does, but it may hang."""
         if self._stream.cancel(self._number):
             self.fail(CallError(grpc.StatusCode.DEADLINE_EXCEEDED, "The deadline passed."))
 
@@ -97,20 +97,20 @@ class StreamedCall:
 
 
 class EngineStream:
-    """A stream to one replica. Once it is broken or closed, no more calls can be started on it.
+    """A stream to one replica. Once it is broken or closed, no call can be started on it.
 
-    What is written and read is batched: all that calls want in one turn of the event loop is one message.
+    Messages are batched: all commands issued in one turn of the event loop are one message.
 
     Args:
-        stub: reaches the replica.
+        stub: Engine service of the replica.
     """
 
     def __init__(self, stub: engine_pb2_grpc.EngineStub) -> None:
         self._rpc: Any = stub.Generate()
         self._calls: dict[int, StreamedCall] = {}
         self._last_number = 0
-        self._wanted = engine_pb2.EngineGenerateRequest()
-        self._wants = asyncio.Event()
+        self._unsent = engine_pb2.EngineGenerateRequest()
+        self._write_due = asyncio.Event()
         self._is_closing = False
         self._reading = asyncio.create_task(self._read())
         self._writing = asyncio.create_task(self._write())
@@ -122,7 +122,7 @@ class EngineStream:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call runs."""
+        """Whether no call is running."""
         return not self._calls
 
     def start(
@@ -134,55 +134,55 @@ class EngineStream:
         """Start a call.
 
         Args:
-            request: what is to be generated.
-            timeout_s: time the call may take; None sets no limit.
+            request: what to generate.
+            timeout_s: limit on the duration of the call; None for no limit.
             headers: the trace context.
         """
         number = self._last_number = self._last_number + 1
         call = self._calls[number] = StreamedCall(self, number, timeout_s)
-        self._wanted.started.add(number=number, request=request, timeout_s=timeout_s, headers=dict(headers))
-        self._wants.set()
+        self._unsent.started.add(number=number, request=request, timeout_s=timeout_s, headers=dict(headers))
+        self._write_due.set()
         return call
 
     def cancel(self, number: int) -> bool:
-        """Tell the engine that nobody waits for this call any more; return whether it had not ended."""
+        """Cancel a call at the engine; return False if it had ended already."""
         if self._calls.pop(number, None) is None:
             return False
-        self._wanted.cancelled.append(number)
-        self._wants.set()
+        self._unsent.cancelled.append(number)
+        self._write_due.set()
         return True
 
     def pause(self, number: int) -> None:
-        """Tell the engine to send nothing of this call for now."""
-        self._replace_wish(self._wanted.continued, self._wanted.paused, number)
+        """Ask the engine to send nothing more for a call until `resume`."""
+        self._command(self._unsent.paused, opposite=self._unsent.continued, number=number)
 
     def resume(self, number: int) -> None:
-        """Tell the engine to go on with a paused call."""
+        """Ask the engine to continue a paused call."""
         if number in self._calls:
-            self._replace_wish(self._wanted.paused, self._wanted.continued, number)
+            self._command(self._unsent.continued, opposite=self._unsent.paused, number=number)
 
-    def _replace_wish(self, earlier: Any, wishes: Any, number: int) -> None:
-        """Of two opposite wishes that are not sent yet, neither is: the engine does as the later one asks already."""
-        if number in earlier:
-            earlier.remove(number)
+    def _command(self, commands: Any, opposite: Any, number: int) -> None:
+        """Queue a command; if the opposite one is unsent, drop both: the engine is already in the requested state."""
+        if number in opposite:
+            opposite.remove(number)
         else:
-            wishes.append(number)
-            self._wants.set()
+            commands.append(number)
+            self._write_due.set()
 
     def break_off(self) -> None:
         """Fail all calls at once."""
         self._rpc.cancel()
 
     async def close(self, grace_s: float) -> None:
-        """Let calls go on for up to `grace_s` seconds, and fail those left then."""
+        """Start no more calls, wait up to `grace_s` seconds for running ones, and fail the rest."""
         self._is_closing = True
-        self._wants.set()
+        self._write_due.set()
         await asyncio.wait([self._reading], timeout=grace_s)
         self._rpc.cancel()
         await asyncio.wait([self._reading, self._writing])
 
     async def _read(self) -> None:
-        """Hand out what comes, until the stream ends."""
+        """Pass outputs to their calls until the stream ends."""
         reason = "the replica ended it"
         try:
             while (response := await self._rpc.read()) is not grpc.aio.EOF:
@@ -190,7 +190,7 @@ class EngineStream:
                     self._take(output)
         except grpc.aio.AioRpcError as error:
             reason = error.details() or error.code().name
-        except asyncio.CancelledError:  # not of this task, but of the stream by either side
+        except asyncio.CancelledError:  # of the stream, by either side, not of this task
             reason = "it was cancelled"
         finally:
             self._rpc.cancel()
@@ -212,16 +212,16 @@ class EngineStream:
                 return
         del self._calls[output.number]
         if self._is_closing:
-            self._wants.set()
+            self._write_due.set()
 
     async def _write(self) -> None:
-        """Write what is wanted, until the stream is to be closed and no call runs."""
-        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # whoever reads hears of it, too
-            while self._wants.is_set() or not (self._is_closing and self.is_idle):
-                await self._wants.wait()
-                self._wants.clear()
-                wanted, self._wanted = self._wanted, engine_pb2.EngineGenerateRequest()
-                await self._rpc.write(wanted)
+        """Write unsent commands until the stream is being closed and no call is running."""
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # `_read` reports the error
+            while self._write_due.is_set() or not (self._is_closing and self.is_idle):
+                await self._write_due.wait()
+                self._write_due.clear()
+                message, self._unsent = self._unsent, engine_pb2.EngineGenerateRequest()
+                await self._rpc.write(message)
             await self._rpc.done_writing()
 
 

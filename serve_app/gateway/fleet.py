@@ -1,4 +1,4 @@
-"""One gateway's connections to all engine replicas, and what it learns through them."""
+"""One gateway's connections to all engine replicas, and the watches that feed its router."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ RETRY_S = 0.25
 
 
 class Fleet:
-    """Follows the replica list: connects to new replicas, watches their caches, lets go of gone ones.
+    """Follows the replica list: connects to new replicas, watches their caches, disconnects from removed ones.
 
     Args:
-        router: learns every replica's state.
-        on_change: called with the id of a replica whose state changed or which is gone.
-        drain_s: time the calls of a gone replica have to end.
-        silence_s: time without news after which a replica counts as lost, its calls included.
+        router: takes every replica's state.
+        on_change: called with the id of a replica that changed or was removed.
+        drain_s: grace period of the calls of a removed replica.
+        silence_s: time without updates after which a replica counts as lost, its calls included.
     """
 
     def __init__(
-        self, router: Router, on_change: Callable[[str], None], drain_s: float, silence_s: float
+        self, router: Router, on_change: Callable[[str], None], *, drain_s: float, silence_s: float
     ) -> None:
         self._router = router
         self._on_change = on_change
@@ -43,7 +43,7 @@ class Fleet:
         self._closing: set[asyncio.Task[None]] = set()
 
     def set_members(self, endpoints: list[Endpoint]) -> None:
-        """Make `endpoints` the fleet."""
+        """Connect to new replicas, and disconnect from those not in `endpoints`."""
         live = {endpoint.replica_id: endpoint for endpoint in endpoints}
         for replica_id in self._connections.keys() - live.keys():
             self._remove(replica_id)
@@ -59,25 +59,25 @@ class Fleet:
         timeout_s: float | None,
         headers: tuple[tuple[str, str], ...],
     ) -> StreamedCall:
-        """Ask a replica to generate: a call that fails if the replica falls silent.
+        """Start a call of a replica; it fails if the replica stops sending updates.
 
         Raises:
-            KeyError: the replica has just gone.
+            KeyError: the replica is not in the fleet.
         """
         return self._connections[replica_id].call(message, timeout_s, headers)
 
     def stubs(self) -> list[engine_pb2_grpc.EngineStub]:
-        """The Engine services of all replicas."""
+        """Return the Engine stubs of all replicas."""
         return [connection.stub for connection in self._connections.values()]
 
     def report_lost(self, replica_id: str) -> None:
-        """A call to this replica failed for want of a connection: use it again once its watch is back."""
+        """Mark the replica unreachable until its watch reconnects."""
         if replica_id in self._connections:
             self._router.mark_reachable(replica_id, False)
             self._on_change(replica_id)
 
     async def close(self) -> None:
-        """Let go of all replicas."""
+        """Disconnect from all replicas, and wait for their calls to end."""
         self._listening.cancel()
         for replica_id in list(self._connections):
             self._remove(replica_id)
@@ -85,7 +85,7 @@ class Fleet:
 
     def _remove(self, replica_id: str) -> None:
         connection = self._connections.pop(replica_id)
-        connection.stop_watching()  # or what has just come would bring the replica back
+        connection.stop_watching()  # an update already received would add the replica again
         self._router.remove(replica_id)
         self._on_change(replica_id)
         closing = asyncio.create_task(connection.close(self._drain_s))
@@ -93,7 +93,7 @@ class Fleet:
         closing.add_done_callback(self._closing.discard)
 
     async def _listen_for_silence(self) -> None:
-        """A replica that hangs keeps its connections: only its silence tells."""
+        """Fail the calls of silent replicas: a replica that hangs keeps its connections open."""
         while True:
             await asyncio.sleep(RETRY_S)
             now_s = time.monotonic()
@@ -103,14 +103,14 @@ class Fleet:
                     self.report_lost(replica_id)
 
     def _take_stats(self, endpoint: Endpoint) -> None:
-        """Serve's slower telemetry: ahead of the watch when a replica is new or its watch is down."""
+        """Apply Serve's slower telemetry, which is ahead while the watch of a replica is not connected."""
         stats = endpoint.stats
         if stats and self._router.update(endpoint.replica_id, _snapshot_from_stats(stats), time.monotonic()):
             self._on_change(endpoint.replica_id)
 
 
 class ReplicaConnection:
-    """The channel to one replica: the watches of its cache and the stream of calls that run on it."""
+    """The channel to one replica: two watches of its cache, and one stream that carries all calls."""
 
     def __init__(self, endpoint: Endpoint, router: Router, on_change: Callable[[str], None]) -> None:
         self._replica_id = endpoint.replica_id
@@ -138,28 +138,28 @@ class ReplicaConnection:
         timeout_s: float | None,
         headers: tuple[tuple[str, str], ...],
     ) -> StreamedCall:
-        """Start a call, on a new stream if the last one has ended."""
+        """Start a call, on a new stream if the last one is closed or broken."""
         if self._stream is None or not self._stream.is_open:
             self._stream = EngineStream(self.stub)
         return self._stream.start(message, timeout_s, headers)
 
     @property
     def has_calls(self) -> bool:
-        """Whether any call runs."""
+        """Whether any call is running."""
         return self._stream is not None and not self._stream.is_idle
 
     def drop_calls(self) -> None:
-        """Fail all calls, for their callers to go on elsewhere."""
+        """Fail all calls, so that they resume on other replicas."""
         if self._stream is not None:
             self._stream.break_off()
 
     def stop_watching(self) -> None:
-        """Tell the router nothing more of the replica."""
+        """Send the router no more updates of the replica."""
         for watching in self._watching:
             watching.cancel()
 
     async def close(self, grace_s: float) -> None:
-        """Let calls go on for up to `grace_s` seconds."""
+        """Close the channel once all calls have ended, at the latest after `grace_s` seconds."""
         if self._stream is not None:
             await self._stream.close(grace_s)
         await self._channel.close()
@@ -173,7 +173,7 @@ class ReplicaConnection:
             await asyncio.sleep(RETRY_S)
 
     async def _watch(self) -> None:
-        """Follow one watch to its end; a gap in the sequence ends it, so that the next brings a snapshot."""
+        """Apply updates until the stream ends or one is missing; the next watch starts from a snapshot."""
         held: CacheSnapshot | None = None
         async for event in self.stub.WatchCache(engine_pb2.EngineWatchCacheRequest()):
             held = _next_snapshot(held, event)
@@ -190,7 +190,7 @@ class ReplicaConnection:
             await asyncio.sleep(RETRY_S)
 
     async def _watch_tiles(self) -> None:
-        """Follow one watch of the tiles; what does not follow ends it, so that the next brings a snapshot."""
+        """Apply tile deltas until the stream ends or one is missing; the next watch starts from a snapshot."""
         index, epoch = self._router.index, 0
         async for event in self.stub.WatchTiles(engine_pb2.EngineWatchTilesRequest()):
             if event.HasField("snapshot"):

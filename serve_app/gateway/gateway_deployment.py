@@ -1,11 +1,13 @@
-"""The Gateway deployment: where clients connect."""
+"""The Gateway deployment, which clients connect to."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -13,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from kvarn.model import resolve_model
 from serve_app.config import AutoscalingConfig, GatewayConfig, ObservabilityConfig
 from serve_app.gateway import membership
+from serve_app.gateway.admission_queue import AdmissionQueue
 from serve_app.gateway.console import console, view
 from serve_app.gateway.dispatcher import Dispatcher
 from serve_app.gateway.fleet import Fleet
@@ -26,19 +29,149 @@ from serve_app.observability.tracing import Tracing
 from serve_app.request.prompts import PromptEncoder
 from serve_app.routing import TILE_BYTES, Router
 
-MEETING_S = 2.0  # to hear of the replicas that run already
+STARTUP_WAIT_S = 2.0  # for the first state of replicas that already run
+
+
+class Readiness:
+    """Whether a gateway takes requests: a replica is ready, or the first request would start one.
+
+    Args:
+        router: knows the replicas.
+        scale_from_zero: starts a replica for the first request; None if there always is one.
+    """
+
+    def __init__(self, router: Router, scale_from_zero: ScaleFromZero | None) -> None:
+        self._router = router
+        self._scale_from_zero = scale_from_zero
+        self._changed = asyncio.Event()
+
+    def is_ready(self) -> bool:
+        """Whether requests are taken now."""
+        return self._scale_from_zero is not None or self._router.is_ready()
+
+    def report_change(self) -> None:
+        """Check again: a replica was added, changed or was removed."""
+        self._changed.set()
+        if self._scale_from_zero is not None:
+            self._scale_from_zero.report_change()
+
+    async def wait(self, timeout_s: float) -> None:
+        """Return when requests are taken, or after `timeout_s`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self.is_ready():
+                    await self._changed.wait()
+                    self._changed.clear()
+
+    async def follow(self, set_serving: Callable[[bool], Awaitable[None]]) -> None:
+        """Call `set_serving` on every transition, from not serving at first."""
+        serving = False
+        self._changed.set()
+        while await self._changed.wait():
+            self._changed.clear()
+            if serving != self.is_ready():
+                serving = not serving
+                await set_serving(serving)
+
+
+@dataclass(frozen=True)
+class GatewayParts:
+    """The parts of one gateway replica, wired by `wire_gateway`."""
+
+    router: Router
+    spans: Tracing
+    observer: Observer
+    queue: AdmissionQueue
+    feed: FleetFeed
+    readiness: Readiness
+    fleet: Fleet
+    servers: GatewayServers
+
+    def demand(self) -> Demand:
+        """Return what the engines' autoscaling should know of this gateway."""
+        return Demand(self.queue.tokens, self.observer.first_tokens.p90_s())
+
+
+def wire_gateway(
+    gateway_id: str,
+    model: str,
+    model_name: str,
+    *,
+    config: GatewayConfig,
+    observability: ObservabilityConfig,
+    wake_engines: Callable[[], Awaitable[object]] | None,
+) -> GatewayParts:
+    """Build the parts of a gateway bottom-up; a part is complete before another one can call it.
+
+    Args:
+        gateway_id: identifies this gateway's reservations at the engines.
+        model: name of a known model, or a local directory.
+        model_name: name of the model in requests.
+        config: settings of the gateways.
+        observability: where metrics, spans and the request log go.
+        wake_engines: starts a replica if there is none; None if there always is one.
+
+    Raises:
+        ValueError: certificates, API keys or the tool parser cannot be used.
+    """
+    routing = config.routing
+    router = Router(
+        gateway_id,
+        model,
+        max_tiles=(routing.index_memory_mib << 20) // TILE_BYTES,
+        output_quantile=routing.output_quantile,
+    )
+    encoder = PromptEncoder(resolve_model(model))
+    spans = Tracing("kvarn-gateway", gateway_id, observability.tracing)
+    log = log_to_stdout if observability.request_log else None
+    observer = Observer(RayRecorder(GATEWAY_METRICS), spans, log)
+    queue = AdmissionQueue(router, routing)
+    feed = FleetFeed(model_name, router, queue)
+    scale_from_zero = ScaleFromZero(wake_engines, router.is_ready) if wake_engines is not None else None
+    readiness = Readiness(router, scale_from_zero)
+
+    def on_change(replica_id: str) -> None:
+        feed.report_change(replica_id)
+        queue.wake()
+        readiness.report_change()
+
+    fleet = Fleet(router, on_change, drain_s=config.drain_grace_s, silence_s=routing.silence_timeout_s)
+    dispatcher = Dispatcher(
+        gateway_id,
+        model_name,
+        encoder=encoder,
+        router=router,
+        queue=queue,
+        fleet=fleet,
+        observer=observer,
+        config=routing,
+        default_max_tokens=config.default_max_tokens,
+        scale_from_zero=scale_from_zero,
+    )
+    shown = lambda: view(model_name, router.replicas(time.monotonic()), observer, queue)  # noqa: E731
+    servers = GatewayServers(
+        config,
+        model_name,
+        dispatcher=dispatcher,
+        encoder=encoder,
+        feed=feed,
+        is_ready=readiness.is_ready,
+        on_rejection=observer.count_rejection,
+        routers=[console(shown, feed.watch)],
+    )
+    return GatewayParts(router, spans, observer, queue, feed, readiness, fleet, servers)
 
 
 class Gateway:
-    """One gateway replica: SERVING as long as an engine replica takes requests, or would be started for one.
+    """One gateway replica: SERVING while an engine replica takes requests or would be started for one.
 
     Args:
-        model: a known model's name or a local directory.
-        model_name: what clients call it.
+        model: name of a known model, or a local directory.
+        model_name: name of the model in requests.
         config: settings of the gateways.
-        observability: what it tells of its requests.
+        observability: where metrics, spans and the request log go.
         autoscaling: of the engines.
-        engines: the engine deployment; used to learn of its replicas, never to send them requests.
+        engines: handle of the engine deployment; lists its replicas, never carries requests.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -51,103 +184,37 @@ class Gateway:
         engines: DeploymentHandle,
     ) -> None:
         gateway_id = serve.get_replica_context().replica_id.unique_id
-        routing = config.routing
-        self._router = Router(
+        scales_to_zero = autoscaling is not None and autoscaling.min_replicas == 0
+        parts = self._parts = wire_gateway(
             gateway_id,
             model,
-            max_tiles=(routing.index_memory_mib << 20) // TILE_BYTES,
-            output_quantile=routing.output_quantile,
-        )
-        self._fleet = Fleet(self._router, self._on_change, config.drain_grace_s, routing.silence_timeout_s)
-        self._changed = asyncio.Event()
-        self._scale_from_zero = None
-        if autoscaling is not None and autoscaling.min_replicas == 0:
-            self._scale_from_zero = ScaleFromZero(engines.wake.remote, self._router.is_ready)
-        encoder = PromptEncoder(resolve_model(model))
-        self._spans = Tracing("kvarn-gateway", gateway_id, observability.tracing)
-        log = log_to_stdout if observability.request_log else None
-        self._observer = Observer(RayRecorder(GATEWAY_METRICS), self._spans, log)
-        self._dispatcher = Dispatcher(
-            gateway_id,
             model_name,
-            encoder,
-            self._router,
-            self._fleet,
-            config.default_max_tokens,
-            self._observer,
-            routing,
-            self._scale_from_zero,
+            config=config,
+            observability=observability,
+            wake_engines=engines.wake.remote if scales_to_zero else None,
         )
-        admissions = self._dispatcher.admissions
-        self._feed = FleetFeed(model_name, self._router, admissions)
-        shown = lambda: view(  # noqa: E731
-            model_name, self._router.replicas(time.monotonic()), self._observer, admissions
-        )
-        pages = [console(shown, self._feed.watch)]
-        self._servers = GatewayServers(
-            config,
-            model_name,
-            self._dispatcher,
-            encoder,
-            self._feed,
-            self._is_ready,
-            self._observer.refused,
-            pages,
-        )
-        membership.listen(engines, self._fleet.set_members)
-        await self._meet_engines()
-        await self._servers.start()
-        gauges = GatewayGauges(self._observer, admissions, self._router)
+        membership.listen(engines, parts.fleet.set_members)
+        # Clients may connect as soon as the port is shared: in a rolling update, those of the gateway replaced.
+        await parts.readiness.wait(STARTUP_WAIT_S)
+        await parts.servers.start()
+        gauges = GatewayGauges(parts.observer, parts.queue, parts.router)
         self._tasks = [
-            asyncio.create_task(self._follow_health()),
+            asyncio.create_task(parts.readiness.follow(parts.servers.set_serving)),
             asyncio.create_task(record_forever(gauges.record)),
         ]
         if autoscaling is not None:
-            report = report_forever(gateway_id, self._demand, self._fleet.stubs)
+            report = report_forever(gateway_id, parts.demand, parts.fleet.stubs)
             self._tasks.append(asyncio.create_task(report))
-        gc.freeze()  # what is loaded stays: collections that look at all of it would hold every stream up
+        gc.freeze()  # a collection that scanned everything loaded at start would stall every stream
 
     async def check_health(self) -> None:
-        """Serve's liveness probe: answering it is enough."""
+        """Answer Serve's liveness probe; an answer is enough."""
 
     async def __del__(self) -> None:
-        """Serve's shutdown hook: refuse new calls, finish running streams."""
+        """Refuse new calls and finish running streams; Serve calls this at shutdown."""
         for task in self._tasks:
             task.cancel()
-        self._feed.close()
-        await self._servers.stop()
-        await self._fleet.close()
-        self._spans.close()
-
-    def _demand(self) -> Demand:
-        return Demand(self._dispatcher.admissions.tokens, self._observer.first_tokens.p90_s())
-
-    def _on_change(self, replica_id: str) -> None:
-        self._feed.report_change(replica_id)
-        self._dispatcher.admissions.wake()
-        self._changed.set()
-        if self._scale_from_zero is not None:
-            self._scale_from_zero.report_change()
-
-    def _is_ready(self) -> bool:
-        """Whether requests are taken: now, or once the replica has started that they wake."""
-        return self._scale_from_zero is not None or self._router.is_ready()
-
-    async def _meet_engines(self) -> None:
-        """Wait until requests are taken, but not for long: they may come as soon as the port is shared, in an update
-        from clients of the gateway that this one replaces."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(MEETING_S):
-                while not self._is_ready():
-                    await self._changed.wait()
-                    self._changed.clear()
-
-    async def _follow_health(self) -> None:
-        """Answer health checks by `_is_ready`."""
-        serving = False
-        self._changed.set()
-        while await self._changed.wait():
-            self._changed.clear()
-            if serving != self._is_ready():
-                serving = not serving
-                await self._servers.set_serving(serving)
+        self._parts.feed.close()
+        await self._parts.servers.stop()
+        await self._parts.fleet.close()
+        self._parts.spans.close()

@@ -1,4 +1,4 @@
-"""One request on its way through a gateway: what was asked for and what is out already."""
+"""The state of one request in a gateway: what was asked for, and the output so far."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ _numbers = count()
 
 
 def new_key() -> str:
-    """A name for a reservation that nothing else in this process has."""
+    """Return an id for a reservation, unique in this process."""
     return str(next(_numbers))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Generation:
     """A checked and tokenized request.
 
     Attributes:
-        request_id: the caller's name for it.
-        caller: who asks.
-        ids: token ids of the prompt.
-        sampling: how to draw tokens; max_tokens is set.
-        salt: what keeps its cached prefixes apart from others'.
-        deadline_s: when its time is over, on the monotonic clock.
-        output: token ids that are out.
-        key: names it in the router; new for every replica it is sent to.
-        attempts: times it was made ready to be sent.
-        need: what it takes of a cache now.
-        prompt: what is left to compute for it: the prompt and the output so far.
-        usage: tokens counted so far.
-        resumptions: times another replica went on with it.
-        headers: trace context of the calls on its behalf.
-        decision_s: how long the last choice of a replica took.
-        queued_s: time it last waited in the queue; 0 if it did not have to.
-        place: its place in the queue, kept until a replica has begun to answer it; None if it has not waited.
+        request_id: id from the caller, or a random one.
+        caller: tenant and priority.
+        prompt_token_ids: token ids of the prompt.
+        sampling: sampling parameters; max_tokens is set.
+        cache_salt: separates its cached prefixes from those of requests with other salts.
+        deadline_s: deadline on the monotonic clock.
+        output: token ids generated so far.
+        key: id of its reservation in the router; new for every attempt.
+        attempts: calls of `begin`, one before every attempt.
+        need: cache space it takes now.
+        prompt: the tokens to prefill now: the prompt and the output so far.
+        usage: token counts so far.
+        resumptions: times another replica resumed it.
+        headers: trace context of its calls to engines.
+        decision_s: duration of the last routing decision.
+        queued_s: duration of its last wait in the queue; 0 if it did not wait.
+        queue_entry: its position in the queue, kept until a replica answers; None if it has not waited.
         inexact_because: why its output may differ from an uninterrupted one.
     """
 
     request_id: str
     caller: Caller
-    ids: list[int]
+    prompt_token_ids: list[int]
     sampling: sampling_pb2.SamplingParams
-    salt: str
+    cache_salt: str
     deadline_s: float
-    output: list[int]
+    output: list[int] = field(default_factory=list)
     key: str = ""
     attempts: int = 0
     need: RequestNeed = field(init=False)
@@ -57,30 +57,30 @@ class Generation:
     headers: tuple[tuple[str, str], ...] = ()
     decision_s: float = 0.0
     queued_s: float = 0.0
-    place: QueuedRequest | None = None
+    queue_entry: QueuedRequest | None = None
     inexact_because: str = ""
 
     def begin(self, router: Router) -> None:
-        """Make it ready to be sent to a replica, from where its output stands."""
+        """Prepare the next attempt, which continues the output so far."""
         left = self.sampling.max_tokens - len(self.output)
-        ids = [*self.ids, *self.output] if self.output else self.ids
+        token_ids = [*self.prompt_token_ids, *self.output] if self.output else self.prompt_token_ids
         self.key = new_key()
         self.attempts += 1
-        self.need = router.need(len(ids), max(left, 0))
-        self.prompt = Prompt(token_array(ids), self.salt)
-        self.usage.prompt_tokens = len(self.ids)
+        self.need = router.need(len(token_ids), max(left, 0))
+        self.prompt = Prompt(token_array(token_ids), self.cache_salt)
+        self.usage.prompt_tokens = len(self.prompt_token_ids)
         self.usage.completion_tokens = len(self.output)
         if self.output:
             self.inexact_because = inexact_because(self.sampling)
 
     def message(self, gateway_id: str, chosen: Candidate) -> engine_pb2.EngineRequest:
-        """What the chosen replica is asked for."""
+        """Return the request to the chosen replica."""
         return engine_pb2.EngineRequest(
             request_id=self.request_id,
             gateway_id=gateway_id,
-            prompt_token_ids=self.ids,
+            prompt_token_ids=self.prompt_token_ids,
             sampling_params=self.sampling,
-            cache_salt=self.salt,
+            cache_salt=self.cache_salt,
             reserved_blocks=chosen.blocks,
             uncached_tokens=chosen.uncached_tokens,
             expected_tokens=self.need.expected_tokens,
@@ -88,9 +88,9 @@ class Generation:
         )
 
     def take(self, replica_id: str, delta: engine_pb2.EngineDelta) -> inference_pb2.GenerateResponse:
-        """Count what an engine sent, and make of it what the caller gets."""
+        """Add `delta` to the output and the usage, and return the caller's response."""
         self.output += delta.token_ids
-        self.place = None
+        self.queue_entry = None
         self.usage.completion_tokens = len(self.output)
         if not self.resumptions:
             self.usage.cached_tokens = delta.cached_tokens
@@ -111,9 +111,9 @@ class Generation:
 
 
 def inexact_because(sampling: sampling_pb2.SamplingParams) -> str:
-    """Why a resumed output may differ from an uninterrupted one; empty if it may not.
+    """Return why a resumed output may differ from an uninterrupted one; empty if it may not.
 
-    Drawing without a seed goes on as well as it began: no draw depends on the random numbers of earlier ones.
+    Sampling without a seed resumes exactly in distribution: no draw depends on earlier random numbers.
     """
     if sampling.presence_penalty or sampling.frequency_penalty:
         return "presence_penalty and frequency_penalty do not count tokens from before the resumption"

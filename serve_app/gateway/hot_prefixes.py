@@ -1,4 +1,4 @@
-"""Which prefixes requests share most, for people to see; routing has an index of its own."""
+"""The prefixes that requests share most, for the console; routing does not use them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-PREFIX_TOKENS = 128  # prompts that agree on so many first tokens count as one prefix
+PREFIX_TOKENS = 128  # prompts that agree in this many first tokens share one prefix
 HALF_LIFE_S = 300.0
 MAX_PREFIXES = 1024
 _SECRET = secrets.token_bytes(32)
 
 
 def prefix_id(token_ids: Sequence[int], salt: str = "") -> str | None:
-    """A name for the first tokens of a prompt; None if there are too few to share.
+    """Return an opaque name of a prompt's first tokens; None if the prompt is shorter.
 
-    It tells nothing of them, not even whether they are what one guesses: it depends on a secret of this process. It
-    differs by `salt`, as what is cached does.
+    The name reveals nothing about the tokens, not even whether a guess is right: the hash is keyed with a secret of
+    this process. Like cached prefixes, names differ by `salt`.
     """
     if len(token_ids) < PREFIX_TOKENS:
         return None
@@ -43,29 +43,29 @@ class HotPrefix:
     used_s: float = 0.0
 
     def cooled(self, now_s: float) -> float:
-        """Its heat now."""
+        """Return the heat at `now_s`."""
         return self.heat * math.exp2((self.used_s - now_s) / HALF_LIFE_S)
 
     @property
     def rank(self) -> float:
-        """Of two prefixes the hotter has the higher rank, at any time: a rank changes only when a request counts."""
+        """An order by heat that does not change with time: only a new request changes a rank."""
         return math.log2(self.heat) + self.used_s / HALF_LIFE_S
 
 
 class HotPrefixes:
-    """Counts requests by prefix, in bounded memory: the coldest is forgotten. `clock` gives seconds."""
+    """Counts requests by prefix in bounded memory: the coldest prefix is evicted. `clock` returns seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._prefixes: dict[str, HotPrefix] = {}
-        self._by_rank: list[tuple[float, str]] = []  # a heap; ranks are those of now, or lower ones of before
+        self._by_rank: list[tuple[float, str]] = []  # a heap; an entry may hold an earlier, lower rank
 
     def count(self, name: str, replica_id: str, prompt_tokens: int, cached_tokens: int) -> None:
-        """A replica has served a request with this prefix, and found `cached_tokens` of it in its cache."""
+        """Count a request with prefix `name`, of which `cached_tokens` were in the cache of the replica."""
         now = self._clock()
         is_new = name not in self._prefixes
         if is_new and len(self._prefixes) >= MAX_PREFIXES:
-            self._forget_coldest()
+            self._evict_coldest()
         prefix = self._prefixes.setdefault(name, HotPrefix(name))
         prefix.heat = prefix.cooled(now) + 1
         prefix.used_s = now
@@ -77,14 +77,14 @@ class HotPrefixes:
         if is_new:
             heapq.heappush(self._by_rank, (prefix.rank, name))
 
-    def hottest(self, most: int) -> list[HotPrefix]:
-        """Those that more than one request had, hottest first."""
+    def hottest(self, limit: int) -> list[HotPrefix]:
+        """Return up to `limit` prefixes that more than one request had, hottest first."""
         now = self._clock()
         shared = [prefix for prefix in self._prefixes.values() if prefix.requests > 1]
-        return sorted(shared, key=lambda prefix: -prefix.cooled(now))[:most]
+        return sorted(shared, key=lambda prefix: -prefix.cooled(now))[:limit]
 
-    def _forget_coldest(self) -> None:
-        """Ranks only rise, so that the lowest in the heap is the coldest once it is the one of now."""
+    def _evict_coldest(self) -> None:
+        """Evict the top of the heap once its rank is current: ranks only rise, so it is the lowest."""
         while True:
             rank, name = self._by_rank[0]
             now = self._prefixes[name].rank

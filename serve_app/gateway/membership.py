@@ -1,4 +1,4 @@
-"""Which engine replicas exist, as Serve tells: the only file that touches its alpha request-router interface."""
+"""The list of engine replicas, from Serve: the only file that uses its alpha request-router interface."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROUTER_CLASS = f"{__name__}:ReplicaListRouter"
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One live engine replica: Serve's id of it, how to reach its gRPC server, its last routing stats."""
+    """One live engine replica: its id in Serve, the address of its gRPC server, its latest routing stats."""
 
     replica_id: str
     address: Address
@@ -28,7 +28,7 @@ Listener = Callable[[list[Endpoint]], None]
 
 
 class _Members:
-    """The replica list of each deployment this process has a handle to, and who wants to hear of it."""
+    """The replica list and the listener of each deployment this process has a handle to."""
 
     def __init__(self) -> None:
         self._endpoints: dict[str, list[Endpoint]] = {}
@@ -48,10 +48,10 @@ members = _Members()
 
 
 class ReplicaListRouter(FIFOMixin, RequestRouter):
-    """Passes Serve's replica list on; it routes nothing, since requests do not travel through Serve."""
+    """Publishes Serve's replica list; it routes nothing, since requests do not go through Serve."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Called by Serve, in the gateway's process, whenever a replica or its routing stats change."""
+        """Publish the list; Serve calls this in the gateway's process when a replica or its routing stats change."""
         # Serve pickles this class by value: module state must be looked up where it runs.
         from serve_app.gateway.membership import endpoint, members
 
@@ -61,7 +61,7 @@ class ReplicaListRouter(FIFOMixin, RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Serve asks this for calls through a handle, of which there are none."""
+        """Keep Serve's candidates: the only call through a handle is `wake`, which any replica may answer."""
         return [candidate_replicas]
 
 
@@ -81,5 +81,5 @@ def listen(handle: DeploymentHandle, listener: Listener) -> None:
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, listener: Listener, endpoints: list[Endpoint]) -> None:
-    """Serve runs routers in a thread of their own."""
+    """Call `listener` in `loop`: Serve runs routers in another thread."""
     loop.call_soon_threadsafe(listener, endpoints)

@@ -1,4 +1,4 @@
-"""What a gateway tells of each request: metrics, a span, and one line of JSON in its log.
+"""Observability of a gateway's requests: metrics, a span per request, and one JSON log line per request.
 
 Neither prompts nor outputs nor keys appear in any of them.
 """
@@ -32,8 +32,8 @@ Log = Callable[[str], None]
 
 
 def log_to_stdout(line: str) -> None:
-    """Write a line to standard output, which Ray keeps with its logs; `logging` would take five times as long."""
-    with suppress(OSError, ValueError):  # a request does not fail because its log cannot be written
+    """Write a line to standard output, which Ray collects with its logs; `logging` would take five times as long."""
+    with suppress(OSError, ValueError):  # a request must not fail because its log line cannot be written
         print(line, flush=True)
 
 
@@ -41,9 +41,9 @@ class Observer:
     """Observes every request of one gateway.
 
     Args:
-        recorder: where metrics go.
-        spans: makes the spans.
-        log: takes one line of JSON a request; None keeps no log.
+        recorder: takes the metrics.
+        spans: creates the spans.
+        log: takes one line of JSON per request; None for no log.
     """
 
     def __init__(self, recorder: Recorder, spans: Tracing, log: Log | None = None) -> None:
@@ -52,21 +52,21 @@ class Observer:
         self.log = log
         self.first_tokens = RecentLatencies()
         self.prefixes = HotPrefixes()
-        self.rejects: Counter[str] = Counter()
+        self.rejections: Counter[str] = Counter()
         self.open: set[Observation] = set()
 
     def begin(self, request_id: str, caller: Caller) -> Observation:
-        """A request from `caller`, by its own name `request_id`, has arrived."""
+        """Start observing a request from `caller`, which named it `request_id` or left that empty."""
         return Observation(self, request_id, caller)
 
-    def refused(self, reason: str) -> None:
-        """A request was refused for this reason, be it before or after it was observed."""
+    def count_rejection(self, reason: str) -> None:
+        """Count a request that was rejected or failed, whether or not it was observed."""
         self.recorder.add(metrics.REJECTS, reason=reason)
-        self.rejects[reason] += 1
+        self.rejections[reason] += 1
 
 
 class Observation:
-    """One request, from its arrival to its end: the block of its `with`."""
+    """One request from its arrival to its end; its `with` block spans it."""
 
     def __init__(self, observer: Observer, request_id: str, caller: Caller) -> None:
         self._observer = observer
@@ -82,52 +82,52 @@ class Observation:
 
     @property
     def request_id(self) -> str:
-        """The caller's name for it, or the one it was given."""
+        """The id from the caller, or the one the gateway generated."""
         return self._response.request_id or self._request_id
 
     @property
     def tenant(self) -> str:
-        """Who asks."""
+        """The caller's tenant."""
         return self._caller.tenant
 
     @property
     def replica_id(self) -> str:
-        """The replica that generates, empty until it has."""
+        """The replica of the latest output; empty before the first."""
         return self._response.replica_id
 
     @property
     def usage(self) -> inference_pb2.Usage:
-        """Tokens counted so far."""
+        """Token counts so far."""
         return self._response.usage
 
     @property
     def age_s(self) -> float:
-        """Seconds since it arrived."""
+        """Seconds since the request arrived."""
         return time.perf_counter() - self._start
 
     def tokenized(self, token_ids: Sequence[int], salt: str = "") -> None:
-        """Its prompt, and the salt of what it shares, are known; only a name for the prompt's beginning is kept."""
+        """Note the prompt and its cache salt; only an opaque name of the prompt's prefix is kept."""
         self._prefix = prefix_id(token_ids, salt)
 
     def queued(self, waited_s: float) -> None:
-        """It left the queue, for a replica or refused; 0 seconds if it did not have to wait."""
+        """Record that the request left the queue, admitted or rejected, after `waited_s`; 0 if it did not wait."""
         if waited_s:
             self._recorder.observe(metrics.QUEUE_WAIT, waited_s)
             self._span.add_event("left the queue", {"kvarn.queued_s": waited_s})
 
     def resumed(self) -> None:
-        """Its replica was lost, and another is to go on with its output."""
+        """Record that the replica was lost and another one resumes the output."""
         self._recorder.add(metrics.RESUMES)
         self._span.add_event("resumed")
 
     def routed(self, decision: Decision, decision_s: float) -> None:
-        """A replica was chosen for it, or none, in `decision_s` seconds."""
+        """Record a routing decision, which took `decision_s` seconds."""
         self._recorder.observe(metrics.DECISION, decision_s)
         if self._span.is_recording():
             self._span.set_attributes(tracing.explanation(decision))
 
     def headers(self) -> tuple[tuple[str, str], ...]:
-        """The trace context of calls on its behalf."""
+        """Return the trace context for calls to engines."""
         return tracing.headers_of(self._span)
 
     def __enter__(self) -> Observation:
@@ -142,13 +142,13 @@ class Observation:
             self._end(error.status, error.reason)
         elif error is None or self._response.finish_reason:
             self._end(grpc.StatusCode.OK)
-        elif isinstance(error, CancelledError | GeneratorExit):  # the caller went away
+        elif isinstance(error, CancelledError | GeneratorExit):  # the caller disconnected
             self._end(grpc.StatusCode.CANCELLED)
         else:
             self._end(grpc.StatusCode.INTERNAL, RequestError.reason)
 
     def count(self, response: inference_pb2.GenerateResponse) -> None:
-        """A response is about to go to the caller."""
+        """Account for a response that is about to be sent to the caller."""
         now = time.perf_counter()
         tokens = len(response.token_ids)
         self._response = response
@@ -166,7 +166,7 @@ class Observation:
         self._recorder.add(metrics.REQUESTS, status=status.name)
         self._recorder.observe(metrics.DURATION, duration_s)
         if reason:
-            self._observer.refused(reason)
+            self._observer.count_rejection(reason)
         if self._prefix is not None and self._first_token_s is not None:
             self._observer.prefixes.count(
                 self._prefix, self.replica_id, self.usage.prompt_tokens, self.usage.cached_tokens
@@ -221,26 +221,26 @@ def _rounded(seconds: float | None) -> float | None:
 
 
 class GatewayGauges:
-    """Records them where `observer` records.
+    """Gauges of one gateway, recorded by its observer's recorder.
 
     Args:
-        observer: knows the open requests.
-        admissions: hold those that wait.
-        router: knows the replicas.
+        observer: holds the open requests.
+        queue: holds the requests that wait.
+        router: holds the state of the replicas.
     """
 
-    def __init__(self, observer: Observer, admissions: AdmissionQueue, router: Router) -> None:
+    def __init__(self, observer: Observer, queue: AdmissionQueue, router: Router) -> None:
         self._observer = observer
-        self._admissions = admissions
+        self._queue = queue
         self._router = router
 
     def record(self) -> None:
-        """Give the gauges their values of now."""
+        """Set all gauges to their current values."""
         recorder = self._observer.recorder
         recorder.set(metrics.STREAMS, len(self._observer.open))
-        waiting = self._admissions.by_reason()
+        waiting = self._queue.by_reason()
         for reason in QUEUE_REASONS:
             recorder.set(metrics.QUEUED_REQUESTS, waiting[reason], reason=reason)
-        recorder.set(metrics.QUEUED_TOKENS, self._admissions.tokens)
+        recorder.set(metrics.QUEUED_TOKENS, self._queue.tokens)
         for replica in self._router.replicas(time.monotonic()):
             recorder.set(metrics.BREAKER, replica.breaker.value, replica_id=replica.replica_id)

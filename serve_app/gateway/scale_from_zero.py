@@ -1,4 +1,4 @@
-"""Scale from zero: the first request starts a replica, and all wait for it."""
+"""Scale from zero: the first request starts a replica, and requests wait until it is ready."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ logger = logging.getLogger(__name__)
 MAX_WAIT_S = 900.0
 RETRY_S = 1.0
 TOO_LATE = (
-    "No engine replica started before the deadline: allow more time, or keep autoscaling.min_replicas at 1."
+    "No engine replica started before the deadline: allow more time, or set autoscaling.min_replicas to 1."
 )
-NOT_STARTED = "No engine replica has started yet: try again in a minute, or look at Serve's log."
+NOT_STARTED = "No engine replica has started yet: try again in a minute, or check the log of Ray Serve."
 
 
 class ScaleFromZero:
-    """Lets requests wait while no replica takes any.
+    """Makes requests wait while no replica is ready.
 
     Args:
-        call: asks Serve for a replica, by calling one; returns when one has answered.
+        call: makes Serve start a replica, by calling one; returns once one has answered.
         is_ready: whether a replica takes requests.
     """
 
@@ -35,7 +35,7 @@ class ScaleFromZero:
         self._waiting = 0
 
     def report_change(self) -> None:
-        """A replica has come, gone or changed."""
+        """Check again: a replica was added, changed or was removed."""
         if self._is_ready():
             self._changed.set()
 
@@ -43,8 +43,8 @@ class ScaleFromZero:
         """Return once a replica takes requests.
 
         Raises:
-            DeadlineError: none did within `timeout_s`.
-            ReplicaUnavailableError: none did for long.
+            DeadlineError: no replica was ready within `timeout_s`.
+            ReplicaUnavailableError: no replica was ready within `MAX_WAIT_S`.
         """
         if self._is_ready():
             return
@@ -67,12 +67,12 @@ class ScaleFromZero:
             self._calling = asyncio.create_task(self._ask())
 
     async def _ask(self) -> None:
-        """Ask until it works, as long as any request waits."""
+        """Call until it succeeds or no request waits any more."""
         while self._waiting:
             try:
                 await self._call()
             except Exception:
-                logger.exception("waking an engine replica failed: trying again")
+                logger.exception("waking an engine replica failed: retrying")
                 await asyncio.sleep(RETRY_S)
             else:
                 return

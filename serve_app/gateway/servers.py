@@ -1,4 +1,4 @@
-"""What clients connect to: a gateway's gRPC and HTTP servers, over one dispatcher and one set of keys."""
+"""A gateway's gRPC and HTTP servers, which share one dispatcher and one set of API keys."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from serve_app.security.tls import ServerTls
 
 
 class GatewayServers:
-    """Both servers of one gateway.
+    """The gRPC and HTTP servers of one gateway.
 
     Args:
         config: settings of the gateways.
-        model_name: what clients call the model.
+        model_name: name of the model in requests.
         dispatcher: takes requests to the engines.
         encoder: the model's tokenizer.
-        fleet: tells of the replicas.
-        is_ready: whether any replica takes requests.
-        on_refusal: called with the reason of each request refused before it comes to the dispatcher.
-        routers: further HTTP routes.
+        feed: state of the replicas, and its changes.
+        is_ready: whether requests are taken.
+        on_rejection: called with the reason of each request rejected before it reaches the dispatcher.
+        routers: additional HTTP routes.
 
     Raises:
         ValueError: certificates, API keys or the tool parser cannot be used.
@@ -47,33 +47,34 @@ class GatewayServers:
         self,
         config: GatewayConfig,
         model_name: str,
+        *,
         dispatcher: RequestHandler,
         encoder: PromptEncoder,
-        fleet: FleetFeed,
+        feed: FleetFeed,
         is_ready: Callable[[], bool],
-        on_refusal: Callable[[str], None],
+        on_rejection: Callable[[str], None],
         routers: Sequence[APIRouter] = (),
     ) -> None:
         self._config = config
         if config.security.salt_cache_by_tenant:
             dispatcher = TenantSalts(dispatcher)
-        access = Access(config.security.api_keys, on_refusal)
+        access = Access(config.security.api_keys, on_rejection)
         tls = ServerTls(config.security.tls) if config.security.tls else None
         self._grpc = self._grpc_server(access, tls)
         inference = InferenceService(dispatcher, access, config.limits.write_timeout_s)
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._grpc)  # type: ignore[no-untyped-call]
-        cluster = ClusterService(fleet, dispatcher, access)
+        cluster = ClusterService(feed, dispatcher, access)
         cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, self._grpc)  # type: ignore[no-untyped-call]
         parsers = ToolParsers(config.tool_parser, encoder.tokenizer)
-        chat = ChatService(dispatcher, parsers, encoder, on_refusal)
-        completions = CompletionService(dispatcher, encoder.token_text, on_refusal)
+        chat = ChatService(dispatcher, parsers, encoder, on_rejection)
+        completions = CompletionService(dispatcher, encoder.token_text, on_rejection)
         openai = openai_api(model_name, chat, completions, access)
-        app = http_app([probes(is_ready), openai, *routers], on_refusal)
-        guard = HttpGuard(app, access, config.limits, config.max_message_bytes, on_refusal)
+        app = http_app([probes(is_ready), openai, *routers], on_rejection)
+        guard = HttpGuard(app, access, config.limits, config.max_message_bytes, on_rejection)
         self._http = self._http_server(guard, tls)
 
     async def start(self) -> tuple[int, int]:
-        """Listen; return the ports of gRPC and HTTP.
+        """Start listening, and return the ports of gRPC and HTTP.
 
         Raises:
             OSError: an address cannot be bound.
@@ -81,11 +82,11 @@ class GatewayServers:
         return await self._grpc.start(), self._http.start()
 
     async def set_serving(self, serving: bool) -> None:
-        """Answer gRPC's health checks with SERVING or NOT_SERVING."""
+        """Answer gRPC health checks with SERVING or NOT_SERVING."""
         await self._grpc.set_serving(serving)
 
     async def stop(self) -> None:
-        """Refuse new calls, and let running ones end within the configured grace."""
+        """Refuse new calls, and let running ones finish within the configured grace period."""
         await asyncio.gather(self._grpc.stop(self._config.drain_grace_s), self._http.stop())
 
     def _grpc_server(self, access: Access, tls: ServerTls | None) -> GrpcServer:

@@ -26,7 +26,7 @@ SERVICE_NAMES = [
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """Generation for clients. Methods raise `RequestError`s, which `GrpcServer` turns into statuses."""
+    """Generation for clients. Methods raise a `RequestError`, which `GrpcServer` converts to a status."""
 
     def __init__(self, dispatcher: RequestHandler, access: Access, write_timeout_s: float) -> None:
         self._dispatcher = dispatcher
@@ -36,7 +36,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        """Write each delta as it comes from the engine."""
+        """Stream each delta as it arrives from the engine."""
         with self._access.admitted(headers_of(context.invocation_metadata())) as caller:
             responses = self._dispatcher.generate(request, context.time_remaining(), caller)
             async with aclosing(responses):
@@ -46,7 +46,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def GenerateOnce(  # noqa: N802
         self, request: inference_pb2.GenerateOnceRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.GenerateOnceResponse:
-        """Collect the deltas into one answer."""
+        """Merge the deltas into one response."""
         merged, text = None, []
         with self._access.admitted(headers_of(context.invocation_metadata())) as caller:
             responses = self._dispatcher.generate(request, context.time_remaining(), caller)
@@ -63,7 +63,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def _write(
         self, context: grpc.aio.ServicerContext, response: inference_pb2.GenerateResponse
     ) -> None:
-        """A client that does not read would keep its blocks for ever."""
+        """Write with a timeout: a client that does not read would keep its cache blocks forever."""
         try:
             async with asyncio.timeout(self._write_timeout_s):
                 await context.write(response)
@@ -74,35 +74,35 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
 
 class FleetFeed:
-    """What this gateway knows of its replicas, and every change of it.
+    """The state of the replicas as this gateway sees it, for `Cluster` and the console.
 
     Args:
         model_name: name of the served model.
-        router: holds the replicas' states.
-        admissions: where requests wait.
+        router: holds the state of the replicas.
+        queue: holds the requests that wait.
     """
 
-    def __init__(self, model_name: str, router: Router, admissions: AdmissionQueue) -> None:
+    def __init__(self, model_name: str, router: Router, queue: AdmissionQueue) -> None:
         self._model_name = model_name
         self._router = router
-        self._admissions = admissions
+        self._queue = queue
         self._epoch = time.time_ns()
         self._sequence = 0
         self._feed = Feed(self._snapshot)
 
     def report_change(self, replica_id: str) -> None:
-        """Tell watchers that a replica has changed or is gone."""
+        """Publish that a replica changed or was removed."""
         self._sequence += 1
         self._feed.publish(self._change(replica_id))
 
     def state(self) -> cluster_pb2.GetCacheStateResponse:
-        """All replicas now."""
+        """Return all replicas and the queue."""
         return cluster_pb2.GetCacheStateResponse(
-            model=self._model_name, replicas=self._replicas(), queue=self._queue()
+            model=self._model_name, replicas=self._replicas(), queue=self._queue_state()
         )
 
     def watch(self) -> AsyncGenerator[cluster_pb2.WatchCacheResponse, None]:
-        """Yield all replicas, then each change."""
+        """Yield a snapshot of all replicas, then every change."""
         return self._feed.watch()
 
     def close(self) -> None:
@@ -112,20 +112,20 @@ class FleetFeed:
     def _replicas(self) -> list[cluster_pb2.ReplicaCache]:
         return [wire.replica_to_proto(replica) for replica in self._router.replicas(time.monotonic())]
 
-    def _queue(self) -> cluster_pb2.QueueState:
-        return cluster_pb2.QueueState(requests=len(self._admissions), tokens=self._admissions.tokens)
+    def _queue_state(self) -> cluster_pb2.QueueState:
+        return cluster_pb2.QueueState(requests=len(self._queue), tokens=self._queue.tokens)
 
     def _snapshot(self) -> cluster_pb2.WatchCacheResponse:
         return cluster_pb2.WatchCacheResponse(
             epoch=self._epoch,
             sequence=self._sequence,
             snapshot=cluster_pb2.FleetSnapshot(replicas=self._replicas()),
-            queue=self._queue(),
+            queue=self._queue_state(),
         )
 
     def _change(self, replica_id: str) -> cluster_pb2.WatchCacheResponse:
         change = cluster_pb2.WatchCacheResponse(
-            epoch=self._epoch, sequence=self._sequence, queue=self._queue()
+            epoch=self._epoch, sequence=self._sequence, queue=self._queue_state()
         )
         replica = self._router.replica(replica_id, time.monotonic())
         if replica is None:
@@ -136,31 +136,31 @@ class FleetFeed:
 
 
 class ClusterService(cluster_pb2_grpc.ClusterServicer):
-    """Tells of the replicas, and where requests would go."""
+    """State of the replicas, and explanations of routing decisions."""
 
-    def __init__(self, fleet: FleetFeed, dispatcher: RequestHandler, access: Access) -> None:
-        self._fleet = fleet
+    def __init__(self, feed: FleetFeed, dispatcher: RequestHandler, access: Access) -> None:
+        self._feed = feed
         self._dispatcher = dispatcher
         self._access = access
 
     async def GetCacheState(  # noqa: N802
         self, request: cluster_pb2.GetCacheStateRequest, context: grpc.aio.ServicerContext
     ) -> cluster_pb2.GetCacheStateResponse:
-        """All replicas now."""
-        return self._fleet.state()
+        """Return all replicas and the queue."""
+        return self._feed.state()
 
     async def WatchCache(  # noqa: N802
         self, request: cluster_pb2.WatchCacheRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        """All replicas, then each change."""
-        async with aclosing(self._fleet.watch()) as events:
+        """Stream a snapshot of all replicas, then every change."""
+        async with aclosing(self._feed.watch()) as events:
             async for event in events:
                 await context.write(event)
 
     async def ExplainRoute(  # noqa: N802
         self, request: cluster_pb2.ExplainRouteRequest, context: grpc.aio.ServicerContext
     ) -> cluster_pb2.ExplainRouteResponse:
-        """A choice and its reasons; it counts within the caller's limits as the request itself would."""
+        """Explain a routing decision; it counts against the caller's limits as the request itself would."""
         with self._access.admitted(headers_of(context.invocation_metadata())) as caller:
             return await self._dispatcher.explain(request, caller)
 

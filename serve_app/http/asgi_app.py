@@ -15,17 +15,17 @@ from serve_app.request.errors import BadRequestError, RequestError
 
 
 def http_app(
-    routers: Iterable[APIRouter], on_refusal: Callable[[str], None] = lambda reason: None
+    routers: Iterable[APIRouter], on_rejection: Callable[[str], None] = lambda reason: None
 ) -> FastAPI:
     """Build one application from all `routers`.
 
     Args:
         routers: the routes.
-        on_refusal: called with the reason of each body refused before a route sees it.
+        on_rejection: called with the reason of each body refused before a route sees it.
     """
     app = FastAPI(title="KVarN serving", openapi_url="/openapi.json", docs_url=None, redoc_url=None)
     app.add_middleware(TraceContext)
-    app.state.on_refusal = on_refusal
+    app.state.on_rejection = on_rejection
     for router in routers:
         app.include_router(router)
     app.add_exception_handler(RequestError, _rejected)
@@ -62,7 +62,7 @@ async def _rejected(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    request.app.state.on_refusal(BadRequestError.reason)
+    request.app.state.on_rejection(BadRequestError.reason)
     sentence, param = problem(error.errors(), error.body)
     return invalid(sentence, param=param)
 
@@ -71,7 +71,7 @@ async def _no_route(request: Request, error: Exception) -> Response:
     """Respond to unknown paths and methods, and to bodies that are not JSON at all."""
     assert isinstance(error, HTTPException)
     if error.status_code == 400:
-        request.app.state.on_refusal(BadRequestError.reason)
+        request.app.state.on_rejection(BadRequestError.reason)
         return invalid(NOT_JSON)
     response = invalid(f"{request.method} {request.url.path[:128]}: {error.detail}.", error.status_code)
     response.headers.update(error.headers or {})

@@ -28,7 +28,7 @@ class HttpGuard:
         access: authenticates callers by their API keys.
         limits: sets the time for a body.
         max_body_bytes: largest body.
-        on_refusal: called with the reason of each refusal of a body.
+        on_rejection: called with the reason of each refusal of a body.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class HttpGuard:
         access: Access,
         limits: LimitsConfig,
         max_body_bytes: int,
-        on_refusal: Callable[[str], None] = lambda reason: None,
+        on_rejection: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._app = app
         self._access = access
         self._limits = limits
         self._max_body_bytes = max_body_bytes
-        self._on_refusal = on_refusal
+        self._on_rejection = on_rejection
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,7 +71,7 @@ class HttpGuard:
         headers = Headers(scope=scope)
         if scope["path"] not in OPEN_PATHS:
             self._access.check(headers)
-        with counting_rejections(self._on_refusal):
+        with counting_rejections(self._on_rejection):
             if int(headers.get("content-length", "0")) > self._max_body_bytes:
                 raise self._too_large()
             return await self._read_in_time(receive)

@@ -1,7 +1,7 @@
-"""Every metric the application exports: name, unit, meaning and labels, in one place.
+"""All metrics that the application exports, with their names, units, help texts and labels.
 
 Ray's metrics agent on each node exports them to Prometheus and adds Serve's labels `application`, `deployment` and
-`replica`. `Metric.exported` is the name there.
+`replica`. `Metric.exported` is the name in Prometheus.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RECORD_INTERVAL_S = 2.0
 
 
 class MetricKind(Enum):
-    """Prometheus's kinds of metric."""
+    """Prometheus metric types."""
 
     COUNTER = "counter"
     GAUGE = "gauge"
@@ -28,7 +28,7 @@ class MetricKind(Enum):
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric; names end in their unit, and `boundaries` are upper bounds of a histogram's buckets."""
+    """One metric; names end in their unit, and `boundaries` are the upper bounds of a histogram's buckets."""
 
     name: str
     kind: MetricKind
@@ -61,38 +61,43 @@ _DECISION_SECONDS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3,
 CACHE_CAPACITY = _gauge("cache_capacity_tokens", "Tokens the KV cache can hold.")
 CACHE_TOKENS = _gauge(
     "cache_tokens",
-    "Tokens of cache space by state: free holds nothing, evictable holds prefixes nobody uses, live is in use. "
+    "Tokens of cache space by state: free is empty, evictable holds prefixes not in use, live is in use. "
     "The states sum to the capacity.",
     "state",
 )
 CACHE_RESERVED = _gauge(
-    "cache_reserved_tokens", "Tokens of cache space promised to admitted requests that they do not use yet."
+    "cache_reserved_tokens", "Tokens of cache space reserved for admitted requests and not used yet."
 )
-CACHE_SAVED = _gauge("cache_saved_bytes", "Memory that what the cache holds would take more of in fp16.")
+CACHE_SAVED = _gauge(
+    "cache_saved_bytes",
+    "Memory saved by quantization: size of the cached tiles in fp16, less their actual size.",
+)
 SLOT_CAPACITY = _gauge("side_pool_capacity_slots", "fp16 tiles of the side pool.")
 SLOTS = _gauge(
     "side_pool_slots",
-    "Slots in use: tail is being filled, sink_live belongs to a running request, sink_idle to a cached prefix.",
+    "Slots in use: tail for a tile being filled, sink_live for a running request, sink_idle for a cached prefix.",
     "use",
 )
 ENGINE_REQUESTS = _gauge("engine_requests", "Requests inside the engine: running or waiting.", "state")
 ENGINE_WAITING = _gauge(
     "engine_waiting_requests",
-    "Requests that wait inside the engine, by what for: slots of the side pool, blocks of the cache, a prefix that "
-    "another request computes, or their turn, which max_num_seqs and the tokens of a step limit.",
+    "Requests waiting inside the engine, by reason: slots of the side pool, blocks of the cache, a prefix that another "
+    "request computes, or their turn, limited by max_num_seqs and the token budget of a step.",
     "reason",
 )
 WAITING_PREFILL = _gauge("waiting_prefill_tokens", "Prompt tokens inside the engine not yet computed.")
-PREFILL_SPEED = _gauge("prefill_tokens_per_second", "Measured speed of computing prompts.")
+PREFILL_SPEED = _gauge("prefill_tokens_per_second", "Measured prefill throughput.")
 PROMPT_TOKENS = _counter("prompt_tokens", "Prompt tokens of requests that produced output.")
-PREFIX_HIT_TOKENS = _counter("prefix_hit_tokens", "Of the prompt tokens, those found in the prefix cache.")
+PREFIX_HIT_TOKENS = _counter("prefix_hit_tokens", "Prompt tokens found in the prefix cache.")
 GENERATED_TOKENS = _counter("generated_tokens", "Tokens generated.")
 QUANTIZED_TILES = _counter(
     "quantized_tiles",
-    "Tiles that requests filled, over all layers and KV heads; computing a preempted request again is not counted.",
+    "Tiles that requests filled, over all layers and KV heads; recomputing a preempted request is not counted.",
 )
-PREEMPTIONS = _counter("preemptions", "Requests whose cache the engine gave up before they ended.")
-MISSING_SINKS = _counter("missing_sinks", "First tiles read from their record for want of a slot.")
+PREEMPTIONS = _counter("preemptions", "Requests preempted: the engine freed their cache before they ended.")
+MISSING_SINKS = _counter(
+    "missing_sinks", "First tiles read from their quantized record because no slot was free."
+)
 
 ENGINE_METRICS = (
     CACHE_CAPACITY,
@@ -114,7 +119,7 @@ ENGINE_METRICS = (
 )
 
 REQUESTS = _counter("requests", "Requests that ended, by gRPC status.", "status")
-REJECTS = _counter("rejects", "Requests refused or failed, by reason.", "reason")
+REJECTS = _counter("rejects", "Requests rejected or failed, by reason.", "reason")
 STREAMS = _gauge("open_requests", "Requests that have not ended.")
 TTFT = _histogram("time_to_first_token_seconds", "From a request's arrival to its first token.", _SECONDS)
 ITL = _histogram(
@@ -124,18 +129,20 @@ ITL = _histogram(
 )
 QUEUED_REQUESTS = _gauge(
     "queued_requests",
-    "Requests that wait in the gateway, by what for: blocks of a cache, slots of a side pool, a place in a batch "
-    "(max_num_seqs), replicas that answer, or their turn behind others.",
+    "Requests waiting in the gateway, by reason: blocks of a cache, slots of a side pool, a place in a batch "
+    "(max_num_seqs), a reachable replica, or their turn behind others.",
     "reason",
 )
-QUEUED_TOKENS = _gauge("queued_tokens", "Cache space that what waits in the gateway will probably take.")
-QUEUE_WAIT = _histogram(
-    "queue_wait_seconds", "Time in the gateway's queue, of requests that had to wait.", _SECONDS
+QUEUED_TOKENS = _gauge(
+    "queued_tokens", "Cache space that requests waiting in the gateway are expected to take."
 )
-RESUMES = _counter("resumes", "Times a stream lost its replica and went on at another.")
+QUEUE_WAIT = _histogram(
+    "queue_wait_seconds", "Time in the gateway's queue, for requests that had to wait.", _SECONDS
+)
+RESUMES = _counter("resumes", "Resumptions of streams on another replica after theirs was lost.")
 BREAKER = _gauge(
     "breaker_state",
-    "What the gateway sends a replica after failures: 0 closed, everything; 1 half open, a probe; 2 open, nothing.",
+    "Circuit breaker of a replica: 0 closed, it gets all requests; 1 half-open, a probe; 2 open, none.",
     "replica_id",
 )
 DURATION = _histogram("request_duration_seconds", "From a request's arrival to its end.", _SECONDS)
@@ -159,23 +166,23 @@ ALL_METRICS = (*ENGINE_METRICS, *GATEWAY_METRICS)
 
 
 class Recorder(Protocol):
-    """Where measured values go."""
+    """Sink of measured values."""
 
     def add(self, metric: Metric, amount: float = 1, **labels: str) -> None:
-        """Count `amount` more; zero is ignored."""
+        """Increase a counter by `amount`; zero is ignored."""
 
     def set(self, metric: Metric, value: float, **labels: str) -> None:
-        """Give a gauge its value."""
+        """Set a gauge."""
 
     def observe(self, metric: Metric, value: float) -> None:
-        """Put a value into a histogram."""
+        """Add a value to a histogram."""
 
 
 class RayRecorder:
     """Records through Ray; create it inside a Serve replica, so that Serve's labels are added.
 
     Args:
-        metrics: those that will be recorded.
+        metrics: the metrics that will be recorded.
     """
 
     def __init__(self, metrics: Iterable[Metric]) -> None:
@@ -193,7 +200,7 @@ class RayRecorder:
 
 
 async def record_forever(record: Callable[[], None]) -> None:
-    """Call `record` again and again: Ray's agents forget a gauge that is not set for a while."""
+    """Call `record` periodically: Ray's agents drop a gauge that has not been set for a while."""
     while True:
         record()
         await asyncio.sleep(RECORD_INTERVAL_S)
@@ -212,7 +219,7 @@ def _instrument(metric: Metric) -> Any:
 
 
 def waiting_for(load: CacheLoad | cache_pb2.CacheLoad) -> dict[str, int]:
-    """QueuedRequest requests by what they lack; all others of `load.waiting_requests` wait for their turn."""
+    """Count waiting requests by what they lack; the rest of `load.waiting_requests` wait for their turn."""
     return {
         "slots": load.waiting_for_slots,
         "blocks": load.waiting_for_blocks,

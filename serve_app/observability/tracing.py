@@ -1,4 +1,4 @@
-"""OpenTelemetry spans of requests, from the client's through the gateway's to the engine's.
+"""OpenTelemetry spans of requests, from the client through the gateway to the engine.
 
 The trace context travels in the W3C header `traceparent`: over HTTP from clients, in gRPC metadata from clients and
 from gateways to engines.
@@ -28,13 +28,13 @@ _propagator = TraceContextTextMapPropagator()
 
 
 class Tracing:
-    """Makes spans for one process.
+    """Creates the spans of one process.
 
     Args:
         service: name of the service in traces.
-        instance: which of its replicas this is.
-        config: where spans go; None: nowhere.
-        exporter: takes the spans instead of OTLP.
+        instance: id of this replica of the service.
+        config: OTLP endpoint and sampling; None disables tracing.
+        exporter: replaces the OTLP exporter.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Tracing:
         self.tracer: Tracer = (self._provider or NoOpTracerProvider()).get_tracer("serve_app")
 
     def close(self) -> None:
-        """Send what is pending."""
+        """Export pending spans."""
         if self._provider is not None:
             self._provider.shutdown()
 
@@ -65,14 +65,14 @@ def _provider(
 
 
 def adopt_parent(headers: Iterable[tuple[str, str | bytes]]) -> None:
-    """Make the caller's span, if `headers` name one, the parent of the spans that this task starts."""
+    """Make the caller's span, if `headers` carry one, the parent of the spans that this task starts."""
     carrier = {key: value for key, value in headers if isinstance(value, str)}
     if "traceparent" in carrier:
         otel_context.attach(_propagator.extract(carrier))
 
 
 def headers_of(span: Span) -> tuple[tuple[str, str], ...]:
-    """The gRPC metadata that makes `span` the parent of what the callee does."""
+    """Return gRPC metadata that makes `span` the parent of the callee's spans."""
     if not span.get_span_context().is_valid:
         return ()
     carrier: dict[str, str] = {}
@@ -81,13 +81,13 @@ def headers_of(span: Span) -> tuple[tuple[str, str], ...]:
 
 
 def trace_id_of(span: Span) -> str | None:
-    """The id by which a trace is found, or None if `span` is not recorded."""
+    """Return the id of the trace, or None if `span` is not sampled."""
     context = span.get_span_context()
     return f"{context.trace_id:032x}" if context.trace_flags.sampled else None
 
 
 def explanation(decision: Decision) -> Mapping[str, Any]:
-    """Why a request goes where it goes, as attributes of a span: the choice, and each candidate's terms as JSON."""
+    """Return a routing decision as span attributes: the chosen replica, and each candidate's cost terms as JSON."""
     candidates = [json.dumps(candidate._asdict(), default=_plain) for candidate in decision.candidates]
     chosen = decision.chosen.replica_id if decision.chosen is not None else ""
     return {"kvarn.routing.replica_id": chosen, "kvarn.routing.candidates": candidates}

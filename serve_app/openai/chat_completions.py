@@ -28,7 +28,7 @@ class ChatService:
         dispatcher: generates the outputs.
         parsers: for tool calls.
         vocabulary: the model's.
-        on_refusal: called with the reason of each request refused before it comes to the dispatcher.
+        on_rejection: called with the reason of each request refused before it comes to the dispatcher.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class ChatService:
         dispatcher: RequestHandler,
         parsers: ToolParsers,
         vocabulary: Vocabulary,
-        on_refusal: Callable[[str], None],
+        on_rejection: Callable[[str], None],
     ) -> None:
         self._dispatcher = dispatcher
         self._parsers = parsers
         self._vocabulary = vocabulary
-        self._on_refusal = on_refusal
+        self._on_rejection = on_rejection
 
     async def complete(self, request: ChatCompletionRequest, head: Head, caller: Caller) -> ChatCompletion:
         """Return the whole response.
@@ -98,7 +98,7 @@ class ChatService:
         ]
 
     def _requests(self, request: ChatCompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:
-        with counting_rejections(self._on_refusal), valid_unicode():
+        with counting_rejections(self._on_rejection), valid_unicode():
             params = chat_sampling(request)
             self._parsers.prepare(request, params)
             return one_per_prompt(head.request_id, request, [chat_prompt(request)], params)

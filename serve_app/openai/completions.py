@@ -37,15 +37,15 @@ class CompletionService:
     Args:
         dispatcher: generates the outputs.
         text_of: the text of a token id.
-        on_refusal: called with the reason of each request refused before it comes to the dispatcher.
+        on_rejection: called with the reason of each request refused before it comes to the dispatcher.
     """
 
     def __init__(
-        self, dispatcher: RequestHandler, text_of: TokenText, on_refusal: Callable[[str], None]
+        self, dispatcher: RequestHandler, text_of: TokenText, on_rejection: Callable[[str], None]
     ) -> None:
         self._dispatcher = dispatcher
         self._text_of = text_of
-        self._on_refusal = on_refusal
+        self._on_rejection = on_rejection
 
     async def complete(self, request: CompletionRequest, head: Head, caller: Caller) -> Completion:
         """Return all choices as one response.
@@ -86,7 +86,7 @@ class CompletionService:
             yield responses.completion(head, [], _counted(request, states))
 
     def _requests(self, request: CompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:
-        with counting_rejections(self._on_refusal), valid_unicode():
+        with counting_rejections(self._on_rejection), valid_unicode():
             prompts, params = completion_prompts(request), completion_sampling(request)
             return one_per_prompt(head.request_id, request, prompts, params)
 

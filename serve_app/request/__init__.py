@@ -1,1 +1,1 @@
-"""What a request is: prompts, sampling parameters, constraints, and how it is rejected."""
+"""Requests: prompts, sampling parameters, output constraints, and the errors that reject them."""

@@ -1,4 +1,4 @@
-"""Refusals that reach the caller as a gRPC status with one sentence."""
+"""Errors that reject a request: the caller gets a gRPC or HTTP status and one sentence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NOT_READY = "No engine replica is ready yet: try again in a few seconds."
 
 
 class RequestError(Exception):
-    """A request refused.
+    """A request was rejected or failed.
 
     Args:
         sentence: what was wrong, what was expected and what to change.
@@ -19,7 +19,7 @@ class RequestError(Exception):
 
     Attributes:
         status: the gRPC status.
-        reason: the kind of refusal in metrics, logs and traces.
+        reason: label of the error in metrics, logs and traces.
     """
 
     status = grpc.StatusCode.INTERNAL
@@ -32,68 +32,68 @@ class RequestError(Exception):
 
 
 class BadRequestError(RequestError):
-    """It can never work as it is."""
+    """The request is invalid: sending it again cannot succeed."""
 
     status = grpc.StatusCode.INVALID_ARGUMENT
     reason = "invalid_request"
 
 
 class ContextLengthError(BadRequestError):
-    """It is longer than any replica can hold."""
+    """The request exceeds the context or the cache of every replica."""
 
     reason = "context_length"
 
 
 class TooLargeError(BadRequestError):
-    """Its body is larger than one may be."""
+    """The body exceeds the size limit."""
 
     reason = "too_large"
 
 
 class TooSlowError(BadRequestError):
-    """Its body did not come in time."""
+    """The body did not arrive in time."""
 
     reason = "too_slow"
 
 
 class AuthenticationError(RequestError):
-    """It bears no API key, or an unknown one."""
+    """The API key is missing or unknown."""
 
     status = grpc.StatusCode.UNAUTHENTICATED
     reason = "unauthenticated"
 
 
 class RateLimitError(RequestError):
-    """Its API key has used up what it may."""
+    """The API key has exceeded its rate limit."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "rate_limit"
 
 
 class ConcurrencyLimitError(RateLimitError):
-    """As many requests of its API key run as may."""
+    """The API key has reached its limit of concurrent requests."""
 
     reason = "concurrency_limit"
 
 
 class ModelNotFoundError(RequestError):
-    """It names a model that is not served here."""
+    """The request names a model that is not served."""
 
     status = grpc.StatusCode.NOT_FOUND
     reason = "unknown_model"
 
 
 class CapacityError(RequestError):
-    """No replica can hold it now."""
+    """No replica has room for the request now."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "no_room"
 
 
 class ReplicaUnavailableError(RequestError):
-    """No replica is ready, or the one that served it was lost.
+    """No replica is ready, or the one that served the request was lost.
 
-    It always says when to try again: by that clients tell it from a broken connection, which has the same status.
+    It always carries a retry delay: that distinguishes it from a broken connection, which has the same status.
     """
 
     status = grpc.StatusCode.UNAVAILABLE
@@ -104,17 +104,17 @@ class ReplicaUnavailableError(RequestError):
 
 
 class DeadlineError(RequestError):
-    """The caller's deadline passed."""
+    """The deadline of the request passed."""
 
     status = grpc.StatusCode.DEADLINE_EXCEEDED
     reason = "deadline"
 
 
 @contextmanager
-def counting_rejections(on_refusal: Callable[[str], None]) -> Iterator[None]:
-    """Tell the reason of each refusal in this block, for those that no observation of the request counts."""
+def counting_rejections(on_rejection: Callable[[str], None]) -> Iterator[None]:
+    """Report the reason of a `RequestError` raised in this block, where no `Observation` counts the request."""
     try:
         yield
     except RequestError as error:
-        on_refusal(error.reason)
+        on_rejection(error.reason)
         raise

@@ -1,4 +1,4 @@
-"""What the servers of a gateway need of whatever takes their requests on."""
+"""Interface between the gateway's servers and the dispatcher."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Request = inference_pb2.GenerateRequest | inference_pb2.GenerateOnceRequest
 
 
 class RequestHandler(Protocol):
-    """The dispatcher, or what stands before it."""
+    """The dispatcher, or a wrapper around it."""
 
     def generate(
         self, request: Request, timeout_s: float | None, caller: Caller
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        """Yield the output of `request` from `caller`, of which at most `timeout_s` seconds are left.
+        """Yield the output of `request` from `caller`, whose deadline is `timeout_s` seconds away.
 
         Raises:
             RequestError: with the sentence for the caller.
         """
 
     async def encode(self, request: Request, caller: Caller) -> list[int]:
-        """The token ids of a prompt that several requests from `caller` share, of which `request` is one.
+        """Return the token ids of a prompt that several requests from `caller` share; `request` is one of them.
 
         Raises:
             RequestError: with the sentence for the caller.
@@ -33,7 +33,7 @@ class RequestHandler(Protocol):
     async def explain(
         self, request: cluster_pb2.ExplainRouteRequest, caller: Caller
     ) -> cluster_pb2.ExplainRouteResponse:
-        """Where a request from `caller` would go now, and every replica's terms.
+        """Return where a request from `caller` would go now, and the cost terms of every replica.
 
         Raises:
             RequestError: with the sentence for the caller.

@@ -1,4 +1,4 @@
-"""Prompts to token ids."""
+"""Conversion of prompts to token ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from serve_app.request.errors import BadRequestError
 from serve_app.request.sampling import check_token_ids
 
 MAX_MESSAGES = 4096
-# From here on rendering and tokenizing take milliseconds, and a thread costs less than the wait.
+# From here on, rendering and tokenizing take milliseconds: a thread costs less than a blocked event loop.
 LONG_PROMPT_BYTES = 8192
 LONG_CHAT_MESSAGES = 32
 LONE_SURROGATE = "The request holds a lone surrogate (\\ud800 to \\udfff): send valid Unicode."
@@ -28,7 +28,7 @@ class PromptEncoder:
     """
 
     def __init__(self, model_dir: Path) -> None:
-        # Imported by gateways only: it takes seconds, and whoever deploys needs none of it.
+        # Imported here because it takes seconds and only gateways need it, not the deploying process.
         from transformers import AutoConfig, AutoTokenizer
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
@@ -36,23 +36,23 @@ class PromptEncoder:
         self._bytes = _byte_symbols(self.tokenizer)
 
     async def encode(self, prompt: inference_pb2.Prompt) -> list[int]:
-        """The token ids of a prompt.
+        """Return the token ids of a prompt.
 
         Raises:
-            BadRequestError: it is empty, or the model cannot take it.
+            BadRequestError: the prompt is empty, or not valid for the model.
         """
         ids = await self._ids(prompt)
         if not ids:
-            raise BadRequestError("The prompt is empty: give text, token ids or chat messages.")
+            raise BadRequestError("The prompt is empty: send text, token ids or chat messages.")
         return ids
 
     def token_text(self, token_id: int) -> str:
-        """The text of one token; a part of a character reads as U+FFFD."""
+        """Return the text of one token, with U+FFFD for an incomplete character."""
         text: str = self.tokenizer.decode([token_id])
         return text
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """The bytes of one token; None for a part of a character if the vocabulary is not of bytes."""
+        """Return the bytes of one token; None for an incomplete character if the vocabulary is not byte-level."""
         text = self.token_text(token_id)
         if "\ufffd" not in text:
             return text.encode()
@@ -95,12 +95,12 @@ class PromptEncoder:
                 add_generation_prompt=True,
             )
         except (TemplateError, RecursionError) as error:
-            raise BadRequestError(f"The model's chat template refuses these messages: {error}.") from error
+            raise BadRequestError(f"The model's chat template rejects these messages: {error}.") from error
         return text
 
 
 def _byte_symbols(tokenizer: Any) -> dict[str, int]:
-    """The byte each symbol of a byte-level vocabulary stands for; empty for other vocabularies."""
+    """Map each symbol of a byte-level vocabulary to its byte; empty for other vocabularies."""
     from tokenizers.decoders import ByteLevel
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -122,7 +122,7 @@ def _check_messages(chat: inference_pb2.Chat) -> None:
 
 
 def _check_unicode(text: str) -> None:
-    """JSON can hold halves of characters, which a chat template may bring into the text."""
+    """Reject lone surrogates: JSON can contain them, and a chat template may copy them into the text."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -130,7 +130,7 @@ def _check_unicode(text: str) -> None:
 
 
 def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
-    """A message as chat templates take it."""
+    """Convert a message to the dictionary that chat templates expect."""
     made: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         made["tool_calls"] = [_tool_call(call) for call in message.tool_calls]

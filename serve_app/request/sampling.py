@@ -1,4 +1,4 @@
-"""Sampling parameters: what callers may ask for, and the same as vLLM takes it."""
+"""Sampling parameters: validation, and conversion to vLLM's."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _TOKEN_FIELDS = ("stop_token_ids", "allowed_token_ids", "logit_bias")
 
 
 def check_sampling(params: sampling_pb2.SamplingParams, vocab_size: int) -> None:
-    """Refuse values outside vLLM's ranges, NaN included.
+    """Reject values outside vLLM's ranges, and NaN.
 
     Raises:
-        BadRequestError: names the field, what was expected and what it was.
+        BadRequestError: names the field, the expected range and the value.
     """
     for descriptor, value in params.ListFields():
         _check_field(descriptor.name, value, vocab_size)
@@ -38,7 +38,7 @@ def check_sampling(params: sampling_pb2.SamplingParams, vocab_size: int) -> None
 
 
 def check_token_ids(ids: Iterable[int], vocab_size: int, field: str) -> None:
-    """Refuse ids the model does not have.
+    """Reject token ids outside the model's vocabulary.
 
     Raises:
         BadRequestError: names the field and the id.
@@ -51,7 +51,7 @@ def check_token_ids(ids: Iterable[int], vocab_size: int, field: str) -> None:
 
 
 def to_vllm(params: sampling_pb2.SamplingParams) -> SamplingParams:
-    """The vLLM parameters of a request that streams: unset fields keep vLLM's defaults."""
+    """Return vLLM's parameters for a streaming request; unset fields keep vLLM's defaults."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -90,7 +90,7 @@ def _check_range(name: str, value: float) -> None:
 
 
 def _digits(number: float) -> str:
-    """Whole numbers in full, others to six digits."""
+    """Format integers in full, and floats with six significant digits."""
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 

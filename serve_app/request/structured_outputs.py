@@ -1,4 +1,4 @@
-"""Constraints on the output: what callers may ask for, and the same as vLLM takes it."""
+"""Constraints on the output: validation, and conversion to vLLM's."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from serve_app.request.errors import BadRequestError
 if TYPE_CHECKING:
     from vllm.sampling_params import StructuredOutputsParams
 
-MAX_CHARACTERS = 64 << 10  # engines compile a constraint before they sample, for a time that grows with it
+MAX_CHARACTERS = 64 << 10  # engines compile a constraint before sampling, which takes longer for larger ones
 MAX_OPTIONS = 1024
 
 
 def check_structured_outputs(wanted: sampling_pb2.StructuredOutputs) -> None:
-    """Refuse constraints that are empty, too large or no valid JSON; vLLM judges the rest.
+    """Reject constraints that are empty, too large or not valid JSON; vLLM checks the rest.
 
     Raises:
-        BadRequestError: names the field, what was expected and what it was.
+        BadRequestError: names the field, what was expected and what was received.
     """
     kind = wanted.WhichOneof("constraint")
     if kind is None:
@@ -36,7 +36,7 @@ def check_structured_outputs(wanted: sampling_pb2.StructuredOutputs) -> None:
 
 
 def to_vllm(wanted: sampling_pb2.StructuredOutputs) -> StructuredOutputsParams:
-    """The vLLM parameters of a checked constraint."""
+    """Return vLLM's parameters for a validated constraint."""
     from vllm.sampling_params import StructuredOutputsParams
 
     match wanted.WhichOneof("constraint"):

@@ -1,1 +1,1 @@
-"""gRPC plumbing: servers, channels, conversions to and from the wire, and watched values."""
+"""gRPC infrastructure: servers, channels, message conversions, and watched values."""

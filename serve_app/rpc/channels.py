@@ -1,4 +1,4 @@
-"""gRPC channels that bear credentials."""
+"""gRPC channels with TLS and per-call credentials."""
 
 from __future__ import annotations
 
@@ -11,26 +11,24 @@ import grpc
 
 TENANT_KEY = "x-kvarn-tenant"
 PRIORITY_KEY = "x-kvarn-priority"
-KEEPALIVE = [  # a peer that hangs or vanishes may keep its connection: only unanswered pings tell
+# Options of channels and servers. A peer that hangs may keep its connection: only unanswered pings reveal it.
+KEEPALIVE = [
     ("grpc.keepalive_time_ms", 10_000),
-    (
-        "grpc.http2.ping_timeout_ms",
-        10_000,
-    ),  # gRPC 1.85 waits a minute, whatever `grpc.keepalive_timeout_ms` says
+    # gRPC 1.85 waits one minute regardless of `grpc.keepalive_timeout_ms`.
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
 ]
-"""Options of channels and servers."""
 Metadata = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Tls:
-    """A client's side of TLS, as files in PEM format.
+    """TLS settings of a client, as files in PEM format.
 
     Attributes:
-        ca: the CA of the server's certificate; None takes those of the system.
-        certificate: the client's own, for servers that ask for one.
-        private_key: of `certificate`.
+        ca: the CA of the server's certificate; None uses the system's CAs.
+        certificate: the client's certificate, for servers that require one.
+        private_key: the private key of `certificate`.
     """
 
     ca: Path | None = None
@@ -39,10 +37,12 @@ class Tls:
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.private_key is None):
-            raise ValueError("a client's certificate needs its private key, and the other way round")
+            raise ValueError(
+                "a client certificate and its private key must be set together: set both or neither"
+            )
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """For gRPC's secure channels.
+        """Return credentials for a secure gRPC channel.
 
         Raises:
             OSError: a file cannot be read.
@@ -53,9 +53,9 @@ class Tls:
 
 
 class HeaderChannel:
-    """A channel whose every call bears the same metadata.
+    """A channel that adds the same metadata to every call.
 
-    gRPC's call credentials do this on encrypted channels only, its interceptors at a price for every message.
+    gRPC's call credentials work on encrypted channels only, and its interceptors cost time for every message.
     """
 
     def __init__(self, channel: Any, metadata: Metadata) -> None:
@@ -63,16 +63,16 @@ class HeaderChannel:
         self._metadata = tuple(metadata)
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        return self._bearing(self._channel.unary_unary(*args, **kwargs))
+        return self._with_metadata(self._channel.unary_unary(*args, **kwargs))
 
     def unary_stream(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        return self._bearing(self._channel.unary_stream(*args, **kwargs))
+        return self._with_metadata(self._channel.unary_stream(*args, **kwargs))
 
     def stream_stream(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        return self._bearing(self._channel.stream_stream(*args, **kwargs))
+        return self._with_metadata(self._channel.stream_stream(*args, **kwargs))
 
-    def _bearing(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """The method with this channel's metadata before what a call adds."""
+    def _with_metadata(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a method to put this channel's metadata before that of the call."""
 
         def call(*args: Any, metadata: Metadata = (), **kwargs: Any) -> Any:
             return method(*args, metadata=(*self._metadata, *metadata), **kwargs)
@@ -81,7 +81,7 @@ class HeaderChannel:
 
 
 def caller_headers(api_key: str = "", tenant: str = "", priority: int | None = None) -> list[tuple[str, str]]:
-    """What tells a gateway who calls; the same for gRPC and HTTP."""
+    """Return the headers that identify the caller to a gateway, for gRPC and HTTP alike."""
     headers = []
     if api_key:
         headers.append(("authorization", f"Bearer {api_key}"))

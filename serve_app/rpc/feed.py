@@ -1,4 +1,4 @@
-"""A value that many can watch: the whole of it first, then every change."""
+"""A watchable value: each watcher gets a snapshot first, then every change."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-MAX_PENDING = 256  # changes kept for a slow watcher before it gets the whole value again
+MAX_PENDING = 256  # changes queued for a slow watcher before they are replaced by a snapshot
 
 
 class Feed(Generic[T]):
-    """Passes changes on to watchers; `snapshot()` is the whole value as a message of the same kind."""
+    """Publishes changes to watchers; `snapshot()` returns the whole value as a message of the same type."""
 
     def __init__(self, snapshot: Callable[[], T]) -> None:
         self._snapshot = snapshot
         self._watchers: set[asyncio.Queue[T | None]] = set()
 
     def publish(self, change: T) -> None:
-        """Pass `change` on; whoever is too far behind gets a snapshot in place of all pending changes."""
+        """Publish `change`; a watcher too far behind gets a snapshot instead of all pending changes."""
         for queue in self._watchers:
             if queue.full():
                 _drop_pending(queue)
@@ -27,7 +27,7 @@ class Feed(Generic[T]):
                 queue.put_nowait(change)
 
     def close(self) -> None:
-        """End every watch, after what is pending."""
+        """End every watch after its pending changes."""
         for queue in self._watchers:
             if queue.full():
                 _drop_pending(queue)

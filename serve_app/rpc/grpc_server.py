@@ -1,4 +1,4 @@
-"""What every gRPC server here has: health, reflection, limits, and errors that leak nothing."""
+"""The gRPC server of gateways and engines: health, reflection, limits, and errors that leak no internals."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[Any, Any], Awaitable[Any]]
 Check = Callable[[dict[str, str]], None]
-MIN_PING_INTERVAL_MS = 5_000  # idle watches are kept alive by pings, which gRPC allows only every 5 minutes
+MIN_PING_INTERVAL_MS = 5_000  # of keepalive pings on idle watches; by default gRPC allows one per 5 minutes
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def _guarded(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-    """The same method, with requests parsed here and every failure turned into a status with one sentence.
+    """Wrap a method to parse requests itself and to turn every failure into a status with one sentence.
 
-    grpc.aio would answer an unparsable message with INTERNAL, and put the text of an exception in the details.
-    The method is a coroutine that takes (request, context); streams are written with `context.write`. Methods that
-    read a stream are left as they are: they deal with what they read.
+    grpc.aio would answer an unparsable message with INTERNAL, and put the text of an exception into the details.
+    The method is a coroutine that takes (request, context) and streams responses with `context.write`. Methods that
+    read a stream are not wrapped: they handle errors themselves.
     """
     if handler.request_streaming:
         return handler
@@ -65,12 +65,12 @@ def _guard(method: Handler, parse: Callable[[bytes], Any]) -> Handler:
 
 
 class Gatekeeper(grpc.aio.ServerInterceptor):
-    """Refuses calls whose metadata `check` refuses, before anything of them is parsed.
+    """Interceptor that rejects calls by their metadata, before a message is parsed.
 
-    Health is open to all, since probes bear no keys.
+    Health checks are always allowed, since probes send no keys.
 
     Args:
-        check: raises a `RequestError`.
+        check: raises a `RequestError` to reject a call.
     """
 
     def __init__(self, check: Check) -> None:
@@ -85,26 +85,26 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
             try:
                 self._check(headers_of(handler_call_details.invocation_metadata))
             except RequestError as error:
-                return _refusing(error)
+                return _rejecting(error)
         return await continuation(handler_call_details)
 
 
 def headers_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
-    """The text entries of a call's metadata."""
+    """Return the text entries of a call's metadata."""
     return {name: value for name, value in metadata or () if isinstance(value, str)}
 
 
-def _refusing(error: RequestError) -> grpc.RpcMethodHandler:
-    """A method that only refuses; its kind does not matter, as it reads and writes no message."""
+def _rejecting(error: RequestError) -> grpc.RpcMethodHandler:
+    """Return a method that only rejects; any kind will do, as it reads and writes no message."""
 
-    async def refuse(messages: object, context: grpc.aio.ServicerContext) -> None:
+    async def reject(messages: object, context: grpc.aio.ServicerContext) -> None:
         await _abort(context, error)
 
-    return grpc.stream_stream_rpc_method_handler(refuse)
+    return grpc.stream_stream_rpc_method_handler(reject)
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: RequestError) -> NoReturn:
-    """End the call with the error's status and, if known, when to try again."""
+    """Abort the call with the error's status and, if known, its retry delay."""
     metadata: tuple[tuple[str, bytes], ...] = ()
     if error.retry_after_s is not None:
         retry = error_details_pb2.RetryInfo()
@@ -123,16 +123,16 @@ _FAILED = "The server failed on this request: its log says why."
 
 
 class GrpcServer:
-    """One grpc.aio server with health and reflection; generated code adds services to it as to any server.
+    """A grpc.aio server with health and reflection; generated code adds services to it as to any server.
 
     Args:
-        address: "host:port"; port 0 takes any free one.
+        address: "host:port"; port 0 selects a free one.
         services: full names of the services, for health and reflection.
-        max_message_bytes: largest message taken or sent.
+        max_message_bytes: maximum size of a received or sent message.
         reuse_port: let other processes listen on the same port and share its connections.
-        check: refuses calls by their metadata; None takes all.
-        credentials: for TLS; None is plain text.
-        limits: on what clients take; None for a server that only its own fleet calls.
+        check: raises a `RequestError` to reject a call by its metadata; None accepts all.
+        credentials: for TLS; None for plain text.
+        limits: per-client limits; None for a server that only its own fleet calls.
     """
 
     def __init__(
@@ -162,29 +162,29 @@ class GrpcServer:
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self)
         reflected = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        # `enable_server_reflection` would take what is no grpc.aio.Server for a server of threads, one a stream.
+        # `enable_server_reflection` would treat this class as a synchronous server, with one thread per stream.
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
             reflection.aio.ReflectionServicer(reflected), self
         )
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """Part of what generated code calls: it registers each method, too, and that is what serves."""
+        """Ignore the generic handlers: generated code also registers each method, and those are served."""
 
     def add_registered_method_handlers(
         self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler]
     ) -> None:
         """Add the methods of a service.
 
-        Their errors are dealt with here, once, as an interceptor would cost every call a tenth of what grpc.aio takes.
+        Errors are handled by wrapping each method once: an interceptor would add a tenth to grpc.aio's time per call.
         """
         guarded = {name: _guarded(handler) for name, handler in handlers.items()}
         self.server.add_registered_method_handlers(service, guarded)
 
     async def start(self) -> int:
-        """Listen, not yet SERVING; return the port.
+        """Start listening as NOT_SERVING, and return the port.
 
         Raises:
-            OSError: if the address cannot be bound.
+            OSError: the address cannot be bound.
         """
         await self.set_serving(False)
         try:
@@ -205,7 +205,7 @@ class GrpcServer:
             await self._health.set(service, SERVING if serving else NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new calls, and let running ones go on for up to `grace_s` seconds."""
+        """Refuse new calls, and let running ones finish within `grace_s` seconds."""
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
 

@@ -1,4 +1,4 @@
-"""Between the wire's messages and the types of `serve_app.routing`."""
+"""Conversions between protobuf messages and the types of `serve_app.routing`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def load_from_proto(message: cache_pb2.CacheLoad) -> CacheLoad:
 
 
 def delta_to_proto(snapshot: CacheSnapshot) -> cache_pb2.CacheDelta:
-    """What changed in the state `snapshot.sequence`."""
+    """Return the delta that leads to `snapshot` from the one before it."""
     return cache_pb2.CacheDelta(
         sequence=snapshot.sequence, load=load_to_proto(snapshot.load), draining=snapshot.draining
     )
@@ -80,7 +80,7 @@ def replica_to_proto(replica: ReplicaState) -> cluster_pb2.ReplicaCache:
 
 
 def replica_status(replica: ReplicaState) -> cluster_pb2.ReplicaStatus:
-    """What a gateway thinks of a replica."""
+    """Return the status of a replica as its gateway sees it."""
     if not replica.reachable:
         return cluster_pb2.REPLICA_STATUS_UNREACHABLE
     if replica.snapshot.draining:

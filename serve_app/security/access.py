@@ -30,20 +30,20 @@ class Access:
 
     Args:
         api_keys: the file of keys, read again when it changes; None lets everyone in.
-        on_refusal: called with the reason of each refusal.
+        on_rejection: called with the reason of each refusal.
 
     Raises:
         KeyFileError: the file is not valid.
     """
 
     def __init__(
-        self, api_keys: Path | None = None, on_refusal: Callable[[str], None] = lambda reason: None
+        self, api_keys: Path | None = None, on_rejection: Callable[[str], None] = lambda reason: None
     ) -> None:
         self._keys: Reloaded[KeyFile] | None = None
         if api_keys is not None:
             self._keys = Reloaded([api_keys], lambda: read_keys(api_keys))
         self._limits = RateLimits()
-        self._on_refusal = on_refusal
+        self._on_rejection = on_rejection
 
     def check(self, headers: Headers) -> None:
         """Reject a call without a valid key.
@@ -51,7 +51,7 @@ class Access:
         Raises:
             AuthenticationError: with the sentence for the caller.
         """
-        with counting_rejections(self._on_refusal):
+        with counting_rejections(self._on_rejection):
             self._key(headers)
 
     @contextmanager
@@ -66,7 +66,7 @@ class Access:
             AuthenticationError, RateLimitError, BadRequestError: with the sentence for the caller.
         """
         with ExitStack() as held:
-            with counting_rejections(self._on_refusal):
+            with counting_rejections(self._on_rejection):
                 caller = self._admit(headers, generations, held)
             yield caller
 

@@ -496,7 +496,7 @@ async def test_the_console_shows_a_stream_while_it_runs(app: App, aclient: Async
         served_by = (await anext(stream)).replica_id
         card = seen.page.locator(f"[data-replica='{served_by}']")
         await expect(card.locator("[data-term=running]")).to_have_text("1")
-        await expect(card.locator("[data-term=promised]")).not_to_have_text("0")
+        await expect(card.locator("[data-term=reserved]")).not_to_have_text("0")
         await stream.aclose()
         await expect(card.locator("[data-term=running]")).to_have_text("0")
         assert seen.problems == []

@@ -1,4 +1,4 @@
-"""A real headless browser for tests of pages."""
+"""A headless browser for tests of pages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from playwright.async_api import Page, async_playwright
 
 @dataclass
 class Seen:
-    """A page, and what went wrong on it: errors in its console, requests that failed or left this machine."""
+    """A page and its problems: errors in the JavaScript console, and requests to other machines."""
 
     page: Page
     problems: list[str] = field(default_factory=list)
@@ -23,7 +23,7 @@ class Seen:
 async def chromium_page(
     width: int = 1360, height: int = 900, password: str | None = None
 ) -> AsyncIterator[Seen]:
-    """Open a page in Chromium, which gives `password` if asked for one; the test skips where there is none."""
+    """Open a page in Chromium, with `password` for HTTP authentication; skip the test if Chromium is not installed."""
     found = shutil.which("chromium")
     if found is None:
         pytest.skip("no Chromium: `make browser` installs it")

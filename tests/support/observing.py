@@ -1,4 +1,4 @@
-"""What tests look at metrics and traces with: a recorder that remembers, a collector that receives, a scrape."""
+"""Test doubles for metrics and traces: a recorder in memory, an OTLP collector, and a Prometheus scrape."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 
 class Remembered:
-    """A recorder that keeps sums of counters, last values of gauges and all values of histograms."""
+    """A recorder that keeps sums of counters, latest values of gauges and all values of histograms."""
 
     def __init__(self) -> None:
         self.values: dict[tuple[Any, ...], float] = defaultdict(float)
@@ -44,7 +44,7 @@ class Remembered:
 async def through(
     observation: Observation, responses: AsyncGenerator[inference_pb2.GenerateResponse, None]
 ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-    """Pass responses on, observed as a request's."""
+    """Yield `responses`, observed as those of a request."""
     with observation:
         async with aclosing(responses):
             async for response in responses:
@@ -68,7 +68,7 @@ class Span:
 
 @dataclass
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """An OTLP collector that keeps what it receives."""
+    """An OTLP collector that keeps the spans it receives."""
 
     address: str = ""
     spans: list[Span] = field(default_factory=list)
@@ -118,7 +118,7 @@ def otlp_collector() -> Iterator[Collector]:
 
 
 def scraped() -> Samples:
-    """What Prometheus would read from the metrics agents of all nodes: name -> (labels, value) of each sample."""
+    """Scrape the metrics agents of all nodes, as Prometheus does: name -> (labels, value) of each sample."""
     samples: Samples = defaultdict(list)
     for node in ray.nodes():
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
@@ -130,5 +130,5 @@ def scraped() -> Samples:
 
 
 def total(samples: Samples, name: str, **labels: str) -> float:
-    """The sum of a metric's samples that bear `labels`."""
+    """Return the sum of a metric's samples with `labels`."""
     return sum(value for found, value in samples.get(name, ()) if labels.items() <= found.items())

@@ -20,7 +20,7 @@ from serve_app.bench.targets import target
 from serve_app.bench.workload import Work, make, warmup
 from serve_app.request.errors import CapacityError
 from serve_app.request.prompts import PromptEncoder
-from tests.support.fronts import CACHED, HOST, Running, running_servers
+from tests.support.gateway_servers import CACHED, HOST, Running, running_servers
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The queue of one gateway: what replicas refuse, what leaves unserved, what goes away meanwhile."""
+"""The queue of one gateway: rejections by replicas, requests that leave unserved, replicas that are removed."""
 
 from __future__ import annotations
 
@@ -47,28 +47,32 @@ def state(sequence: int, free_blocks: int) -> CacheSnapshot:
 
 
 def generation_of(router: Router, prompt_tokens: int = 1280, deadline_s: float = math.inf) -> Generation:
-    sampling = sampling_pb2.SamplingParams(max_tokens=10)
     generation = Generation(
-        "request", Caller("tenant"), list(range(prompt_tokens)), sampling, "", deadline_s, []
+        request_id="request",
+        caller=Caller("tenant"),
+        prompt_token_ids=list(range(prompt_tokens)),
+        sampling=sampling_pb2.SamplingParams(max_tokens=10),
+        cache_salt="",
+        deadline_s=deadline_s,
     )
     generation.begin(router)
     return generation
 
 
-async def test_a_replica_that_had_no_room_is_taken_once_it_has() -> None:
+async def test_a_replica_that_had_no_room_is_chosen_once_it_has() -> None:
     router = Router("gateway")
     router.update("first", state(1, 12))
     router.update("second", state(1, 0))
-    admissions = AdmissionQueue(router, RoutingConfig(queue_timeout_s=10))
+    queue = AdmissionQueue(router, RoutingConfig(queue_timeout_s=10))
     generation = generation_of(router)
-    assert (await admissions.admit(generation)).chosen.replica_id == "first"  # type: ignore[union-attr]
+    assert (await queue.admit(generation)).chosen.replica_id == "first"  # type: ignore[union-attr]
     router.refused(generation.key)
     generation.begin(router)
-    waiting = asyncio.create_task(admissions.admit(generation))
+    waiting = asyncio.create_task(queue.admit(generation))
     await asyncio.sleep(0)
-    assert len(admissions) == 1
+    assert len(queue) == 1
     router.update("first", state(2, 100))
-    admissions.wake()
+    queue.wake()
     assert (await waiting).chosen.replica_id == "first"  # type: ignore[union-attr]
 
 
@@ -84,18 +88,18 @@ async def test_a_replica_that_failed_is_better_than_one_without_room() -> None:
 async def test_room_that_comes_as_patience_ends_is_given_or_kept() -> None:
     router = Router("gateway")
     router.update("one", state(1, 0))
-    admissions = AdmissionQueue(router, RoutingConfig(queue_timeout_s=0.1))
-    waiting = asyncio.create_task(admissions.admit(generation_of(router)))
-    await asyncio.sleep(0.09)
+    queue = AdmissionQueue(router, RoutingConfig(queue_timeout_s=0.1))
+    waiting = asyncio.create_task(queue.admit(generation_of(router)))
+    await asyncio.sleep(2 * WAKE_S)
     router.update("one", state(2, 100))
-    admissions.wake()
+    queue.wake()
     await asyncio.sleep(0)
-    time.sleep(0.02 + WAKE_S)  # noqa: ASYNC251 - both timers end in one turn of the loop
+    time.sleep(0.1 + WAKE_S)  # noqa: ASYNC251 - both timers end in one turn of the loop
     assert (await waiting).chosen is not None
     assert router.replica("one").reserved_blocks > 0  # type: ignore[union-attr]
 
 
-async def test_a_deadline_that_cannot_be_met_is_told_with_its_time() -> None:
+async def test_the_error_of_a_deadline_that_cannot_be_met_names_its_time() -> None:
     router = Router("gateway")
     router.update("one", state(1, 100))
     generation = generation_of(router, deadline_s=time.monotonic() + 0.5)
@@ -109,13 +113,13 @@ async def test_a_deadline_that_cannot_be_met_is_told_with_its_time() -> None:
 async def test_a_request_that_would_wait_too_long_is_counted_nowhere() -> None:
     router = Router("gateway")
     router.update("one", state(1, 0))
-    admissions = AdmissionQueue(router, RoutingConfig())
-    waiting = asyncio.create_task(admissions.admit(generation_of(router)))
+    queue = AdmissionQueue(router, RoutingConfig())
+    waiting = asyncio.create_task(queue.admit(generation_of(router)))
     await asyncio.sleep(0)
-    admissions._interval_s = 10.0  # as measured in a queue that moves slowly
+    queue._interval_s = 10.0  # as measured in a queue that moves slowly
     with pytest.raises(CapacityError, match="find room after about"):
-        await admissions.admit(generation_of(router, deadline_s=time.monotonic() + 1))
-    assert admissions.by_reason().total() == len(admissions) == 1
+        await queue.admit(generation_of(router, deadline_s=time.monotonic() + 1))
+    assert queue.by_reason().total() == len(queue) == 1
     waiting.cancel()
 
 
@@ -123,7 +127,7 @@ def waiting_of(tenant: str, number: int) -> QueuedRequest:
     return QueuedRequest(str(number), Caller(tenant), RequestNeed(1000, 100))
 
 
-def test_what_was_not_served_costs_a_tenant_nothing() -> None:
+def test_requests_not_served_cost_their_tenant_nothing() -> None:
     queue = FairQueue(16, {})
     for number in range(15):
         queue.push(waiting_of("patient", number))
@@ -163,7 +167,7 @@ def test_names_of_tenants_do_not_pile_up() -> None:
     assert len(queue._finish) <= 17
 
 
-def test_a_request_that_was_taken_in_vain_waits_on_in_its_place() -> None:
+def test_a_request_that_is_put_back_keeps_its_position() -> None:
     queue = FairQueue(16, {})
     items = [waiting_of("tenant", number) for number in range(3)]
     for item in items:
@@ -186,14 +190,17 @@ def test_a_queue_that_nothing_fits_is_not_searched_to_its_end() -> None:
 
 @dataclass
 class Replica:
-    """A replica whose room others take first, so many times; each time it then tells of room again."""
+    """A replica that rejects `rejections` requests because others took its room, and reports room again after each."""
 
     router: Router
-    refusals: int
-    gateway: Dispatcher | None = None
+    rejections: int
+    patience_s: float = 60
     sequence: int = 1
-
     is_gone: bool = False
+
+    def __post_init__(self) -> None:
+        self.config = RoutingConfig(queue_timeout_s=self.patience_s)
+        self.queue = AdmissionQueue(self.router, self.config)
 
     def call(self, replica_id: str, *_: Any) -> Replica:
         if self.is_gone:
@@ -204,29 +211,27 @@ class Replica:
         return self
 
     async def read(self) -> engine_pb2.EngineDelta:
-        if not self.refusals:
+        if not self.rejections:
             return engine_pb2.EngineDelta(token_ids=[1], finish_reason=inference_pb2.FINISH_REASON_LENGTH)
-        self.refusals -= 1
+        self.rejections -= 1
         asyncio.get_running_loop().call_later(0.01, self._publish)
-        raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "promised to others")
+        raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "reserved for others")
 
     def cancel(self) -> None:
-        """Nothing is left."""
+        """Do nothing."""
 
     def _come_back(self) -> None:
         self.router.update("another", state(1, 100))
-        assert self.gateway is not None
-        self.gateway.admissions.wake()
+        self.queue.wake()
 
     def _publish(self) -> None:
         self.sequence += 1
         self.router.update("one", state(self.sequence, 100), time.monotonic())
-        assert self.gateway is not None
-        self.gateway.admissions.wake()
+        self.queue.wake()
 
 
 class Encoder:
-    """Takes token ids as they are."""
+    """An encoder of prompts that are token ids already."""
 
     vocab_size = 50_000
 
@@ -234,13 +239,19 @@ class Encoder:
         return list(prompt.token_ids.ids)
 
 
-def gateway_of(replica: Replica, patience_s: float = 60, observer: Observer | None = None) -> Dispatcher:
+def gateway_of(replica: Replica, observer: Observer | None = None) -> Dispatcher:
     """A gateway for which `replica` is the fleet."""
-    observer = observer or Observer(Remembered(), Tracing("test", "one", None))
-    config = RoutingConfig(queue_timeout_s=patience_s)
-    parts: Any = (Encoder(), replica.router, replica, 10, observer, config, None)
-    replica.gateway = Dispatcher("gateway", "model", *parts)
-    return replica.gateway
+    return Dispatcher(
+        "gateway",
+        "model",
+        encoder=Encoder(),  # type: ignore[arg-type]
+        router=replica.router,
+        queue=replica.queue,
+        fleet=replica,  # type: ignore[arg-type]
+        observer=observer or Observer(Remembered(), Tracing("test", "one", None)),
+        config=replica.config,
+        default_max_tokens=10,
+    )
 
 
 REQUEST = inference_pb2.GenerateRequest(
@@ -249,23 +260,23 @@ REQUEST = inference_pb2.GenerateRequest(
 )
 
 
-@pytest.mark.parametrize(("refusals", "patience_s"), [(20, 60), (1000, 0.2)])
-async def test_refusals_for_room_are_no_failures_however_many(refusals: int, patience_s: float) -> None:
-    """Gateways hear of the same room at the same time: all but one are refused, and wait on, as long as they may."""
+@pytest.mark.parametrize(("rejections", "patience_s"), [(20, 60), (1000, 0.2)])
+async def test_rejections_for_room_are_no_failures_however_many(rejections: int, patience_s: float) -> None:
+    """Gateways see the same room at the same time: all requests but one are rejected, and wait until their timeout."""
     router = Router("gateway")
     router.update("one", state(1, 100), time.monotonic())
-    gateway = gateway_of(Replica(router, refusals), patience_s)
-    answer = gateway.generate(REQUEST, None, Caller("tenant"))
-    if refusals * 0.01 < patience_s:
+    replica = Replica(router, rejections, patience_s)
+    answer = gateway_of(replica).generate(REQUEST, None, Caller("tenant"))
+    if rejections * 0.01 < patience_s:
         assert [list(response.token_ids) async for response in answer] == [[1]]
     else:
         with pytest.raises(CapacityError, match=r"waited 0\.2 seconds"):
             await anext(answer)
-    assert not len(gateway.admissions)
+    assert not len(replica.queue)
     assert router.replica("one").reserved_blocks == 0  # type: ignore[union-attr]
 
 
-async def test_a_request_whose_replica_goes_before_it_is_asked_waits_for_another() -> None:
+async def test_a_request_whose_replica_is_removed_before_its_call_waits_for_another() -> None:
     router = Router("gateway")
     router.update("one", state(1, 100), time.monotonic())
     gateway = gateway_of(Replica(router, 0, is_gone=True))
@@ -285,12 +296,14 @@ async def test_prefixes_of_different_salts_are_counted_apart() -> None:
     assert [prefix.requests for prefix in observer.prefixes.hottest(8)] == [2]
 
 
-async def test_what_comes_as_a_replica_goes_does_not_bring_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_update_after_its_removal_does_not_bring_a_replica_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     states: asyncio.Queue[engine_pb2.EngineWatchCacheResponse] = asyncio.Queue()
 
     class Stub:
         def __init__(self, channel: Any) -> None:
-            """It takes what the test puts into `states` as news."""
+            """A stub whose watch yields what the test puts into `states`."""
 
         async def WatchCache(self, _: Any) -> AsyncIterator[engine_pb2.EngineWatchCacheResponse]:  # noqa: N802
             while True:
@@ -307,25 +320,25 @@ async def test_what_comes_as_a_replica_goes_does_not_bring_it_back(monkeypatch: 
         def authorized(self, channel: grpc.aio.Channel) -> grpc.aio.Channel:
             return channel
 
-    def news(sequence: int) -> engine_pb2.EngineWatchCacheResponse:
+    def update(sequence: int) -> engine_pb2.EngineWatchCacheResponse:
         return engine_pb2.EngineWatchCacheResponse(snapshot=wire.snapshot_to_proto(state(sequence, 100)))
 
     monkeypatch.setattr(fleet.engine_pb2_grpc, "EngineStub", Stub)
     router = Router("gateway")
-    members = fleet.Fleet(router, lambda replica_id: None, 1, 10)
+    members = fleet.Fleet(router, lambda replica_id: None, drain_s=1, silence_s=10)
     address: Any = Address()
     members.set_members([Endpoint("one", address, {})])
-    states.put_nowait(news(1))
+    states.put_nowait(update(1))
     await asyncio.sleep(0.01)
     assert router.is_ready()
-    states.put_nowait(news(2))
+    states.put_nowait(update(2))
     members.set_members([])
     await asyncio.sleep(0.05)
     assert not router.is_ready()
     await members.close()
 
 
-async def test_requests_that_wait_are_woken_though_waking_fails_at_first(
+async def test_requests_wait_while_starting_a_replica_fails_at_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("serve_app.gateway.scale_from_zero.RETRY_S", 0.01)
@@ -351,7 +364,7 @@ async def test_a_wait_that_ends_before_its_deadline_is_not_blamed_on_it(
     monkeypatch.setattr("serve_app.gateway.scale_from_zero.MAX_WAIT_S", 0.05)
 
     async def wake() -> None:
-        """Nothing comes of it."""
+        """Start nothing."""
 
     with pytest.raises(ReplicaUnavailableError):
         await ScaleFromZero(wake, lambda: False).wait(100)

@@ -1,4 +1,4 @@
-"""The console in a real browser: what it shows, that it follows, that it can be read, and that keys are asked for."""
+"""The console in a real browser: content, live updates, contrast, layout and authentication."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ BUSY = CacheLoad(
 
 
 class Fleet:
-    """A gateway's view of two replicas that can be changed, served over HTTP."""
+    """A gateway's view of two replicas, which tests can change, served over HTTP."""
 
     def __init__(self) -> None:
         self.router = Router("me")
-        self.admissions = AdmissionQueue(self.router, RoutingConfig())
-        self.feed = FleetFeed("smollm2-135m-instruct", self.router, self.admissions)
+        self.queue = AdmissionQueue(self.router, RoutingConfig())
+        self.feed = FleetFeed("smollm2-135m-instruct", self.router, self.queue)
         self.observer = Observer(Remembered(), Tracing("test", "one", None))
         self._sequence = 0
         self.update("k3f8z0qa", BUSY)
@@ -69,20 +69,25 @@ class Fleet:
 
     def app(self) -> ASGIApp:
         shown = lambda: view(  # noqa: E731
-            "smollm2-135m-instruct", self.router.replicas(time.monotonic()), self.observer, self.admissions
+            "smollm2-135m-instruct", self.router.replicas(time.monotonic()), self.observer, self.queue
         )
         return http_app([console(shown, self.feed.watch)])
 
     async def wait_for_room(self) -> None:
-        """A request that no cache here has room for."""
+        """Queue a request for which no replica has room."""
         generation = Generation(
-            "large", Caller(), [5] * 8000, SamplingParams(max_tokens=192), "", math.inf, []
+            request_id="large",
+            caller=Caller(),
+            prompt_token_ids=[5] * 8000,
+            sampling=SamplingParams(max_tokens=192),
+            cache_salt="",
+            deadline_s=math.inf,
         )
         generation.begin(self.router)
-        await self.admissions.admit(generation)
+        await self.queue.admit(generation)
 
     def fail(self, replica_id: str) -> None:
-        """As many requests fail there as open its breaker."""
+        """Fail enough requests on a replica to open its breaker."""
         others = [
             replica.replica_id for replica in self.router.replicas() if replica.replica_id != replica_id
         ]
@@ -104,7 +109,7 @@ async def tokens(request_id: str, replica_id: str) -> AsyncGenerator[inference_p
 
 
 async def stream(observation: Observation) -> AsyncGenerator[None, None]:
-    """A request that has got some tokens, and stays open until it is closed."""
+    """A request that has received some tokens and stays open until it is closed."""
     observation.tokenized([1] * 900)
     async with aclosing(through(observation, tokens(observation.request_id, "k3f8z0qa"))) as responses:
         for _ in range(40):
@@ -130,7 +135,7 @@ async def test_the_console_follows_the_fleet(tmp_path: Path) -> None:
         card = page.locator("[data-replica=k3f8z0qa]")
         await expect(page.locator("#state")).to_have_text("live")
         await expect(card.locator("[data-term=live]")).to_have_text("34,560 (27 %)")
-        await expect(card.locator("[data-term=promised]")).to_have_text("43,520")
+        await expect(card.locator("[data-term=reserved]")).to_have_text("43,520")
         await expect(page.locator("#capacity")).to_have_text("256,000")
         width = await card.locator(".cache .live").evaluate("e => e.style.width")
         assert width == "27%"
@@ -143,7 +148,7 @@ async def test_the_console_follows_the_fleet(tmp_path: Path) -> None:
         await expect(page.locator("#queue")).to_contain_text("waiting here 0")
         await expect(page.locator("#queue")).to_contain_text("waiting in engines 2")
         await expect(card.locator("[data-term='waiting for slots']")).to_have_text("2")
-        await expect(page.locator("#queue")).to_contain_text("prompt tokens to compute 1,500")
+        await expect(page.locator("#queue")).to_contain_text("prompt tokens to prefill 1,500")
         await expect(page.locator("#prefixes")).to_contain_text("85 %")
         for theme in ("light", "dark"):
             await page.emulate_media(color_scheme=theme)
@@ -151,12 +156,12 @@ async def test_the_console_follows_the_fleet(tmp_path: Path) -> None:
             await page.screenshot(path=tmp_path / f"{theme}.png", full_page=True)
         await expect(card.locator(".badge")).to_have_text("✓ ready")
         fleet.fail("k3f8z0qa")
-        await expect(card.locator(".badge")).to_have_text("✕ failed lately")
-        for replica in ("k3f8z0qa", "p91xw2lm"):  # the first may be tried again by now
+        await expect(card.locator(".badge")).to_have_text("✕ breaker open")
+        for replica in ("k3f8z0qa", "p91xw2lm"):  # the breaker of the first may be half-open by now
             fleet.update(replica, CacheLoad(used_blocks=1000))
         waiting = asyncio.create_task(fleet.wait_for_room())
         await expect(page.locator("#queue")).to_contain_text("waiting here 1")
-        await expect(page.locator("#queue")).to_contain_text("for tokens of cache 8,192")
+        await expect(page.locator("#queue")).to_contain_text("queued tokens 8,192")
         waiting.cancel()
         await expect(page.locator("#queue")).to_contain_text("waiting here 0")
         fleet.update("k3f8z0qa", CacheLoad(free_blocks=1000), draining=True)
@@ -171,8 +176,8 @@ async def test_the_console_follows_the_fleet(tmp_path: Path) -> None:
         assert seen.problems == []
 
 
-async def test_text_stands_out_in_both_themes() -> None:
-    """WCAG's 4.5:1 for every colour that text has."""
+async def test_text_has_enough_contrast_in_both_themes() -> None:
+    """WCAG's contrast of 4.5:1 for every text color."""
     async with shown(Fleet().app()) as seen:
         await expect(seen.page.locator("#state")).to_have_text("live")
         grounds = set()
@@ -237,7 +242,7 @@ def test_the_hottest_prefixes_come_first_and_cool() -> None:
     assert second.name == "old"
 
 
-def test_cold_prefixes_are_forgotten() -> None:
+def test_cold_prefixes_are_evicted() -> None:
     hot = HotPrefixes(lambda: 0.0)
     for name in ("kept", "kept", *map(str, range(2 * MAX_PREFIXES))):
         hot.count(name, "a", 200, 128)

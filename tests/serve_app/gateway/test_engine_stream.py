@@ -1,4 +1,4 @@
-"""The stream of a gateway's calls to an engine replica: both ends of it over TCP, with scripted calls."""
+"""The stream of a gateway's calls to an engine replica: both ends over TCP, with scripted calls."""
 
 from __future__ import annotations
 
@@ -35,32 +35,32 @@ def request(name: str = "", tokens: int = 3) -> engine_pb2.EngineRequest:
 
 
 async def count(asked: engine_pb2.EngineRequest, write: Write) -> None:
-    """Put out 0, 1, 2, ..."""
+    """Generate 0, 1, 2, ..."""
     for token in range(asked.sampling_params.max_tokens):
         await write(delta(token, last=token == asked.sampling_params.max_tokens - 1))
 
 
 async def begin(asked: engine_pb2.EngineRequest, write: Write) -> None:
-    """Put out one token, and then nothing."""
+    """Generate one token, and then nothing."""
     await write(delta(0))
     await asyncio.Event().wait()
 
 
 async def begin_and_end(gate: asyncio.Event, asked: engine_pb2.EngineRequest, write: Write) -> None:
-    """Put out one token, and the last one once `gate` is set."""
+    """Generate one token, and the last one once `gate` is set."""
     await write(delta(0))
     await gate.wait()
     await write(delta(1, last=True))
 
 
 async def hang(asked: engine_pb2.EngineRequest, write: Write) -> None:
-    """Put out nothing."""
+    """Generate nothing."""
     await asyncio.Event().wait()
 
 
 @dataclass
 class Engine(engine_pb2_grpc.EngineServicer):
-    """Runs `script` for each call, and remembers how the calls ended."""
+    """Runs `script` for each call, and records how the calls ended."""
 
     script: Script = count
     began: list[str] = field(default_factory=list)
@@ -129,7 +129,7 @@ async def test_calls_share_a_stream_and_get_each_their_own_output() -> None:
         assert setup.stream.is_idle
 
 
-async def test_what_comes_in_one_step_is_one_message() -> None:
+async def test_outputs_of_one_step_are_one_message() -> None:
     step = asyncio.Event()
 
     async def script(asked: engine_pb2.EngineRequest, write: Write) -> None:
@@ -175,7 +175,7 @@ async def test_errors_keep_their_status_and_sentence(error: Any, status: grpc.St
 
 
 @pytest.mark.parametrize("ends", [True, False])
-async def test_a_failure_tells_nothing_of_itself_and_spares_other_calls(ends: bool) -> None:
+async def test_a_failure_reveals_no_details_and_spares_other_calls(ends: bool) -> None:
     async def script(asked: engine_pb2.EngineRequest, write: Write) -> None:
         if asked.request_id == "good":
             await count(asked, write)
@@ -191,7 +191,7 @@ async def test_a_failure_tells_nothing_of_itself_and_spares_other_calls(ends: bo
         assert setup.engine.streams == 1
 
 
-async def test_a_cancelled_call_is_cancelled_at_the_engine_and_others_go_on() -> None:
+async def test_a_cancelled_call_is_cancelled_at_the_engine_and_others_continue() -> None:
     gate = asyncio.Event()
     async with connected(partial(begin_and_end, gate)) as setup:
         first, second = setup.stream.start(request("first")), setup.stream.start(request("second"))
@@ -254,7 +254,7 @@ async def test_the_death_of_a_gateway_cancels_all_its_calls_and_no_others() -> N
         assert list((await other.read()).token_ids) == [1]
 
 
-async def test_a_broken_stream_fails_every_call_after_what_came_before() -> None:
+async def test_a_broken_stream_fails_every_call_after_its_buffered_deltas() -> None:
     async def script(asked: engine_pb2.EngineRequest, write: Write) -> None:
         await write(delta(0))
         await write(delta(1))
@@ -292,7 +292,7 @@ async def test_breaking_off_fails_calls_at_once() -> None:
         assert failed.value.status is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_reader_that_stalls_is_not_sent_more_and_stalls_nobody_else() -> None:
+async def test_a_reader_that_stalls_is_sent_nothing_more_and_stalls_no_other() -> None:
     written = {"slow": 0, "fast": 0}
     tokens = 50 * engine_stream.MAX_UNREAD
 
@@ -354,7 +354,7 @@ async def test_a_gateway_that_does_not_read_holds_its_calls_up(monkeypatch: pyte
         rpc.cancel()
 
 
-async def test_a_draining_engine_finishes_what_runs_refuses_the_rest_and_ends_the_stream() -> None:
+async def test_a_draining_engine_finishes_running_calls_refuses_new_ones_and_ends_the_stream() -> None:
     gate = asyncio.Event()
     async with connected(partial(begin_and_end, gate)) as setup:
         running = setup.stream.start(request("running"))
@@ -376,7 +376,7 @@ async def test_an_idle_stream_ends_at_once_when_its_engine_drains() -> None:
         await until(lambda: not setup.stream.is_open)
 
 
-async def test_a_closing_gateway_waits_for_its_calls_as_long_as_it_may() -> None:
+async def test_a_closing_gateway_waits_for_its_calls_within_its_grace_period() -> None:
     gate = asyncio.Event()
 
     async def script(asked: engine_pb2.EngineRequest, write: Write) -> None:
@@ -418,7 +418,7 @@ async def test_each_call_has_the_trace_of_its_own_request() -> None:
 
 
 def slow_down(stream: EngineStream) -> asyncio.Event:
-    """Writes of `stream` end only while the event that is returned is set, as it is at first."""
+    """Make writes of `stream` end only while the returned event is set, as it is at first."""
     gate, write = asyncio.Event(), stream._rpc.write
     gate.set()
 
@@ -446,7 +446,7 @@ async def test_a_call_cancelled_while_its_stream_closes_is_cancelled_at_the_engi
         assert setup.engine.cancelled == ["first", "second"]
 
 
-async def test_of_a_call_that_goes_on_and_stalls_again_within_one_message_nothing_more_is_sent() -> None:
+async def test_a_call_that_resumes_and_stalls_again_within_one_message_is_sent_nothing_more() -> None:
     written = 0
 
     async def script(asked: engine_pb2.EngineRequest, write: Write) -> None:
@@ -495,7 +495,7 @@ async def test_a_stream_that_opens_at_a_draining_engine_is_refused_and_ends() ->
         assert "late" not in setup.engine.began
 
 
-async def test_a_call_that_its_engine_lets_go_of_is_answered() -> None:
+async def test_a_call_that_its_engine_cancels_is_answered() -> None:
     async def script(asked: engine_pb2.EngineRequest, write: Write) -> None:
         raise asyncio.CancelledError
 
@@ -505,7 +505,7 @@ async def test_a_call_that_its_engine_lets_go_of_is_answered() -> None:
         assert failed.value.status is grpc.StatusCode.INTERNAL
 
 
-async def test_a_timeout_inside_an_engine_is_no_deadline() -> None:
+async def test_a_timeout_inside_an_engine_is_not_a_deadline() -> None:
     async def script(asked: engine_pb2.EngineRequest, write: Write) -> None:
         raise TimeoutError
 

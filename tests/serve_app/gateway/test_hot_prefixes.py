@@ -1,4 +1,4 @@
-"""The prefixes that the console shows: their names give nothing away, and counting them is cheap."""
+"""The prefixes that the console shows: their names reveal nothing, and counting them is cheap."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_hot_prefixes_survive_any_number_of_cold_ones() -> None:
     ]
 
 
-def test_the_coldest_is_forgotten() -> None:
-    """As a search through all of them would find it."""
+def test_the_coldest_is_evicted() -> None:
+    """Compared with a linear search for it."""
     random, now = Random(0), 0.0
     hot, held = HotPrefixes(lambda: now), dict[str, tuple[float, float]]()
     for _ in range(6 * MAX_PREFIXES):

@@ -1,4 +1,4 @@
-"""Metrics, spans and the log line of requests: what they say, and what they must not."""
+"""Metrics, spans and the log line of requests: what they contain, and what they must not."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TEXT = "a secret answer"
 
 
 class Watched:
-    """An observer whose metrics, spans and log lines can be looked at."""
+    """An observer whose metrics, spans and log lines can be inspected."""
 
     def __init__(self) -> None:
         self.recorder = Remembered()
@@ -65,9 +65,9 @@ class Watched:
     def open_requests(self) -> float:
         return self.gauges(Router("me"))[metrics.STREAMS,]
 
-    def gauges(self, router: Router, admissions: AdmissionQueue | None = None) -> dict[Any, float]:
-        admissions = admissions or AdmissionQueue(router, RoutingConfig())
-        GatewayGauges(self._observer, admissions, router).record()
+    def gauges(self, router: Router, queue: AdmissionQueue | None = None) -> dict[Any, float]:
+        queue = queue or AdmissionQueue(router, RoutingConfig())
+        GatewayGauges(self._observer, queue, router).record()
         return self.recorder.values
 
     @property
@@ -182,25 +182,37 @@ async def test_time_in_the_queue_and_resumptions_are_measured(watched: Watched) 
         (8, CacheLoad(free_blocks=4), False, "replicas"),
     ],
 )
-async def test_it_is_told_what_the_queue_waits_for(
+async def test_the_reasons_for_waiting_in_the_queue_are_gauged(
     watched: Watched, slots: int, load: CacheLoad, reachable: bool, reason: str
 ) -> None:
     router = Router("me")
     capacity = CacheCapacity("kvarn_k4v2_g128", 128, 622_080, 4, 1024, slots, max_requests=3)
     router.update("one", CacheSnapshot(1, 1, capacity, load), time.monotonic())
     router.mark_reachable("one", reachable)
-    admissions = AdmissionQueue(router, RoutingConfig())
-    generation = Generation("mine", Caller(), [5] * 300, SamplingParams(max_tokens=84), "", math.inf, [])
-    generation.begin(router)
-    waiting = asyncio.create_task(admissions.admit(generation, tried=["another"]))
+    queue = AdmissionQueue(router, RoutingConfig())
+    generation = generation_of(router)
+    waiting = asyncio.create_task(queue.admit(generation, tried=["another"]))
     await asyncio.sleep(0.05)
-    assert queued(watched.gauges(router, admissions)) == {reason: 1}
+    assert queued(watched.gauges(router, queue)) == {reason: 1}
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
 
 
+def generation_of(router: Router) -> Generation:
+    generation = Generation(
+        request_id="mine",
+        caller=Caller(),
+        prompt_token_ids=[5] * 300,
+        sampling=SamplingParams(max_tokens=84),
+        cache_salt="",
+        deadline_s=math.inf,
+    )
+    generation.begin(router)
+    return generation
+
+
 def queued(gauges: dict[Any, float]) -> dict[str, float]:
-    """Requests in the queue by reason, those that are none left out."""
+    """Requests in the queue by reason, without zeros."""
     counts = {key[1]: count for key, count in gauges.items() if key[0] is metrics.QUEUED_REQUESTS}
     assert counts.keys() == set(QUEUE_REASONS)
     return {reason: count for reason, count in counts.items() if count}
@@ -216,21 +228,20 @@ async def test_the_queue_and_the_breakers_are_gauged(watched: Watched) -> None:
         router.update("failing", CacheSnapshot(1, 2 + number, capacity, CacheLoad(free_blocks=4)))
         router.admit(f"r{number}", small, now_s=time.monotonic())
         router.failed(f"r{number}", time.monotonic())
-    admissions = AdmissionQueue(router, RoutingConfig())
-    generation = Generation("mine", Caller(), [5] * 300, SamplingParams(max_tokens=84), "", math.inf, [])
-    generation.begin(router)
-    waiting = asyncio.create_task(admissions.admit(generation))
+    queue = AdmissionQueue(router, RoutingConfig())
+    generation = generation_of(router)
+    waiting = asyncio.create_task(queue.admit(generation))
     await asyncio.sleep(0)
-    gauges = watched.gauges(router, admissions)
+    gauges = watched.gauges(router, queue)
     assert gauges[metrics.QUEUED_TOKENS,] == 384
     assert queued(gauges) == {"turn": 1}
     await asyncio.sleep(0.05)  # the queue has tried it
-    assert queued(watched.gauges(router, admissions)) == {"blocks": 1}
+    assert queued(watched.gauges(router, queue)) == {"blocks": 1}
     assert gauges[metrics.BREAKER, "full"] == BreakerState.CLOSED.value == 0
     assert gauges[metrics.BREAKER, "failing"] == BreakerState.OPEN.value == 2
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
-    gauges = watched.gauges(router, admissions)
+    gauges = watched.gauges(router, queue)
     assert gauges[metrics.QUEUED_TOKENS,] == 0
     assert queued(gauges) == {}
     assert generation.queued_s > 0
@@ -247,14 +258,14 @@ async def test_a_caller_that_leaves_is_cancelled_unless_it_has_everything(watche
     assert watched.open_requests == 0
 
 
-def test_every_refusal_names_its_reason() -> None:
+def test_every_error_has_its_reason() -> None:
     kinds = RequestError.__subclasses__()
     assert kinds
     assert all("reason" in vars(kind) for kind in kinds)
 
 
 class Downstream(inference_pb2_grpc.InferenceServicer):
-    """A server whose spans should belong to its caller's trace."""
+    """A server whose spans must belong to its caller's trace."""
 
     def __init__(self, spans: Tracing) -> None:
         self._tracer = spans.tracer
@@ -264,7 +275,7 @@ class Downstream(inference_pb2_grpc.InferenceServicer):
             return inference_pb2.GenerateOnceResponse()
 
 
-async def test_a_trace_goes_on_over_grpc() -> None:
+async def test_a_trace_continues_over_grpc() -> None:
     exporter = InMemorySpanExporter()
     spans = Tracing("test", "one", TRACING, exporter)
     server = GrpcServer("127.0.0.1:0", [])
@@ -284,7 +295,7 @@ async def test_a_trace_goes_on_over_grpc() -> None:
     assert second.parent is None
 
 
-def test_without_tracing_nothing_is_sent_on() -> None:
+def test_without_tracing_no_context_is_propagated() -> None:
     span = Tracing("test", "one", None).tracer.start_span("any")
     assert tracing.headers_of(span) == ()
     assert tracing.trace_id_of(span) is None

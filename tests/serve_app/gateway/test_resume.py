@@ -1,6 +1,6 @@
-"""Requests that outlive their replicas: a real gateway and client between scripted engines, all over TCP.
+"""Requests that outlive their replicas: a real gateway and client with scripted engines, all over TCP.
 
-An engine's output is a function of the prompt and of how much is out already, so that a lost or doubled token shows.
+An engine's output is a function of the prompt and of the position, so that a lost or doubled token is noticed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from kvarn.v1 import cluster_pb2_grpc, engine_pb2, engine_pb2_grpc, inference_pb
 from serve_app.client import AsyncClient, NoRoomError, ServingError, UnavailableError
 from serve_app.config import RoutingConfig
 from serve_app.engine.call_server import CallServer, Write
+from serve_app.gateway.admission_queue import AdmissionQueue
 from serve_app.gateway.dispatcher import Dispatcher
 from serve_app.gateway.fleet import Fleet
 from serve_app.gateway.membership import Endpoint
@@ -41,7 +42,7 @@ Script = Callable[["Engine", engine_pb2.EngineRequest, int], Awaitable[None]]
 
 @pytest.fixture(autouse=True)
 def scripts_do_not_fail(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """A script that raises would look like an engine that fails, and a test might pass for it."""
+    """Fail if a script raised: that would look like a failing engine, and a test might pass because of it."""
     yield
     assert not [r for r in caplog.get_records("call") if r.name == "serve_app.engine.call_server"]
 
@@ -57,12 +58,12 @@ def scripted(status: grpc.StatusCode) -> RequestError:
 
 
 async def well(*_: Any) -> None:
-    """Nothing happens."""
+    """Do nothing."""
 
 
 @dataclass
 class Engine(engine_pb2_grpc.EngineServicer):
-    """Writes one token a message; before each, `script` is called with its position."""
+    """Writes one token per message; before each, `script` is called with its position."""
 
     name: str
     script: Script = well
@@ -109,7 +110,7 @@ class Engine(engine_pb2_grpc.EngineServicer):
 
 
 class Encoder:
-    """Takes token ids only."""
+    """An encoder of prompts that are token ids already."""
 
     vocab_size = 1000
 
@@ -119,7 +120,7 @@ class Encoder:
 
 @dataclass
 class Setup:
-    """Gateways on one port before scripted engines."""
+    """Gateways on one port, with scripted engines."""
 
     engines: list[Engine]
     servers: dict[str, GrpcServer]
@@ -164,22 +165,30 @@ async def start_gateway(
     router = Router(name)
     recorder = Remembered()
     observer = Observer(recorder, Tracing("test", name, None))
-    made = SimpleNamespace(router=router, recorder=recorder)
+    queue = AdmissionQueue(router, routing)
+    made = SimpleNamespace(router=router, recorder=recorder, queue=queue)
     changed = asyncio.Event()
 
     def on_change(replica_id: str) -> None:
         changed.set()
-        if hasattr(made, "dispatcher"):
-            made.dispatcher.admissions.wake()
+        queue.wake()
 
     made.fleet = Fleet(router, on_change, drain_s=0, silence_s=routing.silence_timeout_s)
-    made.dispatcher = Dispatcher(name, "model", Encoder(), router, made.fleet, 64, observer, routing, None)  # type: ignore[arg-type]
+    made.dispatcher = Dispatcher(
+        name,
+        "model",
+        encoder=Encoder(),  # type: ignore[arg-type]
+        router=router,
+        queue=queue,
+        fleet=made.fleet,
+        observer=observer,
+        config=routing,
+        default_max_tokens=64,
+    )
     made.server = GrpcServer(f"127.0.0.1:{port}", SERVICE_NAMES, reuse_port=True)
     inference = InferenceService(made.dispatcher, Access(None), 10)
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, made.server)
-    cluster = ClusterService(
-        FleetFeed("model", router, made.dispatcher.admissions), made.dispatcher, Access(None)
-    )
+    cluster = ClusterService(FleetFeed("model", router, queue), made.dispatcher, Access(None))
     cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, made.server)
     made.port = await made.server.start()
     made.fleet.set_members(endpoints)
@@ -206,7 +215,7 @@ def assert_whole(deltas: list[inference_pb2.GenerateResponse]) -> None:
 def breaking_at(
     position: int, status: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE, times: int = 1
 ) -> Script:
-    """Fails the first `times` requests, over all engines that share this script, before the token at `position`."""
+    """Fail the first `times` requests over all engines that share this script, before the token at `position`."""
     left = [times]
 
     async def script(engine: Engine, request: Any, at: int) -> None:
@@ -242,7 +251,7 @@ async def assert_nothing_held(setup: Setup) -> None:
         grpc.StatusCode.RESOURCE_EXHAUSTED,
     ],
 )
-async def test_a_stream_goes_on_elsewhere(position: int, status: grpc.StatusCode) -> None:
+async def test_a_stream_resumes_elsewhere(position: int, status: grpc.StatusCode) -> None:
     script = breaking_at(position, status)
     async with serving(Engine("a", script), Engine("b", script)) as setup:
         deltas = await stream(setup.port, temperature=0)
@@ -268,7 +277,7 @@ async def test_no_more_is_resumed_than_was_asked_for() -> None:
             await anext(setup.gateways[0].dispatcher.generate(request, None, Caller("tenant")))
 
 
-async def test_every_stream_of_a_replica_that_dies_goes_on_elsewhere() -> None:
+async def test_every_stream_of_a_replica_that_dies_resumes_elsewhere() -> None:
     gate = asyncio.Event()
 
     async def script(engine: Engine, request: Any, at: int) -> None:
@@ -309,7 +318,7 @@ async def test_a_stream_survives_every_replica_failing_in_turn() -> None:
         ({"temperature": 0, "frequency_penalty": 0.5}, "frequency_penalty"),
     ],
 )
-async def test_what_cannot_be_resumed_exactly_says_so(sampling: dict[str, Any], reason: str) -> None:
+async def test_an_inexact_resumption_is_reported(sampling: dict[str, Any], reason: str) -> None:
     script = breaking_at(3)
     async with serving(Engine("a", script), Engine("b", script)) as setup:
         deltas = await stream(setup.port, **sampling)
@@ -344,10 +353,10 @@ async def test_retries_stop_when_the_budget_is_spent() -> None:
         assert len(setup.sent) <= 60 + 100
 
 
-async def test_a_replica_that_hangs_is_lost_and_its_streams_go_on() -> None:
+async def test_a_replica_that_hangs_is_lost_and_its_streams_resume() -> None:
     async def script(engine: Engine, request: Any, at: int) -> None:
         if at == 4 and not request.resume_token_ids:
-            engine.heartbeats.clear()  # as a stopped process: connections stay, nothing comes
+            engine.heartbeats.clear()  # like a stopped process: connections stay open, and nothing arrives
             await asyncio.Event().wait()
 
     async with serving(Engine("a", script), Engine("b", script), silence_timeout_s=0.6) as setup:
@@ -370,7 +379,7 @@ async def test_a_hedge_answers_when_the_first_replica_is_slow() -> None:
         await assert_nothing_held(setup)
 
 
-async def test_requests_wait_for_room_in_turn_and_are_refused_when_they_would_wait_too_long() -> None:
+async def test_requests_wait_for_room_in_turn_and_are_rejected_when_the_queue_is_full() -> None:
     gate = asyncio.Event()
 
     async def script(engine: Engine, request: Any, at: int) -> None:
@@ -385,10 +394,10 @@ async def test_requests_wait_for_room_in_turn_and_are_refused_when_they_would_wa
             async with aclosing(holder):
                 await anext(holder)
                 waiting = [asyncio.create_task(client.generate_once(PROMPT, **big)) for _ in range(2)]
-                await until(lambda: len(setup.gateways[0].dispatcher.admissions) == 2)
-                with pytest.raises(NoRoomError) as refused:
+                await until(lambda: len(setup.gateways[0].queue) == 2)
+                with pytest.raises(NoRoomError) as rejected:
                     await client.generate_once(PROMPT, **big)
-                assert 0 < refused.value.retry_after_s <= 30
+                assert 0 < rejected.value.retry_after_s <= 30
                 assert len(setup.sent) == 1
             gate.set()
             answers = await asyncio.gather(*waiting)
@@ -396,7 +405,7 @@ async def test_requests_wait_for_room_in_turn_and_are_refused_when_they_would_wa
             await assert_nothing_held(setup)
 
 
-async def test_one_who_stops_waiting_leaves_no_trace() -> None:
+async def test_a_request_that_stops_waiting_leaves_nothing_behind() -> None:
     async def script(engine: Engine, request: Any, at: int) -> None:
         if at == 1:
             await asyncio.Event().wait()
@@ -406,11 +415,11 @@ async def test_one_who_stops_waiting_leaves_no_trace() -> None:
             holder = client.generate(PROMPT, max_tokens=1500)
             await anext(holder)
             waiting = asyncio.create_task(client.generate_once(PROMPT, max_tokens=1500))
-            admissions = setup.gateways[0].dispatcher.admissions
-            await until(lambda: len(admissions) == 1)
+            queue = setup.gateways[0].queue
+            await until(lambda: len(queue) == 1)
             waiting.cancel()
             await holder.aclose()
-            await until(lambda: not len(admissions))
+            await until(lambda: not len(queue))
             await assert_nothing_held(setup)
         assert len(setup.sent) == 1
 
@@ -445,7 +454,7 @@ async def test_a_client_resumes_its_stream_when_its_gateway_dies() -> None:
 
 @pytest.mark.parametrize("asked", ["generate", "generate_once"])
 async def test_a_client_gives_up_when_no_gateway_comes_back(asked: str) -> None:
-    """Without a deadline of its own, too."""
+    """Even without a deadline."""
 
     reached = asyncio.Event()
 
@@ -472,7 +481,7 @@ async def test_a_client_gives_up_when_no_gateway_comes_back(asked: str) -> None:
                 await answer
 
 
-async def test_a_call_that_ran_longer_than_retries_last_is_asked_again() -> None:
+async def test_a_call_that_ran_longer_than_the_retry_period_is_retried() -> None:
     begun = asyncio.Event()
 
     async def script(engine: Engine, request: Any, at: int) -> None:
@@ -497,13 +506,13 @@ async def drained(stream: AsyncIterator[Any]) -> None:
         pass
 
 
-async def test_a_client_that_never_reached_anything_is_told_at_once() -> None:
+async def test_a_client_that_reaches_nothing_fails_at_once() -> None:
     async with AsyncClient("127.0.0.1:1") as client:
         with pytest.raises(UnavailableError):
             await client.generate_once("Hello")
 
 
-async def test_a_client_whose_first_call_breaks_asks_again() -> None:
+async def test_a_client_whose_first_call_breaks_retries() -> None:
     async def script(engine: Engine, request: Any, at: int) -> None:
         if len(setup.sent) == 1:
             await asyncio.Event().wait()
@@ -518,7 +527,7 @@ async def test_a_client_whose_first_call_breaks_asks_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "refused", "sentence"),
+    ("change", "expected_error", "sentence"),
     [
         (
             {"prompt": {"token_ids": {"ids": [5] * 4097}}},
@@ -529,17 +538,17 @@ async def test_a_client_whose_first_call_breaks_asks_again() -> None:
         ({"sampling_params": {"temperature": 3}}, BadRequestError, "temperature must be from 0 to 2"),
     ],
 )
-async def test_a_shared_prompt_is_checked_as_its_requests_are_and_refused_once(
-    change: dict[str, Any], refused: type[RequestError], sentence: str
+async def test_a_shared_prompt_is_checked_as_its_requests_are_and_rejected_once(
+    change: dict[str, Any], expected_error: type[RequestError], sentence: str
 ) -> None:
     good = {"prompt": {"token_ids": {"ids": PROMPT}}}
     async with serving(Engine("a")) as setup:
         dispatcher, recorder = setup.gateways[0].dispatcher, setup.gateways[0].recorder
         assert await dispatcher.encode(inference_pb2.GenerateRequest(**good), Caller()) == PROMPT
         assert not recorder.values
-        with pytest.raises(refused, match=sentence):
+        with pytest.raises(expected_error, match=sentence):
             await dispatcher.encode(inference_pb2.GenerateRequest(**{**good, **change}), Caller())
         assert recorder.values == {
-            (metrics.REQUESTS, refused.status.name): 1,
-            (metrics.REJECTS, refused.reason): 1,
+            (metrics.REQUESTS, expected_error.status.name): 1,
+            (metrics.REJECTS, expected_error.reason): 1,
         }

@@ -21,7 +21,7 @@ from kvarn.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
 from serve_app.client import AsyncClient, NoRoomError, UnauthenticatedError
 from serve_app.request.prompts import PromptEncoder
 from serve_app.security.api_keys import create_key
-from tests.support.fronts import HOST, MODEL, Running, running_servers, settled
+from tests.support.gateway_servers import HOST, MODEL, Running, running_servers, settled
 
 LIMITS = {
     "max_connections": 200,
@@ -164,25 +164,25 @@ async def test_routes_that_are_not_there(front: Running, method: str, path: str,
     ],
 )
 async def test_what_http_refuses_is_counted(front: Running, sent: bytes, reason: str) -> None:
-    front.refused.clear()
+    front.rejections.clear()
     await answer_to(front, sent)
-    assert front.refused == [reason]
+    assert front.rejections == [reason]
 
 
 async def test_a_chat_that_cannot_be_put_to_an_engine_is_counted_once(front: Running) -> None:
-    front.refused.clear()
+    front.rejections.clear()
     content = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
     async with httpx.AsyncClient() as http:
         answer = await http.post(f"{front.url}/v1/chat/completions", content=content, headers=JSON)
     assert answer.status_code == 400
-    assert front.refused == ["invalid_request"]
+    assert front.rejections == ["invalid_request"]
 
 
 async def test_unknown_paths_are_not_counted(front: Running) -> None:
-    front.refused.clear()
+    front.rejections.clear()
     async with httpx.AsyncClient() as http:
         assert (await http.get(f"{front.url}/favicon.ico")).status_code == 404
-    assert front.refused == []
+    assert front.rejections == []
 
 
 async def test_a_body_announced_too_large_is_not_read(front: Running) -> None:

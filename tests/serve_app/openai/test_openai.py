@@ -32,7 +32,7 @@ from serve_app.request.errors import (
 )
 from serve_app.request.prompts import MAX_MESSAGES, PromptEncoder
 from serve_app.routing import Caller
-from tests.support.fronts import CACHED, MODEL, Running, running_servers, settled
+from tests.support.gateway_servers import CACHED, MODEL, Running, running_servers, settled
 
 ASK = [{"role": "user", "content": "What is the capital of France?"}]
 WEATHER = {

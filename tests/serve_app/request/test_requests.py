@@ -1,4 +1,4 @@
-"""What a gateway refuses before any engine sees it."""
+"""Requests that a gateway rejects before any engine sees them."""
 
 import math
 
@@ -70,11 +70,11 @@ def test_values_in_range_pass(params: SamplingParams) -> None:
         ],
     ],
 )
-def test_values_out_of_range_are_refused_in_one_sentence(params: SamplingParams, sentence: str) -> None:
-    with pytest.raises(BadRequestError) as refusal:
+def test_values_out_of_range_are_rejected_in_one_sentence(params: SamplingParams, sentence: str) -> None:
+    with pytest.raises(BadRequestError) as rejected:
         check_sampling(params, VOCAB)
-    assert refusal.value.sentence.startswith(sentence)
-    assert refusal.value.sentence.count(". ") == 0
+    assert rejected.value.sentence.startswith(sentence)
+    assert rejected.value.sentence.count(". ") == 0
 
 
 def test_only_set_fields_reach_vllm() -> None:
@@ -100,7 +100,9 @@ def test_a_constraint_reaches_vllm() -> None:
         ("text", {"seed": "x"}),
     ],
 )
-def test_what_cannot_be_sent_fails_in_the_client(prompt: object, sampling: dict[str, object]) -> None:
+def test_a_value_that_cannot_be_encoded_fails_in_the_client(
+    prompt: object, sampling: dict[str, object]
+) -> None:
     with pytest.raises(InvalidRequestError):
         _generate_request(prompt, "", "", sampling)
 
@@ -128,7 +130,7 @@ def test_what_cannot_be_sent_fails_in_the_client(prompt: object, sampling: dict[
         ([Rejection.UNREACHABLE, Rejection.NO_ROOM], CapacityError, "no replica has room for that now"),
     ],
 )
-def test_a_refusal_says_what_the_caller_can_do(
+def test_a_rejection_says_what_the_caller_can_do(
     refusals: list[Rejection], error: type[RequestError], part: str
 ) -> None:
     candidates = tuple(Candidate(str(i), refusal=why) for i, why in enumerate(refusals))

@@ -1,4 +1,4 @@
-"""Watching a value: a snapshot, then every change, and a new snapshot for whoever falls behind."""
+"""Watching a value: a snapshot, then every change, and a new snapshot for a watcher that falls behind."""
 
 import asyncio
 from contextlib import aclosing, suppress
@@ -33,7 +33,7 @@ async def test_a_watcher_sees_the_value_and_each_change() -> None:
     assert await watcher == [10, 11, 12]
 
 
-async def test_a_slow_watcher_gets_a_snapshot_instead_of_what_it_missed() -> None:
+async def test_a_slow_watcher_gets_a_snapshot_instead_of_missed_changes() -> None:
     feed = Feed(lambda: -1)
     async with aclosing(feed.watch()) as values:
         assert await anext(values) == -1
@@ -101,7 +101,7 @@ async def test_the_monitor_numbers_each_different_state() -> None:
     assert second.capacity == first.capacity
 
 
-async def test_a_busy_engine_is_told_from_a_hanging_one(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_busy_engine_is_distinguished_from_a_hanging_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_monitor, "IDLE_INTERVAL_S", 0.02)
     answers = [cache_state(1)]
 

@@ -1,4 +1,4 @@
-"""Peers that hang or vanish without a word: a stopped process answers no ping, while its system acknowledges."""
+"""Peers that hang or vanish: a stopped process answers no ping, while its kernel still acknowledges packets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvarn.v1 import cluster_pb2, cluster_pb2_grpc
 from serve_app.client import AsyncClient, UnavailableError
 from serve_app.rpc.grpc_server import GrpcServer
 
-LONGEST_S = 45  # less than the minute that gRPC waits by itself
+LONGEST_S = 45  # less than the minute that gRPC waits by default
 
 
 @asynccontextmanager
@@ -31,7 +31,7 @@ async def process(code: str, *args: str) -> AsyncIterator[Process]:
 
 
 class Gateway(cluster_pb2_grpc.ClusterServicer):
-    """Sends each watcher one event, and then nothing."""
+    """Sends one event to each watcher, and then nothing."""
 
     def __init__(self) -> None:
         self.has_begun = asyncio.Event()
@@ -49,7 +49,7 @@ class Gateway(cluster_pb2_grpc.ClusterServicer):
 
 
 async def started(gateway: Gateway) -> tuple[GrpcServer, str]:
-    """A server of it, and its address."""
+    """A running server of `gateway`, and its address."""
     server = GrpcServer("127.0.0.1:0", [])
     cluster_pb2_grpc.add_ClusterServicer_to_server(gateway, server)
     return server, f"127.0.0.1:{await server.start()}"

@@ -1,4 +1,4 @@
-"""The wire contract: what is committed is what the protos say, and the protos follow buf's standard rules."""
+"""The wire contract: generated code matches the protos, and the protos follow buf's standard rules."""
 
 import importlib.util
 import re
@@ -30,7 +30,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[FileDescriptorProto]
 
 
 def messages(file: FileDescriptorProto) -> Iterator[tuple[tuple[int, ...], DescriptorProto]]:
-    """Each message that is written in the file, with its source path; map entries are not."""
+    """Each message declared in the file, with its source path; without map entries."""
     pending = [((MESSAGE, i), m) for i, m in enumerate(file.message_type)]
     while pending:
         path, message = pending.pop()
@@ -82,7 +82,9 @@ def test_names(files: list[FileDescriptorProto]) -> None:
             assert all(PASCAL.fullmatch(method.name) for method in service.method), service.name
 
 
-def test_enum_values_bear_the_enum_name_and_start_unspecified(files: list[FileDescriptorProto]) -> None:
+def test_enum_values_start_with_the_enum_name_and_unspecified_is_first(
+    files: list[FileDescriptorProto],
+) -> None:
     for file in files:
         for _, enum in enums(file):
             prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", enum.name).upper() + "_"

@@ -16,7 +16,7 @@ from serve_app.client import AsyncClient, UnavailableError
 from serve_app.request.prompts import PromptEncoder
 from serve_app.rpc.channels import Tls
 from serve_app.security.tls import TlsError
-from tests.support.fronts import HOST, Running, running_servers
+from tests.support.gateway_servers import HOST, Running, running_servers
 
 PAST = datetime.datetime(2001, 1, 1, tzinfo=datetime.UTC)
 

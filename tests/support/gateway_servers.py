@@ -1,4 +1,4 @@
-"""A gateway's real servers in front of a dispatcher that answers by itself: no engine, no Ray."""
+"""A gateway's real servers over a scripted dispatcher: no engine, no Ray."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ CACHED = 2
 
 @dataclass
 class Script:
-    """Answers every request with `answer`, a token a piece; checks requests as the real dispatcher does."""
+    """A dispatcher that answers every request with `answer`, one token per piece, after the real one's checks."""
 
     encoder: PromptEncoder
     answer: str = "Paris is the capital."
     error_after: tuple[int, Exception] | None = None
     wait: asyncio.Event | None = None  # before every answer's second token
-    pieces: int | None = None  # instead of the answer, so many pieces of `padding`
+    pieces: int | None = None  # number of pieces of `padding` to send instead of the answer
     padding: str = " x"
     requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
     callers: list[Caller] = field(default_factory=list)
@@ -90,12 +90,12 @@ class Script:
 
 @dataclass
 class Running:
-    """A running front, and what its dispatcher saw."""
+    """Running servers, and the script behind them."""
 
     grpc_port: int
     http_port: int
     script: Script
-    refused: list[str]
+    rejections: list[str]
 
     @property
     def address(self) -> str:
@@ -108,26 +108,34 @@ class Running:
 
 @asynccontextmanager
 async def running_servers(encoder: PromptEncoder, **config: Any) -> AsyncIterator[Running]:
-    """Both servers on free ports, until the block is left."""
+    """Both servers on free ports, for as long as the block runs."""
     script = Script(encoder)
     settings = GatewayConfig.model_validate(
         {"port": 0, "http": {"port": 0}, "drain_grace_s": 0, "max_message_bytes": 1 << 18, **config}
     )
-    refused: list[str] = []
+    rejections: list[str] = []
     router = Router("gateway")
-    fleet = FleetFeed(MODEL, router, AdmissionQueue(router, RoutingConfig()))
-    front = GatewayServers(settings, MODEL, script, encoder, fleet, lambda: True, refused.append)  # type: ignore[arg-type]
-    grpc_port, http_port = await front.start()
-    await front.set_serving(True)
+    feed = FleetFeed(MODEL, router, AdmissionQueue(router, RoutingConfig()))
+    servers = GatewayServers(
+        settings,
+        MODEL,
+        dispatcher=script,  # type: ignore[arg-type]
+        encoder=encoder,
+        feed=feed,
+        is_ready=lambda: True,
+        on_rejection=rejections.append,
+    )
+    grpc_port, http_port = await servers.start()
+    await servers.set_serving(True)
     try:
-        yield Running(grpc_port, http_port, script, refused)
+        yield Running(grpc_port, http_port, script, rejections)
     finally:
-        fleet.close()
-        await front.stop()
+        feed.close()
+        await servers.stop()
 
 
 async def settled(condition: Any, timeout_s: float = 20) -> None:
     """Wait until `condition()` holds."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110  # it is no event
+        while not condition():  # noqa: ASYNC110  # there is no event to wait for
             await asyncio.sleep(0.01)
