@@ -15,7 +15,7 @@ from serve_app.request.errors import (
     RequestError,
 )
 from serve_app.request.sampling import check_sampling, to_vllm
-from serve_app.routing import Candidate, Decision, Rejection, RequestNeed
+from serve_app.routing import Decision, Rejection, RequestNeed
 
 VOCAB = 1000
 
@@ -106,7 +106,7 @@ def test_what_cannot_be_sent_fails_in_the_client(prompt: object, sampling: dict[
 
 
 @pytest.mark.parametrize(
-    ("refusals", "error", "part"),
+    ("rejections", "error", "part"),
     [
         ([], ReplicaUnavailableError, "No engine replica is ready yet"),
         (
@@ -128,10 +128,10 @@ def test_what_cannot_be_sent_fails_in_the_client(prompt: object, sampling: dict[
         ([Rejection.UNREACHABLE, Rejection.NO_ROOM], CapacityError, "no replica has room for that now"),
     ],
 )
-def test_a_refusal_says_what_the_caller_can_do(
-    refusals: list[Rejection], error: type[RequestError], part: str
+def test_a_rejection_says_what_the_caller_can_do(
+    rejections: list[Rejection], error: type[RequestError], part: str
 ) -> None:
-    candidates = tuple(Candidate(str(i), refusal=why) for i, why in enumerate(refusals))
-    refused = rejection_error(Decision(None, candidates), RequestNeed(60, 10), context_tokens=64)
-    assert type(refused) is error
-    assert part in refused.sentence
+    decision = Decision(None, rejections, list)
+    raised = rejection_error(decision, RequestNeed(60, 10), context_tokens=64)
+    assert type(raised) is error
+    assert part in raised.sentence
