@@ -1,9 +1,9 @@
-"""The cost of routing: `python -m serve_app.bench.routing_overhead` measures decisions, the index and the overhead.
+"""Routing overhead: `python -m serve_app.bench.routing_overhead` measures decisions, the index and gateway calls.
 
-Everything is compared within one run: calls through a gateway with calls of the same engine without it, with a bare
-grpc.aio server that answers by itself, and with one that asks the engine as a gateway does, but does nothing else: no
-gateway on grpc.aio can cost less. The engine here answers at once, so that nothing but the way to it is measured.
-Engine, servers and client are processes of their own, with the event loop that Serve's replicas have.
+One run compares calls through a gateway with direct calls of the same engine, with a bare grpc.aio server that answers
+by itself, and with a bare server that only forwards to the engine: no gateway on grpc.aio can cost less. The engine
+answers at once, so that only the path to it is measured. Engine, servers and client run in separate processes, with the
+event loop of Serve's replicas.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ ROUNDS = 9
 
 @dataclass(frozen=True)
 class LatencyMs:
-    """Milliseconds."""
+    """Latency quantiles in milliseconds."""
 
     p50_ms: float
     p99_ms: float
@@ -71,8 +71,8 @@ class LatencyMs:
 
 
 @dataclass(frozen=True)
-class Way:
-    """Calls of one server: one by one, and 16 at a time; `cpu_ms` is what the server's process took for each."""
+class ServerResult:
+    """Calls of one server: latency one at a time, rate and CPU at 16 at a time; `cpu_ms` is the server's, per call."""
 
     latency: LatencyMs
     per_s: float
@@ -81,7 +81,7 @@ class Way:
 
 @dataclass(frozen=True)
 class OverheadReport:
-    """What was measured. CPU times leave out time in which the machine did something else."""
+    """All measurements. CPU times exclude the time the machine spent on other work."""
 
     replicas: int
     prompt_tokens: int
@@ -89,19 +89,19 @@ class OverheadReport:
     decision_cpu: LatencyMs
     index_bytes_per_pair: float
     direct: LatencyMs
-    bare: Way
-    forwarding: Way
-    gateway: Way
+    bare: ServerResult
+    forwarding: ServerResult
+    gateway: ServerResult
 
     @property
     def added(self) -> LatencyMs:
-        """What a gateway adds to a direct call."""
+        """Latency a gateway adds to a direct call."""
         gateway, direct = self.gateway.latency, self.direct
         return LatencyMs(gateway.p50_ms - direct.p50_ms, gateway.p99_ms - direct.p99_ms)
 
 
 def decisions(replicas: int, prompt_tokens: int, count: int) -> tuple[LatencyMs, LatencyMs]:
-    """Time whole decisions - hashing, index, every replica's price, reservation - by wall clock and by CPU."""
+    """Time whole decisions - hashing, index, every replica's price, reservation - in wall-clock and CPU time."""
     random = Random(0)
     router = Router("gateway", "model")
     capacity = CacheCapacity(DTYPE, TILE, 1, 4000, 1 << 20, 512)
@@ -110,7 +110,7 @@ def decisions(replicas: int, prompt_tokens: int, count: int) -> tuple[LatencyMs,
     root = Namespace("model", DTYPE, TILE).root()
     chains = [chain(prompt, TILE, root) for prompt in prompts]
     for number in range(replicas):
-        router.update(f"replica{number}", CacheSnapshot(1, 1, capacity, load))
+        router.update(f"replica{number}", CacheSnapshot(1, 1, capacity, load), 0.0)
         held = [tile for links in chains for tile in links[: random.randrange(len(links) + 1)]]
         router.index.replace(f"replica{number}", 1, 1, held)
     gc.freeze()  # as a gateway does once it has started
@@ -118,7 +118,7 @@ def decisions(replicas: int, prompt_tokens: int, count: int) -> tuple[LatencyMs,
     for number in range(count):
         need = router.need(prompt_tokens, 512)
         began, began_cpu = time.perf_counter(), time.thread_time()
-        router.admit("request", need, Prompt(prompts[number % len(prompts)]))
+        router.admit("request", need, Prompt(prompts[number % len(prompts)]), 0.0)
         cpu.append(time.thread_time() - began_cpu)
         wall.append(time.perf_counter() - began)
         router.release("request")
@@ -126,7 +126,7 @@ def decisions(replicas: int, prompt_tokens: int, count: int) -> tuple[LatencyMs,
 
 
 def index_bytes_per_pair(pairs: int) -> float:
-    """Memory the index takes for one tile of one replica, when no two replicas share any."""
+    """Measure the index's memory per tile and replica, with no tile shared between replicas."""
     random = Random(0)
     tracemalloc.start()
     index = PrefixIndex(pairs)
@@ -138,7 +138,7 @@ def index_bytes_per_pair(pairs: int) -> float:
 
 
 class _InstantEngine(engine_pb2_grpc.EngineServicer):
-    """Answers with one token."""
+    """An engine that answers with one token at once."""
 
     def __init__(self) -> None:
         self._calls = CallServer(self._generate)
@@ -166,14 +166,14 @@ class _InstantEngine(engine_pb2_grpc.EngineServicer):
 
 
 class _BareInference(inference_pb2_grpc.InferenceServicer):
-    """The same answer without anything behind it."""
+    """A service that gives the engine's answer by itself."""
 
     async def GenerateOnce(self, request: Any, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
         return inference_pb2.GenerateOnceResponse(token_ids=[1], text="x")
 
 
 class _ForwardingInference(inference_pb2_grpc.InferenceServicer):
-    """Asks an engine, and passes its answer on."""
+    """A service that only forwards to an engine."""
 
     def __init__(self, engine: EngineStream) -> None:
         self._engine = engine
@@ -187,7 +187,7 @@ class _ForwardingInference(inference_pb2_grpc.InferenceServicer):
 
 
 class _TokenIds:
-    """An encoder that takes token ids only."""
+    """An encoder for prompts of token ids."""
 
     vocab_size = 50_000
 
@@ -203,16 +203,16 @@ async def _serve_engine() -> int:
 
 
 async def _serve_bare() -> int:
-    return await _serve_plainly(_BareInference())
+    return await _serve_on_grpc_aio(_BareInference())
 
 
 async def _serve_forwarding(engine_port: int) -> int:
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{engine_port}")
     stream = EngineStream(engine_pb2_grpc.EngineStub(channel))  # type: ignore[no-untyped-call]
-    return await _serve_plainly(_ForwardingInference(stream))
+    return await _serve_on_grpc_aio(_ForwardingInference(stream))
 
 
-async def _serve_plainly(service: inference_pb2_grpc.InferenceServicer) -> int:
+async def _serve_on_grpc_aio(service: inference_pb2_grpc.InferenceServicer) -> int:
     server = grpc.aio.server()
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     port = server.add_insecure_port("127.0.0.1:0")
@@ -260,14 +260,14 @@ async def _serve_gateway(engine_port: int) -> int:
 
 
 class _NoMetrics:
-    """A recorder that forgets."""
+    """A recorder that discards metrics."""
 
     def add(self, *_: Any, **__: Any) -> None: ...
     def set(self, *_: Any, **__: Any) -> None: ...
     def observe(self, *_: Any, **__: Any) -> None: ...
 
 
-_kept: list[object] = []  # servers live as long as they are referred to
+_kept: list[object] = []  # keeps servers alive
 
 
 def _run(start: Callable[..., Awaitable[int]], arguments: tuple[int, ...], ready: Connection) -> None:
@@ -290,12 +290,12 @@ class _Server:
 
 @contextmanager
 def _process(start: Callable[..., Awaitable[int]], *arguments: int) -> Iterator[_Server]:
-    """Run a server in a process of its own."""
+    """Run a server in a separate process."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_run, args=(start, arguments, there), daemon=True)
     process.start()
-    there.close()  # so that the end of the process is seen here
+    there.close()  # so that the end of the process is noticed here
     try:
         if not here.poll(60):
             raise RuntimeError(f"{start.__name__} did not start within 60 seconds")
@@ -328,7 +328,7 @@ async def _rate(call: Callable[[], Awaitable[Any]], count: int, concurrency: int
     return count / (time.perf_counter() - began)
 
 
-async def _direct(engine: _Server, count: int) -> LatencyMs:
+async def _measure_direct(engine: _Server, count: int) -> LatencyMs:
     inner = engine_pb2.EngineRequest(prompt_token_ids=PROMPT, sampling_params={"max_tokens": 1})
     async with grpc.aio.insecure_channel(f"127.0.0.1:{engine.port}") as channel:
         stream = EngineStream(engine_pb2_grpc.EngineStub(channel))  # type: ignore[no-untyped-call]
@@ -337,7 +337,7 @@ async def _direct(engine: _Server, count: int) -> LatencyMs:
         return latency
 
 
-async def _way(server: _Server, count: int) -> Way:
+async def _measure_server(server: _Server, count: int) -> ServerResult:
     asked = inference_pb2.GenerateOnceRequest(
         prompt={"token_ids": {"ids": PROMPT}}, sampling_params={"max_tokens": 1}
     )
@@ -346,33 +346,38 @@ async def _way(server: _Server, count: int) -> Way:
         latency = await _timed(lambda: stub.GenerateOnce(asked), count)
         before_s = server.cpu_s()
         per_s = await _rate(lambda: stub.GenerateOnce(asked), count)
-        return Way(latency, per_s, 1000 * (server.cpu_s() - before_s) / count)
+        return ServerResult(latency, per_s, 1000 * (server.cpu_s() - before_s) / count)
 
 
-async def _ways(engine: _Server, servers: list[_Server], count: int) -> tuple[LatencyMs, list[Way]]:
-    """The engine called directly, and each of `servers`, in turn, again and again: the quietest latencies of each, and
-    the medians of rates and CPU times, as the best rates would be those of moments when the machine did nothing else.
+async def _measure_servers(
+    engine: _Server, servers: list[_Server], count: int
+) -> tuple[LatencyMs, list[ServerResult]]:
+    """Call the engine directly and each of `servers` in turn, for `ROUNDS` rounds.
+
+    Returns:
+        The quietest round's latencies, and the medians of rates and CPU times: the best rates would be those of moments
+        when the machine did nothing else.
     """
-    directly, ways = [], []
+    direct, results = [], []
     for _ in range(ROUNDS):
-        directly.append(await _direct(engine, count))
-        ways.append([await _way(server, count) for server in servers])
-    return _best_latency(directly), [
-        Way(
-            _best_latency([way.latency for way in found]),
-            median(way.per_s for way in found),
-            median(way.cpu_ms for way in found),
+        direct.append(await _measure_direct(engine, count))
+        results.append([await _measure_server(server, count) for server in servers])
+    return _best_latency(direct), [
+        ServerResult(
+            _best_latency([result.latency for result in rounds]),
+            median(result.per_s for result in rounds),
+            median(result.cpu_ms for result in rounds),
         )
-        for found in zip(*ways, strict=True)
+        for rounds in zip(*results, strict=True)
     ]
 
 
-def _best_latency(found: list[LatencyMs]) -> LatencyMs:
-    return min(found, key=lambda latency: latency.p50_ms)
+def _best_latency(rounds: list[LatencyMs]) -> LatencyMs:
+    return min(rounds, key=lambda latency: latency.p50_ms)
 
 
 def measure(replicas: int, prompt_tokens: int, count: int, progress: Progress) -> OverheadReport:
-    """Measure everything."""
+    """Measure decisions, the index and calls."""
     task = progress.add_task("decisions", total=3)
     decision, decision_cpu = decisions(replicas, prompt_tokens, count)
     progress.update(task, advance=1, description="index")
@@ -384,14 +389,16 @@ def measure(replicas: int, prompt_tokens: int, count: int, progress: Progress) -
         _process(_serve_forwarding, engine.port) as forwarding,
         _process(_serve_gateway, engine.port) as gateway,
     ):
-        direct, ways = uvloop.run(_ways(engine, [bare, forwarding, gateway], count))
+        direct, results = uvloop.run(_measure_servers(engine, [bare, forwarding, gateway], count))
     progress.update(task, advance=1)
-    return OverheadReport(replicas, prompt_tokens, decision, decision_cpu, size, direct, *ways)
+    return OverheadReport(replicas, prompt_tokens, decision, decision_cpu, size, direct, *results)
 
 
 def table(report: OverheadReport) -> Table:
-    """For people."""
-    made = Table("what", "p50", "p99", "calls/s", "CPU a call", title="routing", title_justify="left")
+    """Return the report as a table."""
+    made = Table(
+        "measurement", "p50", "p99", "calls/s", "CPU per call", title="routing", title_justify="left"
+    )
     size = f"{report.prompt_tokens} tokens x {report.replicas} replicas"
     rows = {
         f"decision, {size}": report.decision,
@@ -402,14 +409,14 @@ def table(report: OverheadReport) -> Table:
     for name, latency in rows.items():
         made.add_row(name, *_cells(latency))
     made.add_section()
-    ways = {
+    results = {
         "bare grpc.aio server": report.bare,
         "bare grpc.aio server that forwards": report.forwarding,
         "gateway": report.gateway,
     }
-    for name, way in ways.items():
-        ratio = f"{way.per_s:.0f} ({way.per_s / report.bare.per_s:.2f}x)"
-        made.add_row(name, *_cells(way.latency), ratio, f"{way.cpu_ms:.2f} ms")
+    for name, result in results.items():
+        ratio = f"{result.per_s:.0f} ({result.per_s / report.bare.per_s:.2f}x)"
+        made.add_row(name, *_cells(result.latency), ratio, f"{result.cpu_ms:.2f} ms")
     made.add_section()
     made.add_row("index memory per tile and replica", f"{report.index_bytes_per_pair:.0f} B")
     return made
@@ -422,10 +429,10 @@ def _cells(latency: LatencyMs) -> tuple[str, str]:
 def main(
     replicas: Annotated[int, typer.Option(min=1)] = 64,
     prompt_tokens: Annotated[int, typer.Option(min=TILE)] = 32_768,
-    count: Annotated[int, typer.Option(min=100, help="Measurements of each kind.")] = 2000,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
+    count: Annotated[int, typer.Option(min=100, help="Number of measurements of each kind.")] = 2000,
+    as_json: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
 ) -> None:
-    """Measure what routing costs."""
+    """Measure the overhead of routing."""
     console = Console()
     with Progress(console=console, transient=True) as progress:
         report = measure(replicas, prompt_tokens, count, progress)

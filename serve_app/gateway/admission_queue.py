@@ -215,12 +215,12 @@ def _lack(decision: Decision | None) -> str:
     """Return what replicas lacked when the request was last tried; those behind the first few were not tried yet."""
     if decision is None or decision.chosen is not None:
         return "turn"
-    refusals = decision.refusals
-    return next((reason for refusal, reason in _LACKS.items() if refusal in refusals), "replicas")
+    rejections = decision.rejections
+    return next((reason for rejection, reason in _LACKS.items() if rejection in rejections), "replicas")
 
 
 def _may_fit_later(decision: Decision) -> bool:
-    return any(why.is_full or why is Rejection.BROKEN for why in decision.refusals)
+    return any(why.is_full or why is Rejection.BROKEN for why in decision.rejections)
 
 
 def rejection_error(decision: Decision, need: RequestNeed, context_tokens: int) -> RequestError:
@@ -229,19 +229,19 @@ def rejection_error(decision: Decision, need: RequestNeed, context_tokens: int) 
     A lack of room is reported before a lack of ready replicas: it shows the caller that the request itself is valid.
 
     Args:
-        decision: every candidate's rejection.
+        decision: why each replica rejected the request.
         need: what the request asked for.
         context_tokens: the longest context of any replica.
     """
-    refusals = decision.refusals
+    rejections = decision.rejections
     asked = f"The prompt has {need.prompt_tokens} tokens and max_tokens is {need.max_tokens}"
-    if Rejection.NO_ROOM in refusals:
+    if Rejection.NO_ROOM in rejections:
         return CapacityError(
             f"{asked}, and no replica has room for that now: try again later or lower max_tokens."
         )
-    if not refusals or not all(refusal.is_permanent for refusal in refusals):
+    if not rejections or not all(rejection.is_permanent for rejection in rejections):
         return ReplicaUnavailableError(NOT_READY)
     limit = f"the context of {context_tokens} tokens"
-    if Rejection.PAST_CONTEXT not in refusals:
+    if Rejection.PAST_CONTEXT not in rejections:
         limit = "what the cache of any replica can hold"
     return ContextLengthError(f"{asked}, together more than {limit}: shorten the prompt or lower max_tokens.")

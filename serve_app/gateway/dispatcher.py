@@ -153,7 +153,7 @@ class Dispatcher:
         decision = self._router.choose(need, Prompt(token_array(ids), request.cache_salt), time.monotonic())
         return cluster_pb2.ExplainRouteResponse(
             chosen_replica_id=decision.chosen.replica_id if decision.chosen else "",
-            candidates=[wire.candidate_to_proto(candidate) for candidate in sorted(decision.candidates)],
+            candidates=[wire.candidate_to_proto(candidate) for candidate in sorted(decision.explain())],
             prompt_tokens=len(ids),
             expected_tokens=need.expected_tokens,
             near=decision.near,

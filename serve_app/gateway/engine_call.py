@@ -122,7 +122,7 @@ class EngineCall:
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return DeadlineError(_TOO_LATE)
             case grpc.StatusCode.RESOURCE_EXHAUSTED:
-                self._router.refused(self._key)
+                self._router.rejected(self._key)
                 return ReplicaError(self.replica_id, is_failure=False)
             case grpc.StatusCode.UNAVAILABLE:
                 self._fleet.report_lost(self.replica_id)

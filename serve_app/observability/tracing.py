@@ -88,7 +88,7 @@ def trace_id_of(span: Span) -> str | None:
 
 def explanation(decision: Decision) -> Mapping[str, Any]:
     """Return a routing decision as span attributes: the chosen replica, and each candidate's cost terms as JSON."""
-    candidates = [json.dumps(candidate._asdict(), default=_plain) for candidate in decision.candidates]
+    candidates = [json.dumps(candidate.exported(), default=_plain) for candidate in decision.explain()]
     chosen = decision.chosen.replica_id if decision.chosen is not None else ""
     return {"kvarn.routing.replica_id": chosen, "kvarn.routing.candidates": candidates}
 

@@ -1,8 +1,8 @@
-"""Which replica serves a request: pure logic, standard library and xxhash only, driven by whoever holds the facts."""
+"""Which replica serves a request: pure logic over the standard library and xxhash, driven by the gateway."""
 
-from serve_app.routing.admission import Headroom, weigh
+from serve_app.routing.admission import Candidate, Headroom, Pricer
 from serve_app.routing.breaker import Breaker
-from serve_app.routing.choice import choose
+from serve_app.routing.choice import Decision, choose
 from serve_app.routing.cost import CostWeights
 from serve_app.routing.hashing import Namespace, Prompt, chain, extend_chain, token_array
 from serve_app.routing.index import TILE_BYTES, PrefixIndex
@@ -17,8 +17,6 @@ from serve_app.routing.types import (
     CacheLoad,
     CacheSnapshot,
     Caller,
-    Candidate,
-    Decision,
     Rejection,
     ReplicaState,
     RequestNeed,
@@ -41,6 +39,7 @@ __all__ = [
     "Namespace",
     "OutputLengths",
     "PrefixIndex",
+    "Pricer",
     "Prompt",
     "QueuedRequest",
     "Rejection",
@@ -55,5 +54,4 @@ __all__ = [
     "extend_chain",
     "pause_s",
     "token_array",
-    "weigh",
 ]

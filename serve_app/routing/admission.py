@@ -1,25 +1,28 @@
-"""Whether a replica can hold a request, and what taking it there costs."""
+"""Whether a replica can hold a request, and the price of sending it there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, overload
 
 from serve_app.routing.cost import UNMEASURED_INTER_TOKEN_S, CostWeights, prefill_s_per_token
-from serve_app.routing.types import Rejection, ReplicaState, RequestNeed, Terms
+from serve_app.routing.types import Rejection, ReplicaState, RequestNeed
 
 SLOTS_PER_REQUEST = 2  # its tail, and its first tile kept raw
 
 
-class Headroom(NamedTuple):
-    """What one replica can still take and how fast, worked out once a change instead of once a decision.
+@dataclass(
+    slots=True
+)  # not frozen, which would take a decision 1 us more; decisions keep it to explain themselves
+class Headroom:
+    """Remaining capacity and speed of one replica, computed once per change of its state and never modified.
 
-    A tuple, as `weigh` reads all of it for every replica in every decision. `used_share` counts what is promised, too;
-    the last five are prices in seconds: `delay_share` for each second of prefill, `evict_tile_s` for each tile.
+    `used_share` includes reserved blocks. The last five are the replica's part of each price: seconds, except
+    `delay_share`, which is per second of prefill, and `evict_tile_s`, which is per evicted tile.
     """
 
     replica_id: str
-    refusal: Rejection | None
+    rejection: Rejection | None
     tile_tokens: int
     max_model_len: int
     max_tokens: int
@@ -33,11 +36,11 @@ class Headroom(NamedTuple):
     delay_share: float
     sharing_s: float
     evict_tile_s: float
-    penalty_s: float
+    staleness_s: float
 
     @classmethod
-    def of(cls, replica: ReplicaState, prices: CostWeights) -> Headroom:
-        """The room of a replica as it is now."""
+    def of(cls, replica: ReplicaState, weights: CostWeights) -> Headroom:
+        """Compute the headroom of a replica in its present state."""
         capacity, load = replica.snapshot.capacity, replica.snapshot.load
         total_blocks = max(capacity.total_blocks, 1)
         open_blocks = load.free_blocks + load.evictable_blocks - replica.reserved_blocks
@@ -45,7 +48,7 @@ class Headroom(NamedTuple):
         active = load.running_requests + load.waiting_requests + replica.starting_requests
         return cls(
             replica_id=replica.replica_id,
-            refusal=_refusal(replica),
+            rejection=_rejection(replica),
             tile_tokens=capacity.tile_tokens,
             max_model_len=capacity.max_model_len,
             max_tokens=min(capacity.max_model_len, total_blocks * capacity.tile_tokens),
@@ -56,89 +59,128 @@ class Headroom(NamedTuple):
             block_share=1 / total_blocks,
             s_per_token=s_per_token,
             pending_s=replica.pending_tokens * s_per_token,
-            delay_share=prices.delay * max(load.waiting_requests, replica.starting_requests),
-            sharing_s=prices.sharing * active * (load.inter_token_latency_s or UNMEASURED_INTER_TOKEN_S),
-            evict_tile_s=capacity.tile_tokens * replica.heat * s_per_token,
-            penalty_s=replica.penalty_s,
+            delay_share=weights.delay * max(load.waiting_requests, replica.starting_requests),
+            sharing_s=weights.sharing * active * (load.inter_token_latency_s or UNMEASURED_INTER_TOKEN_S),
+            evict_tile_s=capacity.tile_tokens * replica.recompute_rate * s_per_token,
+            staleness_s=replica.staleness_s,
         )
 
 
-def weigh(
-    need: RequestNeed, rooms: Iterable[Headroom], cached_tiles: Mapping[str, int], prices: CostWeights
-) -> list[Terms]:
-    """Weigh replicas that hold the first `cached_tiles` tiles of the prompt; one that is missing there holds none.
+class Candidate(NamedTuple):
+    """One replica considered for one request: the blocks it takes there, its price, and any rejection.
 
-    The request is promised the blocks it will probably grow to, less those found in the cache. Finding a tile that no
-    running request uses takes it from the evictable ones; as the index cannot tell which those are, as many of the
-    tiles found as could be are counted.
-
-    Returns:
-        The fields of a `Candidate` for each room. One loop over plain tuples, as this runs for every replica in every
-        decision: calls and named tuples would take most of its time.
+    `blocks` are reserved beyond the `cached_tiles` found; `evicted_tiles` are cached prefixes they displace. The
+    six terms from `first_token_s` to `staleness_s` are seconds and add up to `price_s`.
     """
-    prompt, total, likely = need.prompt_tokens, need.total_tokens, need.likely_tokens
-    full_s, power = prices.occupancy_s, prices.occupancy_power
-    depth_of = cached_tiles.get
-    weighed: list[Terms] = []
-    for (
-        replica_id,
-        refusal,
-        tile,
-        max_model_len,
-        max_tokens,
-        open_blocks,
-        free_blocks,
-        evictable,
-        used_share,
-        block_share,
-        s_per_token,
-        pending_s,
-        delay_share,
-        sharing_s,
-        evict_tile_s,
-        penalty_s,
-    ) in rooms:
-        cached = depth_of(replica_id, 0)
-        uncached = prompt - cached * tile
-        if uncached <= 0:
-            cached = (prompt - 1) // tile  # engines compute at least the last prompt token
-            uncached = prompt - cached * tile
-        new = -(-likely // tile) - cached
-        blocks = new + (cached if cached < evictable else evictable)
-        if total > max_tokens:
-            refusal = Rejection.PAST_CONTEXT if total > max_model_len else Rejection.PAST_CACHE
-        elif refusal is None and blocks > open_blocks:
-            refusal = Rejection.NO_ROOM
-        evicted = 0 if new <= free_blocks else min(new - free_blocks, evictable)
-        occupancy = used_share + blocks * block_share
-        occupancy_s = full_s * occupancy**power if occupancy > 0 else 0.0
-        prefill_s = uncached * s_per_token
-        first_token_s = pending_s + prefill_s
-        delay_s = delay_share * prefill_s
-        eviction_s = evicted * evict_tile_s
-        weighed.append(
-            (
-                replica_id,
-                cached,
-                blocks,
-                uncached,
-                occupancy,
-                evicted,
-                first_token_s,
-                delay_s,
-                sharing_s,
-                occupancy_s,
-                eviction_s,
-                penalty_s,
-                first_token_s + delay_s + sharing_s + occupancy_s + eviction_s + penalty_s,
-                refusal,
-            )
+
+    replica_id: str
+    cached_tiles: int = 0
+    blocks: int = 0
+    uncached_tokens: int = 0
+    occupancy_after: float = 0.0
+    evicted_tiles: int = 0
+    first_token_s: float = 0.0
+    delay_s: float = 0.0
+    sharing_s: float = 0.0
+    occupancy_s: float = 0.0
+    eviction_s: float = 0.0
+    staleness_s: float = 0.0
+    price_s: float = 0.0
+    rejection: Rejection | None = None
+
+    def exported(self) -> dict[str, Any]:
+        """Return the fields by their names in `RouteCandidate` and in spans."""
+        return {_EXPORTED_NAMES.get(name, name): value for name, value in self._asdict().items()}
+
+
+_EXPORTED_NAMES = {"staleness_s": "penalty_s", "rejection": "refusal"}
+
+
+class Pricer:
+    """Prices one request on any replica.
+
+    The request reserves the blocks it will probably grow to, less those found in the cache. A hit on a tile that no
+    running request uses takes it from the evictable ones; the index cannot tell which those are, so as many of the
+    hits as could be evictable are counted as such.
+
+    Args:
+        need: what the request takes.
+        weights: how much the terms weigh.
+    """
+
+    __slots__ = ("_full_cache_s", "_likely_tokens", "_occupancy_power", "_prompt_tokens", "_total_tokens")
+
+    def __init__(self, need: RequestNeed, weights: CostWeights) -> None:
+        self._prompt_tokens = need.prompt_tokens
+        self._total_tokens = need.total_tokens
+        self._likely_tokens = need.likely_tokens
+        self._full_cache_s = weights.occupancy_s
+        self._occupancy_power = weights.occupancy_power
+
+    @overload
+    def price(self, replica: Headroom, cached_tiles: int) -> tuple[float, Rejection | None]: ...
+
+    @overload
+    def price(self, replica: Headroom, cached_tiles: int, explain: Literal[True]) -> Candidate: ...
+
+    def price(
+        self, replica: Headroom, cached_tiles: int, explain: bool = False
+    ) -> tuple[float, Rejection | None] | Candidate:
+        """Price the request on a replica that holds the first `cached_tiles` tiles of its prompt.
+
+        Every decision calls this for every replica, so that only what choosing needs is returned by default.
+
+        Returns:
+            The price in seconds, and why the replica cannot take the request, None if it can; with `explain`, the
+            same with all terms.
+        """
+        prompt, tile, evictable = self._prompt_tokens, replica.tile_tokens, replica.evictable_blocks
+        uncached_tokens = prompt - cached_tiles * tile
+        if uncached_tokens <= 0:
+            cached_tiles = (prompt - 1) // tile  # engines compute at least the last prompt token
+            uncached_tokens = prompt - cached_tiles * tile
+        new_blocks = -(-self._likely_tokens // tile) - cached_tiles
+        blocks = new_blocks + (cached_tiles if cached_tiles < evictable else evictable)
+        evicted_tiles = 0
+        if new_blocks > replica.free_blocks:
+            evicted_tiles = min(new_blocks - replica.free_blocks, evictable)
+
+        rejection = replica.rejection
+        if self._total_tokens > replica.max_tokens:
+            past_context = self._total_tokens > replica.max_model_len
+            rejection = Rejection.PAST_CONTEXT if past_context else Rejection.PAST_CACHE
+        elif rejection is None and blocks > replica.open_blocks:
+            rejection = Rejection.NO_ROOM
+
+        occupancy = replica.used_share + blocks * replica.block_share
+        prefill_s = uncached_tokens * replica.s_per_token
+        first_token_s = replica.pending_s + prefill_s
+        delay_s = replica.delay_share * prefill_s
+        occupancy_s = self._full_cache_s * occupancy**self._occupancy_power if occupancy > 0 else 0.0
+        eviction_s = evicted_tiles * replica.evict_tile_s
+        price_s = first_token_s + delay_s + replica.sharing_s + occupancy_s + eviction_s + replica.staleness_s
+        if not explain:
+            return price_s, rejection
+        return Candidate(
+            replica_id=replica.replica_id,
+            cached_tiles=cached_tiles,
+            blocks=blocks,
+            uncached_tokens=uncached_tokens,
+            occupancy_after=occupancy,
+            evicted_tiles=evicted_tiles,
+            first_token_s=first_token_s,
+            delay_s=delay_s,
+            sharing_s=replica.sharing_s,
+            occupancy_s=occupancy_s,
+            eviction_s=eviction_s,
+            staleness_s=replica.staleness_s,
+            price_s=price_s,
+            rejection=rejection,
         )
-    return weighed
 
 
-def _refusal(replica: ReplicaState) -> Rejection | None:
-    """Why it takes no request, whichever it is."""
+def _rejection(replica: ReplicaState) -> Rejection | None:
+    """Return why the replica takes no request at all, None if it does."""
     if not replica.reachable:
         return Rejection.UNREACHABLE
     if replica.snapshot.draining:
@@ -153,14 +195,14 @@ def _refusal(replica: ReplicaState) -> Rejection | None:
 
 
 def _has_full_batch(replica: ReplicaState) -> bool:
-    """Whether one more request would wait inside the engine, where neither tenants nor other replicas count."""
+    """Whether one more request would wait inside the engine, which ignores tenants and other replicas."""
     limit, load = replica.snapshot.capacity.max_requests, replica.snapshot.load
     inside = load.running_requests + load.waiting_requests + replica.starting_requests
     return 0 < limit <= inside
 
 
 def _free_slots(replica: ReplicaState) -> int:
-    """Slots that no running request needs and none was promised; a cache without slots never runs out."""
+    """Slots neither used by a running request nor reserved; a cache without slots never runs out."""
     capacity, load = replica.snapshot.capacity, replica.snapshot.load
     if not capacity.total_slots:
         return SLOTS_PER_REQUEST

@@ -1,4 +1,4 @@
-"""When to leave a replica alone after failures, and when to try it again."""
+"""A circuit breaker per replica."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LAST_PAUSE_S = 30.0
 
 
 class Breaker:
-    """Counts one replica's failures: closed, open for a pause that doubles, then half open for one probe at a time."""
+    """Counts one replica's failures: closed, open for a pause that doubles, then half-open for one probe at a time."""
 
     def __init__(self) -> None:
         self._failures = 0
@@ -20,34 +20,34 @@ class Breaker:
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing speaks against the replica."""
+        """Whether the replica has failed fewer than `FAILURES_TO_OPEN` times in a row."""
         return self._failures < FAILURES_TO_OPEN
 
     def allows(self, now_s: float) -> bool:
-        """Whether a request may go there now."""
+        """Whether a request may be sent to the replica now."""
         return self.is_closed or (now_s >= self._open_until_s and not self._probing)
 
     def state(self, now_s: float) -> BreakerState:
-        """Closed, open, or half open: for a probe to be sent, or while one is out."""
+        """Return the state; half-open lasts from the end of the pause to the outcome of the probe."""
         if self.is_closed:
             return BreakerState.CLOSED
         return BreakerState.HALF_OPEN if self._probing or now_s >= self._open_until_s else BreakerState.OPEN
 
     def sent(self) -> None:
-        """A request goes there; on a half-open breaker it is the probe."""
+        """Record that a request was sent; on a half-open breaker it is the probe."""
         self._probing = not self.is_closed
 
     def succeeded(self) -> None:
-        """A request got its first token."""
+        """Record that a request got its first token."""
         self._failures = 0
         self._pause_s = FIRST_PAUSE_S
         self._open_until_s = 0.0
         self._probing = False
 
     def failed(self, now_s: float) -> None:
-        """A request failed for a reason that is the replica's.
+        """Record that a request failed through the replica's fault.
 
-        While it is open, that tells nothing new: one fault may fail all requests that were sent before.
+        Ignored while the breaker is open: one fault may fail all requests that were sent before.
         """
         if now_s < self._open_until_s:
             return
@@ -59,5 +59,5 @@ class Breaker:
         self._probing = False
 
     def abandoned(self) -> None:
-        """A request ended without telling anything about the replica."""
+        """Record that a request ended without evidence for or against the replica."""
         self._probing = False

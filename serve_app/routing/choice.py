@@ -2,58 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from operator import itemgetter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
 
 from xxhash import xxh3_64_intdigest
 
-from serve_app.routing.admission import Headroom, weigh
+from serve_app.routing.admission import Candidate, Headroom, Pricer
 from serve_app.routing.cost import CostWeights
-from serve_app.routing.types import PRICE, REFUSAL, Candidate, Decision, Rejection, RequestNeed, Terms
+from serve_app.routing.types import Rejection, RequestNeed
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A choice and its reasons.
+
+    Attributes:
+        chosen: the replica that takes the request; None if all rejected it.
+        rejections: why replicas rejected the request, one per replica that did.
+        explain: returns every replica as a candidate, with the figures of this decision.
+        near: replicas whose price was close enough to the least to choose among by rendezvous hashing.
+    """
+
+    chosen: Candidate | None
+    rejections: Collection[Rejection]
+    explain: Callable[[], Sequence[Candidate]]
+    near: int = 0
 
 
 def choose(
     need: RequestNeed,
-    rooms: Iterable[Headroom],
+    replicas: Sequence[Headroom],
     cached_tiles: Mapping[str, int],
-    prices: CostWeights,
+    weights: CostWeights,
     key: int = 0,
     excluded: Collection[str] = (),
 ) -> Decision:
     """Choose the replica with the least price among those that can hold `need`.
 
-    Prices close to the least count as equal; among those rendezvous hashing of `key` decides, so that gateways which do
-    not know of each other yet send the same new prefix to the same replica, and never to a busy one.
+    Prices close to the least count as equal; among those, rendezvous hashing of `key` decides. Gateways that do not
+    yet know of each other's requests thus send the same new prefix to the same replica, and never to a busy one.
 
     Args:
         need: what the request takes.
-        rooms: what each replica can take.
-        cached_tiles: leading tiles of the prompt each replica holds; a missing one holds none.
-        prices: how much the terms weigh.
+        replicas: what each replica can take.
+        cached_tiles: leading tiles of the prompt each replica holds; a missing replica holds none.
+        weights: how much the terms of a price weigh.
         key: the hash of the shortest prefix that no replica holds.
-        excluded: replicas not to be chosen.
+        excluded: replicas that must not be chosen.
     """
-    weighed = weigh(need, rooms, cached_tiles, prices)
     if excluded:
-        weighed = [_excluding(terms, excluded) for terms in weighed]
-    willing = [terms for terms in weighed if terms[REFUSAL] is None]
+        replicas = [
+            _excluding(replica) if replica.replica_id in excluded else replica for replica in replicas
+        ]
+    pricer = Pricer(need, weights)
+    price, depth_of = pricer.price, cached_tiles.get
+    willing: list[tuple[float, Headroom]] = []
+    rejections: list[Rejection] = []
+    least_s = inf
+    for replica in replicas:
+        price_s, rejection = price(replica, depth_of(replica.replica_id, 0))
+        if rejection is not None:
+            rejections.append(rejection)
+            continue
+        willing.append((price_s, replica))
+        if price_s < least_s:
+            least_s = price_s
+
+    explain = partial(_explain, pricer, replicas, cached_tiles)
     if not willing:
-        return Decision(None, weighed)
-    limit = prices.near(min(willing, key=_PRICE_OF)[PRICE])
-    near = [terms for terms in willing if terms[PRICE] <= limit]
-    chosen = near[0] if len(near) == 1 else max(near, key=lambda terms: _rank(terms[0], key))
-    return Decision(Candidate._make(chosen), weighed, len(near))
+        return Decision(None, rejections, explain)
+    limit_s = weights.near(least_s)
+    near = [replica for price_s, replica in willing if price_s <= limit_s]
+    best = near[0] if len(near) == 1 else max(near, key=lambda replica: _rank(replica.replica_id, key))
+    (chosen,) = _explain(pricer, [best], cached_tiles)
+    return Decision(chosen, rejections, explain, len(near))
 
 
-_PRICE_OF = itemgetter(PRICE)
+def _excluding(replica: Headroom) -> Headroom:
+    return replace(replica, rejection=Rejection.EXCLUDED)
+
+
+def _explain(
+    pricer: Pricer, replicas: Sequence[Headroom], cached_tiles: Mapping[str, int]
+) -> list[Candidate]:
+    return [pricer.price(replica, cached_tiles.get(replica.replica_id, 0), True) for replica in replicas]
 
 
 def _rank(replica_id: str, key: int) -> tuple[int, str]:
     return xxh3_64_intdigest(replica_id.encode(), key), replica_id
-
-
-def _excluding(terms: Terms, excluded: Collection[str]) -> Terms:
-    refusal = terms[REFUSAL]
-    if terms[0] in excluded and not (refusal and refusal.is_permanent):
-        return *terms[:REFUSAL], Rejection.EXCLUDED
-    return terms

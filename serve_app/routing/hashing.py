@@ -1,4 +1,4 @@
-"""Names for prefixes: xxh3 chains over tiles of token ids, the same in engines and gateways."""
+"""Hashes of prefixes: xxh3 chains over tiles of token ids, the same in engines and gateways."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOKEN_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """What must be equal for two caches to mean the same by the same tokens."""
+    """Properties two caches must share for equal tokens to mean equal cache contents."""
 
     model: str
     cache_dtype: str
@@ -23,36 +23,36 @@ class Namespace:
     salt: str = ""
 
     def root(self) -> int:
-        """The hash that chains of this namespace start from."""
+        """Return the hash that chains of this namespace start from."""
         parts = (self.model, self.cache_dtype, str(self.tile_tokens), self.adapter, self.salt)
         return xxh3_64_intdigest("".join(f"{len(part)}:{part}" for part in parts).encode())
 
 
 def token_array(token_ids: Iterable[int]) -> array[int]:
-    """Token ids as the 32-bit integers that chains are computed over."""
+    """Convert token ids to the 32-bit integers that chains are computed over."""
     return array("I", token_ids)
 
 
 def extend_chain(parent: int, tile: array[int]) -> int:
-    """The hash of a prefix that ends with `tile`, after the prefix hashed to `parent`."""
+    """Hash the prefix that ends with `tile` and follows the prefix hashed to `parent`."""
     return xxh3_64_intdigest(memoryview(tile), parent)
 
 
 def chain(token_ids: array[int], tile_tokens: int, root: int) -> list[int]:
-    """The hash of every prefix of `token_ids` that ends with a full tile, shortest first."""
+    """Hash every prefix of `token_ids` that ends with a full tile, shortest first."""
     size = tile_tokens * TOKEN_BYTES
     count = len(token_ids) // tile_tokens
-    tiles = unpack_from(f"{size}s" * count, token_ids)  # slicing one by one takes longer than hashing
+    tiles = unpack_from(f"{size}s" * count, token_ids)  # slicing tile by tile takes longer than hashing
     link = root
     return [link := xxh3_64_intdigest(tile, link) for tile in tiles]
 
 
 class Prompt:
-    """The token ids of a prompt and, worked out once each, its chains.
+    """The token ids of a prompt and its chains, each computed once.
 
     Args:
         token_ids: the prompt.
-        salt: what keeps its prefixes apart from others'.
+        salt: separates its prefixes from those of prompts with another salt.
     """
 
     __slots__ = ("_chains", "salt", "token_ids")
@@ -66,7 +66,7 @@ class Prompt:
         return len(self.token_ids)
 
     def chain(self, tile_tokens: int, root: int) -> list[int]:
-        """As `chain`, over the whole prompt."""
+        """Return `chain` of the whole prompt."""
         known = self._chains.get(root)
         if known is None:
             known = self._chains[root] = chain(self.token_ids, tile_tokens, root)

@@ -1,4 +1,4 @@
-"""Which replica holds which prefix, exactly as the engines' events tell it."""
+"""The prefix index: which replica holds which prefix, exactly as reported by the engines' events."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from itertools import chain as concatenated
 from itertools import repeat
 from operator import and_, or_
 
-TILE_BYTES = 200  # memory a tile takes here, at most
-SWEEP_TILES = 1024  # tiles cleaned of replicas that are gone, each time events are applied
-SWEEP_WHEN_FULL = 8  # the same, for each tile that finds no room
-GHOSTS = 4096  # evicted tiles remembered a replica, to learn how many of them are computed again
-HEAT_WEIGHT = 0.002
+TILE_BYTES = 200  # upper bound of the index's memory per tile
+SWEEP_TILES = 1024  # tiles cleared of lost replicas each time events are applied
+SWEEP_WHEN_FULL = 8  # the same, for each tile that does not fit
+GHOSTS = 4096  # evicted tiles remembered per replica, to measure how many are computed again
+RECOMPUTE_WEIGHT = 0.002
 
 
 @dataclass(slots=True)
 class _Holder:
-    """One replica's part of the index: `bit` marks its tiles, `unconfirmed` tells which request alone promised one."""
+    """One replica's part of the index.
+
+    `bit` marks its tiles; `unconfirmed` maps tiles that no event has confirmed to the request that reserved them.
+    """
 
     bit: int
     epoch: int
@@ -26,17 +29,17 @@ class _Holder:
     tiles: int = 0
     unconfirmed: dict[int, str] = field(default_factory=dict)
     ghosts: OrderedDict[int, None] = field(default_factory=OrderedDict)
-    heat: float = 0.0
+    recompute_rate: float = 0.0
 
 
 class PrefixIndex:
     """Maps the hash of every cached prefix to the set of replicas that hold it, as a bit mask. Not thread-safe.
 
-    A replica that goes, or sends a new snapshot, loses its bit at once; tiles are cleaned of lost bits bit by bit
+    A replica that leaves or sends a new snapshot loses its bit at once. Lost bits are cleared from tiles gradually,
     while events are applied, so that dropping a replica costs the same however much it held.
 
     Args:
-        max_tiles: prefixes held at most; what an engine stores beyond that is not indexed.
+        max_tiles: maximum number of prefixes; tiles that engines store beyond that are not indexed.
     """
 
     def __init__(self, max_tiles: int) -> None:
@@ -47,29 +50,29 @@ class PrefixIndex:
         self._owner: dict[int, str] = {}
         self._lost_bits = 0
         self._sweeping_bits = 0
-        self._promises: dict[str, tuple[str, int, Sequence[int]]] = {}
+        self._reservations: dict[str, tuple[str, int, Sequence[int]]] = {}
 
     def __len__(self) -> int:
-        """Prefixes held, those of lost replicas included until they are swept."""
+        """Number of prefixes, including those of lost replicas until they are swept."""
         return len(self._tiles) + len(self._unswept)
 
     def tiles(self, replica_id: str) -> int:
-        """Tiles indexed for a replica."""
+        """Number of tiles indexed for a replica."""
         holder = self._holders.get(replica_id)
         return holder.tiles if holder else 0
 
     def epoch(self, replica_id: str) -> int | None:
-        """The engine life that a replica's tiles are from, None if it has none here."""
+        """Epoch of the engine whose tiles are indexed for a replica, None without any."""
         holder = self._holders.get(replica_id)
         return holder.epoch if holder else None
 
-    def heat(self, replica_id: str) -> float:
-        """Share of the tiles a replica evicts that it soon computes again, 0 to 1."""
+    def recompute_rate(self, replica_id: str) -> float:
+        """Share of a replica's evicted tiles that it soon computes again, 0 to 1."""
         holder = self._holders.get(replica_id)
-        return holder.heat if holder else 0.0
+        return holder.recompute_rate if holder else 0.0
 
     def replace(self, replica_id: str, epoch: int, sequence: int, tiles: Iterable[int]) -> None:
-        """Take a snapshot: `tiles` is all the replica holds at state `sequence` of engine life `epoch`."""
+        """Take a snapshot: `tiles` are all tiles of the replica at state `sequence` of engine life `epoch`."""
         self.drop(replica_id)
         bit = self._free_bit()
         holder = self._holders[replica_id] = _Holder(bit, epoch, sequence)
@@ -80,7 +83,7 @@ class PrefixIndex:
     def apply(
         self, replica_id: str, epoch: int, sequence: int, stored: Iterable[int], removed: Iterable[int]
     ) -> bool:
-        """Take a delta; return False if it does not follow what is held, so that a snapshot is needed."""
+        """Take a delta; return False if it does not follow the last one, so that a snapshot is needed."""
         holder = self._holders.get(replica_id)
         if holder is None or (epoch, sequence) != (holder.epoch, holder.sequence + 1):
             return False
@@ -97,7 +100,7 @@ class PrefixIndex:
         return True
 
     def drop(self, replica_id: str) -> None:
-        """Forget all that a replica holds."""
+        """Forget all tiles of a replica."""
         holder = self._holders.pop(replica_id, None)
         if holder is not None:
             del self._owner[holder.bit]
@@ -105,7 +108,7 @@ class PrefixIndex:
             self._start_sweep()
 
     def match(self, chain: Sequence[int]) -> dict[str, int]:
-        """Leading tiles of `chain` that each replica holds; replicas that hold none are left out."""
+        """Count the leading tiles of `chain` that each replica holds; replicas that hold none are left out."""
         masks: Iterator[int] = map(self._tiles.get, chain, repeat(0))
         if self._unswept:
             masks = map(or_, masks, map(self._unswept.get, chain, repeat(0)))
@@ -124,22 +127,22 @@ class PrefixIndex:
                     break
         return depths
 
-    def promise(self, request_id: str, replica_id: str, chain: Sequence[int]) -> None:
-        """Expect `replica_id` to hold `chain` soon, until events confirm it or `settle` ends the wait."""
+    def reserve(self, request_id: str, replica_id: str, chain: Sequence[int]) -> None:
+        """Count `chain` as held by `replica_id` until events confirm it or `settle` is called."""
         holder = self._holders.get(replica_id)
         if holder is None:
             return
-        promised = self._set_all(holder, chain)
-        holder.unconfirmed.update(dict.fromkeys(promised, request_id))
-        self._promises[request_id] = (replica_id, holder.bit, promised)
+        reserved = self._set_all(holder, chain)
+        holder.unconfirmed.update(dict.fromkeys(reserved, request_id))
+        self._reservations[request_id] = (replica_id, holder.bit, reserved)
 
     def settle(self, request_id: str) -> None:
-        """Take back what a request promised and no event has confirmed."""
-        replica_id, bit, promised = self._promises.pop(request_id, ("", 0, []))
+        """Remove the tiles a request reserved that no event has confirmed."""
+        replica_id, bit, reserved = self._reservations.pop(request_id, ("", 0, []))
         holder = self._holders.get(replica_id)
         if holder is None or holder.bit != bit:
             return
-        for tile in promised:
+        for tile in reserved:
             if holder.unconfirmed.get(tile) == request_id:
                 del holder.unconfirmed[tile]
                 self._clear(holder, tile)
@@ -157,10 +160,10 @@ class PrefixIndex:
         return True
 
     def _set_all(self, holder: _Holder, chain: Sequence[int]) -> Sequence[int]:
-        """As `_set` for each tile of `chain`; return those that are new.
+        """Call `_set` for each tile of `chain`; return those that are new.
 
-        A cold prompt is hundreds of tiles in the middle of a decision, so that the usual case has no loop of its own:
-        room for all, and none of them held.
+        A cold prompt adds hundreds of tiles in the middle of a decision. The usual case, in which all fit and none is
+        held, therefore runs without a Python loop.
         """
         bit, tiles = holder.bit, self._tiles
         masks = list(map(tiles.get, chain, repeat(0)))
@@ -197,7 +200,7 @@ class PrefixIndex:
             self._sweep(0)
 
     def _sweep(self, count: int) -> None:
-        """Move up to `count` tiles over, without lost bits; once all are, the bits are free."""
+        """Move up to `count` tiles over without their lost bits; once all are moved, the bits are free."""
         tiles, unswept = self._tiles, self._unswept
         for _ in range(min(count, len(unswept))):
             tile, mask = unswept.popitem()
@@ -220,13 +223,13 @@ def _keep(tiles: dict[int, int], tile: int, mask: int) -> None:
 
 
 def _remember(holder: _Holder, tile: int) -> None:
-    """Keep an evicted tile in mind; one that is forgotten before it is stored again was cold."""
+    """Remember an evicted tile; one forgotten before it is stored again was cold."""
     holder.ghosts[tile] = None
     if len(holder.ghosts) > GHOSTS:
         holder.ghosts.popitem(last=False)
-        holder.heat -= HEAT_WEIGHT * holder.heat
+        holder.recompute_rate -= RECOMPUTE_WEIGHT * holder.recompute_rate
 
 
 def _recall(holder: _Holder, tile: int) -> None:
     if holder.ghosts.pop(tile, tile) is None:
-        holder.heat += HEAT_WEIGHT * (1 - holder.heat)
+        holder.recompute_rate += RECOMPUTE_WEIGHT * (1 - holder.recompute_rate)

@@ -1,4 +1,4 @@
-"""Requests that wait for room: bounded, by priority, fair by tenant, aware of deadlines."""
+"""The queue of requests that wait for a replica: bounded, by priority, fair by tenant, with deadlines."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from math import inf
 
 from serve_app.routing.types import Caller, RequestNeed
 
-MAX_BYPASSES = 32  # smaller requests that may pass one which does not fit yet
-MAX_NAMES = 4  # tenants whose share is kept account of, for each request that may wait
+MAX_BYPASSES = 32  # requests that may pass one that does not fit yet
+MAX_NAMES = 4  # tenants whose shares are tracked, per request that may wait
 
 
 @dataclass(slots=True, eq=False)
 class QueuedRequest:
-    """One request in the queue; `deadline_s` and `since_s`, when it came, are on the clock of the queue's callers."""
+    """One request in the queue; `deadline_s` and `since_s`, its arrival, are on the callers' clock."""
 
     request_id: str
     caller: Caller
@@ -24,18 +24,18 @@ class QueuedRequest:
     since_s: float = 0.0
     bypasses: int = field(default=0, init=False)
     order: tuple[int, float, int] = field(default=(0, 0.0, 0), init=False)
-    earliest: float = field(default=0.0, init=False)  # the queue's virtual time when it came
+    earliest: float = field(default=0.0, init=False)  # the queue's virtual time at its arrival
 
 
 class FairQueue:
-    """A bounded queue in order of priority, and of start-time fair queueing between tenants within one.
+    """A bounded queue ordered by priority, with start-time fair queueing between tenants within one priority.
 
-    A tenant's share is its weight; what a request takes of it is its tokens, if it is served. A request that does not
-    fit now lets others pass, but only so many.
+    A tenant's share is its weight; a served request is charged its tokens. A request that does not fit now lets up to
+    `MAX_BYPASSES` others pass.
 
     Args:
-        limit: requests held at most.
-        weights: share of each tenant against the others, 1 by default.
+        limit: maximum number of requests.
+        weights: share of each tenant relative to the others, 1 by default.
     """
 
     def __init__(self, limit: int, weights: Mapping[str, float]) -> None:
@@ -52,11 +52,11 @@ class FairQueue:
 
     @property
     def tokens(self) -> int:
-        """Cache space that what waits will probably take, in tokens."""
+        """Cache space that the waiting requests will probably take, in tokens."""
         return self._tokens
 
     def push(self, item: QueuedRequest) -> QueuedRequest | None:
-        """Let a request wait; return the one that must leave for it, itself if it is the least entitled."""
+        """Enqueue a request; return the one displaced by it, which is itself if it ranks last, or None."""
         tenant = item.caller.tenant
         item.earliest = self._virtual
         start = max(self._virtual, self._finish.get(tenant, 0.0))
@@ -69,7 +69,7 @@ class FairQueue:
         return self.put_back(item)
 
     def put_back(self, item: QueuedRequest) -> QueuedRequest | None:
-        """Let a request that was taken in vain wait on in its place; return the one that must leave, as `push` does."""
+        """Re-queue a request at its original position after a failed placement; return the one displaced, as `push`."""
         insort(self._waiting, item, key=_order)
         self._tokens += item.need.likely_tokens
         if len(self._waiting) <= self._limit:
@@ -79,7 +79,7 @@ class FairQueue:
         return displaced
 
     def take(self, fits: Callable[[QueuedRequest], bool]) -> QueuedRequest | None:
-        """Remove and return the first request that `fits`, unless one before it has been passed too often."""
+        """Remove and return the first request that `fits`, unless an earlier one has been passed too often."""
         for place, item in enumerate(self._waiting[: MAX_BYPASSES + 1]):
             if fits(item):
                 for passed in self._waiting[:place]:
@@ -93,7 +93,7 @@ class FairQueue:
         return None
 
     def remove(self, item: QueuedRequest) -> None:
-        """Forget a request that no longer waits, if it is still here; it takes nothing of its tenant's share."""
+        """Remove a request that no longer waits, if it is still queued; its tenant is not charged."""
         if item in self._waiting:
             self._waiting.remove(item)
             self._tokens -= item.need.likely_tokens
@@ -110,7 +110,7 @@ class FairQueue:
         return item.need.likely_tokens / self._weights.get(item.caller.tenant, 1.0)
 
     def _refund(self, item: QueuedRequest) -> None:
-        """Move up what its tenant sent after it."""
+        """Move up the requests that its tenant sent after it."""
         tenant, cost = item.caller.tenant, self._cost(item)
         finish = self._finish.pop(tenant, 0.0) - cost
         for later in self._waiting:
@@ -129,7 +129,7 @@ class FairQueue:
 
     def _forget_if_empty(self) -> None:
         if not self._waiting:
-            self._finish.clear()  # nobody is ahead of anybody, and names of tenants do not pile up
+            self._finish.clear()  # no tenant is ahead of another; also bounds the number of names
 
 
 def _order(item: QueuedRequest) -> tuple[int, float, int]:

@@ -1,4 +1,4 @@
-"""What was promised to requests that have not ended: blocks they do not use yet, prompt tokens not computed yet."""
+"""Reservations of requests that have not ended: blocks not used yet, and prompt tokens not computed yet."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from serve_app.routing.types import RequestNeed
 
 
 @dataclass(slots=True)
-class _Held:
-    """One request: `blocks` and `pending_tokens` are what it still counts for, `length` its tokens so far."""
+class _Reservation:
+    """One request: `blocks` and `pending_tokens` are still reserved, `length` is its tokens so far."""
 
     owner: str
     need: RequestNeed
@@ -20,7 +20,7 @@ class _Held:
     starting: bool = True
 
     def blocks_ahead(self) -> int:
-        """Blocks it will take beyond those its tokens fill; one ahead while it may outgrow its likely length."""
+        """Blocks needed beyond those its tokens fill; at least one while it may outgrow its likely length."""
         used = -(-self.length // self.tile_tokens)
         return max(self.need.blocks(self.tile_tokens) - used, int(self.length < self.need.total_tokens))
 
@@ -35,14 +35,14 @@ class _Sums:
 
 
 class Reservations:
-    """Promises by request, summed by owner: a gateway counts by replica, an engine by gateway.
+    """Reservations by request, summed by owner: a gateway sums by replica, an engine by gateway.
 
-    Blocks are counted until the engine's own state shows them as used: `grow` notes a request's output, `settle` takes
-    it off the sums once the next state is there. Ending a request twice is harmless.
+    Blocks are counted until the engine's own state shows them as used: `grow` counts a request's output, `settle`
+    subtracts it from the sums once the next state is there. Releasing a request twice is harmless.
     """
 
     def __init__(self) -> None:
-        self._requests: dict[str, _Held] = {}
+        self._requests: dict[str, _Reservation] = {}
         self._sums: dict[str, _Sums] = {}
 
     def __len__(self) -> int:
@@ -57,10 +57,10 @@ class Reservations:
         blocks: int,
         pending_tokens: int,
     ) -> None:
-        """Promise `blocks` and the computing of `pending_tokens` to a request, replacing what it held before."""
+        """Reserve `blocks` and the prefill of `pending_tokens` for a request, replacing its earlier reservation."""
         self.release(request_id)
-        held = _Held(owner, need, tile_tokens, blocks, pending_tokens, need.prompt_tokens)
-        self._requests[request_id] = held
+        reservation = _Reservation(owner, need, tile_tokens, blocks, pending_tokens, need.prompt_tokens)
+        self._requests[request_id] = reservation
         sums = self._sums.setdefault(owner, _Sums())
         sums.requests += 1
         sums.blocks += blocks
@@ -68,68 +68,68 @@ class Reservations:
         sums.starting += 1
 
     def grow(self, request_id: str, tokens: int) -> None:
-        """Note `tokens` more of a request's output; by the first of them its prompt is computed."""
-        held = self._requests.get(request_id)
-        if held is None:
+        """Count `tokens` more of a request's output; with the first of them its prefill is done."""
+        reservation = self._requests.get(request_id)
+        if reservation is None:
             return
-        sums = self._sums[held.owner]
-        sums.pending_tokens -= held.pending_tokens
-        held.pending_tokens = 0
-        filled = held.length // held.tile_tokens
-        held.length += tokens
-        if held.starting or held.length // held.tile_tokens != filled:
+        sums = self._sums[reservation.owner]
+        sums.pending_tokens -= reservation.pending_tokens
+        reservation.pending_tokens = 0
+        filled = reservation.length // reservation.tile_tokens
+        reservation.length += tokens
+        if reservation.starting or reservation.length // reservation.tile_tokens != filled:
             sums.grown.add(request_id)
 
     def settle(self, owner: str) -> None:
-        """Take in that the engine's state shows all growth noted so far."""
+        """Subtract all growth counted so far, as the engine's state now shows it."""
         sums = self._sums.get(owner)
         if sums is None:
             return
         for request_id in sums.grown:
-            held = self._requests[request_id]
-            ahead = held.blocks_ahead()
-            sums.blocks += ahead - held.blocks
-            sums.starting -= held.starting
-            held.blocks, held.starting = ahead, False
+            reservation = self._requests[request_id]
+            ahead = reservation.blocks_ahead()
+            sums.blocks += ahead - reservation.blocks
+            sums.starting -= reservation.starting
+            reservation.blocks, reservation.starting = ahead, False
         sums.grown.clear()
 
     def release(self, request_id: str) -> None:
-        """Give back what a request holds, if anything."""
-        held = self._requests.pop(request_id, None)
-        if held is None:
+        """Release the reservation of a request, if it has one."""
+        reservation = self._requests.pop(request_id, None)
+        if reservation is None:
             return
-        sums = self._sums[held.owner]
+        sums = self._sums[reservation.owner]
         sums.requests -= 1
-        sums.blocks -= held.blocks
-        sums.pending_tokens -= held.pending_tokens
-        sums.starting -= held.starting
+        sums.blocks -= reservation.blocks
+        sums.pending_tokens -= reservation.pending_tokens
+        sums.starting -= reservation.starting
         sums.grown.discard(request_id)
         if not sums.requests:
-            del self._sums[held.owner]
+            del self._sums[reservation.owner]
 
     def blocks(self, owner: str) -> int:
-        """Blocks promised and not used yet."""
+        """Blocks reserved and not used yet."""
         return self._of(owner).blocks
 
     def pending_tokens(self, owner: str) -> int:
-        """Prompt tokens promised and not computed yet."""
+        """Prompt tokens reserved and not computed yet."""
         return self._of(owner).pending_tokens
 
     def starting(self, owner: str) -> int:
-        """Requests whose slots the engine's state does not show yet."""
+        """Number of requests whose slots the engine's state does not show yet."""
         return self._of(owner).starting
 
     @property
     def total_blocks(self) -> int:
-        """Blocks promised to all and not used yet."""
+        """Blocks reserved by all owners and not used yet."""
         return sum(sums.blocks for sums in self._sums.values())
 
     def owners(self) -> list[str]:
-        """Who has requests."""
+        """Owners with requests."""
         return list(self._sums)
 
     def by_owner(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Blocks and pending prompt tokens of every owner that has any."""
+        """Return the blocks and the pending prompt tokens of every owner that has any."""
         blocks = {owner: sums.blocks for owner, sums in self._sums.items() if sums.blocks}
         tokens = {owner: sums.pending_tokens for owner, sums in self._sums.items() if sums.pending_tokens}
         return blocks, tokens

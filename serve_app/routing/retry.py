@@ -1,4 +1,4 @@
-"""How often, and after how long, a request is sent again."""
+"""Retry budget and backoff."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ LAST_PAUSE_S = 1.0
 
 
 class RetryBudget:
-    """Keeps retries to a share of the requests, so that a failing fleet is not buried under them.
+    """Limits retries to a share of the requests, so that they do not overload a failing fleet.
 
     Args:
-        share: retries a request earns.
-        reserve: retries that may be saved up, and are there at the start.
+        share: retries earned per request.
+        reserve: maximum number of saved retries, and the number at the start.
     """
 
     def __init__(self, share: float = 0.2, reserve: float = 20.0) -> None:
@@ -22,7 +22,7 @@ class RetryBudget:
         self._saved = reserve
 
     def earn(self) -> None:
-        """A request came."""
+        """Count a new request."""
         self._saved = min(self._saved + self._share, self._reserve)
 
     def spend(self) -> bool:
@@ -34,5 +34,5 @@ class RetryBudget:
 
 
 def pause_s(attempt: int, random: Random) -> float:
-    """Seconds before attempt number `attempt`, the first retry being 1: doubling, with full jitter."""
+    """Return the pause before retry number `attempt`, from 1 on: exponential backoff with full jitter."""
     return random.uniform(0, min(FIRST_PAUSE_S * 2**attempt, LAST_PAUSE_S))

@@ -1,4 +1,4 @@
-"""What one gateway knows of its replicas, and the choices it makes from that."""
+"""The router of one gateway: the state of its replicas, and choices among them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 
 from serve_app.routing.admission import Headroom
 from serve_app.routing.breaker import Breaker
-from serve_app.routing.choice import choose
+from serve_app.routing.choice import Decision, choose
 from serve_app.routing.cost import CostWeights
 from serve_app.routing.hashing import Namespace, Prompt
 from serve_app.routing.index import PrefixIndex
 from serve_app.routing.lengths import OutputLengths
 from serve_app.routing.reservations import Reservations
-from serve_app.routing.types import CacheSnapshot, Decision, ReplicaState, RequestNeed
+from serve_app.routing.types import CacheSnapshot, ReplicaState, RequestNeed
 
-LATE_S = 2.5  # silence of a replica that begins to cost it traffic; it reports every second
+LATE_S = 2.5  # silence beyond this costs a replica traffic; replicas report every second
 SLOWNESS_WEIGHT = 0.1
-SLOWNESS_HALF_LIFE_S = 10.0  # a replica that gets no traffic for being slow is given another chance
-NEVER_SLOW_S = 0.5  # first tokens within this are in time, however little was predicted
+SLOWNESS_HALF_LIFE_S = 10.0  # gives a replica that gets no traffic for being slow another chance
+NEVER_SLOW_S = 0.5  # a first token within this is on time, however short the prediction
 MAX_SLOWNESS = 8.0
 TileKind = tuple[str, int]
 
@@ -32,18 +32,18 @@ class _Replica:
     slowness: float = 1.0
     slowness_s: float = 0.0
     breaker: Breaker = field(default_factory=Breaker)
-    room: Headroom | None = None
-    room_until_s: float = 0.0
+    headroom: Headroom | None = None
+    headroom_until_s: float = 0.0
 
     @property
     def kind(self) -> TileKind:
-        """What its tiles are: only equal kinds share names."""
+        """Kind of its tiles; hashes of prefixes are shared within one kind only."""
         return self.snapshot.capacity.cache_dtype, self.snapshot.capacity.tile_tokens
 
 
 @dataclass(slots=True)
 class _Sent:
-    """One request at a replica: when it went there, and when its first token was expected."""
+    """One request at a replica: when it was sent, and the predicted time to its first token."""
 
     replica_id: str
     sent_s: float
@@ -52,16 +52,16 @@ class _Sent:
 
 
 class Router:
-    """The replicas of one gateway, the prefixes they hold, and what its requests were promised. Not thread-safe.
+    """The replicas of one gateway, the prefixes they hold, and the reservations of its requests. Not thread-safe.
 
-    Every method that depends on time takes it, in seconds of any clock that does not go back.
+    Methods that depend on time take `now_s`, in seconds of any clock that does not go back.
 
     Args:
-        gateway_id: under which engines report this gateway's reservations.
-        model: names the model in hashes of prefixes, as the engines do.
-        max_tiles: prefixes the index holds at most.
-        prices: how much the terms of a choice weigh.
-        output_quantile: share of outputs that should fit the length room is made for.
+        gateway_id: the name under which engines report this gateway's reservations.
+        model: the model's name in hashes of prefixes, the same as in engines.
+        max_tiles: maximum number of prefixes in the index.
+        weights: how much the terms of a price weigh.
+        output_quantile: share of outputs that should fit the length reserved for them.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class Router:
         gateway_id: str,
         model: str = "",
         max_tiles: int = 1 << 21,
-        prices: CostWeights | None = None,
+        weights: CostWeights | None = None,
         output_quantile: float = 0.9,
     ) -> None:
         self._gateway_id = gateway_id
         self._model = model
-        self._prices = prices or CostWeights()
+        self._weights = weights or CostWeights()
         self._replicas: dict[str, _Replica] = {}
         self._requests: dict[str, _Sent] = {}
         self._reservations = Reservations()
@@ -84,23 +84,23 @@ class Router:
         self.index = PrefixIndex(max_tiles)
         self.lengths = OutputLengths(output_quantile)
 
-    def update(self, replica_id: str, snapshot: CacheSnapshot, now_s: float = 0.0) -> bool:
-        """Take in a replica's state unless a newer one is known; return whether it was taken."""
-        held = self._replicas.get(replica_id)
-        if held is None:
+    def update(self, replica_id: str, snapshot: CacheSnapshot, now_s: float) -> bool:
+        """Take a replica's state unless a newer one is known; return whether it was taken."""
+        replica = self._replicas.get(replica_id)
+        if replica is None:
             self._replicas[replica_id] = _Replica(snapshot, now_s)
             self._note_capacities()
             return True
-        if not snapshot.follows(held.snapshot):
+        if not snapshot.follows(replica.snapshot):
             return False
         if self.index.epoch(replica_id) not in (None, snapshot.epoch):
             self.index.drop(replica_id)
-        is_new_life = snapshot.epoch != held.snapshot.epoch
-        held.snapshot, held.heard_s, held.is_full = snapshot, now_s, False
+        is_new_life = snapshot.epoch != replica.snapshot.epoch
+        replica.snapshot, replica.heard_s, replica.is_full = snapshot, now_s, False
         if is_new_life:
             self._note_capacities()
         self._reservations.settle(replica_id)
-        held.room = None
+        replica.headroom = None
         return True
 
     def remove(self, replica_id: str) -> None:
@@ -110,67 +110,67 @@ class Router:
         self.index.drop(replica_id)
 
     def mark_reachable(self, replica_id: str, reachable: bool) -> None:
-        """Say whether a replica answers; those that do not are never chosen."""
-        held = self._replicas.get(replica_id)
-        if held is not None:
-            held.reachable = reachable
-            held.room = None
+        """Set whether a replica answers; an unreachable one is never chosen."""
+        replica = self._replicas.get(replica_id)
+        if replica is not None:
+            replica.reachable = reachable
+            replica.headroom = None
 
     def silence_s(self, replica_id: str, now_s: float) -> float:
-        """Seconds since a replica's last news."""
-        held = self._replicas.get(replica_id)
-        return now_s - held.heard_s if held else 0.0
+        """Seconds since a replica's last state."""
+        replica = self._replicas.get(replica_id)
+        return now_s - replica.heard_s if replica else 0.0
 
-    def replica(self, replica_id: str, now_s: float = 0.0) -> ReplicaState | None:
-        """The state of one replica, or None if nothing is known of it yet."""
-        held = self._replicas.get(replica_id)
-        return None if held is None else self._state(replica_id, held, now_s)
+    def replica(self, replica_id: str, now_s: float) -> ReplicaState | None:
+        """Return the state of one replica, or None if it is unknown yet."""
+        replica = self._replicas.get(replica_id)
+        return None if replica is None else self._state(replica_id, replica, now_s)
 
-    def replicas(self, now_s: float = 0.0) -> list[ReplicaState]:
-        """The states of all replicas, by replica id."""
+    def replicas(self, now_s: float) -> list[ReplicaState]:
+        """Return the states of all replicas, by replica id."""
         return [self._state(*item, now_s) for item in sorted(self._replicas.items())]
 
     def is_ready(self) -> bool:
         """Whether any replica takes requests."""
-        return any(held.reachable and not held.snapshot.draining for held in self._replicas.values())
+        return any(replica.reachable and not replica.snapshot.draining for replica in self._replicas.values())
 
     def max_model_len(self) -> int:
-        """The longest context of any replica in tokens, 0 without replicas."""
+        """Longest context of any replica in tokens, 0 without replicas."""
         return self._max_model_len
 
     def need(self, prompt_tokens: int, max_tokens: int) -> RequestNeed:
-        """What a request takes, by the outputs seen so far."""
+        """Return what a request takes, with the output length expected from those seen so far."""
         return RequestNeed(prompt_tokens, max_tokens, self.lengths.expect(max_tokens))
 
     def choose(
         self,
         need: RequestNeed,
-        prompt: Prompt | None = None,
-        now_s: float = 0.0,
+        prompt: Prompt | None,
+        now_s: float,
         excluded: Collection[str] = (),
     ) -> Decision:
-        """Weigh all replicas for a request without promising anything."""
-        return self._weigh(need, self._chains(prompt), now_s, excluded)
+        """Choose a replica for a request without reserving anything."""
+        return self._decide(need, self._chains(prompt), now_s, excluded)
 
     def admit(
         self,
         request_id: str,
         need: RequestNeed,
-        prompt: Prompt | None = None,
-        now_s: float = 0.0,
+        prompt: Prompt | None,
+        now_s: float,
         excluded: Collection[str] = (),
     ) -> Decision:
-        """Choose a replica and promise the request its room there in the same step.
+        """Choose a replica and reserve the request's blocks there in the same step.
 
         Args:
-            request_id: under which `started`, `grow`, `failed` and `release` speak of it.
+            request_id: names the request in later calls of `grow`, `failed`, `rejected` and `release`.
             need: what the request takes.
-            prompt: its tokens; None if no prefix should be looked for.
+            prompt: its tokens; None to look up no prefix.
             now_s: the time.
-            excluded: replicas not to be chosen.
+            excluded: replicas that must not be chosen.
         """
         chains = self._chains(prompt)
-        decision = self._weigh(need, chains, now_s, excluded)
+        decision = self._decide(need, chains, now_s, excluded)
         chosen = decision.chosen
         if chosen is None:
             return decision
@@ -180,13 +180,13 @@ class Router:
         kind = replica.kind
         self._reservations.hold(request_id, replica_id, need, kind[1], chosen.blocks, chosen.uncached_tokens)
         self._requests[request_id] = _Sent(replica_id, now_s, chosen.first_token_s)
-        self.index.promise(request_id, replica_id, chains.get(kind, ())[chosen.cached_tiles :])
+        self.index.reserve(request_id, replica_id, chains.get(kind, ())[chosen.cached_tiles :])
         replica.breaker.sent()
-        replica.room = None
+        replica.headroom = None
         return decision
 
-    def grow(self, request_id: str, tokens: int, now_s: float = 0.0) -> None:
-        """Note `tokens` more of a request's output; the first ones tell how its replica does."""
+    def grow(self, request_id: str, tokens: int, now_s: float) -> None:
+        """Count `tokens` more of a request's output; the first of them measure its replica's slowness."""
         sent = self._requests.get(request_id)
         if sent is None:
             return
@@ -197,31 +197,31 @@ class Router:
         if sent.is_first:
             sent.is_first = False
             replica.breaker.succeeded()
-            held = _faded(replica.slowness, now_s - replica.slowness_s)
-            replica.slowness = _slowness(held, now_s - sent.sent_s, sent.first_token_s)
+            previous = _faded(replica.slowness, now_s - replica.slowness_s)
+            replica.slowness = _slowness(previous, now_s - sent.sent_s, sent.first_token_s)
             replica.slowness_s = now_s
-            replica.room = None
+            replica.headroom = None
 
-    def failed(self, request_id: str, now_s: float = 0.0) -> None:
-        """A request failed for a reason that is its replica's: give back what it holds, and remember."""
+    def failed(self, request_id: str, now_s: float) -> None:
+        """Release a request that its replica failed, and count the failure in the replica's breaker."""
         sent = self._requests.get(request_id)
         replica = self._replicas.get(sent.replica_id) if sent else None
         self.release(request_id)
         if replica is not None:
             replica.breaker.failed(now_s)
-            replica.room = None
+            replica.headroom = None
 
-    def refused(self, request_id: str) -> None:
-        """A replica has less room than was thought: send it nothing until it has told more of itself."""
+    def rejected(self, request_id: str) -> None:
+        """Release a request that its replica rejected as full, and send that replica none until its next state."""
         sent = self._requests.get(request_id)
         replica = self._replicas.get(sent.replica_id) if sent else None
         self.release(request_id)
         if replica is not None:
             replica.is_full = True
-            replica.room = None
+            replica.headroom = None
 
     def release(self, request_id: str) -> None:
-        """Give back what a request that finished or was cancelled holds, if anything."""
+        """Release the reservation of a request that finished or was cancelled, if it has one."""
         sent = self._requests.pop(request_id, None)
         if sent is None:
             return
@@ -231,9 +231,9 @@ class Router:
         if replica is not None:
             if sent.is_first:
                 replica.breaker.abandoned()
-            replica.room = None
+            replica.headroom = None
 
-    def _weigh(
+    def _decide(
         self,
         need: RequestNeed,
         chains: Mapping[TileKind, list[int]],
@@ -247,49 +247,49 @@ class Router:
             depths |= matched
             deepest = max(matched.values(), default=0)
             key ^= links[deepest] if deepest < len(links) else 0
-        rooms = [
-            room
-            if (room := replica.room) is not None and now_s < replica.room_until_s
+        headrooms = [
+            headroom
+            if (headroom := replica.headroom) is not None and now_s < replica.headroom_until_s
             else self._refresh(replica_id, replica, now_s)
             for replica_id, replica in self._replicas.items()
         ]
-        return choose(need, rooms, depths, self._prices, key, excluded)
+        return choose(need, headrooms, depths, self._weights, key, excluded)
 
     def _refresh(self, replica_id: str, replica: _Replica, now_s: float) -> Headroom:
-        replica.room_until_s = replica.heard_s + LATE_S if replica.breaker.is_closed else now_s
-        room = replica.room = Headroom.of(self._state(replica_id, replica, now_s), self._prices)
-        return room
+        replica.headroom_until_s = replica.heard_s + LATE_S if replica.breaker.is_closed else now_s
+        headroom = replica.headroom = Headroom.of(self._state(replica_id, replica, now_s), self._weights)
+        return headroom
 
-    def _state(self, replica_id: str, held: _Replica, now_s: float) -> ReplicaState:
-        load = held.snapshot.load
+    def _state(self, replica_id: str, replica: _Replica, now_s: float) -> ReplicaState:
+        load = replica.snapshot.load
         return ReplicaState(
             replica_id,
-            held.snapshot,
+            replica.snapshot,
             reserved_blocks=self._others(load.reserved_blocks) + self._reservations.blocks(replica_id),
-            reachable=held.reachable,
-            is_full=held.is_full,
+            reachable=replica.reachable,
+            is_full=replica.is_full,
             pending_tokens=self._others(load.pending_prefill_tokens)
             + self._reservations.pending_tokens(replica_id),
             starting_requests=self._reservations.starting(replica_id),
-            slowness=_faded(held.slowness, now_s - held.slowness_s),
-            heat=self.index.heat(replica_id),
-            penalty_s=max(now_s - held.heard_s - LATE_S, 0.0),
-            broken=not held.breaker.allows(now_s),
-            breaker=held.breaker.state(now_s),
+            slowness=_faded(replica.slowness, now_s - replica.slowness_s),
+            recompute_rate=self.index.recompute_rate(replica_id),
+            staleness_s=max(now_s - replica.heard_s - LATE_S, 0.0),
+            broken=not replica.breaker.allows(now_s),
+            breaker=replica.breaker.state(now_s),
         )
 
     def _others(self, by_gateway: Mapping[str, int]) -> int:
-        """What other gateways hold, as engines report it; own promises are known here ahead of that."""
+        """Sum what other gateways hold, as engines report it; this gateway counts its own reservations sooner."""
         return sum(count for gateway, count in by_gateway.items() if gateway != self._gateway_id)
 
     def _chains(self, prompt: Prompt | None) -> dict[TileKind, list[int]]:
-        """The prompt's chain for each kind of tile in the fleet."""
+        """Return the prompt's chain for each kind of tile in the fleet."""
         if prompt is None:
             return {}
         return {kind: prompt.chain(kind[1], self._root(kind, prompt.salt)) for kind in self._kinds}
 
     def _note_capacities(self) -> None:
-        """Work out what depends on which replicas there are: they come and go more seldom than requests."""
+        """Recompute what depends on the set of replicas, which changes far less often than requests come."""
         self._kinds = {replica.kind for replica in self._replicas.values()}
         lengths = (replica.snapshot.capacity.max_model_len for replica in self._replicas.values())
         self._max_model_len = max(lengths, default=0)
@@ -302,10 +302,10 @@ class Router:
         return self._roots[kind]
 
 
-def _slowness(held: float, actual_s: float, predicted_s: float) -> float:
-    """By how much first tokens come later than predicted, averaged; being early is taken as being in time."""
-    ratio = held * actual_s / max(predicted_s, held * NEVER_SLOW_S)
-    return held + SLOWNESS_WEIGHT * (min(max(ratio, 1.0), MAX_SLOWNESS) - held)
+def _slowness(previous: float, actual_s: float, predicted_s: float) -> float:
+    """Moving average of actual over predicted times to first token; an early one counts as on time."""
+    ratio = previous * actual_s / max(predicted_s, previous * NEVER_SLOW_S)
+    return previous + SLOWNESS_WEIGHT * (min(max(ratio, 1.0), MAX_SLOWNESS) - previous)
 
 
 def _faded(slowness: float, age_s: float) -> float:

@@ -65,9 +65,9 @@ def tiles_to_proto(change: TileChange) -> engine_pb2.EngineWatchTilesResponse:
 
 
 def candidate_to_proto(candidate: Candidate) -> cluster_pb2.RouteCandidate:
-    values = candidate._asdict()
-    refusal = values.pop("refusal")
-    return cluster_pb2.RouteCandidate(refusal=refusal.value if refusal else "", **values)
+    values = candidate.exported()
+    rejection = values.pop("refusal")
+    return cluster_pb2.RouteCandidate(refusal=rejection.value if rejection else "", **values)
 
 
 def replica_to_proto(replica: ReplicaState) -> cluster_pb2.ReplicaCache:

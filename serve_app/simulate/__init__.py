@@ -1,1 +1,1 @@
-"""A discrete-event simulation of a fleet: the routing code of `serve_app.routing` against modelled engines."""
+"""Discrete-event simulation of a fleet: the code of `serve_app.routing` against modelled engines."""

@@ -1,4 +1,4 @@
-"""`python -m serve_app.simulate`: compare ways of routing on a trace."""
+"""Command line of the simulator: `python -m serve_app.simulate` compares routing policies on a trace."""
 
 from __future__ import annotations
 
@@ -20,25 +20,35 @@ DEFAULTS = EngineModel()
 
 
 def main(
-    trace: Annotated[Path, typer.Option(help="Requests, one JSON object a line, in Mooncake's format.")],
+    trace: Annotated[Path, typer.Option(help="Requests in Mooncake's format, one JSON object per line.")],
     replicas: Annotated[int, typer.Option(min=1)] = 8,
-    load: Annotated[list[float], typer.Option(help="Times the trace's own rate; may be repeated.")] = [1.0],  # noqa: B006
+    load: Annotated[
+        list[float], typer.Option(help="Arrival rate, as a multiple of the trace's; may be repeated.")
+    ] = [1.0],  # noqa: B006
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}, or all.")] = "all",
     scenario: Annotated[list[Scenario], typer.Option(help="May be repeated.")] = [Scenario.TRACE],  # noqa: B006
-    seed: Annotated[int, typer.Option(help="Decides everything that is random.")] = 0,
-    limit: Annotated[int, typer.Option(min=0, help="Use the first requests only; 0 uses all.")] = 0,
-    gateways: Annotated[int, typer.Option(min=1, help="Gateways that share the load.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of all randomness.")] = 0,
+    limit: Annotated[
+        int, typer.Option(min=0, help="Number of requests to use, from the first; 0 uses all.")
+    ] = 0,
+    gateways: Annotated[
+        int, typer.Option(min=1, help="Number of gateways, which take requests in turn.")
+    ] = 1,
     cache_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens that the cache of each replica holds.")
+        int, typer.Option(min=1, help="Cache capacity per replica, in tokens.")
     ] = DEFAULTS.cache_tokens,
     prefill: Annotated[
-        float, typer.Option(min=1, help="Prompt tokens each replica computes a second.")
+        float, typer.Option(min=1, help="Prefill throughput per replica, in tokens per second.")
     ] = DEFAULTS.prefill_tokens_per_s,
-    deadline: Annotated[float, typer.Option(help="Seconds within which a first token is in time.")] = 10.0,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
-    plot_to: Annotated[Path | None, typer.Option("--plot", help="Draw them there, e.g. plot.svg.")] = None,
+    deadline: Annotated[
+        float, typer.Option(help="TTFT SLO in seconds; goodput counts the answers within it.")
+    ] = 10.0,
+    as_json: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
+    plot_to: Annotated[
+        Path | None, typer.Option("--plot", help="File to plot the results to, e.g. plot.svg.")
+    ] = None,
 ) -> None:
-    """Compare ways of routing on a trace, against modelled engines."""
+    """Compare routing policies on a trace, against modelled engines."""
     console = Console()
     chosen = POLICIES if policy == "all" else [policy]
     if not set(chosen) <= set(POLICIES):

@@ -1,4 +1,4 @@
-"""The discrete-event loop: arrivals, steps of engines, news from them, replicas that die and come back."""
+"""The discrete-event loop: arrivals, engine steps, state updates, and replicas that die and come back."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from serve_app.simulate.policies import Placement, Policy, Request
 from serve_app.simulate.simulated_engine import PUBLISH_S, EngineModel, ModelledEngine, Running
 from serve_app.simulate.trace import TraceRequest
 
-NEWS_S = 0.005  # from an engine to a gateway
+UPDATE_DELAY_S = 0.005  # from an engine to a gateway
 HEARTBEAT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """At `at_s` a replica dies with all it holds; after `down_s` another life of it begins."""
+    """A replica dies at `at_s` with all it holds, and restarts `down_s` later."""
 
     at_s: float
     replica_id: str
@@ -27,12 +27,12 @@ class Fault:
 
 @dataclass(slots=True)
 class SimulatedOutcome:
-    """How one request went; times in seconds from the start of the simulation, -1 if it did not happen."""
+    """Outcome of one request; times in seconds from the start of the simulation, -1 if the event did not happen."""
 
     request: TraceRequest
     first_token_s: float = -1.0
     end_s: float = -1.0
-    refused: bool = False
+    rejected: bool = False
     output: int = 0
     ends: int = 0
     sends: int = 0
@@ -45,13 +45,13 @@ class SimulatedOutcome:
 
 @dataclass(slots=True)
 class Totals:
-    """What all lives of all engines did."""
+    """Sums over all lives of all engines."""
 
     busy_s: dict[str, float] = field(default_factory=dict)
     prompt_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
-    refusals: int = 0
+    rejections: int = 0
 
     def add(self, engine: ModelledEngine) -> None:
         self.busy_s[engine.replica_id] = self.busy_s.get(engine.replica_id, 0.0) + engine.busy_s
@@ -62,7 +62,7 @@ class Totals:
 
 @dataclass(slots=True)
 class _Open:
-    """A request that has arrived and not ended: what it gets next, where it is."""
+    """A request that has arrived and not ended: its outcome so far, its current attempt, its replica."""
 
     outcome: SimulatedOutcome
     request: Request
@@ -75,9 +75,9 @@ class Cluster:
     Args:
         requests: in the order of their arrival.
         replicas: the model of each replica, by id.
-        policy: chooses.
-        faults: deaths.
-        on_progress: called with the number of requests that ended, now and then.
+        policy: chooses a replica for each request.
+        faults: deaths of replicas.
+        on_progress: called with the number of ended requests, once per 100 of them.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Cluster:
 
     @property
     def open_requests(self) -> int:
-        """Requests that have arrived and not ended."""
+        """Number of requests that have arrived and not ended."""
         return len(self._open)
 
     def _at(self, at_s: float, event: Callable[[], None]) -> None:
@@ -141,11 +141,11 @@ class Cluster:
         if self.policy.arrive(open_.request, self.now_s):
             self._open[open_.request.key] = open_
         else:
-            open_.outcome.refused = True
+            open_.outcome.rejected = True
             self._end(open_)
 
     def _offer_again(self, open_: _Open) -> None:
-        """Under a new key, going on after the output that is out."""
+        """Offer a request under a new key, to continue after the output it has."""
         del self._open[open_.request.key]
         request = open_.request
         request = Request(
@@ -159,15 +159,15 @@ class Cluster:
         self._offer(_Open(open_.outcome, request))
 
     def _place(self) -> None:
-        refused = [placed for placed in self.policy.placements(self.now_s) if not self._send(placed)]
-        for placed in refused:
-            self.totals.refusals += 1
-            self.policy.refused(placed.request.key)
+        rejected = [placed for placed in self.policy.placements(self.now_s) if not self._send(placed)]
+        for placed in rejected:
+            self.totals.rejections += 1
+            self.policy.rejected(placed.request.key)
             self._offer_again(self._open[placed.request.key])
 
     def _send(self, placed: Placement) -> bool:
         engine = self.engines[placed.replica_id]
-        if placed.blocks > max(engine.room_blocks(), 0):
+        if placed.blocks > max(engine.open_blocks(), 0):
             return False
         open_ = self._open[placed.request.key]
         open_.replica_id = placed.replica_id
@@ -208,7 +208,7 @@ class Cluster:
             open_.request.output += tokens
             self.policy.grew(sequence.key, tokens, self.now_s)
         for sequence in ended:
-            engine.promises.release(sequence.key)
+            engine.reservations.release(sequence.key)
             open_ = self._open.pop(sequence.key)
             self.policy.ended(sequence.key, self.now_s, failed=False)
             self._end(open_)
@@ -228,10 +228,10 @@ class Cluster:
 
         def arrive() -> None:
             if self.engines.get(engine.replica_id) is engine:
-                self.policy.told(engine.replica_id, snapshot, stored, removed, self.now_s)
+                self.policy.update(engine.replica_id, snapshot, stored, removed, self.now_s)
                 self._place()
 
-        self._at(self.now_s + NEWS_S, arrive)
+        self._at(self.now_s + UPDATE_DELAY_S, arrive)
 
     def _heartbeat(self, engine: ModelledEngine) -> None:
         if self.engines.get(engine.replica_id) is engine:

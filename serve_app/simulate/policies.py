@@ -1,4 +1,4 @@
-"""Ways to choose a replica: ours, and what it is compared with."""
+"""Routing policies: ours and the baselines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from serve_app.routing import CacheSnapshot, Caller, FairQueue, Prompt, QueuedRe
 
 @dataclass(slots=True)
 class Request:
-    """A request as a policy sees it; `key` is new for each replica it is sent to."""
+    """A request as a policy sees it; each attempt has a new `key`."""
 
     key: str
     prompt: Prompt
@@ -30,7 +30,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a request goes, and what is promised to it there."""
+    """The replica a request is sent to, and its reservation there."""
 
     request: Request
     replica_id: str
@@ -41,37 +41,37 @@ class Placement:
 
 
 class Policy(Protocol):
-    """Chooses replicas. Requests it cannot place yet stay with it until `placements` gives them out."""
+    """Chooses replicas. A request that cannot be placed yet waits here until `placements` returns it."""
 
     def arrive(self, request: Request, now_s: float) -> bool:
-        """Take a request in; False refuses it."""
+        """Accept a new request; return False to reject it."""
 
     def placements(self, now_s: float) -> list[Placement]:
-        """Requests that can go now."""
+        """Return the requests that can be sent now."""
 
     def joined(self, replica_id: str) -> None:
-        """A replica takes requests from now on."""
+        """Add a replica."""
 
     def left(self, replica_id: str) -> None:
-        """A replica is gone, and all it held."""
+        """Remove a replica and all it held."""
 
-    def told(
+    def update(
         self, replica_id: str, snapshot: CacheSnapshot, stored: list[int], removed: list[int], now_s: float
     ) -> None:
-        """A replica has published its state and what changed in its cache."""
+        """Take a replica's published state and the changes in its cache."""
 
     def grew(self, key: str, tokens: int, now_s: float) -> None:
-        """A request has more output."""
+        """Count `tokens` more of a request's output."""
 
     def ended(self, key: str, now_s: float, failed: bool) -> None:
-        """A request is done with its replica."""
+        """Release a request that its replica finished or failed."""
 
-    def refused(self, key: str) -> None:
-        """A replica had less room than promised."""
+    def rejected(self, key: str) -> None:
+        """Release a request that its replica rejected as full."""
 
 
 class _Simple:
-    """What the simple policies share: they place everything at once and know only what they sent where."""
+    """Base of the baselines: they place every request at once and know only what they sent where."""
 
     def __init__(self) -> None:
         self.replicas: list[str] = []
@@ -98,7 +98,7 @@ class _Simple:
     def left(self, replica_id: str) -> None:
         self.replicas.remove(replica_id)
 
-    def told(
+    def update(
         self, replica_id: str, snapshot: CacheSnapshot, stored: list[int], removed: list[int], now_s: float
     ) -> None:
         pass
@@ -109,8 +109,8 @@ class _Simple:
     def ended(self, key: str, now_s: float, failed: bool) -> None:
         self.load[self.open.pop(key)] -= 1
 
-    def refused(self, key: str) -> None:
-        raise AssertionError("nothing was promised")
+    def rejected(self, key: str) -> None:
+        raise AssertionError("nothing was reserved")
 
     def _place(self, request: Request) -> Placement:
         replica_id = self.choose(request)
@@ -121,7 +121,7 @@ class _Simple:
 
 
 class RoundRobin(_Simple):
-    """One after the other."""
+    """Replicas in turn."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,16 +132,16 @@ class RoundRobin(_Simple):
 
 
 class LeastLoaded(_Simple):
-    """The one with the fewest requests."""
+    """The replica with the fewest requests."""
 
     def choose(self, request: Request) -> str:
         return min(self.replicas, key=lambda replica_id: self.load[replica_id])
 
 
 class ApproximateTree(_Simple):
-    """A tree of what was sent where, as SGLang's router keeps it: the longest match, unless load is too uneven.
+    """The longest match in an approximate prefix tree, as in SGLang's router, unless load is too uneven.
 
-    It cannot see what caches evict: each replica's part holds the latest `capacity` tiles sent there.
+    The tree holds what was sent where. Evictions are invisible to it: it keeps the latest `capacity` tiles per replica.
     """
 
     MIN_MATCH = 0.3
@@ -168,8 +168,8 @@ class ApproximateTree(_Simple):
 
     def _best(self, request: Request) -> str:
         loads = [self.load[replica_id] for replica_id in self.replicas]
-        least, most = min(loads), max(loads)
-        if most - least > self.UNEVEN_REQUESTS and most > self.UNEVEN_RATIO * least:
+        lowest, highest = min(loads), max(loads)
+        if highest - lowest > self.UNEVEN_REQUESTS and highest > self.UNEVEN_RATIO * lowest:
             return min(self.replicas, key=lambda replica_id: self.load[replica_id])
         matches = {replica_id: self._match(replica_id, request.chain) for replica_id in self.replicas}
         best = max(self.replicas, key=lambda replica_id: matches[replica_id])
@@ -183,11 +183,11 @@ class ApproximateTree(_Simple):
 
 
 class Routed:
-    """The routing of `serve_app.routing`, in one or more gateways that know of each other only through engines.
+    """The routing of `serve_app.routing`, in gateways that know of each other's requests only through engines.
 
     Args:
-        gateways: how many; requests come to them in turn.
-        queue_limit: requests that may wait in each.
+        gateways: number of gateways, which take requests in turn.
+        queue_limit: maximum number of requests that wait in each.
     """
 
     def __init__(self, gateways: int = 1, queue_limit: int = 100_000) -> None:
@@ -223,7 +223,7 @@ class Routed:
         for router in self.routers:
             router.remove(replica_id)
 
-    def told(
+    def update(
         self, replica_id: str, snapshot: CacheSnapshot, stored: list[int], removed: list[int], now_s: float
     ) -> None:
         self._tiles[replica_id] += 1
@@ -246,9 +246,9 @@ class Routed:
         router.lengths.observe(request.max_tokens, request.output)
         router.release(key)
 
-    def refused(self, key: str) -> None:
+    def rejected(self, key: str) -> None:
         gateway, _ = self._requests.pop(key)
-        self.routers[gateway].refused(key)
+        self.routers[gateway].rejected(key)
 
     def _fits(self, router: Router, now_s: float, placed: list[Placement]) -> Callable[[QueuedRequest], bool]:
         def fits(waiting: QueuedRequest) -> bool:
@@ -273,7 +273,7 @@ POLICIES: Collection[str] = ("round_robin", "least_loaded", "approximate_tree", 
 
 
 def make_policy(name: str, cache_tiles: int, gateways: int) -> Policy:
-    """The policy called `name`."""
+    """Make the policy called `name`."""
     if name == "round_robin":
         return RoundRobin()
     if name == "least_loaded":

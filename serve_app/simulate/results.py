@@ -1,4 +1,4 @@
-"""What a simulation shows: numbers, tables, plots."""
+"""Results of simulations as numbers, tables and plots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serve_app.simulate.cluster import Cluster
 
 @dataclass(frozen=True)
 class Result:
-    """One run. Times in seconds; rates are shares from 0 to 1 except `goodput`, answers in time a second."""
+    """Result of one run. Times are seconds; rates are shares, except `goodput`: answers in time per second."""
 
     scenario: str
     policy: str
@@ -30,17 +30,17 @@ class Result:
     resends: int
 
     def to_json(self) -> dict[str, object]:
-        """As a JSON object."""
+        """Return the result as a JSON object."""
         return asdict(self)
 
 
 def result_of(cluster: Cluster, scenario: str, policy: str, load: float, deadline_s: float) -> Result:
-    """Sum a finished simulation up; an answer is in time if its first token came within `deadline_s`.
+    """Summarize a finished simulation; an answer is in time if its TTFT is within `deadline_s`.
 
-    `imbalance` is the busiest replica's time in steps over the mean. `resends` counts what was sent more than once.
+    `imbalance` is the busiest replica's time in steps over the mean. `resends` counts all attempts but the first.
     """
     outcomes = cluster.outcomes
-    answered = sorted(outcome.ttft_s for outcome in outcomes if not outcome.refused)
+    answered = sorted(outcome.ttft_s for outcome in outcomes if not outcome.rejected)
     busy = list(cluster.totals.busy_s.values())
     totals = cluster.totals
     return Result(
@@ -52,7 +52,7 @@ def result_of(cluster: Cluster, scenario: str, policy: str, load: float, deadlin
         ttft_p90_s=quantile(answered, 0.9),
         ttft_p99_s=quantile(answered, 0.99),
         goodput=sum(ttft_s <= deadline_s for ttft_s in answered) / max(cluster.now_s, 1e-9),
-        reject_rate=sum(outcome.refused for outcome in outcomes) / len(outcomes),
+        reject_rate=sum(outcome.rejected for outcome in outcomes) / len(outcomes),
         hit_rate=totals.cached_tokens / max(totals.prompt_tokens, 1),
         preemptions=totals.preemptions,
         imbalance=max(busy) * len(busy) / max(sum(busy), 1e-9),
@@ -61,12 +61,12 @@ def result_of(cluster: Cluster, scenario: str, policy: str, load: float, deadlin
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """The value below which `share` of `ordered` lies; 0 for an empty one."""
+    """Return the quantile `share` of the ascending `ordered`; 0 if it is empty."""
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0.0
 
 
 def table(results: Sequence[Result]) -> Table:
-    """One line a run."""
+    """Return a table with one row per run."""
     made = Table(title="simulated", title_justify="left")
     columns = ("scenario", "load", "policy", "TTFT p50", "p90", "p99", "goodput/s", "rejects", "hits")
     for name in (*columns, "preemptions", "imbalance"):
@@ -89,7 +89,7 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Draw TTFT p90 and goodput over load, one line a policy; with one load, as bars."""
+    """Plot TTFT p90 and goodput over load, one line per policy and scenario; with a single load, as bars."""
     from matplotlib.figure import Figure  # takes a second to import
 
     figure = Figure(figsize=(10, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""Named conditions to simulate: what is asked of which replicas, and what fails."""
+"""Named scenarios to simulate: the requests, the replicas, and their faults."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from serve_app.simulate.policies import make_policy
 from serve_app.simulate.simulated_engine import EngineModel
 from serve_app.simulate.trace import TraceRequest, churn, hot_spot, names, speed_up, zero_share
 
-FP16_TILES_PER_K4V2 = 4.74  # how many bytes of fp16 one byte of kvarn_k4v2_g128 holds, at head_dim 128
+FP16_TILES_PER_K4V2 = 4.74  # size of fp16 over that of kvarn_k4v2_g128 for the same tokens, at head_dim 128
 
 
 class Scenario(StrEnum):
-    """What differs from the trace as it is."""
+    """Variation of the trace or of the fleet."""
 
     TRACE = "trace"
     ZERO_SHARE = "zero-share"
@@ -28,7 +28,7 @@ class Scenario(StrEnum):
 
 @dataclass(frozen=True)
 class SimulationRun:
-    """One simulation: `seed` decides everything that is random."""
+    """One simulation; `seed` determines all randomness."""
 
     scenario: Scenario
     policy: str
@@ -41,7 +41,7 @@ class SimulationRun:
     def simulate(
         self, trace: Sequence[TraceRequest], on_progress: Callable[[int], None] = lambda _: None
     ) -> Cluster:
-        """SimulationRun it to its end."""
+        """Run the simulation to its end."""
         random = Random(self.seed)
         engine = self.engine
         if self.scenario is Scenario.FP16:
@@ -70,6 +70,6 @@ def _varied(scenario: Scenario, trace: Sequence[TraceRequest], random: Random) -
 def _faults(
     requests: Sequence[TraceRequest], replicas: Sequence[str] | dict[str, EngineModel], random: Random
 ) -> list[Fault]:
-    """One death a minute, each for half a minute."""
+    """Return one fault per minute, each for half a minute."""
     end_s = int(requests[-1].arrival_s)
     return [Fault(at_s, random.choice(list(replicas)), 30.0) for at_s in range(30, end_s, 60)]

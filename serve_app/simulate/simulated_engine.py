@@ -1,7 +1,7 @@
-"""A modelled engine: continuous batching with chunked prefill, a prefix cache with LRU, and preemption.
+"""A modelled engine: continuous batching with chunked prefill, an LRU prefix cache, and preemption.
 
-Its steps last as long as a fixed part, its prompt tokens and its decoding requests take. While nothing but decoding is
-to do, steps are taken together until a request ends or fills a tile.
+The duration of a step is a fixed part plus a part per prompt token and per decoding request. While all requests decode,
+steps are simulated together until a request ends or fills a tile.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ PUBLISH_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class EngineModel:
-    """What one replica can do; the defaults are near an 8B model on one GPU.
+    """Performance and capacity of one replica; the defaults are near an 8B model on one GPU.
 
     Attributes:
-        cache_dtype: name of what the cache holds.
-        cache_tokens: tokens the cache holds.
-        tile_tokens: tokens of one block.
-        prefill_tokens_per_s: prompt tokens it computes.
-        step_s: fixed part of a step.
-        decode_s: what each decoding request adds to a step.
-        batch_tokens: most tokens of one step.
-        max_running: most requests at once.
-        max_model_len: longest sequence in tokens.
+        cache_dtype: name of the cache's dtype.
+        cache_tokens: capacity of the cache in tokens.
+        tile_tokens: tokens per block.
+        prefill_tokens_per_s: prefill throughput.
+        step_s: fixed part of a step's duration.
+        decode_s: part of a step's duration per decoding request.
+        batch_tokens: maximum number of tokens per step.
+        max_running: maximum number of running requests.
+        max_model_len: maximum sequence length in tokens.
     """
 
     cache_dtype: str = "kvarn_k4v2_g128"
@@ -64,24 +64,23 @@ class Running:
 
 
 class TileCache:
-    """Blocks of one engine: named ones that are in use or idle, private ones, free ones."""
+    """Blocks of one engine: named blocks in use or idle, private blocks, free blocks."""
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.free = total
         self.in_use: dict[int, int] = {}
         self.idle: OrderedDict[int, None] = OrderedDict()
-        self.stored: dict[
-            int, bool
-        ] = {}  # what changed since the last publication, and whether it is here now
+        # Tiles that changed since the last publication, and whether they are cached now.
+        self.stored: dict[int, bool] = {}
 
     @property
     def available(self) -> int:
-        """Blocks that can be had."""
+        """Number of blocks that `take` can return: free and idle."""
         return self.free + len(self.idle)
 
     def take(self, count: int) -> bool:
-        """Take free blocks, evicting idle ones if need be; all or none."""
+        """Take `count` blocks, evicting idle ones if necessary; return False and take none if there are too few."""
         if count > self.available:
             return False
         while self.free < count:
@@ -92,7 +91,7 @@ class TileCache:
         return True
 
     def hit(self, chain: Sequence[int]) -> list[int]:
-        """Use the leading tiles of `chain` that are here."""
+        """Take the leading tiles of `chain` that are cached into use."""
         found = []
         for tile in chain:
             if tile in self.in_use:
@@ -106,7 +105,7 @@ class TileCache:
         return found
 
     def name(self, tile: int) -> bool:
-        """Give a block that was taken the name `tile`; False if another bears it."""
+        """Name a taken block `tile`; return False if another block has that name."""
         if tile in self.in_use or tile in self.idle:
             return False
         self.in_use[tile] = 1
@@ -114,7 +113,7 @@ class TileCache:
         return True
 
     def release(self, named: Sequence[int], private: int) -> None:
-        """Give blocks back; the end of a prefix becomes the first to be evicted."""
+        """Release blocks; those at the end of a prefix are evicted first."""
         self.free += private
         for tile in reversed(named):
             self.in_use[tile] -= 1
@@ -123,14 +122,14 @@ class TileCache:
                 self.idle[tile] = None
 
     def take_changes(self) -> tuple[list[int], list[int]]:
-        """Tiles that came and went since the last call."""
+        """Return the tiles stored and removed since the last call."""
         changes, self.stored = self.stored, {}
-        came = [tile for tile, is_here in changes.items() if is_here]
-        return came, [tile for tile, is_here in changes.items() if not is_here]
+        stored = [tile for tile, is_cached in changes.items() if is_cached]
+        return stored, [tile for tile, is_cached in changes.items() if not is_cached]
 
 
 class ModelledEngine:
-    """One life of one replica. `step` does what one step, or several of decoding alone, would do."""
+    """One life of one replica; a simulated step stands for one real step, or for several of decoding alone."""
 
     def __init__(self, replica_id: str, model: EngineModel, epoch: int) -> None:
         self.replica_id = replica_id
@@ -141,7 +140,7 @@ class ModelledEngine:
         self.cache = TileCache(model.cache_tokens // model.tile_tokens)
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
-        self.promises = Reservations()
+        self.reservations = Reservations()
         self.preemptions = 0
         self.busy_s = 0.0
         self.prompt_tokens = 0
@@ -156,19 +155,19 @@ class ModelledEngine:
     def is_idle(self) -> bool:
         return not self.running and not self.waiting
 
-    def room_blocks(self) -> int:
-        """Blocks neither used nor promised."""
-        return self.cache.available - self.promises.total_blocks
+    def open_blocks(self) -> int:
+        """Number of blocks neither used nor reserved."""
+        return self.cache.available - self.reservations.total_blocks
 
     def add(self, sequence: Running, need: RequestNeed, blocks: int, uncached_tokens: int) -> None:
-        """Take a request in, with what was promised to it."""
-        self.promises.hold(
+        """Accept a request with its reservation."""
+        self.reservations.hold(
             sequence.key, sequence.gateway_id, need, self.model.tile_tokens, blocks, uncached_tokens
         )
         self.waiting.append(sequence)
 
     def begin(self, now_s: float) -> float:
-        """Schedule the next step; return when it ends."""
+        """Schedule the next step; return the time of its end."""
         budget = self.model.batch_tokens - self._decode_blocks()
         self._chunks = []
         for sequence in self.running:
@@ -188,13 +187,13 @@ class ModelledEngine:
         return now_s + self._steps * self._step_s
 
     def cut(self, now_s: float) -> float:
-        """Something arrived: end after the step that is running; return when that is."""
+        """Stop simulating steps together: end after the running one; return the time of that."""
         done = int((now_s - self._began_s) / self._step_s) + 1
         self._steps = min(self._steps, max(done, 1))
         return self._began_s + self._steps * self._step_s
 
     def finish_step(self) -> tuple[list[tuple[Running, int]], list[Running]]:
-        """End the step: tokens of each request that got some, and the requests that ended."""
+        """End the step; return the requests that got tokens, with their number, and those that ended."""
         self.busy_s += self._steps * self._step_s
         grown: list[tuple[Running, int]] = []
         prefilling = {id(sequence) for sequence, _ in self._chunks}
@@ -211,26 +210,26 @@ class ModelledEngine:
                 grown.append((sequence, tokens))
         ended = [sequence for sequence, _ in grown if sequence.output >= sequence.output_tokens]
         for sequence, tokens in grown:
-            self.promises.grow(sequence.key, tokens)
+            self.reservations.grow(sequence.key, tokens)
         for sequence in ended:
             self.running.remove(sequence)
             self._free(sequence)
         return grown, ended
 
     def abort(self, key: str) -> None:
-        """Drop a request whose caller is gone."""
+        """Drop a request whose client has disconnected."""
         for sequence in [s for s in self.running if s.key == key]:
             self.running.remove(sequence)
             self._chunks = [chunk for chunk in self._chunks if chunk[0] is not sequence]
             self._free(sequence)
         self.waiting = deque(s for s in self.waiting if s.key != key)
-        self.promises.release(key)
+        self.reservations.release(key)
 
     def snapshot(self) -> CacheSnapshot:
-        """Its state, as a real engine publishes it."""
-        for gateway_id in self.promises.owners():
-            self.promises.settle(gateway_id)
-        blocks, tokens = self.promises.by_owner()
+        """Return the state as a real engine publishes it."""
+        for gateway_id in self.reservations.owners():
+            self.reservations.settle(gateway_id)
+        blocks, tokens = self.reservations.by_owner()
         model, cache = self.model, self.cache
         self.sequence += 1
         load = CacheLoad(
@@ -249,7 +248,7 @@ class ModelledEngine:
         return CacheSnapshot(self.epoch, self.sequence, capacity, load)
 
     def _decode_blocks(self) -> int:
-        """Make room for what decoding requests write in the next step, preempting the latest if there is none."""
+        """Allocate blocks for the next decoded tokens, preempting the latest requests; return how many decode."""
         decoding = 0
         for sequence in list(self.running):
             if sequence not in self.running or sequence.computed < sequence.length - 1:
@@ -275,7 +274,7 @@ class ModelledEngine:
         return True
 
     def _start(self, sequence: Running) -> bool:
-        """Look for its prefix; it starts if there are blocks for its first chunk."""
+        """Look up the prefix of a request and start it if there are blocks for its first chunk."""
         named = self.cache.hit(sequence.chain[: (sequence.length - 1) // self.model.tile_tokens])
         sequence.named, sequence.computed = named, len(named) * self.model.tile_tokens
         first = min(sequence.length, sequence.computed + self.model.batch_tokens)
@@ -291,7 +290,7 @@ class ModelledEngine:
         return True
 
     def _schedule_chunk(self, sequence: Running, budget: int) -> int:
-        """Give a prompt that is not computed some of the step's tokens; return what is left."""
+        """Schedule a chunk of an uncomputed prompt within the step's `budget` of tokens; return what is left of it."""
         left = sequence.length - sequence.computed
         if left <= 0 or (left == 1 and sequence.output and sequence.computed):
             return budget
@@ -306,7 +305,7 @@ class ModelledEngine:
         full = min(sequence.computed // self.model.tile_tokens, len(sequence.chain))
         while len(sequence.named) < full and sequence.private:
             if not self.cache.name(sequence.chain[len(sequence.named)]):
-                break  # another computed it at the same time; the rest stays private
+                break  # another request computed it at the same time; the rest stays private
             sequence.named.append(sequence.chain[len(sequence.named)])
             sequence.private -= 1
 

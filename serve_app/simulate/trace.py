@@ -1,4 +1,4 @@
-"""Requests to simulate: from a trace file in Mooncake's format, or made up."""
+"""Requests to simulate: from a trace file in Mooncake's format, or synthetic."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-UNIT_TOKENS = 512  # prompt tokens that one id of a trace's `hash_ids` stands for
-MAX_TOKENS = 2048  # what clients of a trace are taken to ask for; the trace tells only what they got
+UNIT_TOKENS = 512  # prompt tokens per id in a trace's `hash_ids`
+MAX_TOKENS = 2048  # max_tokens of the trace's requests, which records only the outputs
 
 
 class TraceError(ValueError):
-    """A trace file that cannot be used; the message says where and why."""
+    """A trace file is unusable; the message says where and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """One request: `hash_ids` are equal for equal content up to the end of their unit of 512 prompt tokens."""
+    """One request; equal `hash_ids` mean equal content up to the end of their unit of 512 prompt tokens."""
 
     arrival_s: float
     prompt_tokens: int
@@ -29,7 +29,7 @@ class TraceRequest:
     tenant: str = ""
 
     def token_ids(self) -> array[int]:
-        """Token ids that are equal where the trace says that prompts are."""
+        """Return token ids that are equal where the trace's prompts are."""
         ids = array("I")
         for unit in self.hash_ids:
             ids.extend(array("I", [unit]) * UNIT_TOKENS)
@@ -37,7 +37,7 @@ class TraceRequest:
 
 
 def read_trace(path: Path) -> list[TraceRequest]:
-    """Read one JSON object a line: `timestamp` in ms, `input_length`, `output_length`, `hash_ids`.
+    """Read one JSON object per line: `timestamp` in ms, `input_length`, `output_length`, `hash_ids`.
 
     Raises:
         TraceError: the file cannot be read or a line is not of that form.
@@ -48,7 +48,7 @@ def read_trace(path: Path) -> list[TraceRequest]:
         raise TraceError(f"{path} cannot be read: {error.strerror}") from None
     requests = [_request(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not requests:
-        raise TraceError(f"{path} holds no requests: expected one JSON object a line")
+        raise TraceError(f"{path} holds no requests: expected one JSON object per line")
     return sorted(requests, key=lambda request: request.arrival_s)
 
 
@@ -70,7 +70,7 @@ def _request(path: Path, number: int, line: str) -> TraceRequest:
 
 
 def speed_up(requests: Iterable[TraceRequest], load: float) -> list[TraceRequest]:
-    """The same requests arriving `load` times as fast, bursts kept."""
+    """Return the same requests arriving `load` times as fast, with their bursts."""
     return [
         TraceRequest(r.arrival_s / load, r.prompt_tokens, r.output_tokens, r.max_tokens, r.hash_ids, r.tenant)
         for r in requests
@@ -78,7 +78,7 @@ def speed_up(requests: Iterable[TraceRequest], load: float) -> list[TraceRequest
 
 
 def zero_share(requests: Iterable[TraceRequest]) -> list[TraceRequest]:
-    """The same lengths and arrivals, but no two prompts have anything in common."""
+    """Return requests of the same lengths and arrivals whose prompts share nothing."""
     fresh = iter(range(1, 1 << 32))
     return [
         TraceRequest(
@@ -93,13 +93,13 @@ def zero_share(requests: Iterable[TraceRequest]) -> list[TraceRequest]:
 
 
 def hot_spot(requests: Sequence[TraceRequest], random: Random, share: float = 0.5) -> list[TraceRequest]:
-    """The same, but a share of the requests begins with one long prefix: everybody asks about the same document."""
+    """Return the same requests, a share of them prefixed with one long document."""
     hot = tuple(range((1 << 31) + 1, (1 << 31) + 17))
     return [_with_prefix(r, hot) if random.random() < share else r for r in requests]
 
 
 def churn(requests: Sequence[TraceRequest], period_s: float = 60.0) -> list[TraceRequest]:
-    """The same, but every request begins with a prefix that is popular for a minute and then never seen again."""
+    """Return the same requests, each prefixed with one that is popular for `period_s` and then never seen again."""
     return [
         _with_prefix(r, tuple(range(base, base + 8)))
         for r in requests
@@ -115,7 +115,7 @@ def _with_prefix(request: TraceRequest, prefix: tuple[int, ...]) -> TraceRequest
 
 
 def conversations(random: Random, count: int, rate: float, units: int = 6) -> list[TraceRequest]:
-    """Made-up conversations whose turns extend each other, `rate` requests a second."""
+    """Make synthetic conversations whose turns extend each other, at `rate` requests per second."""
     fresh = iter(range(1, 1 << 32))
     open_ones: list[tuple[int, ...]] = []
     requests = []
@@ -133,5 +133,5 @@ def conversations(random: Random, count: int, rate: float, units: int = 6) -> li
 
 
 def names(count: int) -> Iterator[str]:
-    """Ids of replicas."""
+    """Return the ids of `count` replicas."""
     return (f"replica{number}" for number in range(count))

@@ -61,25 +61,25 @@ def generation_of(router: Router, prompt_tokens: int = 1280, deadline_s: float =
 
 async def test_a_replica_that_had_no_room_is_chosen_once_it_has() -> None:
     router = Router("gateway")
-    router.update("first", state(1, 12))
-    router.update("second", state(1, 0))
+    router.update("first", state(1, 12), time.monotonic())
+    router.update("second", state(1, 0), time.monotonic())
     queue = AdmissionQueue(router, RoutingConfig(queue_timeout_s=10))
     generation = generation_of(router)
     assert (await queue.admit(generation)).chosen.replica_id == "first"  # type: ignore[union-attr]
-    router.refused(generation.key)
+    router.rejected(generation.key)
     generation.begin(router)
     waiting = asyncio.create_task(queue.admit(generation))
     await asyncio.sleep(0)
     assert len(queue) == 1
-    router.update("first", state(2, 100))
+    router.update("first", state(2, 100), time.monotonic())
     queue.wake()
     assert (await waiting).chosen.replica_id == "first"  # type: ignore[union-attr]
 
 
 async def test_a_replica_that_failed_is_better_than_one_without_room() -> None:
     router = Router("gateway")
-    router.update("failed", state(1, 100))
-    router.update("full", state(1, 0))
+    router.update("failed", state(1, 100), time.monotonic())
+    router.update("full", state(1, 0), time.monotonic())
     decision = await AdmissionQueue(router, RoutingConfig()).admit(generation_of(router), ["failed"])
     assert decision.chosen is not None
     assert decision.chosen.replica_id == "failed"
@@ -87,32 +87,32 @@ async def test_a_replica_that_failed_is_better_than_one_without_room() -> None:
 
 async def test_room_that_comes_as_patience_ends_is_given_or_kept() -> None:
     router = Router("gateway")
-    router.update("one", state(1, 0))
+    router.update("one", state(1, 0), time.monotonic())
     queue = AdmissionQueue(router, RoutingConfig(queue_timeout_s=0.1))
     waiting = asyncio.create_task(queue.admit(generation_of(router)))
     await asyncio.sleep(2 * WAKE_S)
-    router.update("one", state(2, 100))
+    router.update("one", state(2, 100), time.monotonic())
     queue.wake()
     await asyncio.sleep(0)
     time.sleep(0.1 + WAKE_S)  # noqa: ASYNC251 - both timers end in one turn of the loop
     assert (await waiting).chosen is not None
-    assert router.replica("one").reserved_blocks > 0  # type: ignore[union-attr]
+    assert router.replica("one", time.monotonic()).reserved_blocks > 0  # type: ignore[union-attr]
 
 
 async def test_the_error_of_a_deadline_that_cannot_be_met_names_its_time() -> None:
     router = Router("gateway")
-    router.update("one", state(1, 100))
+    router.update("one", state(1, 100), time.monotonic())
     generation = generation_of(router, deadline_s=time.monotonic() + 0.5)
     with pytest.raises(
         CapacityError, match=r"first token after about 1\.3 seconds, past its deadline in 0\.\d"
     ):
         await AdmissionQueue(router, RoutingConfig()).admit(generation)
-    assert router.replica("one").reserved_blocks == 0  # type: ignore[union-attr]
+    assert router.replica("one", time.monotonic()).reserved_blocks == 0  # type: ignore[union-attr]
 
 
 async def test_a_request_that_would_wait_too_long_is_counted_nowhere() -> None:
     router = Router("gateway")
-    router.update("one", state(1, 0))
+    router.update("one", state(1, 0), time.monotonic())
     queue = AdmissionQueue(router, RoutingConfig())
     waiting = asyncio.create_task(queue.admit(generation_of(router)))
     await asyncio.sleep(0)
@@ -221,7 +221,7 @@ class Replica:
         """Do nothing."""
 
     def _come_back(self) -> None:
-        self.router.update("another", state(1, 100))
+        self.router.update("another", state(1, 100), time.monotonic())
         self.queue.wake()
 
     def _publish(self) -> None:
@@ -273,7 +273,7 @@ async def test_rejections_for_room_are_no_failures_however_many(rejections: int,
         with pytest.raises(CapacityError, match=r"waited 0\.2 seconds"):
             await anext(answer)
     assert not len(replica.queue)
-    assert router.replica("one").reserved_blocks == 0  # type: ignore[union-attr]
+    assert router.replica("one", time.monotonic()).reserved_blocks == 0  # type: ignore[union-attr]
 
 
 async def test_a_request_whose_replica_is_removed_before_its_call_waits_for_another() -> None:

@@ -64,7 +64,9 @@ class Fleet:
 
     def update(self, replica_id: str, load: CacheLoad, draining: bool = False) -> None:
         self._sequence += 1
-        self.router.update(replica_id, CacheSnapshot(1, self._sequence, CAPACITY, load, draining))
+        self.router.update(
+            replica_id, CacheSnapshot(1, self._sequence, CAPACITY, load, draining), time.monotonic()
+        )
         self.feed.report_change(replica_id)
 
     def app(self) -> ASGIApp:
@@ -89,7 +91,9 @@ class Fleet:
     def fail(self, replica_id: str) -> None:
         """Fail enough requests on a replica to open its breaker."""
         others = [
-            replica.replica_id for replica in self.router.replicas() if replica.replica_id != replica_id
+            replica.replica_id
+            for replica in self.router.replicas(time.monotonic())
+            if replica.replica_id != replica_id
         ]
         for number in range(3):
             now_s = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 
@@ -38,7 +39,7 @@ async def test_a_change_of_a_replica_reaches_watchers_and_health() -> None:
         following = asyncio.create_task(parts.readiness.follow(answers.put))
         await parts.readiness.wait(0.01)
         assert not parts.readiness.is_ready()
-        parts.router.update("one", READY)
+        parts.router.update("one", READY, time.monotonic())
         parts.fleet._on_change("one")
         assert (await anext(events)).updated.replica_id == "one"
         assert await answers.get()

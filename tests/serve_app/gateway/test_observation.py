@@ -44,7 +44,7 @@ from tests.support.observing import Remembered, through
 TRACING = TracingConfig(otlp_endpoint="http://127.0.0.1:1")
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 HERE = Candidate("here", blocks=2, occupancy_after=0.25)
-FULL = Candidate("full", blocks=2, occupancy_after=1.5, refusal=Rejection.NO_ROOM)
+FULL = Candidate("full", blocks=2, occupancy_after=1.5, rejection=Rejection.NO_ROOM)
 TEXT = "a secret answer"
 
 
@@ -105,7 +105,7 @@ async def answer(error: Exception | None = None) -> AsyncGenerator[inference_pb2
 
 async def test_an_answered_request_is_measured_traced_and_logged(watched: Watched) -> None:
     observation = watched.begin()
-    observation.routed(Decision(HERE, (HERE, FULL)), 0.001)
+    observation.routed(Decision(HERE, [Rejection.NO_ROOM], lambda: [HERE, FULL]), 0.001)
     received = [response async for response in through(observation, answer())]
     assert len(received) == 3
     recorder = watched.recorder
@@ -222,11 +222,13 @@ async def test_the_queue_and_the_breakers_are_gauged(watched: Watched) -> None:
     router = Router("me")
     capacity = CacheCapacity("kvarn_k4v2_g128", 128, 622_080, 4, 1024)
     for replica_id in ("full", "failing"):
-        router.update(replica_id, CacheSnapshot(1, 1, capacity, CacheLoad(used_blocks=4)))
+        router.update(replica_id, CacheSnapshot(1, 1, capacity, CacheLoad(used_blocks=4)), time.monotonic())
     small = RequestNeed(1, 1)
     for number in range(3):
-        router.update("failing", CacheSnapshot(1, 2 + number, capacity, CacheLoad(free_blocks=4)))
-        router.admit(f"r{number}", small, now_s=time.monotonic())
+        router.update(
+            "failing", CacheSnapshot(1, 2 + number, capacity, CacheLoad(free_blocks=4)), time.monotonic()
+        )
+        router.admit(f"r{number}", small, None, time.monotonic())
         router.failed(f"r{number}", time.monotonic())
     queue = AdmissionQueue(router, RoutingConfig())
     generation = generation_of(router)

@@ -6,6 +6,7 @@ An engine's output is a function of the prompt and of the position, so that a lo
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -193,7 +194,7 @@ async def start_gateway(
     made.port = await made.server.start()
     made.fleet.set_members(endpoints)
     async with asyncio.timeout(10):
-        while len(router.replicas()) < len(endpoints):
+        while len(router.replicas(time.monotonic())) < len(endpoints):
             await changed.wait()
             changed.clear()
     return made
@@ -236,7 +237,10 @@ async def assert_nothing_held(setup: Setup) -> None:
     for gateway in setup.gateways:
         await until(
             lambda router=gateway.router: (
-                not any(replica.reserved_blocks or replica.pending_tokens for replica in router.replicas())
+                not any(
+                    replica.reserved_blocks or replica.pending_tokens
+                    for replica in router.replicas(time.monotonic())
+                )
             )
         )
 
@@ -429,7 +433,7 @@ async def kill_busy_gateway(setup: Setup) -> None:
     busy = next(
         gateway
         for gateway in setup.gateways
-        if any(replica.reserved_blocks for replica in gateway.router.replicas())
+        if any(replica.reserved_blocks for replica in gateway.router.replicas(time.monotonic()))
     )
     setup.gateways.remove(busy)
     await busy.server.server.stop(0)

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
+from kvarn.v1 import inference_pb2
 from kvarn.v1.sampling_pb2 import Choice, SamplingParams, StructuredOutputs
-from serve_app.client import InvalidRequestError, _generate_request
+from serve_app.client import InvalidRequestError, _request
 from serve_app.gateway.admission_queue import rejection_error
 from serve_app.request.errors import (
     BadRequestError,
@@ -15,7 +16,7 @@ from serve_app.request.errors import (
     RequestError,
 )
 from serve_app.request.sampling import check_sampling, to_vllm
-from serve_app.routing import Candidate, Decision, Rejection, RequestNeed
+from serve_app.routing import Decision, Rejection, RequestNeed
 
 VOCAB = 1000
 
@@ -104,11 +105,11 @@ def test_a_value_that_cannot_be_encoded_fails_in_the_client(
     prompt: object, sampling: dict[str, object]
 ) -> None:
     with pytest.raises(InvalidRequestError):
-        _generate_request(prompt, "", "", sampling)
+        _request(inference_pb2.GenerateRequest, prompt, "", "", sampling)
 
 
 @pytest.mark.parametrize(
-    ("refusals", "error", "part"),
+    ("rejections", "error", "part"),
     [
         ([], ReplicaUnavailableError, "No engine replica is ready yet"),
         (
@@ -131,9 +132,9 @@ def test_a_value_that_cannot_be_encoded_fails_in_the_client(
     ],
 )
 def test_a_rejection_says_what_the_caller_can_do(
-    refusals: list[Rejection], error: type[RequestError], part: str
+    rejections: list[Rejection], error: type[RequestError], part: str
 ) -> None:
-    candidates = tuple(Candidate(str(i), refusal=why) for i, why in enumerate(refusals))
-    refused = rejection_error(Decision(None, candidates), RequestNeed(60, 10), context_tokens=64)
-    assert type(refused) is error
-    assert part in refused.sentence
+    decision = Decision(None, rejections, list)
+    raised = rejection_error(decision, RequestNeed(60, 10), context_tokens=64)
+    assert type(raised) is error
+    assert part in raised.sentence

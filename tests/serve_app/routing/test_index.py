@@ -1,4 +1,4 @@
-"""The prefix index against a model that keeps plain sets, and the log of tiles that feeds it."""
+"""The prefix index against a model of plain sets, and the tile log that feeds it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ TILES = [tile for links in CHAINS for tile in links]
 
 
 class IndexMachine(RuleBasedStateMachine):
-    """Snapshots, deltas, gaps, drops and promises in any order; what is matched is what the sets say."""
+    """Snapshots, deltas, gaps, drops and reservations in any order; matches equal those of the sets."""
 
     def __init__(self) -> None:
         super().__init__()
         self.index = PrefixIndex(1000)
         self.held: dict[str, set[int]] = {}
         self.sequence: dict[str, int] = {}
-        self.promised: dict[str, tuple[str, set[int]]] = {}
+        self.reserved: dict[str, tuple[str, set[int]]] = {}
         self.count = 0
 
     @rule(replica=st.sampled_from("abc"), tiles=st.sets(st.sampled_from(TILES)))
     def snapshot(self, replica: str, tiles: set[int]) -> None:
         self.held[replica], self.sequence[replica] = set(tiles), 7
-        self.promised = {key: held for key, held in self.promised.items() if held[0] != replica}
+        self.reserved = {key: held for key, held in self.reserved.items() if held[0] != replica}
         self.index.replace(replica, 1, 7, tiles)
 
     @rule(
@@ -47,7 +47,7 @@ class IndexMachine(RuleBasedStateMachine):
         if replica in self.held:
             self.sequence[replica] = sequence
             self.held[replica] = (self.held[replica] - removed) | stored
-            for _, tiles in (held for held in self.promised.values() if held[0] == replica):
+            for _, tiles in (held for held in self.reserved.values() if held[0] == replica):
                 tiles -= stored | removed
 
     @rule(replica=st.sampled_from("abc"), skipped=st.integers(2, 5), epoch=st.sampled_from([1, 2]))
@@ -59,21 +59,21 @@ class IndexMachine(RuleBasedStateMachine):
     def drop(self, replica: str) -> None:
         self.held.pop(replica, None)
         self.index.drop(replica)
-        self.promised = {key: held for key, held in self.promised.items() if held[0] != replica}
+        self.reserved = {key: held for key, held in self.reserved.items() if held[0] != replica}
 
     @rule(replica=st.sampled_from("abc"), links=st.sampled_from(CHAINS))
-    def promise(self, replica: str, links: list[int]) -> None:
+    def reserve(self, replica: str, links: list[int]) -> None:
         self.count += 1
         if replica in self.held:
-            self.index.promise(str(self.count), replica, links)
-            others = set().union(*(tiles for owner, tiles in self.promised.values() if owner == replica))
-            self.promised[str(self.count)] = (replica, set(links) - self.held[replica] - others)
+            self.index.reserve(str(self.count), replica, links)
+            others = set().union(*(tiles for owner, tiles in self.reserved.values() if owner == replica))
+            self.reserved[str(self.count)] = (replica, set(links) - self.held[replica] - others)
 
     @rule(data=st.data())
     def settle(self, data: st.DataObject) -> None:
-        if self.promised:
-            key = data.draw(st.sampled_from(sorted(self.promised)))
-            del self.promised[key]
+        if self.reserved:
+            key = data.draw(st.sampled_from(sorted(self.reserved)))
+            del self.reserved[key]
             self.index.settle(key)
 
     @invariant()
@@ -81,14 +81,14 @@ class IndexMachine(RuleBasedStateMachine):
         for links in CHAINS:
             expected = {}
             for replica, held in self.held.items():
-                tiles = held.union(*(tiles for owner, tiles in self.promised.values() if owner == replica))
+                tiles = held.union(*(tiles for owner, tiles in self.reserved.values() if owner == replica))
                 depth = next((i for i, link in enumerate(links) if link not in tiles), len(links))
                 if depth:
                     expected[replica] = depth
             assert self.index.match(links) == expected
         for replica, held in self.held.items():
-            promised = {tile for owner, tiles in self.promised.values() if owner == replica for tile in tiles}
-            assert self.index.tiles(replica) == len(held | promised)
+            reserved = {tile for owner, tiles in self.reserved.values() if owner == replica for tile in tiles}
+            assert self.index.tiles(replica) == len(held | reserved)
 
 
 TestIndex = IndexMachine.TestCase
@@ -109,7 +109,7 @@ def test_memory_is_bounded_and_what_is_dropped_is_swept() -> None:
         assert index.match([1000 * life + 60]) == {"a": 1}
 
 
-def test_heat_is_the_share_of_evicted_tiles_that_come_back() -> None:
+def test_the_recompute_rate_is_the_share_of_evicted_tiles_that_come_back() -> None:
     index = PrefixIndex(1 << 20)
     index.replace("hot", 1, 0, ())
     index.replace("cold", 1, 0, ())
@@ -117,8 +117,8 @@ def test_heat_is_the_share_of_evicted_tiles_that_come_back() -> None:
         index.apply("hot", 1, step, range(100), range(100) if step % 2 else ())
         fresh = range(100 * step, 100 * step + 100)
         index.apply("cold", 1, step, fresh, range(100 * step - 100, 100 * step))
-    assert index.heat("hot") > 0.9
-    assert index.heat("cold") == 0.0
+    assert index.recompute_rate("hot") > 0.9
+    assert index.recompute_rate("cold") == 0.0
     assert index_module.GHOSTS < 400 * 100
 
 
@@ -155,7 +155,7 @@ async def test_events_become_names_that_gateways_work_out_too() -> None:
         assert await anext(changes) == TileChange(5, 2, links[:2], [])
         assert await anext(changes) == TileChange(5, 3, links[2:], [])
         log.take([CacheEvent(stored=[12], parent=11, token_ids=ids[8:]), CacheEvent(removed=[12])])
-        log.take([CacheEvent(stored=[99], parent=77, token_ids=ids[:4])])  # after a tile nobody knows
+        log.take([CacheEvent(stored=[99], parent=77, token_ids=ids[:4])])  # its parent is unknown
         log.take([CacheEvent(removed=[12])])  # two blocks held it, now none does
         assert await anext(changes) == TileChange(5, 4, [], links[2:])
         log.take([CacheEvent(stored=[12], parent=11, token_ids=ids[8:]), CacheEvent(cleared=True)])
@@ -173,12 +173,12 @@ async def test_a_salt_keeps_prefixes_apart() -> None:
     await asyncio.sleep(0)
 
 
-def test_a_tile_evicted_and_promised_again_outlives_the_first_promise() -> None:
+def test_a_tile_evicted_and_reserved_again_outlives_the_first_reservation() -> None:
     index = PrefixIndex(1000)
     index.replace("a", 1, 1, ())
-    index.promise("first", "a", [200])
+    index.reserve("first", "a", [200])
     assert index.apply("a", 1, 2, (), [200])
-    index.promise("second", "a", [200])
+    index.reserve("second", "a", [200])
     index.settle("first")
     assert index.match([200]) == {"a": 1}
     index.settle("second")

@@ -1,4 +1,4 @@
-"""The simulator: what must hold in every simulated fleet, and what routing must gain there."""
+"""The simulator: invariants of every simulated fleet, and the minimum gain of routing over the baselines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = EngineModel(cache_tokens=12_800, max_model_len=12_800, max_running=16)
 
 
 def checked(cluster: Cluster) -> None:
-    """What holds after every event."""
+    """Check the invariants after an event."""
     for engine in cluster.engines.values():
         cache = engine.cache
         in_use = sum(s.private + len(s.named) for s in engine.running)
@@ -52,19 +52,19 @@ def random_fleet(seed: int) -> tuple[Cluster, Routed]:
 def assert_all_ended_once(cluster: Cluster, policy: Routed) -> None:
     for outcome in cluster.outcomes:
         assert outcome.ends == 1
-        assert outcome.refused or outcome.output == outcome.request.output_tokens
+        assert outcome.rejected or outcome.output == outcome.request.output_tokens
     assert cluster.open_requests == 0
     for router in policy.routers:
         for replica in router.replicas(cluster.now_s):
             own = replica.snapshot.load.reserved_blocks
             assert replica.reserved_blocks == sum(v for k, v in own.items() if k != router._gateway_id)
     for engine in cluster.engines.values():
-        assert (engine.promises.total_blocks, len(engine.promises)) == (0, 0)
+        assert (engine.reservations.total_blocks, len(engine.reservations)) == (0, 0)
 
 
 @pytest.mark.parametrize("block", range(20))
 def test_a_thousand_fleets_lose_nothing(block: int) -> None:
-    """Fifty seeds a block; to replay one that fails: `random_fleet(seed)`."""
+    """Fifty seeds per block; to replay a failing one: `random_fleet(seed)`."""
     for seed in range(50 * block, 50 * block + 50):
         cluster, policy = random_fleet(seed)
         try:
@@ -162,7 +162,7 @@ def test_one_engine_alone_decodes_what_it_was_asked_for() -> None:
         ),
     ],
 )
-def test_a_bad_trace_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
+def test_a_bad_trace_is_rejected(tmp_path: Path, text: str, sentence: str) -> None:
     (tmp_path / "trace").write_text(text)
     with pytest.raises(TraceError, match=sentence):
         read_trace(tmp_path / "trace")
