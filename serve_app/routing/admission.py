@@ -11,9 +11,8 @@ from serve_app.routing.types import Rejection, ReplicaState, RequestNeed
 SLOTS_PER_REQUEST = 2  # its tail, and its first tile kept raw
 
 
-@dataclass(
-    slots=True
-)  # not frozen, which would take a decision 1 us more; decisions keep it to explain themselves
+# Not frozen, which would cost 1 us per decision; decisions keep it to explain themselves.
+@dataclass(slots=True)
 class Headroom:
     """Remaining capacity and speed of one replica, computed once per change of its state and never modified.
 
