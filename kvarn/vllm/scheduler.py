@@ -19,12 +19,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvarn.vllm.admission_order import PrefixOrder, WaitingRequest, hold_sharers
 from kvarn.vllm.cache_settings import KVarNConfig, side_pool_slots
-from kvarn.vllm.slots import ScheduledTokens, SlotPlan, SlotTable, tail_slots
+from kvarn.vllm.slots import SLOT_PLAN, ScheduledTokens, SlotPlan, SlotTable, tail_slots
 
 logger = init_logger(__name__)
-
-SLOT_PLAN = "kvarn_slot_plan"
-"""Attribute of SchedulerOutput that carries the step's `SlotPlan` to the workers."""
 
 SLOTS_LACK = (
     "Requests wait for slots of the side pool (%d); raise kvarn.side_pool_gib, or kvarn.retained_sinks."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvarn.vllm.scheduler import SLOT_PLAN
+from kvarn.vllm.slots import SLOT_PLAN
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -204,9 +204,11 @@ def keep_the_sink_of_an_evicted_block(monkeypatch: pytest.MonkeyPatch) -> None:
     step = SlotTable.step
 
     def mutant(self: SlotTable, scheduled: Any, departed: Any, block_hash: Any, evict: Any) -> SlotPlan:
-        return step(
-            self, scheduled, departed, lambda block: self._sink_hash.get(block, block_hash(block)), evict
-        )
+        def stale_hash(block: int) -> Hashable | None:
+            sink = self._live.get(block) or self._idle.get(block)
+            return block_hash(block) if sink is None or sink.block_hash is None else sink.block_hash
+
+        return step(self, scheduled, departed, stale_hash, evict)
 
     monkeypatch.setattr(SlotTable, "step", mutant)
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvarn.vllm.scheduler import SLOT_PLAN
 from kvarn.vllm.slot_map import NO_SLOT, SlotMap
-from kvarn.vllm.slots import SlotPlan
+from kvarn.vllm.slots import SLOT_PLAN, SlotPlan
 
 CPU = torch.device("cpu")
 
