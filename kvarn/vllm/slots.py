@@ -191,7 +191,7 @@ class SlotTable:
             return
         block = self._sink_of[tokens.request_id] = tokens.sink
         if block not in self._live:
-            self._live[block] = self._idle.pop(block, None) or _Sink()
+            self._live[block] = self._idle.pop(block, _Sink())
         self._live[block].users += 1
         self._live[block].uses += 1
 

@@ -9,10 +9,18 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import KVTransferConfig, VllmConfig
+from vllm.distributed.kv_events import BlockRemoved
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.attention import selector
+from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_coordinator import UnitaryKVCacheCoordinator
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.request import Request
 
 from kvarn.presets import PRESETS
 from kvarn.vllm import backend, plugin
@@ -20,6 +28,7 @@ from kvarn.vllm.cache_settings import side_pool_slots
 from kvarn.vllm.hooks import HookError, engine_config
 from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
 from tests.support.engines import use_triton_backend
+from tests.support.scheduling import make_scheduler
 
 PRESET = "kvarn_k4v2_g128"
 
@@ -270,8 +279,6 @@ def test_every_hook_fits_this_vllm() -> None:
 def test_a_missing_target_refuses_presets_and_nothing_else(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm.v1.core.block_pool import BlockPool
-
     monkeypatch.setattr(plugin, "_registered", False)
     monkeypatch.setattr(EngineArgs, "create_engine_config", EngineArgs.create_engine_config.__wrapped__)
     monkeypatch.delattr(BlockPool, "evict_blocks")
@@ -281,6 +288,55 @@ def test_a_missing_target_refuses_presets_and_nothing_else(
     ):
         configure(model)
     assert configure(model, kv_cache_dtype="auto").cache_config.cache_dtype == "auto"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (KVCacheManager, "prefix_cache_lookup_enabled"),
+        (BlockPool, "touch"),
+        (AttentionMetadataBuilder, "_init_reorder_batch_threshold"),
+        (AsyncMPClient, "call_utility_async"),
+        (BlockRemoved, "block_hashes"),
+    ],
+)
+def test_the_doctor_reports_a_missing_private_name(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
+    monkeypatch.delattr(owner, name)
+    broken = [status for status in plugin.hook_report() if not status.ok]
+    assert [status.detail.partition(":")[2] for status in broken] == [f"{owner.__name__}.{name} is missing"]
+
+
+def test_the_doctor_reports_a_missing_dataclass_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(CommonAttentionMetadata.__dataclass_fields__, "query_start_loc_cpu")
+    (broken,) = [status for status in plugin.hook_report() if not status.ok]
+    assert broken.detail.endswith("CommonAttentionMetadata.query_start_loc_cpu is missing")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Scheduler, "_pause_state"),
+        (Scheduler, "kv_event_publisher"),
+        (UnitaryKVCacheCoordinator, "single_type_managers"),
+        (SingleTypeKVCacheManager, "req_to_blocks"),
+        (BlockPool, "cached_block_hash_to_block"),
+        (Request, "is_prefill_chunk"),
+    ],
+)
+def test_a_scheduler_refuses_a_vllm_whose_objects_lack_a_private_name(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
+    stock_init = owner.__init__
+
+    def init_without_name(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock_init(self, *args, **kwargs)
+        delattr(self, name)
+
+    monkeypatch.setattr(owner, "__init__", init_without_name)
+    with pytest.raises(HookError, match=rf"'private names'.*\b{name} is missing; install .*0\.27\.1"):
+        make_scheduler(num_blocks=8, max_running=1)
 
 
 def test_without_even_the_refusal_registering_fails(monkeypatch: pytest.MonkeyPatch) -> None:
