@@ -248,8 +248,8 @@ def _hf_name(gguf_name: str) -> tuple[str, str]:
 def _dequantize(tensor: "gguf.ReaderTensor", num_heads: int | None) -> "np.ndarray[Any, Any]":
     """Dequantize to float16 [out, in]; `num_heads` is set for the projections whose rows GGUF reorders.
 
-    GGUF interleaves the two halves of each head because its rotary embedding rotates neighboring pairs; Hugging
-    Face's rotates row i with row i + head_dim / 2.
+    GGUF interleaves the two halves of each head because its rotary embedding rotates neighboring pairs;
+    Hugging Face's rotates row i with row i + head_dim / 2.
     """
     import gguf
     import numpy as np

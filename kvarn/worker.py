@@ -19,7 +19,7 @@ LINES_OF_ERROR = 4  # after the line that names it
 
 @contextmanager
 def running(module: ModuleType, settings: dict[str, Any], log: IO[str]) -> Iterator[IO[str]]:
-    """Run `python -m module SETTINGS` and yield its stream of answers; interrupt it and its engine if the block fails.
+    """Run `python -m module SETTINGS` and yield its answers; interrupt it and its engine if the block fails.
 
     Args:
         module: its `main` reads the settings from the first argument and answers with `answer`.

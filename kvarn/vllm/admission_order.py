@@ -36,9 +36,9 @@ class WaitingRequest:
 class PrefixOrder:
     """Longest cached prefix first, with a bound on how often a request is overtaken.
 
-    The sort keys in turn: priority; preempted requests and requests overtaken `max_overtakes` times, oldest first;
-    number of cached tiles, descending; the next tile, so that requests with the same one are adjacent and share it
-    while it is cached; arrival.
+    The sort keys in turn: priority; preempted requests and requests overtaken `max_overtakes` times, oldest
+    first; number of cached tiles, descending; the next tile, so that requests with the same one are adjacent
+    and share it while it is cached; arrival.
 
     Args:
         is_cached: whether a key is in the prefix cache now.
@@ -100,8 +100,8 @@ def hold_sharers(
 
     Args:
         ordered: requests in the order of admission.
-        in_progress: keys of tiles that running requests compute in later steps; the keys of requests not held are
-            added.
+        in_progress: keys of tiles that running requests compute in later steps; the keys of requests not held
+            are added.
         exempt: whether a request is never held.
         step_tiles: maximum tiles that one request computes per step.
 

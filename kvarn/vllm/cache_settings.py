@@ -20,13 +20,16 @@ class KVarNConfig:
     """Settings of the quantized cache and its scheduler.
 
     Attributes:
-        retained_sinks: first tiles of cached prefixes kept raw in slots of the side pool while no running request
-            uses them. None: `max_num_seqs`.
-        raw_chunks: whether a prompt's chunk reads all of its own tiles raw instead of each token's own tile only:
-            slightly more accurate, but what a token reads then depends on where chunks and the cached prefix end.
-        side_pool_gib: maximum memory of the side pool on one rank, over all its layers, in GiB. None: two slots for
-            each of `max_num_seqs`, and the retained sinks. With less, requests wait until slots are free.
-        order: admission order of waiting requests. "prefix": longest cached prefix first; "fcfs": vLLM's order.
+        retained_sinks: first tiles of cached prefixes kept raw in slots of the side pool while no running
+            request uses them. None: `max_num_seqs`.
+        raw_chunks: whether a prompt's chunk reads all of its own tiles raw instead of each token's own tile
+            only: slightly more accurate, but what a token reads then depends on where chunks and the cached
+            prefix end.
+        side_pool_gib: maximum memory of the side pool on one rank, over all its layers, in GiB. None: two
+            slots for each of `max_num_seqs`, and the retained sinks. With less, requests wait until slots are
+            free.
+        order: admission order of waiting requests. "prefix": longest cached prefix first; "fcfs": vLLM's
+            order.
         window: number of oldest waiting requests that the prefix order considers.
         max_overtakes: later arrivals that may be admitted before a request, under the prefix order.
         expected_output_tokens: output length for which blocks are reserved at admission, unless the request's
@@ -96,7 +99,7 @@ def side_pool_slots(vllm_config: VllmConfig) -> int:
 
 
 def slots_within(config: KVarNConfig, max_num_seqs: int, one_slot: int) -> int:
-    """Number of slots of the side pool: two per running request plus the retained sinks, within the memory cap.
+    """Slots of the side pool: two per running request plus the retained sinks, within the memory cap.
 
     Args:
         config: the cache's settings.

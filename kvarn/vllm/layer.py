@@ -17,7 +17,7 @@ from kvarn.vllm.slot_map import SlotMap, find_slot_map
 
 
 class KVarNLayer(AttentionImpl[Any]):
-    """One layer; a device backend's subclass stores keys and values, quantizes the tiles that fill, and attends.
+    """One layer; a device backend's subclass stores keys and values, quantizes full tiles, and attends.
 
     Attributes:
         slot_map: the worker's block -> slot map, one object for all layers of a model.
@@ -67,8 +67,8 @@ class KVarNLayer(AttentionImpl[Any]):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Allocate the side pool with the weights, so that vLLM's memory profile counts it.
 
-        vLLM calls this again when weights are reloaded; the pool then stays, as cached prefixes and captured graphs
-        read it.
+        vLLM calls this again when weights are reloaded; the pool then stays, as cached prefixes and captured
+        graphs read it.
         """
         if hasattr(self, "pool"):
             return

@@ -44,8 +44,8 @@ class HookStatus:
 def register() -> None:
     """Install every hook, once per process.
 
-    On a vLLM that lacks a target, install only a hook that makes engines with a preset fail with one sentence; every
-    other engine runs as if the plugin were absent.
+    On a vLLM that lacks a target, install only a hook that makes engines with a preset fail with one
+    sentence; every other engine runs as if the plugin were absent.
 
     Raises:
         HookError: if even that hook does not fit.

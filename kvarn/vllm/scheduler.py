@@ -43,7 +43,8 @@ class WaitCounts:
         slots: steps in which the next request found too few slots of the side pool.
         blocks: steps in which it found too few blocks for its own and the running requests' expected growth.
         prefix: requests held back in a step because a running one was computing the prefix they share.
-        lacking: "slots" or "blocks" if the next request lacked these in the last step, so that all behind it wait.
+        lacking: "slots" or "blocks" if the next request lacked these in the last step, so that all behind it
+            wait.
         held_for_prefix: requests held back in the last step.
     """
 
@@ -55,8 +56,8 @@ class WaitCounts:
 
 
 class SlotPlanning(VllmScheduler):
-    """Mixin for a vLLM scheduler class that admits requests only while the side pool has slots for the tiles they
-    fill, and that attaches a `SlotPlan` to every SchedulerOutput.
+    """Mixin for a vLLM scheduler class that admits requests only while the side pool has slots for the tiles
+    they fill, and that attaches a `SlotPlan` to every SchedulerOutput.
 
     Attributes:
         slots: owners of the side pool's slots.
@@ -122,8 +123,8 @@ class SlotPlanning(VllmScheduler):
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Preempt as vLLM does, and evict from the prefix cache the tiles that will not be computed.
 
-        vLLM hashes a block when it schedules it; under its priority policy the request may be preempted in that same
-        step, and a later request would hit a block that was never written.
+        vLLM hashes a block when it schedules it; under its priority policy the request may be preempted in
+        that same step, and a later request would hit a block that was never written.
         """
         blocks = self._blocks_of_requests().get(request.request_id, [])
         first_uncomputed = request.num_computed_tokens // self.block_size
@@ -209,9 +210,9 @@ class CheapestPreemption(SlotPlanning):
         return super().schedule(*args, **kwargs)
 
     def _put_cheapest_victims_last(self) -> None:
-        """Sort the running list, from whose end vLLM preempts, if one token per request may exhaust the blocks.
+        """If one token per request may exhaust the blocks, sort the running list: vLLM preempts from its end.
 
-        The request that is most expensive to redo is then never preempted for another, so one always finishes.
+        The request that is most expensive to redo is never preempted for another, so one always finishes.
         """
         if self._by_priority or len(self.running) < 2:
             return
@@ -226,7 +227,7 @@ class CheapestPreemption(SlotPlanning):
 
 
 class PrefixScheduling(GrowthReservation, CheapestPreemption):
-    """Mixin that admits waiting requests in prefix order, with growth reservations and cheapest-first preemption.
+    """Mixin that admits in prefix order, with growth reservations and cheapest-first preemption.
 
     Attributes:
         orders_by_prefix: whether waiting requests are put into prefix order; otherwise vLLM's order stays.

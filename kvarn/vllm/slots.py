@@ -1,8 +1,8 @@
 """Ownership of the side pool's fp16 slots: a state machine over plain integers, without torch or vLLM.
 
-A *tail slot* holds the raw tile that a request is filling; a *sink slot* holds the raw first tile of a sequence.
-Slots are keyed by physical block id. The scheduler advances one `SlotTable` per step and sends the resulting
-`SlotPlan` to every worker, so that all ranks agree and no worker keeps its own state machine.
+A *tail slot* holds the raw tile that a request is filling; a *sink slot* holds the raw first tile of a
+sequence. Slots are keyed by physical block id. The scheduler advances one `SlotTable` per step and sends the
+resulting `SlotPlan` to every worker, so that all ranks agree and no worker keeps its own state machine.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ SLOT_PLAN = "kvarn_slot_plan"
 class ScheduledTokens:
     """Token positions `start:end` of one request that a step computes.
 
-    `sink` is the block of the request's first tile, `blocks` are the blocks of the tiles that `start:end` touches.
-    The last `drafts` tokens are speculative: the step may reject them.
+    `sink` is the block of the request's first tile, `blocks` are the blocks of the tiles that `start:end`
+    touches. The last `drafts` tokens are speculative: the step may reject them.
     """
 
     request_id: str
@@ -48,8 +48,8 @@ def tail_slots(total_tokens: int, uncomputed_tokens: int, group: int) -> int:
 
     Args:
         total_tokens: maximum length of the sequence.
-        uncomputed_tokens: maximum tokens that one step may compute. A step of several tokens may end one tile and
-            begin the next, and a tile that fills keeps its slot for that step.
+        uncomputed_tokens: maximum tokens that one step may compute. A step of several tokens may end one tile
+            and begin the next, and a tile that fills keeps its slot for that step.
         group: tokens per tile.
     """
     if total_tokens <= group:
@@ -80,16 +80,16 @@ class SlotTable:
     """Assigns the `num_slots` slots of the side pool to blocks, one step at a time.
 
     Lifetimes: a tail slot lives until the step after its tile filled, or until its request departs (finishes
-    or is preempted). A tile completed only by drafts stays a tail until its request computes tokens behind it. A sink
-    slot is *live* while a running request reads it, then *idle* as long as its block stays in the prefix cache under
-    the same hash. When slots run out, the idle sink of the lowest rank is evicted, together with its block's entry in
-    the prefix cache, so that no later hit finds a sink missing. Ranks are LFU with dynamic aging (Arlitt et al.,
-    2000): a sink that becomes idle ranks its number of uses above the last evicted one, so that a formerly hot sink
-    ages out.
+    or is preempted). A tile completed only by drafts stays a tail until its request computes tokens behind
+    it. A sink slot is *live* while a running request reads it, then *idle* as long as its block stays in the
+    prefix cache under the same hash. When slots run out, the idle sink of the lowest rank is evicted,
+    together with its block's entry in the prefix cache, so that no later hit finds a sink missing. Ranks are
+    LFU with dynamic aging (Arlitt et al., 2000): a sink that becomes idle ranks its number of uses above the
+    last evicted one, so that a formerly hot sink ages out.
 
-    The scheduler admits requests only while the `tail_slots` of each and every sink fit. If a tail still finds no
-    slot, a live sink gives up its slot, and its block also leaves the prefix cache. A request without its sink reads
-    that tile's record instead: `sinks_missing` counts such requests.
+    The scheduler admits requests only while the `tail_slots` of each and all sinks fit. If a tail still
+    finds no slot, a live sink gives up its slot, and its block also leaves the prefix cache. A request
+    without its sink reads that tile's record instead: `sinks_missing` counts such requests.
     """
 
     def __init__(self, num_slots: int, group: int) -> None:
@@ -135,8 +135,8 @@ class SlotTable:
     ) -> SlotPlan:
         """Advance by one engine step and return the workers' changes.
 
-        `departed` requests finished or were preempted since the last step. `block_hash` returns a block's current
-        prefix-cache hash, `evict` removes blocks from the prefix cache.
+        `departed` requests finished or were preempted since the last step. `block_hash` returns a block's
+        current prefix-cache hash, `evict` removes blocks from the prefix cache.
         """
         plan = SlotPlan()
         for block in self._filled:

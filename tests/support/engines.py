@@ -49,11 +49,12 @@ def use_triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_matmuls_row_invariant(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the result of a row in vLLM's CPU linear layers independent of the other rows in the batch, bit for bit.
+    """Make each row's result in vLLM's CPU linear layers independent of the other rows, bit for bit.
 
-    A BLAS selects its kernel, and so its rounding, by the number of rows. Rounding codes to 2 and 4 bits amplifies
-    such noise from layer to layer (docs/decisions/0011-exactness-is-bitwise.md), so a test of the read rule must
-    exclude it: rows are multiplied in blocks of a fixed size for which this machine's kernel treats all rows alike.
+    A BLAS selects its kernel, and so its rounding, by the number of rows. Rounding codes to 2 and 4 bits
+    amplifies such noise from layer to layer (docs/decisions/0011-exactness-is-bitwise.md), so a test of the
+    read rule must exclude it: rows are multiplied in blocks of a fixed size for which this machine's kernel
+    treats all rows alike.
     """
     stock, block = vllm_ops.onednn_mm, _row_invariant_block()
 

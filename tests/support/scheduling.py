@@ -1,7 +1,7 @@
 """The real scheduler, block pool and slot map, with a worker whose tiles hold hashes of tokens.
 
-No model runs: a position's content is a hash of all tokens up to it, the next token is a function of that content,
-and every raw row or record that a step reads must hold exactly the expected content.
+No model runs: a position's content is a hash of all tokens up to it, the next token is a function of that
+content, and every raw row or record that a step reads must hold exactly the expected content.
 """
 
 from __future__ import annotations

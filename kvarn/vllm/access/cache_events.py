@@ -17,9 +17,9 @@ CACHE_EVENTS_METHOD = "kvarn_cache_events"
 class CacheEvent:
     """One change of the prefix cache, in vLLM's block hashes.
 
-    `stored` blocks form a chain that continues the block `parent`, or starts a prompt if `parent` is None, and hold
-    `token_ids` in equal parts; `adapter` and `salt` keep prefixes apart. A hash shared by several blocks is stored
-    and removed once per block. `cleared` means that the cache is empty.
+    `stored` blocks form a chain that continues the block `parent`, or starts a prompt if `parent` is None,
+    and hold `token_ids` in equal parts; `adapter` and `salt` keep prefixes apart. A hash shared by several
+    blocks is stored and removed once per block. `cleared` means that the cache is empty.
     """
 
     stored: list[int] = field(default_factory=list)

@@ -22,9 +22,10 @@ class CacheState:
     requests or tokens as named; `bytes_per_tile` is bytes of one block over all layers and heads of one rank.
     `free_blocks` hold nothing; `evictable_blocks` hold cached prefixes that no running request uses;
     `used_blocks` belong to running requests; the three sum to `total_blocks`. Slots are fp16 tiles of the
-    side pool: a tail slot per tile being filled, a sink slot per first tile; both draw on `slots_total`. Of the
-    `waiting_requests`, `for_slots` and `for_blocks` count the requests queued behind one that lacked these in the
-    last step, and `for_prefix` the requests held back while another computes their prefix; the rest wait their turn.
+    side pool: a tail slot per tile being filled, a sink slot per first tile; both draw on `slots_total`. Of
+    the `waiting_requests`, `for_slots` and `for_blocks` count the requests queued behind one that lacked
+    these in the last step, and `for_prefix` the requests held back while another computes their prefix; the
+    rest wait their turn.
     """
 
     cache_dtype: str
