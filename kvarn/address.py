@@ -1,4 +1,4 @@
-"""Addresses of gateways as commands take them."""
+"""Gateway addresses as command arguments."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from urllib.parse import urlsplit
 
 
 def is_address(text: str) -> bool:
-    """Whether it is "host:port", with an IPv6 host in brackets."""
+    """Whether `text` is "host:port", with an IPv6 host in brackets."""
     try:
         parts = urlsplit(f"grpc://{text}")
         return bool(parts.hostname and parts.port) and parts.netloc == text
-    except ValueError:  # brackets that do not close, a port that is no number or too large
+    except ValueError:  # unclosed brackets, or a port that is not a number in range
         return False

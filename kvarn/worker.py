@@ -1,6 +1,6 @@
-"""Processes that hold one engine each and answer their parent in lines of JSON.
+"""Worker processes, each with one engine, that answer their parent in lines of JSON.
 
-An engine that ends with its process leaves no memory and no threads to the next one.
+An engine that ends with its process leaves no memory and no threads behind for the next one.
 """
 
 import json
@@ -14,17 +14,17 @@ from types import ModuleType
 from typing import IO, Any, TextIO
 
 LOG_LINES_SHOWN = 15
-LINES_OF_ERROR = 4  # that follow the one that names it
+LINES_OF_ERROR = 4  # after the line that names it
 
 
 @contextmanager
 def running(module: ModuleType, settings: dict[str, Any], log: IO[str]) -> Iterator[IO[str]]:
-    """Runs `python -m module SETTINGS` and gives its answers; it is stopped, its engine with it, when the block fails.
+    """Run `python -m module SETTINGS` and yield its answers; interrupt it and its engine if the block fails.
 
     Args:
         module: its `main` reads the settings from the first argument and answers with `answer`.
-        settings: ready for JSON.
-        log: receives what the process and vLLM print.
+        settings: serializable as JSON.
+        log: receives the output of the process and of vLLM.
     """
     command = [sys.executable, "-m", module.__name__, json.dumps(settings)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
@@ -37,7 +37,7 @@ def running(module: ModuleType, settings: dict[str, Any], log: IO[str]) -> Itera
 
 
 def log_tail(log: IO[str]) -> str:
-    """The last lines of a worker's log, up to its last error and what that says: libraries print more as they end."""
+    """The last lines of a worker's log up to its last error and the error's text; libraries print more at exit."""
     log.seek(0)
     lines = log.read().splitlines()
     last = max((place for place, line in enumerate(lines) if "Error" in line), default=len(lines) - 1)
@@ -45,13 +45,13 @@ def log_tail(log: IO[str]) -> str:
 
 
 def take_standard_output() -> TextIO:
-    """Standard output as it was; whatever prints from now on prints to standard error."""
+    """Return standard output as it was, and redirect all later prints to standard error."""
     ours = os.dup(1)
     os.dup2(2, 1)
     return os.fdopen(ours, "w")
 
 
 def answer(answers: TextIO, message: dict[str, Any]) -> None:
-    """Sends one message to the parent."""
+    """Send one message to the parent."""
     answers.write(json.dumps(message) + "\n")
     answers.flush()

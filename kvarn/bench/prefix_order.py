@@ -221,7 +221,7 @@ def _ordering_ms(engine: LLMEngine, scale: Scale) -> float:
 
 def _plan_us(engine: LLMEngine, bench: SchedulerBench, scale: Scale) -> float:
     """What a plan costs beside the rest of a step's `SchedulerOutput`, pickled as vLLM's executors send it to ranks."""
-    from kvarn.vllm.scheduler import SLOT_PLAN
+    from kvarn.vllm.slots import SLOT_PLAN
 
     replay = _Replay(engine, unshared(replace(scale, requests=bench.max_num_seqs)), bench.output_tokens)
     outputs = replay.scheduled()

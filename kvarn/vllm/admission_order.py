@@ -1,4 +1,4 @@
-"""In which order waiting requests are admitted: plain Python over integers and hashes, no torch and no vLLM."""
+"""Admission order of waiting requests: plain Python over integers and hashes, without torch or vLLM."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class WaitingRequest:
-    """What the order knows of one waiting request.
+    """A waiting request as the order sees it.
 
     Attributes:
-        keys: prefix-cache keys of the tiles a hit can cover, first tile first.
-        arrival_s: when it arrived, in seconds of any clock.
-        priority: lower goes first, 0 for all where priorities are off.
-        resumed: it was preempted; it goes before new requests.
-        cached: leading tiles found in the prefix cache when last looked at.
+        keys: prefix-cache keys of the tiles that a hit can cover, first tile first.
+        arrival_s: arrival time, in seconds of any clock.
+        priority: lower goes first; 0 for all if priorities are off.
+        resumed: whether it was preempted; it then goes before new requests.
+        cached: leading tiles that the last lookup found in the prefix cache.
         overtakes: requests that arrived later and were admitted earlier.
     """
 
@@ -29,16 +29,16 @@ class WaitingRequest:
 
     @property
     def next_key(self) -> Hashable | None:
-        """Key of the first tile that is not cached, None if all are."""
+        """Key of the first uncached tile, None if all are cached."""
         return self.keys[self.cached] if self.cached < len(self.keys) else None
 
 
 class PrefixOrder:
     """Longest cached prefix first, with a bound on how often a request is overtaken.
 
-    In turn by: priority; preempted requests and those overtaken `max_overtakes` times, oldest first; cached tiles, most
-    first; requests that continue with the same tile beside each other, so that they share it while it is cached;
-    arrival.
+    The sort keys in turn: priority; preempted requests and requests overtaken `max_overtakes` times, oldest
+    first; number of cached tiles, descending; the next tile, so that requests with the same one are adjacent
+    and share it while it is cached; arrival.
 
     Args:
         is_cached: whether a key is in the prefix cache now.
@@ -50,11 +50,11 @@ class PrefixOrder:
         self._max_overtakes = max_overtakes
 
     def is_overdue(self, waiting: WaitingRequest) -> bool:
-        """Whether later arrivals may no longer pass."""
+        """Whether later arrivals may no longer overtake the request."""
         return waiting.overtakes >= self._max_overtakes
 
     def refresh(self, waiting: WaitingRequest) -> None:
-        """Look up how far the request's prefix is cached, starting from where the last look ended."""
+        """Look up how much of the request's prefix is cached, starting from the last result."""
         keys, is_cached = waiting.keys, self._is_cached
         cached = waiting.cached
         if cached and not is_cached(keys[0]):
@@ -66,7 +66,7 @@ class PrefixOrder:
         waiting.cached = cached
 
     def sort(self, window: Iterable[WaitingRequest]) -> list[int]:
-        """Positions of `window` in the order of admission."""
+        """Return the positions of `window` in the order of admission."""
         entries = list(window)
         oldest: dict[Hashable, float] = {}
         for entry in entries:
@@ -84,7 +84,7 @@ class PrefixOrder:
         return sorted(range(len(entries)), key=rank)
 
     def note_admitted(self, admitted: Collection[WaitingRequest], left: Iterable[WaitingRequest]) -> None:
-        """Count for those `left` waiting how many of the `admitted` arrived after them."""
+        """Add to each request `left` waiting the number of `admitted` requests that arrived after it."""
         arrivals = sorted(entry.arrival_s for entry in admitted)
         for entry in left:
             entry.overtakes += len(arrivals) - bisect_right(arrivals, entry.arrival_s)
@@ -96,16 +96,17 @@ def hold_sharers(
     exempt: Callable[[WaitingRequest], bool],
     step_tiles: int,
 ) -> list[bool]:
-    """Which requests should wait because another computes their next tile in a later step.
+    """Find the requests that should wait because another request computes their next tile in a later step.
 
     Args:
         ordered: requests in the order of admission.
-        in_progress: keys of tiles that running requests compute in later steps; those of requests not held are added.
-        exempt: requests that are never held.
-        step_tiles: most tiles one request computes in a step.
+        in_progress: keys of tiles that running requests compute in later steps; the keys of requests not held
+            are added.
+        exempt: whether a request is never held.
+        step_tiles: maximum tiles that one request computes per step.
 
     Returns:
-        For each request whether it is held.
+        For each request, whether it is held.
     """
     held = []
     for entry in ordered:

@@ -1,4 +1,4 @@
-"""The attention backend of the quantized cache: one backend class per preset, one device_backend per kind of device."""
+"""The attention backend of the quantized cache: one class per preset, one device backend per kind of device."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class DeviceBackend(NamedTuple):
-    """How one kind of device works: what plans a step, and what computes a layer of it."""
+    """The builder that plans a step, and the layer that computes it, for one kind of device."""
 
     builder: type[AttentionMetadataBuilder[Any]]
     layer: type[KVarNLayer]
 
 
 def device_backend() -> DeviceBackend:
-    """This platform's device_backend: Triton kernels on a GPU, torch on a CPU."""
+    """Return this platform's device backend: Triton kernels on a GPU, torch on a CPU."""
     if current_platform.is_cuda():
         from kvarn.vllm.triton_backend import TritonLayer, TritonMetadataBuilder
 
@@ -82,4 +82,4 @@ BACKENDS: dict[str, type[KVarNBackend]] = {
     )
     for name in PRESETS
 }
-globals().update({backend.__name__: backend for backend in BACKENDS.values()})  # so that each can be pickled
+globals().update({backend.__name__: backend for backend in BACKENDS.values()})  # each must be picklable

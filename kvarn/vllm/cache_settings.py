@@ -1,4 +1,4 @@
-"""The cache's own settings, given to vLLM as `additional_config={"kvarn": {...}}`."""
+"""The cache's own settings, passed to vLLM as `additional_config={"kvarn": {...}}`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 ORDERS = ("prefix", "fcfs")
-MIN_SLOTS = 3  # one request: its first tile, a tile that fills, and the tile it goes on with in the same step
+MIN_SLOTS = 3  # one request: its first tile, a tile that fills, and the next tile in the same step
 
 
 @dataclass(frozen=True)
@@ -20,17 +20,20 @@ class KVarNConfig:
     """Settings of the quantized cache and its scheduler.
 
     Attributes:
-        retained_sinks: first tiles of cached prefixes kept raw while no running request uses them, in slots of
-            the side pool. None: as many as `max_num_seqs`.
-        raw_chunks: a prompt's chunk reads all of its own tiles raw, and not only each token's own: a little more
-            accurate, but what a prompt's tokens read then depends on where its chunks and its cached prefix end.
-        side_pool_gib: most memory of the side pool on one rank, over all its layers, in GiB. None: two slots for each
-            of `max_num_seqs`, and the retained sinks. With less, requests wait until slots are free.
-        order: how waiting requests are admitted. "prefix": longest cached prefix first; "fcfs": as vLLM does.
-        window: how many of the oldest waiting requests the prefix order looks at.
+        retained_sinks: first tiles of cached prefixes kept raw in slots of the side pool while no running
+            request uses them. None: `max_num_seqs`.
+        raw_chunks: whether a prompt's chunk reads all of its own tiles raw instead of each token's own tile
+            only: slightly more accurate, but what a token reads then depends on where chunks and the cached
+            prefix end.
+        side_pool_gib: maximum memory of the side pool on one rank, over all its layers, in GiB. None: two
+            slots for each of `max_num_seqs`, and the retained sinks. With less, requests wait until slots are
+            free.
+        order: admission order of waiting requests. "prefix": longest cached prefix first; "fcfs": vLLM's
+            order.
+        window: number of oldest waiting requests that the prefix order considers.
         max_overtakes: later arrivals that may be admitted before a request, under the prefix order.
-        expected_output_tokens: output a request is expected to come to when blocks are promised at admission, if its
-            own `max_tokens` is not less. None: the running mean of finished requests.
+        expected_output_tokens: output length for which blocks are reserved at admission, unless the request's
+            `max_tokens` is less. None: the running mean of finished requests.
     """
 
     retained_sinks: int | None = None
@@ -57,7 +60,7 @@ class KVarNConfig:
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> KVarNConfig:
-        """Read the settings out of `vllm_config.additional_config`; ValueError names an unknown one."""
+        """Read the settings from `vllm_config.additional_config`; ValueError names an unknown one."""
         given = dict(vllm_config.additional_config).get("kvarn", {})
         if not isinstance(given, dict):
             raise ValueError(f"additional_config['kvarn'] is {given!r}; give a mapping of settings.")
@@ -78,7 +81,7 @@ def _is_number(value: Any) -> bool:
 
 
 def tile_bytes(group: int, head_dim: int, heads_and_layers: int) -> int:
-    """Bytes of one slot: a tile of fp16 keys and values in every layer and KV head of a rank."""
+    """Bytes of one slot: a tile of fp16 keys and values, over every layer and KV head of a rank."""
     return 2 * 2 * group * head_dim * heads_and_layers
 
 
@@ -90,17 +93,17 @@ def slot_bytes(vllm_config: VllmConfig) -> int:
 
 
 def side_pool_slots(vllm_config: VllmConfig) -> int:
-    """Slots of the side pool; see `slots_within`."""
+    """Number of slots of the side pool; see `slots_within`."""
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     return slots_within(KVarNConfig.of(vllm_config), max_num_seqs, slot_bytes(vllm_config))
 
 
 def slots_within(config: KVarNConfig, max_num_seqs: int, one_slot: int) -> int:
-    """Slots of the side pool: two for every running request and the retained sinks, or what the memory cap holds.
+    """Slots of the side pool: two per running request plus the retained sinks, within the memory cap.
 
     Args:
         config: the cache's settings.
-        max_num_seqs: requests that run at once at most.
+        max_num_seqs: maximum number of running requests.
         one_slot: bytes of a slot on one rank.
 
     Raises:

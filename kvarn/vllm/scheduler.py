@@ -1,11 +1,11 @@
-"""vLLM's schedulers, extended: slots are planned, admission asks for what is scarce, cached prefixes go first."""
+"""vLLM's schedulers with slot planning, growth reservations, cheapest-first preemption and prefix order."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -19,12 +19,15 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvarn.vllm.admission_order import PrefixOrder, WaitingRequest, hold_sharers
 from kvarn.vllm.cache_settings import KVarNConfig, side_pool_slots
-from kvarn.vllm.slots import ScheduledTokens, SlotPlan, SlotTable, tail_slots
+from kvarn.vllm.hooks.private_names import check_scheduler
+from kvarn.vllm.slots import SLOT_PLAN, ScheduledTokens, SlotPlan, SlotTable, tail_slots
+
+if TYPE_CHECKING:  # the mixins use vLLM's scheduler, which only the final class derives from
+    from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
+else:
+    VllmScheduler = object
 
 logger = init_logger(__name__)
-
-SLOT_PLAN = "kvarn_slot_plan"
-"""Attribute of SchedulerOutput that carries the step's `SlotPlan` to the workers."""
 
 SLOTS_LACK = (
     "Requests wait for slots of the side pool (%d); raise kvarn.side_pool_gib, or kvarn.retained_sinks."
@@ -34,13 +37,14 @@ BLOCKS_LACK = "Requests wait until the %d blocks of the KV cache hold what they 
 
 @dataclass
 class WaitCounts:
-    """Why requests wait: counted since the engine started, and in the last step.
+    """Reasons why requests wait, counted since the engine started and in the last step.
 
     Attributes:
         slots: steps in which the next request found too few slots of the side pool.
         blocks: steps in which it found too few blocks for its own and the running requests' expected growth.
         prefix: requests held back in a step because a running one was computing the prefix they share.
-        lacking: "slots" or "blocks" where the next request lacked these in the last step, and so all behind it wait.
+        lacking: "slots" or "blocks" if the next request lacked these in the last step, so that all behind it
+            wait.
         held_for_prefix: requests held back in the last step.
     """
 
@@ -51,22 +55,19 @@ class WaitCounts:
     held_for_prefix: int = 0
 
 
-class SlotPlanning:
-    """Mixin for a vLLM scheduler class: admits requests only while the side pool has slots for what they fill, and
-    attaches a `SlotPlan` to every SchedulerOutput.
-    """
+class SlotPlanning(VllmScheduler):
+    """Mixin for a vLLM scheduler class that admits requests only while the side pool has slots for the tiles
+    they fill, and that attaches a `SlotPlan` to every SchedulerOutput.
 
-    # What the mixin needs of the vLLM scheduler that it is mixed into.
-    vllm_config: Any
-    kv_cache_manager: Any
-    block_size: int
-    num_spec_tokens: int
-    requests: dict[str, Request]
-    running: list[Request]
-    waiting: Any
+    Attributes:
+        slots: owners of the side pool's slots.
+        preemptions: requests preempted since the engine started.
+        wait_counts: reasons why requests wait.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_scheduler(self)
         self.slots = SlotTable(side_pool_slots(self.vllm_config), self.block_size)
         self.preemptions = 0
         self.wait_counts = WaitCounts()
@@ -75,12 +76,12 @@ class SlotPlanning:
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.wait_counts.lacking = ""
-        output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        output: SchedulerOutput = super().schedule(*args, **kwargs)
         setattr(output, SLOT_PLAN, self._plan_slots(output))
         return output
 
     def _allocate_if_admitted(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
-        """vLLM's `allocate_slots`; a request that does not run yet must be admitted first."""
+        """Allocate as vLLM's `allocate_slots` does; a request that does not run yet must be admitted first."""
         if request.status != RequestStatus.RUNNING:
             hit = kwargs.get("new_computed_blocks")
             if not self._admits(request, hit.blocks[0] if hit is not None else ()):
@@ -91,7 +92,7 @@ class SlotPlanning:
         return allocated
 
     def _admits(self, request: Request, hit: Sequence[KVCacheBlock]) -> bool:
-        """Whether slots suffice for `request`, whose prefix is cached in the blocks `hit`."""
+        """Whether the side pool has slots for `request`, whose prefix is cached in the blocks `hit`."""
         holders = self._holders()
         holders.pop(request.request_id, None)
         sinks = {blocks[0].block_id for blocks in holders.values()}
@@ -116,19 +117,19 @@ class SlotPlanning:
         return blocks
 
     def _holders(self) -> dict[str, list[KVCacheBlock]]:
-        """Requests that hold blocks, with these."""
+        """The blocks of each request that holds any."""
         return {request_id: blocks for request_id, blocks in self._blocks_of_requests().items() if blocks}
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Preempt as vLLM does, and take tiles that will now not be computed out of the prefix cache.
+        """Preempt as vLLM does, and evict from the prefix cache the tiles that will not be computed.
 
-        vLLM hashes a block when it schedules it; under its priority policy the request may lose its place in that
-        same step, and a later request would hit a block that was never written.
+        vLLM hashes a block when it schedules it; under its priority policy the request may be preempted in
+        that same step, and a later request would hit a block that was never written.
         """
         blocks = self._blocks_of_requests().get(request.request_id, [])
         first_uncomputed = request.num_computed_tokens // self.block_size
         self.kv_cache_manager.block_pool.evict_blocks({b.block_id for b in blocks[first_uncomputed:]})
-        super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
+        super()._preempt_request(request, *args, **kwargs)
 
     def _plan_slots(self, output: SchedulerOutput) -> SlotPlan:
         preempted = output.preempted_req_ids or set()
@@ -154,9 +155,79 @@ class SlotPlanning:
         return ScheduledTokens(request_id, start, end, blocks[0].block_id, touched, drafts)
 
 
-class PrefixScheduling(SlotPlanning):
-    """Mixin that admits waiting requests in prefix order and only where their expected growth fits, and that preempts
-    first what is cheapest to redo.
+class GrowthReservation(SlotPlanning):
+    """Mixin that admits a request only if its expected growth fits beside that of the requests that hold blocks."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._config = KVarNConfig.of(self.vllm_config)
+        self._output_tokens = float(self._config.expected_output_tokens or self.block_size)
+
+    def _admits(self, request: Request, hit: Sequence[KVCacheBlock]) -> bool:
+        """Whether slots suffice, and blocks for the expected growth of `request` and of all that hold blocks."""
+        if not super()._admits(request, hit):
+            return False
+        holders = self._holders()
+        holders.pop(request.request_id, None)
+        if not holders:
+            return True
+        reserved = sum(
+            max(0, self._expected_blocks(self.requests[r]) - len(blocks)) for r, blocks in holders.items()
+        )
+        needed = self._expected_blocks(request) - sum(block.ref_cnt > 0 for block in hit)
+        if reserved + needed <= self.kv_cache_manager.block_pool.get_num_free_blocks():
+            return True
+        self.wait_counts.blocks += 1
+        self.wait_counts.lacking = "blocks"
+        logger.info_once(BLOCKS_LACK, self.kv_cache_manager.block_pool.num_gpu_blocks - 1)
+        return False
+
+    def _expected_blocks(self, request: Request) -> int:
+        """Blocks at the expected final length of `request`; beyond that length, one tile more than now."""
+        expected = max(int(self._output_tokens), request.num_output_tokens + self.block_size)
+        total = request.num_prompt_tokens + min(request.max_tokens, expected)
+        return -(-min(total, self.max_model_len) // self.block_size)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        learns = self._config.expected_output_tokens is None
+        if learns and request.status in (
+            RequestStatus.FINISHED_STOPPED,
+            RequestStatus.FINISHED_LENGTH_CAPPED,
+        ):
+            self._output_tokens += (request.num_output_tokens - self._output_tokens) / 16
+        return super()._free_request(request, *args, **kwargs)
+
+
+class CheapestPreemption(SlotPlanning):
+    """Mixin that preempts the request that is cheapest to redo; under vLLM's priority policy, vLLM chooses."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._by_priority = self.policy == SchedulingPolicy.PRIORITY
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self._put_cheapest_victims_last()
+        return super().schedule(*args, **kwargs)
+
+    def _put_cheapest_victims_last(self) -> None:
+        """If one token per request may exhaust the blocks, sort the running list: vLLM preempts from its end.
+
+        The request that is most expensive to redo is never preempted for another, so one always finishes.
+        """
+        if self._by_priority or len(self.running) < 2:
+            return
+        if self.kv_cache_manager.block_pool.get_num_free_blocks() < len(self.running):
+            self.running.sort(key=self._redo_tokens, reverse=True)
+
+    def _redo_tokens(self, request: Request) -> int:
+        """Tokens to recompute after a preemption: all but those in blocks that other running requests hold."""
+        blocks = self._blocks_of_requests()[request.request_id]
+        shared = sum(block.ref_cnt > 1 for block in blocks)
+        return request.num_computed_tokens - shared * self.block_size
+
+
+class PrefixScheduling(GrowthReservation, CheapestPreemption):
+    """Mixin that admits in prefix order, with growth reservations and cheapest-first preemption.
 
     Attributes:
         orders_by_prefix: whether waiting requests are put into prefix order; otherwise vLLM's order stays.
@@ -164,17 +235,13 @@ class PrefixScheduling(SlotPlanning):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._config = KVarNConfig.of(self.vllm_config)
         self._order = PrefixOrder(self._is_cached, self._config.max_overtakes)
         self._entries: dict[str, WaitingRequest] = {}
-        self._output_tokens = float(self._config.expected_output_tokens or self.block_size)
-        self._by_priority = self.policy == SchedulingPolicy.PRIORITY  # type: ignore[attr-defined]
         self.orders_by_prefix = self._config.order == "prefix"
         if self.orders_by_prefix and self._by_priority:
             self.waiting = FCFSRequestQueue()  # sorted in every step that can admit
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        self._put_cheapest_victims_last()
         held = self.arrange_waiting() if self.orders_by_prefix and self._can_admit() else []
         self.wait_counts.held_for_prefix = len(held)
         try:
@@ -185,14 +252,12 @@ class PrefixScheduling(SlotPlanning):
         self._note_admitted(output)
         return output
 
-    # -- order -----------------------------------------------------------------------------------------------
-
     def _can_admit(self) -> bool:
-        unpaused = self._pause_state == PauseState.UNPAUSED  # type: ignore[attr-defined]
-        return bool(self.waiting) and unpaused and len(self.running) < self.max_num_running_reqs  # type: ignore[attr-defined]
+        unpaused = self._pause_state == PauseState.UNPAUSED
+        return bool(self.waiting) and unpaused and len(self.running) < self.max_num_running_reqs
 
     def arrange_waiting(self) -> list[Request]:
-        """Put the window of the waiting queue into order; returns those held back, which leave the queue."""
+        """Sort the window of the waiting queue; remove from the queue and return the requests to hold back."""
         if self._by_priority:
             ordered = sorted(self.waiting, key=lambda r: (r.priority, r.arrival_time))
             self.waiting.clear()
@@ -209,11 +274,11 @@ class PrefixScheduling(SlotPlanning):
         return [window[place] for place, waits in zip(order, held, strict=True) if waits]
 
     def _hold(self, ordered: list[WaitingRequest]) -> list[bool]:
-        """Which of the `ordered` wait for a prefix that a running request computes.
+        """For each of the `ordered` requests, whether it waits for a prefix that a running request computes.
 
-        Without a limit on a request's chunk this never happens: a prompt that is not finished takes the whole step.
+        Without a limit on a request's chunk none does: an unfinished prompt takes the whole step.
         """
-        chunk = self.scheduler_config.long_prefill_token_threshold  # type: ignore[attr-defined]
+        chunk = self.scheduler_config.long_prefill_token_threshold
         if chunk <= 0:
             return [False] * len(ordered)
         in_progress: set[Hashable] = set()
@@ -258,60 +323,6 @@ class PrefixScheduling(SlotPlanning):
         admitted = [self._entries.pop(r) for r in output.num_scheduled_tokens if r in self._entries]
         if admitted:
             self._order.note_admitted(admitted, self._entries.values())
-
-    # -- growth ----------------------------------------------------------------------------------------------
-
-    def _admits(self, request: Request, hit: Sequence[KVCacheBlock]) -> bool:
-        """Whether slots suffice, and blocks for the expected growth of `request` and of those that hold blocks."""
-        if not super()._admits(request, hit):
-            return False
-        holders = self._holders()
-        holders.pop(request.request_id, None)
-        if not holders:
-            return True
-        promised = sum(
-            max(0, self._expected_blocks(self.requests[r]) - len(blocks)) for r, blocks in holders.items()
-        )
-        needed = self._expected_blocks(request) - sum(block.ref_cnt > 0 for block in hit)
-        if promised + needed <= self.kv_cache_manager.block_pool.get_num_free_blocks():
-            return True
-        self.wait_counts.blocks += 1
-        self.wait_counts.lacking = "blocks"
-        logger.info_once(BLOCKS_LACK, self.kv_cache_manager.block_pool.num_gpu_blocks - 1)
-        return False
-
-    def _expected_blocks(self, request: Request) -> int:
-        """Blocks at the length `request` is expected to finish with; past that expectation, one tile more than now."""
-        expected = max(int(self._output_tokens), request.num_output_tokens + self.block_size)
-        total = request.num_prompt_tokens + min(request.max_tokens, expected)
-        return -(-min(total, self.max_model_len) // self.block_size)  # type: ignore[attr-defined]
-
-    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        learns = self._config.expected_output_tokens is None
-        if learns and request.status in (
-            RequestStatus.FINISHED_STOPPED,
-            RequestStatus.FINISHED_LENGTH_CAPPED,
-        ):
-            self._output_tokens += (request.num_output_tokens - self._output_tokens) / 16
-        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
-
-    # -- preemption ------------------------------------------------------------------------------------------
-
-    def _put_cheapest_victims_last(self) -> None:
-        """Where blocks may run out by one token each: vLLM preempts from the end of the running list.
-
-        The request that costs most to redo is then not preempted for another, so one always comes to its end.
-        """
-        if self._by_priority or len(self.running) < 2:
-            return
-        if self.kv_cache_manager.block_pool.get_num_free_blocks() < len(self.running):
-            self.running.sort(key=self._redo_tokens, reverse=True)
-
-    def _redo_tokens(self, request: Request) -> int:
-        """Tokens to compute again after a preemption: those in no block that another running request holds."""
-        blocks = self._blocks_of_requests()[request.request_id]
-        shared = sum(block.ref_cnt > 1 for block in blocks)
-        return request.num_computed_tokens - shared * self.block_size
 
 
 class KVarNScheduler(PrefixScheduling, Scheduler):

@@ -1,4 +1,4 @@
-"""A worker's view of the side pool: which slot holds which block's raw tile."""
+"""A worker's view of the side pool: the slot that holds each block's raw tile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvarn.vllm.scheduler import SLOT_PLAN
+from kvarn.vllm.slots import SLOT_PLAN
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -18,19 +18,19 @@ NO_SLOT = -1
 
 
 class SlotMap:
-    """A worker's view of the side pool: block id -> slot, as the scheduler's plans leave it."""
+    """The map block id -> slot that results from the scheduler's plans."""
 
     def __init__(self) -> None:
         self._slot_of: dict[int, int] = {}
         self._taken: set[int] = set()  # slots that hold a block
-        self._changed: set[int] = set()  # blocks whose slot the device does not know yet
+        self._changed: set[int] = set()  # blocks whose slot is not on the device yet
         self._table = torch.full((1,), NO_SLOT, dtype=torch.int32)
 
     def apply(self, scheduler_output: SchedulerOutput) -> None:
-        """Take over the step's `SlotPlan`; vLLM's own warm-up steps carry none.
+        """Apply the step's `SlotPlan`; vLLM's own warm-up steps carry none.
 
         Raises:
-            RuntimeError: an earlier step's plan never came, so that two blocks would write the same slot.
+            RuntimeError: an earlier step's plan did not arrive, so that two blocks would write the same slot.
         """
         plan: SlotPlan | None = getattr(scheduler_output, SLOT_PLAN, None)
         if plan is None:
@@ -47,13 +47,13 @@ class SlotMap:
         self._changed.update(plan.released, (block for block, _ in plan.assigned))
 
     def slots(self, block_ids: np.ndarray) -> np.ndarray:
-        """int64 slots of `block_ids`, `NO_SLOT` where a block has none."""
+        """int64 slots of `block_ids`, `NO_SLOT` for a block without one."""
         return np.fromiter((self._slot_of.get(int(b), NO_SLOT) for b in block_ids), np.int64, len(block_ids))
 
     def on_device(self, device: torch.device) -> torch.Tensor:
-        """The map as [blocks] int32 on `device`, `NO_SLOT` where a block has none; it ends after the last that had one.
+        """The map as [blocks] int32 on `device`, up to the last block that had a slot; `NO_SLOT` for none.
 
-        Only what changed since the last call is copied, without waiting for the device.
+        Copies only the changes since the last call, without waiting for the device.
         """
         if self._table.device.type != device.type:
             self._table = self._table.to(device)
@@ -74,7 +74,7 @@ class SlotMap:
 
 
 def find_slot_map(vllm_config: Any) -> SlotMap | None:
-    """The slot map that the layers of `vllm_config`'s model share on this worker, if any layer has one yet."""
+    """Return the slot map that the layers of `vllm_config`'s model share on this worker, if one exists yet."""
     layers = vllm_config.compilation_config.static_forward_context.values()
     maps = (getattr(getattr(layer, "impl", None), "slot_map", None) for layer in layers)
     return next((m for m in maps if m is not None), None)

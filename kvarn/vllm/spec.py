@@ -1,4 +1,4 @@
-"""The page size of a quantized layer, as vLLM's memory accounting asks for it."""
+"""The page size of a quantized layer for vLLM's memory accounting."""
 
 from __future__ import annotations
 

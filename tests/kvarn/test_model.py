@@ -1,4 +1,4 @@
-"""The default model is the one its GGUF holds, and is prepared once, whole, whoever asks."""
+"""The default model matches its GGUF, and is prepared once and atomically, also by concurrent processes."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def vocabulary() -> list[str]:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache directory, and a conversion that takes no time."""
+    """An empty cache directory, with a conversion that writes only config.json."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(
         model, "_convert", lambda source, directory: (directory / "config.json").write_text("{}")

@@ -24,7 +24,7 @@ MIB = 2**20
 
 
 def make_llama(directory: Path, heads: int = 4, kv_heads: int = 2, head_dim: int = 64, **config: Any) -> Path:
-    """A two-layer Llama with random float32 weights, saved in Hugging Face format without a tokenizer."""
+    """Save a two-layer Llama with random float32 weights in Hugging Face format, without a tokenizer."""
     torch.manual_seed(0)
     settings = LlamaConfig(
         vocab_size=512,
@@ -43,17 +43,18 @@ def make_llama(directory: Path, heads: int = 4, kv_heads: int = 2, head_dim: int
 
 
 def use_triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let engines on this CPU compute as on a GPU, in Triton's interpreter."""
+    """Make engines on this CPU use the GPU's device backend, in Triton's interpreter."""
     triton = backend.DeviceBackend(triton_backend.TritonMetadataBuilder, triton_backend.TritonLayer)
     monkeypatch.setattr(backend, "device_backend", lambda: triton)
 
 
 def make_matmuls_row_invariant(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give every row of vLLM's CPU linear layers the same bits whatever rows share the batch.
+    """Make each row's result in vLLM's CPU linear layers independent of the other rows, bit for bit.
 
-    A BLAS picks its kernel, and so its rounding, by the number of rows. Rounding codes to 2 and 4 bits amplifies
-    such noise from layer to layer (docs/decisions/0011-exactness-is-bitwise.md), so a test of the read rule needs
-    it gone: rows go through in blocks of one fixed size for which this machine's kernel treats all rows alike.
+    A BLAS selects its kernel, and so its rounding, by the number of rows. Rounding codes to 2 and 4 bits
+    amplifies such noise from layer to layer (docs/decisions/0011-exactness-is-bitwise.md), so a test of the
+    read rule must exclude it: rows are multiplied in blocks of a fixed size for which this machine's kernel
+    treats all rows alike.
     """
     stock, block = vllm_ops.onednn_mm, _row_invariant_block()
 
@@ -68,7 +69,7 @@ def make_matmuls_row_invariant(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @lru_cache
 def _row_invariant_block() -> int:
-    """The smallest number of rows for which this machine's matmul gives equal rows equal results."""
+    """The smallest number of rows for which this machine's matmul gives equal rows the same result."""
     handler = vllm_ops.create_onednn_mm(torch.randn(576, 960), 32)
     for block in (12, 16, 24, 32, 48, 64):
         row = torch.randn(1, 576).expand(block, -1).contiguous()
@@ -82,7 +83,7 @@ def _row_invariant_block() -> int:
 def engine(
     monkeypatch: pytest.MonkeyPatch, model: Path, in_process: bool = True, **settings: Any
 ) -> Iterator[LLM]:
-    """A vLLM engine, by default in this process so that a test can reach its scheduler."""
+    """Run a vLLM engine, by default in this process so that a test can reach its scheduler."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if in_process else "1")
     defaults: dict[str, Any] = {
         "dtype": "float32",
@@ -110,7 +111,7 @@ def scheduler_of(llm: LLM) -> Scheduler:
 
 @contextmanager
 def chunks_of(llm: LLM, tokens: int) -> Iterator[None]:
-    """Let a step take no more than `tokens` tokens."""
+    """Limit each step to `tokens` tokens."""
     scheduler = scheduler_of(llm)
     usual = scheduler.max_num_scheduled_tokens
     scheduler.max_num_scheduled_tokens = tokens
@@ -121,33 +122,33 @@ def chunks_of(llm: LLM, tokens: int) -> Iterator[None]:
 
 
 def assert_nothing_left(llm: LLM) -> None:
-    """All blocks and slots are free once the prefix cache is emptied."""
+    """Assert that all blocks and slots are free once the prefix cache is reset."""
     scheduler = scheduler_of(llm)
     pool = scheduler.kv_cache_manager.block_pool
     assert not scheduler.requests
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     assert llm.reset_prefix_cache()
-    # An empty step, in which the scheduler lets go of what finished and tells the worker.
+    # An empty step, in which the scheduler releases finished requests and notifies the worker.
     llm.llm_engine.engine_core.engine_core.model_executor.execute_model(scheduler.schedule())
     assert scheduler.slots.num_free == scheduler.slots.num_slots
 
 
 def num_blocks(llm: LLM) -> int:
-    """Blocks vLLM gave the cache."""
+    """Number of blocks that vLLM allocated for the cache."""
     blocks: int = scheduler_of(llm).kv_cache_manager.block_pool.num_gpu_blocks
     return blocks
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one request produced: tokens, their top log-probabilities by token id, and prompt tokens from cache."""
+    """One request's tokens, their top log-probabilities by token id, and its number of cached prompt tokens."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[dict[int, float], ...]
     cached: int
 
     def assert_same(self, other: Answer, tolerance: float = 1e-3) -> None:
-        """Equal tokens, and every log-probability both report within `tolerance`."""
+        """Assert equal tokens, and equal log-probabilities within `tolerance` for every token that both report."""
         assert self.tokens == other.tokens
         for mine, theirs in zip(self.logprobs, other.logprobs, strict=True):
             shared = mine.keys() & theirs.keys()
@@ -157,7 +158,7 @@ class Answer:
 
 
 def first_differences(ours: list[Answer], theirs: list[Answer]) -> list[float]:
-    """Of the first tokens' log-probabilities, in nats, of every token that both report."""
+    """Differences in nats between the first tokens' log-probabilities, for every token that both report."""
     return [
         abs(one.logprobs[0][token] - other.logprobs[0][token])
         for one, other in zip(ours, theirs, strict=True)
@@ -166,9 +167,9 @@ def first_differences(ours: list[Answer], theirs: list[Answer]) -> list[float]:
 
 
 def share_of_same(ours: Iterable[Sequence[int]], theirs: Iterable[Sequence[int]]) -> float:
-    """The share of equal tokens among those that both outputs chose after the same tokens.
+    """The share of equal tokens among the tokens that both outputs chose after the same tokens.
 
-    A model with random weights goes on differently after one different token, which says nothing about the cache.
+    After one different token, the outputs of a model with random weights diverge whatever the cache holds.
     """
     same = different = 0
     for one, other in zip(ours, theirs, strict=True):
@@ -180,7 +181,7 @@ def share_of_same(ours: Iterable[Sequence[int]], theirs: Iterable[Sequence[int]]
 
 
 def ask(llm: LLM, prompts: list[list[int]], max_tokens: int = 6, logprobs: int = 5) -> list[Answer]:
-    """Greedy answers to token-id prompts sent together."""
+    """Return greedy answers to prompts of token ids, submitted together."""
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=logprobs, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
     return [
@@ -194,7 +195,7 @@ def ask(llm: LLM, prompts: list[list[int]], max_tokens: int = 6, logprobs: int =
 
 
 def ask_and_preempt(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[Answer]:
-    """Every request loses its place in the middle of its answer and comes back."""
+    """Return greedy answers; every request is preempted once after its second output token."""
     scheduler, schedule = scheduler_of(llm), scheduler_of(llm).schedule
     preempted: set[str] = set()
 
@@ -217,7 +218,7 @@ def ask_and_preempt(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list
 
 
 def ask_cold(llm: LLM, prompt: list[int], **sampling: Any) -> Answer:
-    """The answer from an empty cache."""
+    """Return the answer from an empty cache."""
     assert llm.reset_prefix_cache()
     (answer,) = ask(llm, [prompt], **sampling)
     assert answer.cached == 0

@@ -1,7 +1,7 @@
-"""The real scheduler, vLLM's real block pool and the real slot map, with a worker whose tiles hold hashes of tokens.
+"""The real scheduler, block pool and slot map, with a worker whose tiles hold hashes of tokens.
 
-No model runs: a position's content is a hash of all tokens up to it, the token that follows is a function of that
-content, and every raw row or record that a step reads must hold just what it should.
+No model runs: a position's content is a hash of all tokens up to it, the next token is a function of that
+content, and every raw row or record that a step reads must hold exactly the expected content.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def make_scheduler(
     drafts: int = 0,
     **kvarn: Any,
 ) -> KVarNScheduler | KVarNAsyncScheduler:
-    """A scheduler for blocks of `block_size` tokens; in a step, a request has at most `chunk` tokens and `drafts`."""
+    """Make a scheduler; a step has at most `chunk` tokens and `drafts` drafts per request."""
     config = copy.deepcopy(_base_config())
     config.cache_config.block_size = block_size
     config.cache_config.num_gpu_blocks = num_blocks
@@ -109,7 +109,7 @@ def make_request(
 
 
 def contents_of(tokens: list[int], known: list[int] | None = None) -> list[int]:
-    """What each position of `tokens` holds: a hash of it and all before it; `known` are the first ones."""
+    """The content of each position: a hash of its token and all earlier ones; `known` holds the first contents."""
     contents = list(known or [])
     for token in tokens[len(contents) :]:
         contents.append(hash((contents[-1] if contents else 0, token)))
@@ -126,7 +126,7 @@ def continuation(prompt: list[int], length: int) -> list[int]:
 
 
 class Worker:
-    """Does with hashes what an attention lane does with keys and values."""
+    """A worker that handles hashes as a device backend handles keys and values."""
 
     def __init__(self) -> None:
         self.slot_map = SlotMap()
@@ -174,7 +174,7 @@ class Worker:
         return starts
 
     def _sample(self, request_id: str, end: int, drafts: list[int]) -> list[int]:
-        """The token after the last sure one, and one more after each draft that is right."""
+        """Sample the token after the last one that is no draft, and one more after each accepted draft."""
         tokens, contents = self.tokens[request_id], self.contents[request_id]
         sure_end = end - len(drafts)
         assert sure_end <= len(tokens)
@@ -205,7 +205,7 @@ class Worker:
             self.record[self.blocks[request_id][tile]] = self.contents[request_id][(tile + 1) * GROUP - 1]
 
     def read(self, request_id: str, start: int, end: int) -> None:
-        """What queries at `start:end` read: their own tile raw, the first tile raw, all others from their records."""
+        """Read as queries at `start:end` do: their own and the first tile raw, all others from their records."""
         self.expect_raw(request_id, start // GROUP, start % GROUP)
         for tile in range((end - 1) // GROUP):
             block = self.blocks[request_id][tile]
@@ -214,7 +214,7 @@ class Worker:
             self.expect_raw(request_id, 0, GROUP)
 
     def expect_raw(self, request_id: str, tile: int, rows: int) -> None:
-        """The first `rows` rows of a tile are in its slot."""
+        """Assert that the first `rows` rows of a tile are in its slot."""
         if rows:
             slot = self.slot(self.blocks[request_id][tile])
             assert slot is not None, "a raw tile has no slot"
@@ -223,7 +223,7 @@ class Worker:
 
 
 class World:
-    """One scheduler and one worker, and what must hold between them after every step."""
+    """One scheduler and one worker, with the invariants checked after every step."""
 
     def __init__(self, scheduler: KVarNScheduler | KVarNAsyncScheduler, worker: Worker | None = None) -> None:
         self.scheduler = scheduler
@@ -231,14 +231,12 @@ class World:
         self.pool = scheduler.kv_cache_manager.block_pool
         self.prompts: dict[str, tuple[list[int], int]] = {}
         self.answers: dict[str, list[int]] = {}
-        self.known: dict[bytes, tuple[int, list[int]]] = {}  # block hash -> tile's place and its rows
+        self.known: dict[bytes, tuple[int, list[int]]] = {}  # block hash -> tile index and rows
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.taken: list[Any] = []
         self.submitted = self.hits = 0
         self.sound = True  # until a check fails
         evictable_blocks(self.pool)
-
-    # -- events ----------------------------------------------------------------------------------------------
 
     def submit(self, prompt: list[int], max_tokens: int, priority: int = 0) -> None:
         self.submitted += 1
@@ -267,7 +265,7 @@ class World:
         self.sound = True
 
     def draft(self, right: int) -> None:
-        """Guess what requests that decode go on with; the first `right` guesses are true."""
+        """Draft tokens for all requests that decode; the first `right` drafts are correct."""
         for request in self.scheduler.running:
             if request.num_computed_tokens + 1 == request.num_tokens:
                 future = continuation(list(request.all_token_ids), self.scheduler.num_spec_tokens)
@@ -293,7 +291,7 @@ class World:
             self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
 
     def take_blocks(self, left: int) -> None:
-        """Take all free blocks but `left`: what was cached in them is evicted, and requests may be preempted."""
+        """Take all free blocks but `left`: this evicts cached blocks, and may cause preemptions."""
         self.taken += self.pool.get_new_blocks(max(0, self.pool.get_num_free_blocks() - left))
 
     def give_blocks_back(self) -> None:
@@ -301,7 +299,7 @@ class World:
         self.taken = []
 
     def evict(self, place: int) -> None:
-        """Take one cached block out of the prefix cache, as a connector or an operator may."""
+        """Evict one block from the prefix cache, as a connector or an operator may."""
         cached = [block.block_id for block in self.pool.blocks if block.block_hash is not None]
         if cached:
             self.pool.evict_blocks({cached[place % len(cached)]})
@@ -311,7 +309,7 @@ class World:
         self.scheduler.reset_prefix_cache(reset_running_requests=with_running)
 
     def drain(self) -> None:
-        """Let everything finish, and see that nothing stays allocated."""
+        """Run until all requests finish, and assert that nothing stays allocated."""
         self.give_blocks_back()
         for _ in range(2000):
             if not self.prompts:
@@ -326,8 +324,6 @@ class World:
         assert self.scheduler.slots.num_free == self.scheduler.slots.num_slots
         assert not self.worker.slot_map._slot_of
         assert not getattr(self.scheduler, "_entries", None)
-
-    # -- what must hold --------------------------------------------------------------------------------------
 
     def _learn_hashes(self) -> None:
         for request in self.scheduler.requests.values():
@@ -346,7 +342,7 @@ class World:
         assert evictable_blocks(self.pool) == evictable
 
     def _check_cached_blocks(self) -> None:
-        """Whatever the prefix cache may give to the next request has its record, and a first tile its raw rows."""
+        """Every cached block has its record, and every cached first tile also its raw rows."""
         for block in self.pool.blocks:
             if block.block_hash is None:
                 continue
@@ -358,13 +354,11 @@ class World:
                 assert self.worker.raw[slot] == rows, "a sink slot holds something else"
 
     def _check_tails(self) -> None:
-        """A running request's unfilled tile is raw in its slot, scheduled or not, and no tile it passed is."""
+        """A running request's unfilled tile has a slot with its raw rows, scheduled or not; passed tiles have none."""
         for request in self.scheduler.running:
             computed = request.num_computed_tokens
             tails = self.scheduler.slots._tails_of.get(request.request_id, ())
-            assert all(tile >= computed // GROUP - 1 for tile in tails), (
-                "a tile that was passed keeps its slot"
-            )
+            assert all(tile >= computed // GROUP - 1 for tile in tails), "a passed tile keeps its slot"
             contents = self.worker.contents.get(request.request_id)
             if contents is not None and computed and len(contents) >= computed:
                 self.worker.expect_raw(request.request_id, computed // GROUP, computed % GROUP)
@@ -375,5 +369,5 @@ class World:
         assert all(0 <= slot < table.num_slots for slot in slots.values())
         assert table._slot_of == slots, "the worker's slots differ from the scheduler's"
         used = table.num_tails + table.num_live_sinks + table.num_idle_sinks
-        assert used == len(slots), "a slot belongs to nobody, or to two"
+        assert used == len(slots), "a slot has no owner, or two"
         assert used + table.num_free == table.num_slots, "a slot is lost"

@@ -1,4 +1,4 @@
-"""Counts the blocks of vLLM's pool that hold a cached prefix nobody uses, without a scan of the pool on every read."""
+"""Evictable blocks of a pool, counted without a scan of the pool on every read."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 class EvictableBlocks:
-    """Follows one pool: blocks with a hash and no user. Counted once over the whole pool, then kept up to date.
+    """A running count of one pool's blocks that have a hash and no user.
 
-    It wraps the pool's methods that change a block's users or hash.
+    Scans the pool once, then wraps the pool's methods that change a block's users or hash.
     """
 
     def __init__(self, pool: BlockPool) -> None:
@@ -48,7 +48,7 @@ class EvictableBlocks:
 
 
 def evictable_blocks(pool: Any) -> int:
-    """Blocks of `pool` that hold a cached prefix nobody uses; the first call scans the pool."""
+    """Number of `pool`'s blocks that hold a cached prefix without users; the first call scans the pool."""
     counter: EvictableBlocks | None = getattr(pool, "kvarn_evictable", None)
     if counter is None:
         counter = pool.kvarn_evictable = EvictableBlocks(pool)

@@ -1,4 +1,4 @@
-"""The cache dtypes that vLLM itself knows."""
+"""vLLM's own cache dtypes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import get_args
 
 
 def stock_cache_dtypes() -> tuple[str, ...]:
-    """Names that `--kv-cache-dtype` takes, presets included once the plugin is registered; imports vLLM."""
+    """Values of `--kv-cache-dtype`, including presets once the plugin is registered; imports vLLM."""
     from vllm.config.cache import CacheDType
 
     return get_args(CacheDType)

@@ -1,4 +1,4 @@
-"""What enters and leaves one engine's prefix cache, read from the engine core."""
+"""Changes of one engine's prefix cache, read from the engine core."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ CACHE_EVENTS_METHOD = "kvarn_cache_events"
 class CacheEvent:
     """One change of the prefix cache, in vLLM's block hashes.
 
-    `stored` blocks follow one another after the block `parent`, or from the start of a prompt if that is None, and
-    hold `token_ids` in equal parts; `adapter` and `salt` keep prefixes apart. A hash that several blocks bear is
-    stored and removed once for each. `cleared` means that nothing is left.
+    `stored` blocks form a chain that continues the block `parent`, or starts a prompt if `parent` is None,
+    and hold `token_ids` in equal parts; `adapter` and `salt` keep prefixes apart. A hash shared by several
+    blocks is stored and removed once per block. `cleared` means that the cache is empty.
     """
 
     stored: list[int] = field(default_factory=list)
@@ -32,7 +32,7 @@ class CacheEvent:
 
 
 class _EventLog:
-    """Takes the place of vLLM's event publisher and keeps events until they are asked for: no socket, no loss."""
+    """A replacement for vLLM's event publisher that keeps events until they are read: no socket, no loss."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
@@ -41,53 +41,51 @@ class _EventLog:
         self.events += batch.events
 
     def get_publisher_config(self) -> None:
-        """vLLM tells data-parallel peers where to listen; there is nowhere."""
+        """No address for data-parallel peers to listen on."""
 
     def shutdown(self) -> None:
         """Nothing to close."""
 
 
 def cache_events(core: EngineCore) -> list[tuple[Any, ...]]:
-    """The fields of the `CacheEvent`s since the last call; the first call starts the log."""
+    """Return the fields of each `CacheEvent` since the last call; the first call starts the log."""
     scheduler = core.scheduler
     log = scheduler.kv_event_publisher
     if not isinstance(log, _EventLog):
         log.shutdown()
         log = scheduler.kv_event_publisher = _EventLog()
     events, log.events = log.events, []
-    events += scheduler.kv_cache_manager.take_events() or ()  # what came outside a step, such as a reset
-    return [_fields(event, scheduler) for event in events if not getattr(event, "group_idx", None)]
+    events += scheduler.kv_cache_manager.take_events() or ()  # from outside a step, such as a reset
+    changes = [_change(event, scheduler) for event in events if not getattr(event, "group_idx", None)]
+    return [tuple(vars(change).values()) for change in changes]  # astuple would copy every token id
 
 
 async def read_cache_events(engine: AsyncLLM) -> list[CacheEvent]:
-    """Ask `engine`'s core process for what changed in its prefix cache; needs KV cache events enabled there."""
+    """Ask `engine`'s core process for the changes of its prefix cache; KV cache events must be enabled there."""
     return [
         CacheEvent(*values) for values in await engine.engine_core.call_utility_async(CACHE_EVENTS_METHOD)
     ]
 
 
-def _fields(event: Any, scheduler: Scheduler) -> tuple[Any, ...]:
-    """Events are told apart by name, as their fields differ between versions of vLLM."""
+def _change(event: Any, scheduler: Scheduler) -> CacheEvent:
+    """Convert one of vLLM's events, identified by its class name: the fields differ between versions."""
     kind = type(event).__name__
     if kind == "BlockRemoved":
-        return [], None, [], "", "", list(event.block_hashes), False
+        return CacheEvent(removed=list(event.block_hashes))
     if kind == "BlockStored" and event.block_size == scheduler.block_size:
         adapter = event.lora_name or ""
-        salt = _salt(event, adapter)
-        return (
-            list(event.block_hashes),
-            event.parent_block_hash,
-            list(event.token_ids),
-            adapter,
-            salt,
-            [],
-            False,
+        return CacheEvent(
+            stored=list(event.block_hashes),
+            parent=event.parent_block_hash,
+            token_ids=list(event.token_ids),
+            adapter=adapter,
+            salt=_salt(event, adapter),
         )
-    return [], None, [], "", "", [], kind == "AllBlocksCleared"
+    return CacheEvent(cleared=kind == "AllBlocksCleared")
 
 
 def _salt(event: Any, adapter: str) -> str:
-    """vLLM puts a request's salt last among the extra keys of its first block."""
+    """The request's salt: vLLM puts it last among the extra keys of a prompt's first block."""
     first = (event.extra_keys or [None])[0] or ()
     keys = [key for key in first if isinstance(key, str) and key != adapter]
     return keys[-1] if keys and event.parent_block_hash is None else ""

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 def make_detokenizer(
     tokenizer: Any, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
 ) -> IncrementalDetokenizer:
-    """The detokenizer an engine would use for a request.
+    """Make the detokenizer that an engine would use for a request.
 
     Args:
         tokenizer: the engine's.
         request_id: names the request in vLLM's log.
         prompt_token_ids: the prompt.
-        params: with the stop strings and `min_tokens` that it applies.
+        params: provides the stop strings and `min_tokens`.
     """
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 

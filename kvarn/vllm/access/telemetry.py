@@ -1,4 +1,4 @@
-"""What one engine's KV cache holds and can still take, read from the engine core."""
+"""Contents and free capacity of one engine's KV cache, read from the engine core."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ CACHE_STATE_METHOD = "kvarn_cache_state"
 
 @dataclass(frozen=True)
 class CacheState:
-    """One engine's cache at one moment.
+    """A snapshot of one engine's cache.
 
     A block holds one tile of `tile_tokens` tokens for every layer and KV head. Counts are blocks, slots,
     requests or tokens as named; `bytes_per_tile` is bytes of one block over all layers and heads of one rank.
     `free_blocks` hold nothing; `evictable_blocks` hold cached prefixes that no running request uses;
     `used_blocks` belong to running requests; the three sum to `total_blocks`. Slots are fp16 tiles of the
-    side pool: a tail slot per tile being filled, a sink slot per first tile; both draw on `slots_total`. Of the
-    `waiting_requests`, those wait `for_slots` and `for_blocks` that stand behind one which lacked these in the last
-    step, and `for_prefix` those held back behind one that computes their prefix; the rest wait for their turn.
+    side pool: a tail slot per tile being filled, a sink slot per first tile; both draw on `slots_total`. Of
+    the `waiting_requests`, `for_slots` and `for_blocks` count the requests queued behind one that lacked
+    these in the last step, and `for_prefix` the requests held back while another computes their prefix; the
+    rest wait their turn.
     """
 
     cache_dtype: str
@@ -51,7 +52,7 @@ class CacheState:
 
 
 def cache_state(core: EngineCore) -> dict[str, int | str]:
-    """The `CacheState` of an engine core as a dict that crosses its process boundary."""
+    """The `CacheState` of an engine core, as a dict that can cross its process boundary."""
     scheduler = core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
     groups = scheduler.kv_cache_config.kv_cache_groups
@@ -85,7 +86,7 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
 
 
 def waiting_by_reason(scheduler: Any, waiting: int) -> dict[str, int]:
-    """The `waiting_for_*` counts of a scheduler in which `waiting` requests wait; vLLM's own gives no reasons."""
+    """The `waiting_for_*` counts of a scheduler with `waiting` queued requests; empty for vLLM's own scheduler."""
     counts = getattr(scheduler, "wait_counts", None)
     if counts is None:
         return {}

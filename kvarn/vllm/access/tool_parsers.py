@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def find_tool_parser(name: str) -> type[ToolParser]:
-    """The class of a tool parser; importing vLLM's takes seconds.
+    """Return the class of a tool parser; importing vLLM's parsers takes seconds.
 
     Raises:
-        ValueError: vLLM has no parser of this name; the message lists those it has.
+        ValueError: vLLM has no parser of this name; the message lists the known names.
     """
     from vllm.tool_parsers import ToolParserManager
 
@@ -26,7 +26,7 @@ def find_tool_parser(name: str) -> type[ToolParser]:
 
 
 class StreamedToolCalls:
-    """Finds the tool calls in one streamed output.
+    """Parser of the tool calls in one streamed output.
 
     Args:
         parser_class: from `find_tool_parser`.
@@ -46,7 +46,7 @@ class StreamedToolCalls:
         self._token_ids: list[int] = []
 
     def feed(self, text: str, token_ids: Sequence[int]) -> DeltaMessage | None:
-        """Content and parts of calls that the next piece of the output adds; None for nothing yet."""
+        """Return the content and the parts of calls that the next piece of the output adds; None if it adds none."""
         text_before, ids_before = self._text, list(self._token_ids)
         self._text += text
         self._token_ids += token_ids

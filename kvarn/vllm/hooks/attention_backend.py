@@ -1,4 +1,4 @@
-"""Gives layers with a quantized cache our attention backend, and every other layer vLLM's choice."""
+"""Selects our attention backend for layers with a quantized cache; vLLM selects it for every other layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvarn.vllm.hooks import Hook
 
 
 def install() -> None:
-    """Wrap the selector, which sees each layer's own cache dtype; platform lists know no outside backend."""
+    """Wrap the selector, which sees each layer's own cache dtype; platform lists have no external backends."""
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -30,10 +30,10 @@ def install() -> None:
 
 
 def _refuse_unsupported(backend: Any, layer: Any) -> None:
-    """Ask of our backend what vLLM's own choice asks of its backends.
+    """Validate our backend for a layer as vLLM's selector validates its own backends.
 
     Raises:
-        ValueError: the layer needs what the cache does not have.
+        ValueError: the layer needs a feature that the cache does not have.
     """
     from vllm.platforms import current_platform
 

@@ -1,4 +1,4 @@
-"""Makes the preset names values of vLLM's `kv_cache_dtype`."""
+"""Adds the preset names to the values of vLLM's `kv_cache_dtype`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvarn.vllm.hooks import Hook
 
 
 def install() -> None:
-    """Extend the literal type every importer shares, and rebuild the config that validates against it."""
+    """Extend the literal type that every importer shares, and rebuild the config that validates against it."""
     from pydantic.dataclasses import rebuild_dataclass
     from vllm.config import cache
     from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE

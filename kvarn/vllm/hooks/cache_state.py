@@ -1,4 +1,4 @@
-"""Lets the engine's front end ask its core process for the state of the cache."""
+"""Adds a utility method that returns the state of the cache from the engine's core process."""
 
 from __future__ import annotations
 

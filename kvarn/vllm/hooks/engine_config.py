@@ -1,4 +1,4 @@
-"""Sets what the quantized cache needs of an engine's configuration and refuses what it does not support."""
+"""Sets the engine configuration that the quantized cache needs, and refuses what the cache does not support."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFAULT_MAX_NUM_SEQS = 64
 
 
 def install() -> None:
-    """Wrap the one place where an engine's arguments become its configuration."""
+    """Wrap the single place where an engine's arguments become its configuration."""
     from vllm.engine.arg_utils import EngineArgs
 
     stock_create = EngineArgs.create_engine_config
@@ -37,7 +37,7 @@ def install() -> None:
 
 
 def install_refusal(error: HookError) -> None:
-    """Make an engine that asks for a preset fail with `error`, on a vLLM some hook does not fit."""
+    """Make engines with a preset fail with `error`, on a vLLM that some hook does not fit."""
     from vllm.engine.arg_utils import EngineArgs
 
     stock_create = EngineArgs.create_engine_config
@@ -52,7 +52,7 @@ def install_refusal(error: HookError) -> None:
 
 
 def names_preset(kv_cache_dtype: str) -> bool:
-    """Whether a cache dtype is meant for us, so that a misspelt preset gets our error and not vLLM's."""
+    """Whether a cache dtype is meant as a preset: a misspelled one gets our error and not vLLM's."""
     return kv_cache_dtype.startswith("kvarn")
 
 
@@ -74,7 +74,7 @@ def _refuse_unsupported(config: Any, preset: Preset) -> None:
 
 
 def _problems(config: Any, preset: Preset) -> Iterator[str]:
-    """What of `config` the cache cannot serve, each the end of a sentence that says what to change."""
+    """Yield each unsupported part of `config` as the end of a sentence that says what to change."""
     from vllm import envs
 
     from kvarn.vllm.backend import device_backend
@@ -87,13 +87,13 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
     if model.use_mla:
         yield f"does not support multi-head latent attention; {use_auto}"
     if model.is_hybrid or model.is_attention_free:
-        yield f"needs every layer to be full attention, and this model has others; {use_auto}"
+        yield f"needs every layer to be full attention, and this model has other layers; {use_auto}"
     if model.get_sliding_window() is not None or _has_local_layers(model):
         yield f"does not support sliding-window attention; {use_auto}"
     if model.is_mm_prefix_lm:
         yield f"attends to earlier tokens only, and this model's images also to later ones; {use_auto}"
-    if (heads := _heads_per_kv_head(config)) > (most := device_backend().layer.max_heads_per_kv_head):
-        yield f"serves at most {most} query heads to a KV head, and this model has {heads}; {use_auto}"
+    if (heads := _heads_per_kv_head(config)) > (limit := device_backend().layer.max_heads_per_kv_head):
+        yield f"serves at most {limit} query heads per KV head, and this model has {heads}; {use_auto}"
     try:
         TileLayout(preset, model.get_head_size())
     except ValueError as error:
@@ -109,19 +109,19 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         )
     if config.num_speculative_tokens >= MAX_QUERIES:
         yield (
-            f"decodes at most {MAX_QUERIES} tokens of a request in a step; set speculative_config's "
+            f"decodes at most {MAX_QUERIES} tokens per request and step; set speculative_config's "
             f"num_speculative_tokens to {MAX_QUERIES - 1} or less."
         )
     if 0 < config.scheduler_config.long_prefill_token_threshold <= config.num_speculative_tokens:
         # vLLM pads a new request's step with drafts, then cuts the step to the threshold, but not the drafts.
         yield (
-            "needs room for a token and its drafts in a step; raise long_prefill_token_threshold from "
+            "needs one step to hold a token and its drafts; raise long_prefill_token_threshold from "
             f"{config.scheduler_config.long_prefill_token_threshold} to {config.num_speculative_tokens + 1} or more."
         )
     if model.enable_sleep_mode:
         yield "keeps raw tiles outside the memory that vLLM restores; leave enable_sleep_mode out."
     if envs.VLLM_BATCH_INVARIANT:
-        yield "does not add up in the same order in every batch; leave VLLM_BATCH_INVARIANT out."
+        yield "does not sum in the same order in every batch; leave VLLM_BATCH_INVARIANT out."
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "does not support context parallelism; use tensor_parallel_size instead."
     if parallel.pipeline_parallel_size > 1:
@@ -173,7 +173,7 @@ def _log_limits(config: Any) -> None:
     slots, one_slot = side_pool_slots(config), slot_bytes(config)
     init_logger(__name__).info(
         "KV cache %s keeps the tiles being filled and the first tiles of its sequences raw: %d slots of %.1f MiB, "
-        "%.0f MiB a rank, for up to %d sequences. max_num_seqs, kvarn.retained_sinks and kvarn.side_pool_gib "
+        "%.0f MiB per rank, for up to %d sequences. max_num_seqs, kvarn.retained_sinks and kvarn.side_pool_gib "
         "change that.",
         config.cache_config.cache_dtype,
         slots,

@@ -1,4 +1,4 @@
-"""Lets the engine's front end ask its core process for what enters and leaves the prefix cache."""
+"""Adds a utility method that returns the prefix cache's changes from the engine's core process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tells vLLM's memory accounting how large a tile record is."""
+"""Passes the size of a tile record to vLLM's memory accounting."""
 
 from __future__ import annotations
 

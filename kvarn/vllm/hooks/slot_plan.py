@@ -1,4 +1,4 @@
-"""Hands each step's slot plan, which travels in SchedulerOutput, to the worker's slot map."""
+"""Passes each step's slot plan, which SchedulerOutput carries, to the worker's slot map."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvarn.vllm.hooks import Hook
 
 
 def install() -> None:
-    """Wrap the worker's step, from which the CPU worker's derives too."""
+    """Wrap the worker's step, which the CPU worker inherits."""
     from vllm.v1.worker.gpu_worker import Worker
 
     from kvarn.vllm.slot_map import find_slot_map

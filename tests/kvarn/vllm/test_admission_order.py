@@ -1,4 +1,4 @@
-"""The order of admission: what goes first, and that nothing waits for ever."""
+"""Admission order: the sort keys, and the bound on overtaking."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_cached_tile_behind_one_that_is_not_does_not_count() -> None:
     assert order_of([waiting(0, "x"), waiting(1, "a", "b")], {"b"}) == [0, 1]
 
 
-def test_requests_that_share_their_next_tile_stand_together_at_the_place_of_the_oldest() -> None:
+def test_requests_that_share_their_next_tile_are_adjacent_at_the_place_of_the_oldest() -> None:
     entries = [waiting(0, "a"), waiting(1, "b"), waiting(2, "a"), waiting(3, "b"), waiting(4, "a")]
     assert order_of(entries, set()) == [0, 2, 4, 1, 3]
 
@@ -66,10 +66,10 @@ def test_an_evicted_tile_shortens_what_was_found_before(gone: str) -> None:
     st.integers(0, 5),
     st.integers(1, 3),
 )
-def test_nobody_is_overtaken_more_often_than_allowed(
+def test_no_request_is_overtaken_more_often_than_allowed(
     arrivals: list[tuple[int, int]], max_overtakes: int, batch: int
 ) -> None:
-    """Each round some requests arrive and the first `batch` in order are admitted."""
+    """In each round some requests arrive and the first `batch` in order are admitted."""
     order = PrefixOrder({0, 1}.__contains__, max_overtakes)
     queue: list[WaitingRequest] = []
     for arrival, (key, count) in enumerate(arrivals):
@@ -88,6 +88,6 @@ def test_requests_wait_for_the_one_that_computes_their_next_tile() -> None:
         False,
         False,
     ]
-    first.cached = sharer.cached = 1  # its first tile is computed, the next comes in the next step
+    first.cached = sharer.cached = 1  # its first tile is computed, the next one follows in the next step
     assert hold_sharers([sharer, other], {"b", "c"}, lambda entry: False, step_tiles=1) == [True, False]
     assert hold_sharers([sharer, other], {"b", "c"}, lambda entry: True, step_tiles=1) == [False, False]

@@ -1,4 +1,4 @@
-"""What the plugin accepts, sets and refuses when an engine is configured; no engine is started."""
+"""Engine configurations that the plugin accepts, completes or refuses, and its hooks; no engine is started."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import KVTransferConfig, VllmConfig
+from vllm.distributed.kv_events import BlockRemoved
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.attention import selector
+from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_coordinator import UnitaryKVCacheCoordinator
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.request import Request
 
 from kvarn.presets import PRESETS
 from kvarn.vllm import backend, plugin
@@ -20,12 +28,13 @@ from kvarn.vllm.cache_settings import side_pool_slots
 from kvarn.vllm.hooks import HookError, engine_config
 from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
 from tests.support.engines import use_triton_backend
+from tests.support.scheduling import make_scheduler
 
 PRESET = "kvarn_k4v2_g128"
 
 
 def write_config(directory: Path, **changes: Any) -> Path:
-    """A model directory with nothing but a Llama's config.json, changed as told."""
+    """Write a model directory that holds only a Llama's config.json with `changes`."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -61,7 +70,7 @@ def test_block_size_defaults_to_the_group(model: Path, preset: Any) -> None:
     assert config.cache_config.cache_dtype == preset.name
 
 
-def test_scheduler_is_chosen_and_an_own_one_is_kept(model: Path) -> None:
+def test_scheduler_is_chosen_and_a_custom_one_is_kept(model: Path) -> None:
     assert configure(model).scheduler_config.scheduler_cls is KVarNScheduler
     own = configure(model, scheduler_cls=KVarNAsyncScheduler)
     assert own.scheduler_config.scheduler_cls is KVarNAsyncScheduler
@@ -79,7 +88,7 @@ def test_side_pool_follows_max_num_seqs_and_the_setting(model: Path) -> None:
     assert side_pool_slots(configure(model, max_num_seqs=10, additional_config=settings)) == 25
 
 
-def test_side_pool_keeps_to_its_memory_cap(model: Path) -> None:
+def test_side_pool_stays_within_its_memory_cap(model: Path) -> None:
     slot_bytes = 2 * 2 * 2 * 2 * 128 * 64  # keys and values, fp16, layers, heads, tokens, channels
     settings = {"kvarn": {"side_pool_gib": 7.5 * slot_bytes / 2**30}}
     assert side_pool_slots(configure(model, max_num_seqs=10, additional_config=settings)) == 7
@@ -87,7 +96,7 @@ def test_side_pool_keeps_to_its_memory_cap(model: Path) -> None:
 
 def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pytest.LogCaptureFixture) -> None:
     configure(model, max_num_seqs=10)
-    assert "30 slots of 0.1 MiB, 4 MiB a rank" in caplog_vllm.text
+    assert "30 slots of 0.1 MiB, 4 MiB per rank" in caplog_vllm.text
     assert "max_num_seqs, kvarn.retained_sinks and kvarn.side_pool_gib change that" in caplog_vllm.text
 
 
@@ -221,13 +230,13 @@ def test_unsupported_models_are_refused(tmp_path: Path, changes: dict[str, Any],
         configure(model)
 
 
-def test_many_query_heads_to_a_kv_head_are_refused_on_a_gpu(
+def test_many_query_heads_per_kv_head_are_refused_on_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_config(tmp_path, num_attention_heads=32, num_key_value_heads=1)
     configure(model)
     use_triton_backend(monkeypatch)
-    with pytest.raises(ValueError, match="at most 16 query heads to a KV head, and this model has 32"):
+    with pytest.raises(ValueError, match="at most 16 query heads per KV head, and this model has 32"):
         configure(model)
 
 
@@ -267,11 +276,7 @@ def test_every_hook_fits_this_vllm() -> None:
     assert [status.detail for status in plugin.hook_report()] == [""] * len(plugin.HOOKS)
 
 
-def test_a_missing_target_refuses_presets_and_nothing_else(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm.v1.core.block_pool import BlockPool
-
+def test_a_missing_target_refuses_presets_only(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "_registered", False)
     monkeypatch.setattr(EngineArgs, "create_engine_config", EngineArgs.create_engine_config.__wrapped__)
     monkeypatch.delattr(BlockPool, "evict_blocks")
@@ -281,6 +286,55 @@ def test_a_missing_target_refuses_presets_and_nothing_else(
     ):
         configure(model)
     assert configure(model, kv_cache_dtype="auto").cache_config.cache_dtype == "auto"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (KVCacheManager, "prefix_cache_lookup_enabled"),
+        (BlockPool, "touch"),
+        (AttentionMetadataBuilder, "_init_reorder_batch_threshold"),
+        (AsyncMPClient, "call_utility_async"),
+        (BlockRemoved, "block_hashes"),
+    ],
+)
+def test_the_doctor_reports_a_missing_private_name(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
+    monkeypatch.delattr(owner, name)
+    broken = [status for status in plugin.hook_report() if not status.ok]
+    assert [status.detail.partition(":")[2] for status in broken] == [f"{owner.__name__}.{name} is missing"]
+
+
+def test_the_doctor_reports_a_missing_dataclass_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(CommonAttentionMetadata.__dataclass_fields__, "query_start_loc_cpu")
+    (broken,) = [status for status in plugin.hook_report() if not status.ok]
+    assert broken.detail.endswith("CommonAttentionMetadata.query_start_loc_cpu is missing")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Scheduler, "_pause_state"),
+        (Scheduler, "kv_event_publisher"),
+        (UnitaryKVCacheCoordinator, "single_type_managers"),
+        (SingleTypeKVCacheManager, "req_to_blocks"),
+        (BlockPool, "cached_block_hash_to_block"),
+        (Request, "is_prefill_chunk"),
+    ],
+)
+def test_a_scheduler_refuses_a_vllm_whose_objects_lack_a_private_name(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
+    stock_init = owner.__init__
+
+    def init_without_name(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock_init(self, *args, **kwargs)
+        delattr(self, name)
+
+    monkeypatch.setattr(owner, "__init__", init_without_name)
+    with pytest.raises(HookError, match=rf"'private names'.*\b{name} is missing; install .*0\.27\.1"):
+        make_scheduler(num_blocks=8, max_running=1)
 
 
 def test_without_even_the_refusal_registering_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +351,7 @@ def test_without_even_the_refusal_registering_fails(monkeypatch: pytest.MonkeyPa
 def caplog_vllm(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> pytest.LogCaptureFixture:
-    """caplog for vLLM's loggers, which do not propagate."""
+    """`caplog` for vLLM's loggers, which do not propagate by default."""
     import logging
 
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)

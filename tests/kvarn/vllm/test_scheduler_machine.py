@@ -1,9 +1,9 @@
-"""Any order of events over the real scheduler: no content is lost, mixed up or leaked, and every answer is right."""
+"""Random events over the real scheduler: no content is lost, mixed up or leaked, and every answer is correct."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +25,8 @@ from kvarn.vllm.slots import ScheduledTokens, SlotPlan, SlotTable
 from tests.support.scheduling import GROUP, VOCABULARY, Worker, World, make_scheduler
 
 MAX_REQUESTS = 10
-EVENTS = 60  # of one example
-logging.getLogger("vllm").setLevel(logging.ERROR)  # it tells of every reset of the cache
+EVENTS = 60  # per example
+logging.getLogger("vllm").setLevel(logging.ERROR)  # it logs every reset of the cache
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -44,14 +44,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         order=st.sampled_from(["prefix", "prefix", "fcfs"]),
         max_overtakes=st.sampled_from([0, 2, 100]),
         expected_output_tokens=st.sampled_from([None, 1]),
-        drafts=st.sampled_from(
-            [0, 1, GROUP - 1]
-        ),  # as really: a step's tokens of a request touch two tiles at most
+        # As in a real engine, a request's tokens in a step touch at most two tiles.
+        drafts=st.sampled_from([0, 1, GROUP - 1]),
     )
     def start(self, drafts: int, **settings: Any) -> None:
-        if settings["asynchronous"]:  # drafts from the prompt are not
+        if settings["asynchronous"]:  # ngram drafts are synchronous
             drafts = 0
-        if settings["chunk"]:  # an engine refuses more
+        if settings["chunk"]:  # an engine refuses more drafts
             drafts = min(drafts, settings["chunk"] - 1)
         self.world = World(make_scheduler(drafts=drafts, **settings))
 
@@ -125,7 +124,7 @@ def run_machine(examples: int) -> None:
 
 
 def test_no_order_of_events_breaks_the_cache(long_mode: bool) -> None:
-    """20 400 events, and over a million in the long mode."""
+    """Runs 20,400 events, or over a million in the long mode."""
     run_machine(examples=17_000 if long_mode else 340)
 
 
@@ -196,7 +195,7 @@ def keep_tiles_that_were_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SlotTable, "_pass_tiles", lambda self, tokens, plan: None)
 
 
-def take_drafts_for_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+def take_drafts_as_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ScheduledTokens, "sure_end", property(lambda self: self.end))
 
 
@@ -204,9 +203,11 @@ def keep_the_sink_of_an_evicted_block(monkeypatch: pytest.MonkeyPatch) -> None:
     step = SlotTable.step
 
     def mutant(self: SlotTable, scheduled: Any, departed: Any, block_hash: Any, evict: Any) -> SlotPlan:
-        return step(
-            self, scheduled, departed, lambda block: self._sink_hash.get(block, block_hash(block)), evict
-        )
+        def stale_hash(block: int) -> Hashable | None:
+            sink = self._live.get(block) or self._idle.get(block)
+            return block_hash(block) if sink is None or sink.block_hash is None else sink.block_hash
+
+        return step(self, scheduled, departed, stale_hash, evict)
 
     monkeypatch.setattr(SlotTable, "step", mutant)
 
@@ -241,7 +242,7 @@ def admit_without_asking_for_slots(monkeypatch: pytest.MonkeyPatch) -> None:
         forget_the_first_tiles_slot,
         count_a_tile_full_one_token_early,
         keep_tiles_that_were_passed,
-        take_drafts_for_sure,
+        take_drafts_as_accepted,
         keep_the_sink_of_an_evicted_block,
         drop_a_sink_but_not_its_cached_block,
         keep_a_cached_block_whose_hash_came_late,
@@ -251,14 +252,14 @@ def admit_without_asking_for_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_machine_catches(
     monkeypatch: pytest.MonkeyPatch, mutate: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    """The rarest is caught once in some 200 examples, and the first that catches it is the last."""
+    """The rarest mutant fails about one in 200 examples; the run stops at the first failure."""
     mutate(monkeypatch)
     with pytest.raises((AssertionError, KeyError, StopIteration)):
         run_machine(examples=6000)
 
 
 def test_a_tile_scheduled_and_then_preempted_in_one_step_is_not_cached() -> None:
-    """vLLM's priority policy takes a step back from a request whose tiles it has already hashed."""
+    """vLLM's priority policy may preempt a request in the step in which it hashed the request's tiles."""
     world = World(make_scheduler(40, 4, policy="priority", chunk=6, expected_output_tokens=1))
     world.submit([7] * 40, max_tokens=2, priority=2)
     world.step()
@@ -266,7 +267,7 @@ def test_a_tile_scheduled_and_then_preempted_in_one_step_is_not_cached() -> None
     world.step()
     world.step()
     world.take_blocks(left=1)
-    world.step()  # the first request takes the last block, and the second one, more important, takes it back
+    world.step()  # the first request takes the last block; the second one has priority and preempts it
     assert world.scheduler.preemptions == 1
     world.drain()
 
@@ -285,7 +286,7 @@ def test_drafts_past_the_end_of_an_answer_have_their_slots() -> None:
 
 
 def waiting_after_a_step(prompts: list[list[int]], **settings: Any) -> dict[str, int]:
-    """What a scheduler's requests wait for after the step that admits the first of them."""
+    """Wait counts of a scheduler after the step that admits the first request."""
     scheduler = make_scheduler(**{"num_blocks": 64, "max_running": 8, **settings})
     world = World(scheduler)
     for prompt in prompts:
@@ -301,7 +302,7 @@ def waiting_after_a_step(prompts: list[list[int]], **settings: Any) -> dict[str,
 DIFFERENT = [[number % VOCABULARY, number // VOCABULARY] * 5 for number in range(3)]
 
 
-def test_it_is_told_what_requests_wait_for() -> None:
+def test_wait_reasons_are_reported() -> None:
     one_request = 4 * slot_bytes(make_scheduler(64, 8).vllm_config) / GIB
     after = waiting_after_a_step
     assert after(DIFFERENT) == {"waiting": 0}
@@ -312,10 +313,10 @@ def test_it_is_told_what_requests_wait_for() -> None:
 
 
 def test_a_request_that_waits_for_a_prefix_is_overtaken_no_more_often_than_allowed() -> None:
-    """More requests wait than the order looks at."""
+    """More requests wait than the order's window holds."""
     scheduler = make_scheduler(4000, max_running=3, chunk=GROUP, window=4, max_overtakes=2)
     world = World(scheduler)
-    for _ in range(3):  # the last shares what the others compute, and is held
+    for _ in range(3):  # the last one shares what the others compute, and is held
         world.submit([0] * 40, max_tokens=3)
         world.step()
     (held,) = scheduler.waiting

@@ -1,4 +1,4 @@
-"""A worker's slot map: what the scheduler's plans leave in it, on the host and on the device."""
+"""A worker's slot map after the scheduler's plans, on the host and on the device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvarn.vllm.scheduler import SLOT_PLAN
 from kvarn.vllm.slot_map import NO_SLOT, SlotMap
-from kvarn.vllm.slots import SlotPlan
+from kvarn.vllm.slots import SLOT_PLAN, SlotPlan
 
 CPU = torch.device("cpu")
 
@@ -29,12 +28,12 @@ def test_the_device_follows_the_plans() -> None:
     assert on_device(slot_map, [0, 5]) == [NO_SLOT, NO_SLOT]
     apply(slot_map, [(5, 1), (0, 2)], [])
     assert on_device(slot_map, [0, 4, 5]) == [2, NO_SLOT, 1]
-    apply(slot_map, [(900, 1)], [5])  # a slot that moves on, to a block far beyond those known
+    apply(slot_map, [(900, 1)], [5])  # the slot moves to a block far beyond the known ones
     assert on_device(slot_map, [0, 5, 900, 901]) == [2, NO_SLOT, 1, NO_SLOT]
     assert slot_map.slots(np.array([0, 5, 900])).tolist() == [2, NO_SLOT, 1]
 
 
-def test_plans_between_two_looks_add_up() -> None:
+def test_plans_between_two_reads_add_up() -> None:
     slot_map = SlotMap()
     apply(slot_map, [(3, 0)], [])
     apply(slot_map, [(3, 4)], [3])
@@ -49,7 +48,7 @@ def test_a_step_without_a_plan_changes_nothing() -> None:
     assert on_device(slot_map, [3]) == [0]
 
 
-def test_a_plan_that_was_lost_is_noticed_before_two_blocks_share_a_slot() -> None:
+def test_a_lost_plan_is_noticed_before_two_blocks_share_a_slot() -> None:
     slot_map = SlotMap()
     apply(slot_map, [(3, 0)], [])
     with pytest.raises(RuntimeError, match="Slot 0 of the side pool is taken"):

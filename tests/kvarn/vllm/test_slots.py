@@ -1,4 +1,4 @@
-"""SlotTable's own rules, one at a time; test_scheduler_machine.py drives it with the real scheduler."""
+"""Each rule of SlotTable on its own; test_scheduler_machine.py drives it with the real scheduler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ GROUP = 4
 
 
 class Worker:
-    """A SlotTable, and the slots that its plans leave to the blocks."""
+    """A SlotTable, and the block -> slot map that results from its plans."""
 
     def __init__(self, num_slots: int) -> None:
         self.table = SlotTable(num_slots, GROUP)
@@ -42,7 +42,7 @@ def test_a_filled_tail_serves_its_own_step_and_is_free_in_the_next() -> None:
     assert 2 not in worker.slot_of
 
 
-def test_a_tile_that_drafts_fill_keeps_its_slot_until_the_request_goes_on_behind_it() -> None:
+def test_a_tile_filled_by_drafts_keeps_its_slot_until_the_request_passes_it() -> None:
     worker = Worker(8)
     worker.step(ScheduledTokens("a", 0, 7, 1, [1, 2]))
     slot = worker.slot_of[2]
@@ -62,7 +62,7 @@ def test_a_tile_that_drafts_fill_keeps_its_slot_until_the_request_goes_on_behind
     assert set(worker.slot_of) == {1}, "the first tile of a cached prefix"
 
 
-def test_a_first_tile_that_only_drafts_fill_is_no_sink_to_give_up() -> None:
+def test_a_first_tile_filled_only_by_drafts_keeps_its_slot() -> None:
     worker = Worker(2)
     worker.step(ScheduledTokens("a", 0, 3, 1, [1]), ScheduledTokens("b", 0, 4, 9, [9]))
     worker.step(ScheduledTokens("a", 3, 4, 1, [1], drafts=1))
@@ -75,7 +75,7 @@ def run_once(worker: Worker, request_id: str, block: int) -> None:
     worker.step(departed=(request_id,))
 
 
-def test_the_longest_idle_of_equally_used_sinks_goes_first_and_leaves_the_prefix_cache() -> None:
+def test_of_equally_used_sinks_the_longest_idle_is_evicted_first_with_its_cached_block() -> None:
     worker = Worker(3)
     for block in (1, 2, 3):
         run_once(worker, f"r{block}", block)
@@ -94,7 +94,7 @@ def test_a_sink_that_many_requests_used_outlives_newer_ones() -> None:
     assert worker.evicted == {2, 3}
 
 
-def test_a_sink_once_hot_goes_in_the_end() -> None:
+def test_a_formerly_hot_sink_ages_out() -> None:
     worker = Worker(2)
     for request_id in "abc":
         run_once(worker, request_id, 1)
@@ -103,7 +103,7 @@ def test_a_sink_once_hot_goes_in_the_end() -> None:
     assert 1 not in worker.slot_of
 
 
-def test_a_tail_that_finds_no_slot_takes_a_running_requests_sink_and_its_cached_block() -> None:
+def test_a_tail_without_a_slot_takes_a_live_sinks_slot_and_evicts_its_cached_block() -> None:
     worker = Worker(2)
     worker.step(ScheduledTokens("a", 0, 4, 1, [1]))
     worker.step(ScheduledTokens("a", 4, 5, 1, [2]), ScheduledTokens("b", 0, 1, 3, [3]))
@@ -116,7 +116,7 @@ def test_a_tail_that_finds_no_slot_takes_a_running_requests_sink_and_its_cached_
 @pytest.mark.parametrize(
     ("total", "uncomputed", "slots"), [(4, 4, 0), (5, 4, 2), (100, 1, 1), (100, 2, 2), (100, 0, 1)]
 )
-def test_slots_a_request_may_need_beside_its_first_tile(total: int, uncomputed: int, slots: int) -> None:
+def test_tail_slots_of_a_request(total: int, uncomputed: int, slots: int) -> None:
     assert tail_slots(total, uncomputed, GROUP) == slots
 
 
@@ -131,7 +131,7 @@ def test_a_sink_shared_by_two_requests_outlives_the_first() -> None:
 
 
 def test_a_cached_block_never_outlives_a_sink_whose_hash_came_late() -> None:
-    """Under async scheduling a block that decode filled is hashed only when its output returns."""
+    """Under async scheduling, a block that decode filled is hashed only when its output returns."""
     table = SlotTable(8, GROUP)
     table.step([ScheduledTokens("a", 0, 4, 1, [1])], [], lambda block: None, lambda blocks: None)
     evicted: set[int] = set()

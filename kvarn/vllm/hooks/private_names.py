@@ -1,0 +1,133 @@
+"""vLLM's private names that the plugin reads or calls and no other hook replaces."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+from kvarn.vllm.hooks import Hook, misfit
+
+_NAME = "private names"
+
+SCHEDULER_ATTRIBUTES = (
+    "_pause_state",
+    "block_size",
+    "kv_cache_config.kv_cache_groups",
+    "kv_cache_manager.block_pool.blocks",
+    "kv_cache_manager.block_pool.cached_block_hash_to_block",
+    "kv_cache_manager.block_pool.num_gpu_blocks",
+    "kv_cache_manager.coordinator.single_type_managers",
+    "kv_event_publisher",
+    "max_model_len",
+    "max_num_running_reqs",
+    "num_spec_tokens",
+    "policy",
+    "requests",
+    "running",
+    "scheduler_config.long_prefill_token_threshold",
+    "skipped_waiting",
+    "vllm_config",
+    "waiting",
+)
+REQUEST_ATTRIBUTES = (
+    "arrival_time",
+    "block_hashes",
+    "is_prefill_chunk",
+    "max_tokens",
+    "num_computed_tokens",
+    "num_output_placeholders",
+    "num_prompt_tokens",
+    "priority",
+    "request_id",
+    "status",
+)
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Check the attributes that only instances have: a scheduler's, its block manager's and a request's.
+
+    Raises:
+        HookError: one is missing.
+    """
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    _check("Scheduler", scheduler, SCHEDULER_ATTRIBUTES)
+    for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
+        _check(type(manager).__name__, manager, ("req_to_blocks",))
+    _check("Request", Request("probe", [0], SamplingParams(max_tokens=1), None), REQUEST_ATTRIBUTES)
+
+
+def _check(owner: str, instance: Any, paths: tuple[str, ...]) -> None:
+    for path in paths:
+        try:
+            attrgetter(path)(instance)
+        except AttributeError:
+            raise misfit(_NAME, f"{owner}.{path} is missing") from None
+
+
+def install() -> None:
+    """Install nothing: these names are used as they are."""
+
+
+HOOK = Hook(
+    _NAME,
+    (
+        "vllm.config:CompilationConfig.static_forward_context",
+        "vllm.distributed.kv_events:AllBlocksCleared",
+        "vllm.distributed.kv_events:BlockRemoved.block_hashes",
+        "vllm.distributed.kv_events:BlockStored.block_hashes",
+        "vllm.distributed.kv_events:BlockStored.block_size",
+        "vllm.distributed.kv_events:BlockStored.extra_keys",
+        "vllm.distributed.kv_events:BlockStored.lora_name",
+        "vllm.distributed.kv_events:BlockStored.parent_block_hash",
+        "vllm.distributed.kv_events:BlockStored.token_ids",
+        "vllm.distributed.kv_events:KVEventBatch.events",
+        "vllm.v1.attention.backend:AttentionBackend.validate_configuration",
+        "vllm.v1.attention.backend:AttentionCGSupport.UNIFORM_BATCH",
+        "vllm.v1.attention.backend:AttentionImpl.process_weights_after_loading",
+        "vllm.v1.attention.backend:AttentionMetadataBuilder._cudagraph_support",
+        "vllm.v1.attention.backend:AttentionMetadataBuilder._init_reorder_batch_threshold",
+        "vllm.v1.attention.backend:AttentionType.DECODER",
+        "vllm.v1.attention.backend:CommonAttentionMetadata.block_table_tensor",
+        "vllm.v1.attention.backend:CommonAttentionMetadata.num_actual_tokens",
+        "vllm.v1.attention.backend:CommonAttentionMetadata.query_start_loc",
+        "vllm.v1.attention.backend:CommonAttentionMetadata.query_start_loc_cpu",
+        "vllm.v1.attention.backend:CommonAttentionMetadata.seq_lens",
+        "vllm.v1.attention.backend:CommonAttentionMetadata.seq_lens_cpu_upper_bound",
+        "vllm.v1.attention.backends.fa_utils:get_flash_attn_version",
+        "vllm.v1.core.block_pool:BlockHashToBlockMap.get_one_block",
+        "vllm.v1.core.block_pool:BlockPool.free_blocks",
+        "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks",
+        "vllm.v1.core.block_pool:BlockPool.reset_prefix_cache",
+        "vllm.v1.core.block_pool:BlockPool.touch",
+        "vllm.v1.core.kv_cache_manager:KVCacheBlocks.blocks",
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.prefix_cache_lookup_enabled",
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.take_events",
+        "vllm.v1.core.kv_cache_utils:KVCacheBlock.block_hash",
+        "vllm.v1.core.kv_cache_utils:KVCacheBlock.block_id",
+        "vllm.v1.core.kv_cache_utils:KVCacheBlock.is_null",
+        "vllm.v1.core.kv_cache_utils:KVCacheBlock.ref_cnt",
+        "vllm.v1.core.kv_cache_utils:make_block_hash_with_group_id",
+        "vllm.v1.core.sched.interface:PauseState.UNPAUSED",
+        "vllm.v1.core.sched.output:SchedulerOutput.finished_req_ids",
+        "vllm.v1.core.sched.output:SchedulerOutput.num_scheduled_tokens",
+        "vllm.v1.core.sched.output:SchedulerOutput.preempted_req_ids",
+        "vllm.v1.core.sched.output:SchedulerOutput.scheduled_spec_decode_tokens",
+        "vllm.v1.core.sched.request_queue:FCFSRequestQueue.extendleft",
+        "vllm.v1.core.sched.request_queue:FCFSRequestQueue.prepend_request",
+        "vllm.v1.core.sched.request_queue:SchedulingPolicy.PRIORITY",
+        "vllm.v1.engine.core_client:AsyncMPClient.call_utility_async",
+        "vllm.v1.engine.detokenizer:IncrementalDetokenizer.from_new_request",
+        "vllm.v1.kv_cache_interface:KVCacheGroupSpec.kv_cache_spec",
+        "vllm.v1.kv_cache_interface:KVCacheGroupSpec.layer_names",
+        "vllm.v1.kv_cache_interface:KVCacheSpec.page_size_bytes",
+        "vllm.v1.request:Request.num_output_tokens",
+        "vllm.v1.request:Request.num_tokens",
+        "vllm.v1.request:RequestStatus.FINISHED_LENGTH_CAPPED",
+        "vllm.v1.request:RequestStatus.FINISHED_STOPPED",
+        "vllm.v1.request:RequestStatus.PREEMPTED",
+        "vllm.v1.request:RequestStatus.RUNNING",
+    ),
+    install,
+)
