@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from kvarn.errors import KVarNError
 
-class ResultFileError(RuntimeError):
-    """A record cannot be written; the message says why."""
+
+class ResultFileError(KVarNError):
+    """A record cannot be written."""
 
 
 def write_results(path: Path, record: dict[str, Any]) -> None:

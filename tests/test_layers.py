@@ -54,6 +54,8 @@ PUBLIC_VLLM = {  # what may be imported of vLLM outside kvarn/vllm
 }
 # One operation, implemented once for GPUs (kvarn/kernels) and once for CPUs (kvarn/cpu).
 SIBLINGS = {"decode.py", "prefill.py"}
+# Errors by who acts on them: a user of the commands (kvarn) and a caller of the server (serve_app/request).
+ERRORS = {"errors.py"}
 
 
 def sources(*places: str) -> list[Path]:
@@ -111,4 +113,4 @@ def test_folders_stay_small() -> None:
 
 def test_file_names_are_unique() -> None:
     names = Counter(path.name for path in sources("kvarn", "serve_app") if not path.name.startswith("__"))
-    assert {name for name, count in names.items() if count > 1} == SIBLINGS
+    assert {name for name, count in names.items() if count > 1} == SIBLINGS | ERRORS

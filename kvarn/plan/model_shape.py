@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvarn.errors import KVarNError
 from kvarn.model import context_limit, read_config, resolve_model
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-class PlanError(ValueError):
-    """A plan cannot be made; the message says why."""
+class PlanError(KVarNError):
+    """A plan cannot be made."""
 
 
 @dataclass(frozen=True)
