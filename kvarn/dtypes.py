@@ -10,6 +10,11 @@ MODEL_DTYPES = ("auto", "bfloat16", "float16", "float32")
 UNQUANTIZED = "auto"  # vLLM's name for a cache in the model's own dtype
 
 
+def comma_separated(text: str) -> tuple[str, ...]:
+    """`"auto, fp8"` -> ("auto", "fp8")."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def check_model_dtype(name: str) -> None:
     """Raises ValueError unless `name` is a dtype of weights and activations."""
     if name not in MODEL_DTYPES:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,10 +18,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from kvarn.quality import tasks
 from kvarn.quality.divergence import Floats, compare, contrast, estimate, summarize
-from kvarn.quality.settings import FIRST_SCORED, REFERENCE, TILE, QualityError
-
-if TYPE_CHECKING:
-    from kvarn.quality.quality_worker import WorkerSettings
+from kvarn.quality.settings import FIRST_SCORED, REFERENCE, TILE, QualityError, WorkerSettings
 
 LOGITS_ROWS = 128  # hidden states turned into logits at a time
 FORCED = "kvarn_forced_sequence"  # of SamplingParams.extra_args

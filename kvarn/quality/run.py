@@ -16,8 +16,14 @@ from kvarn import worker
 from kvarn.environment import machine, versions
 from kvarn.model import context_limit, read_config, resolve_model
 from kvarn.quality import quality_worker
-from kvarn.quality.quality_worker import WorkerSettings
-from kvarn.quality.settings import FIRST_SCORED, REFERENCE, QualityError, QualityRun, read_text
+from kvarn.quality.settings import (
+    FIRST_SCORED,
+    REFERENCE,
+    QualityError,
+    QualityRun,
+    WorkerSettings,
+    read_text,
+)
 from kvarn.quality.tasks import GREEDY_TOKENS, RETRIEVAL_LENGTHS
 from kvarn.result_files import write_results
 

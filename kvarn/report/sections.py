@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvarn.quality import charts as quality_plot
 from kvarn.quality.differences import of_presets
 from kvarn.quality.tables import PAGE, TITLES, difference_cells, differences_title
-from kvarn.report.page import Record, chart, table
+from kvarn.report.elements import Record, chart, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
