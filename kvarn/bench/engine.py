@@ -1,31 +1,39 @@
 """Speed and capacity of vLLM with several KV cache dtypes: same model, same memory, one after another."""
 
+from __future__ import annotations
+
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 from rich.table import Table
 from rich.text import Text
+from typer import Option
 
 from kvarn import worker
 from kvarn.bench import engine_worker
-from kvarn.bench.shapes import SHAPES, write_shape
-from kvarn.dtypes import check_cache_dtype, check_model_dtype
+from kvarn.bench.bench_settings import (
+    BenchError,
+    EnforceEager,
+    ModelDtype,
+    ModelName,
+    Progress,
+    ShapeName,
+    check_at_least,
+    check_shape,
+    whole_numbers,
+)
+from kvarn.bench.shapes import model_directory
+from kvarn.dtypes import check_cache_dtype, check_model_dtype, comma_separated
 from kvarn.environment import machine, versions
-from kvarn.model import DEFAULT_MODEL, resolve_model
+from kvarn.model import DEFAULT_MODEL
 from kvarn.result_files import write_results
-
-Progress = Callable[[str, int, int], None]
-
-
-class BenchError(RuntimeError):
-    """A benchmark cannot run or did not finish; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -52,49 +60,64 @@ class Workload:
         """As the command line takes it."""
         return f"{self.requests}x{self.prompt_tokens}+{self.output_tokens}"
 
+    def __str__(self) -> str:
+        return self.label
+
 
 @dataclass(frozen=True)
 class EngineBench:
-    """What to measure.
+    """Settings of `kvarn bench engine`; names follow vLLM's engine arguments.
 
-    Attributes:
-        model: a model's name or directory, see `kvarn.model.resolve_model`; ignored where `shape` is given.
-        shape: one of `kvarn.bench.shapes.SHAPES`: a model of that shape with random weights.
-        dtype: of weights and activations, as vLLM's `dtype`.
-        kv_cache_dtypes: as vLLM's `kv_cache_dtype`; the first is what the others are compared with.
-        workloads: measured one after another in one engine.
-        repeats: measured batches of each workload, after a short one that warms up; their median counts.
-        kv_cache_memory_gib: memory given to the cache, the same for all; KVarN's side pool comes on top.
-        gpu_memory_utilization: instead, the share of a GPU that weights, side pool and cache take together.
-        max_num_seqs: most requests that run at once; None for the largest workload's.
-        max_num_batched_tokens: most tokens of one step, prefill chunks included.
-        enforce_eager: do not compile the model.
-        tensor_parallel_sizes: GPUs that an engine spans; every cache dtype is measured with each.
-        distributed_executor_backend: what runs the ranks, as vLLM's: "mp" or "ray"; None for vLLM's choice.
+    All workloads run in one engine, each after a short warm-up batch. KVarN's side pool comes on top of
+    `kv_cache_memory_gib`.
 
     Raises:
-        BenchError: a number is out of range, or a shape, dtype or executor unknown.
+        BenchError: a number is out of range, or a shape, dtype or executor is unknown.
     """
 
-    model: str = DEFAULT_MODEL
-    shape: str | None = None
-    dtype: str = "bfloat16"
-    kv_cache_dtypes: tuple[str, ...] = ("auto", "kvarn_k4v2_g128")
-    workloads: tuple[Workload, ...] = (Workload(4, 1000, 64),)
-    repeats: int = 2
-    kv_cache_memory_gib: float = 0.5
-    gpu_memory_utilization: float | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int = 2048
-    enforce_eager: bool = False
-    tensor_parallel_sizes: tuple[int, ...] = (1,)
-    distributed_executor_backend: str | None = None
+    model: ModelName = DEFAULT_MODEL
+    shape: ShapeName = None
+    dtype: ModelDtype = "bfloat16"
+    kv_cache_dtypes: Annotated[
+        tuple[str, ...],
+        Option(parser=comma_separated, help="Comma-separated cache dtypes; the first is the baseline."),
+    ] = ("auto", "kvarn_k4v2_g128")
+    workloads: Annotated[
+        tuple[Workload, ...],
+        Option(
+            parser=parse_workloads,
+            help="Comma-separated workloads, each REQUESTSxPROMPT_TOKENS+OUTPUT_TOKENS.",
+        ),
+    ] = (Workload(4, 1000, 64),)
+    repeats: Annotated[int, Option(help="Measured batches per workload; the median is reported.")] = 2
+    kv_cache_memory_gib: Annotated[float, Option(help="KV cache memory, in GiB, equal for all dtypes.")] = 0.5
+    gpu_memory_utilization: Annotated[
+        float | None,
+        Option(
+            help="Fraction of GPU memory for weights, side pool and cache together; "
+            "replaces --kv-cache-memory-gib."
+        ),
+    ] = None
+    max_num_seqs: Annotated[
+        int | None, Option(help="Maximum concurrent requests; by default those of the largest workload.")
+    ] = None
+    max_num_batched_tokens: Annotated[int, Option(help="Maximum tokens per step, prefill included.")] = 2048
+    enforce_eager: EnforceEager = False
+    tensor_parallel_sizes: Annotated[
+        tuple[int, ...],
+        Option(
+            parser=partial(whole_numbers, what="tensor parallel size", expected="numbers of GPUs, e.g. 1,2"),
+            help="Comma-separated numbers of GPUs per engine; every cache dtype runs with each.",
+        ),
+    ] = (1,)
+    distributed_executor_backend: Annotated[
+        str | None, Option(help="Executor of the ranks: mp or ray; vLLM chooses by default.")
+    ] = None
 
     def __post_init__(self) -> None:
         for name in ("repeats", "max_num_batched_tokens", "max_num_seqs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BenchError(f"{name} is {value}: give a number of at least 1")
+            if (value := getattr(self, name)) is not None:
+                check_at_least(name, value, 1)
         if not self.kv_cache_memory_gib > 0:
             raise BenchError(f"kv_cache_memory_gib is {self.kv_cache_memory_gib}: give a size above 0")
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
@@ -185,7 +208,7 @@ def parse_workloads(text: str) -> tuple[Workload, ...]:
         BenchError: an entry is not three whole numbers written so.
     """
     workloads = []
-    for entry in filter(None, map(str.strip, text.split(","))):
+    for entry in comma_separated(text):
         requests, _, tokens = entry.partition("x")
         prompt, _, output = tokens.partition("+")
         if not all(number.isdecimal() for number in (requests, prompt, output)):
@@ -194,24 +217,6 @@ def parse_workloads(text: str) -> tuple[Workload, ...]:
             )
         workloads.append(Workload(int(requests), int(prompt), int(output)))
     return tuple(workloads)
-
-
-def whole_numbers(text: str, what: str, expected: str) -> tuple[int, ...]:
-    """`"1,2"` -> (1, 2).
-
-    Args:
-        text: whole numbers separated by commas.
-        what: one of them is, for the error.
-        expected: of one of them, for the error.
-
-    Raises:
-        BenchError: an entry is not a whole number.
-    """
-    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
-    for entry in entries:
-        if not entry.isdecimal():
-            raise BenchError(f"{what} {entry!r} is not understood: give {expected}")
-    return tuple(map(int, entries))
 
 
 def run(bench: EngineBench, progress: Progress) -> Iterator[EngineResult]:
@@ -312,22 +317,6 @@ def _against(value: float | None, base: float | None, form: str) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
-
-
-@contextmanager
-def model_directory(model: str, shape: str | None) -> Iterator[Path]:
-    """The directory of `model`, or of a config alone where `shape` names one of `SHAPES`."""
-    if shape is None:
-        yield resolve_model(model)
-        return
-    with tempfile.TemporaryDirectory(prefix="kvarn-shape-") as directory:
-        yield write_shape(shape, Path(directory))
-
-
-def check_shape(shape: str | None) -> None:
-    """Raises BenchError unless `shape` is None or one of `SHAPES`."""
-    if shape is not None and shape not in SHAPES:
-        raise BenchError(f"shape {shape!r} is not known: give one of {', '.join(SHAPES)}")
 
 
 def _measure(bench: EngineBench, model_dir: Path, empty: EngineResult, progress: Progress) -> EngineResult:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kvarn.bench.engine import BenchError, EngineBench, EngineResult
-from kvarn.bench.kernels.comparison import BASELINE, KernelReport
+from kvarn.bench.bench_settings import BenchError
+from kvarn.bench.engine import EngineBench, EngineResult
+from kvarn.bench.kernels.comparison import KernelReport
+from kvarn.bench.kernels.contenders import BASELINE
 
 FORMATS = (".png", ".svg")
 

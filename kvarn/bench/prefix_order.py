@@ -6,17 +6,28 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
+from typer import Option
 
-from kvarn.bench.engine import BenchError, check_shape, model_directory
-from kvarn.bench.shapes import load_format
+from kvarn.bench.bench_settings import (
+    BenchError,
+    EnforceEager,
+    ModelDtype,
+    ModelName,
+    Progress,
+    ShapeName,
+    check_at_least,
+    check_preset,
+    check_shape,
+)
+from kvarn.bench.shapes import load_format, model_directory
 from kvarn.bench.workloads import WORKLOADS, ConversationWorkload, Scale, tenants, unshared
+from kvarn.dtypes import comma_separated
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL
 from kvarn.presets import get_preset
@@ -25,62 +36,44 @@ from kvarn.result_files import write_results
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
-Progress = Callable[[str, int, int], None]
 ORDERS = ("fcfs", "prefix")
 QUEUED, ORDERINGS, PICKLINGS = 1000, 50, 50
 
 
 @dataclass(frozen=True)
 class SchedulerBench:
-    """What to measure.
-
-    Attributes:
-        model: a model's name or directory, see `kvarn.model.resolve_model`; ignored where `shape` is given.
-        shape: one of `kvarn.bench.shapes.SHAPES`: a model of that shape with random weights.
-        dtype: of weights and activations, as vLLM's `dtype`.
-        kv_cache_dtype: a preset.
-        workloads: names out of `kvarn.bench.workloads.WORKLOADS`.
-        requests: requests of a workload, about.
-        shared_tokens: tokens of a system prompt or an agent's context.
-        own_tokens: tokens one request adds.
-        output_tokens: tokens each request generates.
-        max_num_seqs: requests that run together.
-        cache_share: part of a workload's tokens that the cache holds.
-        repeats: runs under each order, in turn; medians count.
-        enforce_eager: do not compile the model.
+    """Settings of `kvarn bench scheduler`.
 
     Raises:
-        BenchError: a number is out of range or a name unknown.
+        BenchError: a number is out of range, or a name is unknown.
     """
 
-    model: str = DEFAULT_MODEL
-    dtype: str = "bfloat16"
-    kv_cache_dtype: str = "kvarn_k4v2_g128"
-    workloads: tuple[str, ...] = tuple(WORKLOADS)
-    requests: int = 24
-    shared_tokens: int = 384
-    own_tokens: int = 40
-    output_tokens: int = 8
-    max_num_seqs: int = 2
-    cache_share: float = 0.25
-    repeats: int = 1
-    enforce_eager: bool = True
-    shape: str | None = None
+    model: ModelName = DEFAULT_MODEL
+    dtype: ModelDtype = "bfloat16"
+    kv_cache_dtype: Annotated[str, Option("--preset", help="Cache format.")] = "kvarn_k4v2_g128"
+    workloads: Annotated[
+        tuple[str, ...], Option(parser=comma_separated, help="Comma-separated workloads to run.")
+    ] = tuple(WORKLOADS)
+    requests: Annotated[int, Option(help="Approximate number of requests per workload.")] = 24
+    shared_tokens: Annotated[int, Option(help="Tokens of a shared system prompt or agent context.")] = 384
+    own_tokens: Annotated[int, Option(help="Tokens that each request adds to it.")] = 40
+    output_tokens: Annotated[int, Option(help="Tokens that each request generates.")] = 8
+    max_num_seqs: Annotated[int, Option(help="Maximum concurrent requests.")] = 2
+    cache_share: Annotated[float, Option(help="Fraction of a workload's tokens that the cache holds.")] = 0.25
+    repeats: Annotated[int, Option(help="Runs under each order, alternating; medians are reported.")] = 1
+    enforce_eager: EnforceEager = True
+    shape: ShapeName = None
 
     def __post_init__(self) -> None:
         check_shape(self.shape)
         for name in ("requests", "shared_tokens", "own_tokens", "output_tokens", "max_num_seqs", "repeats"):
-            if getattr(self, name) < 1:
-                raise BenchError(f"{name} is {getattr(self, name)}: give a number of at least 1")
+            check_at_least(name, getattr(self, name), 1)
         if not 0 < self.cache_share <= 1:
             raise BenchError(f"cache_share is {self.cache_share}: give a part above 0 and up to 1")
         for name in self.workloads:
             if name not in WORKLOADS:
                 raise BenchError(f"there is no workload {name!r}: use {', '.join(WORKLOADS)}")
-        try:
-            get_preset(self.kv_cache_dtype)
-        except ValueError as error:
-            raise BenchError(str(error)) from None
+        check_preset(self.kv_cache_dtype)
 
 
 @dataclass(frozen=True)

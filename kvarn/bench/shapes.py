@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from kvarn.model import resolve_model
 
 MAX_POSITIONS = 1 << 20
 
@@ -35,6 +40,16 @@ def write_shape(name: str, directory: Path) -> Path:
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     return directory
+
+
+@contextmanager
+def model_directory(model: str, shape: str | None) -> Iterator[Path]:
+    """The directory of `model`, or of a config alone where `shape` names one of `SHAPES`."""
+    if shape is None:
+        yield resolve_model(model)
+        return
+    with tempfile.TemporaryDirectory(prefix="kvarn-shape-") as directory:
+        yield write_shape(shape, Path(directory))
 
 
 def load_format(shape: str | None) -> str:

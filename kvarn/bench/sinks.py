@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
+from typer import Argument, Option
 
-from kvarn.bench.engine import BenchError
+from kvarn.bench.bench_settings import BenchError, ModelName, Progress, check_preset
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL, resolve_model
 from kvarn.presets import get_preset
@@ -27,37 +28,28 @@ from kvarn.tile import TileLayout
 ATTENTION = "kvarn_sinks"
 MIB = 2**20
 
-Progress = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True)
 class SinksBench:
-    """What to measure.
+    """Settings of `kvarn bench sinks`; the model runs in float32.
 
     Attributes:
-        text: a text file in UTF-8.
-        model: a model's name or directory, see `kvarn.model.resolve_model`; it runs in float32.
-        preset: the cache format.
-        sink_tokens: how many of a sequence's first tokens later tiles read raw, each at most one tile.
-        passages: passages of the text.
-        passage_tokens: tokens of each.
+        sink_tokens: numbers of first tokens that later tiles read raw, each at most one tile.
 
     Raises:
-        BenchError: a number is out of range.
+        BenchError: a number is out of range, a preset is unknown, or there is no such text.
     """
 
-    text: Path
-    model: str = DEFAULT_MODEL
-    preset: str = "kvarn_k4v2_g128"
+    text: Annotated[Path, Argument(help="A UTF-8 text file.")]
+    model: ModelName = DEFAULT_MODEL
+    preset: Annotated[str, Option(help="Cache format.")] = "kvarn_k4v2_g128"
     sink_tokens: tuple[int, ...] = (0, 4, 16, 64, 128)
-    passages: int = 3
-    passage_tokens: int = 1024
+    passages: Annotated[int, Option(help="Number of passages taken from the text.")] = 3
+    passage_tokens: Annotated[int, Option(help="Tokens per passage.")] = 1024
 
     def __post_init__(self) -> None:
-        try:
-            group = get_preset(self.preset).group
-        except ValueError as error:
-            raise BenchError(str(error)) from None
+        check_preset(self.preset)
+        group = get_preset(self.preset).group
         if any(not 0 <= tokens <= group for tokens in self.sink_tokens):
             raise BenchError(f"sink_tokens are {self.sink_tokens}: give numbers from 0 to {group}")
         if self.passages < 1 or self.passage_tokens <= group:

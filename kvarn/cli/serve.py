@@ -23,12 +23,14 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
 
+from kvarn.cli.chat import Answer, answer_table, stream_answer
 from kvarn.cli.connection import ApiKeyOption, serving_errors
 from kvarn.cli.output import CommandError, err, fail, out
+from kvarn.model import kv_shape
 
 if TYPE_CHECKING:
-    from kvarn.cli.chat import Answer
     from kvarn.v1 import cluster_pb2
     from serve_app.launch import App, Dashboard, Deployment
 
@@ -46,7 +48,6 @@ def serve(
     """Start Ray on this machine and serve the application of a YAML until Ctrl-C."""
     teller: Teller = Events() if as_json else Words()
     with teller.errors(), serving_errors(), _stopped_by_sigterm():
-        from kvarn.cli.chat import stream_answer
         from serve_app.client import Client
         from serve_app.launch import check_machine, check_model, read_app, running
 
@@ -101,13 +102,9 @@ class Words:
         out.print(f"\nyou> {message}", markup=False, highlight=False)
 
     def answered(self, answer: Answer) -> None:
-        from kvarn.cli.chat import answer_table
-
         out.print(answer_table(answer))
 
     def ready(self, app: App, started: Started) -> None:
-        from kvarn.cli.chat import cache_table
-
         if started.state is not None:
             out.print(cache_table(started.state, started.model_dir))
         out.print(
@@ -171,6 +168,29 @@ class Events:
 
 
 Teller = Words | Events
+
+
+def cache_table(state: cluster_pb2.GetCacheStateResponse, model_dir: Path) -> Table:
+    """The replicas' caches: blocks, tokens of one block and of all, and what bfloat16 holds in the same memory."""
+    made = Table("replica", title="KV cache, capacity in tokens", title_justify="left")
+    made.add_column("cache dtype", no_wrap=True)
+    for heading in ("blocks", "tokens", "capacity", "as bf16", "ratio"):
+        made.add_column(heading, justify="right")
+    bf16_bytes = kv_shape(model_dir).bytes_per_token_16_bit
+    for replica in state.replicas:
+        capacity = replica.cache.capacity
+        held = capacity.total_blocks * capacity.tile_tokens
+        held_in_bf16 = capacity.total_blocks * capacity.bytes_per_tile // bf16_bytes
+        made.add_row(
+            replica.replica_id,
+            capacity.cache_dtype,
+            f"{capacity.total_blocks:,}",
+            str(capacity.tile_tokens),
+            f"{held:,}",
+            f"{held_in_bf16:,}",
+            f"{held / held_in_bf16:.2f}x" if held_in_bf16 else "",
+        )
+    return made
 
 
 def _emit(event: str, **content: Any) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from kvarn.bench.engine import BenchError
+from kvarn.bench.bench_settings import BenchError, Progress
 from serve_app.bench.targets import RefusedError, Target
 from serve_app.bench.workload import Work
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass

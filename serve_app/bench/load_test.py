@@ -8,9 +8,10 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
+from kvarn.bench.bench_settings import Progress
 from serve_app.bench import summary as summaries
 from serve_app.bench import workload
-from serve_app.bench.load import LoadRun, Progress, run, warm_up
+from serve_app.bench.load import LoadRun, run, warm_up
 from serve_app.bench.load_settings import ServeBench
 from serve_app.bench.targets import target
 from serve_app.rpc.channels import Tls

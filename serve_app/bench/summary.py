@@ -15,13 +15,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kvarn.bench.engine import BenchError
 from kvarn.environment import machine, versions
 from serve_app.bench.load import CallOutcome, LoadRun
 from serve_app.bench.load_settings import Objectives, ServeBench
 
 PERCENTILES = (50, 90, 99)
-PLOT_FORMATS = (".png", ".svg")
 BUSY_MS = 100  # a generator that sends this late does not keep up
 
 
@@ -156,7 +154,11 @@ def write(path: Path, bench: ServeBench, summary: Summary, run: LoadRun) -> None
 
 def document(bench: ServeBench, summary: Summary, run: LoadRun) -> dict[str, Any]:
     """What `write` writes."""
-    asked = {**asdict(bench), "trace": str(bench.trace) if bench.trace else None}
+    asked = {
+        **asdict(bench),
+        "protocol": bench.protocol,
+        "trace": str(bench.trace) if bench.trace else None,
+    }
     if asked["rate_per_s"] == float("inf"):
         asked["rate_per_s"] = "inf"  # JSON has no infinity
     return {
@@ -167,16 +169,6 @@ def document(bench: ServeBench, summary: Summary, run: LoadRun) -> dict[str, Any
         "summary": asdict(summary),
         "requests": [asdict(outcome) for outcome in run.outcomes],
     }
-
-
-def check_plot(path: Path) -> None:
-    """Refuses, before anything is measured, a chart that could not be written.
-
-    Raises:
-        BenchError: the file's name ends in neither .png nor .svg.
-    """
-    if path.suffix not in PLOT_FORMATS:
-        raise BenchError(f"--plot {path}: give a file name that ends in {' or '.join(PLOT_FORMATS)}")
 
 
 def plot(path: Path, bench: ServeBench, run: LoadRun) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import httpx
 
-from kvarn.bench.engine import BenchError
+from kvarn.bench.bench_settings import BenchError
 from serve_app.bench.load_settings import ServeBench
 from serve_app.bench.workload import Work
 from serve_app.client import AsyncClient, ServingError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvarn.bench.engine import BenchError
+from kvarn.bench.bench_settings import BenchError
 from serve_app.bench.load_settings import ServeBench
 
 # Common words that usual tokenizers read, with the space before them, as one token.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from statistics import median
 
 import torch
 
-Launch = Callable[[], object]
+from kvarn.bench.kernels.contenders import Launch
 
 WARM_UPS = 3
 COPIED_BYTES = 2 * 2**30

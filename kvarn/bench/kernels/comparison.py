@@ -6,47 +6,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from kvarn.bench.engine import BenchError, Progress
+from kvarn.bench.bench_settings import BenchError, Progress
+from kvarn.bench.kernels.contenders import BASELINE, OURS, Case, Launch
 from kvarn.bench.kernels.kernel_settings import AttentionBench, KernelBench
 from kvarn.environment import machine, versions
 from kvarn.result_files import write_results
-
-if TYPE_CHECKING:
-    from kvarn.bench.kernels.clock import Launch
-
-OURS = "KVarN"
-BASELINE = "FlashAttention 3 fp16"
-FP8_RIVAL = "FlashAttention 3 fp8"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One implementation in one case.
-
-    Attributes:
-        name: what it is called in tables.
-        bytes_moved: bytes it must read or write, however it works.
-        amount: what the benchmark's rate counts: bytes, or floating point operations.
-        prepare: makes its inputs and returns what launches its kernels; raises if it cannot run here.
-    """
-
-    name: str
-    bytes_moved: int
-    amount: int
-    prepare: Callable[[], Launch]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Implementations to compare on the same data; `label` says what data."""
-
-    label: str
-    contenders: list[Contender]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvarn.bench.kernels.clock import Launch
+from kvarn.bench.kernels.contenders import Launch
 
 PAGE_TOKENS = 16  # vLLM's own block size
 

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from kvarn.bench.kernels import flash
-from kvarn.bench.kernels.clock import Launch
-from kvarn.bench.kernels.comparison import BASELINE, FP8_RIVAL, OURS, Case, Contender
+from kvarn.bench.kernels.contenders import (
+    BASELINE,
+    FP8_RIVAL,
+    OURS,
+    OURS_WITHOUT_FLASH,
+    Case,
+    Contender,
+    Launch,
+)
 from kvarn.bench.kernels.kernel_settings import (
     AttentionBench,
     DecodeBench,
@@ -23,7 +30,6 @@ from kvarn.kernels import decode, pages, prefill, quantize, rotate
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
 
-OURS_WITHOUT_FLASH = "KVarN, own page attention"
 FLOAT16_BYTES, FP8_BYTES = 2, 1
 DISTINCT_TILES = 64  # random tiles a cache repeats
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kvarn.bench.kernels.clock import Launch
+from kvarn.bench.kernels.contenders import Launch
 from kvarn.bench.kernels.flash import PAGE_TOKENS
 from kvarn.reference.hadamard import hadamard_matrix
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from kvarn.bench.engine import BenchError, Progress
-from kvarn.bench.kernels.clock import Clock, Launch
+from kvarn.bench.bench_settings import BenchError, Progress
+from kvarn.bench.kernels.clock import Clock
+from kvarn.bench.kernels.contenders import Launch
 from kvarn.bench.kernels.kernel_cases import DecodeCase, QuantizeCase
 from kvarn.bench.kernels.kernel_settings import DecodeBench, QuantizeBench
 from kvarn.environment import machine, versions

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kvarn import cli
-from kvarn.bench.engine import BenchError
+from kvarn.bench.bench_settings import BenchError
 from serve_app.bench.load import CallOutcome, LoadRun
 from serve_app.bench.load_settings import Objectives, ServeBench
 from serve_app.bench.summary import summarize
@@ -216,7 +216,7 @@ async def test_chunks_of_several_tokens_and_servers_without_usage_are_counted() 
     stream = http("".join(f"data: {event}\n\n" for event in (chunk, chunk, usage)).encode())
     server = await answering(MODELS, stream)
     url = f"http://{HOST}:{server.sockets[0].getsockname()[1]}/v1"
-    bench = ServeBench(url, protocol="openai")
+    bench = ServeBench(url)
     async with server, target(bench, None, "") as openai:
         await openai.prepare()
         counts = [count async for count in openai.send(Work(0, "Hi", 4), 10)]
