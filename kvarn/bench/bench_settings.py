@@ -1,4 +1,4 @@
-"""What the settings of several benchmarks share: the error they raise, checks of values, and common options."""
+"""Shared by benchmark settings: their error, checks of values, and common options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Speed and capacity of vLLM with several KV cache dtypes: same model, same memory, one after another."""
+"""Speed and capacity of vLLM with several KV cache dtypes: same model, same cache memory, one engine at a time."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Workload:
     """Requests that are sent together.
 
     Attributes:
-        requests: how many.
-        prompt_tokens: prompt length of each.
-        output_tokens: tokens each generates.
+        requests: number of requests.
+        prompt_tokens: prompt length of each request.
+        output_tokens: tokens that each request generates.
     """
 
     requests: int
@@ -57,7 +57,7 @@ class Workload:
 
     @property
     def label(self) -> str:
-        """As the command line takes it."""
+        """The workload as the command line takes it."""
         return f"{self.requests}x{self.prompt_tokens}+{self.output_tokens}"
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ class EngineBench:
         tuple[Workload, ...],
         Option(
             parser=parse_workloads,
-            help="Comma-separated workloads, each REQUESTSxPROMPT_TOKENS+OUTPUT_TOKENS.",
+            help="Comma-separated workloads: requests x prompt tokens + output tokens.",
         ),
     ] = (Workload(4, 1000, 64),)
     repeats: Annotated[int, Option(help="Measured batches per workload; the median is reported.")] = 2
@@ -94,8 +94,7 @@ class EngineBench:
     gpu_memory_utilization: Annotated[
         float | None,
         Option(
-            help="Fraction of GPU memory for weights, side pool and cache together; "
-            "replaces --kv-cache-memory-gib."
+            help="Fraction of GPU memory for weights, side pool and cache together, instead of a cache size."
         ),
     ] = None
     max_num_seqs: Annotated[
@@ -151,7 +150,7 @@ class EngineBench:
         return 1 + self.repeats * len(self.workloads)
 
     def may_fail(self, kv_cache_dtype: str, tensor_parallel_size: int) -> bool:
-        """Whether the others are worth showing if this one does not run: on more GPUs than the first, or neither the
+        """Whether the run goes on if this engine fails: it has more GPUs than the first, or its dtype is neither the
         baseline nor ours."""
         if tensor_parallel_size != self.tensor_parallel_sizes[0]:
             return True
@@ -160,13 +159,13 @@ class EngineBench:
 
 @dataclass(frozen=True)
 class WorkloadResult:
-    """What one cache dtype reached on one workload: medians over the repeats, whose values are in `runs`.
+    """Results of one cache dtype on one workload: medians over the repeats in `runs`.
 
     Attributes:
-        tokens_per_s: generated tokens over the time from first to last.
+        tokens_per_s: generated tokens over the duration of the batch.
         first_token_s: seconds until the first request has a token.
         prefill_tokens_per_s: prompt tokens over the time until every request has a token.
-        decode_tokens_per_s: generated tokens a second while all requests decode; None where they never do together.
+        decode_tokens_per_s: generated tokens per second while all requests decode; None if they never all do.
     """
 
     workload: str
@@ -179,7 +178,7 @@ class WorkloadResult:
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What one cache dtype reached; where its engine did not run, `reason` says why and the rest is empty."""
+    """Results of one cache dtype; if its engine did not run, `reason` says why and the rest is empty."""
 
     kv_cache_dtype: str
     workloads: list[WorkloadResult] = field(default_factory=list)
@@ -191,13 +190,13 @@ class EngineResult:
 
     @property
     def label(self) -> str:
-        """The cache dtype, and on how many GPUs if on several."""
+        """The cache dtype, with the number of GPUs if more than one."""
         size = self.tensor_parallel_size
         return self.kv_cache_dtype if size == 1 else f"{self.kv_cache_dtype}, {size} GPUs"
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens the cache can hold."""
+        """Tokens that the cache holds."""
         return self.num_blocks * self.block_size
 
 
@@ -205,7 +204,7 @@ def parse_workloads(text: str) -> tuple[Workload, ...]:
     """`"32x16384+128,1x16384+1"` -> two workloads.
 
     Raises:
-        BenchError: an entry is not three whole numbers written so.
+        BenchError: an entry does not have this form.
     """
     workloads = []
     for entry in comma_separated(text):
@@ -220,18 +219,18 @@ def parse_workloads(text: str) -> tuple[Workload, ...]:
 
 
 def run(bench: EngineBench, progress: Progress) -> Iterator[EngineResult]:
-    """Measures each cache dtype in a process of its own, so that none inherits memory or threads of another.
+    """Measure each cache dtype in a separate process, so that no engine inherits another's memory or threads.
 
     Args:
-        bench: what to measure.
-        progress: called with (engine, batches done, batches to do) as work goes on.
+        bench: the settings.
+        progress: called with (engine, batches done, batches to do).
 
     Yields:
-        What each engine reached, as it finishes.
+        Results of each engine as it finishes.
 
     Raises:
-        BenchError: an engine of the first size with the first dtype or a preset of ours failed; the message ends with
-            the last lines of its log. Others are listed with the reason.
+        BenchError: an engine of the first size with the baseline or one of our presets failed; the message ends with
+            the last lines of its log. Other failures become results with a reason.
         ModelError: the model cannot be found.
     """
     with model_directory(bench.model, bench.shape) as model_dir:
@@ -247,7 +246,8 @@ def run(bench: EngineBench, progress: Progress) -> Iterator[EngineResult]:
 
 
 def scaling(results: list[EngineResult], result: EngineResult, place: int) -> float | None:
-    """Tok/s of workload `place` for each GPU, over that of the same cache dtype on the fewest; None for that itself."""
+    """Scaling efficiency on workload `place`: tok/s per GPU over that of the same cache dtype on the fewest GPUs, for
+    which it is None."""
     same = [r for r in results if r.kv_cache_dtype == result.kv_cache_dtype and not r.reason]
     fewest = min(same, key=lambda r: r.tensor_parallel_size)
     if fewest is result:
@@ -257,7 +257,7 @@ def scaling(results: list[EngineResult], result: EngineResult, place: int) -> fl
 
 
 def table(bench: EngineBench, results: list[EngineResult]) -> Table:
-    """The results with ratios to the first row of each workload."""
+    """The results, with ratios to the first row of each workload."""
     memory = (
         f"{bench.kv_cache_memory_gib:g} GiB of cache"
         if bench.gpu_memory_utilization is None
@@ -271,11 +271,11 @@ def table(bench: EngineBench, results: list[EngineResult]) -> Table:
         for result in ran
     ]
     absent = [f"{result.label} did not run: {result.reason}" for result in results if result.reason]
-    notes = ["tok/s: generated tokens over the whole time", *held, *absent]
+    notes = ["tok/s: generated tokens over the batch duration", *held, *absent]
     made = Table(title=f"{what}, {bench.dtype}, {memory}", caption=Text("\n".join(notes)))
     made.add_column("workload\n  cache dtype", no_wrap=True)
     several = len(bench.tensor_parallel_sizes) > 1
-    for heading in ("tok/s", "decode tok/s", "first token s", *(["of linear scaling"] if several else [])):
+    for heading in ("tok/s", "decode tok/s", "TTFT, s", *(["of linear scaling"] if several else [])):
         made.add_column(heading, justify="right")
     for place, workload in enumerate(bench.workloads):
         base = first.workloads[place]
@@ -294,7 +294,7 @@ def table(bench: EngineBench, results: list[EngineResult]) -> Table:
 
 
 def record(bench: EngineBench, results: list[EngineResult]) -> dict[str, Any]:
-    """All that is needed to read the results later, ready for JSON."""
+    """Settings, environment and results, ready for JSON."""
     return {
         "benchmark": "engine",
         "settings": asdict(bench),
@@ -305,7 +305,7 @@ def record(bench: EngineBench, results: list[EngineResult]) -> dict[str, Any]:
 
 
 def write(path: Path, bench: EngineBench, results: list[EngineResult]) -> None:
-    """Writes `record` to `path`; ResultFileError where that fails."""
+    """Write `record` to `path`; raise ResultFileError if that fails."""
     write_results(path, record(bench, results))
 
 
@@ -320,7 +320,7 @@ def _percent(share: float | None) -> str:
 
 
 def _measure(bench: EngineBench, model_dir: Path, empty: EngineResult, progress: Progress) -> EngineResult:
-    """`empty` with what its engine reached."""
+    """Run the engine of `empty` and fill in its results."""
     progress(empty.label, 0, bench.batches)
     settings = {
         **asdict(bench),
@@ -355,6 +355,6 @@ def _failure(label: str, log: IO[str]) -> str:
 
 
 def _last_error(failure: str) -> str:
-    """The last line of a log that names an error, else the last line."""
+    """The last line that names an error, else the last line."""
     lines = [line.strip() for line in failure.splitlines() if line.strip()]
     return next((line for line in reversed(lines) if "Error" in line), lines[-1])

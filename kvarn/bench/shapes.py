@@ -1,4 +1,4 @@
-"""Models that are only a shape: a config for vLLM to fill with random weights, where speed is all that matters."""
+"""Models without weights: a config that vLLM fills with random weights, for speed measurements."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_shape(name: str, directory: Path) -> Path:
-    """Writes the config.json of `SHAPES[name]`, with a vocabulary of 32 000, to `directory` and returns that."""
+    """Write the config.json of `SHAPES[name]`, with a vocabulary of 32,000, to `directory` and return the directory."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -44,7 +44,7 @@ def write_shape(name: str, directory: Path) -> Path:
 
 @contextmanager
 def model_directory(model: str, shape: str | None) -> Iterator[Path]:
-    """The directory of `model`, or of a config alone where `shape` names one of `SHAPES`."""
+    """The directory of `model`, or of a config without weights if `shape` names one of `SHAPES`."""
     if shape is None:
         yield resolve_model(model)
         return
@@ -53,5 +53,5 @@ def model_directory(model: str, shape: str | None) -> Iterator[Path]:
 
 
 def load_format(shape: str | None) -> str:
-    """vLLM's `load_format`: random weights for a model that is but a `shape`."""
+    """vLLM's `load_format`: random weights for a `shape`."""
     return "auto" if shape is None else "dummy"

@@ -1,7 +1,7 @@
-"""What keeping the first tokens of a sequence raw is worth: KL divergence against memory, on a real model's attention.
+"""KL divergence against memory when the first tokens of a sequence are kept raw, on a real model's attention.
 
-The model runs in Hugging Face transformers with the read rule in place of its attention, so that the number of raw
-first tokens can be anything; the engine itself keeps whole tiles.
+The model runs in Hugging Face transformers with the read rule in place of its attention, so that any number of first
+tokens can be raw; the engine itself keeps whole tiles.
 """
 
 from __future__ import annotations
@@ -60,11 +60,12 @@ class SinksBench:
 
 @dataclass(frozen=True)
 class SinkResult:
-    """One number of raw first tokens.
+    """Result for one number of raw first tokens.
 
     Attributes:
-        sink_tokens: the number.
-        kld: KL divergence from the unquantized cache's next token, nats, mean over positions past the first tile.
+        sink_tokens: number of raw first tokens.
+        kld: KL divergence of the next token from the unquantized cache, in nats, mean over positions past the first
+            tile.
         kld_p99: its 99th percentile.
         sink_mib: fp16 memory of one sequence's raw first tokens, all layers.
     """
@@ -76,11 +77,11 @@ class SinkResult:
 
 
 def run(bench: SinksBench, progress: Progress) -> list[SinkResult]:
-    """Measures every number of sink tokens on the same passages.
+    """Measure every number of sink tokens on the same passages.
 
     Args:
-        bench: what to measure.
-        progress: called with (what runs, passages done, passages to do).
+        bench: the settings.
+        progress: called with (label, passages done, passages to do).
 
     Raises:
         BenchError: the text is too short.
@@ -129,7 +130,7 @@ def _log_probabilities(model: Any, passage: Tensor, first: int) -> Tensor:
 
 
 def _read_rule(layout: TileLayout, sink_tokens: int) -> Callable[..., tuple[Tensor, None]]:
-    """An attention function for transformers: own tile raw, first tokens raw, all others through their records."""
+    """Attention function for transformers: own tile and first tokens raw, all others dequantized from records."""
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
@@ -156,9 +157,9 @@ def _read_rule(layout: TileLayout, sink_tokens: int) -> Callable[..., tuple[Tens
 
 
 def table(bench: SinksBench, results: list[SinkResult]) -> Table:
-    """Divergence beside memory."""
+    """Divergence and memory of each number of raw first tokens."""
     made = Table(title=f"{bench.preset}, {bench.passages} passages of {bench.passage_tokens} tokens")
-    for heading in ("raw first tokens", "KLD, nats", "99th percentile", "MiB a sequence"):
+    for heading in ("raw first tokens", "KLD, nats", "99th percentile", "MiB per sequence"):
         made.add_column(heading, justify="right")
     for found in results:
         made.add_row(
@@ -168,7 +169,7 @@ def table(bench: SinksBench, results: list[SinkResult]) -> Table:
 
 
 def write(path: Path, bench: SinksBench, results: list[SinkResult]) -> None:
-    """Writes all that is needed to read the results later, as JSON; ResultFileError where that fails."""
+    """Write settings, environment and results as JSON; raise ResultFileError if that fails."""
     record = {
         "benchmark": "sinks",
         "settings": {**asdict(bench), "text": bench.text.name},

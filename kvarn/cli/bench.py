@@ -75,7 +75,7 @@ def bench_engine(bench: EngineBench, json_path: JsonOption = None, plot_path: Pl
 
     _check_outputs(json_path, plot_path)
     if bench.shape is None:
-        resolve_model(bench.model)  # may show a progress bar of its own
+        resolve_model(bench.model)  # may show its own progress bar
     results: list[EngineResult] = []
     try:
         with counting_progress("batches") as progress:
@@ -100,7 +100,7 @@ def bench_scheduler(
 
     _check_outputs(json_path, plot_path)
     if bench.shape is None:
-        resolve_model(bench.model)  # may show a progress bar of its own
+        resolve_model(bench.model)  # may show its own progress bar
     with counting_progress("runs") as progress:
         report = prefix_order.run(bench, progress)
     out.print(prefix_order.table(bench, report))

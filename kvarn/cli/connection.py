@@ -48,7 +48,7 @@ ApiKeyOption = Annotated[
     typer.Option(
         envvar="KVARN_API_KEY",
         show_envvar=True,
-        help="Prefer the variable: arguments are visible in process listings.",
+        help="Prefer KVARN_API_KEY: arguments are visible in process listings.",
         callback=_api_key,
     ),
 ]
@@ -65,7 +65,9 @@ def tls_files(ca: Path | None, certificate: Path | None, private_key: Path | Non
         with _pem_errors(f"--ca {ca}", "a certificate"):
             context.load_verify_locations(ca)
     if certificate is not None:
-        with _pem_errors(f"--cert {certificate} with --key {private_key}", "a certificate and its plain key"):
+        with _pem_errors(
+            f"--cert {certificate} with --key {private_key}", "a certificate and its unencrypted key"
+        ):
             context.load_cert_chain(certificate, private_key, password="")  # without one, OpenSSL prompts
     return Tls(ca, certificate, private_key) if ca or certificate else None
 
@@ -75,7 +77,7 @@ def _pem_errors(given: str, expected: str) -> Iterator[None]:
     try:
         yield
     except ssl.SSLError:
-        fail(f"{given} does not hold {expected}: give PEM files")
+        fail(f"{given} does not contain {expected}: give PEM files")
     except OSError as error:
         fail(f"{given} cannot be read: {error.strerror}")
 

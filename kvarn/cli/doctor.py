@@ -51,7 +51,7 @@ def doctor(
 
 
 def _limits_of(config: Path) -> EngineLimits | None:
-    """What limits the engines of a Serve YAML; end the command if the YAML or its model is wrong."""
+    """Concurrency limits of the engines of a Serve YAML; end the command if the YAML or its model is invalid."""
     with serving_errors():
         from serve_app.launch import check_model, limits_of, read_app
 

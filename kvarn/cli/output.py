@@ -1,4 +1,4 @@
-"""What commands share: consoles, options, one-sentence errors, progress bars."""
+"""Shared by all commands: consoles, options, one-sentence errors, progress bars."""
 
 from __future__ import annotations
 

@@ -49,4 +49,4 @@ def _tokens(text: str) -> int:
     try:
         return int(float(number) * factor)
     except (ValueError, OverflowError):
-        raise PlanError(f"--context {text!r} is no number of tokens: give one like 32768 or 32k") from None
+        raise PlanError(f"--context {text!r} is not a number of tokens: give one like 32768 or 32k") from None

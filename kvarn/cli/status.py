@@ -134,7 +134,7 @@ def table(
     made.add_column("replica", no_wrap=True)
     made.add_column("status", overflow="fold")
     made.add_column("cache", overflow="fold")
-    for heading in ("tokens", "live", "evictable", "promised", "tails", "sinks", "run", "wait"):
+    for heading in ("tokens", "live", "evictable", "reserved", "tails", "sinks", "run", "wait"):
         made.add_column(heading, justify="right", overflow="fold")
     rows = list(replicas)
     for replica in rows:

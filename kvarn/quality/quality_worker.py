@@ -20,14 +20,14 @@ from kvarn.worker import answer, take_standard_output
 
 PROGRESS_S = 0.5
 MAX_BATCHED_TOKENS = 2048
-CACHE_BYTES = 2**30  # keeps vLLM from sizing the cache by the machine's memory; the number of blocks is set
+CACHE_BYTES = 2**30  # keeps vLLM from profiling memory; the number of blocks is overridden
 
 
 def main() -> None:
-    """Measures what the first argument asks for; without a row for each protocol, it has failed."""
+    """Measure what the first argument asks for; fewer rows than protocols mean failure."""
     settings = WorkerSettings(**json.loads(sys.argv[1]))
     answers = take_standard_output()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # logits never leave the engine's process
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # keeps logits in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from kvarn.quality.measure import EngineMeasurement
 
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _simulation(kv_cache_dtype: str) -> AbstractContextManager[str]:
-    """Gives the dtype to start the engine with, inside the simulation that it may need."""
+    """Enter the simulation that the dtype may need; gives the dtype to start the engine with."""
     from kvarn.quality.formats import SIMULATED
 
     if kv_cache_dtype not in SIMULATED:

@@ -1,4 +1,4 @@
-"""What a quality run measures, checked before anything starts."""
+"""Settings of a quality run and of its workers, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvarn.model import DEFAULT_MODEL
 from kvarn.presets import PRESETS
 
 TILE = 128
-# Before it, a cache with 128-token tiles and a raw first tile answers from raw tokens alone.
+# Earlier positions read only raw tokens: the sink tile and the unfilled tail of a cache with 128-token tiles.
 FIRST_SCORED = 2 * TILE
 PROTOCOLS = ("prefill", "pseudo_decode", "retrieval", "greedy")
 SAMPLE = "wikitext2_sample.txt"
@@ -61,7 +61,7 @@ class QualityRun:
         if self.context < FIRST_SCORED + 2:
             raise QualityError(
                 f"--context is {self.context}: give at least {FIRST_SCORED + 2}, since the first "
-                f"{FIRST_SCORED} tokens of a sequence are read raw and say nothing about a cache"
+                f"{FIRST_SCORED} tokens of a sequence are read raw and do not depend on the cache format"
             )
         for protocol in self.protocols:
             if protocol not in PROTOCOLS:
@@ -73,34 +73,34 @@ class QualityRun:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Names without groups, each once, the reference first; QualityError names an unknown one."""
+        """Dtypes with groups expanded, without duplicates, reference first; raise QualityError for an unknown one."""
         return _expand(self.dtypes)
 
     @property
     def num_sequences(self) -> int:
-        """Sequences of `context` tokens that are fed."""
+        """Number of sequences of `context` tokens."""
         return self.tokens // self.context
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for rows of two runs to stand in one table, ready for JSON."""
+        """Settings that must be equal for rows of two runs to be comparable, ready for JSON."""
         return {k: v for k, v in asdict(self).items() if k not in ("dtypes", "text", "protocols")}
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What one worker measures.
+    """Settings of one worker.
 
     Attributes:
         model: directory of the model.
-        dtype: of weights and activations.
+        dtype: dtype of weights and activations.
         kv_cache_dtype: vLLM's name, or that of a simulated format.
-        protocols: what to run.
-        earlier: for each of them, dtypes that have a row and that this one is compared with.
-        work: directory with `sequences.json`, the reference's logits and answers once it has run, and what each
-            dtype measured at each position.
-        seed: of the bootstrap and the tasks.
-        max_model_len: tokens of the longest request.
-        max_num_seqs: requests at once.
+        protocols: protocols to run.
+        earlier: for each protocol, dtypes with a row, which this one is compared with.
+        work: directory with `sequences.json`, the reference's logits and answers once it has run, and each dtype's
+            measurements by position.
+        seed: seed of the bootstrap and the tasks.
+        max_model_len: maximum request length, in tokens.
+        max_num_seqs: maximum concurrent requests.
     """
 
     model: str
@@ -115,7 +115,7 @@ class WorkerSettings:
 
 
 def read_text(path: Path | None) -> str:
-    """The text to feed.
+    """Read the text to evaluate.
 
     Raises:
         QualityError: the file cannot be read as UTF-8.

@@ -13,7 +13,7 @@ Record = dict[str, Any]
 
 
 def table(headings: list[str], rows: list[list[str]], ours: list[bool] | None = None) -> str:
-    """A table whose first column names the row; a row of two cells has one remark over all columns."""
+    """A table; in a row of two cells, the second spans all other columns as a remark."""
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     body = []
     for index, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""A self-contained HTML page: tables, charts as inline SVG, environment, and the commands to measure it again."""
+"""A self-contained HTML page: tables, charts as inline SVG, environment, and the commands to reproduce it."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class ReportError(KVarNError):
 
 
 def read_records(paths: list[Path]) -> list[Record]:
-    """Records of `kvarn quality`, `kvarn plan --json` and `kvarn bench`.
+    """Read records of `kvarn quality`, `kvarn plan --json` and `kvarn bench`.
 
     Raises:
-        ReportError: a file cannot be read, or is no such record.
+        ReportError: a file cannot be read, or is not such a record.
     """
     if not paths:
-        raise ReportError("no record is given: name the JSON files that kvarn quality, plan or bench wrote")
+        raise ReportError("no record is given: name JSON files written by kvarn quality, plan or bench")
     return [_read(path) for path in paths]
 
 
@@ -63,15 +63,17 @@ def _read(path: Path) -> Record:
         raise ReportError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
         raise ReportError(
-            f"{path} is not JSON: name a file that kvarn quality, plan or bench wrote"
+            f"{path} is not JSON: name a file written by kvarn quality, plan or bench"
         ) from None
     if not isinstance(record, dict) or "benchmark" not in record:
-        raise ReportError(f"{path} is no record of kvarn quality, plan or bench: it has no field 'benchmark'")
+        raise ReportError(
+            f"{path} is not a record of kvarn quality, plan or bench: it has no field 'benchmark'"
+        )
     return record
 
 
 def render(records: list[Record]) -> str:
-    """The page."""
+    """Render the page."""
     parts = [part for record in records for part in section(record)]
     models = dict.fromkeys(str(model) for record in records if (model := _model(record)))
     body = "".join([*parts, *_environment(records)])
@@ -85,7 +87,7 @@ def render(records: list[Record]) -> str:
 
 
 def write(path: Path, records: list[Record]) -> None:
-    """Writes the page; ReportError where that fails."""
+    """Write the page; raise ReportError if that fails."""
     try:
         path.write_text(render(records), encoding="utf-8")
     except OSError as error:
@@ -102,4 +104,4 @@ def _environment(records: list[Record]) -> Iterator[str]:
     for record in seen.values():
         yield f"<h2>Environment of {escape(record['benchmark'])}</h2>"
         facts = {**record["machine"], **{k: v for k, v in record["versions"].items() if v}}
-        yield table(["what", "is"], [[name, str(value)] for name, value in facts.items()])
+        yield table(["property", "value"], [[name, str(value)] for name, value in facts.items()])

@@ -1,4 +1,4 @@
-"""What the kernel benchmarks compare: cases, and the implementations that contend in each."""
+"""Cases of the kernel benchmarks, and the implementations that they compare."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Contender:
     """One implementation in one case.
 
     Attributes:
-        name: what it is called in tables.
-        bytes_moved: bytes it must read or write, however it works.
-        amount: what the benchmark's rate counts: bytes, or floating point operations.
-        prepare: makes its inputs and returns what launches its kernels; raises if it cannot run here.
+        name: its name in tables.
+        bytes_moved: minimum bytes that any implementation must read or write.
+        amount: numerator of the benchmark's rate: bytes, or floating point operations.
+        prepare: allocates its inputs and returns the launch of its kernels; raises if it cannot run here.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Case:
-    """Implementations to compare on the same data; `label` says what data."""
+    """Implementations to compare on the same data, which `label` describes."""
 
     label: str
     contenders: list[Contender]

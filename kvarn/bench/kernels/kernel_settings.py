@@ -1,4 +1,4 @@
-"""What the kernel benchmarks can be told to measure."""
+"""Settings of the kernel benchmarks."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class DecodeBench(AttentionBench):
 
     cases: Annotated[
         tuple[tuple[int, int], ...],
-        Option(parser=parse_cases, help="Comma-separated cases, each REQUESTSxCONTEXT_TOKENS."),
+        Option(parser=parse_cases, help="Comma-separated cases: requests x context tokens."),
     ] = (
         DecodeBatch(8, 32768),
         DecodeBatch(32, 16384),
@@ -138,7 +138,7 @@ class PrefillBench(AttentionBench):
     chunk: Annotated[int, Option(help="Chunk length, in tokens.")] = 8192
     starts: Annotated[
         tuple[int, ...],
-        Option(parser=parse_starts, help="Comma-separated cases, each the context tokens before the chunk."),
+        Option(parser=parse_starts, help="Comma-separated cases: context tokens before the chunk."),
     ] = (0, 8192, 57344)
 
     def __post_init__(self) -> None:

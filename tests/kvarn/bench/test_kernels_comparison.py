@@ -1,4 +1,4 @@
-"""The kernel benchmarks: their inputs and launches, their arithmetic, what they write, how they fail."""
+"""The kernel benchmarks: inputs and launches, arithmetic, output, and failures."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Tables on a terminal of 80 columns: every figure and every name stands there whole."""
+"""Tables on a terminal of 80 columns: no number and no name is truncated."""
 
 import re
 from pathlib import Path
