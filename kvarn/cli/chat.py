@@ -135,7 +135,7 @@ def answer_table(answer: Answer) -> Table:
     made = Table(show_header=False, title="answer", title_justify="left")
     made.add_row("served by replica", answer.replica_id)
     made.add_row("time to first token", f"{answer.first_token_s * 1000:.0f} ms")
-    made.add_row("then", f"{answer.tokens_per_s:.1f} tokens/s")
+    made.add_row("decode rate", f"{answer.tokens_per_s:.1f} tokens/s")
     cached = f" ({answer.cached_tokens} from the prefix cache)"
     made.add_row("tokens", f"{answer.prompt_tokens} prompt{cached}, {answer.completion_tokens} generated")
     return made
