@@ -1,4 +1,4 @@
-"""The dtypes of models and of their caches that commands take, checked before an engine starts."""
+"""Model and cache dtypes as commands accept them, checked before an engine starts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ MODEL_DTYPES = ("auto", "bfloat16", "float16", "float32")
 UNQUANTIZED = "auto"  # vLLM's name for a cache in the model's own dtype
 
 
+def comma_separated(text: str) -> tuple[str, ...]:
+    """`"auto, fp8"` -> ("auto", "fp8")."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def check_model_dtype(name: str) -> None:
-    """Raises ValueError unless `name` is a dtype of weights and activations."""
+    """Raise ValueError unless `name` is a dtype of weights and activations."""
     if name not in MODEL_DTYPES:
         raise ValueError(f"unknown dtype {name!r}: choose from {', '.join(MODEL_DTYPES)}")
 
 
 def check_cache_dtype(name: str, others: Collection[str] = ()) -> None:
-    """Raises ValueError, which lists presets and vLLM's, unless `name` is one of these or of `others`.
+    """Raise ValueError, listing the known dtypes, unless `name` is a preset, one of `others` or one of vLLM's.
 
-    vLLM, which takes seconds to import, is asked last.
+    vLLM's are checked last: its import takes seconds.
     """
     if name == UNQUANTIZED or name in PRESETS or name in others:
         return

@@ -1,4 +1,4 @@
-"""What limits how many requests an engine runs at once: max_num_seqs, the side pool's slots, or the cache's blocks."""
+"""Limits on an engine's concurrent requests: max_num_seqs, the side pool's slots, or the cache's blocks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from kvarn.vllm.cache_settings import MIN_SLOTS, KVarNConfig, slots_within, tile
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """One engine's limits; `blocks` and what follows from them are None where the cache takes what memory is left.
+    """Limits of one engine; `blocks` and fields derived from it are None if the cache takes the remaining memory.
 
     Attributes:
-        max_num_seqs: requests that run at once at most.
+        max_num_seqs: maximum concurrent requests.
         slots: raw tiles that the side pool holds.
-        side_pool_bytes: what they take on one rank.
-        requests_in_slots: requests that always find their slots; a request holds up to `MIN_SLOTS`.
-        blocks: tiles of all layers and heads that the cache holds.
-        cache_tokens: the tokens in them.
-        max_model_len: the longest request in tokens.
-        longest_requests: requests of that length whose blocks fit at once.
-        requests_at_once: what max_num_seqs and slots allow together.
-        tokens_each: length up to which so many requests fit into the blocks.
-        first: what limits first: "max_num_seqs", "side pool" or "blocks".
+        side_pool_bytes: memory of the side pool per rank.
+        requests_in_slots: concurrent requests that the slots always suffice for; a request holds up to `MIN_SLOTS`.
+        blocks: tiles, of all layers and heads, that the cache holds.
+        cache_tokens: tokens in those blocks.
+        max_model_len: maximum request length, in tokens.
+        longest_requests: concurrent requests of that length that fit into the blocks.
+        requests_at_once: concurrent requests that max_num_seqs and the slots allow.
+        tokens_each: request length up to which `requests_at_once` fit into the blocks.
+        first: the tightest limit: "max_num_seqs", "side pool" or "blocks".
     """
 
     max_num_seqs: int
@@ -44,7 +44,7 @@ class EngineLimits:
 
     @property
     def sentence(self) -> str:
-        """What limits, and what to change for more."""
+        """The tightest limit, and what to change to raise it."""
         at_once = self.requests_at_once
         if self.first == "blocks":
             return (
@@ -65,17 +65,17 @@ def engine_limits(
     tensor_parallel_size: int = 1,
     settings: KVarNConfig | None = None,
 ) -> EngineLimits:
-    """The limits of an engine with a quantized cache.
+    """Compute the limits of an engine with a quantized cache.
 
     Args:
-        shape: what the model caches for one token.
+        shape: shape of one token's keys and values.
         cache_dtype: a preset's name.
-        max_num_seqs, max_model_len, tensor_parallel_size: as vLLM has them.
-        cache_bytes: memory of the cache on one rank; None: what is left.
-        settings: of the cache; None for the defaults.
+        max_num_seqs, max_model_len, tensor_parallel_size: vLLM's engine arguments.
+        cache_bytes: cache memory per rank; None if the cache takes the remaining memory.
+        settings: cache settings; None for the defaults.
 
     Raises:
-        ValueError: the side pool does not hold one request.
+        ValueError: the side pool is too small for one request.
     """
     layout = TileLayout(get_preset(cache_dtype), shape.head_dim)
     heads = max(shape.kv_heads // tensor_parallel_size, 1) * shape.layers
@@ -86,7 +86,7 @@ def engine_limits(
     first = "max_num_seqs" if max_num_seqs <= in_slots else "side pool"
     blocks = longest = tokens_each = None
     if cache_bytes is not None:
-        blocks = max(cache_bytes // (heads * layout.nbytes) - 1, 0)  # vLLM keeps one for itself
+        blocks = max(cache_bytes // (heads * layout.nbytes) - 1, 0)  # vLLM reserves the null block
         longest = blocks // -(-max_model_len // layout.group)
         tokens_each = blocks // at_once * layout.group
         first = "blocks" if longest < at_once else first
@@ -106,10 +106,10 @@ def engine_limits(
 
 
 def limits_table(limits: EngineLimits) -> Table:
-    """The limits for a terminal, the one that comes first below them."""
-    made = Table(title="requests at once, of each engine", title_justify="left", show_header=False)
+    """The limits, with the tightest in the caption."""
+    made = Table(title="concurrent requests per engine", title_justify="left", show_header=False)
     made.add_row("max_num_seqs", f"{limits.max_num_seqs:,}", "")
-    pool = f"{limits.slots:,} slots, {limits.side_pool_bytes / 2**20:,.0f} MiB a rank"
+    pool = f"{limits.slots:,} slots, {limits.side_pool_bytes / 2**20:,.0f} MiB per rank"
     made.add_row("side pool", f"{limits.requests_in_slots:,}", pool)
     if limits.blocks is not None:
         cache = f"{limits.blocks:,} blocks, {limits.cache_tokens:,} tokens"

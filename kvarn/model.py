@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from kvarn.errors import KVarNError
+
 if TYPE_CHECKING:
     import gguf
     import numpy as np
@@ -48,7 +50,7 @@ _TENSOR_NAMES = {
 }
 
 
-class ModelError(ValueError):
+class ModelError(KVarNError, ValueError):
     """The requested model cannot be found or prepared; the message says what to change."""
 
 

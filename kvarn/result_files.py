@@ -1,4 +1,4 @@
-"""Records of what commands measured, on disk."""
+"""JSON result files."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+from kvarn.errors import KVarNError
 
-class ResultFileError(RuntimeError):
-    """A record cannot be written; the message says why."""
+
+class ResultFileError(KVarNError):
+    """A record cannot be written."""
 
 
 def write_results(path: Path, record: dict[str, Any]) -> None:
-    """Replaces the record in one step, so that a reader or a full disk finds the old one or the new one.
+    """Replace the record atomically: a reader, or a full disk, leaves either the old or the new one.
 
     Raises:
-        ResultFileError: the disk is full, or the directory does not let a file be made.
+        ResultFileError: the disk is full, or the directory is not writable.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -25,5 +27,5 @@ def write_results(path: Path, record: dict[str, Any]) -> None:
     except OSError as error:
         scratch.unlink(missing_ok=True)
         raise ResultFileError(
-            f"{path} cannot be written: {error.strerror}; what it held before is kept"
+            f"{path} cannot be written: {error.strerror}; its previous content is kept"
         ) from None

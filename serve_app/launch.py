@@ -22,6 +22,7 @@ import yaml
 from pydantic import ValidationError
 
 from kvarn.engine_limits import EngineLimits, engine_limits
+from kvarn.errors import KVarNError
 from kvarn.model import KvShape, context_limit, read_config, resolve_model
 from kvarn.plan.model_shape import ModelShape
 from kvarn.presets import PRESETS
@@ -37,7 +38,7 @@ OBJECT_STORE_BYTES = 128 << 20  # small: requests travel over gRPC, not through 
 _EXCEPTION = re.compile(r"^(?:ray\.exceptions\.)?[A-Za-z_][\w.]*(?:Error|Exception)(?:\(\w+\))?: (.+)$")
 
 
-class LaunchError(RuntimeError):
+class LaunchError(KVarNError):
     """The application cannot be started; the message says what to change."""
 
 

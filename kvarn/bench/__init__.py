@@ -1,1 +1,1 @@
-"""Benchmarks that anyone can run again: one command each, with a table to read and JSON to keep."""
+"""Reproducible benchmarks: each is one command that prints a table and writes JSON."""

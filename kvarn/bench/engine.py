@@ -1,31 +1,39 @@
-"""Speed and capacity of vLLM with several KV cache dtypes: same model, same memory, one after another."""
+"""Speed and capacity of vLLM with several KV cache dtypes: same model, same cache memory, one engine at a time."""
+
+from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 from rich.table import Table
 from rich.text import Text
+from typer import Option
 
 from kvarn import worker
 from kvarn.bench import engine_worker
-from kvarn.bench.shapes import SHAPES, write_shape
-from kvarn.dtypes import check_cache_dtype, check_model_dtype
+from kvarn.bench.bench_settings import (
+    BenchError,
+    EnforceEager,
+    ModelDtype,
+    ModelName,
+    Progress,
+    ShapeName,
+    check_at_least,
+    check_shape,
+    whole_numbers,
+)
+from kvarn.bench.shapes import model_directory
+from kvarn.dtypes import check_cache_dtype, check_model_dtype, comma_separated
 from kvarn.environment import machine, versions
-from kvarn.model import DEFAULT_MODEL, resolve_model
+from kvarn.model import DEFAULT_MODEL
 from kvarn.result_files import write_results
-
-Progress = Callable[[str, int, int], None]
-
-
-class BenchError(RuntimeError):
-    """A benchmark cannot run or did not finish; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,9 @@ class Workload:
     """Requests that are sent together.
 
     Attributes:
-        requests: how many.
-        prompt_tokens: prompt length of each.
-        output_tokens: tokens each generates.
+        requests: number of requests.
+        prompt_tokens: prompt length of each request.
+        output_tokens: tokens that each request generates.
     """
 
     requests: int
@@ -49,52 +57,66 @@ class Workload:
 
     @property
     def label(self) -> str:
-        """As the command line takes it."""
+        """The workload as the command line takes it."""
         return f"{self.requests}x{self.prompt_tokens}+{self.output_tokens}"
+
+    def __str__(self) -> str:
+        return self.label
 
 
 @dataclass(frozen=True)
 class EngineBench:
-    """What to measure.
+    """Settings of `kvarn bench engine`; names follow vLLM's engine arguments.
 
-    Attributes:
-        model: a model's name or directory, see `kvarn.model.resolve_model`; ignored where `shape` is given.
-        shape: one of `kvarn.bench.shapes.SHAPES`: a model of that shape with random weights.
-        dtype: of weights and activations, as vLLM's `dtype`.
-        kv_cache_dtypes: as vLLM's `kv_cache_dtype`; the first is what the others are compared with.
-        workloads: measured one after another in one engine.
-        repeats: measured batches of each workload, after a short one that warms up; their median counts.
-        kv_cache_memory_gib: memory given to the cache, the same for all; KVarN's side pool comes on top.
-        gpu_memory_utilization: instead, the share of a GPU that weights, side pool and cache take together.
-        max_num_seqs: most requests that run at once; None for the largest workload's.
-        max_num_batched_tokens: most tokens of one step, prefill chunks included.
-        enforce_eager: do not compile the model.
-        tensor_parallel_sizes: GPUs that an engine spans; every cache dtype is measured with each.
-        distributed_executor_backend: what runs the ranks, as vLLM's: "mp" or "ray"; None for vLLM's choice.
+    All workloads run in one engine, each after a short warm-up batch. KVarN's side pool comes on top of
+    `kv_cache_memory_gib`.
 
     Raises:
-        BenchError: a number is out of range, or a shape, dtype or executor unknown.
+        BenchError: a number is out of range, or a shape, dtype or executor is unknown.
     """
 
-    model: str = DEFAULT_MODEL
-    shape: str | None = None
-    dtype: str = "bfloat16"
-    kv_cache_dtypes: tuple[str, ...] = ("auto", "kvarn_k4v2_g128")
-    workloads: tuple[Workload, ...] = (Workload(4, 1000, 64),)
-    repeats: int = 2
-    kv_cache_memory_gib: float = 0.5
-    gpu_memory_utilization: float | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int = 2048
-    enforce_eager: bool = False
-    tensor_parallel_sizes: tuple[int, ...] = (1,)
-    distributed_executor_backend: str | None = None
+    model: ModelName = DEFAULT_MODEL
+    shape: ShapeName = None
+    dtype: ModelDtype = "bfloat16"
+    kv_cache_dtypes: Annotated[
+        tuple[str, ...],
+        Option(parser=comma_separated, help="Comma-separated cache dtypes; the first is the baseline."),
+    ] = ("auto", "kvarn_k4v2_g128")
+    workloads: Annotated[
+        tuple[Workload, ...],
+        Option(
+            parser=parse_workloads,
+            help="Comma-separated workloads: requests x prompt tokens + output tokens.",
+        ),
+    ] = (Workload(4, 1000, 64),)
+    repeats: Annotated[int, Option(help="Measured batches per workload; the median is reported.")] = 2
+    kv_cache_memory_gib: Annotated[float, Option(help="KV cache memory, in GiB, equal for all dtypes.")] = 0.5
+    gpu_memory_utilization: Annotated[
+        float | None,
+        Option(
+            help="Fraction of GPU memory for weights, side pool and cache together, instead of a cache size."
+        ),
+    ] = None
+    max_num_seqs: Annotated[
+        int | None, Option(help="Maximum concurrent requests; by default those of the largest workload.")
+    ] = None
+    max_num_batched_tokens: Annotated[int, Option(help="Maximum tokens per step, prefill included.")] = 2048
+    enforce_eager: EnforceEager = False
+    tensor_parallel_sizes: Annotated[
+        tuple[int, ...],
+        Option(
+            parser=partial(whole_numbers, what="tensor parallel size", expected="numbers of GPUs, e.g. 1,2"),
+            help="Comma-separated numbers of GPUs per engine; every cache dtype runs with each.",
+        ),
+    ] = (1,)
+    distributed_executor_backend: Annotated[
+        str | None, Option(help="Executor of the ranks: mp or ray; vLLM chooses by default.")
+    ] = None
 
     def __post_init__(self) -> None:
         for name in ("repeats", "max_num_batched_tokens", "max_num_seqs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BenchError(f"{name} is {value}: give a number of at least 1")
+            if (value := getattr(self, name)) is not None:
+                check_at_least(name, value, 1)
         if not self.kv_cache_memory_gib > 0:
             raise BenchError(f"kv_cache_memory_gib is {self.kv_cache_memory_gib}: give a size above 0")
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
@@ -128,7 +150,7 @@ class EngineBench:
         return 1 + self.repeats * len(self.workloads)
 
     def may_fail(self, kv_cache_dtype: str, tensor_parallel_size: int) -> bool:
-        """Whether the others are worth showing if this one does not run: on more GPUs than the first, or neither the
+        """Whether the run goes on if this engine fails: it has more GPUs than the first, or its dtype is neither the
         baseline nor ours."""
         if tensor_parallel_size != self.tensor_parallel_sizes[0]:
             return True
@@ -137,13 +159,13 @@ class EngineBench:
 
 @dataclass(frozen=True)
 class WorkloadResult:
-    """What one cache dtype reached on one workload: medians over the repeats, whose values are in `runs`.
+    """Results of one cache dtype on one workload: medians over the repeats in `runs`.
 
     Attributes:
-        tokens_per_s: generated tokens over the time from first to last.
+        tokens_per_s: generated tokens over the duration of the batch.
         first_token_s: seconds until the first request has a token.
         prefill_tokens_per_s: prompt tokens over the time until every request has a token.
-        decode_tokens_per_s: generated tokens a second while all requests decode; None where they never do together.
+        decode_tokens_per_s: generated tokens per second while all requests decode; None if they never all do.
     """
 
     workload: str
@@ -156,7 +178,7 @@ class WorkloadResult:
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What one cache dtype reached; where its engine did not run, `reason` says why and the rest is empty."""
+    """Results of one cache dtype; if its engine did not run, `reason` says why and the rest is empty."""
 
     kv_cache_dtype: str
     workloads: list[WorkloadResult] = field(default_factory=list)
@@ -168,13 +190,13 @@ class EngineResult:
 
     @property
     def label(self) -> str:
-        """The cache dtype, and on how many GPUs if on several."""
+        """The cache dtype, with the number of GPUs if more than one."""
         size = self.tensor_parallel_size
         return self.kv_cache_dtype if size == 1 else f"{self.kv_cache_dtype}, {size} GPUs"
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens the cache can hold."""
+        """Tokens that the cache holds."""
         return self.num_blocks * self.block_size
 
 
@@ -182,10 +204,10 @@ def parse_workloads(text: str) -> tuple[Workload, ...]:
     """`"32x16384+128,1x16384+1"` -> two workloads.
 
     Raises:
-        BenchError: an entry is not three whole numbers written so.
+        BenchError: an entry does not have this form.
     """
     workloads = []
-    for entry in filter(None, map(str.strip, text.split(","))):
+    for entry in comma_separated(text):
         requests, _, tokens = entry.partition("x")
         prompt, _, output = tokens.partition("+")
         if not all(number.isdecimal() for number in (requests, prompt, output)):
@@ -196,37 +218,19 @@ def parse_workloads(text: str) -> tuple[Workload, ...]:
     return tuple(workloads)
 
 
-def whole_numbers(text: str, what: str, expected: str) -> tuple[int, ...]:
-    """`"1,2"` -> (1, 2).
-
-    Args:
-        text: whole numbers separated by commas.
-        what: one of them is, for the error.
-        expected: of one of them, for the error.
-
-    Raises:
-        BenchError: an entry is not a whole number.
-    """
-    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
-    for entry in entries:
-        if not entry.isdecimal():
-            raise BenchError(f"{what} {entry!r} is not understood: give {expected}")
-    return tuple(map(int, entries))
-
-
 def run(bench: EngineBench, progress: Progress) -> Iterator[EngineResult]:
-    """Measures each cache dtype in a process of its own, so that none inherits memory or threads of another.
+    """Measure each cache dtype in a separate process, so that no engine inherits another's memory or threads.
 
     Args:
-        bench: what to measure.
-        progress: called with (engine, batches done, batches to do) as work goes on.
+        bench: the settings.
+        progress: called with (engine, batches done, batches to do).
 
     Yields:
-        What each engine reached, as it finishes.
+        Results of each engine as it finishes.
 
     Raises:
-        BenchError: an engine of the first size with the first dtype or a preset of ours failed; the message ends with
-            the last lines of its log. Others are listed with the reason.
+        BenchError: an engine of the first size with the baseline or one of our presets failed; the message ends with
+            the last lines of its log. Other failures become results with a reason.
         ModelError: the model cannot be found.
     """
     with model_directory(bench.model, bench.shape) as model_dir:
@@ -242,7 +246,8 @@ def run(bench: EngineBench, progress: Progress) -> Iterator[EngineResult]:
 
 
 def scaling(results: list[EngineResult], result: EngineResult, place: int) -> float | None:
-    """Tok/s of workload `place` for each GPU, over that of the same cache dtype on the fewest; None for that itself."""
+    """Scaling efficiency on workload `place`: tok/s per GPU over that of the same cache dtype on the fewest GPUs, for
+    which it is None."""
     same = [r for r in results if r.kv_cache_dtype == result.kv_cache_dtype and not r.reason]
     fewest = min(same, key=lambda r: r.tensor_parallel_size)
     if fewest is result:
@@ -252,7 +257,7 @@ def scaling(results: list[EngineResult], result: EngineResult, place: int) -> fl
 
 
 def table(bench: EngineBench, results: list[EngineResult]) -> Table:
-    """The results with ratios to the first row of each workload."""
+    """The results, with ratios to the first row of each workload."""
     memory = (
         f"{bench.kv_cache_memory_gib:g} GiB of cache"
         if bench.gpu_memory_utilization is None
@@ -266,11 +271,11 @@ def table(bench: EngineBench, results: list[EngineResult]) -> Table:
         for result in ran
     ]
     absent = [f"{result.label} did not run: {result.reason}" for result in results if result.reason]
-    notes = ["tok/s: generated tokens over the whole time", *held, *absent]
+    notes = ["tok/s: generated tokens over the batch duration", *held, *absent]
     made = Table(title=f"{what}, {bench.dtype}, {memory}", caption=Text("\n".join(notes)))
     made.add_column("workload\n  cache dtype", no_wrap=True)
     several = len(bench.tensor_parallel_sizes) > 1
-    for heading in ("tok/s", "decode tok/s", "first token s", *(["of linear scaling"] if several else [])):
+    for heading in ("tok/s", "decode tok/s", "TTFT, s", *(["of linear scaling"] if several else [])):
         made.add_column(heading, justify="right")
     for place, workload in enumerate(bench.workloads):
         base = first.workloads[place]
@@ -289,7 +294,7 @@ def table(bench: EngineBench, results: list[EngineResult]) -> Table:
 
 
 def record(bench: EngineBench, results: list[EngineResult]) -> dict[str, Any]:
-    """All that is needed to read the results later, ready for JSON."""
+    """Settings, environment and results, ready for JSON."""
     return {
         "benchmark": "engine",
         "settings": asdict(bench),
@@ -300,7 +305,7 @@ def record(bench: EngineBench, results: list[EngineResult]) -> dict[str, Any]:
 
 
 def write(path: Path, bench: EngineBench, results: list[EngineResult]) -> None:
-    """Writes `record` to `path`; ResultFileError where that fails."""
+    """Write `record` to `path`; raise ResultFileError if that fails."""
     write_results(path, record(bench, results))
 
 
@@ -314,24 +319,8 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
-@contextmanager
-def model_directory(model: str, shape: str | None) -> Iterator[Path]:
-    """The directory of `model`, or of a config alone where `shape` names one of `SHAPES`."""
-    if shape is None:
-        yield resolve_model(model)
-        return
-    with tempfile.TemporaryDirectory(prefix="kvarn-shape-") as directory:
-        yield write_shape(shape, Path(directory))
-
-
-def check_shape(shape: str | None) -> None:
-    """Raises BenchError unless `shape` is None or one of `SHAPES`."""
-    if shape is not None and shape not in SHAPES:
-        raise BenchError(f"shape {shape!r} is not known: give one of {', '.join(SHAPES)}")
-
-
 def _measure(bench: EngineBench, model_dir: Path, empty: EngineResult, progress: Progress) -> EngineResult:
-    """`empty` with what its engine reached."""
+    """Run the engine of `empty` and fill in its results."""
     progress(empty.label, 0, bench.batches)
     settings = {
         **asdict(bench),
@@ -366,6 +355,6 @@ def _failure(label: str, log: IO[str]) -> str:
 
 
 def _last_error(failure: str) -> str:
-    """The last line of a log that names an error, else the last line."""
+    """The last line that names an error, else the last line."""
     lines = [line.strip() for line in failure.splitlines() if line.strip()]
     return next((line for line in reversed(lines) if "Error" in line), lines[-1])

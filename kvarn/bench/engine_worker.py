@@ -1,7 +1,7 @@
 """The process of `kvarn bench engine` that holds one engine and times it.
 
-It is given the fields of `EngineBench` and the one `kv_cache_dtype` to use as JSON, and answers in JSON lines on
-standard output: the timing of each batch, then the facts of the cache. What vLLM prints goes to standard error.
+It gets the fields of `EngineBench` and the `kv_cache_dtype` to use as JSON, and answers in JSON lines on standard
+output: the timing of each batch, then the size of the cache. vLLM prints to standard error.
 """
 
 import json
@@ -14,14 +14,13 @@ from typing import Any
 from kvarn.bench.shapes import load_format
 from kvarn.worker import answer, take_standard_output
 
-WARM_UP_PROMPT_TOKENS = (
-    32  # vLLM has run its largest step at start: this only reaches what decoding allocates
-)
+# vLLM ran its largest step at startup: this batch only triggers what decoding allocates.
+WARM_UP_PROMPT_TOKENS = 32
 WARM_UP_OUTPUT_TOKENS = 8
 
 
 def main() -> None:
-    """Measures what the first argument asks for; without all its answers, it has failed."""
+    """Measure what the first argument asks for; fewer answers than batches mean failure."""
     settings = json.loads(sys.argv[1])
     answers = take_standard_output()
     start = time.perf_counter()
@@ -40,7 +39,7 @@ def main() -> None:
 
 
 def _start_engine(settings: dict[str, Any]) -> Any:
-    """Prefix caching is off: the same prompts are computed anew in every batch."""
+    """Start the engine without prefix caching, so that every batch computes its prompts."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -71,20 +70,20 @@ def _start_engine(settings: dict[str, Any]) -> Any:
 
 
 def _max_num_seqs(settings: dict[str, Any]) -> int:
-    most: int = settings["max_num_seqs"] or max(workload["requests"] for workload in settings["workloads"])
-    return most
+    largest: int = max(workload["requests"] for workload in settings["workloads"])
+    return settings["max_num_seqs"] or largest
 
 
 def _prompts(count: int, tokens: int, vocab_size: int) -> list[list[int]]:
-    """Random token ids, the same in every run: speed does not depend on what the text says."""
+    """Random token IDs, the same in every run: speed does not depend on the text."""
     draw = random.Random(0)
     return [draw.choices(range(vocab_size), k=tokens) for _ in range(count)]
 
 
 def _time_batch(engine: Any, prompts: list[list[int]], output_tokens: int) -> dict[str, float | None]:
-    """Sends `prompts` together and times them; see `kvarn.bench.engine.WorkloadResult`.
+    """Send `prompts` together and time them; see `kvarn.bench.engine.WorkloadResult`.
 
-    Prefill lasts until every request has a token, decode from there until the first request is finished.
+    Prefill lasts until every request has a token, decode from then until the first request finishes.
     """
     from vllm import SamplingParams
 

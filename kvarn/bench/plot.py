@@ -1,4 +1,4 @@
-"""Charts of benchmarks."""
+"""Plots of benchmark results."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from kvarn.bench.engine import BenchError, EngineBench, EngineResult
-from kvarn.bench.kernels.comparison import BASELINE, KernelReport
+from kvarn.bench.bench_settings import BenchError
+from kvarn.bench.engine import EngineBench, EngineResult
+from kvarn.bench.kernels.comparison import KernelReport
+from kvarn.bench.kernels.contenders import BASELINE
 
 FORMATS = (".png", ".svg")
 
 
 def check(path: Path) -> None:
-    """Refuses, before anything is measured, a chart that could not be written.
+    """Reject, before anything is measured, a plot that could not be written.
 
     Raises:
         BenchError: the file's name ends in neither .png nor .svg.
@@ -23,13 +25,12 @@ def check(path: Path) -> None:
 
 
 def draw(path: Path, report: KernelReport) -> None:
-    """Writes a bar for each contender of each case. Bars are ratios to the baseline where it ran in every case, else
-    shares of copy bandwidth. A benchmark limited by the bytes it moves has a mark where a copy's bandwidth would put
-    each bar.
+    """Plot one bar per contender and case: its speed relative to the baseline, or, if the baseline did not run in
+    every case, its fraction of copy bandwidth. For a memory-bound benchmark, a mark shows each bar at copy bandwidth.
 
     Args:
         path: a .png or .svg file, see `check`.
-        report: what to draw; contenders that did not run have no bar.
+        report: the results; contenders that did not run have no bar.
     """
     from matplotlib.figure import Figure
 
@@ -56,19 +57,19 @@ def draw(path: Path, report: KernelReport) -> None:
     if report.bench.moves_bytes:
         axes.plot([], [], color="black", label="floor: its bytes at copy bandwidth")
     axes.set_xticks(range(len(labels)), labels)
-    axes.set_ylabel(f"times as fast as {BASELINE}" if as_ratios else "share of copy bandwidth")
+    axes.set_ylabel(f"speed-up over {BASELINE}" if as_ratios else "fraction of copy bandwidth")
     axes.set_title(f"{report.bench.name}, {report.bench.preset}, head_dim {report.bench.head_dim}")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
 def draw_engine(path: Path, bench: EngineBench, results: list[EngineResult]) -> None:
-    """Writes a bar for each cache dtype on each workload: its tok/s over the first dtype's.
+    """Plot one bar per cache dtype and workload: its tok/s over the first dtype's.
 
     Args:
         path: a .png or .svg file, see `check`.
-        bench: what was measured.
-        results: what to draw; engines that did not run have no bar.
+        bench: the settings.
+        results: the results; engines that did not run have no bar.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Prefix order against vLLM's first come, first served: one engine, one cache, the same requests in turn under both."""
+"""Prefix order against vLLM's first come, first served, on the same engine, cache and requests."""
 
 from __future__ import annotations
 
@@ -6,17 +6,28 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
+from typer import Option
 
-from kvarn.bench.engine import BenchError, check_shape, model_directory
-from kvarn.bench.shapes import load_format
+from kvarn.bench.bench_settings import (
+    BenchError,
+    EnforceEager,
+    ModelDtype,
+    ModelName,
+    Progress,
+    ShapeName,
+    check_at_least,
+    check_preset,
+    check_shape,
+)
+from kvarn.bench.shapes import load_format, model_directory
 from kvarn.bench.workloads import WORKLOADS, ConversationWorkload, Scale, tenants, unshared
+from kvarn.dtypes import comma_separated
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL
 from kvarn.presets import get_preset
@@ -25,62 +36,44 @@ from kvarn.result_files import write_results
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
-Progress = Callable[[str, int, int], None]
 ORDERS = ("fcfs", "prefix")
 QUEUED, ORDERINGS, PICKLINGS = 1000, 50, 50
 
 
 @dataclass(frozen=True)
 class SchedulerBench:
-    """What to measure.
-
-    Attributes:
-        model: a model's name or directory, see `kvarn.model.resolve_model`; ignored where `shape` is given.
-        shape: one of `kvarn.bench.shapes.SHAPES`: a model of that shape with random weights.
-        dtype: of weights and activations, as vLLM's `dtype`.
-        kv_cache_dtype: a preset.
-        workloads: names out of `kvarn.bench.workloads.WORKLOADS`.
-        requests: requests of a workload, about.
-        shared_tokens: tokens of a system prompt or an agent's context.
-        own_tokens: tokens one request adds.
-        output_tokens: tokens each request generates.
-        max_num_seqs: requests that run together.
-        cache_share: part of a workload's tokens that the cache holds.
-        repeats: runs under each order, in turn; medians count.
-        enforce_eager: do not compile the model.
+    """Settings of `kvarn bench scheduler`.
 
     Raises:
-        BenchError: a number is out of range or a name unknown.
+        BenchError: a number is out of range, or a name is unknown.
     """
 
-    model: str = DEFAULT_MODEL
-    dtype: str = "bfloat16"
-    kv_cache_dtype: str = "kvarn_k4v2_g128"
-    workloads: tuple[str, ...] = tuple(WORKLOADS)
-    requests: int = 24
-    shared_tokens: int = 384
-    own_tokens: int = 40
-    output_tokens: int = 8
-    max_num_seqs: int = 2
-    cache_share: float = 0.25
-    repeats: int = 1
-    enforce_eager: bool = True
-    shape: str | None = None
+    model: ModelName = DEFAULT_MODEL
+    shape: ShapeName = None
+    dtype: ModelDtype = "bfloat16"
+    kv_cache_dtype: Annotated[str, Option("--preset", help="Cache format.")] = "kvarn_k4v2_g128"
+    workloads: Annotated[
+        tuple[str, ...], Option(parser=comma_separated, help="Comma-separated workloads to run.")
+    ] = tuple(WORKLOADS)
+    requests: Annotated[int, Option(help="Approximate number of requests per workload.")] = 24
+    shared_tokens: Annotated[int, Option(help="Tokens of a shared system prompt or agent context.")] = 384
+    own_tokens: Annotated[int, Option(help="Tokens that each request adds to it.")] = 40
+    output_tokens: Annotated[int, Option(help="Tokens that each request generates.")] = 8
+    max_num_seqs: Annotated[int, Option(help="Maximum concurrent requests.")] = 2
+    cache_share: Annotated[float, Option(help="Fraction of a workload's tokens that the cache holds.")] = 0.25
+    repeats: Annotated[int, Option(help="Runs under each order, alternating; medians are reported.")] = 1
+    enforce_eager: EnforceEager = True
 
     def __post_init__(self) -> None:
         check_shape(self.shape)
         for name in ("requests", "shared_tokens", "own_tokens", "output_tokens", "max_num_seqs", "repeats"):
-            if getattr(self, name) < 1:
-                raise BenchError(f"{name} is {getattr(self, name)}: give a number of at least 1")
+            check_at_least(name, getattr(self, name), 1)
         if not 0 < self.cache_share <= 1:
-            raise BenchError(f"cache_share is {self.cache_share}: give a part above 0 and up to 1")
+            raise BenchError(f"cache_share is {self.cache_share}: give a fraction above 0 and at most 1")
         for name in self.workloads:
             if name not in WORKLOADS:
                 raise BenchError(f"there is no workload {name!r}: use {', '.join(WORKLOADS)}")
-        try:
-            get_preset(self.kv_cache_dtype)
-        except ValueError as error:
-            raise BenchError(str(error)) from None
+        check_preset(self.kv_cache_dtype)
 
 
 @dataclass(frozen=True)
@@ -88,11 +81,11 @@ class OrderRun:
     """One workload under one order.
 
     Attributes:
-        hit_rate: prompt tokens found in the cache, of all prompt tokens.
-        mean_ttft_s: mean seconds from a request's arrival to its first token.
-        mean_ttft_tokens: mean tokens the engine computed in that time, for all requests: the same on every machine.
-        computed_tokens: tokens the engine computed.
-        wall_s: seconds for the whole workload.
+        hit_rate: fraction of prompt tokens found in the prefix cache.
+        mean_ttft_s: mean time from a request's arrival to its first token.
+        mean_ttft_tokens: mean tokens that the engine computed in that time, for all requests; machine-independent.
+        computed_tokens: tokens that the engine computed.
+        wall_s: duration of the workload.
     """
 
     hit_rate: float
@@ -104,28 +97,28 @@ class OrderRun:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One workload under both orders, the runs in the order they were made."""
+    """One workload under both orders, runs in chronological order."""
 
     workload: str
     requests: int
     runs: dict[str, list[OrderRun]] = field(default_factory=lambda: {order: [] for order in ORDERS})
 
     def value(self, order: str, name: str) -> float:
-        """The median over the runs of a field of `OrderRun`."""
+        """Median over the runs of a field of `OrderRun`."""
         return float(median(getattr(run, name) for run in self.runs[order]))
 
     def gain(self, name: str) -> float:
-        """First come, first served over prefix order, of a quantity that should be small."""
+        """Ratio of first come, first served to prefix order, for a quantity that should be small."""
         return self.value("fcfs", name) / self.value("prefix", name)
 
 
 @dataclass(frozen=True)
 class OrderReport:
-    """What `run` found.
+    """Results of `run`.
 
     Attributes:
-        ordering_ms: median time to order a queue of `QUEUED` waiting requests once.
-        plan_us: median time that slot plans add to writing and reading the messages of steps to a worker.
+        ordering_ms: median time to order a queue of `QUEUED` waiting requests.
+        plan_us: median time that a slot plan adds to pickling and unpickling a step's message to a worker.
     """
 
     comparisons: list[Comparison]
@@ -134,11 +127,11 @@ class OrderReport:
 
 
 def run(bench: SchedulerBench, progress: Progress) -> OrderReport:
-    """Runs every workload under both orders.
+    """Run every workload under both orders.
 
     Args:
-        bench: what to measure.
-        progress: called with (workload, runs done, runs to do) as work goes on.
+        bench: the settings.
+        progress: called with (workload, runs done, runs to do).
 
     Raises:
         BenchError: a prompt does not fit the model.
@@ -156,7 +149,7 @@ def run(bench: SchedulerBench, progress: Progress) -> OrderReport:
 
 
 def _start_engine(bench: SchedulerBench, model_dir: Path) -> LLMEngine:
-    """In this process, so that the order can be changed between runs."""
+    """Start the engine in this process, so that its order can be changed between runs."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -169,7 +162,7 @@ def _start_engine(bench: SchedulerBench, model_dir: Path) -> LLMEngine:
         model=str(model_dir),
         dtype=bench.dtype,
         kv_cache_dtype=bench.kv_cache_dtype,
-        kv_cache_memory_bytes=2**30,  # what the blocks may take at most
+        kv_cache_memory_bytes=2**30,  # upper bound of the blocks' memory
         num_gpu_blocks_override=blocks,
         max_model_len=longest + 1,
         max_num_seqs=bench.max_num_seqs,
@@ -198,12 +191,12 @@ def _run_once(engine: LLMEngine, order: str, workload: ConversationWorkload, out
     scheduler = engine.engine_core.engine_core.scheduler
     scheduler.orders_by_prefix = order == "prefix"
     if not engine.reset_prefix_cache():
-        raise BenchError("the cache could not be emptied between two runs: requests are left in the engine")
+        raise BenchError("the cache could not be reset between two runs: the engine still holds requests")
     return _Replay(engine, workload, output_tokens).run()
 
 
 def _ordering_ms(engine: LLMEngine, scale: Scale) -> float:
-    """Time to order many requests of which some have a cached prefix."""
+    """Time to order many requests, some with a cached prefix."""
     scheduler = engine.engine_core.engine_core.scheduler
     replay = _Replay(engine, tenants(replace(scale, requests=QUEUED)), output_tokens=1)
     replay.send_all()
@@ -220,7 +213,7 @@ def _ordering_ms(engine: LLMEngine, scale: Scale) -> float:
 
 
 def _plan_us(engine: LLMEngine, bench: SchedulerBench, scale: Scale) -> float:
-    """What a plan costs beside the rest of a step's `SchedulerOutput`, pickled as vLLM's executors send it to ranks."""
+    """Time that a slot plan adds to pickling a step's `SchedulerOutput`, which vLLM's executors send to ranks."""
     from kvarn.vllm.slots import SLOT_PLAN
 
     replay = _Replay(engine, unshared(replace(scale, requests=bench.max_num_seqs)), bench.output_tokens)
@@ -241,7 +234,7 @@ def _pickled_us(message: Any) -> float:
 
 
 class _Replay:
-    """One workload sent to an engine, and what came of it."""
+    """One workload sent to an engine, and its measurements."""
 
     def __init__(self, engine: LLMEngine, workload: ConversationWorkload, output_tokens: int) -> None:
         from vllm import SamplingParams
@@ -262,7 +255,7 @@ class _Replay:
         self._prompt_tokens = self._cached_tokens = self._computed_tokens = 0
 
     def run(self) -> OrderRun:
-        """Until every conversation has had its last answer."""
+        """Run until every conversation has its last answer."""
         start = time.perf_counter()
         self.scheduled()
         return OrderRun(
@@ -274,7 +267,7 @@ class _Replay:
         )
 
     def scheduled(self) -> list[Any]:
-        """What the scheduler put out in each step until every conversation has had its last answer."""
+        """Scheduler outputs of all steps until every conversation has its last answer."""
         scheduler: Any = self._engine.engine_core.engine_core.scheduler
         schedule, outputs = scheduler.schedule, []
 
@@ -319,9 +312,9 @@ class _Replay:
 
 
 def table(bench: SchedulerBench, report: OrderReport) -> Table:
-    """Both orders side by side; gains are first come, first served over prefix order."""
+    """Both orders side by side; gain is first come, first served over prefix order."""
     made = Table(
-        title=f"{bench.kv_cache_dtype}, {bench.max_num_seqs} at once, cache of {bench.cache_share:.0%} of the tokens",
+        title=f"{bench.kv_cache_dtype}, {bench.max_num_seqs} concurrent, cache for {bench.cache_share:.0%} of tokens",
         caption=f"ordering {QUEUED} waiting requests takes {report.ordering_ms:.2f} ms; "
         f"a slot plan adds {report.plan_us:.0f} us to a step's message",
     )
@@ -349,7 +342,7 @@ def table(bench: SchedulerBench, report: OrderReport) -> Table:
 
 
 def write(path: Path, bench: SchedulerBench, report: OrderReport) -> None:
-    """Writes all that is needed to read the results later, as JSON; ResultFileError where that fails."""
+    """Write settings, environment and results as JSON; raise ResultFileError if that fails."""
     record = {
         "benchmark": "scheduler",
         "settings": asdict(bench),
@@ -370,7 +363,7 @@ def write(path: Path, bench: SchedulerBench, report: OrderReport) -> None:
 
 
 def draw(path: Path, report: OrderReport) -> None:
-    """Draws hit rates and mean times to first token under both orders to a .png or .svg file."""
+    """Plot hit rates and mean times to first token under both orders to a .png or .svg file."""
     from matplotlib.figure import Figure
 
     comparisons = report.comparisons

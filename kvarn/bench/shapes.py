@@ -1,10 +1,15 @@
-"""Models that are only a shape: a config for vLLM to fill with random weights, where speed is all that matters."""
+"""Models without weights: a config that vLLM fills with random weights, for speed measurements."""
 
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from kvarn.model import resolve_model
 
 MAX_POSITIONS = 1 << 20
 
@@ -20,7 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_shape(name: str, directory: Path) -> Path:
-    """Writes the config.json of `SHAPES[name]`, with a vocabulary of 32 000, to `directory` and returns that."""
+    """Write the config.json of `SHAPES[name]`, with a vocabulary of 32,000, to `directory` and return the directory."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -37,6 +42,16 @@ def write_shape(name: str, directory: Path) -> Path:
     return directory
 
 
+@contextmanager
+def model_directory(model: str, shape: str | None) -> Iterator[Path]:
+    """The directory of `model`, or of a config without weights if `shape` names one of `SHAPES`."""
+    if shape is None:
+        yield resolve_model(model)
+        return
+    with tempfile.TemporaryDirectory(prefix="kvarn-shape-") as directory:
+        yield write_shape(shape, Path(directory))
+
+
 def load_format(shape: str | None) -> str:
-    """vLLM's `load_format`: random weights for a model that is but a `shape`."""
+    """vLLM's `load_format`: random weights for a `shape`."""
     return "auto" if shape is None else "dummy"

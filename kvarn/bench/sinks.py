@@ -1,7 +1,7 @@
-"""What keeping the first tokens of a sequence raw is worth: KL divergence against memory, on a real model's attention.
+"""KL divergence against memory when the first tokens of a sequence are kept raw, on a real model's attention.
 
-The model runs in Hugging Face transformers with the read rule in place of its attention, so that the number of raw
-first tokens can be anything; the engine itself keeps whole tiles.
+The model runs in Hugging Face transformers with the read rule in place of its attention, so that any number of first
+tokens can be raw; the engine itself keeps whole tiles.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
+from typer import Argument, Option
 
-from kvarn.bench.engine import BenchError
+from kvarn.bench.bench_settings import BenchError, ModelName, Progress, check_preset
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL, resolve_model
 from kvarn.presets import get_preset
@@ -27,37 +28,28 @@ from kvarn.tile import TileLayout
 ATTENTION = "kvarn_sinks"
 MIB = 2**20
 
-Progress = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True)
 class SinksBench:
-    """What to measure.
+    """Settings of `kvarn bench sinks`; the model runs in float32.
 
     Attributes:
-        text: a text file in UTF-8.
-        model: a model's name or directory, see `kvarn.model.resolve_model`; it runs in float32.
-        preset: the cache format.
-        sink_tokens: how many of a sequence's first tokens later tiles read raw, each at most one tile.
-        passages: passages of the text.
-        passage_tokens: tokens of each.
+        sink_tokens: numbers of first tokens that later tiles read raw, each at most one tile.
 
     Raises:
-        BenchError: a number is out of range.
+        BenchError: a number is out of range, a preset is unknown, or there is no such text.
     """
 
-    text: Path
-    model: str = DEFAULT_MODEL
-    preset: str = "kvarn_k4v2_g128"
+    text: Annotated[Path, Argument(help="A UTF-8 text file.")]
+    model: ModelName = DEFAULT_MODEL
+    preset: Annotated[str, Option(help="Cache format.")] = "kvarn_k4v2_g128"
     sink_tokens: tuple[int, ...] = (0, 4, 16, 64, 128)
-    passages: int = 3
-    passage_tokens: int = 1024
+    passages: Annotated[int, Option(help="Number of passages taken from the text.")] = 3
+    passage_tokens: Annotated[int, Option(help="Tokens per passage.")] = 1024
 
     def __post_init__(self) -> None:
-        try:
-            group = get_preset(self.preset).group
-        except ValueError as error:
-            raise BenchError(str(error)) from None
+        check_preset(self.preset)
+        group = get_preset(self.preset).group
         if any(not 0 <= tokens <= group for tokens in self.sink_tokens):
             raise BenchError(f"sink_tokens are {self.sink_tokens}: give numbers from 0 to {group}")
         if self.passages < 1 or self.passage_tokens <= group:
@@ -68,11 +60,12 @@ class SinksBench:
 
 @dataclass(frozen=True)
 class SinkResult:
-    """One number of raw first tokens.
+    """Result for one number of raw first tokens.
 
     Attributes:
-        sink_tokens: the number.
-        kld: KL divergence from the unquantized cache's next token, nats, mean over positions past the first tile.
+        sink_tokens: number of raw first tokens.
+        kld: KL divergence of the next token from the unquantized cache, in nats, mean over positions past the first
+            tile.
         kld_p99: its 99th percentile.
         sink_mib: fp16 memory of one sequence's raw first tokens, all layers.
     """
@@ -84,11 +77,11 @@ class SinkResult:
 
 
 def run(bench: SinksBench, progress: Progress) -> list[SinkResult]:
-    """Measures every number of sink tokens on the same passages.
+    """Measure every number of sink tokens on the same passages.
 
     Args:
-        bench: what to measure.
-        progress: called with (what runs, passages done, passages to do).
+        bench: the settings.
+        progress: called with (label, passages done, passages to do).
 
     Raises:
         BenchError: the text is too short.
@@ -137,7 +130,7 @@ def _log_probabilities(model: Any, passage: Tensor, first: int) -> Tensor:
 
 
 def _read_rule(layout: TileLayout, sink_tokens: int) -> Callable[..., tuple[Tensor, None]]:
-    """An attention function for transformers: own tile raw, first tokens raw, all others through their records."""
+    """Attention function for transformers: own tile and first tokens raw, all others dequantized from records."""
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
@@ -164,9 +157,9 @@ def _read_rule(layout: TileLayout, sink_tokens: int) -> Callable[..., tuple[Tens
 
 
 def table(bench: SinksBench, results: list[SinkResult]) -> Table:
-    """Divergence beside memory."""
+    """Divergence and memory of each number of raw first tokens."""
     made = Table(title=f"{bench.preset}, {bench.passages} passages of {bench.passage_tokens} tokens")
-    for heading in ("raw first tokens", "KLD, nats", "99th percentile", "MiB a sequence"):
+    for heading in ("raw first tokens", "KLD, nats", "99th percentile", "MiB per sequence"):
         made.add_column(heading, justify="right")
     for found in results:
         made.add_row(
@@ -176,7 +169,7 @@ def table(bench: SinksBench, results: list[SinkResult]) -> Table:
 
 
 def write(path: Path, bench: SinksBench, results: list[SinkResult]) -> None:
-    """Writes all that is needed to read the results later, as JSON; ResultFileError where that fails."""
+    """Write settings, environment and results as JSON; raise ResultFileError if that fails."""
     record = {
         "benchmark": "sinks",
         "settings": {**asdict(bench), "text": bench.text.name},

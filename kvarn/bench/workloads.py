@@ -1,4 +1,4 @@
-"""Prompts of made-up users, as token ids: what they share decides what a prefix cache is worth."""
+"""Synthetic conversations as token IDs; the prefixes that they share determine the value of a prefix cache."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Tokens = list[int]
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes that all workloads follow.
+    """Sizes of all workloads.
 
     Attributes:
-        requests: requests of a workload, about.
+        requests: approximate number of requests per workload.
         shared_tokens: tokens of a system prompt or an agent's context.
-        own_tokens: tokens that one request adds.
-        vocab_size: token ids are below it.
+        own_tokens: tokens that each request adds.
+        vocab_size: upper bound of token IDs.
     """
 
     requests: int
@@ -28,11 +28,11 @@ class Scale:
 
 @dataclass(frozen=True)
 class ConversationWorkload:
-    """Conversations that all begin at once; each sends its next message when it has its answer.
+    """Conversations that start together; each sends its next message once the previous one is answered.
 
     Attributes:
-        name: as users name it.
-        conversations: for each the tokens its turns add, the first turn with what it shares with others.
+        name: name of the workload.
+        conversations: for each, the tokens that its turns add; the first turn includes the shared prefix.
     """
 
     name: str
@@ -45,14 +45,14 @@ def _draw(seed: str, scale: Scale, count: int) -> Tokens:
 
 
 def _interleaved(name: str, groups: int, scale: Scale) -> ConversationWorkload:
-    """Requests of `groups` contexts arriving in turn, so that neighbours share nothing."""
+    """Requests of `groups` contexts in round-robin order, so that neighbours share nothing."""
     contexts = [_draw(f"{name} {group}", scale, scale.shared_tokens) for group in range(groups)]
     questions = [_draw(f"{name} question {n}", scale, scale.own_tokens) for n in range(scale.requests)]
     return ConversationWorkload(name, [[contexts[n % groups] + own] for n, own in enumerate(questions)])
 
 
 def one_system_prompt(scale: Scale) -> ConversationWorkload:
-    """Many users of one system prompt, among as many who share nothing and whose prompts push it out of the cache."""
+    """Users of one system prompt, interleaved with as many unrelated requests that evict it from the cache."""
     system = _draw("system", scale, scale.shared_tokens)
     conversations = []
     for n in range(scale.requests // 2):
@@ -62,7 +62,7 @@ def one_system_prompt(scale: Scale) -> ConversationWorkload:
 
 
 def tenants(scale: Scale) -> ConversationWorkload:
-    """Users of several applications, each with a system prompt of its own."""
+    """Users of several applications, each with its own system prompt."""
     return _interleaved("tenants", max(2, scale.requests // 6), scale)
 
 
@@ -77,7 +77,7 @@ def multi_turn(scale: Scale) -> ConversationWorkload:
 
 
 def agents(scale: Scale) -> ConversationWorkload:
-    """A burst of agents, each asking eight things about a context of its own."""
+    """A burst of agents, each asking eight questions about its own context."""
     return _interleaved("agents", max(2, scale.requests // 8), scale)
 
 

@@ -1,25 +1,64 @@
-"""What a person sees of the application in a terminal: streamed answers, a chat, the state of the caches."""
+"""`kvarn chat`: streamed answers in a terminal."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvarn.model import kv_shape
-from kvarn.v1 import cluster_pb2
-from serve_app.client import Client, ServingError
+from kvarn.cli.connection import (
+    AddressOption,
+    ApiKeyOption,
+    CaOption,
+    CertificateOption,
+    PrivateKeyOption,
+    serving_errors,
+    tls_files,
+)
+from kvarn.cli.output import out
+
+if TYPE_CHECKING:
+    from serve_app.client import Client
 
 Message = dict[str, str]
 
 
+def chat(
+    prompt: Annotated[str | None, typer.Argument(help="Answer only this message, then exit.")] = None,
+    address: AddressOption = "127.0.0.1:50051",
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 512,
+    ca: CaOption = None,
+    certificate: CertificateOption = None,
+    private_key: PrivateKeyOption = None,
+    api_key: ApiKeyOption = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer to PROMPT as JSON.")] = False,
+) -> None:
+    """Chat with a served model; Ctrl-C stops an answer, Ctrl-D exits."""
+    with serving_errors():
+        from serve_app.client import Client
+
+        if as_json and prompt is None:
+            raise typer.BadParameter("--json needs a PROMPT")
+        with Client(address, tls=tls_files(ca, certificate, private_key), api_key=api_key) as client:
+            if prompt is None:
+                converse(client, out, system, max_tokens)
+                return
+            console = Console(quiet=True) if as_json else out
+            messages = [*opening(system), {"role": "user", "content": prompt}]
+            answer = stream_answer(client, messages, console, max_tokens)
+            if as_json:
+                out.print_json(data=asdict(answer))
+
+
 @dataclass(frozen=True)
 class Answer:
-    """A streamed answer; `first_token_s` counts from sending the request, `tokens_per_s` from the first token."""
+    """A streamed answer; `first_token_s` is measured from sending, `tokens_per_s` from the first token."""
 
     text: str
     replica_id: str
@@ -31,7 +70,7 @@ class Answer:
 
 
 def stream_answer(client: Client, messages: Sequence[Message], console: Console, max_tokens: int) -> Answer:
-    """Prints the answer to a conversation as it comes.
+    """Print the answer to a conversation as it is generated.
 
     Raises:
         ServingError: the call failed.
@@ -60,8 +99,10 @@ def stream_answer(client: Client, messages: Sequence[Message], console: Console,
     )
 
 
-def chat(client: Client, console: Console, system: str | None, max_tokens: int) -> None:
-    """Talks until end of input; an error ends the turn, not the conversation."""
+def converse(client: Client, console: Console, system: str | None, max_tokens: int) -> None:
+    """Chat until end of input; an error ends the turn, not the conversation."""
+    from serve_app.client import ServingError
+
     messages = opening(system)
     while True:
         try:
@@ -85,39 +126,16 @@ def chat(client: Client, console: Console, system: str | None, max_tokens: int) 
 
 
 def opening(system: str | None) -> list[Message]:
-    """The messages a conversation starts with."""
+    """The first messages of a conversation."""
     return [{"role": "system", "content": system}] if system else []
 
 
 def answer_table(answer: Answer) -> Table:
-    """Which replica answered, and how fast."""
+    """The replica that answered, and its speed."""
     made = Table(show_header=False, title="answer", title_justify="left")
     made.add_row("served by replica", answer.replica_id)
     made.add_row("time to first token", f"{answer.first_token_s * 1000:.0f} ms")
-    made.add_row("then", f"{answer.tokens_per_s:.1f} tokens/s")
+    made.add_row("decode rate", f"{answer.tokens_per_s:.1f} tokens/s")
     cached = f" ({answer.cached_tokens} from the prefix cache)"
     made.add_row("tokens", f"{answer.prompt_tokens} prompt{cached}, {answer.completion_tokens} generated")
-    return made
-
-
-def cache_table(state: cluster_pb2.GetCacheStateResponse, model_dir: Path) -> Table:
-    """The replicas' caches: blocks, tokens of one block and of all, and what bfloat16 holds in the same memory."""
-    made = Table("replica", title="KV cache, capacity in tokens", title_justify="left")
-    made.add_column("cache dtype", no_wrap=True)
-    for heading in ("blocks", "tokens", "capacity", "as bf16", "ratio"):
-        made.add_column(heading, justify="right")
-    bf16_bytes = kv_shape(model_dir).bytes_per_token_16_bit
-    for replica in state.replicas:
-        capacity = replica.cache.capacity
-        held = capacity.total_blocks * capacity.tile_tokens
-        held_in_bf16 = capacity.total_blocks * capacity.bytes_per_tile // bf16_bytes
-        made.add_row(
-            replica.replica_id,
-            capacity.cache_dtype,
-            f"{capacity.total_blocks:,}",
-            str(capacity.tile_tokens),
-            f"{held:,}",
-            f"{held_in_bf16:,}",
-            f"{held / held_in_bf16:.2f}x" if held_in_bf16 else "",
-        )
     return made

@@ -1,4 +1,4 @@
-"""What commands that serve or reach a server share: their options for TLS and keys, and their errors."""
+"""Options and errors of commands that connect to a gateway."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvarn.address import is_address
-from kvarn.cli.output import fail, one_sentence_errors
+from kvarn.cli.output import fail, missing_packages, one_sentence_errors
 
 if TYPE_CHECKING:
     from serve_app.rpc.channels import Tls
@@ -30,31 +30,32 @@ def _api_key(given: str) -> str:
     return given
 
 
-AddressOption = Annotated[str, typer.Option(help="host:port of a gateway's gRPC.", callback=_address)]
+AddressOption = Annotated[str, typer.Option(help="host:port of a gateway's gRPC server.", callback=_address)]
 CaOption = Annotated[
     Path | None,
-    typer.Option("--ca", exists=True, dir_okay=False, help="The CA of the server's certificate, PEM."),
+    typer.Option("--ca", exists=True, dir_okay=False, help="PEM file of the server's CA certificate."),
 ]
 CertificateOption = Annotated[
     Path | None,
-    typer.Option("--cert", exists=True, dir_okay=False, help="Your own certificate, PEM; needs --key."),
+    typer.Option("--cert", exists=True, dir_okay=False, help="PEM file of the client certificate, for mTLS."),
 ]
 PrivateKeyOption = Annotated[
-    Path | None, typer.Option("--key", exists=True, dir_okay=False, help="The private key of --cert, PEM.")
+    Path | None,
+    typer.Option("--key", exists=True, dir_okay=False, help="PEM file of the private key of --cert."),
 ]
 ApiKeyOption = Annotated[
     str,
     typer.Option(
         envvar="KVARN_API_KEY",
         show_envvar=True,
-        help="Better given by the variable: arguments show.",
+        help="Prefer KVARN_API_KEY: arguments are visible in process listings.",
         callback=_api_key,
     ),
 ]
 
 
 def tls_files(ca: Path | None, certificate: Path | None, private_key: Path | None) -> Tls | None:
-    """The files as clients take them; None, for plain text, if there are none. Ends the command if one is not PEM."""
+    """The TLS files for a client, or None for plaintext; end the command if one is not PEM."""
     from serve_app.rpc.channels import Tls
 
     if (certificate is None) != (private_key is None):
@@ -64,8 +65,10 @@ def tls_files(ca: Path | None, certificate: Path | None, private_key: Path | Non
         with _pem_errors(f"--ca {ca}", "a certificate"):
             context.load_verify_locations(ca)
     if certificate is not None:
-        with _pem_errors(f"--cert {certificate} with --key {private_key}", "a certificate and its plain key"):
-            context.load_cert_chain(certificate, private_key, password="")  # else it asks for one
+        with _pem_errors(
+            f"--cert {certificate} with --key {private_key}", "a certificate and its unencrypted key"
+        ):
+            context.load_cert_chain(certificate, private_key, password="")  # without one, OpenSSL prompts
     return Tls(ca, certificate, private_key) if ca or certificate else None
 
 
@@ -74,7 +77,7 @@ def _pem_errors(given: str, expected: str) -> Iterator[None]:
     try:
         yield
     except ssl.SSLError:
-        fail(f"{given} does not hold {expected}: give PEM files")
+        fail(f"{given} does not contain {expected}: give PEM files")
     except OSError as error:
         fail(f"{given} cannot be read: {error.strerror}")
 
@@ -82,19 +85,12 @@ def _pem_errors(given: str, expected: str) -> Iterator[None]:
 @contextmanager
 def serving_errors() -> Iterator[None]:
     """`one_sentence_errors` for commands that need the serving packages."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its own lines about handshakes and idle connections
-    with one_sentence_errors():
-        try:
-            from serve_app.client import ServingError, UnauthenticatedError
-            from serve_app.launch import LaunchError
-        except ModuleNotFoundError as error:
-            fail(
-                f"this command needs the package {error.name}: install it with `pip install kvarn[cpu,serve]`"
-            )
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC logs handshakes and idle connections
+    with one_sentence_errors(), missing_packages():
+        from serve_app.client import ServingError, UnauthenticatedError
+
         try:
             yield
-        except LaunchError as error:
-            fail(str(error))
         except UnauthenticatedError as error:
             fail(f"{error.sentence} Commands take the key from KVARN_API_KEY.")
         except ServingError as error:

@@ -1,14 +1,22 @@
-"""Whether KVarN can work here: versions, the machine, vLLM's hooks, and a self-test of the cache's arithmetic."""
+"""`kvarn doctor`: versions, the machine, vLLM's hooks, and a self-test of the cache's arithmetic."""
 
+from __future__ import annotations
+
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from torch import Tensor
 
+from kvarn.cli.connection import serving_errors
+from kvarn.cli.output import AsJson, err, out, quiet_vllm
 from kvarn.cpu import decode, prefill, store
 from kvarn.engine_limits import EngineLimits, limits_table
 from kvarn.environment import machine, versions
@@ -23,9 +31,38 @@ SINK_SLOT, TAIL_SLOT = 0, 1
 TOLERANCE = 1e-4  # float32 sums in another order, over values near 1
 
 
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="Serve YAML; also shows what limits its engines' concurrency.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this installation: versions, machine, vLLM hooks, cache arithmetic; exit 1 if a check fails."""
+    quiet_vllm()
+    limits = None if config is None else _limits_of(config)
+    with err.status("checking versions and hooks, testing the cache (about 10 seconds)"):
+        report = examine(limits)
+    if as_json:
+        out.print_json(json.dumps({**asdict(report), "ok": report.ok}))
+    else:
+        out.print(render(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _limits_of(config: Path) -> EngineLimits | None:
+    """Concurrency limits of the engines of a Serve YAML; end the command if the YAML or its model is invalid."""
+    with serving_errors():
+        from serve_app.launch import check_model, limits_of, read_app
+
+        app = read_app(config)
+        check_model(app)
+        return limits_of(app)
+
+
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at: `detail` tells what was found, and what to change if it is not `ok`."""
+    """The result of one check: `detail` says what was found and, if it is not `ok`, what to change."""
 
     name: str
     ok: bool
@@ -34,7 +71,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that `kvarn doctor` finds. A version is None where the package is not installed, `limits` without a YAML."""
+    """All findings of `kvarn doctor`; a version is None if the package is missing, `limits` without a YAML."""
 
     versions: dict[str, str | None]
     machine: dict[str, str]
@@ -49,17 +86,17 @@ class Diagnosis:
 
 
 def examine(limits: EngineLimits | None = None) -> Diagnosis:
-    """Looks at everything; takes some seconds, most of them to import vLLM.
+    """Run all checks; takes some seconds, mostly to import vLLM.
 
     Args:
-        limits: of the engines that are to run here, if these are known.
+        limits: of the engines that are to run here, if known.
     """
     tests = [self_test(preset) for preset in PRESETS.values()]
     return Diagnosis(versions(), machine(), check_hooks(), tests, limits)
 
 
 def check_hooks() -> list[Check]:
-    """One check for each place where the plugin attaches to vLLM."""
+    """Check each hook of the plugin against the installed vLLM."""
     try:
         from kvarn.vllm.plugin import hook_report
 
@@ -71,7 +108,7 @@ def check_hooks() -> list[Check]:
 
 
 def self_test(preset: Preset) -> Check:
-    """Quantizes a random sequence of three tiles and a part, attends to it, and compares with the reference.
+    """Quantize a random sequence of three and a third tiles, attend to it, and compare with the reference.
 
     Decode is checked at the last position, prefill at the first and the last position of each tile.
     """
@@ -86,7 +123,7 @@ def self_test(preset: Preset) -> Check:
 
 
 def render(report: Diagnosis) -> RenderableType:
-    """The report as tables for a terminal."""
+    """Tables of the report."""
     return Group(
         _facts_table(
             "versions", ((name, found or "not installed") for name, found in report.versions.items())
@@ -99,7 +136,7 @@ def render(report: Diagnosis) -> RenderableType:
 
 
 class _Sequence:
-    """A random sequence in a cache of its own: full tiles as records, the first and the last one in slots too."""
+    """A random sequence in its own cache: full tiles as records, the first and last tile also in slots."""
 
     def __init__(self, layout: TileLayout, length: int) -> None:
         self.layout, self.length = layout, length

@@ -1,7 +1,8 @@
-"""What commands share: consoles, options, errors of one sentence, progress bars."""
+"""Shared by all commands: consoles, options, one-sentence errors, progress bars."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,26 +23,24 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from kvarn.bench.engine import BenchError
-from kvarn.model import ModelError
-from kvarn.plan.model_shape import PlanError
-from kvarn.quality.settings import QualityError
-from kvarn.report.page import ReportError
-from kvarn.result_files import ResultFileError
+from kvarn.errors import KVarNError
 
 out = Console()
 err = Console(stderr=True)
 
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results here too.")]
-PlotOption = Annotated[Path | None, typer.Option("--plot", help="Draw the results: a .png or .svg file.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the results to this JSON file.")]
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", help="Also plot the results to this .png or .svg file.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 Update = Callable[[str, int, int], None]
 
-LOG_INTERVAL_S = 60.0  # between two lines about one label in a log
+LOG_INTERVAL_S = 60.0  # between two log lines about one label
 
 
 class CommandError(typer.Exit):
-    """Ends the command with exit code 1; `sentence` has been told."""
+    """Ends the command with exit code 1; `sentence` has been printed."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(1)
@@ -49,43 +48,57 @@ class CommandError(typer.Exit):
 
 
 def fail(sentence: str) -> NoReturn:
-    """Ends the command with one sentence on standard error and exit code 1."""
+    """End the command with one sentence on standard error and exit code 1."""
     err.print(f"error: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
     raise CommandError(sentence) from None
 
 
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """Errors a user can act on end the command with their message and exit code 1."""
+    """End the command with the message of a `KVarNError` and exit code 1."""
     try:
         yield
-    except (BenchError, ModelError, PlanError, QualityError, ResultFileError, ReportError) as error:
+    except KVarNError as error:
         fail(str(error))
 
 
+@contextmanager
+def missing_packages() -> Iterator[None]:
+    """End the command with what to install if a package of the serving extra is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        fail(f"this command needs the package {error.name}: install it with `pip install kvarn[cpu,serve]`")
+
+
+def quiet_vllm() -> None:
+    """Keep vLLM's log off standard output, where it writes from its import on."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
 def check_directory(option: str, path: Path | None) -> None:
-    """Refuses, before anything is measured, a file in a directory that does not exist."""
+    """Fail, before anything is measured, if a result file's directory does not exist."""
     if path is not None and not path.absolute().parent.is_dir():
         fail(f"{option} {path}: there is no directory {path.absolute().parent}")
 
 
 @contextmanager
 def counting_progress(counted: str) -> Iterator[Update]:
-    """A bar for each label, with what is counted and the time spent."""
+    """One bar per label, with the count and the elapsed time."""
     with _bars(MofNCompleteColumn(), TextColumn(counted), TimeElapsedColumn()) as update:
         yield update
 
 
 @contextmanager
 def time_left_progress() -> Iterator[Update]:
-    """A bar for each label, with the time spent and the time left."""
+    """One bar per label, with the elapsed and the remaining time."""
     with _bars(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()) as update:
         yield update
 
 
 @contextmanager
 def _bars(*columns: ProgressColumn) -> Iterator[Update]:
-    """A bar for each label; in a log, where no bar moves, lines."""
+    """One bar per label on a terminal; lines in a log."""
     if not err.is_terminal:
         yield _lines()
         return
@@ -102,14 +115,14 @@ def _bars(*columns: ProgressColumn) -> Iterator[Update]:
 
 
 def _lines() -> Update:
-    """Writes a line as a label begins and ends, and each `LOG_INTERVAL_S` in between."""
-    told_s: dict[str, float] = {}
+    """Print a line when a label begins and ends, and every `LOG_INTERVAL_S` in between."""
+    printed_s: dict[str, float] = {}
 
     def update(label: str, done: int, total: int) -> None:
         now_s = time.monotonic()
-        if label in told_s and done < total and now_s < told_s[label] + LOG_INTERVAL_S:
+        if label in printed_s and done < total and now_s < printed_s[label] + LOG_INTERVAL_S:
             return
-        told_s[label] = now_s
+        printed_s[label] = now_s
         err.print(f"{label}: {done} of {total}", highlight=False, markup=False, soft_wrap=True)
 
     return update

@@ -1,4 +1,4 @@
-"""The `kvarn plan` command."""
+"""`kvarn plan`: capacity of a GPU for a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvarn.cli.output import one_sentence_errors, out
+from kvarn.cli.output import AsJson, one_sentence_errors, out
 from kvarn.model import DEFAULT_MODEL
 from kvarn.plan.capacity import make_plan, record, table
 from kvarn.plan.hardware import GPUS
@@ -16,23 +16,23 @@ from kvarn.plan.model_shape import PlanError
 
 def plan(
     model: Annotated[
-        str, typer.Option(help="A model's name, or a directory with its config.json.")
+        str, typer.Option(help="Model name, or a directory with its config.json.")
     ] = DEFAULT_MODEL,
-    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h200",
-    tp: Annotated[int, typer.Option(help="GPUs that share the model.")] = 1,
-    context: Annotated[str, typer.Option(help="Tokens of a sequence, e.g. 32k.")] = "8k",
-    rate: Annotated[float | None, typer.Option(help="Requests a second to plan for.")] = None,
-    output_tokens: Annotated[int, typer.Option(help="Tokens a request generates, with --rate.")] = 512,
+    gpu: Annotated[str, typer.Option(help=f"GPU model: {', '.join(GPUS)}.")] = "h200",
+    tp: Annotated[int, typer.Option(help="Tensor parallel size, in GPUs.")] = 1,
+    context: Annotated[str, typer.Option(help="Sequence length, in tokens, e.g. 32k.")] = "8k",
+    rate: Annotated[float | None, typer.Option(help="Requests per second to plan for.")] = None,
+    output_tokens: Annotated[int, typer.Option(help="Tokens generated per request, with --rate.")] = 512,
     cache_gib: Annotated[
-        float | None, typer.Option(help="Memory of the cache, GiB a GPU; what is left if not given.")
+        float | None, typer.Option(help="KV cache memory per GPU, in GiB; by default what is left.")
     ] = None,
     utilization: Annotated[float, typer.Option(help="vLLM's gpu_memory_utilization.")] = 0.92,
     max_num_seqs: Annotated[
-        int | None, typer.Option(help="Most sequences at once; what fits if not given.")
+        int | None, typer.Option(help="Maximum concurrent sequences; by default as many as fit.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Plan capacity: tokens, sequences and decode time of each cache dtype, from the model's config alone."""
+    """Estimate tokens, sequences and decode time for each cache dtype from the model's config alone."""
     with one_sentence_errors():
         made = make_plan(
             model, gpu, tp, _tokens(context), rate, output_tokens, cache_gib, utilization, max_num_seqs
@@ -49,4 +49,4 @@ def _tokens(text: str) -> int:
     try:
         return int(float(number) * factor)
     except (ValueError, OverflowError):
-        raise PlanError(f"--context {text!r} is no number of tokens: give one like 32768 or 32k") from None
+        raise PlanError(f"--context {text!r} is not a number of tokens: give one like 32768 or 32k") from None

@@ -1,4 +1,4 @@
-"""The `kvarn report` command."""
+"""`kvarn report`: results as one HTML page."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kvarn.cli.output import check_directory, one_sentence_errors, out
 
 def report(
     records: Annotated[
-        list[Path], typer.Argument(help="JSON files that kvarn quality, plan or bench wrote.")
+        list[Path], typer.Argument(help="JSON files written by kvarn quality, plan or bench.")
     ],
-    html: Annotated[Path, typer.Option("--html", help="The page to write.")] = Path("kvarn-report.html"),
+    html: Annotated[Path, typer.Option("--html", help="Output file.")] = Path("kvarn-report.html"),
 ) -> None:
-    """Write one self-contained HTML page of quality, capacity and benchmark records."""
+    """Render quality, capacity and benchmark results as one self-contained HTML page."""
     from kvarn.report import page
 
     with one_sentence_errors():

@@ -1,4 +1,4 @@
-"""The `kvarn serve` command."""
+"""`kvarn serve`: Ray and the application of a Serve YAML on this machine."""
 
 from __future__ import annotations
 
@@ -23,30 +23,33 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
 
+from kvarn.cli.chat import Answer, answer_table, stream_answer
 from kvarn.cli.connection import ApiKeyOption, serving_errors
 from kvarn.cli.output import CommandError, err, fail, out
+from kvarn.model import kv_shape
 
 if TYPE_CHECKING:
-    from kvarn.cli.chat import Answer
     from kvarn.v1 import cluster_pb2
     from serve_app.launch import App, Dashboard, Deployment
 
 
 def serve(
-    config: Annotated[Path, typer.Argument(help="A Serve YAML, e.g. cluster/app.yaml.")],
-    say: Annotated[str | None, typer.Option(help="Send this chat message once it is ready.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer to --say.")] = 96,
-    timeout_s: Annotated[float, typer.Option(min=1, help="Seconds the start may take.")] = 600,
+    config: Annotated[Path, typer.Argument(help="Serve YAML, e.g. cluster/app.yaml.")],
+    say: Annotated[
+        str | None, typer.Option(help="Send this chat message once the application is ready.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of the answer to --say.")] = 96,
+    timeout_s: Annotated[float, typer.Option(min=1, help="Startup timeout, in seconds.")] = 600,
     api_key: ApiKeyOption = "",
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print events as lines of JSON: answer, ready, stopped or error.")
+        bool, typer.Option("--json", help="Print events as JSON lines: answer, ready, stopped or error.")
     ] = False,
 ) -> None:
-    """Start Ray on this machine and serve the application of a YAML until Ctrl-C."""
-    teller: Teller = Events() if as_json else Words()
-    with teller.errors(), serving_errors(), _stopped_by_sigterm():
-        from kvarn.cli.chat import stream_answer
+    """Start Ray on this machine and serve the application of a Serve YAML until Ctrl-C."""
+    reporter: Reporter = JsonReporter() if as_json else TextReporter()
+    with reporter.errors(), serving_errors(), _stopped_by_sigterm():
         from serve_app.client import Client
         from serve_app.launch import check_machine, check_model, read_app, running
 
@@ -54,7 +57,9 @@ def serve(
         check_machine(launched)
         reachable = launched.lets_in(api_key)
         if say is not None and not reachable:
-            fail("--say cannot be answered: the gateways have TLS, or ask for a key; use `kvarn chat` later")
+            fail(
+                "--say cannot be answered: the gateways have TLS or require an API key; use `kvarn chat` later"
+            )
         model_dir = check_model(launched)
         with ExitStack() as stack:
             state = None
@@ -65,22 +70,22 @@ def serve(
                     client.wait_ready(timeout_s)
                     state = client.cache_state()
             if say is not None:
-                teller.asked(say)
+                reporter.asked(say)
                 messages = [{"role": "user", "content": say}]
-                teller.answered(stream_answer(client, messages, teller.console, max_tokens))
-            teller.ready(launched, Started(state, model_dir, dashboard))
+                reporter.answered(stream_answer(client, messages, reporter.console, max_tokens))
+            reporter.ready(launched, Started(state, model_dir, dashboard))
             _wait_for_interrupt()
-        teller.stopped()
+        reporter.stopped()
 
 
 @dataclass(frozen=True)
 class Started:
-    """What is told once an application takes requests.
+    """An application that accepts requests.
 
     Attributes:
-        state: its replicas and their caches; None where TLS or a key is needed to ask.
-        model_dir: the model that it serves.
-        dashboard: Ray's.
+        state: its replicas and their caches; None if TLS or an API key keeps this command from asking.
+        model_dir: directory of the served model.
+        dashboard: Ray's dashboard.
     """
 
     state: cluster_pb2.GetCacheStateResponse | None
@@ -88,46 +93,40 @@ class Started:
     dashboard: Dashboard
 
 
-class Words:
-    """Tells a person what happens."""
+class TextReporter:
+    """Reports progress as text for people."""
 
     console = out
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        yield  # they are told on standard error
+        yield  # errors are printed on standard error
 
     def asked(self, message: str) -> None:
         out.print(f"\nyou> {message}", markup=False, highlight=False)
 
     def answered(self, answer: Answer) -> None:
-        from kvarn.cli.chat import answer_table
-
         out.print(answer_table(answer))
 
     def ready(self, app: App, started: Started) -> None:
-        from kvarn.cli.chat import cache_table
-
         if started.state is not None:
             out.print(cache_table(started.state, started.model_dir))
-        out.print(
-            f"OpenAI's API is at {app.http_url}v1, the console at {app.http_url}console", highlight=False
-        )
+        out.print(f"OpenAI-compatible API: {app.http_url}v1, console: {app.http_url}console", highlight=False)
         dashboard = started.dashboard
-        out.print(f"Ray's dashboard is at {dashboard.url}", highlight=False)
+        out.print(f"Ray dashboard: {dashboard.url}", highlight=False)
         if dashboard.needs_token:
-            out.print("It asks for what `ray get-auth-token` prints", highlight=False)
+            out.print("The dashboard asks for the token that `ray get-auth-token` prints", highlight=False)
         out.print(
-            f"Change the application with `{dashboard.deploy_command}`", highlight=False, soft_wrap=True
+            f"Update the application with `{dashboard.deploy_command}`", highlight=False, soft_wrap=True
         )
         out.print(f"Serving on {app.address}. Talk to it with `kvarn chat`; Ctrl-C stops it.")
 
     def stopped(self) -> None:
-        """The shell's prompt says so."""
+        """Print nothing: the shell's prompt shows it."""
 
 
-class Events:
-    """Tells a program: one JSON object a line."""
+class JsonReporter:
+    """Reports progress to a program: one JSON object per line."""
 
     console = Console(quiet=True)
 
@@ -140,7 +139,7 @@ class Events:
             raise
 
     def asked(self, message: str) -> None:
-        """The answer tells enough."""
+        """Print nothing: the answer follows."""
 
     def answered(self, answer: Answer) -> None:
         _emit("answer", **asdict(answer))
@@ -170,7 +169,30 @@ class Events:
         _emit("stopped")
 
 
-Teller = Words | Events
+Reporter = TextReporter | JsonReporter
+
+
+def cache_table(state: cluster_pb2.GetCacheStateResponse, model_dir: Path) -> Table:
+    """The replicas' caches: blocks, tokens per block, capacity, and bfloat16's capacity in the same memory."""
+    made = Table("replica", title="KV cache, capacity in tokens", title_justify="left")
+    made.add_column("cache dtype", no_wrap=True)
+    for heading in ("blocks", "tokens", "capacity", "as bf16", "ratio"):
+        made.add_column(heading, justify="right")
+    bf16_bytes = kv_shape(model_dir).bytes_per_token_16_bit
+    for replica in state.replicas:
+        capacity = replica.cache.capacity
+        held = capacity.total_blocks * capacity.tile_tokens
+        held_in_bf16 = capacity.total_blocks * capacity.bytes_per_tile // bf16_bytes
+        made.add_row(
+            replica.replica_id,
+            capacity.cache_dtype,
+            f"{capacity.total_blocks:,}",
+            str(capacity.tile_tokens),
+            f"{held:,}",
+            f"{held_in_bf16:,}",
+            f"{held / held_in_bf16:.2f}x" if held_in_bf16 else "",
+        )
+    return made
 
 
 def _emit(event: str, **content: Any) -> None:
@@ -179,12 +201,12 @@ def _emit(event: str, **content: Any) -> None:
 
 @contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does; a second signal, while stopping, ends the process at once."""
+    """Handle SIGTERM like Ctrl-C; a second signal, while stopping, kills the process."""
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda *_: os._exit(130))
-        err.print("\nstopping; once more to force it")
+        err.print("\nstopping; press Ctrl-C again to force it")
         raise KeyboardInterrupt
 
     previous = {name: signal.signal(name, interrupt) for name in (signal.SIGINT, signal.SIGTERM)}
@@ -205,18 +227,18 @@ def _wait_for_interrupt() -> None:
 
 @contextmanager
 def _start_progress() -> Iterator[Callable[[list[Deployment]], None]]:
-    """A bar for each deployment: replicas that run, of those wanted; in a log, where no bar moves, lines."""
+    """One bar per deployment, of running and wanted replicas, on a terminal; lines in a log."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=err) as progress:
         ray = progress.add_task("starting Ray", total=None)
         tasks: dict[str, TaskID] = {}
-        told: set[Deployment] = set()
+        printed: set[Deployment] = set()
 
         def update(deployments: list[Deployment]) -> None:
             progress.update(ray, total=1, completed=1)
             for deployment in deployments:
-                if not err.is_terminal and deployment not in told:
-                    told.add(deployment)
+                if not err.is_terminal and deployment not in printed:
+                    printed.add(deployment)
                     count = f"{deployment.running} of {deployment.wanted}"
                     err.print(f"starting {deployment.name} replicas: {count}", highlight=False)
                 if deployment.name not in tasks:

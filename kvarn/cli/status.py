@@ -1,12 +1,13 @@
-"""`kvarn status`: the replicas and their caches in a terminal, once or live."""
+"""`kvarn status`: the replicas and their caches, once or live."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated
 
-from google.protobuf.json_format import MessageToDict
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
@@ -14,20 +15,56 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from kvarn.v1 import cache_pb2, cluster_pb2
-from serve_app.client import Client, UnavailableError
-from serve_app.observability.metrics import waiting_for
+from kvarn.cli.connection import (
+    AddressOption,
+    ApiKeyOption,
+    CaOption,
+    CertificateOption,
+    PrivateKeyOption,
+    serving_errors,
+    tls_files,
+)
+from kvarn.cli.output import out
+
+if TYPE_CHECKING:
+    from kvarn.v1 import cache_pb2, cluster_pb2
+    from serve_app.client import Client
+
+    Replicas = dict[str, cluster_pb2.ReplicaCache]
 
 RETRY_S = 1.0
 BAR_CELLS, MIN_BAR_CELLS = 24, 8
-NO_REPLICA = "no replica: engines start, or have been scaled to zero"
-BREAKERS = {cluster_pb2.BREAKER_STATE_HALF_OPEN: "probed", cluster_pb2.BREAKER_STATE_OPEN: "failing"}
+NO_REPLICA = "no replica: engines are starting or scaled to zero"
+BREAKERS = {"half_open": "probed", "open": "failing"}
 STYLES = {"ready": "green", "draining": "yellow", "unreachable": "red"}
-Replicas = dict[str, cluster_pb2.ReplicaCache]
+
+
+def status(
+    address: AddressOption = "127.0.0.1:50051",
+    ca: CaOption = None,
+    certificate: CertificateOption = None,
+    private_key: PrivateKeyOption = None,
+    api_key: ApiKeyOption = "",
+    once: Annotated[bool, typer.Option("--once", help="Print one table and exit.")] = False,
+    state_as_json: Annotated[bool, typer.Option("--json", help="Print the state once, as JSON.")] = False,
+) -> None:
+    """Show the replicas and the contents of their caches, live in a terminal; Ctrl-C exits."""
+    with serving_errors():
+        from serve_app.client import Client
+
+        with Client(address, tls=tls_files(ca, certificate, private_key), api_key=api_key) as client:
+            if state_as_json:
+                out.print_json(as_json(client.cache_state()))
+            elif once or not out.is_terminal:
+                show(out, client)
+            else:
+                show_live(out, client)
 
 
 def as_json(state: cluster_pb2.GetCacheStateResponse) -> str:
-    """The state as one JSON document, with the protos' field names; 64-bit numbers are strings, as protobuf has it."""
+    """The state as JSON with the protos' field names; 64-bit numbers are strings, as in protobuf's JSON."""
+    from google.protobuf.json_format import MessageToDict
+
     document = MessageToDict(
         state, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
@@ -41,7 +78,7 @@ def show(console: Console, client: Client) -> None:
 
 
 def show_live(console: Console, client: Client) -> None:
-    """Keep the state on the screen until Ctrl-C; a gateway that goes away is waited for.
+    """Keep the state on the screen until Ctrl-C; wait for a gateway that goes away.
 
     Raises:
         ServingError: the first call failed.
@@ -58,7 +95,7 @@ def show_live(console: Console, client: Client) -> None:
 def follow(
     events: Iterable[cluster_pb2.WatchCacheResponse],
 ) -> Iterator[tuple[Replicas, cluster_pb2.QueueState]]:
-    """All replicas by id and the gateway's queue, after every event of a watch."""
+    """Yield all replicas by ID, and the gateway's queue, after each event of a watch."""
     replicas: Replicas = {}
     for event in events:
         match event.WhichOneof("event"):
@@ -72,6 +109,9 @@ def follow(
 
 
 def _states(client: Client) -> Iterator[tuple[Replicas, cluster_pb2.QueueState]]:
+    from kvarn.v1 import cluster_pb2
+    from serve_app.client import UnavailableError
+
     while True:
         try:
             yield from follow(client.watch_cache())
@@ -83,18 +123,18 @@ def _states(client: Client) -> Iterator[tuple[Replicas, cluster_pb2.QueueState]]
 def table(
     model: str, replicas: Iterable[cluster_pb2.ReplicaCache], queue: cluster_pb2.QueueState
 ) -> RenderableType:
-    """One row a replica: how full its cache is, of what, and what it does; below, what the gateway's queue holds."""
+    """One row per replica with its cache occupancy and load; the gateway's queue below."""
     made = Table(
         title=f"{model}: replicas and their caches",
         title_justify="left",
         box=SIMPLE_HEAD,
         show_edge=False,
-        padding=0,  # columns of usual sizes fit 80
+        padding=0,  # usual numbers fit 80 columns
     )
     made.add_column("replica", no_wrap=True)
     made.add_column("status", overflow="fold")
     made.add_column("cache", overflow="fold")
-    for heading in ("tokens", "live", "evictable", "promised", "tails", "sinks", "run", "wait"):
+    for heading in ("tokens", "live", "evictable", "reserved", "tails", "sinks", "run", "wait"):
         made.add_column(heading, justify="right", overflow="fold")
     rows = list(replicas)
     for replica in rows:
@@ -107,11 +147,14 @@ def table(
 
 
 def _row(replica: cluster_pb2.ReplicaCache) -> Iterator[RenderableType]:
+    from kvarn.v1 import cluster_pb2
+
     status = cluster_pb2.ReplicaStatus.Name(replica.status).removeprefix("REPLICA_STATUS_").lower()
+    breaker_state = cluster_pb2.BreakerState.Name(replica.breaker).removeprefix("BREAKER_STATE_").lower()
     capacity, load = replica.cache.capacity, replica.cache.load
     tile = capacity.tile_tokens
     yield replica.replica_id
-    breaker = BREAKERS.get(replica.breaker, "")
+    breaker = BREAKERS.get(breaker_state, "")
     yield Text(
         f"{status}, {breaker}" if breaker else status, style="red" if breaker else STYLES.get(status, "")
     )
@@ -130,13 +173,15 @@ def _row(replica: cluster_pb2.ReplicaCache) -> Iterator[RenderableType]:
 
 
 def _waiting(load: cache_pb2.CacheLoad) -> str:
-    """How many wait inside the engine, and what for if it is not their turn alone."""
-    told = ", ".join(f"{count} for {reason}" for reason, count in waiting_for(load).items() if count)
-    return f"{load.waiting_requests} ({told})" if told else f"{load.waiting_requests}"
+    """The number of requests that wait inside the engine, with reasons other than their turn."""
+    from serve_app.observability.metrics import waiting_for
+
+    reasons = ", ".join(f"{count} for {reason}" for reason, count in waiting_for(load).items() if count)
+    return f"{load.waiting_requests} ({reasons})" if reasons else f"{load.waiting_requests}"
 
 
 class Bar:
-    """A cache as a bar, narrower where there is no room. What is in use rounds up: it never looks like nothing."""
+    """A cache's occupancy as a bar that fits its column; used cells round up, so that they never show as none."""
 
     def __init__(self, capacity: cache_pb2.CacheCapacity, load: cache_pb2.CacheLoad) -> None:
         self._total = max(capacity.total_blocks, 1)
@@ -154,4 +199,4 @@ class Bar:
 
 
 def _with_hint(shown: RenderableType) -> RenderableType:
-    return Group(shown, Text("Ctrl-C leaves", style="dim"))
+    return Group(shown, Text("Ctrl-C exits", style="dim"))

@@ -1,1 +1,1 @@
-"""Capacity planning from a model's config alone: what fits on which GPU, and about how fast it decodes."""
+"""Capacity planning from a model's config alone: what fits on a GPU, and its approximate decode speed."""

@@ -1,4 +1,4 @@
-"""What a GPU's memory holds with each cache dtype, and the time a decode step needs to read it."""
+"""Cache capacity of a GPU for each cache dtype, and the time of a decode step from memory bandwidth."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kvarn.plan.model_shape import ModelShape, PlanError
 from kvarn.presets import PRESETS, get_preset
 from kvarn.tile import TileLayout
 
-BLOCK_TOKENS = 16  # of vLLM's own caches
+BLOCK_TOKENS = 16  # vLLM's default block size
 SLOTS_PER_SEQUENCE = 3  # tail, sink and a retained sink, see kvarn.vllm.cache_settings
-STEP_TOKENS = 8192  # of a prefill step, vLLM's default on large GPUs
+STEP_TOKENS = 8192  # tokens per prefill step, vLLM's default on large GPUs
 WORKING_BYTES = 2 * 2**30  # activations, CUDA graphs and the CUDA context: an assumption
 PAGE_BYTES = 2 * 2  # keys and values in float16
 DTYPES = ("auto", "fp8", *PRESETS)
@@ -24,7 +24,7 @@ DTYPES = ("auto", "fp8", *PRESETS)
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan's inputs and a row a cache dtype."""
+    """A plan's inputs, and one row per cache dtype."""
 
     model: str
     gpu: str
@@ -39,17 +39,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One cache dtype. Bytes are those of one GPU.
+    """One cache dtype; bytes are per GPU.
 
     Attributes:
-        bytes_per_token: of cache, all layers.
-        blocks: vLLM's KV cache blocks, of `block_tokens` tokens.
-        tokens: that the cache holds.
-        sequences: of `context` tokens at once; also the max_num_seqs that the side pool is sized for.
-        side_pool_share: of the memory left beside weights, for raw tiles and prefill pages.
-        decode_ms: one step with all of `sequences` running: weights and caches, each read once.
+        bytes_per_token: cache of one token in all layers.
+        blocks: vLLM's KV cache blocks, each of `block_tokens` tokens.
+        tokens: capacity of the cache.
+        sequences: concurrent sequences of `context` tokens; also the max_num_seqs that the side pool is sized for.
+        side_pool_share: fraction of the memory left beside weights that raw tiles and prefill pages take.
+        decode_ms: one step with all `sequences` running, reading weights and caches once.
         decode_tokens_per_s: of all sequences together.
-        running: sequences that a rate keeps running at once; None without one, or where none is enough.
+        running: concurrent sequences at the requested rate; None without a rate, or if it cannot be sustained.
     """
 
     dtype: str
@@ -76,18 +76,18 @@ def make_plan(
     utilization: float = 0.92,
     max_num_seqs: int | None = None,
 ) -> Plan:
-    """Plans every cache dtype.
+    """Plan every cache dtype.
 
     Args:
-        model: a model's name or directory; only its config is needed.
+        model: model name or directory; only its config is needed.
         gpu: a key of `GPUS`.
-        tensor_parallel: GPUs that share the model.
-        context: tokens of a sequence, prompt and answer.
-        rate: requests a second, each of `output_tokens`; None to leave it out.
-        output_tokens: that a request generates.
-        cache_gib: vLLM's kv_cache_memory_bytes in GiB; None: what `utilization` of the memory leaves.
+        tensor_parallel: tensor parallel size.
+        context: tokens per sequence, prompt and output.
+        rate: requests per second, each of `output_tokens`; None for no estimate.
+        output_tokens: tokens generated per request.
+        cache_gib: vLLM's kv_cache_memory_bytes in GiB; None for what `utilization` of the memory leaves.
         utilization: vLLM's gpu_memory_utilization.
-        max_num_seqs: size of the side pool; None: as many sequences as fit.
+        max_num_seqs: sequences that the side pool is sized for; None for as many as fit.
 
     Raises:
         ModelError: there is no such model.
@@ -102,13 +102,13 @@ def make_plan(
     if cache_gib is not None and cache_gib > memory_gib:
         raise PlanError(f"--cache-gib is {cache_gib}: one {gpu} has {memory_gib:.1f} GiB, give at most that")
     weights = shape.weight_bytes / tensor_parallel
-    room = utilization * GPUS[gpu].memory_bytes - weights - WORKING_BYTES
-    if room <= 0 and cache_gib is None:
+    available = utilization * GPUS[gpu].memory_bytes - weights - WORKING_BYTES
+    if available <= 0 and cache_gib is None:
         raise PlanError(
-            f"the weights take {weights / 2**30:.1f} GiB of a {gpu} and leave no room for a cache: raise --tp"
+            f"the weights take {weights / 2**30:.1f} GiB of one {gpu} and leave no memory for a cache: raise --tp"
         )
     planner = _Planner(shape, GPUS[gpu], tensor_parallel, context, rate, output_tokens, max_num_seqs)
-    rows = [planner.row(name, room, cache_gib) for name in DTYPES]
+    rows = [planner.row(name, available, cache_gib) for name in DTYPES]
     return Plan(model, gpu, tensor_parallel, context, cache_gib, rate, output_tokens, weights / 2**30, rows)
 
 
@@ -120,9 +120,11 @@ def _check(shape: ModelShape, gpu: str, tensor_parallel: int, context: int, util
             f"--tp is {tensor_parallel}: give a divisor of the model's {shape.heads} attention heads"
         )
     if not 1 <= context <= shape.context_limit:
-        raise PlanError(f"--context is {context}: this model holds 1 to {shape.context_limit} tokens")
+        raise PlanError(f"--context is {context}: this model supports 1 to {shape.context_limit} tokens")
     if not 0 < utilization <= 1:
-        raise PlanError(f"--utilization is {utilization}: give a part of the memory, above 0 and at most 1")
+        raise PlanError(
+            f"--utilization is {utilization}: give a fraction of the memory, above 0 and at most 1"
+        )
 
 
 def _check_positive(option: str, value: float | None) -> None:
@@ -142,10 +144,10 @@ class _Planner:
 
     @property
     def kv_heads(self) -> int:
-        """KV heads of one GPU; vLLM copies them where there are fewer heads than GPUs."""
+        """KV heads per GPU; vLLM replicates them if there are fewer heads than GPUs."""
         return max(1, self.shape.kv_heads // self.tensor_parallel)
 
-    def row(self, dtype: str, room: float, cache_gib: float | None) -> PlanRow:
+    def row(self, dtype: str, available: float, cache_gib: float | None) -> PlanRow:
         try:
             block_tokens, head_bytes = self._block(dtype)
         except ValueError as error:
@@ -158,21 +160,23 @@ class _Planner:
             cache = cache_gib * 2**30
             sequences = min(int(cache // block_bytes) // per_sequence, self.max_num_seqs or sys.maxsize)
             pool = pages + SLOTS_PER_SEQUENCE * slot_bytes * (self.max_num_seqs or sequences)
-            room = cache + pool
+            available = cache + pool
         elif self.max_num_seqs is not None:
             pool = pages + SLOTS_PER_SEQUENCE * slot_bytes * self.max_num_seqs
-            if pool > room:
+            if pool > available:
                 refused = (
                     f"a side pool for {self.max_num_seqs:,} sequences takes {pool / 2**30:,.1f} GiB of the "
-                    f"{room / 2**30:.1f} GiB left: lower --max-num-seqs"
+                    f"{available / 2**30:.1f} GiB left: lower --max-num-seqs"
                 )
                 return PlanRow(dtype, 0, 0, 0, 0, 0, 0, 0, 0, None, refused)
-            cache = room - pool
+            cache = available - pool
             sequences = min(int(cache // block_bytes) // per_sequence, self.max_num_seqs)
         else:
-            sequences = int((room - pages) // (per_sequence * block_bytes + SLOTS_PER_SEQUENCE * slot_bytes))
+            sequences = int(
+                (available - pages) // (per_sequence * block_bytes + SLOTS_PER_SEQUENCE * slot_bytes)
+            )
             pool = pages + SLOTS_PER_SEQUENCE * slot_bytes * max(sequences, 0)
-            cache = max(room - pool, 0)
+            cache = max(available - pool, 0)
         blocks = int(cache // block_bytes)
         bytes_per_token = block_bytes / block_tokens
         step_s = self._step_s(dtype, max(sequences, 1), bytes_per_token, slot_bytes)
@@ -183,14 +187,14 @@ class _Planner:
             blocks=blocks,
             tokens=blocks * block_tokens,
             sequences=max(sequences, 0),
-            side_pool_share=pool / room,
+            side_pool_share=pool / available,
             decode_ms=1e3 * step_s,
             decode_tokens_per_s=max(sequences, 0) / step_s,
             running=self._running(dtype, bytes_per_token, slot_bytes),
         )
 
     def _block(self, dtype: str) -> tuple[int, int]:
-        """(tokens of a block, bytes of a block and KV head)."""
+        """(tokens per block, bytes per block and KV head)."""
         if dtype in PRESETS:
             layout = TileLayout(get_preset(dtype), self.shape.head_dim)
             return layout.group, layout.nbytes
@@ -201,12 +205,12 @@ class _Planner:
         return PAGE_BYTES * self.shape.layers * self.kv_heads * group * self.shape.head_dim
 
     def _page_bytes(self, group: int) -> int:
-        """Prefill pages of one sequence and one step, once for all layers."""
+        """Prefill pages of one sequence and one step, shared by all layers."""
         tokens = (ceil(self.context / group) + ceil(STEP_TOKENS / group)) * group
         return PAGE_BYTES * tokens * self.kv_heads * self.shape.head_dim
 
     def _times_s(self, dtype: str, bytes_per_token: float, slot_bytes: float) -> tuple[float, float]:
-        """Seconds to read the weights, and one sequence's cache with its sink and half a tail."""
+        """Seconds to read the weights, and to read one sequence's cache with its sink and half a tail."""
         copy = COPY_PART * self.gpu.bandwidth
         attention = ATTENTION_OF_COPY["kvarn" if dtype in PRESETS else dtype] * copy
         weights = self.shape.weight_bytes / self.tensor_parallel / (WEIGHTS_OF_COPY * copy)
@@ -217,7 +221,7 @@ class _Planner:
         return weights + sequences * cache
 
     def _running(self, dtype: str, bytes_per_token: float, slot_bytes: float) -> float | None:
-        """Little's law: running = rate x output tokens x step, and a step takes longer the more run."""
+        """Little's law, running = rate x output tokens x step time, where step time grows with running sequences."""
         if self.rate is None:
             return None
         weights, cache = self._times_s(dtype, bytes_per_token, slot_bytes)
@@ -226,9 +230,9 @@ class _Planner:
 
 
 def table(plan: Plan) -> Table:
-    """The plan's rows beside each other, with ratios to the unquantized cache."""
+    """The plan's rows, with ratios to the unquantized cache."""
     where = f"{plan.tensor_parallel} x {plan.gpu}" if plan.tensor_parallel > 1 else plan.gpu
-    made = Table(title=f"{plan.model} on {where}, {plan.context:,} tokens a sequence")
+    made = Table(title=f"{plan.model} on {where}, {plan.context:,} tokens per sequence")
     made.add_column("cache dtype", no_wrap=True)
     made.add_column("tokens held", justify="right", overflow="fold")
     headings = ["seqs", "side\npool", "step\nms", "tok/s"]
@@ -254,9 +258,9 @@ def table(plan: Plan) -> Table:
         made.add_row(row.dtype, *cells)
     refused = "".join(f"{row.dtype}: {row.refused}\n" for row in plan.rows if row.refused)
     made.caption = (
-        f"{refused}weights {plan.weight_gib_per_gpu:.1f} GiB a GPU; decode is bandwidth alone: caches at "
+        f"{refused}weights {plan.weight_gib_per_gpu:.1f} GiB per GPU; decode from bandwidth alone: caches at "
         f"{ATTENTION_OF_COPY['kvarn']:.0%} (KVarN) and {ATTENTION_OF_COPY['auto']:.0%} (others: fp8 "
-        f"{ATTENTION_OF_COPY['fp8']:.0%}) of a copy's, full context read each step"
+        f"{ATTENTION_OF_COPY['fp8']:.0%}) of copy bandwidth, full context read each step"
     )
     return made
 

@@ -1,4 +1,4 @@
-"""GPUs that `kvarn plan` knows: memory and bandwidth as their makers state them."""
+"""GPUs that `kvarn plan` knows, with their vendors' memory size and bandwidth."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ class Gpu:
     """One GPU.
 
     Attributes:
-        memory_bytes: what a program can see of its memory.
-        bandwidth: bytes per second between memory and chip, as stated.
+        memory_bytes: memory visible to a program.
+        bandwidth: nominal memory bandwidth, in bytes per second.
     """
 
     memory_bytes: int
@@ -37,8 +37,8 @@ GPUS = {
     "b200": _gpu(183_359, 8.000),
 }
 
-# Parts of the stated bandwidth. Copy: measured on an H200 (docs/kernels). Attention: what decode kernels reach of a
-# copy there at 8 x 32k tokens. Weights: an assumption for the matrix-vector products of decoding.
+# Copy bandwidth as a fraction of nominal, measured on an H200 (docs/kernels). Then fractions of copy bandwidth:
+# attention as decode kernels reach there at 8 x 32k tokens; weights assumed for the matrix-vector products of decoding.
 COPY_PART = 0.89
 ATTENTION_OF_COPY = {"auto": 0.9, "fp8": 0.8, "kvarn": 0.6}
 WEIGHTS_OF_COPY = 0.85

@@ -1,4 +1,4 @@
-"""What a plan needs of a model's config.json."""
+"""Sizes of a model, from its config.json."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvarn.errors import KVarNError
 from kvarn.model import context_limit, read_config, resolve_model
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-class PlanError(ValueError):
-    """A plan cannot be made; the message says why."""
+class PlanError(KVarNError):
+    """A plan cannot be made."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class ModelShape:
     """Sizes of a decoder-only transformer.
 
     Attributes:
-        weight_bytes: of all parameters, from the weight files if they are there, else counted from the config.
-        dtype_bytes: of one weight and one element of an unquantized cache.
-        context_limit: most tokens of a sequence.
+        weight_bytes: all parameters, from the weight files if present, else counted from the config.
+        dtype_bytes: one weight, and one element of an unquantized cache.
+        context_limit: maximum tokens per sequence.
     """
 
     layers: int
@@ -37,11 +38,11 @@ class ModelShape:
 
     @classmethod
     def read(cls, name_or_dir: str) -> ModelShape:
-        """The shape of a model, by name or directory.
+        """Read the shape of a model, by name or directory.
 
         Raises:
             ModelError: there is no such model, or its config is not JSON.
-            PlanError: its config is not that of a model with plain attention.
+            PlanError: its config is not of a decoder-only transformer with plain attention.
         """
         directory = resolve_model(name_or_dir)
         config = read_config(directory)
@@ -79,7 +80,7 @@ class ModelShape:
 
 
 def _parameters(config: dict[str, Any], heads: int, kv_heads: int, head_dim: int) -> int:
-    """Parameters of the embedding, attention and gated MLPs (experts included); norms and biases are left out."""
+    """Number of parameters in embeddings, attention and gated MLPs, experts included; norms and biases are omitted."""
     hidden = config["hidden_size"]
     embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
     attention = hidden * head_dim * (2 * heads + 2 * kv_heads)

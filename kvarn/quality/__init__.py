@@ -1,6 +1,6 @@
-"""What a KV cache costs in quality: real engines on real text, against the unquantized cache and against rivals.
+"""Quality cost of KV cache formats: real engines on real text, against the unquantized cache and rivals.
 
-`settings` says what to measure, `run` starts one engine a cache format (`quality_worker`) and keeps finished rows,
-`divergence` turns logits into numbers, `tasks` makes what engines are fed, `formats` and `simulated` stand in for
-caches that this vLLM cannot run, `tables` shows the results.
+`settings` configures a run, `run` starts one engine per cache format (`quality_worker`, `measure`) and keeps finished
+rows, `divergence` computes metrics from logits, `tasks` generates prompts, `formats` and `simulated` emulate caches
+that this vLLM cannot run, `tables` and `charts` present the results.
 """

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg")
-PROTOCOLS = ("pseudo_decode", "prefill")  # the first that has rows is drawn
-LINES = ("-", "--", ":")  # after ten colours the next kind of line begins
-SMALLEST = 1e-6  # divergences below it are rounding of the arithmetic
+PROTOCOLS = ("pseudo_decode", "prefill")  # the first with rows is plotted
+LINES = ("-", "--", ":")  # one style per ten colours
+SMALLEST = 1e-6  # smaller divergences are rounding errors
 
 Rows = list[dict[str, Any]]
 
 
 def check(path: Path) -> None:
-    """Refuses, before anything is measured, a chart that could not be written.
+    """Reject, before anything is measured, a chart that could not be written.
 
     Raises:
         QualityError: the file's name ends in neither .png nor .svg.
@@ -30,12 +30,12 @@ def check(path: Path) -> None:
 
 
 def draw(path: Path, record: dict[str, Any]) -> None:
-    """Writes the chart of a record to a .png or .svg file."""
+    """Plot a record to a .png or .svg file."""
     figure(record).savefig(path, dpi=150)
 
 
 def figure(record: dict[str, Any]) -> Figure:
-    """Divergence of each cache dtype, along the context where that was long, and of each value of each knob."""
+    """Divergence by cache dtype, by position if the context was long, and by knob."""
     from matplotlib.figure import Figure
 
     rows = drawn_rows(record)
@@ -55,7 +55,7 @@ def figure(record: dict[str, Any]) -> Figure:
 
 
 def drawn_rows(record: dict[str, Any]) -> Rows:
-    """The rows with a divergence, of one protocol."""
+    """The rows of one protocol that have a divergence."""
     for protocol in PROTOCOLS:
         rows = [
             row for row in record["rows"] if row["protocol"] == protocol and row.get("kld_mean", 0) > SMALLEST
@@ -66,14 +66,14 @@ def drawn_rows(record: dict[str, Any]) -> Rows:
 
 
 def by_size(axes: Axes, rows: Rows) -> None:
-    """A line of text and a point a cache dtype, the largest on top: ours are round and dark."""
+    """One labelled point per cache dtype, the largest on top; ours are round and dark."""
     ordered = sorted(rows, key=lambda row: (row["bytes_per_token"], -row["kld_mean"]))
     _points(axes, ordered, [f"{row['dtype']}  {row['bytes_per_token']:,.0f} bytes" for row in ordered])
-    axes.set_title("each cache dtype and its bytes a token (round: ours)")
+    axes.set_title("KL divergence by cache dtype, with bytes per token (round: ours)")
 
 
 def along_context(axes: Axes, rows: Rows) -> None:
-    """A line a cache dtype over positions."""
+    """One line per cache dtype over positions."""
     for place, row in enumerate(rows):
         x = [part["from"] for part in row["by_position"]] + [row["by_position"][-1]["to"]]
         y = [part["kld_mean"] for part in row["by_position"]]
@@ -82,19 +82,19 @@ def along_context(axes: Axes, rows: Rows) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("position in the context, tokens")
     axes.set_ylabel("KL divergence, nats")
-    axes.set_title("divergence along the context")
+    axes.set_title("KL divergence by position")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def by_knob(axes: Axes, rows: Rows) -> None:
-    """A line of text and a point for each value of each knob."""
+    """One labelled point per value of each knob."""
     ordered = rows[::-1]
     _points(axes, ordered, [row["dtype"] for row in ordered])
-    axes.set_title("one setting changed, others as k4v2_g128")
+    axes.set_title("one setting changed from k4v2_g128")
 
 
 def _points(axes: Axes, rows: Rows, labels: list[str]) -> None:
-    """Each row's mean divergence with its confidence interval, upwards."""
+    """Plot each row's mean divergence with its confidence interval, from bottom to top."""
     for height, row in enumerate(rows):
         mean, (low, high) = row["kld_mean"], row["kld_mean_ci"]
         rival = not row["dtype"].startswith("kvarn_k") and "=" not in row["dtype"]

@@ -1,4 +1,4 @@
-"""What sets two cache dtypes apart, on the same positions: better known than the interval of each says."""
+"""Paired differences between cache dtypes on the same positions, tighter than the interval of each dtype."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Difference:
-    """One dtype against another.
+    """The difference between two dtypes.
 
     Attributes:
         kld: mean KL divergence of `dtype` minus that of `other`, in nats.
-        kld_ci: its 95 % interval.
-        smallest_effect: the smallest difference that the sample could have shown.
+        kld_ci: its 95 % confidence interval.
+        smallest_effect: minimum detectable difference of the sample.
     """
 
     dtype: str
@@ -28,9 +28,9 @@ class Difference:
 
     @property
     def in_words(self) -> str:
-        """Whether `dtype` diverges less or more than `other`, or what the sample could have shown."""
+        """Whether `dtype` diverges less or more than `other`, or else the minimum detectable difference."""
         low, high = self.kld_ci
-        if low == high:  # one stretch has no spread
+        if low == high:  # a single block has no spread
             return "too few positions to tell" if self.kld else "equal"
         if high < 0:
             return "less"
@@ -38,7 +38,7 @@ class Difference:
 
 
 def of_presets(rows: list[Row]) -> list[Difference]:
-    """Each KVarN preset against every other dtype that a pair was measured of, by rows of one protocol."""
+    """Differences between each KVarN preset and every other dtype of which a pair was measured, in one protocol."""
     dtypes = [row["dtype"] for row in rows]
     pairs = {(row["dtype"], other): pair for row in rows for other, pair in row.get("against", {}).items()}
     return [
@@ -51,7 +51,7 @@ def of_presets(rows: list[Row]) -> list[Difference]:
 
 
 def _difference(pairs: dict[tuple[str, str], dict[str, Any]], dtype: str, other: str) -> Difference | None:
-    """The row that was measured later holds the pair."""
+    """The difference of a pair, which the row that was measured later holds."""
     if (pair := pairs.get((dtype, other))) is not None:
         low, high = pair["kld_ci"]
         return Difference(dtype, other, pair["kld"], (low, high), pair["kld_smallest_effect"])

@@ -1,4 +1,4 @@
-"""Numbers from logits: what one cache's predictions differ by from the unquantized cache's, and how sure that is."""
+"""Metrics from logits: how one cache's predictions differ from the unquantized cache's, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 BOOTSTRAP_DRAWS = 1000
-BLOCK_TOKENS = 64  # neighbouring tokens share their context, so whole stretches are drawn, not tokens
+BLOCK_TOKENS = 64  # block bootstrap: neighbouring tokens share their context
 CONFIDENCE = 0.95
-# Two-sided test at 5 % that finds an effect with 80 % probability: 1.96 + 0.84 standard errors.
+# Two-sided test at 5 % with a power of 80 %: 1.96 + 0.84 standard errors.
 DETECTABLE_STANDARD_ERRORS = 2.8
 
 Floats = NDArray[np.float64]
 
 
 def compare(reference: Tensor, logits: Tensor, next_tokens: Tensor) -> Tensor:
-    """Per position: KL(reference || ours), our and the reference's -log p(next token), whether the top token is equal.
+    """Per position: KL(reference || ours), our and the reference's -log p(next token), top-1 agreement.
 
     Args:
         reference: [N, V] logits of the unquantized cache, any float dtype.
-        logits: [N, V] ours.
-        next_tokens: [N] int64, the text's.
+        logits: [N, V] our logits.
+        next_tokens: [N] int64, next tokens of the text.
 
     Returns:
         [N, 4] float32, in nats.
@@ -39,7 +39,7 @@ def compare(reference: Tensor, logits: Tensor, next_tokens: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its bootstrap interval and the smallest difference the sample could have shown."""
+    """A mean with its bootstrap confidence interval and minimum detectable difference."""
 
     value: float
     low: float
@@ -48,7 +48,7 @@ class Estimate:
 
 
 def estimate(samples: Floats, seed: int, blocks: int = BLOCK_TOKENS) -> Estimate:
-    """The mean of [sequences, positions], by a bootstrap over stretches of `blocks` positions."""
+    """Estimate the mean of [sequences, positions] by a bootstrap over blocks of `blocks` positions."""
     stretches = _stretch_means(samples, blocks)
     draw = np.random.default_rng(seed)
     picks = draw.integers(0, len(stretches), (BOOTSTRAP_DRAWS, len(stretches)))
@@ -60,18 +60,18 @@ def estimate(samples: Floats, seed: int, blocks: int = BLOCK_TOKENS) -> Estimate
 
 
 def _stretch_means(samples: Floats, length: int) -> Floats:
-    """[stretches, 2]: mean and number of samples of each."""
+    """[blocks, 2]: mean and number of samples of each block."""
     parts = [row[start : start + length] for row in samples for start in range(0, len(row), length)]
     return np.array([(part.mean(), len(part)) for part in parts])
 
 
 def summarize(measured: Floats, first_position: int, seed: int) -> dict[str, Any]:
-    """The fields of a row.
+    """The metrics of a row.
 
     Args:
-        measured: [sequences, positions, 4], what `compare` gives.
-        first_position: position in its sequence of the first of them.
-        seed: of the bootstrap.
+        measured: [sequences, positions, 4], results of `compare`.
+        first_position: position of the first of them in its sequence.
+        seed: seed of the bootstrap.
     """
     kld, nll, reference_nll, same = np.moveaxis(measured, -1, 0)
     kld_mean, top1 = estimate(kld, seed), estimate(same, seed)
@@ -94,12 +94,12 @@ def summarize(measured: Floats, first_position: int, seed: int) -> dict[str, Any
 
 
 def contrast(measured: Floats, other: Floats, seed: int) -> dict[str, Any]:
-    """What sets two caches apart on the same positions: the first minus the second, perplexities as a ratio.
+    """Paired difference of two caches on the same positions: first minus second, for perplexities the ratio.
 
     Args:
-        measured: [sequences, positions, 4], what `compare` gives.
-        other: the same of another cache.
-        seed: of the bootstrap.
+        measured: [sequences, positions, 4], results of `compare`.
+        other: the same for another cache.
+        seed: seed of the bootstrap.
     """
     kld = estimate(measured[..., 0] - other[..., 0], seed)
     excess = estimate(measured[..., 1] - other[..., 1], seed)
@@ -114,7 +114,7 @@ def contrast(measured: Floats, other: Floats, seed: int) -> dict[str, Any]:
 
 
 def by_position(kld: Floats, first_position: int, seed: int) -> list[dict[str, Any]]:
-    """Mean KLD of stretches of context that double in length."""
+    """Mean KLD over ranges of positions that double in length."""
     rows = []
     start, end = first_position, first_position + kld.shape[1]
     while start < end:

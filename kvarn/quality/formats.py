@@ -1,7 +1,7 @@
-"""Cache formats that no engine here runs, as round trips of tiles: rivals, and KVarN with one setting changed.
+"""Cache formats without an engine here, as round trips of tiles: rivals, and KVarN with one setting changed.
 
-Each takes a tile's keys and values as the model makes them and gives back what a read of the cache would. They are
-published quantizers written anew from their descriptions; none of them is somebody's kernel.
+Each maps a tile's keys and values to what a read of the cache would return. They are published quantizers,
+reimplemented from their descriptions; none uses the original kernels.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Format:
     """One cache format to simulate.
 
     Attributes:
-        name: how results call it.
-        key, value: tile [..., G, D] float32 -> what is read back, same shape.
-        head_bytes: head_dim -> bytes of one token and KV head, scales included.
+        name: its name in results.
+        key, value: tile [..., G, D] float32 -> dequantized tile, same shape.
+        head_bytes: head_dim -> bytes per token and KV head, scales included.
         group: tokens per tile.
-        keeps_sink: tile 0 is read raw by later tiles.
-        raw_tiles: latest tiles a query reads raw, its own included: 1 or 2.
-        raw_chunk: a prompt's chunk is read raw as a whole, by all its queries.
+        keeps_sink: later tiles read tile 0 raw.
+        raw_tiles: latest tiles that a query reads raw, its own included: 1 or 2.
+        raw_chunk: all queries of a prompt chunk read the whole chunk raw.
     """
 
     name: str
@@ -49,14 +49,14 @@ class Format:
 
 @dataclass(frozen=True)
 class KVarNSettings:
-    """The knobs of KVarN's quantizer; the defaults are what `kvarn.reference.codec` does, but for packing.
+    """Knobs of KVarN's quantizer; the defaults match `kvarn.reference.codec`, except that codes are not packed.
 
     Attributes:
-        key_bits, value_bits, group: as in a preset.
-        iterations: rounds of the variance normalization at most; 0 leaves it out.
-        progress: gain below which the rounds end, see `variance_norm.PROGRESS`.
-        narrowed: values' and keys' ranges are narrowed, see `rtn.narrowed_range`; the paper's are not.
-        token_scales: what token-axis factors are stored in.
+        key_bits, value_bits, group: see `Preset`.
+        iterations: maximum iterations of variance normalization; 0 disables it.
+        progress: gain below which iterations stop, see `variance_norm.PROGRESS`.
+        narrowed: whether ranges of keys and values are narrowed, see `rtn.narrowed_range`; not in the paper.
+        token_scales: storage dtype of token-axis factors.
         rotates_keys, rotates_values: whether the Hadamard rotation is applied.
     """
 
@@ -76,13 +76,13 @@ class KVarNSettings:
         return cls(preset.key_bits, preset.value_bits, preset.group)
 
     def head_bytes(self, head_dim: int) -> float:
-        """Bytes of one token and KV head."""
+        """Bytes per token and KV head."""
         token_scale_bytes = E4M3_BYTES if self.token_scales == codec.E4M3 else FLOAT16_BYTES
         codes = head_dim * (self.key_bits + self.value_bits) / 8
         return codes + 3 * token_scale_bytes + 3 * head_dim * FLOAT16_BYTES / self.group
 
     def format(self, name: str, **read_rule: bool | int) -> Format:
-        """These settings as a format; `read_rule` are further fields of `Format`."""
+        """The format of these settings; `read_rule` sets further fields of `Format`."""
         key, value = partial(_kvarn_key, self), partial(_kvarn_value, self)
         return Format(name, key, value, self.head_bytes, self.group, **read_rule)  # type: ignore[arg-type]
 
@@ -124,18 +124,18 @@ def _range(x: Tensor, axis: int, bits: int, narrowed: bool = False) -> tuple[Ten
 
 
 def _stored(x: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
-    """x as it reads back from storage of that dtype."""
+    """Round-trip x through storage in `dtype`."""
     return (codec.to_e4m3(x) if dtype == codec.E4M3 else codec.to_float16(x)).float()
 
 
 def _rounded(x: Tensor, scale: Tensor, zero: Tensor, bits: int, axis: int) -> Tensor:
-    """x through codes whose scale and zero lack `axis`."""
+    """Round-trip x through codes; scale and zero lack `axis`."""
     scale, zero = scale.unsqueeze(axis), zero.unsqueeze(axis)
     return rtn.round_to_codes(x, scale, zero, bits) * scale + zero
 
 
 def _round_to_nearest(x: Tensor, bits: int, axis: int) -> Tensor:
-    """Plain asymmetric rounding between min and max, with float16 scale and zero."""
+    """Plain asymmetric round-to-nearest between min and max, with float16 scale and zero."""
     scale, zero = rtn.scale_and_zero(*_range(x, axis, bits), bits)
     return _rounded(x, _stored(scale), _stored(zero), bits, axis)
 
@@ -149,7 +149,7 @@ def _cast(dtype: torch.dtype) -> RoundTrip:
 
 
 def _int4_per_token_head(x: Tensor) -> Tensor:
-    """One float32 scale and an integer zero point for each token of a head, after a rotation."""
+    """One float32 scale and one integer zero point per token and head, after a rotation."""
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     scale = ((high - low) / 15).clamp_min(1e-6)
     zero_point = (-low / scale).round().clamp(0, 15)
@@ -172,7 +172,7 @@ def _plain(name: str, dtype: torch.dtype, element_bytes: int) -> Format:
 
 
 def _per_axis_bytes(key_bits: int, value_bits: int, head_dim: int) -> float:
-    """Keys with two float16 factors a channel and tile, values with two a token."""
+    """Bytes per token and head with two float16 factors per channel and tile for keys, two per token for values."""
     return head_dim * (key_bits + value_bits) / 8 + 4 * head_dim / GROUP + 4
 
 
@@ -228,10 +228,10 @@ def _rivals() -> list[Format]:
 
 @dataclass(frozen=True)
 class Knob:
-    """One setting of KVarN, the others at their defaults: a format for each of its values.
+    """One setting of KVarN, with others at their defaults: one format per value.
 
     Attributes:
-        name: the setting.
+        name: name of the setting.
         formats: label of a value -> format.
     """
 

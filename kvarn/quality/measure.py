@@ -1,4 +1,4 @@
-"""Protocols on a running engine: its logits are taken where vLLM makes them, in its own process."""
+"""Measurement protocols on a running engine; they capture logits in the engine's own process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,20 +18,17 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from kvarn.quality import tasks
 from kvarn.quality.divergence import Floats, compare, contrast, estimate, summarize
-from kvarn.quality.settings import FIRST_SCORED, REFERENCE, TILE, QualityError
+from kvarn.quality.settings import FIRST_SCORED, REFERENCE, TILE, QualityError, WorkerSettings
 
-if TYPE_CHECKING:
-    from kvarn.quality.quality_worker import WorkerSettings
-
-LOGITS_ROWS = 128  # hidden states turned into logits at a time
-FORCED = "kvarn_forced_sequence"  # of SamplingParams.extra_args
+LOGITS_ROWS = 128  # hidden states per logits computation
+FORCED = "kvarn_forced_sequence"  # key in SamplingParams.extra_args
 
 Progress = Callable[[str, int, int], None]
 Record = Callable[[int, Tensor, Tensor], None]
 
 
 class EngineMeasurement:
-    """One engine, measured by protocol; the reference's logits and answers are kept for the other dtypes."""
+    """Runs protocols on one engine; stores the reference's logits and answers for the other dtypes."""
 
     def __init__(self, llm: LLM, settings: WorkerSettings, progress: Progress) -> None:
         self._llm, self._settings, self._progress = llm, settings, progress
@@ -41,7 +38,7 @@ class EngineMeasurement:
         self._finite = _FiniteLayers(self._model)
 
     def run(self, protocol: str) -> dict[str, Any]:
-        """Measures one protocol: the fields of its row.
+        """Run one protocol and return its row.
 
         Raises:
             QualityError: logits are not finite.
@@ -60,7 +57,7 @@ class EngineMeasurement:
         for index, sequence in enumerate(self._sequences):
             self._progress("prefill", index, len(self._sequences))
             with self._hidden_states(lambda *chunk, index=index: scores.record_chunk(index, *chunk)):
-                # Nothing follows the last token that could be scored, and the one that is sampled needs its place.
+                # The last token has no successor to score, and the sampled token takes its position.
                 self._generate(
                     [sequence[:-1]], [SamplingParams(temperature=0, max_tokens=1, detokenize=False)]
                 )
@@ -103,7 +100,7 @@ class EngineMeasurement:
             group = [question for question in asked if question.length == length]
             self._progress("retrieval", len(right), len(asked))
             params = [SamplingParams(temperature=0, max_tokens=len(q.answer), ignore_eos=True) for q in group]
-            # The first leaves the context in the prefix cache for the others.
+            # The first question leaves the context in the prefix cache for the others.
             given = self._generate([group[0].prompt], params[:1])
             given += self._generate([question.prompt for question in group[1:]], params[1:])
             right += [out == question.answer for out, question in zip(given, group, strict=True)]
@@ -160,7 +157,7 @@ class EngineMeasurement:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def _kept(self, name: str, ours: Any) -> Any:
-        """The reference's answers; this engine's own if it is the reference."""
+        """Load the reference's answers, storing `ours` first if this engine is the reference."""
         path = self._work / name
         if self._settings.kv_cache_dtype == REFERENCE:
             path.write_text(json.dumps(ours))
@@ -177,7 +174,7 @@ class EngineMeasurement:
         return _Scores(self._sequences, logits, is_reference, self._finite)
 
     def _summary(self, protocol: str, scores: _Scores) -> dict[str, Any]:
-        """The fields of a row, pairs with the dtypes before this one among them; measures are kept for those after."""
+        """The metrics of a row with differences to earlier dtypes; stores the measurements for later ones."""
         measured, seed = scores.complete(), self._settings.seed
         np.save(self._measures(protocol, self._settings.kv_cache_dtype), measured.astype(np.float32))
         against = {
@@ -194,7 +191,7 @@ class EngineMeasurement:
     def _hidden_states(
         self, record: Callable[[Tensor, Callable[[Tensor], Tensor], Tensor], None]
     ) -> Iterator[None]:
-        """Calls `record(positions, compute_logits, hidden states)` after each forward pass of the model."""
+        """Call `record(positions, compute_logits, hidden states)` after each forward pass of the model."""
         forward = self._model.forward
 
         def recording(input_ids: Tensor, positions: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -210,19 +207,17 @@ class EngineMeasurement:
 
 
 class ForcedTokens(LogitsProcessor):
-    """Makes a request with `FORCED` in its extra_args say its sequence of text, and hands its logits to `record`.
+    """Teacher forcing: a request with `FORCED` in its extra_args emits its text sequence, and `record` gets its logits.
 
-    Whatever was computed for a step is seen before the text's token takes its place, so errors of the cache add up
-    as they do in generation.
+    Logits are recorded before the text's token is forced, so cache errors accumulate as in generation.
     """
 
     sequences: ClassVar[list[list[int]]] = []
     record: ClassVar[Callable[[int, int, Tensor], None]]
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self._forced: dict[
-            int, tuple[int, list[int]]
-        ] = {}  # row of the batch -> sequence, tokens said so far
+        # Row of the batch -> sequence, tokens emitted so far.
+        self._forced: dict[int, tuple[int, list[int]]] = {}
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -244,21 +239,21 @@ class ForcedTokens(LogitsProcessor):
 
 
 class ReferenceLogits:
-    """Logits of the unquantized cache on disk, in the dtype that the model computed them in: lossless."""
+    """Logits of the unquantized cache on disk, lossless in the model's dtype."""
 
     def __init__(self, path: Path, positions: int, vocab_size: int, dtype: torch.dtype) -> None:
         self._path, self._positions, self._vocab_size, self._dtype = path, positions, vocab_size, dtype
         self._row_bytes = vocab_size * dtype.itemsize
 
     def write(self, sequence: int, position: int, logits: Tensor) -> None:
-        """Keeps logits [N, V] of consecutive scored positions; OSError where the disk is full."""
+        """Store logits [N, V] of consecutive scored positions; raise OSError if the disk is full."""
         self._path.touch()
         with self._path.open("r+b") as file:
             file.seek((sequence * self._positions + position) * self._row_bytes)
             file.write(logits.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
 
     def read(self, sequence: int, position: int, count: int) -> Tensor:
-        """[count, V] logits of consecutive scored positions."""
+        """Load [count, V] logits of consecutive scored positions."""
         with self._path.open("rb") as file:
             file.seek((sequence * self._positions + position) * self._row_bytes)
             buffer = bytearray(file.read(count * self._row_bytes))
@@ -266,7 +261,7 @@ class ReferenceLogits:
 
 
 class _Scores:
-    """What `compare` gives for every scored position of every sequence."""
+    """Results of `compare` for every scored position of every sequence."""
 
     def __init__(
         self,
@@ -280,7 +275,7 @@ class _Scores:
         self._measured: Floats = np.full((len(sequences), len(sequences[0]) - 1 - FIRST_SCORED, 4), np.nan)
 
     def record_chunk(self, sequence: int, positions: Tensor, compute_logits: Any, hidden: Tensor) -> None:
-        """Scores consecutive positions of one sequence from their hidden states."""
+        """Score consecutive positions of one sequence from their hidden states."""
         scored = (positions >= FIRST_SCORED) & (positions < self._tokens.shape[1] - 1)
         rows, first = hidden[scored], positions[scored]
         for start in range(0, len(rows), LOGITS_ROWS):
@@ -288,7 +283,7 @@ class _Scores:
             self.record(sequence, int(first[part][0]), compute_logits(rows[part]))
 
     def record(self, sequence: int, position: int, logits: Tensor) -> None:
-        """Scores logits [N, V] of the positions from `position` on; those not to be scored are dropped."""
+        """Score logits [N, V] of the positions from `position` on, ignoring positions outside the scored range."""
         index = position - FIRST_SCORED
         if not 0 <= index < self._measured.shape[1]:
             return
@@ -304,14 +299,14 @@ class _Scores:
         self._measured[sequence, index : index + len(logits)] = compare(reference, logits, following).numpy()
 
     def complete(self) -> Floats:
-        """[sequences, positions, 4]; QualityError unless every position was scored."""
+        """Return [sequences, positions, 4]; raise QualityError unless every position was scored."""
         if np.isnan(self._measured).any():
-            raise QualityError("the engine left positions out: this is a bug of the measurement")
+            raise QualityError("the engine left positions out: this is a bug in the measurement")
         return self._measured
 
 
 class _FiniteLayers:
-    """Notes, without waiting for the device, which decoder layers gave something not finite."""
+    """Records, without synchronizing with the device, which decoder layers returned non-finite values."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names: list[str] = []
@@ -327,15 +322,15 @@ class _FiniteLayers:
         self._bad[name] = bad if name not in self._bad else self._bad[name] | bad
 
     def first_bad(self) -> str:
-        """Says where it began."""
+        """Describe the first layer with non-finite output."""
         for name in self._names:
             if name in self._bad and bool(self._bad[name]):
-                return f"{name} is the first layer whose output is not"
-        return "every layer's output is, so the final norm or the head is to blame"
+                return f"{name} is the first layer with non-finite output"
+        return "all layers' outputs are finite, so the final norm or the head is the cause"
 
 
 def bytes_per_token(llm: Any, kv_cache_dtype: str) -> float:
-    """Bytes of cache that one token takes in all layers, as vLLM counts them, or as a simulated format would."""
+    """Cache bytes per token in all layers, as vLLM allocates them, or as a simulated format would."""
     from kvarn.quality.formats import SIMULATED
 
     groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups

@@ -1,7 +1,8 @@
 """The process of `kvarn quality` that holds one engine and measures one cache dtype.
 
-It is given settings as JSON (see `WorkerSettings`) and answers in JSON lines: `progress`, then a `row` a protocol;
-`refused` when vLLM does not run this dtype here; `error` when the run cannot go on. vLLM prints to standard error.
+It is given its settings as JSON (`kvarn.quality.settings.WorkerSettings`) and answers in JSON lines: `progress`, then
+one `row` per protocol; `refused` if vLLM does not run this dtype here; `error` if the run cannot go on. vLLM prints to
+standard error.
 """
 
 from __future__ import annotations
@@ -12,50 +13,21 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
-from kvarn.quality.settings import REFERENCE, TILE, QualityError
+from kvarn.quality.settings import REFERENCE, TILE, QualityError, WorkerSettings
 from kvarn.worker import answer, take_standard_output
 
 PROGRESS_S = 0.5
 MAX_BATCHED_TOKENS = 2048
-CACHE_BYTES = 2**30  # keeps vLLM from sizing the cache by the machine's memory; the number of blocks is set
-
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """What one worker measures.
-
-    Attributes:
-        model: directory of the model.
-        dtype: of weights and activations.
-        kv_cache_dtype: vLLM's name, or that of a simulated format.
-        protocols: what to run.
-        earlier: for each of them, dtypes that have a row and that this one is compared with.
-        work: directory with `sequences.json`, the reference's logits and answers once it has run, and what each
-            dtype measured at each position.
-        seed: of the bootstrap and the tasks.
-        max_model_len: tokens of the longest request.
-        max_num_seqs: requests at once.
-    """
-
-    model: str
-    dtype: str
-    kv_cache_dtype: str
-    protocols: list[str]
-    earlier: dict[str, list[str]]
-    work: str
-    seed: int
-    max_model_len: int
-    max_num_seqs: int
+CACHE_BYTES = 2**30  # keeps vLLM from profiling memory; the number of blocks is overridden
 
 
 def main() -> None:
-    """Measures what the first argument asks for; without a row for each protocol, it has failed."""
+    """Measure what the first argument asks for; fewer rows than protocols mean failure."""
     settings = WorkerSettings(**json.loads(sys.argv[1]))
     answers = take_standard_output()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # logits never leave the engine's process
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # keeps logits in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from kvarn.quality.measure import EngineMeasurement
 
@@ -84,7 +56,7 @@ def main() -> None:
 
 
 def _simulation(kv_cache_dtype: str) -> AbstractContextManager[str]:
-    """Gives the dtype to start the engine with, inside the simulation that it may need."""
+    """Enter the simulation that the dtype may need; gives the dtype to start the engine with."""
     from kvarn.quality.formats import SIMULATED
 
     if kv_cache_dtype not in SIMULATED:

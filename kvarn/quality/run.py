@@ -1,4 +1,4 @@
-"""Runs a quality measurement: one worker a cache dtype, rows kept as they finish, a killed run taken up again."""
+"""A resumable quality run: one worker per cache dtype, rows saved as they finish."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ from kvarn import worker
 from kvarn.environment import machine, versions
 from kvarn.model import context_limit, read_config, resolve_model
 from kvarn.quality import quality_worker
-from kvarn.quality.quality_worker import WorkerSettings
-from kvarn.quality.settings import FIRST_SCORED, REFERENCE, QualityError, QualityRun, read_text
+from kvarn.quality.settings import (
+    FIRST_SCORED,
+    REFERENCE,
+    QualityError,
+    QualityRun,
+    WorkerSettings,
+    read_text,
+)
 from kvarn.quality.tasks import GREEDY_TOKENS, RETRIEVAL_LENGTHS
 from kvarn.result_files import write_results
 
@@ -25,23 +31,23 @@ Progress = Callable[[str, int, int], None]
 Row = dict[str, Any]
 
 MAX_NUM_SEQS = 8
-QUESTION_TOKENS = 128  # room for a retrieval context's question and answer
+QUESTION_TOKENS = 128  # upper bound of a retrieval question and its answer
 LOGIT_PROTOCOLS = ("prefill", "pseudo_decode")
 
 
 def run(settings: QualityRun, json_path: Path | None, progress: Progress) -> dict[str, Any]:
-    """Measures every dtype that `json_path` holds no row of yet.
+    """Measure every dtype without a row in `json_path`.
 
     Args:
-        settings: what to measure.
-        json_path: the record, written after every row; None to keep nothing.
-        progress: called with (label, done, to do) as work goes on.
+        settings: the settings.
+        json_path: the record, rewritten after every row; None to store nothing.
+        progress: called with (label, done, to do).
 
     Returns:
         The record: settings, environment and rows.
 
     Raises:
-        QualityError: an engine failed, the disk is full, or `json_path` holds another run; finished rows are kept.
+        QualityError: an engine failed, the disk is full, or `json_path` holds another run. Finished rows are kept.
         ResultFileError: `json_path` cannot be written; the rows in it are kept.
         ModelError: the model cannot be found.
     """
@@ -71,7 +77,7 @@ def _sequences(settings: QualityRun, model: Path) -> list[list[int]]:
 
     context, limit = settings.context, _context_limit(model)
     if context > limit:
-        raise QualityError(f"--context is {context}: this model holds at most {limit} tokens")
+        raise QualityError(f"--context is {context}: this model supports at most {limit} tokens")
     if settings.tokens < context:
         raise QualityError(f"--tokens is {settings.tokens}: give at least one sequence of {context}")
     text = read_text(settings.text)
@@ -83,7 +89,7 @@ def _sequences(settings: QualityRun, model: Path) -> list[list[int]]:
         )
     if len(ids) < settings.num_sequences * context:
         raise QualityError(
-            f"the text has {len(ids)} tokens, --tokens asks for {settings.tokens}: give a longer text or fewer tokens"
+            f"the text has {len(ids)} tokens, but --tokens is {settings.tokens}: give a longer text or fewer tokens"
         )
     return [ids[i * context : (i + 1) * context] for i in range(settings.num_sequences)]
 
@@ -93,14 +99,16 @@ def _context_limit(model: Path) -> int:
 
 
 def _begin(settings: QualityRun, sequences: list[list[int]], json_path: Path | None) -> dict[str, Any]:
-    """The record to add to: that of an earlier run with these settings, or a new one."""
+    """The record to extend: that of an earlier run with these settings, or a new one."""
     identity = {**settings.identity(), "text_sha256": sha256(json.dumps(sequences).encode()).hexdigest()[:16]}
     if json_path is not None and json_path.exists():
         try:
             record: dict[str, Any] = json.loads(json_path.read_text())
             other = record["settings"]
         except (ValueError, KeyError, TypeError):
-            raise QualityError(f"{json_path} is no quality record: remove it, or name another file") from None
+            raise QualityError(
+                f"{json_path} is not a quality record: remove it, or name another file"
+            ) from None
         if differing := sorted(k for k in identity if other.get(k) != identity[k]):
             raise QualityError(
                 f"{json_path} holds a run with other {', '.join(differing)}: remove it, or name another file"
@@ -118,7 +126,7 @@ def _begin(settings: QualityRun, sequences: list[list[int]], json_path: Path | N
 
 @contextmanager
 def _work_directory(json_path: Path | None) -> Iterator[Path]:
-    """Where workers share the reference's logits; beside the record it outlives a run that was killed."""
+    """Directory in which workers share the reference's logits; beside the record, it survives a killed run."""
     if json_path is None:
         with tempfile.TemporaryDirectory(prefix="kvarn-quality-") as directory:
             yield Path(directory)
@@ -130,13 +138,13 @@ def _work_directory(json_path: Path | None) -> Iterator[Path]:
 
 
 def _lost(work: Path, dtype: str, protocol: str) -> bool:
-    """Whether the reference has to run again because what it left for other dtypes is gone."""
+    """Whether the reference must run again because its stored outputs are gone."""
     name = f"{protocol}.logits" if protocol in LOGIT_PROTOCOLS else f"{protocol}.json"
     return dtype == REFERENCE and not (work / name).exists()
 
 
 def _earlier(rows: list[Row], dtype: str, protocol: str) -> list[str]:
-    """The dtypes that `dtype` is compared with, besides the reference that each row is against as it is."""
+    """Dtypes that `dtype` is compared with, besides the reference."""
     names = [row["dtype"] for row in rows if row["protocol"] == protocol]
     return [name for name in names if name not in (REFERENCE, dtype)]
 
@@ -152,7 +160,7 @@ def _check_disk(settings: QualityRun, model: Path, work: Path) -> None:
     if needed > free:
         raise QualityError(
             f"the reference's logits take {needed / 2**30:.1f} GiB and {work} has {free / 2**30:.1f} GiB left: "
-            "free some, give fewer --tokens, or put --json on another disk"
+            "free some space, give fewer --tokens, or put --json on another disk"
         )
 
 
@@ -176,7 +184,7 @@ def _worker_settings(
 
 
 def _measure(settings: WorkerSettings, progress: Progress) -> Iterator[Row]:
-    """The rows of one dtype, as its worker finishes them."""
+    """Yield the rows of one dtype as its worker finishes them."""
     dtype, left = settings.kv_cache_dtype, list(settings.protocols)
     progress(f"{dtype}: starting", 0, 1)
     with tempfile.TemporaryFile("w+", prefix="kvarn-quality-", errors="replace") as log:

@@ -1,18 +1,21 @@
-"""What a quality run measures, checked before anything starts."""
+"""Settings of a quality run and of its workers, checked before anything starts."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from kvarn.dtypes import UNQUANTIZED, check_cache_dtype, check_model_dtype
+from typer import Option
+
+from kvarn.dtypes import UNQUANTIZED, check_cache_dtype, check_model_dtype, comma_separated
+from kvarn.errors import KVarNError
 from kvarn.model import DEFAULT_MODEL
 from kvarn.presets import PRESETS
 
 TILE = 128
-# Before it, a cache with 128-token tiles and a raw first tile answers from raw tokens alone.
+# Earlier positions read only raw tokens: the sink tile and the unfilled tail of a cache with 128-token tiles.
 FIRST_SCORED = 2 * TILE
 PROTOCOLS = ("prefill", "pseudo_decode", "retrieval", "greedy")
 SAMPLE = "wikitext2_sample.txt"
@@ -20,42 +23,45 @@ REFERENCE = UNQUANTIZED
 GROUPS = ("default", "rivals", "knobs")
 
 
-class QualityError(RuntimeError):
-    """A quality run cannot start or did not finish; the message says why."""
+class QualityError(KVarNError):
+    """A quality run cannot start or did not finish."""
 
 
 @dataclass(frozen=True)
 class QualityRun:
-    """What to measure; the same settings give the same numbers.
+    """Settings of `kvarn quality`; equal settings give equal numbers.
 
-    Attributes:
-        model: a model's name or directory, see `kvarn.model.resolve_model`.
-        text: a UTF-8 file; None for the sample in this package.
-        dtypes: cache dtypes as vLLM's `kv_cache_dtype`, names of `kvarn.quality.formats.SIMULATED`, or one of `GROUPS`.
-        protocols: of `PROTOCOLS`.
-        tokens: tokens of text that are fed, in sequences of `context`.
-        context: tokens of one sequence.
-        dtype: of weights and activations. float32 leaves the cache as the only difference between rows.
-        seed: of the bootstrap and the retrieval tasks.
+    `dtypes` are vLLM's `kv_cache_dtype`, names of `kvarn.quality.formats.SIMULATED`, or `GROUPS`.
 
     Raises:
-        QualityError: a number is out of range, or a protocol or dtype unknown.
+        QualityError: a number is out of range, or a protocol or dtype is unknown.
     """
 
-    model: str = DEFAULT_MODEL
-    text: Path | None = None
-    dtypes: tuple[str, ...] = ("default",)
-    protocols: tuple[str, ...] = PROTOCOLS
-    tokens: int = 8192
-    context: int = 1024
-    dtype: str = "float32"
-    seed: int = 0
+    model: Annotated[str, Option(help="Model name or directory.")] = DEFAULT_MODEL
+    text: Annotated[Path | None, Option(help="UTF-8 text file; a sample of WikiText-2 by default.")] = None
+    dtypes: Annotated[
+        tuple[str, ...],
+        Option(
+            parser=comma_separated,
+            help=f"Comma-separated cache dtypes, or groups of them: {', '.join(GROUPS)}.",
+        ),
+    ] = ("default",)
+    protocols: Annotated[
+        tuple[str, ...], Option(parser=comma_separated, help="Comma-separated protocols to run.")
+    ] = PROTOCOLS
+    tokens: Annotated[int, Option(help="Tokens of text to evaluate, in sequences of --context.")] = 8192
+    context: Annotated[int, Option(help="Tokens per sequence.")] = 1024
+    dtype: Annotated[
+        str,
+        Option(help="Dtype of weights and activations; with float32, rows differ only by the cache."),
+    ] = "float32"
+    seed: Annotated[int, Option(help="Seed of the bootstrap and the retrieval tasks.")] = 0
 
     def __post_init__(self) -> None:
         if self.context < FIRST_SCORED + 2:
             raise QualityError(
                 f"--context is {self.context}: give at least {FIRST_SCORED + 2}, since the first "
-                f"{FIRST_SCORED} tokens of a sequence are read raw and say nothing about a cache"
+                f"{FIRST_SCORED} tokens of a sequence are read raw and do not depend on the cache format"
             )
         for protocol in self.protocols:
             if protocol not in PROTOCOLS:
@@ -67,21 +73,49 @@ class QualityRun:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Names without groups, each once, the reference first; QualityError names an unknown one."""
+        """Dtypes with groups expanded, without duplicates, reference first; raise QualityError for an unknown one."""
         return _expand(self.dtypes)
 
     @property
     def num_sequences(self) -> int:
-        """Sequences of `context` tokens that are fed."""
+        """Number of sequences of `context` tokens."""
         return self.tokens // self.context
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for rows of two runs to stand in one table, ready for JSON."""
+        """Settings that must be equal for rows of two runs to be comparable, ready for JSON."""
         return {k: v for k, v in asdict(self).items() if k not in ("dtypes", "text", "protocols")}
 
 
+@dataclass(frozen=True)
+class WorkerSettings:
+    """Settings of one worker.
+
+    Attributes:
+        model: directory of the model.
+        dtype: dtype of weights and activations.
+        kv_cache_dtype: vLLM's name, or that of a simulated format.
+        protocols: protocols to run.
+        earlier: for each protocol, dtypes with a row, which this one is compared with.
+        work: directory with `sequences.json`, the reference's logits and answers once it has run, and each dtype's
+            measurements by position.
+        seed: seed of the bootstrap and the tasks.
+        max_model_len: maximum request length, in tokens.
+        max_num_seqs: maximum concurrent requests.
+    """
+
+    model: str
+    dtype: str
+    kv_cache_dtype: str
+    protocols: list[str]
+    earlier: dict[str, list[str]]
+    work: str
+    seed: int
+    max_model_len: int
+    max_num_seqs: int
+
+
 def read_text(path: Path | None) -> str:
-    """The text to feed.
+    """Read the text to evaluate.
 
     Raises:
         QualityError: the file cannot be read as UTF-8.

@@ -1,8 +1,8 @@
-"""A cache format in place of KVarN's records, inside a real engine on a CPU.
+"""A simulated cache format in place of KVarN's records, inside a real engine on a CPU.
 
-vLLM, our scheduler, slots, plans and read rule stay what they are; only what becomes of a tile when it fills, and the
-attention that reads it, are the format's. So rivals differ from KVarN in their quantizer alone: each has the same raw
-tail and raw first tile that KVarN has.
+vLLM, our scheduler, slots, plans and read rule are unchanged; only the quantization of a filled tile and the attention
+that reads it are the format's. Rivals therefore differ from KVarN in their quantizer alone: all have KVarN's raw tail
+and raw first tile.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kvarn.vllm.torch_backend import (
 
 @contextmanager
 def simulating(simulated: Format) -> Iterator[None]:
-    """Engines of this process that are started inside use `simulated` in place of any preset of its group."""
+    """Make engines that this process starts inside the block use `simulated` in place of presets of its group."""
     layer = type("SimulatedLayer", (_SimulatedLayer,), {"simulated": simulated})
     stock_device_backend = backend.device_backend
     backend.device_backend = lambda: backend.DeviceBackend(TorchMetadataBuilder, layer)
@@ -39,10 +39,10 @@ def simulating(simulated: Format) -> Iterator[None]:
 
 
 class _SimulatedLayer(TorchLayer):
-    """One layer whose tiles are kept as float32: read back, and raw."""
+    """One layer that keeps its tiles in float32, dequantized and raw."""
 
     simulated: Format
-    tiles: Tensor | None = None  # [blocks, 2 (read back, raw), 2 (keys, values), H, G, D]
+    tiles: Tensor | None = None  # [blocks, 2 (dequantized, raw), 2 (keys, values), H, G, D]
 
     def forward(
         self,
@@ -116,7 +116,7 @@ class _SimulatedLayer(TorchLayer):
             output[tokens] = self._attend_chunk(query[tokens], own, chunk).to(output.dtype)
 
     def _attend_chunk(self, query: Tensor, own: Tensor, chunk: PrefillChunk) -> Tensor:
-        """Attention of a chunk's tokens, tile by tile; own [2, H, N, D]."""
+        """Attention of a chunk's tokens, one tile at a time; own [2, H, N, D]."""
         group, rule, end = self.layout.group, self.simulated, chunk.start + len(query)
         first_tile = chunk.start // group
         if chunk.start % group:
@@ -135,7 +135,7 @@ class _SimulatedLayer(TorchLayer):
         return torch.cat(parts)
 
     def _tile(self, tile: int, raw: bool, chunk: PrefillChunk) -> Tensor:
-        """A filled tile [2, H, G, D] before the query's own; tile 0 is raw while its sink slot is kept."""
+        """A filled tile [2, H, G, D] before the query's own; tile 0 is raw while it has a sink slot."""
         assert self.tiles is not None
         keeps_raw = raw or (tile == 0 and chunk.sink_slot >= 0 and self.simulated.keeps_sink)
         return self.tiles[chunk.block_table[tile], int(keeps_raw)]
@@ -152,7 +152,7 @@ class _SimulatedLayer(TorchLayer):
         return attended.permute(2, 0, 1, 3).reshape(tokens, query_heads, head_dim)
 
     def _replace_sinks(self, filled: FilledTiles) -> None:
-        """Sink slots hold what a read of the cache gives, from the step after the one that filled them."""
+        """Overwrite sink slots with dequantized tiles, from the step after the one that filled them."""
         assert self.tiles is not None
         slots = torch.from_numpy(self.slot_map.slots(filled.blocks.numpy()))
         self.pool[slots[slots >= 0]] = self.tiles[filled.blocks[slots >= 0], 0].half()

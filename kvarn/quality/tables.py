@@ -13,23 +13,23 @@ from rich.text import Text
 from kvarn.quality.differences import Difference, Row, of_presets
 
 TITLES = {
-    "prefill": "prefill: a sequence goes in as one prompt",
-    "pseudo_decode": "pseudo-decode: a sequence is fed token by token",
-    "retrieval": "retrieval: numbers looked up in lines of names and numbers",
-    "greedy": "greedy: tokens until a continuation leaves the unquantized cache's",
+    "prefill": "prefill: each sequence is one prompt",
+    "pseudo_decode": "pseudo-decode: each sequence is fed token by token",
+    "retrieval": "retrieval: numbers looked up by name in the context",
+    "greedy": "greedy: tokens until the output differs from the unquantized cache's",
 }
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What follows the cache dtype: headings, and the cells of a row that was measured."""
+    """Columns after the cache dtype: headings, and the cells of a measured row."""
 
     headings: tuple[str, ...]
     cells: Callable[[Row], list[str]]
 
 
 def tables(record: dict[str, Any]) -> Iterator[Table]:
-    """A table for each protocol that has rows, then its differences; whole on a terminal of 80 columns."""
+    """One table per protocol with rows, then its differences; they fit 80 columns."""
     for protocol, title in TITLES.items():
         rows = [row for row in record["rows"] if row["protocol"] == protocol]
         if rows:
@@ -65,12 +65,12 @@ def _differences_table(title: str, differences: list[Difference]) -> Table:
 
 
 def differences_title(protocol: str) -> str:
-    """Of the differences between rows of one protocol."""
+    """Title of the differences between rows of one protocol."""
     return f"Differences of KLD on the same positions, {TITLES[protocol].partition(':')[0]}"
 
 
 def difference_cells(difference: Difference) -> list[str]:
-    """The difference, its interval, and what they say."""
+    """The difference, its interval, and the verdict."""
     low, high = difference.kld_ci
     return [f"{difference.kld:+.5f}", f"{low:+.5f}..{high:+.5f}", difference.in_words]
 
@@ -155,7 +155,7 @@ _LOGITS = Columns(
 _NARROW_LOGITS = Columns(
     ("bytes/\ntoken", "KLD mean\n95 %", "ppl\nagainst\nauto,\nvisible\nfrom", "top 1"), _narrow_logit_cells
 )
-# Columns on a page, and those on a terminal: there, intervals and what is visible stand in second lines.
+# Columns on a page and on a terminal; on a terminal, intervals and detectable differences are second lines.
 PAGE = {
     "prefill": _LOGITS,
     "pseudo_decode": _LOGITS,

@@ -1,4 +1,4 @@
-"""What engines are fed besides plain text: lines of keys and values to look up, and prompts to continue."""
+"""Tasks besides plain text: lines of keys and values to look up, and prompts to continue."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-RETRIEVAL_LENGTHS = (512, 1024, 2048)  # tokens of context, those that the model can hold
+RETRIEVAL_LENGTHS = (512, 1024, 2048)  # context tokens, as far as the model supports them
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 QUESTIONS_PER_DEPTH = 4
 ANSWER_TOKENS = 5
@@ -18,7 +18,7 @@ _SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mi", "no", "pa", "ro", "su", 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to look up: `prompt` token ids end where `answer` begins."""
+    """One lookup; the `prompt` token IDs end where `answer` begins."""
 
     prompt: list[int]
     answer: list[int]
@@ -27,12 +27,12 @@ class Question:
 
 
 def questions(tokenizer: Any, longest: int, seed: int) -> list[Question]:
-    """Questions about lines `key: value`; those of one length share their context, so that it is a prefix hit.
+    """Questions about lines `key: value`; questions of one length share their context, so it is a prefix hit.
 
     Args:
-        tokenizer: of the model, in Hugging Face's interface.
-        longest: tokens that the model can hold; longer contexts are left out.
-        seed: of keys, values and choice.
+        tokenizer: the model's tokenizer, with Hugging Face's interface.
+        longest: maximum tokens that the model supports; longer contexts are left out.
+        seed: seed of keys, values and selection.
     """
     return [
         question

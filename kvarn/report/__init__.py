@@ -1,1 +1,1 @@
-"""One self-contained page from the records that `kvarn quality`, `kvarn plan` and `kvarn bench` write."""
+"""One self-contained HTML page from the results of `kvarn quality`, `kvarn plan` and `kvarn bench`."""

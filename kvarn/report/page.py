@@ -1,18 +1,15 @@
-"""A self-contained HTML page: tables, charts as inline SVG, environment, and the commands to measure it again."""
+"""A self-contained HTML page: tables, charts as inline SVG, environment, and the commands to reproduce it."""
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Record = dict[str, Any]
+from kvarn.errors import KVarNError
+from kvarn.report.elements import Record, table
+from kvarn.report.sections import section
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1d2330; --dim: #667085; --line: #dfe3ea; --page: #ffffff; --band: #f6f7f9;
@@ -44,18 +41,18 @@ pre { background: var(--band); border: 1px solid var(--line); border-radius: 8px
 """
 
 
-class ReportError(ValueError):
-    """A report cannot be made; the message says why."""
+class ReportError(KVarNError):
+    """A report cannot be made."""
 
 
 def read_records(paths: list[Path]) -> list[Record]:
-    """Records of `kvarn quality`, `kvarn plan --json` and `kvarn bench`.
+    """Read records of `kvarn quality`, `kvarn plan --json` and `kvarn bench`.
 
     Raises:
-        ReportError: a file cannot be read, or is no such record.
+        ReportError: a file cannot be read, or is not such a record.
     """
     if not paths:
-        raise ReportError("no record is given: name the JSON files that kvarn quality, plan or bench wrote")
+        raise ReportError("no record is given: name JSON files written by kvarn quality, plan or bench")
     return [_read(path) for path in paths]
 
 
@@ -66,17 +63,17 @@ def _read(path: Path) -> Record:
         raise ReportError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
         raise ReportError(
-            f"{path} is not JSON: name a file that kvarn quality, plan or bench wrote"
+            f"{path} is not JSON: name a file written by kvarn quality, plan or bench"
         ) from None
     if not isinstance(record, dict) or "benchmark" not in record:
-        raise ReportError(f"{path} is no record of kvarn quality, plan or bench: it has no field 'benchmark'")
+        raise ReportError(
+            f"{path} is not a record of kvarn quality, plan or bench: it has no field 'benchmark'"
+        )
     return record
 
 
 def render(records: list[Record]) -> str:
-    """The page."""
-    from kvarn.report.sections import section
-
+    """Render the page."""
     parts = [part for record in records for part in section(record)]
     models = dict.fromkeys(str(model) for record in records if (model := _model(record)))
     body = "".join([*parts, *_environment(records)])
@@ -90,32 +87,11 @@ def render(records: list[Record]) -> str:
 
 
 def write(path: Path, records: list[Record]) -> None:
-    """Writes the page; ReportError where that fails."""
+    """Write the page; raise ReportError if that fails."""
     try:
         path.write_text(render(records), encoding="utf-8")
     except OSError as error:
         raise ReportError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def table(headings: list[str], rows: list[list[str]], ours: list[bool] | None = None) -> str:
-    """A table whose first column names the row; a row of two cells has one remark over all columns."""
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    body = []
-    for index, row in enumerate(rows):
-        if len(row) == 2 and len(headings) > 2:
-            cells = f'<td>{escape(row[0])}</td><td class="text" colspan="{len(headings) - 1}">{escape(row[1])}</td>'
-        else:
-            cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        body.append(f"<tr{' class=ours' if ours and ours[index] else ''}>{cells}</tr>")
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-
-
-def chart(figure: Figure, description: str) -> str:
-    """A figure as inline SVG."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    svg = buffer.getvalue()
-    return f'<figure role="img" aria-label="{escape(description)}">{svg[svg.index("<svg") :]}</figure>'
 
 
 def _model(record: Record) -> str | None:
@@ -128,4 +104,4 @@ def _environment(records: list[Record]) -> Iterator[str]:
     for record in seen.values():
         yield f"<h2>Environment of {escape(record['benchmark'])}</h2>"
         facts = {**record["machine"], **{k: v for k, v in record["versions"].items() if v}}
-        yield table(["what", "is"], [[name, str(value)] for name, value in facts.items()])
+        yield table(["property", "value"], [[name, str(value)] for name, value in facts.items()])

@@ -1,4 +1,4 @@
-"""A record's part of the page."""
+"""Sections of the page, one per record."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from kvarn.quality import charts as quality_plot
 from kvarn.quality.differences import of_presets
 from kvarn.quality.tables import PAGE, TITLES, difference_cells, differences_title
-from kvarn.report.page import Record, chart, table
+from kvarn.report.elements import Record, chart, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def section(record: Record) -> Iterator[str]:
-    """HTML of one record; one of an unknown kind is shown as its fields."""
+    """HTML of one record; unknown kinds are shown as tables of their fields."""
     made = {"quality": _quality, "plan": _plan, "engine": _engine}.get(record["benchmark"], _kernels)
     yield from made(record)
 
@@ -26,14 +26,14 @@ def _quality(record: Record) -> Iterator[str]:
     yield "<h2>Quality</h2>"
     yield (
         f"<p>{settings['tokens']:,} tokens of text in sequences of {settings['context']:,}, weights and activations in "
-        f"{escape(settings['dtype'])}. Divergences are against the unquantized cache (auto), over positions from "
-        f"{record['first_scored']} on; intervals are 95 % by bootstrap. &ldquo;Visible from&rdquo; is the smallest "
-        "difference that this sample could have shown.</p>"
+        f"{escape(settings['dtype'])}. Divergences are from the unquantized cache (auto), over positions from "
+        f"{record['first_scored']} on; intervals are 95 % bootstrap confidence intervals. &ldquo;Visible from&rdquo; "
+        "is the minimum detectable difference of this sample.</p>"
     )
     if quality_plot.drawn_rows(record):
         yield chart(
             quality_plot.figure(record),
-            "KL divergence of each cache dtype, along the context, and of each setting",
+            "KL divergence by cache dtype, by position and by setting",
         )
     for protocol, title in TITLES.items():
         rows = [row for row in record["rows"] if row["protocol"] == protocol]
@@ -66,7 +66,7 @@ def _quality_cells(protocol: str, row: Record) -> list[str]:
 def _plan(record: Record) -> Iterator[str]:
     where = f"{record['tensor_parallel']} x {record['gpu']}"
     yield f"<h2>Capacity: {escape(record['model'])} on {escape(where)}</h2>"
-    yield f"<p>{record['context']:,} tokens a sequence; decode times are bandwidth alone.</p>"
+    yield f"<p>{record['context']:,} tokens per sequence; decode times from memory bandwidth alone.</p>"
     rows = [row for row in record["rows"] if not row["refused"]]
     yield chart(
         _bars([row["dtype"] for row in rows], [row["tokens"] for row in rows], "tokens held"), "tokens held"
@@ -184,4 +184,4 @@ def _bars(labels: list[str], heights: list[float], axis: str) -> Figure:
 
 
 def _command(text: str) -> str:
-    return f"<p class='dim'>Measure it again:</p><pre>{escape(text)}</pre>"
+    return f"<p class='dim'>Reproduce with:</p><pre>{escape(text)}</pre>"

@@ -1,1 +1,1 @@
-"""Measures a served model under load: `kvarn bench serve`."""
+"""Load generator for a served model: `kvarn bench serve`."""

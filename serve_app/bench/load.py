@@ -1,30 +1,28 @@
-"""Sends a load to a target and keeps what came when."""
+"""Sends a load to a target and records when its output arrives."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from kvarn.bench.engine import BenchError
+from kvarn.bench.bench_settings import BenchError, Progress
 from serve_app.bench.targets import RefusedError, Target
 from serve_app.bench.workload import Work
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
 class CallOutcome:
-    """What became of one request; times in seconds from the moment it was to be sent.
+    """Outcome of one request; times are in seconds since its scheduled send time.
 
     Attributes:
-        late_s: how long after that moment it was really sent.
-        token_times_s: of each piece of the answer.
+        late_s: delay of the actual send.
+        token_times_s: arrival time of each chunk with output.
         completion_tokens, prompt_tokens, cached_tokens: as the server counts them.
-        failure: why it failed, or "".
-        said: the server's own words about that, or "".
+        failure: reason of the failure, or "".
+        said: the server's error message, or "".
     """
 
     late_s: float = 0.0
@@ -47,7 +45,7 @@ class CallOutcome:
 
     @property
     def itl_s(self) -> float | None:
-        """Mean time between two tokens; None for answers of one."""
+        """Mean inter-token latency; None for fewer than two tokens."""
         if self.completion_tokens < 2:
             return None
         return (self.e2e_s - self.ttft_s) / (self.completion_tokens - 1)
@@ -55,14 +53,14 @@ class CallOutcome:
 
 @dataclass(frozen=True)
 class LoadRun:
-    """All outcomes, and how long all of it took."""
+    """All outcomes, and the duration of the run."""
 
     outcomes: Sequence[CallOutcome]
     duration_s: float
 
 
 async def warm_up(target: Target, works: Sequence[Work], timeout_s: float, on_progress: Progress) -> None:
-    """Send requests that do not count, so that neither first uses nor wrong settings are measured.
+    """Send unmeasured requests first, so that neither cold starts nor wrong settings enter the measurement.
 
     Raises:
         BenchError: one of them failed.
@@ -80,13 +78,13 @@ async def warm_up(target: Target, works: Sequence[Work], timeout_s: float, on_pr
 
 
 async def run(target: Target, works: Sequence[Work], timeout_s: float, on_progress: Progress) -> LoadRun:
-    """Send every request at its time, whatever became of those before it.
+    """Send every request at its scheduled time, independently of earlier ones (open loop).
 
     Args:
-        target: where to.
-        works: in the order they are sent.
-        timeout_s: after which a request counts as failed.
-        on_progress: called with "sent" and "answered", how many, and of how many.
+        target: the server under load.
+        works: requests in the order of sending.
+        timeout_s: seconds after which a request counts as failed.
+        on_progress: called with "sent" or "answered", their number, and the total.
     """
     for label in ("sent", "answered"):
         on_progress(label, 0, len(works))
@@ -114,7 +112,7 @@ async def _send(target: Target, work: Work, due_s: float, timeout_s: float) -> C
     try:
         async with asyncio.timeout(timeout_s), aclosing(target.send(work, timeout_s)) as pieces:
             async for counts in pieces:
-                if counts.bears_output:
+                if counts.has_output:
                     outcome.token_times_s.append(time.perf_counter() - due_s)
                 outcome.completion_tokens = counts.completion_tokens
                 outcome.prompt_tokens, outcome.cached_tokens = counts.prompt_tokens, counts.cached_tokens

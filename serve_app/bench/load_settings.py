@@ -1,15 +1,17 @@
-"""What `kvarn bench serve` measures."""
+"""Settings of `kvarn bench serve`."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Annotated, Literal, cast, get_args
 from urllib.parse import urlsplit
 
+from typer import Argument, Option
+
 from kvarn.address import is_address
-from kvarn.bench.engine import BenchError
+from kvarn.bench.bench_settings import BenchError
 
 Protocol = Literal["grpc", "openai"]
 Arrivals = Literal["poisson", "constant"]
@@ -17,17 +19,13 @@ Arrivals = Literal["poisson", "constant"]
 
 @dataclass(frozen=True)
 class Objectives:
-    """What a request must keep to count as good, in milliseconds; None asks for nothing.
+    """Service-level objectives that a request must meet to count towards goodput; None sets none."""
 
-    Attributes:
-        ttft_ms: time to first token.
-        itl_ms: mean time between two tokens.
-        e2e_ms: time to the last token.
-    """
-
-    ttft_ms: float | None = None
-    itl_ms: float | None = None
-    e2e_ms: float | None = None
+    ttft_ms: Annotated[float | None, Option(help="SLO: maximum time to first token, in ms.")] = None
+    itl_ms: Annotated[
+        float | None, Option(help="SLO: maximum mean inter-token latency of a request, in ms.")
+    ] = None
+    e2e_ms: Annotated[float | None, Option(help="SLO: maximum time to the last token, in ms.")] = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -37,44 +35,48 @@ class Objectives:
 
 @dataclass(frozen=True)
 class ServeBench:
-    """A load: open loop, so that a slow server gets the same requests as a fast one.
+    """An open-loop load: a slow server gets the same requests at the same times as a fast one.
 
-    Attributes:
-        target: a gateway's "host:port" for gRPC, else the base URL of an OpenAI API, e.g. http://127.0.0.1:8000/v1.
-        protocol: how to speak to it.
-        model: what the server calls it; "" lets KVarN's servers take their only one.
-        rate_per_s: requests a second; inf sends all at once.
-        arrivals: gaps between requests: drawn from an exponential distribution, or all the same.
-        requests: how many.
-        warmup: how many like the first of them, but with other words, are answered before; they are not counted.
-        input_tokens: about so many tokens a prompt, in words of one token each.
-        output_tokens: exactly so many tokens an answer, where the server takes `ignore_eos`.
-        prefix_tokens: of the input, those at its start that all requests of a group share.
-        prefix_groups: how many different shared starts there are.
-        trace: a JSON Lines file whose lines give each request's time and lengths, instead of the above.
-        seed: of arrivals and prompts: the same seed makes the same load.
-        timeout_s: after which a request counts as failed.
-        objectives: what counts as good.
+    Output lengths are exact where the server supports `ignore_eos`. A `trace` replaces rate, arrivals and lengths.
 
     Raises:
-        BenchError: a number is out of range, or the target is no address.
+        BenchError: a number is out of range, or the target is not an address.
     """
 
-    target: str = "127.0.0.1:50051"
-    protocol: Protocol = "grpc"
-    model: str = ""
-    rate_per_s: float = 2.0
-    arrivals: Arrivals = "poisson"
-    requests: int = 64
-    warmup: int = 1
-    input_tokens: int = 256
-    output_tokens: int = 64
-    prefix_tokens: int = 0
-    prefix_groups: int = 1
-    trace: Path | None = None
-    seed: int = 0
-    timeout_s: float = 600
+    target: Annotated[
+        str, Argument(help="host:port of a gateway's gRPC server, or base URL of any OpenAI-compatible API.")
+    ] = "127.0.0.1:50051"
+    model: Annotated[
+        str, Option(help="Model name as the server knows it; by default the only model it serves.")
+    ] = ""
+    rate_per_s: Annotated[
+        float, Option("--rate", help="Requests per second; inf sends all requests at once.")
+    ] = 2.0
+    arrivals: Annotated[
+        Arrivals, Option(parser=parse_arrivals, help="Inter-arrival times: poisson or constant.")
+    ] = "poisson"
+    requests: Annotated[int, Option(help="Number of requests; with --trace, the maximum.")] = 64
+    warmup: Annotated[
+        int, Option(help="Unmeasured requests answered before the load, as long as its first; 0 skips them.")
+    ] = 1
+    input_tokens: Annotated[int, Option(help="Approximate prompt length, in tokens.")] = 256
+    output_tokens: Annotated[int, Option(help="Tokens generated per request.")] = 64
+    prefix_tokens: Annotated[
+        int, Option(help="Tokens of each prompt that are a prefix shared within its group.")
+    ] = 0
+    prefix_groups: Annotated[int, Option(help="Number of distinct shared prefixes.")] = 1
+    trace: Annotated[
+        Path | None,
+        Option(help="JSON Lines file with timestamp (ms), input_length, output_length and hash_ids."),
+    ] = None
+    seed: Annotated[int, Option(help="Seed of arrivals and prompts; equal seeds generate equal loads.")] = 0
+    timeout_s: Annotated[float, Option(help="Seconds after which a request counts as failed.")] = 600
     objectives: Objectives = field(default_factory=Objectives)
+
+    @property
+    def protocol(self) -> Protocol:
+        """OpenAI's HTTP API for a URL, else a gateway's gRPC."""
+        return "openai" if "://" in self.target else "grpc"
 
     def __post_init__(self) -> None:
         for name in ("requests", "input_tokens", "output_tokens", "prefix_groups"):
@@ -105,11 +107,11 @@ def _is_url(target: str) -> bool:
         return False
 
 
-def arrivals(name: str) -> Arrivals:
-    """The kind of arrivals of that name.
+def parse_arrivals(name: str) -> Arrivals:
+    """Return `name` if it is one of `Arrivals`.
 
     Raises:
-        BenchError: there is none.
+        BenchError: it is not.
     """
     if name not in get_args(Arrivals):
         raise BenchError(f"arrivals is {name!r}, expected {' or '.join(get_args(Arrivals))}")

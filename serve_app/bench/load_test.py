@@ -1,4 +1,4 @@
-"""One measured load, from settings to files."""
+"""One load test, from settings to result files."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
+from kvarn.bench.bench_settings import Progress
 from serve_app.bench import summary as summaries
 from serve_app.bench import workload
-from serve_app.bench.load import LoadRun, Progress, run, warm_up
+from serve_app.bench.load import LoadRun, run, warm_up
 from serve_app.bench.load_settings import ServeBench
 from serve_app.bench.targets import target
 from serve_app.rpc.channels import Tls
@@ -18,22 +19,22 @@ from serve_app.rpc.channels import Tls
 
 @dataclass(frozen=True)
 class LoadReport:
-    """A load and what it showed."""
+    """A load and its results."""
 
     bench: ServeBench
     run: LoadRun
     summary: summaries.Summary
 
     def render(self) -> RenderableType:
-        """For people."""
+        """The results as text for a terminal."""
         return summaries.render(self.bench, self.summary)
 
     def reasons(self) -> str:
-        """Why requests failed."""
+        """Reasons of failures, with counts."""
         return summaries.reasons(self.summary)
 
     def write(self, json_path: Path | None, plot_path: Path | None) -> None:
-        """Write the files that were asked for."""
+        """Write the requested files."""
         if json_path is not None:
             summaries.write(json_path, self.bench, self.summary, self.run)
         if plot_path is not None:
@@ -41,7 +42,7 @@ class LoadReport:
 
 
 def measure(bench: ServeBench, tls: Tls | None, api_key: str, on_progress: Progress) -> LoadReport:
-    """Send the load and sum it up.
+    """Send the load and summarize it.
 
     Raises:
         BenchError: the trace cannot be read, nothing answers, or a request before the load failed.

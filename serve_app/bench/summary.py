@@ -1,4 +1,4 @@
-"""What a load showed: percentiles, rates, goodput; as a table, JSON and a chart."""
+"""Results of a load: percentiles, throughput and goodput, as a table, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -15,26 +15,24 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kvarn.bench.engine import BenchError
 from kvarn.environment import machine, versions
 from serve_app.bench.load import CallOutcome, LoadRun
 from serve_app.bench.load_settings import Objectives, ServeBench
 
 PERCENTILES = (50, 90, 99)
-PLOT_FORMATS = (".png", ".svg")
-BUSY_MS = 100  # a generator that sends this late does not keep up
+BUSY_MS = 100  # a load generator that sends later than this cannot keep up
 
 
 @dataclass(frozen=True)
 class LatencySummary:
-    """One kind of latency over all answered requests, in milliseconds; `percentiles` by "p50"."""
+    """One latency metric over all answered requests, in milliseconds; `percentiles` has keys such as "p50"."""
 
     mean: float
     percentiles: dict[str, float]
 
     @classmethod
     def of(cls, values_s: Sequence[float]) -> LatencySummary | None:
-        """None if there is nothing to sum up."""
+        """Summarize latencies in seconds; None if there are none."""
         if not values_s:
             return None
         milliseconds = np.asarray(values_s) * 1000
@@ -47,20 +45,20 @@ class LatencySummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A load in numbers.
+    """Aggregate results of a load.
 
     Attributes:
-        answered, failed: requests; `failures` counts the failed by reason.
-        said: for a reason, what the server said to the first that failed for it, where it said something.
+        answered, failed: numbers of requests; `failures` counts failed ones by reason.
+        said: by reason, the server's message to the first request that failed for it, if any.
         duration_s: from the first request to the last answer.
-        requests_per_s, goodput_per_s: answered requests, and those among them that kept all objectives.
-        output_tokens_per_s: of answered requests.
-        prompt_tokens, cached_tokens, output_tokens: as the server counted them, over answered requests.
-        ttft_ms: from the time a request was to be sent to its first token.
-        itl_ms: between two pieces of an answer.
-        tpot_ms: each request's mean time between two tokens.
-        e2e_ms: to the last token.
-        max_late_ms: the longest that the generator itself was behind its schedule.
+        requests_per_s, goodput_per_s: rate of answered requests, and of those that met all objectives.
+        output_tokens_per_s: over answered requests.
+        prompt_tokens, cached_tokens, output_tokens: as the server counts them, over answered requests.
+        ttft_ms: from a request's scheduled send time to its first token.
+        itl_ms: gaps between chunks of an answer.
+        tpot_ms: mean inter-token latency of each request.
+        e2e_ms: time to the last token.
+        max_late_ms: maximum delay of the load generator behind its schedule.
     """
 
     answered: int
@@ -82,7 +80,7 @@ class Summary:
 
 
 def summarize(run: LoadRun, objectives: Objectives) -> Summary:
-    """The numbers of one run."""
+    """Aggregate one run."""
     answered = [outcome for outcome in run.outcomes if not outcome.failure]
     failures = Counter(outcome.failure for outcome in run.outcomes if outcome.failure)
     output_tokens = sum(outcome.completion_tokens for outcome in answered)
@@ -108,7 +106,7 @@ def summarize(run: LoadRun, objectives: Objectives) -> Summary:
 
 
 def is_good(outcome: CallOutcome, objectives: Objectives) -> bool:
-    """Whether an answered request kept every objective."""
+    """Whether an answered request met every objective."""
     asked = (
         (outcome.ttft_s, objectives.ttft_ms),
         (outcome.itl_s or 0.0, objectives.itl_ms),
@@ -118,13 +116,13 @@ def is_good(outcome: CallOutcome, objectives: Objectives) -> bool:
 
 
 def render(bench: ServeBench, summary: Summary) -> RenderableType:
-    """For people."""
+    """The results as text for a terminal."""
     title, lines = Text(_title(bench)), Text("\n".join(_lines(summary)))
     return Group(title, _table(summary), lines) if summary.answered else Group(title, lines)
 
 
 def reasons(summary: Summary) -> str:
-    """Why requests failed, and how many for each reason, in one line."""
+    """Reasons of failures with counts, on one line."""
     return "; ".join(
         f"{count} {reason}" + (f" ({summary.said[reason]})" if reason in summary.said else "")
         for reason, count in summary.failures.items()
@@ -138,9 +136,9 @@ def _table(summary: Summary) -> Table:
         made.add_column(heading, justify="right")
     latencies = (
         ("time to first token, ms", summary.ttft_ms),
-        ("between pieces, ms", summary.itl_ms),
-        ("a token, ms", summary.tpot_ms),
-        ("whole answer, ms", summary.e2e_ms),
+        ("between chunks, ms", summary.itl_ms),
+        ("per output token, ms", summary.tpot_ms),
+        ("end to end, ms", summary.e2e_ms),
     )
     for name, latency in latencies:
         if latency is not None:
@@ -150,13 +148,17 @@ def _table(summary: Summary) -> Table:
 
 
 def write(path: Path, bench: ServeBench, summary: Summary, run: LoadRun) -> None:
-    """For programs: what was asked, what came out, and every request."""
+    """Write settings, summary and every request as JSON."""
     path.write_text(json.dumps(document(bench, summary, run), indent=2) + "\n")
 
 
 def document(bench: ServeBench, summary: Summary, run: LoadRun) -> dict[str, Any]:
-    """What `write` writes."""
-    asked = {**asdict(bench), "trace": str(bench.trace) if bench.trace else None}
+    """The content that `write` writes."""
+    asked = {
+        **asdict(bench),
+        "protocol": bench.protocol,
+        "trace": str(bench.trace) if bench.trace else None,
+    }
     if asked["rate_per_s"] == float("inf"):
         asked["rate_per_s"] = "inf"  # JSON has no infinity
     return {
@@ -169,25 +171,15 @@ def document(bench: ServeBench, summary: Summary, run: LoadRun) -> dict[str, Any
     }
 
 
-def check_plot(path: Path) -> None:
-    """Refuses, before anything is measured, a chart that could not be written.
-
-    Raises:
-        BenchError: the file's name ends in neither .png nor .svg.
-    """
-    if path.suffix not in PLOT_FORMATS:
-        raise BenchError(f"--plot {path}: give a file name that ends in {' or '.join(PLOT_FORMATS)}")
-
-
 def plot(path: Path, bench: ServeBench, run: LoadRun) -> None:
-    """Draws the share of requests within each latency; dashed lines are the objectives."""
+    """Plot the cumulative distribution of each latency, with objectives as dashed lines."""
     from matplotlib.figure import Figure
 
     answered = [outcome for outcome in run.outcomes if not outcome.failure]
     kinds = (
         ("time to first token, ms", [o.ttft_s for o in answered], bench.objectives.ttft_ms),
-        ("a token, ms", [o.itl_s for o in answered if o.itl_s is not None], bench.objectives.itl_ms),
-        ("whole answer, ms", [o.e2e_s for o in answered], bench.objectives.e2e_ms),
+        ("per output token, ms", [o.itl_s for o in answered if o.itl_s is not None], bench.objectives.itl_ms),
+        ("end to end, ms", [o.e2e_s for o in answered], bench.objectives.e2e_ms),
     )
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     for axes, (name, values_s, objective_ms) in zip(figure.subplots(1, 3, sharey=True), kinds, strict=True):
@@ -197,16 +189,16 @@ def plot(path: Path, bench: ServeBench, run: LoadRun) -> None:
         axes.locator_params(axis="x", nbins=5)  # so that long numbers do not touch
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("share of answered requests")
+    figure.axes[0].set_ylabel("fraction of answered requests")
     failed = len(run.outcomes) - len(answered)
     figure.suptitle(f"{bench.target}: {len(answered)} answered, {failed} failed")
     figure.savefig(path)
 
 
 def _title(bench: ServeBench) -> str:
-    """What the load was."""
+    """A description of the load."""
     if bench.trace is not None:
-        return f"{bench.target}, load of {bench.trace.name}"
+        return f"{bench.target}, trace {bench.trace.name}"
     rate = "all at once" if math.isinf(bench.rate_per_s) else f"{bench.rate_per_s:g}/s, {bench.arrivals}"
     shared = f", {bench.prefix_tokens} of them shared" if bench.prefix_tokens else ""
     return f"{bench.target}: {rate}, {bench.input_tokens} tokens in{shared}, {bench.output_tokens} out"
@@ -216,12 +208,12 @@ def _lines(summary: Summary) -> list[str]:
     total = summary.answered + summary.failed
     lines = [
         f"{summary.answered} of {total} requests answered in {summary.duration_s:.1f} s: "
-        f"{summary.requests_per_s:.2f}/s, of which good {summary.goodput_per_s:.2f}/s",
+        f"{summary.requests_per_s:.2f}/s, goodput {summary.goodput_per_s:.2f}/s",
         f"{summary.output_tokens_per_s:.1f} output tokens/s; {summary.prompt_tokens} input tokens, "
         f"{summary.cached_tokens} of them from the prefix cache",
     ]
     if summary.failures:
         lines.append(f"failed: {reasons(summary)}")
     if summary.max_late_ms > BUSY_MS:
-        lines.append(f"this machine fell behind its schedule by up to {summary.max_late_ms:.0f} ms")
+        lines.append(f"the load generator fell up to {summary.max_late_ms:.0f} ms behind its schedule")
     return lines

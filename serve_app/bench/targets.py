@@ -1,4 +1,4 @@
-"""The servers a load can be sent to. Each tells how many tokens came, as they come."""
+"""Servers that a load can be sent to; each streams token counts as output arrives."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import httpx
 
-from kvarn.bench.engine import BenchError
+from kvarn.bench.bench_settings import BenchError
 from serve_app.bench.load_settings import ServeBench
 from serve_app.bench.workload import Work
 from serve_app.client import AsyncClient, ServingError
 from serve_app.rpc.channels import Tls, caller_headers
 
 READY_S = 10
-SAID_LENGTH = 300  # characters of what a server says that are kept; a proxy may answer with a page
+SAID_LENGTH = 300  # maximum characters of an error message; a proxy may answer with a page
 
 
 class RefusedError(Exception):
     """A request failed.
 
     Attributes:
-        reason: short, and the same for all that failed alike.
-        said: the server's own words, on one line; "" if it said none.
+        reason: short reason, equal for equal failures.
+        said: the server's message on one line, or "".
     """
 
     def __init__(self, reason: str, said: str = "") -> None:
@@ -35,17 +35,17 @@ class RefusedError(Exception):
 
 
 class Counts(NamedTuple):
-    """What is known after one message of an answer.
+    """Token counts after one message of an answer.
 
     Attributes:
-        completion_tokens, prompt_tokens, cached_tokens: so far; cached ones are of the prompt.
-        bears_output: whether the message is a piece of the answer, rather than usage alone.
+        completion_tokens, prompt_tokens, cached_tokens: counts so far; cached tokens are part of the prompt.
+        has_output: whether the message carries output, not only usage.
     """
 
     completion_tokens: int
     prompt_tokens: int
     cached_tokens: int
-    bears_output: bool
+    has_output: bool
 
 
 class Target(Protocol):
@@ -58,14 +58,14 @@ class Target(Protocol):
     ) -> None: ...
 
     async def prepare(self) -> None:
-        """Make sure that something answers there.
+        """Check that the server answers.
 
         Raises:
-            BenchError: nothing does.
+            BenchError: it does not.
         """
 
     def send(self, work: Work, timeout_s: float) -> AsyncGenerator[Counts, None]:
-        """Yield what each message of the answer tells.
+        """Send one request and yield the counts after each message of the answer.
 
         Raises:
             RefusedError: the request failed.
@@ -113,9 +113,9 @@ class GrpcTarget:
 
 
 class OpenAiTarget:
-    """Any server of OpenAI's API, by its text completions.
+    """Any server of an OpenAI-compatible API, by its text completions.
 
-    A chunk counts as one token until the server's usage, which it is asked for, tells the number.
+    Each chunk counts as one token until the server reports usage, which the request asks for.
     """
 
     def __init__(self, bench: ServeBench, tls: Tls | None, api_key: str) -> None:
@@ -142,14 +142,14 @@ class OpenAiTarget:
             raise BenchError(f"nothing answers at {url}: {str(error) or type(error).__name__}") from None
         if answer.status_code == httpx.codes.NOT_FOUND:
             raise BenchError(
-                f"no OpenAI API is at {url}: give the URL that its paths follow, as a rule ending in /v1"
+                f"no OpenAI API is at {url}: give the URL that its paths follow, usually ending in /v1"
             )
         if answer.status_code != httpx.codes.OK:
             raise BenchError(f"{url} answers HTTP {answer.status_code}: {_said(answer)}")
         try:
             models = [model["id"] for model in answer.json()["data"]]
         except (ValueError, KeyError, TypeError):
-            raise BenchError(f"what answers at {url} is no OpenAI API: it lists no models") from None
+            raise BenchError(f"the server at {url} is not an OpenAI API: it lists no models") from None
         self._model = self._model or next(iter(models), "")
 
     async def send(self, work: Work, timeout_s: float) -> AsyncGenerator[Counts, None]:
@@ -169,9 +169,9 @@ class OpenAiTarget:
                     await answer.aread()
                     raise RefusedError(f"HTTP {answer.status_code}", _said(answer))
                 async for event in _events(answer):
-                    bears_output = bool(event.get("choices"))  # the last one bears the usage alone
-                    tokens += bears_output
-                    yield Counts(*_usage(event, tokens), bears_output)
+                    has_output = bool(event.get("choices"))  # the last event has only usage
+                    tokens += has_output
+                    yield Counts(*_usage(event, tokens), has_output)
         except httpx.TimeoutException:
             raise RefusedError("timeout") from None
         except httpx.HTTPError as error:
@@ -182,9 +182,9 @@ def target(bench: ServeBench, tls: Tls | None, api_key: str) -> Target:
     """The target of a load.
 
     Args:
-        bench: names it.
-        tls: for servers with TLS; None is plain text over gRPC, and the system's CAs over HTTPS.
-        api_key: for servers that ask for one.
+        bench: settings with the target.
+        tls: files for TLS; None for plaintext over gRPC, and for the system's CAs over HTTPS.
+        api_key: API key, for servers that require one.
     """
     kind = GrpcTarget if bench.protocol == "grpc" else OpenAiTarget
     return kind(bench, tls, api_key)
@@ -207,7 +207,7 @@ async def _events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 
 def _said(answer: httpx.Response) -> str:
-    """Why a server refused."""
+    """The error message of a response."""
     try:
         content = answer.json()
     except ValueError:
@@ -216,7 +216,7 @@ def _said(answer: httpx.Response) -> str:
 
 
 def _message(content: dict[str, Any]) -> str:
-    """What OpenAI's shape of errors says; "" if it is none."""
+    """The message of an error in OpenAI's format; "" if it has none."""
     error = content.get("error")
     message = error.get("message") if isinstance(error, dict) else error
     return _one_line(str(message)) if message else ""

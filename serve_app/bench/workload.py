@@ -1,4 +1,4 @@
-"""The requests of a load, and when each is sent; the same seed makes the same ones."""
+"""The requests of a load and their send times, reproducible by seed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvarn.bench.engine import BenchError
+from kvarn.bench.bench_settings import BenchError
 from serve_app.bench.load_settings import ServeBench
 
-# Common words that usual tokenizers read, with the space before them, as one token.
+# Common words that are one token, with the space before them, in most tokenizers.
 _COMMON = """
 the of and to in is that for it with as was on be at by this have from or one had not but what all were when
 we there can an your which their said if do will each about how up out them then she many some so these would
 other into has more her two like him see time could no make than first been its who now people my made over
 """
 WORDS = _COMMON.split()
-TRACE_BLOCK_TOKENS = 512  # that one hash of Mooncake's traces stands for
+TRACE_BLOCK_TOKENS = 512  # tokens per hash in Mooncake's traces
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Work:
 
 
 def make(bench: ServeBench) -> list[Work]:
-    """All requests of a load, in the order they are sent.
+    """Generate all requests of a load, in the order of sending.
 
     Raises:
         BenchError: the trace cannot be read.
@@ -49,7 +49,7 @@ def make(bench: ServeBench) -> list[Work]:
 
 
 def warmup(works: list[Work], count: int) -> list[Work]:
-    """The first requests of a load with their words in reverse: as long as they are, but with no start in common."""
+    """The first requests of a load with their words reversed: equally long, but without a common prefix."""
     return [Work(0, " ".join(reversed(work.prompt.split())), work.output_tokens) for work in works[:count]]
 
 
@@ -57,11 +57,11 @@ def _words(draw: random.Random, count: int) -> list[str]:
     return draw.choices(WORDS, k=count)
 
 
-def _from_trace(path: Path, most: int, seed: int) -> list[Work]:
-    """Reads lines of {"timestamp": ms, "input_length", "output_length"} as Mooncake's traces have them.
+def _from_trace(path: Path, max_requests: int, seed: int) -> list[Work]:
+    """Read lines of {"timestamp": ms, "input_length", "output_length"}, the format of Mooncake's traces.
 
-    Where `hash_ids` names the blocks of a prompt, equal names become equal text, so that prefixes are shared as they
-    were; the last block is cut to the prompt's length.
+    If `hash_ids` identify the blocks of a prompt, equal IDs become equal text, so that prefixes are shared as in the
+    trace; the last block is cut to the prompt's length.
     """
     try:
         lines = path.read_text().splitlines()
@@ -69,9 +69,11 @@ def _from_trace(path: Path, most: int, seed: int) -> list[Work]:
         raise BenchError(f"--trace {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise BenchError(f"--trace {path} is not UTF-8 text") from None
-    works = [_from_line(path, number, line, seed) for number, line in enumerate(lines[:most], start=1)]
+    works = [
+        _from_line(path, number, line, seed) for number, line in enumerate(lines[:max_requests], start=1)
+    ]
     if not works:
-        raise BenchError(f"--trace {path} holds no requests")
+        raise BenchError(f"--trace {path} contains no requests")
     start_s = min(work.at_s for work in works)
     return sorted(
         (Work(work.at_s - start_s, work.prompt, work.output_tokens) for work in works), key=lambda w: w.at_s

@@ -11,7 +11,7 @@ import grpc
 
 from kvarn.v1 import engine_pb2
 from serve_app.observability.tracing import adopt_parent
-from serve_app.request.errors import DeadlineError, ReplicaUnavailableError, RequestError
+from serve_app.request.request_errors import DeadlineError, ReplicaUnavailableError, RequestError
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from serve_app.engine.resumption import Resumption
 from serve_app.engine.tile_log import TileLog
 from serve_app.observability.demand import Demand, DemandBook
 from serve_app.observability.tracing import Tracing
-from serve_app.request.errors import BadRequestError, CapacityError, ReplicaUnavailableError
+from serve_app.request.request_errors import BadRequestError, CapacityError, ReplicaUnavailableError
 from serve_app.request.sampling import to_vllm
 from serve_app.routing import CacheSnapshot, RequestNeed
 from serve_app.rpc import wire

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from serve_app.config import RoutingConfig
 from serve_app.gateway.generation import Generation
-from serve_app.request.errors import (
+from serve_app.request.request_errors import (
     NOT_READY,
     CapacityError,
     ContextLengthError,

@@ -17,7 +17,8 @@ from serve_app.gateway.fleet import Fleet
 from serve_app.gateway.generation import Generation, new_key
 from serve_app.gateway.observation import Observation, Observer
 from serve_app.gateway.scale_from_zero import ScaleFromZero
-from serve_app.request.errors import (
+from serve_app.request.prompts import PromptEncoder
+from serve_app.request.request_errors import (
     NOT_READY,
     BadRequestError,
     ContextLengthError,
@@ -25,7 +26,6 @@ from serve_app.request.errors import (
     ReplicaUnavailableError,
     RequestError,
 )
-from serve_app.request.prompts import PromptEncoder
 from serve_app.request.sampling import check_sampling, check_token_ids
 from serve_app.routing import Caller, Candidate, Prompt, RetryBudget, Router, pause_s, token_array
 from serve_app.rpc import wire

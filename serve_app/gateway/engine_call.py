@@ -11,7 +11,7 @@ import grpc
 from kvarn.v1 import engine_pb2, inference_pb2
 from serve_app.gateway.engine_stream import CallError
 from serve_app.gateway.fleet import Fleet
-from serve_app.request.errors import BadRequestError, DeadlineError
+from serve_app.request.request_errors import BadRequestError, DeadlineError
 from serve_app.routing import Router
 
 _DROPPED = (inference_pb2.FINISH_REASON_ABORT, inference_pb2.FINISH_REASON_ERROR)

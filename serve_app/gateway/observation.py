@@ -25,7 +25,7 @@ from serve_app.observability import metrics, tracing
 from serve_app.observability.demand import RecentLatencies
 from serve_app.observability.metrics import Recorder
 from serve_app.observability.tracing import Tracing
-from serve_app.request.errors import RequestError
+from serve_app.request.request_errors import RequestError
 from serve_app.routing import Caller, Decision, Router
 
 Log = Callable[[str], None]

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from serve_app.request.errors import DeadlineError, ReplicaUnavailableError
+from serve_app.request.request_errors import DeadlineError, ReplicaUnavailableError
 
 logger = logging.getLogger(__name__)
 

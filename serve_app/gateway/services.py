@@ -11,8 +11,8 @@ import grpc
 
 from kvarn.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 from serve_app.gateway.admission_queue import AdmissionQueue
-from serve_app.request.errors import DeadlineError
 from serve_app.request.handler import RequestHandler
+from serve_app.request.request_errors import DeadlineError
 from serve_app.routing import Router
 from serve_app.rpc import wire
 from serve_app.rpc.feed import Feed

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from serve_app.observability.tracing import TraceContext
 from serve_app.openai.error_responses import error_response, failed, invalid
 from serve_app.openai.schema import NOT_JSON, problem
-from serve_app.request.errors import BadRequestError, RequestError
+from serve_app.request.request_errors import BadRequestError, RequestError
 
 
 def http_app(

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import LimitsConfig
 from serve_app.openai.error_responses import error_response
-from serve_app.request.errors import RequestError, TooLargeError, TooSlowError, counting_rejections
+from serve_app.request.request_errors import RequestError, TooLargeError, TooSlowError, counting_rejections
 from serve_app.security.access import Access
 
 OPEN_PATHS = frozenset({"/livez", "/readyz"})  # probes send no keys

@@ -22,7 +22,7 @@ from serve_app.openai.completions import CompletionService
 from serve_app.openai.error_responses import FAILED, ErrorResponse, body, error_body
 from serve_app.openai.responses import Head
 from serve_app.openai.schema import ChatCompletionRequest, CompletionRequest, Sampling
-from serve_app.request.errors import ModelNotFoundError, RequestError
+from serve_app.request.request_errors import ModelNotFoundError, RequestError
 from serve_app.routing import Caller
 from serve_app.security.access import Access
 

@@ -16,8 +16,8 @@ from serve_app.openai.requests import chat_prompt, chat_sampling, one_per_prompt
 from serve_app.openai.responses import ChatState, Head, Vocabulary
 from serve_app.openai.schema import ChatCompletionRequest
 from serve_app.openai.tools import ToolParsers
-from serve_app.request.errors import counting_rejections
 from serve_app.request.handler import RequestHandler
+from serve_app.request.request_errors import counting_rejections
 from serve_app.routing import Caller
 
 

@@ -15,8 +15,8 @@ from serve_app.openai.choices import Usage, generate_all
 from serve_app.openai.requests import completion_prompts, completion_sampling, one_per_prompt, valid_unicode
 from serve_app.openai.responses import Head, TokenText
 from serve_app.openai.schema import CompletionRequest
-from serve_app.request.errors import counting_rejections
 from serve_app.request.handler import RequestHandler
+from serve_app.request.request_errors import counting_rejections
 from serve_app.routing import Caller
 
 

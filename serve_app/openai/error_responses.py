@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from serve_app.request import errors
+from serve_app.request import request_errors
 
 FAILED = "The server failed on this request: its log says why."
 
@@ -39,21 +39,21 @@ class ErrorKind:
 
 _INVALID = ErrorKind(400, "invalid_request_error")
 _FAILED = ErrorKind(500, "server_error")
-_KINDS: dict[type[errors.RequestError], ErrorKind] = {
-    errors.ContextLengthError: ErrorKind(400, "invalid_request_error", "context_length_exceeded"),
-    errors.TooLargeError: ErrorKind(413, "invalid_request_error"),
-    errors.TooSlowError: ErrorKind(408, "invalid_request_error"),
-    errors.BadRequestError: _INVALID,
-    errors.AuthenticationError: ErrorKind(401, "invalid_request_error", "invalid_api_key"),
-    errors.ModelNotFoundError: ErrorKind(404, "invalid_request_error", "model_not_found"),
-    errors.RateLimitError: ErrorKind(429, "requests", "rate_limit_exceeded"),
-    errors.CapacityError: ErrorKind(429, "server_error", "no_room"),
-    errors.ReplicaUnavailableError: ErrorKind(503, "server_error", "unavailable"),
-    errors.DeadlineError: ErrorKind(504, "server_error", "deadline_exceeded"),
+_KINDS: dict[type[request_errors.RequestError], ErrorKind] = {
+    request_errors.ContextLengthError: ErrorKind(400, "invalid_request_error", "context_length_exceeded"),
+    request_errors.TooLargeError: ErrorKind(413, "invalid_request_error"),
+    request_errors.TooSlowError: ErrorKind(408, "invalid_request_error"),
+    request_errors.BadRequestError: _INVALID,
+    request_errors.AuthenticationError: ErrorKind(401, "invalid_request_error", "invalid_api_key"),
+    request_errors.ModelNotFoundError: ErrorKind(404, "invalid_request_error", "model_not_found"),
+    request_errors.RateLimitError: ErrorKind(429, "requests", "rate_limit_exceeded"),
+    request_errors.CapacityError: ErrorKind(429, "server_error", "no_room"),
+    request_errors.ReplicaUnavailableError: ErrorKind(503, "server_error", "unavailable"),
+    request_errors.DeadlineError: ErrorKind(504, "server_error", "deadline_exceeded"),
 }
 
 
-def error_response(error: errors.RequestError) -> JSONResponse:
+def error_response(error: request_errors.RequestError) -> JSONResponse:
     """Return the response to a rejected request."""
     kind = _kind(error)
     headers = {}
@@ -64,7 +64,7 @@ def error_response(error: errors.RequestError) -> JSONResponse:
     return JSONResponse(error_body(error), kind.status, headers)
 
 
-def error_body(error: errors.RequestError) -> dict[str, object]:
+def error_body(error: request_errors.RequestError) -> dict[str, object]:
     """Return the error as a response body or a stream event."""
     kind = _kind(error)
     return body(error.sentence, kind.type, code=kind.code)
@@ -85,5 +85,5 @@ def body(sentence: str, kind: str, param: str | None = None, code: str | None = 
     return ErrorResponse(error=ErrorObject(message=sentence, type=kind, param=param, code=code)).model_dump()
 
 
-def _kind(error: errors.RequestError) -> ErrorKind:
+def _kind(error: request_errors.RequestError) -> ErrorKind:
     return next((_KINDS[kind] for kind in type(error).__mro__ if kind in _KINDS), _FAILED)

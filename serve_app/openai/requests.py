@@ -16,8 +16,8 @@ from serve_app.openai.schema import (
     StructuredOutputs,
     Tool,
 )
-from serve_app.request.errors import BadRequestError
 from serve_app.request.prompts import LONE_SURROGATE
+from serve_app.request.request_errors import BadRequestError
 
 MAX_PROMPTS = 128
 _CONVERTED = {"stop", "logit_bias", "structured_outputs"}

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from kvarn.v1 import sampling_pb2
 from serve_app.openai.schema import ChatCompletionRequest, NamedToolChoice, Tool
-from serve_app.request.errors import BadRequestError
+from serve_app.request.request_errors import BadRequestError
 
 if TYPE_CHECKING:
     from kvarn.vllm.access.tool_parsers import StreamedToolCalls

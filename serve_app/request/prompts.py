@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from kvarn.v1 import inference_pb2
-from serve_app.request.errors import BadRequestError
+from serve_app.request.request_errors import BadRequestError
 from serve_app.request.sampling import check_token_ids
 
 MAX_MESSAGES = 4096

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvarn.v1 import sampling_pb2
 from serve_app.request import structured_outputs
-from serve_app.request.errors import BadRequestError
+from serve_app.request.request_errors import BadRequestError
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from kvarn.v1 import sampling_pb2
-from serve_app.request.errors import BadRequestError
+from serve_app.request.request_errors import BadRequestError
 
 if TYPE_CHECKING:
     from vllm.sampling_params import StructuredOutputsParams

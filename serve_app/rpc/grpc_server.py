@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from serve_app.config import LimitsConfig
 from serve_app.observability.tracing import adopt_parent
-from serve_app.request.errors import RequestError
+from serve_app.request.request_errors import RequestError
 from serve_app.rpc.channels import KEEPALIVE
 
 logger = logging.getLogger(__name__)

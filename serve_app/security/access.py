@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from serve_app.request.errors import AuthenticationError, BadRequestError, counting_rejections
+from serve_app.request.request_errors import AuthenticationError, BadRequestError, counting_rejections
 from serve_app.routing import Caller
 from serve_app.rpc.channels import PRIORITY_KEY, TENANT_KEY
 from serve_app.security.api_keys import ApiKey, KeyFile, read_keys

@@ -22,8 +22,9 @@ import yaml
 from pydantic import AfterValidator, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from kvarn.errors import KVarNError
 from serve_app.config import StrictSettings
-from serve_app.request.errors import AuthenticationError
+from serve_app.request.request_errors import AuthenticationError
 
 PREFIX = "kvarn"
 ID_BYTES = 6
@@ -40,7 +41,7 @@ def _without_spaces(name: str) -> str:
 Name = Annotated[str, StringConstraints(min_length=1, max_length=128), AfterValidator(_without_spaces)]
 
 
-class KeyFileError(ValueError):
+class KeyFileError(KVarNError, ValueError):
     """The file of API keys cannot be used; the message says what to change."""
 
 

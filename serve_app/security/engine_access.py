@@ -19,7 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from serve_app.request.errors import AuthenticationError
+from serve_app.request.request_errors import AuthenticationError
 from serve_app.rpc.channels import HeaderChannel
 
 TOKEN_KEY = "x-kvarn-engine-token"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from serve_app.request.errors import BadRequestError, ConcurrencyLimitError, RateLimitError
+from serve_app.request.request_errors import BadRequestError, ConcurrencyLimitError, RateLimitError
 from serve_app.security.api_keys import ApiKey
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from kvarn import cli
 from kvarn.cli.chat import Answer
 from kvarn.cli.output import err, out
-from kvarn.cli.serve import Started, Words, _start_progress
+from kvarn.cli.serve import Started, TextReporter, _start_progress
 from kvarn.v1 import cache_pb2, cluster_pb2
 from serve_app.client import Client
 from serve_app.launch import Dashboard, Deployment, read_app
@@ -111,17 +111,17 @@ def test_serves_until_ctrl_c(tmp_path, kvarn):
     assert not alive
 
 
-def test_a_person_is_told_in_words(model_dir):
+def test_a_person_gets_text(model_dir):
     capacity = cache_pb2.CacheCapacity(
         cache_dtype="kvarn_k4v2_g128", tile_tokens=128, bytes_per_tile=622_080, total_blocks=1725
     )
     replica = cluster_pb2.ReplicaCache(replica_id="one", cache=cache_pb2.CacheSnapshot(capacity=capacity))
     with out.capture() as shown:
-        Words().asked("What is the capital of France?")
-        Words().answered(Answer("Paris.", "one", 40, 0, 3, 0.5, 20.0))
+        TextReporter().asked("What is the capital of France?")
+        TextReporter().answered(Answer("Paris.", "one", 40, 0, 3, 0.5, 20.0))
         state = cluster_pb2.GetCacheStateResponse(replicas=[replica])
         dashboard = Dashboard("http://127.0.0.1:8265", needs_token=True)
-        Words().ready(read_app(APP_YAML), Started(state, model_dir, dashboard))
+        TextReporter().ready(read_app(APP_YAML), Started(state, model_dir, dashboard))
     text = shown.get()
     for told in (
         "you> What",
@@ -135,7 +135,7 @@ def test_a_person_is_told_in_words(model_dir):
         assert told in text
 
 
-def test_a_log_is_told_of_the_start_as_it_goes_on():
+def test_a_log_shows_the_progress_of_the_start():
     with err.capture() as shown, _start_progress() as update:
         update([Deployment("Engine", 0, 2)])
         update([Deployment("Engine", 0, 2)])

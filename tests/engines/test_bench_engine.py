@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from kvarn import worker
 from kvarn.bench import engine, plot, prefix_order
-from kvarn.bench.engine import BenchError, EngineBench, EngineResult, Workload, WorkloadResult
+from kvarn.bench.bench_settings import BenchError
+from kvarn.bench.engine import EngineBench, EngineResult, Workload, WorkloadResult
 from kvarn.bench.prefix_order import SchedulerBench
 from kvarn.cli import app
 from tests.support.engines import make_llama

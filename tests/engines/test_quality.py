@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 
 from kvarn.cli import app
 from kvarn.quality import measure, run
-from kvarn.quality.quality_worker import WorkerSettings
-from kvarn.quality.settings import QualityError, QualityRun
+from kvarn.quality.settings import QualityError, QualityRun, WorkerSettings
 from tests.support.models import SHALLOW_LAYERS
 
 DTYPES = "kvarn_k4v2_g128,simulated_kvarn_k4v2_g128,fp8_e5m3"

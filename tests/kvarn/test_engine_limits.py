@@ -1,4 +1,4 @@
-"""What limits the requests of an engine: told before it starts, and as the engine then has it."""
+"""Limits on an engine's requests, as reported before it starts and as the engine then has them."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def test_a_side_pool_for_no_request_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"side_pool_gib": 0.05}, {"retained_sinks": 2}])
-def test_the_engine_has_the_slots_that_were_told(model_dir: Path, settings: dict[str, float]) -> None:
+def test_the_engine_has_the_reported_slots(model_dir: Path, settings: dict[str, float]) -> None:
     config = EngineConfig.model_validate({"kv_cache_memory_gib": 1, "max_num_seqs": 8, **settings})
     made = engine_args(str(model_dir), config).create_engine_config()
-    told = engine_limits(
+    reported = engine_limits(
         SHAPE,
         config.kv_cache_dtype,
         8,
@@ -76,4 +76,4 @@ def test_the_engine_has_the_slots_that_were_told(model_dir: Path, settings: dict
         config.kv_cache_memory_bytes,
         settings=KVarNConfig(**config.kvarn_settings),  # type: ignore[arg-type]
     )
-    assert side_pool_slots(made) == told.slots
+    assert side_pool_slots(made) == reported.slots

@@ -1,4 +1,4 @@
-"""Records replace each other whole, or not at all."""
+"""Result files are replaced atomically."""
 
 import json
 from pathlib import Path

@@ -13,8 +13,8 @@ from serve_app.config import GatewayConfig, RoutingConfig
 from serve_app.gateway.admission_queue import AdmissionQueue
 from serve_app.gateway.servers import GatewayServers
 from serve_app.gateway.services import FleetFeed
-from serve_app.request.errors import ModelNotFoundError
 from serve_app.request.prompts import PromptEncoder
+from serve_app.request.request_errors import ModelNotFoundError
 from serve_app.request.sampling import check_sampling
 from serve_app.routing import Caller, Router
 

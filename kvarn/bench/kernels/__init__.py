@@ -1,1 +1,1 @@
-"""Speed of the kernels beside FlashAttention 3 and vLLM's other quantized caches."""
+"""Kernel benchmarks against FlashAttention 3 and vLLM's other quantized caches."""

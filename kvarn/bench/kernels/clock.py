@@ -1,13 +1,12 @@
-"""Times of GPU work: CUDA graphs replayed between events, and the bandwidth of a copy to judge them by."""
+"""GPU timing: CUDA graphs replayed between events, and copy bandwidth as the reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from statistics import median
 
 import torch
 
-Launch = Callable[[], object]
+from kvarn.bench.kernels.contenders import Launch
 
 WARM_UPS = 3
 COPIED_BYTES = 2 * 2**30
@@ -19,7 +18,7 @@ class Clock:
 
     Args:
         device: a CUDA device.
-        repeats: replays; their median counts.
+        repeats: timed replays, of which the median is reported.
     """
 
     def __init__(self, device: torch.device, repeats: int) -> None:
@@ -28,13 +27,13 @@ class Clock:
         self._sum = torch.zeros((), device=device)
 
     def median_us(self, launch: Launch) -> float:
-        """Microseconds of the work `launch` enqueues on the current stream, without what the host adds.
+        """Microseconds of the work that `launch` enqueues on the current stream, without host overhead.
 
-        Before each replay a large buffer is read: the L2 cache then holds nothing of the last replay, as between the
-        layers of a model, and the host has enqueued the replay before the device comes to it.
+        A large buffer is read before each replay: it evicts the last replay's data from the L2 cache, as the other
+        layers of a model do, and gives the host time to enqueue the replay before the device reaches it.
 
         Args:
-            launch: is called a few times to warm up and once to be captured; must not wait for the device.
+            launch: called a few times to warm up and once for capture; must not synchronize with the device.
         """
         for _ in range(WARM_UPS):
             launch()

@@ -1,4 +1,4 @@
-"""Speed of the kernels beside FlashAttention 3 on the same data, and beside the least time their bytes take to move."""
+"""Speed of the kernels against FlashAttention 3 on the same data, and against the time to move their bytes."""
 
 from __future__ import annotations
 
@@ -6,56 +6,25 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from kvarn.bench.engine import BenchError, Progress
+from kvarn.bench.bench_settings import BenchError, Progress
+from kvarn.bench.kernels.contenders import BASELINE, OURS, Case, Launch
 from kvarn.bench.kernels.kernel_settings import AttentionBench, KernelBench
 from kvarn.environment import machine, versions
 from kvarn.result_files import write_results
 
-if TYPE_CHECKING:
-    from kvarn.bench.kernels.clock import Launch
-
-OURS = "KVarN"
-BASELINE = "FlashAttention 3 fp16"
-FP8_RIVAL = "FlashAttention 3 fp8"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One implementation in one case.
-
-    Attributes:
-        name: what it is called in tables.
-        bytes_moved: bytes it must read or write, however it works.
-        amount: what the benchmark's rate counts: bytes, or floating point operations.
-        prepare: makes its inputs and returns what launches its kernels; raises if it cannot run here.
-    """
-
-    name: str
-    bytes_moved: int
-    amount: int
-    prepare: Callable[[], Launch]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Implementations to compare on the same data; `label` says what data."""
-
-    label: str
-    contenders: list[Contender]
-
 
 @dataclass(frozen=True)
 class KernelMeasurement:
-    """What one contender reached.
+    """Result of one contender.
 
     Attributes:
         us: microseconds, or None if it did not run; `reason` then says why.
-        bytes_moved, amount: as in `Contender`.
+        bytes_moved, amount: see `Contender`.
     """
 
     case: str
@@ -68,31 +37,31 @@ class KernelMeasurement:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """A benchmark's results; `copy_bytes_per_s` is the bandwidth of a copy measured in the same run."""
+    """Results of a benchmark; `copy_bytes_per_s` is copy bandwidth, measured in the same run."""
 
     bench: KernelBench
     copy_bytes_per_s: float
     measurements: list[KernelMeasurement]
 
     def floor_us(self, measured: KernelMeasurement) -> float:
-        """Microseconds a copy would need for the bytes that must be moved."""
+        """Microseconds to move its bytes at copy bandwidth."""
         return measured.bytes_moved / self.copy_bytes_per_s * 1e6
 
     def of_copy_bandwidth(self, measured: KernelMeasurement) -> float | None:
-        """The share of copy bandwidth reached, 1 at the floor; None if it did not run."""
+        """Achieved fraction of copy bandwidth, 1 at the floor; None if it did not run."""
         return None if measured.us is None else self.floor_us(measured) / measured.us
 
     def rate(self, measured: KernelMeasurement) -> float | None:
-        """In the benchmark's `rate_unit`; None if it did not run."""
+        """Rate in the benchmark's `rate_unit`; None if it did not run."""
         return None if measured.us is None else measured.amount / measured.us / 1e6
 
     def ratio(self, measured: KernelMeasurement) -> float | None:
-        """How many times as fast as the baseline in the same case; None unless both ran."""
+        """Speed-up over the baseline in the same case; None unless both ran."""
         baseline = self._baseline_us(measured.case)
         return None if baseline is None or measured.us is None else baseline / measured.us
 
     def ratio_at_floor(self, measured: KernelMeasurement) -> float | None:
-        """What `ratio` would be at the floor; None unless the baseline ran."""
+        """Speed-up over the baseline at the floor; None unless the baseline ran."""
         baseline = self._baseline_us(measured.case)
         return None if baseline is None else baseline / self.floor_us(measured)
 
@@ -101,14 +70,14 @@ class KernelReport:
 
 
 def run(bench: KernelBench, progress: Progress) -> KernelReport:
-    """Measures on the current CUDA device.
+    """Measure on the current CUDA device.
 
     Args:
-        bench: what to measure.
-        progress: called with (case, contenders measured, contenders to measure) as work goes on.
+        bench: the settings.
+        progress: called with (case, contenders measured, contenders to measure).
 
     Raises:
-        BenchError: there is no CUDA device, or our own kernels found too little memory on it.
+        BenchError: there is no CUDA device, or it has too little memory for our own kernels.
     """
     import torch
 
@@ -131,15 +100,15 @@ def run(bench: KernelBench, progress: Progress) -> KernelReport:
 def measure(
     cases: list[Case], median_us: Callable[[Launch], float], progress: Progress
 ) -> list[KernelMeasurement]:
-    """Measures every contender of every case, one at a time.
+    """Measure every contender of every case, one at a time.
 
     Args:
-        cases: what to measure; a rival that cannot run is listed with the reason.
-        median_us: microseconds of a launch.
-        progress: as in `run`.
+        cases: the cases; a rival that cannot run is listed with the reason.
+        median_us: times a launch, in microseconds.
+        progress: see `run`.
 
     Raises:
-        BenchError: our own kernels found too little memory.
+        BenchError: the GPU has too little memory for our own kernels.
     """
     import torch
 
@@ -170,7 +139,7 @@ def measure(
 
 
 def table(report: KernelReport) -> Table:
-    """The measurements, with ratios to the baseline and to what copy bandwidth allows."""
+    """The measurements, with ratios to the baseline and to copy bandwidth."""
     bench = report.bench
     heads = f"{bench.query_heads} query, " if isinstance(bench, AttentionBench) else ""
     title = (
@@ -200,7 +169,7 @@ def table(report: KernelReport) -> Table:
 
 
 def record(report: KernelReport) -> dict[str, Any]:
-    """All that is needed to read the results later, ready for JSON."""
+    """Settings, environment and results, ready for JSON."""
     return {
         "benchmark": report.bench.name,
         "settings": asdict(report.bench),
@@ -222,7 +191,7 @@ def record(report: KernelReport) -> dict[str, Any]:
 
 
 def write(path: Path, report: KernelReport) -> None:
-    """Writes `record` to `path`; ResultFileError where that fails."""
+    """Write `record` to `path`; raise ResultFileError if that fails."""
     write_results(path, record(report))
 
 

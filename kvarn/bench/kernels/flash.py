@@ -1,4 +1,4 @@
-"""FlashAttention 3 as vLLM ships it, the kernel others are measured against."""
+"""FlashAttention 3 as vLLM ships it: the baseline of the attention benchmarks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvarn.bench.kernels.clock import Launch
+from kvarn.bench.kernels.contenders import Launch
 
-PAGE_TOKENS = 16  # vLLM's own block size
+PAGE_TOKENS = 16  # vLLM's default block size
 
 
 def is_available() -> bool:
@@ -30,7 +30,7 @@ def attend_pages(
     scale: float,
     out: Tensor,
 ) -> None:
-    """As `kvarn.kernels.prefill.attend_pages`."""
+    """See `kvarn.kernels.prefill.attend_pages`."""
     from kvarn.vllm.access.flash_attention import flash_attn_varlen_func
 
     flash_attn_varlen_func(
@@ -56,10 +56,10 @@ def launch(
     """Causal attention of the last queries of equally long sequences over a paged cache.
 
     Args:
-        query: [R * Q, Hq, D] float16, Q queries of each of R sequences.
+        query: [R * Q, Hq, D] float16, Q queries for each of R sequences.
         key_value: [2, R, N, H, D] float16, N a multiple of 16; tokens from `tokens` on are not attended.
-        tokens: of each sequence.
-        dtype: of the cache: float16, or float8_e4m3fn, which is then the queries' dtype too.
+        tokens: length of each sequence.
+        dtype: dtype of the cache: float16, or float8_e4m3fn, then also that of the queries.
         generator: shuffles the pages.
 
     Raises:

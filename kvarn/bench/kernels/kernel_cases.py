@@ -1,4 +1,4 @@
-"""Inputs of the kernel benchmarks, made of random tiles, and the launches that work on them."""
+"""Inputs of the kernel benchmarks, from random tiles, and the launches on them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from kvarn.bench.kernels import flash
-from kvarn.bench.kernels.clock import Launch
-from kvarn.bench.kernels.comparison import BASELINE, FP8_RIVAL, OURS, Case, Contender
+from kvarn.bench.kernels.contenders import (
+    BASELINE,
+    FP8_RIVAL,
+    OURS,
+    OURS_WITHOUT_FLASH,
+    Case,
+    Contender,
+    Launch,
+)
 from kvarn.bench.kernels.kernel_settings import (
     AttentionBench,
     DecodeBench,
@@ -23,13 +30,12 @@ from kvarn.kernels import decode, pages, prefill, quantize, rotate
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
 
-OURS_WITHOUT_FLASH = "KVarN, own page attention"
 FLOAT16_BYTES, FP8_BYTES = 2, 1
-DISTINCT_TILES = 64  # random tiles a cache repeats
+DISTINCT_TILES = 64  # random tiles that a cache repeats
 
 
 def cases(bench: KernelBench, device: torch.device) -> list[Case]:
-    """The cases of a benchmark; memory on `device` is taken only by what `Contender.prepare` makes."""
+    """The cases of a benchmark; only `Contender.prepare` allocates memory on `device`."""
     if isinstance(bench, DecodeBench):
         return [DecodeCase(bench, *case, device).case() for case in bench.cases]
     if isinstance(bench, PrefillBench):
@@ -43,7 +49,7 @@ def layout_of(bench: KernelBench) -> TileLayout:
 
 
 def raw_bytes(bench: KernelBench, tokens: int, element_bytes: int = FLOAT16_BYTES) -> int:
-    """Bytes of the keys and values of `tokens` tokens as they are."""
+    """Bytes of the unquantized keys and values of `tokens` tokens."""
     return tokens * 2 * bench.kv_heads * bench.head_dim * element_bytes
 
 
@@ -53,12 +59,12 @@ def record_bytes(bench: KernelBench, tiles: int) -> int:
 
 
 def query_bytes(bench: AttentionBench, tokens: int, element_bytes: int = FLOAT16_BYTES) -> int:
-    """Bytes of the queries of `tokens` tokens; of their outputs too."""
+    """Bytes of the queries of `tokens` tokens, or of their outputs."""
     return tokens * bench.query_heads * bench.head_dim * element_bytes
 
 
 def flash_bytes(bench: AttentionBench, queries: int, tokens: int, element_bytes: int) -> int:
-    """Keys and values of `tokens` tokens, queries, and outputs, which take two bytes whatever the cache takes."""
+    """Bytes of the keys and values of `tokens` tokens, queries and outputs; outputs always have two-byte elements."""
     moved = query_bytes(bench, queries, element_bytes) + query_bytes(bench, queries)
     return raw_bytes(bench, tokens, element_bytes) + moved
 
@@ -70,16 +76,16 @@ def causal_flops(bench: AttentionBench, start: int, tokens: int) -> int:
 
 
 def random_tiles(bench: KernelBench, count: int, device: torch.device) -> Tensor:
-    """The same tiles in every call: [count, 2, kv_heads, group, head_dim] float16, of standard deviation 1."""
+    """Reproducible tiles [count, 2, kv_heads, group, head_dim] float16, with standard deviation 1."""
     shape = (count, 2, bench.kv_heads, bench.group, bench.head_dim)
     return torch.randn(shape, generator=_generator(device), dtype=torch.float16, device=device)
 
 
 class QuantizeCase:
-    """Side-pool slots to records in shuffled blocks, beside rivals that store as many tokens in order.
+    """Side-pool slots to records in shuffled blocks, against rivals that store as many tokens in order.
 
     Attributes:
-        count: tiles, fewer than the benchmark's where memory does not hold them.
+        count: number of tiles, fewer than the benchmark's if memory is short.
     """
 
     def __init__(self, bench: QuantizeBench, device: torch.device) -> None:
@@ -99,7 +105,7 @@ class QuantizeCase:
         return Case(f"{self.count} tiles", contenders)
 
     def prepare_ours(self, registers: int | None = None) -> Launch:
-        """Our kernel, with `registers` as in `quantize.quantize_slots`."""
+        """Our kernel; see `quantize.quantize_slots` for `registers`."""
         bench, layout, device, count = self._bench, layout_of(self._bench), self._device, self.count
         slots = torch.arange(count, dtype=torch.int32, device=device)
         cache = torch.zeros(count, bench.kv_heads, layout.nbytes, dtype=torch.uint8, device=device)
@@ -120,8 +126,8 @@ class DecodeCase:
     """Attention of the new tokens of each of `requests` sequences.
 
     Attributes:
-        tiles: of each sequence; the first is in a sink slot, the last, half filled, in a tail slot.
-        tokens: of each sequence.
+        tiles: tiles per sequence; the first is in a sink slot, the last, half filled, in a tail slot.
+        tokens: tokens per sequence.
     """
 
     def __init__(self, bench: DecodeBench, requests: int, context: int, device: torch.device) -> None:
@@ -152,11 +158,11 @@ class DecodeCase:
         return self._requests * each + 2 * query_bytes(bench, self._queries)
 
     def flash_bytes(self, element_bytes: int) -> int:
-        """As the function of that name."""
+        """See the function of that name."""
         return flash_bytes(self._bench, self._queries, self._requests * self.tokens, element_bytes)
 
     def _rivals(self) -> Iterator[Contender]:
-        """vLLM's quantized caches with kernels of its own."""
+        """vLLM's quantized caches with vLLM's kernels."""
         bench, queries = self._bench, 2 * query_bytes(self._bench, self._queries)
         for rival in RIVALS:
             cached = self._requests * self.tokens * bench.kv_heads * rival.token_bytes(bench.head_dim)
@@ -164,7 +170,7 @@ class DecodeCase:
             yield Contender(rival.name, cached + queries, cached + queries, prepare)
 
     def prepare_ours(self, parts_per_processor: int | None = None) -> Launch:
-        """Our kernels, cut for `parts_per_processor` as in `decode.splits_for`."""
+        """Our kernels; see `decode.splits_for` for `parts_per_processor`."""
         bench, layout, requests, device = self._bench, self._layout, self._requests, self._device
         tiles, of_sequences = self._tiles()
         records = _records(tiles, layout)
@@ -214,7 +220,7 @@ class DecodeCase:
         return tiles[of_sequences].permute(2, 0, 1, 4, 3, 5).flatten(2, 3)
 
     def _tiles(self) -> tuple[Tensor, Tensor]:
-        """Distinct tiles [n, 2, H, G, D], and which of them each sequence has: [requests, tiles] int64."""
+        """Distinct tiles [n, 2, H, G, D], and their indices in each sequence: [requests, tiles] int64."""
         count = min(DISTINCT_TILES, self._requests * self.tiles)
         shape, generator = (self._requests, self.tiles), _generator(self._device)
         chosen = torch.randint(count, shape, generator=generator, device=self._device)
@@ -230,7 +236,7 @@ class DecodeCase:
 class PrefillCase:
     """A chunk of whole tiles at `start`, a multiple of a tile: earlier tiles are records, tile 0 is in a sink slot.
 
-    Pages are laid out as the engine does: the context first, each tile as the read rule says, then the chunk raw.
+    Pages are laid out as in the engine: first the context, with each tile as the read rule says, then the raw chunk.
     """
 
     def __init__(self, bench: PrefillBench, start: int, device: torch.device) -> None:
@@ -316,7 +322,7 @@ class PrefillCase:
         return flash.launch(query, key_value[:, None], tokens, dtype, _generator(self._device))
 
     def _chunk(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [chunk, heads, head_dim] bfloat16, as one projection lays them out."""
+        """Queries, keys and values [chunk, heads, head_dim] bfloat16, views of one fused projection."""
         bench = self._bench
         heads = [bench.query_heads, bench.kv_heads, bench.kv_heads]
         shape = (bench.chunk, sum(heads), bench.head_dim)
@@ -327,7 +333,7 @@ class PrefillCase:
         return query, key, value
 
     def _earlier(self) -> tuple[Tensor, Tensor]:
-        """Distinct tiles [n, 2, H, G, D], the sink first, and which of them each tile before the chunk is."""
+        """Distinct tiles [n, 2, H, G, D], the sink first, and the index of each tile before the chunk."""
         count = max(1, min(DISTINCT_TILES, self._first))
         return random_tiles(self._bench, count, self._device), torch.arange(
             self._first, device=self._device
@@ -343,7 +349,7 @@ def _shuffled(count: int, device: torch.device) -> Tensor:
 
 
 def _records(tiles: Tensor, layout: TileLayout) -> Tensor:
-    """Tiles [n, 2, H, G, D] -> records [n, H, nbytes] uint8, by our kernel."""
+    """Quantize tiles [n, 2, H, G, D] to records [n, H, nbytes] uint8 with our kernel."""
     count, _, heads, _, _ = tiles.shape
     places = torch.arange(count, dtype=torch.int32, device=tiles.device)
     records = torch.empty(count, heads, layout.nbytes, dtype=torch.uint8, device=tiles.device)

@@ -1,24 +1,28 @@
-"""What the kernel benchmarks can be told to measure."""
+"""Settings of the kernel benchmarks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
-from kvarn.bench.engine import BenchError, whole_numbers
+from typer import Option
+
+from kvarn.bench.bench_settings import BenchError, check_at_least, check_preset, whole_numbers
 from kvarn.checks import MAX_QUERIES
+from kvarn.dtypes import comma_separated
 from kvarn.presets import get_preset
+
+Repeats = Annotated[int, Option(help="Timed replays; the median is reported.")]
 
 
 @dataclass(frozen=True)
 class KernelBench:
-    """What all kernel benchmarks are told.
+    """Settings of all kernel benchmarks.
 
     Attributes:
-        preset: the cache format, see `kvarn.presets.PRESETS`.
-        head_dim: channels of a head: 64, 128 or 256.
-        kv_heads: heads of the cache.
-        repeats: timed replays; their median counts.
+        name: the benchmark's command.
+        rate_unit: unit of the reported rate.
+        moves_bytes: whether memory traffic, rather than compute, bounds it: its floor is the time to copy its bytes.
 
     Raises:
         BenchError: a value is out of range.
@@ -26,22 +30,19 @@ class KernelBench:
 
     name: ClassVar[str]
     rate_unit: ClassVar[str]
-    moves_bytes: ClassVar[bool] = True  # rather than computes: its floor is that of its bytes
+    moves_bytes: ClassVar[bool] = True
 
-    preset: str = "kvarn_k4v2_g128"
-    head_dim: int = 128
-    kv_heads: int = 8
-    repeats: int = 20
+    preset: Annotated[str, Option(help="Cache format.")] = "kvarn_k4v2_g128"
+    head_dim: Annotated[int, Option(help="Head dimension: 64, 128 or 256.")] = 128
+    kv_heads: Annotated[int, Option(help="Number of KV heads.")] = 8
+    repeats: Repeats = 20
 
     def __post_init__(self) -> None:
-        try:
-            get_preset(self.preset)
-        except ValueError as error:
-            raise BenchError(str(error)) from None
+        check_preset(self.preset)
         if self.head_dim not in (64, 128, 256):
             raise BenchError(f"head_dim is {self.head_dim}: give 64, 128 or 256")
-        _check_at_least("kv_heads", self.kv_heads, 1)
-        _check_at_least("repeats", self.repeats, 1)
+        check_at_least("kv_heads", self.kv_heads, 1)
+        check_at_least("repeats", self.repeats, 1)
 
     @property
     def group(self) -> int:
@@ -51,31 +52,25 @@ class KernelBench:
 
 @dataclass(frozen=True)
 class QuantizeBench(KernelBench):
-    """Quantization of side-pool slots.
-
-    Attributes:
-        tiles: tiles of keys and values of all KV heads; fewer where memory does not hold them.
-    """
+    """Quantization of side-pool slots."""
 
     name: ClassVar[str] = "quantize"
     rate_unit: ClassVar[str] = "TB/s of fp16 in"
 
-    tiles: int = 2048
+    tiles: Annotated[
+        int, Option(help="Number of key and value tiles, each of all KV heads; fewer if memory is short.")
+    ] = 2048
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_at_least("tiles", self.tiles, 1)
+        check_at_least("tiles", self.tiles, 1)
 
 
 @dataclass(frozen=True)
 class AttentionBench(KernelBench):
-    """What the attention benchmarks are told besides.
+    """Settings of the attention benchmarks; `query_heads` is a multiple of `kv_heads`, at most 16 times it."""
 
-    Attributes:
-        query_heads: a multiple of `kv_heads`, at most 16 times it.
-    """
-
-    query_heads: int = 32
+    query_heads: Annotated[int, Option(help="Number of query heads.")] = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,21 +80,38 @@ class AttentionBench(KernelBench):
             )
 
 
+class DecodeBatch(NamedTuple):
+    """A batch of equally long sequences."""
+
+    requests: int
+    context_tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.requests}x{self.context_tokens}"
+
+
 @dataclass(frozen=True)
 class DecodeBench(AttentionBench):
-    """Attention of the newest tokens of each request.
+    """Decode attention: the newest tokens of each request attend to its context.
 
-    Attributes:
-        cases: (requests, context tokens) of each case. A context is rounded up to whole tiles, and its last tile is
-            half filled: the sequences are half a tile shorter.
-        query_tokens: new tokens of each request: one, or in a speculative step up to 16.
+    A context is rounded up to whole tiles, and its last tile is half filled: the sequences are half a tile shorter.
     """
 
     name: ClassVar[str] = "decode"
     rate_unit: ClassVar[str] = "TB/s"
 
-    cases: tuple[tuple[int, int], ...] = ((8, 32768), (32, 16384), (256, 2048), (1, 131072))
-    query_tokens: int = 1
+    cases: Annotated[
+        tuple[tuple[int, int], ...],
+        Option(parser=parse_cases, help="Comma-separated cases: requests x context tokens."),
+    ] = (
+        DecodeBatch(8, 32768),
+        DecodeBatch(32, 16384),
+        DecodeBatch(256, 2048),
+        DecodeBatch(1, 131072),
+    )
+    query_tokens: Annotated[
+        int, Option(help=f"New tokens per request; a speculative step has up to {MAX_QUERIES}.")
+    ] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,33 +120,34 @@ class DecodeBench(AttentionBench):
         if not self.cases:
             raise BenchError("no case is given: name at least one, e.g. 8x32768")
         for requests, context in self.cases:
-            _check_at_least("a case's number of requests", requests, 1)
-            _check_at_least("a case's context", context, 1)
+            check_at_least("a case's number of requests", requests, 1)
+            check_at_least("a case's context", context, 1)
 
 
 @dataclass(frozen=True)
 class PrefillBench(AttentionBench):
     """One chunk of a prompt: rotate, quantize, read the context back, attend, rotate back.
 
-    Attributes:
-        chunk: tokens of the chunk, a multiple of the preset's tile.
-        starts: tokens before it, one case each; multiples of the preset's tile.
+    The chunk's length and its starts are multiples of the preset's tile.
     """
 
     name: ClassVar[str] = "prefill"
     rate_unit: ClassVar[str] = "TFLOP/s"
     moves_bytes: ClassVar[bool] = False
 
-    chunk: int = 8192
-    starts: tuple[int, ...] = (0, 8192, 57344)
+    chunk: Annotated[int, Option(help="Chunk length, in tokens.")] = 8192
+    starts: Annotated[
+        tuple[int, ...],
+        Option(parser=parse_starts, help="Comma-separated cases: context tokens before the chunk."),
+    ] = (0, 8192, 57344)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_at_least("chunk", self.chunk, 1)
+        check_at_least("chunk", self.chunk, 1)
         if not self.starts:
             raise BenchError("no start is given: name at least one, e.g. 0,8192")
         for name, value in [("chunk", self.chunk), *(("a start", start) for start in self.starts)]:
-            _check_at_least(name, value, 0)
+            check_at_least(name, value, 0)
             if value % self.group:
                 raise BenchError(f"{name} is {value}: give a multiple of {self.group}, the tokens of a tile")
 
@@ -146,11 +159,11 @@ def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
         BenchError: an entry is not two whole numbers joined by x.
     """
     pairs = []
-    for entry in filter(None, map(str.strip, text.split(","))):
+    for entry in comma_separated(text):
         numbers = entry.split("x")
         if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
             raise BenchError(f"case {entry!r} is not understood: give REQUESTSxTOKENS, e.g. 8x32768")
-        pairs.append((int(numbers[0]), int(numbers[1])))
+        pairs.append(DecodeBatch(*map(int, numbers)))
     return tuple(pairs)
 
 
@@ -161,8 +174,3 @@ def parse_starts(text: str) -> tuple[int, ...]:
         BenchError: an entry is not a whole number.
     """
     return whole_numbers(text, "start", "a number of tokens, e.g. 8192")
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise BenchError(f"{name} is {value}: give a number of at least {least}")

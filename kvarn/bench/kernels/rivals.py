@@ -1,4 +1,4 @@
-"""vLLM's own quantized caches with vLLM's own kernels: what ours are measured against beside FlashAttention."""
+"""vLLM's own quantized caches with vLLM's kernels, as rivals of ours beside FlashAttention."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kvarn.bench.kernels.clock import Launch
+from kvarn.bench.kernels.contenders import Launch
 from kvarn.bench.kernels.flash import PAGE_TOKENS
 from kvarn.reference.hadamard import hadamard_matrix
 
-INT4_SEGMENTS = 16  # parts vLLM cuts a sequence into, where requests times KV heads are few
+INT4_SEGMENTS = 16  # splits per sequence in vLLM if requests times KV heads are few
 INT4_FEW_PROGRAMS = 128
 TURBOQUANT_PARTS = 32  # vLLM's `tq_max_kv_splits_for_cuda_graph`
 FLOAT16_BYTES, FLOAT32_BYTES = 2, 4
@@ -24,30 +24,30 @@ class RivalCache(Protocol):
     """A paged cache in another format."""
 
     def store(self, key: Tensor, value: Tensor) -> Launch:
-        """What writes [N, H, D] float16 keys and values of the first N tokens, page by page."""
+        """Return the launch that stores [N, H, D] float16 keys and values of the first N tokens, page by page."""
         ...
 
     def attend(self, query: Tensor, table: Tensor, tokens: int) -> Launch:
-        """Causal attention of the last queries of equally long sequences.
+        """Return the launch of causal attention of the last queries of equally long sequences.
 
         Args:
-            query: [R * Q, Hq, D] float16, Q queries of each of R sequences.
+            query: [R * Q, Hq, D] float16, Q queries for each of R sequences.
             table: [R, W] int32, pages of 16 tokens.
-            tokens: of each sequence.
+            tokens: length of each sequence.
 
         Raises:
-            ValueError: the kernel takes one query of a sequence, and there are more.
+            ValueError: Q is more than one, and the kernel supports only one query per sequence.
         """
         ...
 
 
 class Int4Cache:
-    """`kv_cache_dtype="int4_per_token_head"`: two codes a byte, and a float32 scale for each token and head.
+    """`kv_cache_dtype="int4_per_token_head"`: two codes per byte, and one float32 scale per token and head.
 
     Args:
-        pages: pages of 16 tokens.
-        heads: KV heads.
-        head_dim: channels of a head.
+        pages: number of pages, each of 16 tokens.
+        heads: number of KV heads.
+        head_dim: head dimension.
         device: a CUDA device.
 
     Raises:
@@ -59,10 +59,8 @@ class Int4Cache:
 
         self._store, self._attend = reshape_and_cache_int4, unified_attention_int4
         self._heads, self._head_dim, self._device = heads, head_dim, device
-        codes, half = (
-            head_dim // 2,
-            int4_token_bytes(head_dim) // 2,
-        )  # a key with its scale; the value follows
+        # Half a row is a key with its scale; the value follows.
+        codes, half = head_dim // 2, int4_token_bytes(head_dim) // 2
         cache = torch.zeros(pages, PAGE_TOKENS, heads, 2 * half, dtype=torch.uint8, device=device)
         scales = cache.view(torch.float32)
         self._codes = cache[..., :codes], cache[..., half : half + codes]
@@ -111,11 +109,11 @@ class Int4Cache:
 
 
 class TurboQuantCache:
-    """A TurboQuant `kv_cache_dtype`: rotated keys in a Gaussian's optimal levels, values rounded by token.
+    """A TurboQuant `kv_cache_dtype`: rotated keys on the Lloyd-Max levels of a Gaussian, values rounded per token.
 
     Args:
-        dtype: vLLM's name of it.
-        pages, heads, head_dim, device: as `Int4Cache`'s.
+        dtype: vLLM's name of the dtype.
+        pages, heads, head_dim, device: see `Int4Cache`.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -153,7 +151,7 @@ class TurboQuantCache:
         """See `RivalCache`."""
         requests = len(table)
         if len(query) != requests:
-            raise ValueError("its decode kernel takes one token of a sequence")
+            raise ValueError("its decode kernel takes one token per sequence")
         parts = torch.empty(
             requests, query.shape[1], TURBOQUANT_PARTS, self._head_dim + 1, device=self._device
         )
@@ -177,23 +175,23 @@ class TurboQuantCache:
 
 
 def int4_token_bytes(head_dim: int) -> int:
-    """Bytes of a token's key and value of one head: codes of 4 bits, and a float32 scale for each."""
+    """Bytes of one token's key and value per head: 4-bit codes, and one float32 scale for each."""
     return 2 * (head_dim // 2 + FLOAT32_BYTES)
 
 
 def turboquant_token_bytes(bits: int, head_dim: int) -> int:
-    """Bytes of a token's key and value of one head: codes of `bits` bits, and in float16 the key's norm and the value's
-    scale and zero."""
+    """Bytes of one token's key and value per head: codes of `bits` bits, and in float16 the key's norm and the value's
+    scale and zero point."""
     return 2 * (bits * head_dim // 8) + 3 * FLOAT16_BYTES
 
 
 @dataclass(frozen=True)
 class Rival:
-    """One format.
+    """One rival format.
 
     Attributes:
-        name: in tables.
-        token_bytes: head_dim -> bytes of a token's key and value of one head.
+        name: its name in tables.
+        token_bytes: head_dim -> bytes of one token's key and value per head.
         make: (pages of 16 tokens, KV heads, head_dim, device) -> an empty cache.
     """
 

@@ -1,4 +1,4 @@
-"""Measures launch settings that a GPU model may have, and finds the best."""
+"""Autotuning of the kernels' launch settings for a GPU model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from kvarn.bench.engine import BenchError, Progress
-from kvarn.bench.kernels.clock import Clock, Launch
+from kvarn.bench.bench_settings import BenchError, Progress
+from kvarn.bench.kernels.clock import Clock
+from kvarn.bench.kernels.contenders import Launch
 from kvarn.bench.kernels.kernel_cases import DecodeCase, QuantizeCase
 from kvarn.bench.kernels.kernel_settings import DecodeBench, QuantizeBench
 from kvarn.environment import machine, versions
@@ -27,12 +28,12 @@ CANDIDATES: dict[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was measured on one GPU.
+    """Measurements on one GPU.
 
     Attributes:
-        gpu: its name, the key of `kvarn.kernels.launch_settings.TUNED`.
-        current: what is used on it now.
-        times_us: for each setting, microseconds by value; over several cases their geometric mean.
+        gpu: name of the GPU, the key of `kvarn.kernels.launch_settings.TUNED`.
+        current: its launch settings now.
+        times_us: for each setting, microseconds by value; the geometric mean over several cases.
     """
 
     gpu: str
@@ -48,7 +49,7 @@ class Tuning:
 
     @property
     def line(self) -> str:
-        """The entry of `kvarn.kernels.launch_settings.TUNED` that makes the best the default on this model."""
+        """The entry of `kvarn.kernels.launch_settings.TUNED` that makes the best settings this GPU's default."""
         values = ", ".join(
             f"{field.name}={getattr(self.best, field.name)}" for field in fields(LaunchSettings)
         )
@@ -56,11 +57,11 @@ class Tuning:
 
 
 def run(progress: Progress, repeats: int = 20) -> Tuning:
-    """Measures every candidate on the current CUDA device.
+    """Measure every candidate on the current CUDA device.
 
     Args:
-        progress: called with (setting, candidates measured, candidates to measure) as work goes on.
-        repeats: timed replays; their median counts.
+        progress: called with (setting, candidates measured, candidates to measure).
+        repeats: timed replays, of which the median counts.
 
     Raises:
         BenchError: there is no CUDA device.
@@ -77,7 +78,7 @@ def run(progress: Progress, repeats: int = 20) -> Tuning:
 def launches(
     device: torch.device, decode_bench: DecodeBench, quantize_bench: QuantizeBench
 ) -> dict[str, Callable[[int], list[Callable[[], Launch]]]]:
-    """For each setting, from a value to what prepares its launches, one a case."""
+    """For each setting, a function from a value to what prepares its launches, one per case."""
     cases = [DecodeCase(decode_bench, *case, device) for case in decode_bench.cases]
     quantize = QuantizeCase(quantize_bench, device)
     return {
@@ -91,7 +92,7 @@ def measure(
     median_us: Callable[[Launch], float],
     progress: Progress,
 ) -> dict[str, dict[int, float]]:
-    """`Tuning.times_us` of `launches`; progress as in `run`."""
+    """Compute `Tuning.times_us` from `launches`; see `run` for `progress`."""
     times: dict[str, dict[int, float]] = {}
     for name, prepare in of_settings.items():
         candidates, times[name] = CANDIDATES[name], {}
@@ -104,7 +105,7 @@ def measure(
 
 
 def write(path: Path, tuning: Tuning) -> None:
-    """Writes all that was measured, as JSON; ResultFileError where that fails."""
+    """Write all measurements as JSON; raise ResultFileError if that fails."""
     record = {
         "benchmark": "tune",
         **asdict(tuning),
@@ -116,7 +117,7 @@ def write(path: Path, tuning: Tuning) -> None:
 
 
 def table(tuning: Tuning) -> Table:
-    """Times of every value, those in use and the best marked."""
+    """Times of every value, with marks on the current and the best ones."""
     made = Table(title=tuning.gpu)
     for heading in ("setting", "value", "us", ""):
         made.add_column(heading, justify="left" if heading in ("setting", "") else "right")

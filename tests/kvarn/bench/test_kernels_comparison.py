@@ -1,4 +1,4 @@
-"""The kernel benchmarks: their inputs and launches, their arithmetic, what they write, how they fail."""
+"""The kernel benchmarks: inputs and launches, arithmetic, output, and failures."""
 
 import json
 import sys
@@ -11,16 +11,16 @@ import torch
 from typer.testing import CliRunner
 
 from kvarn.bench import plot
-from kvarn.bench.engine import BenchError
+from kvarn.bench.bench_settings import BenchError
 from kvarn.bench.kernels import comparison, flash, kernel_cases, tune
-from kvarn.bench.kernels.comparison import (
+from kvarn.bench.kernels.comparison import KernelMeasurement, KernelReport
+from kvarn.bench.kernels.contenders import (
     BASELINE,
     FP8_RIVAL,
     OURS,
+    OURS_WITHOUT_FLASH,
     Case,
     Contender,
-    KernelMeasurement,
-    KernelReport,
 )
 from kvarn.bench.kernels.kernel_settings import (
     DecodeBench,
@@ -143,7 +143,7 @@ class TestCases:
         bench = PrefillBench(**TINY, query_heads=2, chunk=128, starts=(128,))
         case = kernel_cases.PrefillCase(bench, 128, DEVICE)
         names = [contender.name for contender in case.case().contenders]
-        assert names == [BASELINE, FP8_RIVAL, OURS, kernel_cases.OURS_WITHOUT_FLASH]
+        assert names == [BASELINE, FP8_RIVAL, OURS, OURS_WITHOUT_FLASH]
         with_flash, without = (case.prepare_ours(with_flash=choice)() for choice in (True, False))
         assert relative_error(with_flash, without.cpu().float()) < 0.01
         theirs = case.prepare_flash(torch.float16)

@@ -1,4 +1,4 @@
-"""The doctor passes where all is well and fails where the arithmetic or a hook does not fit."""
+"""`kvarn doctor` passes on a sound installation and fails on wrong arithmetic or a hook that does not fit."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`kvarn keys`: what it prints is the only copy of a key."""
+"""`kvarn keys`: its output is the only copy of a key."""
 
 import json
 import os
@@ -94,7 +94,7 @@ def test_keys_made_at_once_are_all_kept(file):
     assert {key.id for key in key_file.read_keys(file).keys} == {key.id for key in made}
 
 
-def test_what_cannot_be_kept_changes_nothing(file, monkeypatch):
+def test_a_failed_write_changes_nothing(file, monkeypatch):
     keys("create", file, "--tenant", "acme")
     before = file.read_bytes()
 

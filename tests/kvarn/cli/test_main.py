@@ -1,4 +1,4 @@
-"""The command line: bad input is one sentence and exit code 1, output that is data is clean JSON."""
+"""The command line: bad input is one sentence and exit code 1; JSON output is clean."""
 
 import json
 import socket
@@ -110,7 +110,7 @@ def test_serve_refuses_a_missing_file():
 
 
 @pytest.mark.parametrize("text", ["a: [", "just text", "applications: []", "applications: {}", ""])
-def test_serve_refuses_what_is_no_serve_yaml(tmp_path, text):
+def test_serve_refuses_a_file_that_is_not_a_serve_yaml(tmp_path, text):
     path = tmp_path / "app.yaml"
     path.write_text(text)
     assert_refused(run("serve", path), "app.yaml")
@@ -180,7 +180,7 @@ def test_chat_says_when_nobody_answers():
 
 
 @pytest.mark.parametrize("command", [["status"], ["chat", "Hi"]])
-def test_a_host_that_is_not_known_is_told_at_once(command: list[str]) -> None:
+def test_an_unknown_host_is_reported_at_once(command: list[str]) -> None:
     started_s = time.monotonic()
     result = run(*command, "--address", "nohost.invalid:1")
     assert_refused(result, "The host name in nohost.invalid:1 cannot be resolved", "--address")
@@ -205,7 +205,7 @@ def test_certificates_are_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["\u043a\u043b\u044e\u0447", "kvarn-1-2\n"])
-def test_a_key_that_no_header_can_hold_is_told_so(key: str) -> None:
+def test_a_key_that_no_header_can_hold_is_reported(key: str) -> None:
     assert_refused(run("chat", "Hi", "--api-key", key), "--api-key must be printable ASCII")
 
 
@@ -213,7 +213,7 @@ def test_a_key_that_no_header_can_hold_is_told_so(key: str) -> None:
 @pytest.mark.parametrize(
     "address", ["nonsense", "http://127.0.0.1:18000", "127.0.0.1:99999", "127.0.0.1:1/v1", ":50051"]
 )
-def test_what_is_no_address_is_told_so(command: list[str], address: str) -> None:
+def test_an_invalid_address_is_reported(command: list[str], address: str) -> None:
     result = run(*command, "--address", address)
     assert result.exit_code == 2
     assert "expected host:port, without http://" in result.stderr
@@ -233,7 +233,7 @@ def test_serve_says_nothing_through_tls(write_app):
     assert_refused(run("serve", path, "--say", "Hi"), "--say cannot be answered: the gateways have TLS")
 
 
-def test_a_refused_key_ends_with_where_commands_take_it_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_rejected_key_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(client: Client) -> None:
         raise UnauthenticatedError(grpc.StatusCode.UNAUTHENTICATED, "An API key is needed.")
 

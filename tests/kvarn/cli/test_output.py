@@ -1,4 +1,4 @@
-"""What commands tell while they work."""
+"""Progress output of commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_log_gets_a_line_as_a_label_begins_each_minute_and_as_it_ends(
     with output.time_left_progress() as update:
         for done in range(5):
             update("auto: prefill", done, 4)
-            assert log.getvalue(), "nothing is told before the end"
+            assert log.getvalue(), "nothing is printed before the end"
             now_s += 45
         update("fp8: starting", 0, 1)
     assert log.getvalue().splitlines() == [

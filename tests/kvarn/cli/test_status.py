@@ -1,4 +1,4 @@
-"""`kvarn status`: rows, bars, following a watch; the command itself runs in test_e2e_serve.py."""
+"""`kvarn status`: rows, bars, following a watch; tests/e2e runs the command itself."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rendered(
     return console.file.getvalue()
 
 
-def test_a_row_tells_tokens_and_draws_a_bar() -> None:
+def test_a_row_shows_tokens_and_a_bar() -> None:
     row = next(line for line in rendered(replica("one", 250, 500)).splitlines() if "one" in line)
     assert "█" * (BAR_CELLS // 4) + "▒" * (BAR_CELLS // 2) + "·" * (BAR_CELLS // 4) in row
     for shown in ("ready", "128,000", "32,000", "64,000", "40,960", "0/16"):
@@ -64,15 +64,15 @@ def test_a_replica_of_the_default_size_takes_one_line_of_80_columns() -> None:
     one.cache.capacity.total_blocks, one.cache.capacity.total_slots = 1725, 48
     head, _, row = rendered(one, width=80).splitlines()[1:4]
     headings = " ".join(head.split())
-    assert headings == "replica status cache tokens live evictable promised tails sinks run wait"
+    assert headings == "replica status cache tokens live evictable reserved tails sinks run wait"
     assert " ".join(row.split()[3:]) == "220,800 64,000 0 40,960 0/48 0+0 0 0"
 
 
-def test_no_replica_is_said() -> None:
+def test_the_absence_of_replicas_is_reported() -> None:
     assert "no replica" in rendered()
 
 
-def test_it_tells_what_waits_where_and_for_what_and_which_replica_fails() -> None:
+def test_waiting_requests_are_shown_by_place_and_reason_beside_failing_replicas() -> None:
     one = replica("one", 1, 1)
     load = one.cache.load
     load.waiting_requests, load.waiting_for_slots, load.waiting_for_prefix = 5, 3, 1

@@ -1,4 +1,4 @@
-"""Tables on a terminal of 80 columns: every figure and every name stands there whole."""
+"""Tables on a terminal of 80 columns: no number and no name is truncated."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,8 @@ from rich.table import Table
 from kvarn.bench import engine, prefix_order
 from kvarn.bench.engine import EngineBench, EngineResult, Workload, WorkloadResult
 from kvarn.bench.kernels import comparison
-from kvarn.bench.kernels.comparison import BASELINE, OURS, KernelMeasurement
-from kvarn.bench.kernels.kernel_cases import OURS_WITHOUT_FLASH
+from kvarn.bench.kernels.comparison import KernelMeasurement
+from kvarn.bench.kernels.contenders import BASELINE, OURS, OURS_WITHOUT_FLASH
 from kvarn.bench.kernels.kernel_settings import DecodeBench, KernelBench, PrefillBench, QuantizeBench
 from kvarn.bench.kernels.rivals import RIVALS
 from kvarn.bench.prefix_order import WORKLOADS, Comparison, OrderRun, SchedulerBench

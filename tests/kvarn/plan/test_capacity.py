@@ -121,4 +121,4 @@ def test_the_command_prints_a_table_or_json(llama_8b: str) -> None:
     for context in ("many", "1e400k"):
         refused = CliRunner().invoke(app, [*options, "--context", context])
         assert refused.exit_code == 1
-        assert f"--context '{context}' is no number of tokens" in refused.stderr
+        assert f"--context '{context}' is not a number of tokens" in refused.stderr

@@ -111,7 +111,7 @@ def test_cache_dtypes_of_vllm_ours_and_simulated_ones_are_known() -> None:
 @pytest.mark.parametrize(
     ("lengths", "sentence"),
     [
-        ({"context": 100_000}, "--context is 100000: this model holds at most 8192 tokens"),
+        ({"context": 100_000}, "--context is 100000: this model supports at most 8192 tokens"),
         ({"tokens": 300, "context": 512}, "--tokens is 300: give at least one sequence of 512"),
     ],
 )

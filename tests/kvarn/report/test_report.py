@@ -1,4 +1,4 @@
-"""The report page, made by the command and looked at by a real browser."""
+"""The report page, rendered by the command and loaded in a real browser."""
 
 import json
 import shutil
@@ -109,9 +109,9 @@ def test_a_browser_shows_it_without_complaint(page: Path, tmp_path: Path, scheme
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [("{", "is not JSON"), ("[]", "is no record"), ('{"rows": []}', "has no field 'benchmark'")],
+    [("{", "is not JSON"), ("[]", "is not a record"), ('{"rows": []}', "has no field 'benchmark'")],
 )
-def test_files_that_are_no_records_are_refused(tmp_path: Path, content: str, sentence: str) -> None:
+def test_files_that_are_not_records_are_rejected(tmp_path: Path, content: str, sentence: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(content)
     result = CliRunner().invoke(app, ["report", str(path)])

@@ -1,4 +1,4 @@
-"""`kvarn bench serve`: the load it makes, what it counts, and both protocols against a gateway's real servers."""
+"""`kvarn bench serve`: the generated load, its metrics, and both protocols against a gateway's real servers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kvarn import cli
-from kvarn.bench.engine import BenchError
+from kvarn.bench.bench_settings import BenchError
 from serve_app.bench.load import CallOutcome, LoadRun
 from serve_app.bench.load_settings import Objectives, ServeBench
 from serve_app.bench.summary import summarize
 from serve_app.bench.targets import target
 from serve_app.bench.workload import Work, make, warmup
-from serve_app.request.errors import CapacityError
 from serve_app.request.prompts import PromptEncoder
+from serve_app.request.request_errors import CapacityError
 from tests.support.gateway_servers import CACHED, HOST, Running, running_servers
 
 
@@ -83,10 +83,10 @@ def test_a_trace_gives_times_lengths_and_shared_blocks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{}", "nonsense", '{"timestamp": 1, "input_length": "x", "output_length": 1}']
 )
-def test_a_trace_that_is_none_is_one_sentence(tmp_path: Path, text: str) -> None:
+def test_an_invalid_trace_is_one_sentence(tmp_path: Path, text: str) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text(text)
-    with pytest.raises(BenchError, match=r"--trace .*(line 1: expected JSON|holds no requests)"):
+    with pytest.raises(BenchError, match=r"--trace .*(line 1: expected JSON|contains no requests)"):
         make(ServeBench(trace=path))
 
 
@@ -149,7 +149,7 @@ async def test_a_server_that_refuses_everything_is_a_failure_with_its_reason(
 
 
 @pytest.mark.parametrize(("protocol", "reason"), [("grpc", "NOT_FOUND"), ("openai", "HTTP 404")])
-async def test_a_wrong_setting_is_told_before_the_load_in_the_servers_own_words(
+async def test_a_wrong_setting_is_reported_before_the_load_with_the_servers_message(
     front: Running, protocol: str, reason: str
 ) -> None:
     target = front.address if protocol == "grpc" else f"{front.url}/v1"
@@ -187,7 +187,7 @@ MODELS = http(b'{"data": [{"id": "m"}]}')
     [
         ([http(b"<html>", b"404 Not Found")], "no OpenAI API is at {url}/models: give the URL"),
         ([http(b"", b"503 Service Unavailable")], "{url}/models answers HTTP 503: Service Unavailable"),
-        ([http(b"<html>")], "what answers at {url}/models is no OpenAI API"),
+        ([http(b"<html>")], "the server at {url}/models is not an OpenAI API"),
         ([MODELS, http(b"data: <html>\n\n")], "not a stream of OpenAI's API: <html>"),
         (
             [MODELS, http(b'data: {"error": {"message": "Out\\nof luck"}}\n\n')],
@@ -216,7 +216,7 @@ async def test_chunks_of_several_tokens_and_servers_without_usage_are_counted() 
     stream = http("".join(f"data: {event}\n\n" for event in (chunk, chunk, usage)).encode())
     server = await answering(MODELS, stream)
     url = f"http://{HOST}:{server.sockets[0].getsockname()[1]}/v1"
-    bench = ServeBench(url, protocol="openai")
+    bench = ServeBench(url)
     async with server, target(bench, None, "") as openai:
         await openai.prepare()
         counts = [count async for count in openai.send(Work(0, "Hi", 4), 10)]
@@ -224,7 +224,7 @@ async def test_chunks_of_several_tokens_and_servers_without_usage_are_counted() 
         (1, 0, 0, True),
         (2, 0, 0, True),
         (4, 9, 0, False),
-    ]  # usage alone is no piece of the answer
+    ]  # usage alone is not output
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from serve_app.engine.autoscaling import (
 )
 from serve_app.gateway.scale_from_zero import ScaleFromZero
 from serve_app.observability.demand import Demand, DemandBook, RecentLatencies
-from serve_app.request.errors import DeadlineError
+from serve_app.request.request_errors import DeadlineError
 from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot
 
 GOALS = Goals(upscale_occupancy=0.8, downscale_occupancy=0.5, max_first_token_s=10)

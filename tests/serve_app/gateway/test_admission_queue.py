@@ -24,7 +24,7 @@ from serve_app.gateway.membership import Endpoint
 from serve_app.gateway.observation import Observer
 from serve_app.gateway.scale_from_zero import ScaleFromZero
 from serve_app.observability.tracing import Tracing
-from serve_app.request.errors import CapacityError, ReplicaUnavailableError
+from serve_app.request.request_errors import CapacityError, ReplicaUnavailableError
 from serve_app.routing import (
     CacheCapacity,
     CacheLoad,

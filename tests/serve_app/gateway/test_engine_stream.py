@@ -19,7 +19,7 @@ from serve_app.engine import call_server
 from serve_app.engine.call_server import CallServer, Write
 from serve_app.gateway import engine_stream
 from serve_app.gateway.engine_stream import CallError, EngineStream, StreamedCall
-from serve_app.request.errors import BadRequestError, CapacityError
+from serve_app.request.request_errors import BadRequestError, CapacityError
 from serve_app.rpc.grpc_server import GrpcServer
 
 Script = Callable[[engine_pb2.EngineRequest, Write], Awaitable[None]]

@@ -25,7 +25,7 @@ from serve_app.gateway.observation import GatewayGauges, Observation, Observer
 from serve_app.observability import metrics, tracing
 from serve_app.observability.metrics import ALL_METRICS, MetricKind
 from serve_app.observability.tracing import Tracing
-from serve_app.request.errors import CapacityError, RequestError
+from serve_app.request.request_errors import CapacityError, RequestError
 from serve_app.routing import (
     BreakerState,
     CacheCapacity,

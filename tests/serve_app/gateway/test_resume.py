@@ -28,7 +28,12 @@ from serve_app.gateway.observation import Observer
 from serve_app.gateway.services import SERVICE_NAMES, ClusterService, FleetFeed, InferenceService
 from serve_app.observability import metrics
 from serve_app.observability.tracing import Tracing
-from serve_app.request.errors import BadRequestError, ContextLengthError, ModelNotFoundError, RequestError
+from serve_app.request.request_errors import (
+    BadRequestError,
+    ContextLengthError,
+    ModelNotFoundError,
+    RequestError,
+)
 from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Caller, Router
 from serve_app.rpc import wire
 from serve_app.rpc.grpc_server import GrpcServer

@@ -22,7 +22,8 @@ from openai import AsyncOpenAI
 from kvarn.v1 import inference_pb2
 from serve_app.client import AsyncClient, InvalidRequestError
 from serve_app.openai.responses import chat_logprobs
-from serve_app.request.errors import (
+from serve_app.request.prompts import MAX_MESSAGES, PromptEncoder
+from serve_app.request.request_errors import (
     CapacityError,
     ContextLengthError,
     DeadlineError,
@@ -30,7 +31,6 @@ from serve_app.request.errors import (
     ReplicaUnavailableError,
     RequestError,
 )
-from serve_app.request.prompts import MAX_MESSAGES, PromptEncoder
 from serve_app.routing import Caller
 from tests.support.gateway_servers import CACHED, MODEL, Running, running_servers, settled
 

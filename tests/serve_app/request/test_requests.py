@@ -8,7 +8,7 @@ from kvarn.v1 import inference_pb2
 from kvarn.v1.sampling_pb2 import Choice, SamplingParams, StructuredOutputs
 from serve_app.client import InvalidRequestError, _request
 from serve_app.gateway.admission_queue import rejection_error
-from serve_app.request.errors import (
+from serve_app.request.request_errors import (
     BadRequestError,
     CapacityError,
     ContextLengthError,

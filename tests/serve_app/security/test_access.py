@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.request.errors import AuthenticationError, BadRequestError, CapacityError, RateLimitError
+from serve_app.request.request_errors import (
+    AuthenticationError,
+    BadRequestError,
+    CapacityError,
+    RateLimitError,
+)
 from serve_app.routing import Caller
 from serve_app.security.access import Access
 from serve_app.security.api_keys import ApiKey, KeyFileError, create_key, read_keys, revoke_key

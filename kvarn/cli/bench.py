@@ -1,0 +1,186 @@
+"""`kvarn bench`: benchmarks of a served model, of engines and of kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from kvarn.bench.engine import EngineBench, EngineResult
+from kvarn.bench.kernels.kernel_settings import (
+    DecodeBench,
+    KernelBench,
+    PrefillBench,
+    QuantizeBench,
+    Repeats,
+)
+from kvarn.bench.prefix_order import SchedulerBench
+from kvarn.bench.sinks import SinksBench
+from kvarn.cli.connection import (
+    ApiKeyOption,
+    CaOption,
+    CertificateOption,
+    PrivateKeyOption,
+    serving_errors,
+    tls_files,
+)
+from kvarn.cli.options import options_of
+from kvarn.cli.output import (
+    JsonOption,
+    PlotOption,
+    check_directory,
+    counting_progress,
+    fail,
+    one_sentence_errors,
+    out,
+)
+from kvarn.model import resolve_model
+from serve_app.bench.load_settings import ServeBench
+
+bench_app = typer.Typer(help="Measure speed and capacity.", no_args_is_help=True)
+
+
+@bench_app.command("serve")
+@options_of(ServeBench)
+def bench_serve(
+    bench: ServeBench,
+    ca: CaOption = None,
+    certificate: CertificateOption = None,
+    private_key: PrivateKeyOption = None,
+    api_key: ApiKeyOption = "",
+    json_path: JsonOption = None,
+    plot_path: PlotOption = None,
+) -> None:
+    """Measure latency and goodput of a served model under open-loop load, over gRPC or OpenAI's HTTP API."""
+    with serving_errors():
+        from serve_app.bench import load_test
+
+        _check_outputs(json_path, plot_path)
+        with counting_progress("requests") as progress:
+            report = load_test.measure(bench, tls_files(ca, certificate, private_key), api_key, progress)
+        out.print(report.render(), highlight=False)
+        report.write(json_path, plot_path)
+        if not report.summary.answered:
+            fail(f"no request was answered: {report.reasons()}")
+
+
+@bench_app.command("engine")
+@options_of(EngineBench)
+def bench_engine(bench: EngineBench, json_path: JsonOption = None, plot_path: PlotOption = None) -> None:
+    """Compare vLLM's speed and capacity across KV cache dtypes, one engine per dtype.
+
+    --json is rewritten after each engine; a failure or Ctrl-C still prints the results so far.
+    """
+    from kvarn.bench import engine, plot
+
+    _check_outputs(json_path, plot_path)
+    if bench.shape is None:
+        resolve_model(bench.model)  # may show its own progress bar
+    results: list[EngineResult] = []
+    try:
+        with counting_progress("batches") as progress:
+            for result in engine.run(bench, progress):
+                results.append(result)
+                if json_path is not None:
+                    engine.write(json_path, bench, results)
+    finally:  # a failure or Ctrl-C does not lose the results before it
+        if results:
+            out.print(engine.table(bench, results))
+    if plot_path is not None:
+        plot.draw_engine(plot_path, bench, results)
+
+
+@bench_app.command("scheduler")
+@options_of(SchedulerBench)
+def bench_scheduler(
+    bench: SchedulerBench, json_path: JsonOption = None, plot_path: PlotOption = None
+) -> None:
+    """Compare prefix order with vLLM's first come, first served: hit rate and TTFT of one engine."""
+    from kvarn.bench import prefix_order
+
+    _check_outputs(json_path, plot_path)
+    if bench.shape is None:
+        resolve_model(bench.model)  # may show its own progress bar
+    with counting_progress("runs") as progress:
+        report = prefix_order.run(bench, progress)
+    out.print(prefix_order.table(bench, report))
+    if json_path is not None:
+        prefix_order.write(json_path, bench, report)
+    if plot_path is not None:
+        prefix_order.draw(plot_path, report)
+
+
+@bench_app.command("sinks")
+@options_of(SinksBench)
+def bench_sinks(bench: SinksBench, json_path: JsonOption = None) -> None:
+    """Measure KL divergence and memory when the first 0 to 128 tokens of a sequence are kept raw."""
+    from kvarn.bench import sinks
+
+    check_directory("--json", json_path)
+    resolve_model(bench.model)
+    with counting_progress("passages") as progress:
+        results = sinks.run(bench, progress)
+    out.print(sinks.table(bench, results))
+    if json_path is not None:
+        sinks.write(json_path, bench, results)
+
+
+@bench_app.command("decode")
+@options_of(DecodeBench)
+def bench_decode(bench: DecodeBench, json_path: JsonOption = None, plot_path: PlotOption = None) -> None:
+    """Compare decode attention with FlashAttention 3, vLLM's other caches and copy bandwidth; needs a GPU."""
+    _bench_kernels(bench, json_path, plot_path)
+
+
+@bench_app.command("quantize")
+@options_of(QuantizeBench)
+def bench_quantize(bench: QuantizeBench, json_path: JsonOption = None, plot_path: PlotOption = None) -> None:
+    """Compare tile quantization with the stores of vLLM's other caches and copy bandwidth; needs a GPU."""
+    _bench_kernels(bench, json_path, plot_path)
+
+
+@bench_app.command("prefill")
+@options_of(PrefillBench)
+def bench_prefill(bench: PrefillBench, json_path: JsonOption = None, plot_path: PlotOption = None) -> None:
+    """Compare the whole path of a prompt chunk with FlashAttention 3 in fp16 and fp8; needs a GPU."""
+    _bench_kernels(bench, json_path, plot_path)
+
+
+@bench_app.command("tune")
+def bench_tune(repeats: Repeats = KernelBench.repeats, json_path: JsonOption = None) -> None:
+    """Time the kernels' launch settings on this GPU and print the line that makes the best its default."""
+    with one_sentence_errors():
+        from kvarn.bench.kernels import tune
+
+        check_directory("--json", json_path)
+        with counting_progress("measured") as progress:
+            tuning = tune.run(progress, repeats)
+        out.print(tune.table(tuning))
+        out.print("To use the best, put this line into TUNED of kvarn/kernels/launch_settings.py:")
+        out.print(tuning.line, markup=False, highlight=False, soft_wrap=True)
+        if json_path is not None:
+            tune.write(json_path, tuning)
+
+
+def _bench_kernels(bench: KernelBench, json_path: Path | None, plot_path: Path | None) -> None:
+    from kvarn.bench import plot
+    from kvarn.bench.kernels import comparison
+
+    _check_outputs(json_path, plot_path)
+    with counting_progress("measured") as progress:
+        report = comparison.run(bench, progress)
+    out.print(comparison.table(report))
+    if json_path is not None:
+        comparison.write(json_path, report)
+    if plot_path is not None:
+        plot.draw(plot_path, report)
+
+
+def _check_outputs(json_path: Path | None, plot_path: Path | None) -> None:
+    """Fail, before anything is measured, if a result file could not be written."""
+    from kvarn.bench import plot
+
+    check_directory("--json", json_path)
+    check_directory("--plot", plot_path)
+    if plot_path is not None:
+        plot.check(plot_path)
