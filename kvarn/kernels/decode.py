@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvarn.checks import MODEL_DTYPES, check_packed, check_queries, check_rows
+from kvarn.checks import MODEL_DTYPES, check_decode_batch, check_packed
 from kvarn.kernels.launch_settings import settings_for
 from kvarn.kernels.records import (
     E4M3_UNIT,
@@ -39,7 +39,6 @@ from kvarn.tile import TileLayout
 MAX_ROWS = 16  # query heads x query tokens of one program
 RAW_ROWS = 32  # rows of a raw tile taken at a time
 FEW_SPLITS = 8  # up to here one program joins the parts of all query heads of a KV head
-SPLITS_OF_VARIANTS = (1, FEW_SPLITS + 1)  # between them they need every compiled variant of `decode`
 NOTHING = tl.constexpr(-1e30)  # the largest score where none was seen
 UNSEEN = tl.constexpr(-2e30)  # a score that weighs nothing even then
 NUM_STAGES = 1  # two or three, through shared memory, were measured to be no faster
@@ -481,19 +480,19 @@ def decode(
     _, query_heads, head_dim = query.shape
     heads, per_head = cache.shape[1], query_heads // cache.shape[1]
     requests = seq_lens.shape[0]
-    query_start = check_queries(queries, query_start, requests)
+    query_start = check_decode_batch(
+        block_table,
+        seq_lens,
+        queries,
+        query_start,
+        first_slots=first_slots,
+        tail_slots=tail_slots,
+        sink_slots=sink_slots,
+    )
     tokens = requests if query_start is None else None
     check_packed("query", query, (tokens, heads * per_head, layout.head_dim), torch.float16)
     check_packed("cache", cache, (None, None, layout.nbytes), torch.uint8)
     check_packed("pool", pool, (None, 2, heads, layout.group, head_dim), torch.float16)
-    check_rows("block_table", block_table, (requests, None), torch.int32)
-    for name, x in {
-        "seq_lens": seq_lens,
-        "first_slots": first_slots,
-        "tail_slots": tail_slots,
-        "sink_slots": sink_slots,
-    }.items():
-        check_packed(name, x, (requests,), torch.int32)
     check_packed("out", out, tuple(query.shape), *MODEL_DTYPES)
     blocks, block_tokens = query_blocks(queries, per_head)
     rows, programs = per_head * block_tokens, requests * blocks * heads
@@ -547,3 +546,43 @@ def decode(
         G=layout.group,
         num_warps=4,
     )
+
+
+def warm_up(
+    pool: Tensor, query_heads: int, dtype: torch.dtype, layout: TileLayout, query_counts: list[int]
+) -> None:
+    """Compile every variant of `decode` that a model needs, by launching it on a request without tokens.
+
+    Args:
+        pool: [S, 2, H, G, D] float16 side pool; not read.
+        query_heads: Hq.
+        dtype: of the output.
+        layout: the records' layout.
+        query_counts: the values of `queries` that steps have.
+    """
+    heads, device = pool.shape[2], pool.device
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    none = torch.full_like(zero, -1)
+    cache = torch.zeros(1, heads, layout.nbytes, dtype=torch.uint8, device=device)
+    query = torch.zeros(1, query_heads, layout.head_dim, dtype=torch.float16, device=device)
+    out = torch.zeros_like(query, dtype=dtype)
+    for queries in query_counts:
+        blocks, tokens = query_blocks(queries, query_heads // heads)
+        for splits in (1, FEW_SPLITS + 1):  # the two variants of `_combine_parts`
+            decode(
+                query,
+                cache,
+                pool,
+                zero[:, None],
+                zero,
+                none,
+                none,
+                none,
+                1.0,
+                layout,
+                splits,
+                Parts(query_heads * blocks * tokens * (splits + 1), layout.head_dim, device),
+                out,
+                queries,
+                torch.zeros(2, dtype=torch.int32, device=device),
+            )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvarn.checks import check_packed, check_queries, check_rows
+from kvarn.checks import check_decode_batch, check_packed
 
 ROWS_PER_PROGRAM = 128
 
@@ -109,19 +109,18 @@ def plan_decode(
     Raises:
         ValueError: if a shape, stride or dtype is not as above.
     """
-    rows = seq_lens.shape[0]
-    check_rows("block_table", block_table, (rows, None), torch.int32)
-    check_packed("seq_lens", seq_lens, (None,), torch.int32)
     check_packed("slot_of", slot_of, (None,), torch.int32)
-    of_requests = {
-        "first_slots": first_slots,
-        "tail_slots": tail_slots,
-        "sink_slots": sink_slots,
-        "fill_blocks": fill_blocks,
-    }
-    for name, x in of_requests.items():
-        check_packed(name, x, (rows,), torch.int32)
-    query_start = check_queries(queries, query_start, rows)
+    query_start = check_decode_batch(
+        block_table,
+        seq_lens,
+        queries,
+        query_start,
+        first_slots=first_slots,
+        tail_slots=tail_slots,
+        sink_slots=sink_slots,
+        fill_blocks=fill_blocks,
+    )
+    rows = seq_lens.shape[0]
     tokens = rows if query_start is None else slot_rows.shape[0]
     check_packed("slot_rows", slot_rows, (tokens,), torch.int32)
     check_packed("page_rows", page_rows, (tokens,), torch.int32)
@@ -143,4 +142,21 @@ def plan_decode(
             QUERIES=queries,
             G=group,
             BLOCK=ROWS_PER_PROGRAM,
+        )
+
+
+def warm_up(group: int, query_counts: list[int], device: torch.device) -> None:
+    """Compile every variant of `plan_decode` that steps of `query_counts` need, by launching it on an empty request."""
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    query_start = torch.zeros(2, dtype=torch.int32, device=device)
+    for queries in query_counts:
+        written = torch.empty(6, 1, dtype=torch.int32, device=device)
+        plan_decode(
+            zero[:, None],
+            zero,
+            torch.full_like(zero, -1),
+            group,
+            *written,
+            queries=queries,
+            query_start=query_start,
         )

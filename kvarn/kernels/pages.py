@@ -108,3 +108,10 @@ def fill_pages(cache: Tensor, pool: Tensor, pages: Tensor, entries: Tensor, layo
             **record_constants(layout),
             num_warps=4,
         )
+
+
+def warm_up(pool: Tensor, pages: Tensor, layout: TileLayout) -> None:
+    """Compile this module's kernel, by filling page 0 from an empty record."""
+    cache = torch.zeros(1, pool.shape[2], layout.nbytes, dtype=torch.uint8, device=pool.device)
+    entries = torch.tensor([[0], [0], [-1]], dtype=torch.int32, device=pool.device)
+    fill_pages(cache, pool, pages, entries, layout)

@@ -113,3 +113,10 @@ def attend_pages(
             BLOCK=64,
             num_warps=4,
         )
+
+
+def warm_up(query: Tensor, pages: Tensor) -> None:
+    """Compile this module's kernel, by attending one token of `query` [N, Hq, D] float16 over page 0."""
+    zero_and_one = torch.arange(2, dtype=torch.int32, device=query.device)
+    one, page_table = torch.ones_like(zero_and_one[:1]), torch.zeros_like(zero_and_one[:1, None])
+    attend_pages(query[:1], pages, zero_and_one, one, page_table, 1.0, torch.empty_like(query[:1]))

@@ -451,3 +451,11 @@ def _launch(
             num_warps=max(FEWEST_WARPS, layout.head_dim * layout.group // ELEMENTS_PER_WARP),
             maxnreg=registers or settings_for(cache.device).quantize_registers,
         )
+
+
+def warm_up(pool: Tensor, pages: Tensor, layout: TileLayout) -> None:
+    """Compile this module's kernel for tiles of `pool` and of `pages`, by launching it on an entry to skip."""
+    none = torch.full((1,), -1, dtype=torch.int32, device=pool.device)
+    cache = torch.zeros(1, pool.shape[2], layout.nbytes, dtype=torch.uint8, device=pool.device)
+    quantize_slots(pool, none, none, cache, layout)
+    quantize_pages(pages, none, none, cache, layout)

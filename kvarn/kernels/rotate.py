@@ -107,11 +107,6 @@ MAX_MATRIX_BYTES = 128 * 1024
 FEW_TOKENS = 1024  # up to here small programs, which fill more of the device
 
 
-def token_counts_of_variants(most: int) -> list[int]:
-    """Numbers of tokens, up to `most`, that between them need every compiled variant of `rotate_store`."""
-    return [tokens for tokens in (1, FEW_TOKENS + 1) if tokens <= most]
-
-
 def _block(tokens: int) -> int:
     return 16 if tokens <= FEW_TOKENS else 64
 
@@ -194,3 +189,24 @@ def unrotate(x: Tensor, out: Tensor) -> None:
     if rows:
         hadamard = signs(head_dim, torch.float16, x.device)
         _unrotate[(triton.cdiv(rows, 64),)](x, hadamard, out, rows, D=head_dim, BLOCK=64, num_warps=4)
+
+
+def warm_up(rotated: Tensor, pool: Tensor, pages: Tensor, dtype: torch.dtype) -> None:
+    """Compile every variant of this module's kernels that a model of `dtype` needs, by launching it.
+
+    Args:
+        rotated: [N, Hq, D] float16, as `rotate_store` takes it for the largest step; overwritten.
+        pool: [S, 2, H, G, D] float16 side pool; unchanged.
+        pages: [2, P, G, H, D] float16; unchanged.
+        dtype: of the model's queries, keys, values and attention output.
+    """
+    max_tokens, query_heads, head_dim = rotated.shape
+    heads, device = pool.shape[2], pool.device
+    for tokens in (1, FEW_TOKENS + 1):
+        if tokens > max_tokens:
+            break
+        packed = torch.zeros(tokens, query_heads + 2 * heads, head_dim, dtype=dtype, device=device)
+        query, key, value = packed.split([query_heads, heads, heads], dim=1)
+        nowhere = torch.full((tokens,), -1, dtype=torch.int32, device=device)
+        rotate_store(query, key, value, rotated[:tokens], pool, nowhere, pages, nowhere)
+    unrotate(rotated[:1], torch.zeros(1, query_heads, head_dim, dtype=dtype, device=device))
