@@ -91,13 +91,13 @@ def test_codes_lie_in_mma_fragment_order(layout: TileLayout, side: str) -> None:
     contracted, free = torch.arange(order.contracted), torch.arange(order.free)[:, None]
     fragment = contracted // 16 * (order.free // 8) + free // 8
     fragments = order.contracted * order.free // 128
-    words_per_slot = fragments // (16 // order.bits)
-    slot, within = fragment // words_per_slot, fragment % words_per_slot
-    quad, rep = within // (words_per_slot // 2), within % (words_per_slot // 2)
+    words = fragments // (16 // order.bits)
+    lane_slot, within = fragment // words, fragment % words
+    quad, rep = within // (words // 2), within % (words // 2)
     half, lane_k, pair = contracted // 8 % 2, contracted // 2 % 4, contracted % 2
     word = ((((rep * 8 + free % 8) * 4 + lane_k) * 2 + quad) * 2 + half) * 2 + pair
-    words = order.pack(codes).view(torch.int16).int() & 0xFFFF
-    assert torch.equal((words[word] >> (slot * order.bits)) & (2**order.bits - 1), codes.int())
+    packed = order.pack(codes).view(torch.int16).int() & 0xFFFF
+    assert torch.equal((packed[word] >> (lane_slot * order.bits)) & (2**order.bits - 1), codes.int())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
