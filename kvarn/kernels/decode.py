@@ -1,8 +1,10 @@
-"""Decode attention over records and raw slots, and the joining of its parts.
+"""Split-KV decode attention over records and raw slots.
 
-One warp attends one share of a sequence's tiles for the query heads of one KV head, and in a speculative step for as
-many of its query tokens as fit 16 rows. Codes are the left operand of both dots, `scores^T = K q^T` and
-`out^T = V^T p^T`, so that few query rows fill an 8-wide operand instead of half of a 16-wide one.
+One warp attends one split of a sequence's tiles for the query heads of one KV head and, in a speculative
+step, for as many query tokens as fit 16 rows. A second kernel combines the splits. Codes are the left operand
+of both dots, `scores^T = K q^T` and `out^T = V^T p^T`, so that few query rows fill an 8-wide operand instead of
+half of a 16-wide one. As in FlashAttention, m is the running maximum, l the sum, acc the output before division
+by l, and alpha the factor that corrects l and acc when m grows.
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ from kvarn.kernels.rotate import signs
 from kvarn.tile import TileLayout
 
 MAX_ROWS = 16  # query heads x query tokens of one program
-RAW_ROWS = 32  # rows of a raw tile taken at a time
-FEW_SPLITS = 8  # up to here one program joins the parts of all query heads of a KV head
-NOTHING = tl.constexpr(-1e30)  # the largest score where none was seen
-UNSEEN = tl.constexpr(-2e30)  # a score that weighs nothing even then
+RAW_ROWS = 32  # rows of a raw tile attended at a time
+FEW_SPLITS = 8  # up to this many, one program combines them for all query heads of a KV head
+NOTHING = tl.constexpr(-1e30)  # m before any score was seen
+UNSEEN = tl.constexpr(-2e30)  # a masked score, whose weight is 0 even then
 NUM_STAGES = 1  # two or three, through shared memory, were measured to be no faster
 
 
@@ -61,8 +63,8 @@ def _query_rows(
     """Locate the query rows of one block of a request's query tokens.
 
     Returns:
-        Pointers to each `row` in X, whether it exists, the tokens up to and including the block's last query (0 for an
-        empty block), and the position of its first query.
+        Pointers to each `row` of X, whether it exists, the number of tokens up to and including the block's last query
+        (0 for an empty block), and the position of its first query.
     """
     if QueryStart is None:
         pointers = X + (request * H + head) * ROWS * D + row * D
@@ -82,16 +84,16 @@ def _query_rows(
 
 @triton.jit
 def _softmax_step(score, score_max, sees, m, l):
-    """One step of online softmax, in powers of two.
+    """Update an online softmax, in base 2, with the scores of T more tokens.
 
     Args:
         score: [T, N] float32.
-        score_max: [N] float32, its largest along T.
-        sees: [N] bool, which columns count, or None for all.
+        score_max: [N] float32, the maximum of `score` along T.
+        sees: [N] bool, the columns to update, or None for all.
         m, l: [N] float32, the running maximum and sum.
 
     Returns:
-        p [T, N], exp2(score - m) with the new m; alpha [N], the factor of what was summed so far; m and l.
+        p [T, N] = exp2(score - new m), alpha [N] = exp2(m - new m), the new m and the new l.
     """
     if sees is None:
         m_new = tl.maximum(m, score_max)
@@ -106,8 +108,8 @@ def _softmax_step(score, score_max, sees, m, l):
 @triton.jit
 def _raw_tile(
     QueryStart,
-    slots,  # pointers to those of the first query's tile and the request's last tile; the sink's
-    tiles,  # the block's last, the request's last, 1 where a sink is read or else 0
+    slots,  # pointers to the slots of the first query's tile and of the request's last tile; the sink's slot
+    tiles,  # the block's last tile, the request's last tile, 1 if the sink is read else 0
     rows,  # [N] int32 each: position and tile of each query
     index,
     seq_len,
@@ -115,8 +117,8 @@ def _raw_tile(
 ):
     """Return the slot of a block's raw tile `index`, how many of its rows are filled, and how many each query sees.
 
-    First comes the block's last tile, then the sink where it is read, then, with several queries, the tile before the
-    last where the first query is in it.
+    The raw tiles are the block's last tile, then the sink if it is read, then, with several queries, the tile before
+    the last if the first query is in it.
     """
     FirstSlot, TailSlot, sink_slot = slots
     own_tile, tail_tile, has_sink = tiles
@@ -138,7 +140,7 @@ def _raw_tile(
 
 @triton.jit
 def _attend_raw_tile(
-    raw,  # [2, H, G, D] float16, from the head's keys on
+    raw,  # [2, H, G, D] float16, at the head's keys
     filled,
     visible,
     q,  # [D, N] float16 in `contracted_view` order
@@ -151,7 +153,7 @@ def _attend_raw_tile(
     D: tl.constexpr,
     G: tl.constexpr,
 ):
-    """Add the first `filled` rows of a raw tile to (m, l, acc); a query row sees the first `visible` of them."""
+    """Attend the first `filled` rows of a raw tile, of which a query row sees the first `visible`."""
     for start in range(0, filled, RAW_ROWS):
         rows = start + tl.arange(0, RAW_ROWS)
         at = rows[:, None] * D + tl.arange(0, D)[None, :]
@@ -168,17 +170,17 @@ def _attend_raw_tile(
 @triton.jit
 def _attend_record(
     record,
-    queries,  # q [N // 8, 8, 4, D // 4] float16, q times the weights of key codes, row_scale [N] float32
-    units,  # of key scores [G, 4], values [G, 4] and output channels [D, 4] float32
-    sees,  # [N] bool, or None for all
+    queries,  # q [N // 8, 8, 4, D // 4] float16, q times the `step_weights` of key codes, row_scale [N] float32
+    units,  # factors of key scores [G, 4], value weights [G, 4] and output channels [D, 4], float32
+    sees,  # [N] bool, the query rows that see this tile, or None for all
     m,
     l,
     acc,
-    offsets,  # bytes from the record to its value codes, its factors by channel and those by token
+    offsets,  # of the record's value codes, factors by channel and factors by token, in bytes
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
 ):
-    """Add the tile of one record to (m, l, acc), for the query rows that see it."""
+    """Attend the tile of one record."""
     D: tl.constexpr = acc.shape[0]
     N: tl.constexpr = acc.shape[1]
     G: tl.constexpr = units[0].shape[0]
@@ -245,7 +247,7 @@ def _decode_part(
     BY_CHANNEL: tl.constexpr,
     BY_TOKEN: tl.constexpr,
 ):
-    split = tl.program_id(0) % (splits + 1)  # 0 for the raw tiles
+    split = tl.program_id(0) % (splits + 1)  # 0: the raw tiles; 1 and up: records
     head = tl.program_id(0) // (splits + 1) % H
     query_block = (tl.program_id(0) // (splits + 1) // H).to(tl.int64)
     request = query_block // BLOCKS
@@ -276,7 +278,7 @@ def _decode_part(
     m = tl.full([N], NOTHING, tl.float32)
     l = tl.zeros([N], tl.float32)
     acc = tl.zeros([D, N], tl.float32)
-    if split == 0:  # its few tiles take longest: it starts first
+    if split == 0:  # starts first, because its few tiles take longest
         q_operand = lanes_to_operand(q, D, N)
         slots = FirstSlots + request, TailSlots + request, sink_slot
         tiles, rows = (own_tile, tail_tile, first_tile), (row_position, row_tile)
@@ -382,7 +384,7 @@ def _combine_parts(
 
 @lru_cache
 def concurrent_parts(device: torch.device, per_processor: int | None = None) -> int:
-    """Parts of attention, each of one KV head, that `device` computes at once, `per_processor` each if given."""
+    """Return how many programs of `_decode_part` run at once on `device`, `per_processor` on each multiprocessor."""
     processors = (
         torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     )
@@ -392,15 +394,15 @@ def concurrent_parts(device: torch.device, per_processor: int | None = None) -> 
 def splits_for(
     requests: int, kv_heads: int, device: torch.device, parts_per_processor: int | None = None
 ) -> int:
-    """Shares to cut each sequence into, so that all parts of a call to `decode` run at once where they can.
+    """Return the splits per sequence with which all programs of a call to `decode` run at once, if they can.
 
-    `requests` counts each of a request's blocks of query tokens (`query_blocks`).
+    `requests` counts every block of query tokens of a request (`query_blocks`).
     """
     return max(1, concurrent_parts(device, parts_per_processor) // (requests * kv_heads) - 1)
 
 
 def query_blocks(queries: int, per_head: int) -> tuple[int, int]:
-    """(blocks, tokens of each) that a request's `queries` tokens are cut into, so that a program's rows fit.
+    """Return (blocks, tokens per block) into which a request's `queries` tokens are cut to fit a program's rows.
 
     Raises:
         ValueError: if there are more than 16 query heads per KV head.
@@ -412,20 +414,20 @@ def query_blocks(queries: int, per_head: int) -> tuple[int, int]:
 
 
 def max_part_rows(requests: int, query_heads: int, kv_heads: int, queries: int, device: torch.device) -> int:
-    """The most rows of `Parts` that up to `requests` of `queries` tokens need, cut by `splits_for`."""
+    """Return the maximum rows of `Parts` that up to `requests` of `queries` tokens need, split by `splits_for`."""
     blocks, tokens = query_blocks(queries, query_heads // kv_heads)
     programs = max(concurrent_parts(device), 2 * requests * blocks * kv_heads)
     return programs * tokens * (query_heads // kv_heads)
 
 
 class Parts:
-    """Room for the parts of attention that `decode` joins.
+    """Workspace for the partial results that `decode` combines.
 
     Args:
-        elements: the most rows one call may need: requests * blocks * tokens of a block (`query_blocks`) * query heads
+        elements: maximum rows of a call: requests * blocks * tokens per block (`query_blocks`) * query heads
             * (splits + 1).
-        head_dim: channels of a head.
-        device: where.
+        head_dim: channels per head.
+        device: device of the tensors.
     """
 
     def __init__(self, elements: int, head_dim: int, device: torch.device) -> None:
@@ -451,27 +453,27 @@ def decode(
     queries: int = 1,
     query_start: Tensor | None = None,
 ) -> None:
-    """Attention of the newest tokens of each request: one, or in a speculative step up to `queries`.
+    """Attend the newest tokens of each request: one, or in a speculative step up to `queries`.
 
     A query reads its own tile raw up to its position, tile 0 raw from its sink slot, and every other tile from its
-    record, a tile that the step's earlier tokens fill included.
+    record, including a tile that earlier tokens of the step fill.
 
     Args:
-        query: [N, Hq, D] float16, rotated; N = R with one query to a request.
+        query: [N, Hq, D] float16, rotated; N = R with one query per request.
         cache: [B, H, layout.nbytes] uint8 records.
-        pool: [S, 2, H, G, D] float16 side pool; the new tokens are in their slots already.
+        pool: [S, 2, H, G, D] float16 side pool; already has the new tokens.
         block_table: [R, W] int32; entries past a sequence's last tile are never read.
         seq_lens: [R] int32, tokens including the new ones; 0 for a row that pads the batch, whose output is zero with
-            one query to a request.
-        first_slots, tail_slots: [R] int32, slots of the tiles the first and the last new token are in.
+            one query per request.
+        first_slots, tail_slots: [R] int32, slots of the tiles of the first and the last new token.
         sink_slots: [R] int32, slot of tile 0, or -1 to read its record. Ignored while tile 0 is the tail.
         scale: softmax scale.
         layout: the records' layout.
-        splits: shares the records of a sequence are cut into.
-        parts: room for the shares' results.
+        splits: splits of a sequence's records.
+        parts: workspace for their results.
         out: [N, Hq, D] float32, bfloat16 or float16, un-rotated; written where a request has a token.
-        queries: the most query tokens of a request, 1 to 16.
-        query_start: [R + 1] int32, first query token of each request, with more than one query to a request.
+        queries: maximum query tokens per request, 1 to 16.
+        query_start: [R + 1] int32, first query token of each request; required if `queries` > 1.
 
     Raises:
         ValueError: if a shape, stride or dtype is not as above, more than 16 query heads share a KV head, or `parts`
@@ -556,9 +558,9 @@ def warm_up(
     Args:
         pool: [S, 2, H, G, D] float16 side pool; not read.
         query_heads: Hq.
-        dtype: of the output.
+        dtype: dtype of `out`.
         layout: the records' layout.
-        query_counts: the values of `queries` that steps have.
+        query_counts: values of `queries`.
     """
     heads, device = pool.shape[2], pool.device
     zero = torch.zeros(1, dtype=torch.int32, device=device)
