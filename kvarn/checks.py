@@ -1,4 +1,4 @@
-"""Refusal of arguments that an operation or a kernel does not support, before anything is computed."""
+"""Argument checks of operations and kernels, made before anything is computed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 from kvarn.tile import TileLayout
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Query tokens of a request in a decode step: fewer than a tile has, so they lie in two at most.
+# Query tokens per request in a decode step: fewer than a tile has, so they span at most two tiles.
 MAX_QUERIES = 16
 
 
 def check_shape(name: str, x: Tensor | np.ndarray, shape: tuple[int | None, ...]) -> None:
-    """Raises ValueError naming the argument unless x has the shape (None: any size)."""
+    """Raise a ValueError that names the argument unless x has the shape (None: any size)."""
     fits = x.ndim == len(shape) and all(
         want in (None, size) for size, want in zip(x.shape, shape, strict=True)
     )
@@ -24,31 +24,31 @@ def check_shape(name: str, x: Tensor | np.ndarray, shape: tuple[int | None, ...]
 
 
 def check_tensor(name: str, x: Tensor, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> None:
-    """`check_shape`, and that x has one of `dtypes`."""
+    """Check the shape (see `check_shape`) and that x has one of `dtypes`."""
     check_shape(name, x, shape)
     if x.dtype not in dtypes:
         raise ValueError(f"{name} is {x.dtype}: expected {' or '.join(str(dtype) for dtype in dtypes)}")
 
 
 def check_packed(name: str, x: Tensor, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> None:
-    """`check_tensor`, and that x is contiguous."""
+    """Check shape and dtype (see `check_tensor`) and that x is contiguous."""
     check_tensor(name, x, shape, *dtypes)
     if not x.is_contiguous():
         raise ValueError(f"{name} has strides {x.stride()}: expected a contiguous tensor")
 
 
 def check_rows(name: str, x: Tensor, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> None:
-    """`check_tensor`, and that all axes but the first are packed."""
+    """Check shape and dtype (see `check_tensor`) and that all axes but the first are packed."""
     check_tensor(name, x, shape, *dtypes)
     if x.numel() and not x[0].is_contiguous():
         raise ValueError(f"{name} has strides {x.stride()}: expected all axes but the first to be contiguous")
 
 
 def check_queries(queries: int, query_start: Tensor | None, requests: int) -> Tensor | None:
-    """`query_start` if requests have more than one query token, else None.
+    """Return `query_start` if requests may have several query tokens, else None.
 
     Raises:
-        ValueError: if there are more than 16 `queries`, or several and `query_start` is not [requests + 1] int32.
+        ValueError: if `queries` is not 1 to 16, or is more than 1 and `query_start` is not [requests + 1] int32.
     """
     if not 1 <= queries <= MAX_QUERIES:
         raise ValueError(f"queries is {queries}: expected 1 to {MAX_QUERIES}")
@@ -56,9 +56,32 @@ def check_queries(queries: int, query_start: Tensor | None, requests: int) -> Te
         return None
     if query_start is None:
         raise ValueError(
-            f"query_start is missing: expected [{requests + 1}] with {queries} queries to a request"
+            f"query_start is missing: expected [{requests + 1}] with {queries} queries per request"
         )
     check_packed("query_start", query_start, (requests + 1,), torch.int32)
+    return query_start
+
+
+def check_decode_batch(
+    block_table: Tensor, seq_lens: Tensor, queries: int, query_start: Tensor | None, **of_requests: Tensor
+) -> Tensor | None:
+    """Check the arguments that all kernels of a decode step share, and return what `check_queries` does.
+
+    Args:
+        block_table: [R, W] int32; rows may be strided.
+        seq_lens: [R] int32.
+        queries, query_start: as in `check_queries`.
+        of_requests: further [R] int32 tensors, by argument name.
+
+    Raises:
+        ValueError: if a shape, stride or dtype is not as above.
+    """
+    check_packed("seq_lens", seq_lens, (None,), torch.int32)
+    requests = seq_lens.shape[0]
+    query_start = check_queries(queries, query_start, requests)
+    check_rows("block_table", block_table, (requests, None), torch.int32)
+    for name, x in of_requests.items():
+        check_packed(name, x, (requests,), torch.int32)
     return query_start
 
 

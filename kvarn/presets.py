@@ -1,4 +1,4 @@
-"""The cache formats a user can name: bits for keys and values, and tokens per tile."""
+"""The cache formats: bits per key and value code, and tokens per tile."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ class Preset:
     """One quantized cache format.
 
     Attributes:
-        name: what `--kv-cache-dtype` takes.
+        name: the value of `--kv-cache-dtype`.
         key_bits: bits per key code, 2 or 4.
         value_bits: bits per value code, 2 or 4.
-        group: tokens per tile, which is also the vLLM block size.
+        group: tokens per tile, and the vLLM block size.
     """
 
     name: str
@@ -37,10 +37,10 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_preset(name: str) -> Preset:
-    """The preset called `name`.
+    """Return the preset called `name`.
 
     Raises:
-        ValueError: if no preset has that name; the message lists those that exist.
+        ValueError: if there is no such preset; the message lists the existing ones.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown KVarN preset {name!r}: choose one of {', '.join(PRESETS)}")

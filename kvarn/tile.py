@@ -10,22 +10,22 @@ A record holds, one after the other (D = head_dim, G = group, little-endian)::
     value scale, zero     2 * G float8_e4m3fn            per token, free lane order
 
 and reads back as `key[n, d] = (code * scale[d] + zero[d]) * token_scale[n]` and
-`value[n, d] = (code * scale[n] + zero[n]) * channel_scale[d]`. Why the token axis needs only eight bits
-is measured in docs/decisions/0001-token-scales-in-8-bits.md.
+`value[n, d] = (code * scale[n] + zero[n]) * channel_scale[d]`. docs/decisions/0001-token-scales-in-8-bits.md
+measures why eight bits suffice along the token axis.
 
 Fragment order makes a GPU thread's 16-byte load its B operand of `mma.m16n8k16`. A code has a contracted index
-(keys: channel, values: token) and a free index (keys: token, values: channel); they split into the fragment
-the code lies in, the lane that holds it there, and its place in that lane's registers::
+(keys: channel, values: token) and a free index (keys: token, values: channel). The two indices split into the
+fragment that contains the code, the lane that holds it, and its position in that lane's registers::
 
     contracted = step * 16 + half * 8 + lane_k * 2 + pair        free = column_tile * 8 + lane_n
 
 Fragments are numbered `step * (free size / 8) + column_tile`, and the number is cut into three fields, high to
-low: `slot` (place inside a 16-bit word, one of 16 / bits), `quad` (two values), `rep`. Words then lie in the order
-`[rep, lane_n, lane_k, quad, half, pair]`, so a lane's 16 bytes are eight consecutive words, two words that differ
+low: `lane_slot` (position inside a 16-bit word, one of 16 / bits), `quad` (two values), `rep`. Words are stored in the
+order `[rep, lane_n, lane_k, quad, half, pair]`, so a lane's 16 bytes are eight consecutive words, two words that differ
 in `pair` make one register, and one shift and mask of that register gives the operands of one fragment.
 
-Lane order keeps what one lane multiplies side by side, so that it is one 16-byte load too: factors along a free index
-lie in the order `[lane_n, column_tile]`, those along a contracted index in the order `[lane_k, step, half, pair]`.
+Lane order makes one lane's factors contiguous, so that they are one 16-byte load too: factors along a free index are
+stored in the order `[lane_n, column_tile]`, those along a contracted index in the order `[lane_k, step, half, pair]`.
 """
 
 from dataclasses import dataclass
@@ -40,13 +40,12 @@ from kvarn.presets import Preset
 HEAD_DIMS = (64, 128, 256)
 FLOAT16_BYTES = 2
 BYTES_PER_LANE_HALF = 8  # words [half, pair] of one (rep, lane, quad): the unit the CPU path moves
-PLANE_ELEMENTS = (
-    1 << 17
-)  # codes the CPU path widens at a time: 512 KiB in float32, to stay in a core's L2 cache
+# Codes the CPU path widens at a time: 512 KiB in float32, to stay in a core's L2 cache.
+PLANE_ELEMENTS = 1 << 17
 
 
 class Tile(NamedTuple):
-    """Codes and scales of tiles, any leading dims `...` (D = head_dim, G = group)."""
+    """Codes and scales of tiles with any leading dims `...` (D = head_dim, G = group)."""
 
     key_codes: Tensor  # [..., G, D] uint8
     key_scale: Tensor  # [..., D] float16
@@ -62,7 +61,7 @@ class Tile(NamedTuple):
 class CodeOrder:
     """Fragment order of one `contracted x free` matrix of codes (see the module docstring).
 
-    `slot`, `quad` and `rep` are fields of the fragment number; each may straddle the boundary between its
+    `lane_slot`, `quad` and `rep` are fields of the fragment number; each may straddle the boundary between its
     step bits (high) and its column-tile bits (low), so each splits into a step part and a column part.
     """
 
@@ -80,7 +79,7 @@ class CodeOrder:
 
     @cached_property
     def splits(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """(step, column) sizes of slot, quad and rep."""
+        """(step, column) sizes of lane_slot, quad and rep."""
         steps, columns = self.contracted // 16, self.free // 8
         sizes = []
         for size in (16 // self.bits, 2):
@@ -95,21 +94,25 @@ class CodeOrder:
         _, (step_quad, column_quad), (step_rep, column_rep) = self.splits
         return (step_rep, column_rep, 8, 4, step_quad, column_quad)
 
-    # Axes of word_shape with the free ones first: [column_quad, column_rep, lane_n, step_rep, lane_k, step_quad].
+    # Axes of `word_shape`, the free ones first: [column_quad, column_rep, lane_n, step_rep, lane_k, step_quad].
     FREE_FIRST: ClassVar[tuple[int, ...]] = (5, 1, 2, 0, 3, 4)
 
     @property
     def _place_sizes(self) -> tuple[int, int]:
         """(column, step) sizes of a code's place inside a byte; place = step * columns + column, lowest bits first."""
-        (step_slot, column_slot), _, _ = self.splits
-        return column_slot, step_slot // 2
+        (step_slots, column_slots), _, _ = self.splits
+        return column_slots, step_slots // 2
 
     @cached_property
     def _contracted_order(self) -> Tensor:
         """Natural contracted index at each position of a row of `_planes`, int64."""
-        (step_slot, _), (step_quad, _), (step_rep, _) = self.splits
+        (step_slots, _), (step_quads, _), (step_reps, _) = self.splits
+        # A natural index is, high to low, the step's [lane_slot, quad, rep], then [half, lane_k, pair]. The high bit
+        # of lane_slot selects the byte of a word, its other bits the place in that byte. In `_planes` the place comes
+        # first, since every mask makes a plane, and the byte last, since the bytes of a word are neighbors. Between
+        # them the axes are in stored order: those of `word_shape`, then those of an 8-byte unit.
         byte, place, quad, rep, half, lane_k, pair = range(7)
-        natural = torch.arange(self.contracted).view(2, step_slot // 2, step_quad, step_rep, 2, 4, 2)
+        natural = torch.arange(self.contracted).view(2, step_slots // 2, step_quads, step_reps, 2, 4, 2)
         return natural.permute(place, rep, lane_k, quad, half, pair, byte).reshape(-1)
 
     @cached_property
@@ -118,7 +121,7 @@ class CodeOrder:
 
     @cached_property
     def _masks(self) -> Tensor:
-        """[step places, column places, ...] int64, to go with `word_shape`: the bits of eight codes in eight bytes."""
+        """[step places, column places, ...] int64, for `word_shape`: the bits of eight codes in eight bytes."""
         columns, steps = self._place_sizes
         code = (1 << self.bits) - 1
         masks = torch.tensor([code << (self.bits * place) for place in range(self.codes_per_byte)])
@@ -127,12 +130,12 @@ class CodeOrder:
 
     @cached_property
     def _place_weight(self) -> Tensor:
-        """[step places, column places, 1, 1] float32: what a code of `_planes` must be multiplied by."""
+        """[step places, column places, 1, 1] float32: factors that turn `_planes` into codes."""
         columns, steps = self._place_sizes
         return torch.exp2(-self.bits * torch.arange(self.codes_per_byte)).view(steps, columns, 1, 1)
 
     def _planes(self, packed: Tensor) -> Tensor:
-        """Codes as they lie in their bytes, not shifted down: a mask on words of eight is all that takes.
+        """Mask out codes where they are in their bytes, without shifting: one AND for eight codes.
 
         Args:
             packed: [T, nbytes] uint8, contiguous in its last axis, 8-byte aligned.
@@ -151,7 +154,7 @@ class CodeOrder:
         return planes.view(torch.uint8).view(tiles, steps, columns, rows, width)
 
     def contract(self, weights: Tensor, packed: Tensor) -> Tensor:
-        """Weighted sums of codes, without putting them in natural order first.
+        """Return weighted sums of codes, without bringing them into natural order first.
 
         Args:
             weights: [T, M, contracted] float32 or float64.
@@ -175,7 +178,7 @@ class CodeOrder:
         return sums.transpose(1, 2).reshape(tiles, rows, self.free)
 
     def unpack_float(self, packed: Tensor) -> Tensor:
-        """Codes in natural order: [T, nbytes] uint8 -> [T, free, contracted] float32."""
+        """Unpack codes into natural order: [T, nbytes] uint8 -> [T, free, contracted] float32."""
         planes = (self._planes(packed) * self._place_weight).permute(0, 2, 3, 1, 4)
         codes = planes.reshape(packed.shape[0], self.free, self.contracted)
         return codes.index_select(-1, self._natural_order)
@@ -187,7 +190,7 @@ class CodeOrder:
         return codes.to(torch.uint8).view(*lead, self.free, self.contracted)
 
     def pack(self, codes: Tensor) -> Tensor:
-        """Codes [..., free, contracted] uint8 in natural order -> [..., nbytes] uint8."""
+        """Pack codes [..., free, contracted] uint8 in natural order -> [..., nbytes] uint8."""
         lead = codes.shape[:-2]
         tiles = lead.numel()
         columns, steps = self._place_sizes
@@ -204,7 +207,7 @@ class CodeOrder:
 
 @dataclass(frozen=True)
 class TileLayout:
-    """Sizes and byte offsets of a record of `preset` at `head_dim`.
+    """Sizes and byte offsets of the records of `preset` at `head_dim`.
 
     Raises:
         ValueError: if head_dim is not 64, 128 or 256.
@@ -265,7 +268,7 @@ class Offsets(NamedTuple):
 
 
 def free_to_lanes(x: Tensor) -> Tensor:
-    """Factors of a free index in natural order -> in lane order, along the last axis."""
+    """Reorder factors of a free index from natural to lane order, along the last axis."""
     return torch.unflatten(x, -1, (-1, 8)).transpose(-1, -2).flatten(-2)
 
 
@@ -275,7 +278,7 @@ def lanes_to_free(x: Tensor) -> Tensor:
 
 
 def contracted_to_lanes(x: Tensor) -> Tensor:
-    """Factors of a contracted index in natural order -> in lane order, along the last axis."""
+    """Reorder factors of a contracted index from natural to lane order, along the last axis."""
     return torch.unflatten(x, -1, (-1, 2, 4, 2)).movedim(-2, -4).flatten(-4)
 
 
@@ -285,7 +288,7 @@ def lanes_to_contracted(x: Tensor) -> Tensor:
 
 
 def pack(tile: Tile, layout: TileLayout) -> Tensor:
-    """Records of tiles: fields with leading dims `...` -> [..., layout.nbytes] uint8.
+    """Pack tiles into records: fields with leading dims `...` -> [..., layout.nbytes] uint8.
 
     Raises:
         ValueError: if the codes are not [..., group, head_dim] of the layout.

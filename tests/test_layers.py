@@ -112,3 +112,13 @@ def test_folders_stay_small() -> None:
 def test_file_names_are_unique() -> None:
     names = Counter(path.name for path in sources("kvarn", "serve_app") if not path.name.startswith("__"))
     assert {name for name, count in names.items() if count > 1} == SIBLINGS
+
+
+def test_class_names_are_unique() -> None:
+    names = Counter(
+        node.name
+        for path in sources("kvarn", "serve_app")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert {name for name, count in names.items() if count > 1} == set()

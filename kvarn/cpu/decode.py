@@ -1,11 +1,11 @@
 """Decode attention on a CPU: one query token per request over raw tiles and records.
 
-Keys and values are rotated (`store.rotate`) before anything else and stay rotated in the cache and the side pool.
-Queries come in as the model makes them and results go out un-rotated. R = requests, N = tokens, Hq = query heads,
-H = KV heads, D = head_dim, G = tokens per tile; tile t of a sequence holds its tokens t * G .. t * G + G - 1.
+Keys and values are rotated (`store.rotate`) first and stay rotated in the cache and the side pool. Queries arrive and
+results leave un-rotated. R = requests, N = tokens, Hq = query heads, H = KV heads, D = head_dim, G = tokens per tile;
+tile t of a sequence holds its tokens t * G .. t * G + G - 1.
 
-The read rule: a query reads its own tile raw (side pool or the current chunk), tile 0 raw where a sink slot keeps
-it, and every other tile from its record.
+The read rule: a query reads its own tile raw (side pool or the current chunk), tile 0 raw if it has a sink slot, and
+every other tile from its record.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ WORKSPACE_ELEMENTS = 1 << 21  # codes unpacked to float32 at a time: 8 MiB, smal
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Which raw tiles and which records one decode step reads, the same in every layer; made by `plan_decode`.
+    """The raw tiles and records that one decode step reads, the same in every layer; made by `plan_decode`.
 
     R requests read S >= R raw tiles and P records.
 
@@ -48,7 +48,7 @@ class DecodePlan:
 def plan_decode(
     block_table: np.ndarray, seq_lens: np.ndarray, tail_slots: np.ndarray, sink_slots: np.ndarray, group: int
 ) -> DecodePlan:
-    """Applies the read rule to one new token per request, at position seq_lens - 1.
+    """Apply the read rule to one new token per request, at position seq_lens - 1.
 
     Args:
         block_table: [R, W] integer; entries from a sequence's last tile on are never read.
@@ -96,7 +96,7 @@ def _int64(x: np.ndarray) -> Tensor:
 def decode(
     query: Tensor, cache: Tensor, pool: Tensor, plan: DecodePlan, scale: float, layout: TileLayout
 ) -> Tensor:
-    """Attention of one new token per request.
+    """Attend one new token per request.
 
     Args:
         query: [R, Hq, D] float32, bfloat16 or float16, not rotated.
@@ -126,8 +126,8 @@ def decode(
     partials = [_attend_slots(raw_query, pool, plan.raw_slots, plan.raw_written)]
     step = max(1, WORKSPACE_ELEMENTS // (heads * layout.group * head_dim))
     for start in range(0, len(plan.blocks), step):
-        part = slice(start, start + step)
-        partials.append(_attend_records(record_query[part], cache, plan.blocks[part], layout))
+        chunk = slice(start, start + step)
+        partials.append(_attend_records(record_query[chunk], cache, plan.blocks[chunk], layout))
 
     output = _combine(partials, plan.requests, requests)
     return unrotate(output).view(requests, query_heads, head_dim).to(query.dtype)
@@ -136,27 +136,27 @@ def decode(
 class _Partial(NamedTuple):
     """Softmax over one tile each: P (request, tile) pairs, M query heads per KV head."""
 
-    top: Tensor  # [P, H, M] largest score
-    total: Tensor  # [P, H, M] sum of exp(score - top)
-    weighted: Tensor  # [P, H, M, D] sum of exp(score - top) * value
+    m: Tensor  # [P, H, M] largest score
+    l: Tensor  # [P, H, M] sum of exp(score - m)
+    acc: Tensor  # [P, H, M, D] sum of exp(score - m) * value
 
 
 def _attend_slots(query: Tensor, pool: Tensor, slots: Tensor, written: Tensor) -> _Partial:
-    """Attention over the rows of raw slots [S] that are `written` [S, F]; query [S, H, M, D] rotated and scaled."""
+    """Attend the rows of raw slots [S] that are `written` [S, F]; query [S, H, M, D] rotated and scaled."""
     key, value = pool.index_select(0, slots)[:, :, :, : written.shape[1]].unbind(1)
-    # Rows not written yet may hold anything, NaN included: all their bits are cleared, which is cheaper than a fill.
-    # Those of keys may stay, since their scores are replaced.
+    # Rows not written yet may hold anything, NaN included. Clearing the bits of values is cheaper than a fill; keys may
+    # stay as they are, since their scores are replaced.
     value = (value.view(torch.int16) & -written[:, None, :, None].to(torch.int16)).view(torch.float16)
     key, value = key.to(query.dtype), value.to(query.dtype)
     scores = (query @ key.transpose(-1, -2)).masked_fill_(~written[:, None, None, :], -torch.inf)
-    top, probabilities, total = _softmax_parts(scores)
-    return _Partial(top, total, probabilities @ value)
+    m, p, l = _softmax_parts(scores)
+    return _Partial(m, l, p @ value)
 
 
 def _attend_records(query: Tensor, cache: Tensor, blocks: Tensor, layout: TileLayout) -> _Partial:
-    """Attention over whole records of `blocks` [P]; query [P, H, M, D] rotated and scaled.
+    """Attend whole records of `blocks` [P]; query [P, H, M, D] rotated and scaled.
 
-    Nothing is dequantized: scales and zeros go into the query, the scores and the probabilities.
+    Nothing is dequantized: scales and zeros are folded into the query, the scores and the probabilities.
     """
     pairs, heads, rows, head_dim = query.shape
     fields = RecordFields.of(
@@ -168,34 +168,32 @@ def _attend_records(query: Tensor, cache: Tensor, blocks: Tensor, layout: TileLa
     scores = layout.key_order.contract(query * fields.key_scale[:, None, :], fields.key_codes)
     scores = scores.add_(bias).mul_(fields.key_token_scale[:, None, :])
 
-    top, probabilities, total = _softmax_parts(scores)
-    bias = probabilities @ fields.value_zero[:, :, None]
-    weighted = layout.value_order.contract(probabilities * fields.value_scale[:, None, :], fields.value_codes)
-    weighted = weighted.add_(bias).mul_(fields.value_channel_scale[:, None, :])
+    m, p, l = _softmax_parts(scores)
+    bias = p @ fields.value_zero[:, :, None]
+    acc = layout.value_order.contract(p * fields.value_scale[:, None, :], fields.value_codes)
+    acc = acc.add_(bias).mul_(fields.value_channel_scale[:, None, :])
     return _Partial(
-        top.view(pairs, heads, rows),
-        total.view(pairs, heads, rows),
-        weighted.view(pairs, heads, rows, head_dim),
+        m.view(pairs, heads, rows), l.view(pairs, heads, rows), acc.view(pairs, heads, rows, head_dim)
     )
 
 
 def _softmax_parts(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(top, exp(scores - top), its sum) over the last axis; overwrites `scores`."""
-    top = scores.amax(-1)
-    probabilities = scores.sub_(top[..., None]).exp_()
-    return top, probabilities, probabilities.sum(-1)
+    """Return (m, p, l): the maximum, exp(scores - m) and its sum over the last axis; overwrites `scores`."""
+    m = scores.amax(-1)
+    p = scores.sub_(m[..., None]).exp_()
+    return m, p, p.sum(-1)
 
 
 def _combine(partials: list[_Partial], requests: Tensor, count: int) -> Tensor:
-    """Joins softmax parts of the pairs that belong to the same request: -> [count, H, M, D]."""
-    top, total, weighted = (torch.cat(field) for field in zip(*partials, strict=True))
-    most = top.new_full((count, *top.shape[1:]), -torch.inf)
-    most.scatter_reduce_(0, requests[:, None, None].expand_as(top), top, "amax")
-    share = (top - most[requests]).exp_()
-    total = torch.zeros_like(most).index_add_(0, requests, total * share)
-    joined = weighted.new_zeros(count, *weighted.shape[1:])
-    joined.index_add_(0, requests, weighted.mul_(share[..., None]))
-    return joined.div_(total[..., None])
+    """Combine the partial softmaxes of each of `count` requests: -> [count, H, M, D]."""
+    tile_m, tile_l, tile_acc = (torch.cat(field) for field in zip(*partials, strict=True))
+    m = tile_m.new_full((count, *tile_m.shape[1:]), -torch.inf)
+    m.scatter_reduce_(0, requests[:, None, None].expand_as(tile_m), tile_m, "amax")
+    alpha = (tile_m - m[requests]).exp_()
+    l = torch.zeros_like(m).index_add_(0, requests, tile_l * alpha)
+    acc = tile_acc.new_zeros(count, *tile_acc.shape[1:])
+    acc.index_add_(0, requests, tile_acc.mul_(alpha[..., None]))
+    return acc.div_(l[..., None])
 
 
 def _check_integers(name: str, x: np.ndarray, shape: tuple[int | None, ...]) -> None:

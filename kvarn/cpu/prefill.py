@@ -1,11 +1,11 @@
 """Prefill attention on a CPU: one request's chunk over raw tiles and dequantized records.
 
-Keys and values are rotated (`store.rotate`) before anything else and stay rotated in the cache and the side pool.
-Queries come in as the model makes them and results go out un-rotated. R = requests, N = tokens, Hq = query heads,
-H = KV heads, D = head_dim, G = tokens per tile; tile t of a sequence holds its tokens t * G .. t * G + G - 1.
+Keys and values are rotated (`store.rotate`) first and stay rotated in the cache and the side pool. Queries arrive and
+results leave un-rotated. R = requests, N = tokens, Hq = query heads, H = KV heads, D = head_dim, G = tokens per tile;
+tile t of a sequence holds its tokens t * G .. t * G + G - 1.
 
-The read rule: a query reads its own tile raw (side pool or the current chunk), tile 0 raw where a sink slot keeps
-it, and every other tile from its record.
+The read rule: a query reads its own tile raw (side pool or the current chunk), tile 0 raw if it has a sink slot, and
+every other tile from its record.
 """
 
 import torch
@@ -33,10 +33,10 @@ def prefill(
     scale: float,
     layout: TileLayout,
 ) -> Tensor:
-    """Attention of one request's chunk of N >= 0 tokens at positions start .. start + N - 1.
+    """Attend one request's chunk of N >= 0 tokens at positions start .. start + N - 1.
 
-    Tiles the chunk fills are quantized into the cache before the call. Which tile is read raw depends on positions
-    and on `sink_slot` only, never on where chunks begin or end.
+    The caller quantizes the tiles that the chunk fills into the cache first. Which tile is read raw depends only on
+    positions and on `sink_slot`, never on where chunks begin or end.
 
     Args:
         query: [N, Hq, D] float32, bfloat16 or float16, not rotated.
@@ -47,7 +47,7 @@ def prefill(
         block_table: [W] int32; entries from the chunk's last tile on are never read.
         start: tokens before the chunk.
         tail_slot: slot that holds the first start % G rows of the chunk's first tile; -1 when there are none.
-        sink_slot: slot of tile 0, or -1 to read its record. Not read while the chunk or the tail holds tile 0.
+        sink_slot: slot of tile 0, or -1 to read its record. Ignored while the chunk or the tail holds tile 0.
         scale: softmax scale.
         layout: the records' layout.
 
@@ -99,14 +99,14 @@ def prefill(
 
 
 class _Attention:
-    """Attention output of N tokens built up from disjoint parts of their context, joined by log-sum-exp."""
+    """Attention output of N tokens, accumulated over disjoint parts of their context by log-sum-exp."""
 
     def __init__(self, output: Tensor, lse: Tensor) -> None:
         self.output = output  # [H, M, N, D]
         self.lse = lse  # [H, M, N]
 
     def add(self, query: Tensor, context: Tensor, rows: slice, hidden: Tensor | None, scale: float) -> None:
-        """Joins `context` [2, H, C, D] into the given rows of query [H, M, N, D]; hidden [rows, C] or None."""
+        """Attend `context` [2, H, C, D] with the given rows of query [H, M, N, D]; hidden [rows, C] or None."""
         output, lse = _flash(query[None, :, :, rows], context[0][None], context[1][None], hidden, scale)
         joined = torch.logaddexp(self.lse[..., rows], lse[0])
         kept = (self.lse[..., rows] - joined).exp_()[..., None]
@@ -118,7 +118,7 @@ class _Attention:
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(output, log-sum-exp) of attention; the M query heads of a KV head are stacked as rows.
+    """Return (output, log-sum-exp) of attention, with the M query heads of a KV head stacked as rows.
 
     query [B, H, M, N, D], key and value [B, H, C, D], hidden [N, C] bool -> [B, H, M, N, D], [B, H, M, N].
     """
@@ -135,7 +135,7 @@ def _flash(
 
 
 def _raw_tiles(key: Tensor, value: Tensor, pool: Tensor, offset: int, tail_slot: int) -> Tensor:
-    """The chunk's tiles in float32, zero where it does not reach: -> [2, T, H, G, D].
+    """Return the chunk's tiles in float32, zero outside the chunk: -> [2, T, H, G, D].
 
     The first `offset` rows of the first tile come from the tail slot.
     """

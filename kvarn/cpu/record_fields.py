@@ -1,4 +1,4 @@
-"""Tile records as torch sees them: views of their fields, and whole tiles dequantized."""
+"""Tile records in torch: views of their fields, and dequantization of whole tiles."""
 
 from __future__ import annotations
 
@@ -40,18 +40,17 @@ class RecordFields(NamedTuple):
 
 
 def _e4m3_to_float32(bits: Tensor) -> Tensor:
-    """uint8 bits of finite float8_e4m3fn -> float32.
+    """Convert uint8 bits of finite float8_e4m3fn to float32.
 
-    Exponent and mantissa shifted into a float16 read 2^-8 of the value: much faster on a CPU than torch's conversion.
+    Exponent and mantissa shifted into a float16 are 2^-8 of the value: much faster on a CPU than torch's conversion.
     """
-    shifted = (
-        bits.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
-    )  # leaves a copy of the sign in bit 14
+    # The shift leaves a copy of the sign in bit 14.
+    shifted = bits.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
     return shifted.bitwise_and_(~0x4000).view(torch.float16).float().mul_(256.0)
 
 
 def dequantize(records: Tensor, layout: TileLayout, dtype: torch.dtype) -> Tensor:
-    """Records [T, H, nbytes] -> keys and values [2, T, H, G, D] of `dtype`."""
+    """Dequantize records [T, H, nbytes] -> keys and values [2, T, H, G, D] of `dtype`."""
     tiles, heads, _ = records.shape
     fields = RecordFields.of(records.view(tiles * heads, layout.nbytes), layout, dtype)
     flat = torch.empty(2, tiles * heads, layout.group, layout.head_dim, dtype=dtype)

@@ -1,7 +1,6 @@
-"""Storing on a CPU: rotation, raw tokens into the side pool, filled tiles into records.
+"""Cache writes on a CPU: rotation, raw tokens into the side pool, filled tiles into records.
 
-Keys and values are rotated (`store.rotate`) before anything else and stay rotated in the cache and the side pool.
-Queries come in as the model makes them and results go out un-rotated. R = requests, N = tokens, Hq = query heads,
+Keys and values are rotated (`store.rotate`) first and stay rotated in the cache and the side pool. N = tokens,
 H = KV heads, D = head_dim, G = tokens per tile; tile t of a sequence holds its tokens t * G .. t * G + G - 1.
 """
 
@@ -15,7 +14,7 @@ from kvarn.tile import TileLayout
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Orthonormal Hadamard rotation along the last axis, saturated to +-65504.
+    """Apply the orthonormal Hadamard rotation along the last axis, saturating at +-65504.
 
     Args:
         x: [..., D] float, D a power of two.
@@ -32,22 +31,22 @@ def unrotate(x: Tensor) -> Tensor:
 
 
 def widen(x: Tensor) -> Tensor:
-    """The dtype arithmetic on a model's tensors runs in: float64 for a float32 model, else float32.
+    """Convert to the dtype that arithmetic runs in: float64 for a float32 model, else float32.
 
-    A float64 result rounded to float32 does not depend on how rows were grouped; see
+    A float64 result rounded to float32 does not depend on how rows were batched; see
     docs/decisions/0011-exactness-is-bitwise.md.
     """
     return x.double() if x.dtype == torch.float32 else x.float()
 
 
 def append(pool: Tensor, key: Tensor, value: Tensor, slot_rows: Tensor) -> None:
-    """Writes tokens into their slots of the side pool.
+    """Write tokens into their side-pool slots.
 
     Args:
         pool: [S, 2, H, G, D] float16, keys at index 0 of axis 1 and values at index 1; written in place.
         key: [N, H, D] float16, rotated.
         value: [N, H, D] float16, rotated.
-        slot_rows: [N] int64, slot * G + offset within the tile; negative for a token no slot keeps.
+        slot_rows: [N] int64, slot * G + offset within the tile; negative for a token without a slot.
 
     Raises:
         ValueError: if a shape or dtype is not as above.
@@ -64,7 +63,7 @@ def append(pool: Tensor, key: Tensor, value: Tensor, slot_rows: Tensor) -> None:
 
 
 def quantize_tiles(cache: Tensor, key: Tensor, value: Tensor, blocks: Tensor, layout: TileLayout) -> None:
-    """Writes the records of filled tiles.
+    """Write the records of filled tiles.
 
     Args:
         cache: [B, H, layout.nbytes] uint8; written in place.

@@ -1,4 +1,4 @@
-"""Where the tokens of a decode step go and what they read, found on the device from block tables and the slot map."""
+"""Planning of a decode step on the device: the slots its tokens are written to and read from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvarn.checks import check_packed, check_queries, check_rows
+from kvarn.checks import check_decode_batch, check_packed
 
 ROWS_PER_PROGRAM = 128
 
@@ -90,38 +90,37 @@ def plan_decode(
     queries: int = 1,
     query_start: Tensor | None = None,
 ) -> None:
-    """Plans the newest tokens of each request: one, or in a speculative step up to `queries`.
+    """Plan the newest tokens of each request: one, or in a speculative step up to `queries`.
 
     Args:
         block_table: [R, W] int32.
         seq_lens: [R] int32, tokens including the new ones; 0 for a row that pads the batch.
-        slot_of: [blocks] int32, slot of each block or -1; blocks beyond its end have none.
+        slot_of: [blocks] int32, slot of each block or -1; blocks past its end have none.
         group: tokens per tile.
-        first_slots, tail_slots, sink_slots: [R] int32, slots of the tiles that the first and the last new token are
-            in, and of tile 0, or -1; written.
-        fill_blocks: [R] int32, the block whose tile the tokens fill, which lies in the slot of `first_slots`, or -1;
+        first_slots, tail_slots, sink_slots: [R] int32, slots of the tiles of the first and the last new token, and of
+            tile 0, or -1; written.
+        fill_blocks: [R] int32, the block whose tile the tokens fill (its raw rows are in `first_slots`), or -1;
             written.
-        slot_rows: [N] int32, slot * group + row each token goes to, or -1; written where a request has a token.
-        page_rows: [N] int32, -1: decode uses no pages; written likewise.
-        queries: the most query tokens of a request, 1 to 16.
-        query_start: [R + 1] int32, first query token of each request, with more than one query to a request.
+        slot_rows: [N] int32, slot * group + row of each token, or -1; written where a request has a token.
+        page_rows: [N] int32, -1, since decode uses no pages; written where a request has a token.
+        queries: maximum query tokens per request, 1 to 16.
+        query_start: [R + 1] int32, first query token of each request; required if `queries` > 1.
 
     Raises:
         ValueError: if a shape, stride or dtype is not as above.
     """
-    rows = seq_lens.shape[0]
-    check_rows("block_table", block_table, (rows, None), torch.int32)
-    check_packed("seq_lens", seq_lens, (None,), torch.int32)
     check_packed("slot_of", slot_of, (None,), torch.int32)
-    of_requests = {
-        "first_slots": first_slots,
-        "tail_slots": tail_slots,
-        "sink_slots": sink_slots,
-        "fill_blocks": fill_blocks,
-    }
-    for name, x in of_requests.items():
-        check_packed(name, x, (rows,), torch.int32)
-    query_start = check_queries(queries, query_start, rows)
+    query_start = check_decode_batch(
+        block_table,
+        seq_lens,
+        queries,
+        query_start,
+        first_slots=first_slots,
+        tail_slots=tail_slots,
+        sink_slots=sink_slots,
+        fill_blocks=fill_blocks,
+    )
+    rows = seq_lens.shape[0]
     tokens = rows if query_start is None else slot_rows.shape[0]
     check_packed("slot_rows", slot_rows, (tokens,), torch.int32)
     check_packed("page_rows", page_rows, (tokens,), torch.int32)
@@ -143,4 +142,27 @@ def plan_decode(
             QUERIES=queries,
             G=group,
             BLOCK=ROWS_PER_PROGRAM,
+        )
+
+
+def warm_up(group: int, query_counts: list[int], device: torch.device) -> None:
+    """Compile `plan_decode` for each of `query_counts`, by launching it on a request without tokens."""
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    query_start = torch.zeros(2, dtype=torch.int32, device=device)
+    none = torch.full_like(zero, -1)
+    for queries in query_counts:
+        first, tail, sink, fill, slot_rows, page_rows = (torch.empty_like(zero) for _ in range(6))
+        plan_decode(
+            zero[:, None],
+            zero,
+            none,
+            group,
+            first,
+            tail,
+            sink,
+            fill,
+            slot_rows,
+            page_rows,
+            queries,
+            query_start,
         )

@@ -1,4 +1,4 @@
-"""What is measured ahead for a GPU model: `kvarn bench tune` prints the line of `TUNED` for another."""
+"""Launch settings tuned per GPU model; `kvarn bench tune` prints the entry of `TUNED` for the GPU it runs on."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """How kernels are launched.
+    """Settings that depend on the GPU model.
 
     Attributes:
-        decode_parts: parts of attention that one multiprocessor computes at once; sequences are cut to fill them.
-        quantize_registers: the most a thread of `quantize_tiles` may take.
+        decode_parts: decode programs per multiprocessor; sequences are split to fill them.
+        quantize_registers: maximum registers per thread of the kernel that quantizes tiles.
     """
 
     decode_parts: int
@@ -27,5 +27,5 @@ TUNED = {"NVIDIA H200": LaunchSettings(decode_parts=8, quantize_registers=128)}
 
 @lru_cache
 def settings_for(device: torch.device) -> LaunchSettings:
-    """The settings of `device`'s model; `SAFE` ones for a model nobody has tuned, and for none."""
+    """Return the settings tuned for `device`'s model, or `SAFE` for any other model and for a CPU."""
     return TUNED.get(torch.cuda.get_device_name(device), SAFE) if device.type == "cuda" else SAFE

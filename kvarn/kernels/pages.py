@@ -1,4 +1,4 @@
-"""Records read back into fp16 pages, for prefill: earlier tiles of a prompt as a paged attention kernel takes them."""
+"""Dequantization of records into fp16 pages, so that prefill can use a paged attention kernel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _fill_pages(
     Pages,  # [2, P, G, H, D] float16
     Entries,  # [3, T] int32: page to fill, block to read, slot to read instead or -1
     entries,
-    value_pages,  # elements from a key's place in Pages to its value's
+    value_pages,  # elements from a key in Pages to its value
     H: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
@@ -79,7 +79,7 @@ def _fill_pages(
 
 
 def fill_pages(cache: Tensor, pool: Tensor, pages: Tensor, entries: Tensor, layout: TileLayout) -> None:
-    """Fills pages with tiles read back from records, or from slots that keep them raw.
+    """Fill pages with tiles from records, or from slots that keep them raw.
 
     Args:
         cache: [B, H, layout.nbytes] uint8 records.
@@ -108,3 +108,10 @@ def fill_pages(cache: Tensor, pool: Tensor, pages: Tensor, entries: Tensor, layo
             **record_constants(layout),
             num_warps=4,
         )
+
+
+def warm_up(pool: Tensor, pages: Tensor, layout: TileLayout) -> None:
+    """Compile this module's kernel, by filling page 0 from an empty record."""
+    cache = torch.zeros(1, pool.shape[2], layout.nbytes, dtype=torch.uint8, device=pool.device)
+    entries = torch.tensor([[0], [0], [-1]], dtype=torch.int32, device=pool.device)
+    fill_pages(cache, pool, pages, entries, layout)

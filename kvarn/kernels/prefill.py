@@ -1,5 +1,8 @@
-"""Attention over pages, for prefill, where FlashAttention 3 is not available: every query tile is a sequence of its own
-whose last page holds its own tile raw and whose other pages hold what the read rule says."""
+"""Prefill attention over pages, where FlashAttention 3 is not available.
+
+Every query tile is a sequence of its own, whose last page holds its own tile raw and whose other pages follow the read
+rule.
+"""
 
 from __future__ import annotations
 
@@ -46,21 +49,21 @@ def _attend_pages(
     q = tl.load(Query + at, mask=row[:, None] < last, other=0.0)
     position = key_len - last + row
     acc = tl.zeros([BLOCK, D], tl.float32)
-    top = tl.full([BLOCK], -1e30, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    m = tl.full([BLOCK], -1e30, tl.float32)
+    l = tl.zeros([BLOCK], tl.float32)
     for index in range(0, tl.cdiv(key_len, G)):
         page = tl.load(PageTable + tile * table_stride + index).to(tl.int64)
         source = Pages + (page * G * H + head // PER_HEAD) * D + token[:, None] * (H * D) + channel[None, :]
         visible = (index * G + token)[None, :] <= position[:, None]
         score = tl.dot(q, tl.trans(tl.load(source))) * scale_log2
         score = tl.where(visible, score, -1e30)
-        new_top = tl.maximum(top, tl.max(score, 1))
-        p, fade = tl.exp2(score - new_top[:, None]), tl.exp2(top - new_top)
+        m_new = tl.maximum(m, tl.max(score, 1))
+        p, alpha = tl.exp2(score - m_new[:, None]), tl.exp2(m - m_new)
         p = tl.where(visible, p, 0.0)
-        total, top = total * fade + tl.sum(p, 1), new_top
+        l, m = l * alpha + tl.sum(p, 1), m_new
         value = tl.load(source + value_pages, mask=(index * G + token)[:, None] < key_len, other=0.0)
-        acc = tl.dot(p.to(tl.float16), value, acc * fade[:, None])
-    tl.store(Out + at, (acc / total[:, None]).to(tl.float16), mask=row[:, None] < last)
+        acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])
+    tl.store(Out + at, (acc / l[:, None]).to(tl.float16), mask=row[:, None] < last)
 
 
 def attend_pages(
@@ -72,14 +75,14 @@ def attend_pages(
     scale: float,
     out: Tensor,
 ) -> None:
-    """Causal attention of query tiles over their pages.
+    """Attend query tiles over their pages, causally.
 
     Args:
         query: [N, Hq, D] float16, rotated.
         pages: [2, P, G, H, D] float16, keys and values, rotated.
         first_query: [T + 1] int32, first token of each query tile; a tile has at most G tokens.
         key_lens: [T] int32, tokens up to and including each tile's last query.
-        page_table: [T, W] int32, the page of each of a query tile's key tiles; the last holds its own tile.
+        page_table: [T, W] int32, pages of a query tile's key tiles; the last is its own tile.
         scale: softmax scale.
         out: [N, Hq, D] float16, rotated; written.
 
@@ -113,3 +116,10 @@ def attend_pages(
             BLOCK=64,
             num_warps=4,
         )
+
+
+def warm_up(query: Tensor, pages: Tensor) -> None:
+    """Compile this module's kernel, by attending one token of `query` [N, Hq, D] float16 over page 0."""
+    zero_and_one = torch.arange(2, dtype=torch.int32, device=query.device)
+    one, page_table = torch.ones_like(zero_and_one[:1]), torch.zeros_like(zero_and_one[:1, None])
+    attend_pages(query[:1], pages, zero_and_one, one, page_table, 1.0, torch.empty_like(query[:1]))

@@ -1,7 +1,8 @@
-"""Records of tiles that filled: balance variances, round, pack. References: `kvarn.reference.variance_norm`, `codec`.
+"""Quantization of filled tiles into records: balance variances, round, pack.
 
-A program takes one matrix (keys or values of one tile and head). It holds it twice in registers, by rows and by
-columns, as operands of tensor cores: the weighted sums of a round of balancing are dots with a vector.
+The references are `kvarn.reference.variance_norm` and `codec`. A program quantizes one matrix: keys or values of
+one tile and head. It keeps the matrix in registers twice, by rows and by columns, as operands of tensor cores:
+the weighted sums of a round of balancing are dots with a vector.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from kvarn.kernels.records import (
     contracted_place,
     from_e4m3,
     in_record_order,
+    lane_slot_indices,
     no_words,
     record_constants,
     row_place,
-    slot_indices,
     to_e4m3,
     to_float16,
 )
 from kvarn.reference import rtn, variance_norm
 from kvarn.tile import TileLayout
 
-ELEMENTS_PER_WARP = 2048  # of a tile: 64 registers a thread hold it twice, by rows and by columns, in float16
-FEWEST_WARPS = 4
-LARGEST_WEIGHT = tl.constexpr(255.0)  # whose square float16 holds
+# Of a tile: 64 registers per thread hold them twice, by rows and by columns, in float16.
+ELEMENTS_PER_WARP = 2048
+MIN_WARPS = 4
+MAX_WEIGHT = tl.constexpr(255.0)  # its square is representable in float16
 ITERATIONS = tl.constexpr(variance_norm.ITERATIONS)
 PROGRESS = tl.constexpr(variance_norm.PROGRESS)
 FLAT_SQUARED = tl.constexpr(variance_norm.FLAT**2)
@@ -53,17 +55,17 @@ def _widen_ranges(low, high, other_low, other_high):
 
 @triton.jit
 def _row_sums(x):
-    """Sums of x and of its squares along the last axis, in one exchange between threads."""
-    if INTERPRETED:  # it reduces pairs element by element, far too slowly
-        total, squares = tl.sum(x, 1), tl.sum(x * x, 1)
+    """Sum x and its squares along the last axis, in one exchange between threads."""
+    if INTERPRETED:  # the interpreter reduces pairs element by element, far too slowly
+        sums, squares = tl.sum(x, 1), tl.sum(x * x, 1)
     else:
-        total, squares = tl.reduce((x, x * x), 1, _add_pairs)
-    return total, squares
+        sums, squares = tl.reduce((x, x * x), 1, _add_pairs)
+    return sums, squares
 
 
 @triton.jit
 def _range(low, high, axis: tl.constexpr):
-    """Minimum of `low` and maximum of `high` along `axis`, in one exchange between threads."""
+    """Return the minimum of `low` and the maximum of `high` along `axis`, in one exchange between threads."""
     if INTERPRETED:
         lowest, highest = tl.min(low, axis), tl.max(high, axis)
     else:
@@ -73,13 +75,13 @@ def _range(low, high, axis: tl.constexpr):
 
 @triton.jit
 def _power_of_two(x):
-    """Largest power of two that does not exceed x, a normal number > 0."""
+    """Round x, a normal number > 0, down to a power of two."""
     return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _inverse(x):
-    """1 / x to the last bit or two, x normal: without the range checks of a division."""
+    """Return 1 / x to the last bit or two, x normal, without the range checks of a division."""
     if INTERPRETED:
         y = 1.0 / x
     else:
@@ -91,7 +93,7 @@ def _inverse(x):
 
 @triton.jit
 def _root(x):
-    """Square root to the last bit or two, x normal or 0."""
+    """Return the square root to the last bit or two, x normal or 0."""
     if INTERPRETED:
         y = tl.sqrt(x)
     else:
@@ -103,13 +105,13 @@ def _root(x):
 
 @triton.jit
 def _std_range(std, moves):
-    """Smallest and largest standard deviation of those that move; infinity and 0 where none does."""
+    """Return the smallest and largest standard deviation where `moves`; infinity and 0 if nothing does."""
     return _range(tl.where(moves, std, float("inf")), tl.where(moves, std, 0.0), 0)
 
 
 @triton.jit
 def _operand(weight):
-    """[N] float32 -> [N, 8] float16 whose columns sum to it: what float16 rounds away goes to the second."""
+    """Split [N] float32 into [N, 8] float16 columns that sum to it: the second has what rounding the first lost."""
     column = tl.arange(0, 8)[None, :]
     high = weight.to(tl.float16)
     low = (weight - high.to(tl.float32)).to(tl.float16)
@@ -118,15 +120,15 @@ def _operand(weight):
 
 @triton.jit
 def _weighted_sums(x, weight):
-    """Sums of the rows of x [M, N] float16 * weight [N] float32."""
+    """Sum the rows of x [M, N] float16 * weight [N] float32."""
     return tl.sum(tl.dot(x, _operand(weight)), 1)
 
 
 @triton.jit
 def _weighted_std(x, weight, nothing):
-    """Standard deviations of the rows of x [M, N] float16 * weight [N] float32.
+    """Return the standard deviations of the rows of x [M, N] float16 * weight [N] float32.
 
-    `nothing` is 0: it is there so that compilers do not keep the squares from round to round, for lack of registers.
+    `nothing` is 0. It keeps compilers from holding the squares from round to round, for which registers do not suffice.
     """
     count: tl.constexpr = 1.0 / x.shape[1]
     squares = tl.fma(x, x, tl.zeros_like(x) + nothing)
@@ -137,7 +139,10 @@ def _weighted_std(x, weight, nothing):
 
 @triton.jit
 def _moments(x):
-    """Mean squares of the rows of x [M, N], standard deviations, and where not flat; see `variance_norm._std`."""
+    """Return mean squares and standard deviations of the rows of x [M, N], and which are not flat.
+
+    See `variance_norm._std`.
+    """
     count: tl.constexpr = 1.0 / x.shape[1]
     mean, mean_square = _row_sums(x.to(tl.float32))
     mean, mean_square = mean * count, mean_square * count
@@ -148,8 +153,8 @@ def _moments(x):
 
 @triton.jit
 def _in_rows(x):
-    """x [M, N] float16, unchanged, as the result of a dot, whose layout gives each thread long pieces of few rows: row
-    sums then cost two shuffles, and the first operand of another dot none."""
+    """Return x [M, N] float16 unchanged, in the layout of a dot's result, which gives each thread long pieces of few
+    rows: row sums then cost two shuffles, and the first operand of another dot none."""
     if INTERPRETED:
         y = x
     else:
@@ -161,9 +166,9 @@ def _in_rows(x):
 
 @triton.jit
 def _balance(x):
-    """Balances the standard deviations of the rows and columns of x [M, N] float16; see `variance_norm.normalize`.
+    """Balance the standard deviations of the rows and columns of x [M, N] float16; see `variance_norm.normalize`.
 
-    Works on x over powers of two that bring all rows and columns near unit magnitude, where float16 dots are
+    x is first divided by powers of two that bring all rows and columns near unit magnitude, where float16 dots are
     accurate.
 
     Returns:
@@ -186,7 +191,7 @@ def _balance(x):
     column_unit = _power_of_two(tl.maximum(_root(column_square), 2.0**-11))
     to_column = _inverse(column_unit).to(tl.float16)
     across, unit = across * to_column[:, None], x * to_row[:, None] * to_column[None, :]
-    # Column scales carry the magnitude of all, and weights stay near 1.
+    # Column scales carry the common magnitude, so that weights stay near 1.
     common = _power_of_two(tl.maximum(_root(tl.sum(row_square, 0) * (1.0 / x.shape[0])), 2.0**-15))
     row_unit, column_unit = row_unit * _inverse(common), column_unit * common
 
@@ -196,10 +201,10 @@ def _balance(x):
     while iteration < ITERATIONS:
         nothing = (best * 0.0).to(tl.float16)
         column_scale = tl.where(column_moves, column_scale * column_std, column_scale)
-        inverse = tl.minimum(_inverse(column_scale), LARGEST_WEIGHT)
+        inverse = tl.minimum(_inverse(column_scale), MAX_WEIGHT)
         row_std = _weighted_std(unit, inverse, nothing)
         row_scale = tl.where(row_moves, row_std, row_scale)
-        column_std = _weighted_std(across, tl.minimum(_inverse(row_scale), LARGEST_WEIGHT), nothing) * inverse
+        column_std = _weighted_std(across, tl.minimum(_inverse(row_scale), MAX_WEIGHT), nothing) * inverse
         smallest, largest = _std_range(column_std, column_moves)
         current = tl.maximum(largest, some_row) / tl.minimum(smallest, no_row)
         iteration = tl.where(current < best * (1 - PROGRESS), iteration + 1, ITERATIONS)
@@ -212,7 +217,7 @@ def _balance(x):
 
 @triton.jit
 def _magnitude(factor, largest):
-    """What to divide token factors by; see `codec.magnitude`."""
+    """Return the divisor of token factors; see `codec.magnitude`."""
     positive = factor > 0
     logs = tl.sum(tl.where(positive, tl.log2(tl.where(positive, factor, 1.0)), 0.0))
     mean = tl.exp2(logs / tl.maximum(tl.sum(positive.to(tl.int32)), 1))
@@ -220,23 +225,23 @@ def _magnitude(factor, largest):
 
 
 @triton.jit
-def _narrow(low, high, PART: tl.constexpr):
-    """Ends of the range to cover; see `rtn.narrowed_range`."""
-    if PART < 1.0:
-        middle, half = (low + high) * 0.5, (high - low) * (0.5 * PART)
+def _narrow(low, high, COVERED: tl.constexpr):
+    """Return the ends of the range to cover; see `rtn.narrowed_range`."""
+    if COVERED < 1.0:
+        middle, half = (low + high) * 0.5, (high - low) * (0.5 * COVERED)
         low, high = middle - half, middle + half
     return low, high
 
 
 @triton.jit
 def _reciprocal(scale):
-    """1 / scale, 0 where the scale is 0."""
+    """Return 1 / scale, or 0 where the scale is 0."""
     return tl.where(scale == 0, 0.0, _inverse(tl.where(scale == 0, 1.0, scale)))
 
 
 @triton.jit
 def _codes(x, factor, start, BITS: tl.constexpr):
-    """Nearest codes to x * factor + start, in the low bits of int32; those from 24 on are not 0."""
+    """Return the nearest codes to x * factor + start, in the low bits of int32; bits 24 and up are not 0."""
     steps = x.to(tl.float32) * factor + start
     steps = tl.minimum(tl.maximum(steps, 0.0), (1 << BITS) - 1.0) + ROUND
     return steps.to(tl.int32, bitcast=True)
@@ -250,11 +255,11 @@ def _store_key(
     by_channel,
     by_token,
     BITS: tl.constexpr,
-    COVERED: tl.constexpr,  # of the range
+    COVERED: tl.constexpr,  # fraction of the range
     D: tl.constexpr,
     G: tl.constexpr,
 ):
-    """Key fields of the record of the tile [G, D] float16 at `source`; see `codec.quantize_key`."""
+    """Write the key fields of the record of the tile [G, D] float16 at `source`; see `codec.quantize_key`."""
     token, channel = tl.arange(0, G), tl.arange(0, D)
     x = tl.load(source + token[:, None] * row_stride + channel[None, :])
     _rows, columns, token_unit, channel_unit, token_scale, _channel_scale = _balance(x)
@@ -270,24 +275,25 @@ def _store_key(
     tl.store(by_channel + place, scale)
     tl.store(by_channel + D + place, zero)
     tl.store(by_token + row_place(token, G), token_scale)
-    tl.debug_barrier()  # each thread reads what others have stored
+    tl.debug_barrier()  # each thread reads what others stored
 
     words = no_words(BITS, D, G)
-    for slot in tl.static_range(16 // BITS):
-        free, contracted = slot_indices(slot, BITS, D, G)
+    for lane_slot in tl.static_range(16 // BITS):
+        free, contracted = lane_slot_indices(lane_slot, BITS, D, G)
         x = tl.load(source + free[:, None] * row_stride + contracted[None, :])
         place = contracted_place(contracted, D)
         per_step = _reciprocal(tl.load(by_channel + place).to(tl.float32))
         start = -tl.load(by_channel + D + place).to(tl.float32) * per_step
         inverse = _inverse(from_e4m3(tl.load(by_token + row_place(free, G))))
-        words += _codes(x, inverse[:, None] * per_step[None, :], start[None, :], BITS) << (slot * BITS)
+        words += _codes(x, inverse[:, None] * per_step[None, :], start[None, :], BITS) << (lane_slot * BITS)
     words = in_record_order(words, BITS, D, G)
     tl.store(record.to(tl.pointer_type(tl.int16)) + tl.arange(0, D * G * BITS // 16), words)
 
 
 @triton.jit
 def _range_around_0(x, column_factor, row_factor, COVERED: tl.constexpr):
-    """Ends of the range to cover of each row of x [M, N] float16 * column_factor [N] * row_factor [M] > 0, and of 0."""
+    """Return the ends of the range to cover of each row of x [M, N] float16 * column_factor [N] * row_factor [M] > 0,
+    widened to include 0."""
     y = x.to(tl.float32) * column_factor[None, :]
     low, high = _range(y, y, 1)
     low, high = _narrow(low, high, COVERED)
@@ -302,11 +308,11 @@ def _store_value(
     by_channel,
     by_token,
     BITS: tl.constexpr,
-    COVERED: tl.constexpr,  # of the range
+    COVERED: tl.constexpr,  # fraction of the range
     D: tl.constexpr,
     G: tl.constexpr,
 ):
-    """Value fields of the record of the tile [G, D] float16 at `source`; see `codec.quantize_value`."""
+    """Write the value fields of the record of the tile [G, D] float16 at `source`; see `codec.quantize_value`."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
     token, channel = tl.arange(0, G), tl.arange(0, D)
     x = tl.load(source + token[:, None] * row_stride + channel[None, :])
@@ -324,17 +330,17 @@ def _store_value(
     tl.store(by_channel + 2 * D + row_place(channel, D), channel_scale)
     tl.store(by_token + G + place, scale)
     tl.store(by_token + 2 * G + place, zero)
-    tl.debug_barrier()  # each thread reads what others have stored
+    tl.debug_barrier()  # each thread reads what others stored
 
-    words = tl.trans(no_words(BITS, G, D))  # channels last, as they lie in memory
-    for slot in tl.static_range(16 // BITS):
-        free, contracted = slot_indices(slot, BITS, G, D)
+    words = tl.trans(no_words(BITS, G, D))  # channels last, as in memory
+    for lane_slot in tl.static_range(16 // BITS):
+        free, contracted = lane_slot_indices(lane_slot, BITS, G, D)
         x = tl.load(source + contracted[:, None] * row_stride + free[None, :])
         place = row_place(contracted, G)
         per_step = _reciprocal(from_e4m3(tl.load(by_token + G + place)))
         start = -from_e4m3(tl.load(by_token + 2 * G + place)) * per_step
         inverse = _inverse(tl.load(by_channel + 2 * D + row_place(free, D)).to(tl.float32))
-        words += _codes(x, per_step[:, None] * inverse[None, :], start[:, None], BITS) << (slot * BITS)
+        words += _codes(x, per_step[:, None] * inverse[None, :], start[:, None], BITS) << (lane_slot * BITS)
     words = in_record_order(tl.trans(words), BITS, G, D)
     tl.store(values.to(tl.pointer_type(tl.int16)) + tl.arange(0, D * G * BITS // 16), words)
 
@@ -388,7 +394,7 @@ def quantize_slots(
     layout: TileLayout,
     registers: int | None = None,
 ) -> None:
-    """Writes the records of tiles that lie in the side pool.
+    """Write the records of tiles in the side pool.
 
     Args:
         pool: [S, 2, H, G, D] float16, rotated.
@@ -396,7 +402,7 @@ def quantize_slots(
         blocks: [T] int32, the block each tile's records go to; negative for an entry to skip.
         cache: [B, H, layout.nbytes] uint8; written.
         layout: the records' layout.
-        registers: the most a thread may take; what is tuned for the GPU if None.
+        registers: maximum registers per thread; None for the GPU model's setting.
 
     Raises:
         ValueError: if a shape, stride or dtype is not as above.
@@ -408,7 +414,7 @@ def quantize_slots(
 
 
 def quantize_pages(pages: Tensor, tiles: Tensor, blocks: Tensor, cache: Tensor, layout: TileLayout) -> None:
-    """Writes the records of tiles that lie in pages.
+    """Write the records of tiles in pages.
 
     Args:
         pages: [2, P, G, H, D] float16, rotated.
@@ -448,6 +454,14 @@ def _launch(
             KEY_COVERED=rtn.narrowing(layout.preset.key_bits, layout.group),
             VALUE_COVERED=rtn.narrowing(layout.preset.value_bits, layout.head_dim),
             **record_constants(layout),
-            num_warps=max(FEWEST_WARPS, layout.head_dim * layout.group // ELEMENTS_PER_WARP),
+            num_warps=max(MIN_WARPS, layout.head_dim * layout.group // ELEMENTS_PER_WARP),
             maxnreg=registers or settings_for(cache.device).quantize_registers,
         )
+
+
+def warm_up(pool: Tensor, pages: Tensor, layout: TileLayout) -> None:
+    """Compile this module's kernel for tiles of `pool` and of `pages`, by launching it on an entry to skip."""
+    none = torch.full((1,), -1, dtype=torch.int32, device=pool.device)
+    cache = torch.zeros(1, pool.shape[2], layout.nbytes, dtype=torch.uint8, device=pool.device)
+    quantize_slots(pool, none, none, cache, layout)
+    quantize_pages(pages, none, none, cache, layout)

@@ -1,13 +1,13 @@
-"""What kernels know of a record (`kvarn.tile`): its codes as tensor-core operands and its scales, lane by lane.
+"""Records (`kvarn.tile`) in kernels: their codes as tensor-core operands, and their scales lane by lane.
 
-Codes are never converted to numbers. Four (2-bit: eight) codes of a 16-bit word are cut out by masks, and what is left
-is read as float16: a subnormal worth `code * 2^(offset - 24)`, exact, which tensor cores multiply at full speed. The
-2^-24 is taken out of the float32 result, and the offset, which depends on the code's place in the word alone, out of
-the other operand (`step_weights`) or the result (`column_weights`).
+Codes are never converted to numbers. Masks extract the four (2-bit: eight) codes of a 16-bit word, and the masked bits
+are read as float16: an exact subnormal of `code * 2^(offset - 24)`, which tensor cores multiply at full speed. The
+2^-24 is taken out of the float32 result. The offset, which depends only on the code's lane_slot in the word, is taken
+out of the other operand (`step_weights`) or the result (`column_weights`).
 
-Inside a dot the contracted index is counted as [step, lane_k, half, pair] where a record counts [step, half, lane_k,
-pair] (`contracted_view`): the order in which Triton's operand layout finds a lane's codes in the registers they were
-loaded to, so that between load and tensor core nothing moves.
+Inside a dot the contracted index is [step, lane_k, half, pair] where a record has [step, half, lane_k, pair]
+(`contracted_view`). In this order Triton's operand layout finds a lane's codes in the registers they were loaded to, so
+that nothing moves between load and tensor core.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from kvarn.tile import CodeOrder, TileLayout
 
 FLOAT16_MAX = tl.constexpr(codec.FLOAT16_MAX)
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
-CODE_UNIT = tl.constexpr(2.0**24)  # a code read as a subnormal float16 is worth this much less
-E4M3_UNIT = tl.constexpr(2.0**8)  # an e4m3 whose bits are shifted into a float16 is worth this much less
+CODE_UNIT = tl.constexpr(2.0**24)  # a code over its value as a subnormal float16
+E4M3_UNIT = tl.constexpr(2.0**8)  # an e4m3 over the value of its bits shifted into a float16
 
 
 def record_constants(layout: TileLayout) -> dict[str, Any]:
-    """Compile-time arguments that describe records of `layout`, for kernels that declare them."""
+    """Return the compile-time arguments that describe records of `layout`."""
     at = layout.offsets
     return {
         "D": layout.head_dim,
@@ -43,20 +43,20 @@ def record_constants(layout: TileLayout) -> dict[str, Any]:
 
 
 @triton.constexpr_function
-def _splits(bits: int, contracted: int, free: int) -> tuple[int, ...]:
-    """(step, column) sizes of slot, quad and rep; see `CodeOrder`."""
+def _split_sizes(bits: int, contracted: int, free: int) -> tuple[int, ...]:
+    """Return the (step, column) sizes of lane_slot, quad and rep, flat; see `CodeOrder`."""
     return tuple(size for pair in CodeOrder(bits, contracted, free).splits for size in pair)
 
 
 @triton.jit
 def to_float16(x):
-    """Float32 -> float16, saturated."""
+    """Round float32 to float16, saturating."""
     return tl.minimum(tl.maximum(x, -FLOAT16_MAX), FLOAT16_MAX).to(tl.float16)
 
 
 @triton.jit
 def _cut_nibbles(words):
-    """int16 words -> 4 float16 tensors, code s of each word as a subnormal."""
+    """Split int16 words into 4 float16 tensors, each with the codes of one lane_slot as subnormals."""
     if not INTERPRETED:
         c0, c1, c2, c3 = tl.inline_asm_elementwise(
             """{ .reg .b32 high;
@@ -80,7 +80,7 @@ def _cut_nibbles(words):
 
 @triton.jit
 def _cut_pairs(words):
-    """int16 words -> 8 float16 tensors, code s of each word as a subnormal."""
+    """Split int16 words into 8 float16 tensors, each with the codes of one lane_slot as subnormals."""
     if not INTERPRETED:
         c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
             """{ .reg .b32 high;
@@ -110,7 +110,7 @@ def _cut_pairs(words):
 
 @triton.jit
 def code_words(ptr, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
-    """The int16 words of a matrix of codes at `ptr` (int16 pointer)."""
+    """Load the int16 words of a matrix of codes at `ptr` (int16 pointer)."""
     return tl.load(ptr + tl.arange(0, CONTRACTED * FREE * BITS // 16))
 
 
@@ -118,9 +118,9 @@ def code_words(ptr, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.const
 def codes(
     words, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr, NATURAL: tl.constexpr = False
 ):
-    """Codes: [FREE, CONTRACTED] float16, code * 2^(offset - 24); contracted in `contracted_view` order, for an MMA
-    operand, or in natural order."""
-    SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
+    """Return codes [FREE, CONTRACTED] float16 as code * 2^(offset - 24), with the contracted index in `contracted_view`
+    order, for an MMA operand, or in natural order."""
+    SIZES: tl.constexpr = _split_sizes(BITS, CONTRACTED, FREE)
     if BITS == 4:
         c0, c1, c2, c3 = _cut_nibbles(words)
         x = tl.join(tl.join(c0, c2), tl.join(c1, c3))
@@ -128,7 +128,7 @@ def codes(
         c0, c1, c2, c3, c4, c5, c6, c7 = _cut_pairs(words)
         even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
         x = tl.join(even, tl.join(tl.join(c1, c5), tl.join(c3, c7)))
-    # [step_rep, column_rep, lane_n, lane_k, step_quad, column_quad, half, pair, step_slot, column_slot]
+    # [step_rep, column_rep, lane_n, lane_k, step_quad, column_quad, half, pair, step_lane_slot, column_lane_slot]
     x = tl.reshape(x, [SIZES[4], SIZES[5], 8, 4, SIZES[2], SIZES[3], 2, 2, SIZES[0], SIZES[1]])
     half_and_lane: tl.constexpr = (6, 3) if NATURAL else (3, 6)
     x = tl.permute(x, [9, 5, 1, 2, 8, 4, 0, half_and_lane[0], half_and_lane[1], 7])
@@ -137,31 +137,31 @@ def codes(
 
 @triton.jit
 def contracted_view(x, CONTRACTED: tl.constexpr, N: tl.constexpr):
-    """[CONTRACTED, N] in natural order -> the order `codes` contracts in."""
+    """Reorder [CONTRACTED, N] from natural order to the order in which `codes` is contracted."""
     x = tl.reshape(x, [CONTRACTED // 16, 2, 4, 2, N])
     return tl.reshape(tl.permute(x, [0, 2, 1, 3, 4]), [CONTRACTED, N])
 
 
 @triton.jit
 def step_weights(contracted, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
-    """What `codes` must be multiplied by along the natural contracted indices given: float32, powers of two."""
-    SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
-    slot = contracted // (CONTRACTED // SIZES[0]) * SIZES[1]
-    return tl.exp2(-((slot % (8 // BITS)) * BITS).to(tl.float32))
+    """Return the factors of `codes` at the given natural contracted indices: float32, powers of two."""
+    SIZES: tl.constexpr = _split_sizes(BITS, CONTRACTED, FREE)
+    lane_slot = contracted // (CONTRACTED // SIZES[0]) * SIZES[1]
+    return tl.exp2(-((lane_slot % (8 // BITS)) * BITS).to(tl.float32))
 
 
 @triton.jit
 def column_weights(free, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
-    """What sums over `codes` must be multiplied by along the natural free indices given: float32, powers of two."""
-    SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
-    slot = free // (FREE // SIZES[1])
-    return tl.exp2(-((slot % (8 // BITS)) * BITS).to(tl.float32)) * CODE_UNIT
+    """Return the factors of sums over `codes` at the given natural free indices: float32, powers of two."""
+    SIZES: tl.constexpr = _split_sizes(BITS, CONTRACTED, FREE)
+    lane_slot = free // (FREE // SIZES[1])
+    return tl.exp2(-((lane_slot % (8 // BITS)) * BITS).to(tl.float32)) * CODE_UNIT
 
 
 @triton.jit
 def bias_rows(bias, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr, N: tl.constexpr):
-    """bias [N] as the start of a sum over `codes`, to be multiplied by `column_weights` with it: [FREE, N]."""
-    SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
+    """Return bias [N] as the initial value [FREE, N] of a sum over `codes` that `column_weights` will multiply."""
+    SIZES: tl.constexpr = _split_sizes(BITS, CONTRACTED, FREE)
     if SIZES[1] == 1:  # all rows have one weight
         rows = tl.broadcast_to(bias[None, :] / CODE_UNIT, [FREE, N])
     else:
@@ -171,7 +171,7 @@ def bias_rows(bias, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.const
 
 @triton.jit
 def _halves_of_e4m3(words):
-    """int16 words of two e4m3 -> two float16 tensors (low byte, high byte), 2^-8 of the values."""
+    """Convert int16 words of two e4m3 to two float16 tensors (low byte, high byte) of 2^-8 of the values."""
     if not INTERPRETED:
         low, high = tl.inline_asm_elementwise(
             """{ .reg .b32 bits, sign;
@@ -193,9 +193,9 @@ def _halves_of_e4m3(words):
 
 @triton.jit
 def by_row(ptr, ROWS: tl.constexpr):
-    """e4m3 factors of a dot's ROWS rows at `ptr` (int16 pointer): [ROWS, 4] float32, 2^-8 of the values.
+    """Load e4m3 factors of a dot's ROWS rows at `ptr` (int16 pointer): [ROWS, 4] float32, 2^-8 of the values.
 
-    Stored lane by lane; each of the four lanes that share a row loads it, so that nothing is exchanged.
+    They are stored lane by lane. Each of the four lanes that share a row loads its factor, to exchange nothing.
     """
     lane = tl.arange(0, 8)[:, None, None] * (ROWS // 16) + tl.zeros([1, 4, 1], tl.int32)
     low, high = _halves_of_e4m3(tl.load(ptr + lane + tl.arange(0, ROWS // 16)[None, None, :]))
@@ -205,7 +205,7 @@ def by_row(ptr, ROWS: tl.constexpr):
 
 @triton.jit
 def by_row_half(ptr, ROWS: tl.constexpr):
-    """float16 factors of a dot's ROWS rows at `ptr` (float16 pointer): [ROWS, 4] float32; see `by_row`."""
+    """Load float16 factors of a dot's ROWS rows at `ptr` (float16 pointer): [ROWS, 4] float32; see `by_row`."""
     lane = tl.arange(0, 8)[:, None, None] * (ROWS // 8) + tl.zeros([1, 4, 1], tl.int32)
     x = tl.load(ptr + lane + tl.arange(0, ROWS // 8)[None, None, :]).to(tl.float32)
     return tl.reshape(tl.permute(x, [2, 0, 1]), [ROWS, 4])
@@ -213,21 +213,21 @@ def by_row_half(ptr, ROWS: tl.constexpr):
 
 @triton.jit
 def scale_rows(x, factor, ROWS: tl.constexpr, N: tl.constexpr):
-    """x [ROWS, N] * factor [ROWS, 4], each lane with its own copy of the factor."""
+    """Return x [ROWS, N] * factor [ROWS, 4]; each lane uses its own copy of the factor."""
     return tl.reshape(tl.reshape(x, [ROWS, N // 8, 4, 2]) * factor[:, None, :, None], [ROWS, N])
 
 
 @triton.jit
 def by_contracted(ptr, CONTRACTED: tl.constexpr):
-    """float16 factors of a dot's contracted index at `ptr`, stored lane by lane: [1, 8, 4, CONTRACTED // 4], the axes
-    `lanes_to_operand` takes; each of the eight lanes that share an index loads it."""
+    """Load float16 factors of a dot's contracted index at `ptr`, stored lane by lane: [1, 8, 4, CONTRACTED // 4], the
+    axes of `lanes_to_operand`. Each of the eight lanes that share an index loads its factor."""
     lane = tl.zeros([1, 8, 1, 1], tl.int32) + tl.arange(0, 4)[None, None, :, None] * (CONTRACTED // 4)
     return tl.load(ptr + lane + tl.arange(0, CONTRACTED // 4)[None, None, None, :])
 
 
 @triton.jit
 def lane_channels(D: tl.constexpr):
-    """Natural channel at each [lane_k, (step, half, pair)]: [1, 1, 4, D // 4] int32."""
+    """Return the natural channel at each [lane_k, (step, half, pair)]: [1, 1, 4, D // 4] int32."""
     place = tl.arange(0, D // 4)[None, None, None, :]
     lane = tl.arange(0, 4)[None, None, :, None]
     return place // 4 * 16 + place // 2 % 2 * 8 + lane * 2 + place % 2
@@ -235,31 +235,33 @@ def lane_channels(D: tl.constexpr):
 
 @triton.jit
 def lanes_to_operand(x, D: tl.constexpr, N: tl.constexpr):
-    """[N // 8, 8, 4, D // 4] -> [D in `contracted_view` order, N]: registers renamed."""
+    """Reorder [N // 8, 8, 4, D // 4] to [D in `contracted_view` order, N], which only renames registers."""
     x = tl.reshape(x, [N // 8, 8, 4, D // 16, 2, 2])
     return tl.reshape(tl.permute(x, [3, 2, 4, 5, 0, 1]), [D, N])
 
 
 @triton.jit
-def slot_indices(SLOT: tl.constexpr, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
-    """Natural free [FREE // columns] and contracted [CONTRACTED // steps] indices of the codes at SLOT of a word."""
-    SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
-    free = SLOT % SIZES[1] * (FREE // SIZES[1]) + tl.arange(0, FREE // SIZES[1])
-    contracted = SLOT // SIZES[1] * (CONTRACTED // SIZES[0]) + tl.arange(0, CONTRACTED // SIZES[0])
+def lane_slot_indices(
+    LANE_SLOT: tl.constexpr, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr
+):
+    """Return the natural free [FREE // columns] and contracted [CONTRACTED // steps] indices of a lane_slot's codes."""
+    SIZES: tl.constexpr = _split_sizes(BITS, CONTRACTED, FREE)
+    free = LANE_SLOT % SIZES[1] * (FREE // SIZES[1]) + tl.arange(0, FREE // SIZES[1])
+    contracted = LANE_SLOT // SIZES[1] * (CONTRACTED // SIZES[0]) + tl.arange(0, CONTRACTED // SIZES[0])
     return free, contracted
 
 
 @triton.jit
 def no_words(BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
-    """Words with no bit set, to add codes to: int32 [FREE // columns, CONTRACTED // steps]."""
-    SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
+    """Return words of 0, to add codes to: int32 [FREE // columns, CONTRACTED // steps]."""
+    SIZES: tl.constexpr = _split_sizes(BITS, CONTRACTED, FREE)
     return tl.zeros([FREE // SIZES[1], CONTRACTED // SIZES[0]], tl.int32)
 
 
 @triton.jit
 def in_record_order(words, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
-    """Words int32 [FREE // columns, CONTRACTED // steps] in natural order -> int16, as a record keeps them."""
-    SIZES: tl.constexpr = _splits(BITS, CONTRACTED, FREE)
+    """Reorder words int32 [FREE // columns, CONTRACTED // steps] from natural order to a record's: int16, flat."""
+    SIZES: tl.constexpr = _split_sizes(BITS, CONTRACTED, FREE)
     # [column_quad, column_rep, lane_n, step_quad, step_rep, half, lane_k, pair]
     words = tl.reshape(words.to(tl.int16), [SIZES[3], SIZES[5], 8, SIZES[2], SIZES[4], 2, 4, 2])
     return tl.reshape(tl.permute(words, [4, 1, 2, 6, 3, 0, 5, 7]), [CONTRACTED * FREE * BITS // 16])
@@ -267,22 +269,22 @@ def in_record_order(words, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: t
 
 @triton.jit
 def row_place(row, ROWS: tl.constexpr):
-    """Where a record keeps the factor of a dot's row: lane by lane (see `by_row`)."""
+    """Return the position of a dot row's factor in a record, lane by lane (see `by_row`)."""
     return row % 8 * (ROWS // 8) + row // 8
 
 
 @triton.jit
 def contracted_place(index, CONTRACTED: tl.constexpr):
-    """Where a record keeps the factor of a contracted index: lane by lane (see `by_contracted`)."""
+    """Return the position of a contracted index's factor in a record, lane by lane (see `by_contracted`)."""
     lane = index // 2 % 4
     return lane * (CONTRACTED // 4) + index // 16 * 4 + index // 8 % 2 * 2 + index % 2
 
 
 @triton.jit
 def to_e4m3(x):
-    """float32 -> bits of the nearest float8_e4m3fn, ties to even, saturating at +-448: uint8.
+    """Convert float32 to the bits of the nearest float8_e4m3fn, ties to even, saturating at +-448: uint8.
 
-    In integers, because Triton's own conversion needs compute capability 8.9 and its interpreter's rounds some values
+    In integers, because Triton's own conversion needs compute capability 8.9, and its interpreter rounds some values
     to half of what they are.
     """
     magnitude = tl.minimum(tl.abs(x), 448.0)
@@ -295,7 +297,7 @@ def to_e4m3(x):
 
 @triton.jit
 def from_e4m3(code):
-    """Inverse of `to_e4m3`: uint8 -> float32."""
+    """Convert the bits of a float8_e4m3fn to float32; inverse of `to_e4m3`."""
     bits = code.to(tl.int32)
     half = ((bits & 0x7F) << 7) | ((bits & 0x80) << 8)
     return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * E4M3_UNIT

@@ -1,4 +1,4 @@
-"""Rotation of a step's queries, keys and values, and where each goes: buffer, side pool, pages."""
+"""Rotation of a step's queries, keys and values into the query buffer, the side pool and the pages; and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvarn.reference.hadamard import hadamard_matrix
 
 @triton.jit
 def _rotated(rows, valid, Hadamard, D: tl.constexpr, STEP: tl.constexpr):
-    """x [M, D] at pointers `rows` [M], rotated and saturated: float16. Entries of Hadamard are +-1 in x's dtype, so
+    """Rotate x [M, D] at pointers `rows` [M] and saturate: float16. Entries of Hadamard are +-1 in x's dtype, so
     products are exact. STEP channels are contracted at a time."""
     channel = tl.arange(0, D)
     y = tl.zeros([rows.shape[0], D], tl.float32)
@@ -46,7 +46,7 @@ def _rotate_store(
     query_stride,
     key_stride,
     value_stride,
-    value_pages,  # elements from a key's place in Pages to its value's
+    value_pages,  # elements from a key in Pages to its value
     H: tl.constexpr,
     PER_HEAD: tl.constexpr,
     D: tl.constexpr,
@@ -98,18 +98,13 @@ def _unrotate(
 
 @lru_cache
 def signs(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The Hadamard matrix without its 1 / sqrt(head_dim): [head_dim, head_dim] of `dtype`, entries +-1."""
+    """Return the Hadamard matrix without its 1 / sqrt(head_dim): [head_dim, head_dim] of `dtype`, entries +-1."""
     return hadamard_matrix(head_dim).sign().to(device, dtype)
 
 
-# Of the Hadamard matrix in shared memory at a time: float32's of 256 channels takes twice that.
+# Bytes of the Hadamard matrix in shared memory at a time; a float32 one of 256 channels has twice as many.
 MAX_MATRIX_BYTES = 128 * 1024
-FEW_TOKENS = 1024  # up to here small programs, which fill more of the device
-
-
-def token_counts_of_variants(most: int) -> list[int]:
-    """Numbers of tokens, up to `most`, that between them need every compiled variant of `rotate_store`."""
-    return [tokens for tokens in (1, FEW_TOKENS + 1) if tokens <= most]
+FEW_TOKENS = 1024  # up to this many, programs are small, to fill more of the device
 
 
 def _block(tokens: int) -> int:
@@ -126,16 +121,16 @@ def rotate_store(
     pages: Tensor,
     page_rows: Tensor,
 ) -> None:
-    """Rotates a step's tokens: queries to `rotated`, keys and values to their side-pool slots and their pages.
+    """Rotate a step's tokens: queries to `rotated`, keys and values to their side-pool slots and pages.
 
     Args:
         query: [N, Hq, D] float32, bfloat16 or float16.
         key, value: [N, H, D] of the query's dtype.
         rotated: [N, Hq, D] float16; written.
         pool: [S, 2, H, G, D] float16 side pool; written.
-        slot_rows: [N] int32, slot * G + row of each token, negative for a token no slot keeps.
+        slot_rows: [N] int32, slot * G + row of each token, negative for a token without a slot.
         pages: [2, P, G, H, D] float16; written.
-        page_rows: [N] int32, page * G + row of each token, negative for a token no page keeps.
+        page_rows: [N] int32, page * G + row of each token, negative for a token without a page.
 
     Raises:
         ValueError: if a shape, stride or dtype is not as above.
@@ -179,7 +174,7 @@ def rotate_store(
 
 
 def unrotate(x: Tensor, out: Tensor) -> None:
-    """Rotates rows back.
+    """Rotate rows back.
 
     Args:
         x: [N, Hq, D] float16, rotated.
@@ -194,3 +189,24 @@ def unrotate(x: Tensor, out: Tensor) -> None:
     if rows:
         hadamard = signs(head_dim, torch.float16, x.device)
         _unrotate[(triton.cdiv(rows, 64),)](x, hadamard, out, rows, D=head_dim, BLOCK=64, num_warps=4)
+
+
+def warm_up(rotated: Tensor, pool: Tensor, pages: Tensor, dtype: torch.dtype) -> None:
+    """Compile every variant of this module's kernels that a model of `dtype` needs, by launching it.
+
+    Args:
+        rotated: [N, Hq, D] float16, as `rotate_store` takes it for the largest step; overwritten.
+        pool: [S, 2, H, G, D] float16 side pool; unchanged.
+        pages: [2, P, G, H, D] float16; unchanged.
+        dtype: dtype of the model's queries, keys, values and attention output.
+    """
+    max_tokens, query_heads, head_dim = rotated.shape
+    heads, device = pool.shape[2], pool.device
+    for tokens in (1, FEW_TOKENS + 1):
+        if tokens > max_tokens:
+            break
+        packed = torch.zeros(tokens, query_heads + 2 * heads, head_dim, dtype=dtype, device=device)
+        query, key, value = packed.split([query_heads, heads, heads], dim=1)
+        nowhere = torch.full((tokens,), -1, dtype=torch.int32, device=device)
+        rotate_store(query, key, value, rotated[:tokens], pool, nowhere, pages, nowhere)
+    unrotate(rotated[:1], torch.zeros(1, query_heads, head_dim, dtype=dtype, device=device))

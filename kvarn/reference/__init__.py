@@ -1,5 +1,5 @@
-"""Ground truth of the KVarN cache in plain fp32 torch, one stage a file (arXiv 2606.03458).
+"""Ground truth of the KVarN cache in plain fp32 torch, one stage per file (arXiv 2606.03458).
 
-`hadamard` rotates, `variance_norm` balances, `rtn` rounds, `codec` folds the scales and packs the record, `attention`
-reads it all back. Every faster implementation is tested against these.
+`hadamard` rotates, `variance_norm` balances, `rtn` rounds, `codec` folds the scales and packs records, `attention`
+reads them back. Every faster implementation is tested against these.
 """

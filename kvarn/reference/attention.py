@@ -1,7 +1,7 @@
-"""The read rule in plain fp32: which tokens a query sees raw, and which through their record.
+"""Attention by the read rule, in plain fp32: which tokens a query reads raw, and which from their records.
 
-A query in tile t reads its own tile raw up to its position, tile 0 raw where a sink slot keeps it, and every other tile
-below t from its record. The rule depends on positions only.
+A query in tile t reads its own tile raw up to its position, tile 0 raw if it has a sink slot, and every other tile
+below t from its record. The rule depends only on positions.
 """
 
 import torch
@@ -21,11 +21,11 @@ def attend(
     scale: float,
     layout: TileLayout,
 ) -> Tensor:
-    """Attention of queries anywhere in one sequence.
+    """Attend queries anywhere in one sequence.
 
     Args:
         query: [N, Hq, D] any float dtype, not rotated.
-        key: [L, H, D] rotated and rounded to float16: the whole sequence, at least up to the last position.
+        key: [L, H, D] rotated and rounded to float16, the sequence at least up to the last position.
         value: [L, H, D] likewise.
         positions: [N] int64, positions of the queries, each below L.
         sink_kept: whether tile 0 is kept raw.
@@ -51,7 +51,7 @@ def attend(
 
 
 def _through_records(key: Tensor, value: Tensor, layout: TileLayout) -> tuple[Tensor, Tensor]:
-    """Keys and values [L, H, D] after a round trip through records; the unfilled last tile stays raw."""
+    """Return keys and values [L, H, D] after a round trip through records; a partial last tile stays raw."""
     group = layout.group
     filled = key.shape[0] // group * group
     if not filled:

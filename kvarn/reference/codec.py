@@ -1,13 +1,13 @@
 """Stage 4: fold the scales of normalization and rounding into one record (arXiv 2606.03458).
 
-Dividing by the row and column scales (r, c) of stage 2 and rounding along one axis leaves three factors; the one that
-runs along the rounding axis folds into scale and zero, so a tile keeps
+Dividing by the row and column scales (r, c) of stage 2 and rounding along one axis leaves three factors. The one along
+the rounding axis folds into scale and zero, so a tile stores
 
     keys     key[n, d]   ~ (code[n, d] * scale[d] + zero[d]) * token_scale[n]       rounded over tokens
     values   value[n, d] ~ (code[n, d] * scale[n] + zero[n]) * channel_scale[d]     rounded over channels
 
-The token-axis factors are stored in 8 bits. They are rounded to that format *before* what depends on them is computed,
-and normalized to geometric mean 1, so that the fp16 channel factor carries the magnitude.
+The token-axis factors are stored in 8 bits. They are rounded to that format *before* anything that depends on them is
+computed, and normalized to a geometric mean of 1, so that the fp16 channel factor carries the magnitude.
 """
 
 import torch
@@ -24,20 +24,20 @@ E4M3_MIN_NORMAL = 2.0**-6
 
 
 def to_e4m3(x: Tensor) -> Tensor:
-    """float32 -> nearest float8_e4m3fn, saturating at +-448 instead of overflowing to NaN."""
+    """Round float32 to the nearest float8_e4m3fn, saturating at +-448 instead of overflowing to NaN."""
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
 def to_float16(x: Tensor) -> Tensor:
-    """float32 -> nearest float16, saturating at +-65504 instead of overflowing to infinity."""
+    """Round float32 to the nearest float16, saturating at +-65504 instead of overflowing to infinity."""
     return x.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
 
 
 def magnitude(token_factor: Tensor, largest: float) -> Tensor:
-    """What to divide token factors [..., G] by, so that their geometric mean is 1: -> [..., 1].
+    """Return the divisor that gives token factors [..., G] a geometric mean of 1: -> [..., 1].
 
-    More, where the largest would still exceed `largest`: a tile with one enormous token keeps all its tokens in range
-    that way, rather than clipping that one. Zeros do not count.
+    It is larger where the largest factor would still exceed `largest`, so that a tile with one enormous token keeps all
+    tokens in range instead of clipping that one. Zeros do not count.
     """
     positive = token_factor > 0
     logs = torch.where(positive, token_factor, 1.0).log()
@@ -46,7 +46,7 @@ def magnitude(token_factor: Tensor, largest: float) -> Tensor:
 
 
 def quantize_key(key: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rotated keys [..., G, D] float32 -> (codes [..., G, D] uint8, scale, zero [..., D] float16,
+    """Quantize rotated keys [..., G, D] float32 -> (codes [..., G, D] uint8, scale, zero [..., D] float16,
     token_scale [..., G] float8_e4m3fn)."""
     token_scale, _ = variance_norm.normalize(key)
     token_scale = token_scale / magnitude(token_scale, E4M3_MAX)
@@ -60,10 +60,10 @@ def quantize_key(key: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def quantize_value(value: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rotated values [..., G, D] float32 -> (codes [..., G, D] uint8, scale, zero [..., G] float8_e4m3fn,
+    """Quantize rotated values [..., G, D] float32 -> (codes [..., G, D] uint8, scale, zero [..., G] float8_e4m3fn,
     channel_scale [..., D] float16).
 
-    Each token's range is widened to include 0, which bounds |zero| by the range and so keeps it in e4m3's reach.
+    Each token's range is widened to include 0, which bounds |zero| by the range and so keeps it representable in e4m3.
     """
     _, channel_scale = variance_norm.normalize(value)
     scale, _ = _scale_and_zero_around_0(value / channel_scale[..., None, :], bits)
@@ -81,7 +81,7 @@ def _scale_and_zero_around_0(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def encode(key: Tensor, value: Tensor, layout: TileLayout) -> Tensor:
-    """`quantize` without its checks: [..., G, D] float32 -> [..., layout.nbytes] uint8."""
+    """Do what `quantize` does, without its checks: [..., G, D] float32 -> [..., layout.nbytes] uint8."""
     key_codes, key_scale, key_zero, key_token_scale = quantize_key(key, layout.preset.key_bits)
     value_codes, value_scale, value_zero, channel_scale = quantize_value(value, layout.preset.value_bits)
     tile = Tile(
@@ -98,14 +98,14 @@ def encode(key: Tensor, value: Tensor, layout: TileLayout) -> Tensor:
 
 
 def quantize(key: Tensor, value: Tensor, layout: TileLayout) -> Tensor:
-    """Records of rotated tiles.
+    """Quantize rotated tiles into records.
 
-    Values beyond fp16 saturate at +-65504, as they would in the side pool.
+    Values beyond fp16 saturate at +-65504, as in the side pool.
 
     Args:
         key: [..., group, head_dim] rotated keys, any float dtype.
         value: rotated values, same shape.
-        layout: the record's layout.
+        layout: the records' layout.
 
     Returns:
         [..., layout.nbytes] uint8.
@@ -127,7 +127,7 @@ def quantize(key: Tensor, value: Tensor, layout: TileLayout) -> Tensor:
 
 
 def dequantize(records: Tensor, layout: TileLayout) -> tuple[Tensor, Tensor]:
-    """Rotated tiles of records: [..., layout.nbytes] uint8 -> (key, value), each [..., group, head_dim] float32.
+    """Dequantize records: [..., layout.nbytes] uint8 -> rotated (key, value), each [..., group, head_dim] float32.
 
     Raises:
         ValueError: if `records` is not uint8 or its last axis is not one record long.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @lru_cache
 def hadamard_matrix(size: int) -> Tensor:
-    """Orthonormal Sylvester-Hadamard matrix.
+    """Return the orthonormal Sylvester-Hadamard matrix.
 
     Args:
         size: a power of two.
@@ -26,7 +26,7 @@ def hadamard_matrix(size: int) -> Tensor:
         ValueError: if size is not a power of two.
     """
     if size < 1 or size & (size - 1):
-        raise ValueError(f"a Hadamard matrix of size {size} was asked for: use a power of two")
+        raise ValueError(f"a Hadamard matrix cannot have size {size}: use a power of two")
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
@@ -34,6 +34,6 @@ def hadamard_matrix(size: int) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotates the last axis: [..., D] float -> [..., D] float64 for float64, else float32. Its own inverse."""
+    """Rotate the last axis: [..., D] float -> [..., D] float64 for float64, else float32. Its own inverse."""
     x = x if x.dtype == torch.float64 else x.float()
     return x @ hadamard_matrix(x.shape[-1]).to(x)

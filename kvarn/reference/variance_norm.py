@@ -1,16 +1,16 @@
 """Stage 2: variance normalization of both axes of a tile (arXiv 2606.03458).
 
-Looks for positive row scales r and column scales c such that every row and every column of
+Finds positive row scales r and column scales c such that every row and every column of
 
     y[i, j] = x[i, j] / (r[i] * c[j])
 
-has the same standard deviation. Alternates, in the log domain and in the manner of Sinkhorn's iteration,
+has the same standard deviation. Alternates, in the log domain and as in Sinkhorn's iteration,
 
     log c[j] += log std_i y[i, j]        then        log r[i] += log std_j y[i, j]
 
-and keeps the state whose imbalance - the largest standard deviation of any row or column over the smallest - is
-least. It ends when a round no longer lowers that by `PROGRESS`, which is less than the token scales' rounding to 3 bits
-of mantissa; most tiles are there after two or three rounds.
+and keeps the state with the smallest imbalance: the largest standard deviation of any row or column over the smallest.
+It stops when a round no longer lowers the imbalance by `PROGRESS`, which is less than the rounding of token scales to 3
+bits of mantissa; most tiles converge in two or three rounds.
 
 y is never formed: with u = 1 / r, the column moments are weighted sums of x and x^2,
 
@@ -22,18 +22,18 @@ from torch import Tensor
 
 ITERATIONS = 8  # at most
 PROGRESS = 0.05
-FLAT = 1e-3  # a std below this part of the root mean square is float16 rounding noise
+FLAT = 1e-3  # a std below this fraction of the root mean square is float16 rounding noise
 
 
 def normalize(x: Tensor, iterations: int = ITERATIONS, progress: float = PROGRESS) -> tuple[Tensor, Tensor]:
-    """Row and column scales that balance the standard deviations of each matrix.
+    """Return row and column scales that balance the standard deviations of each matrix.
 
     Flat rows and columns (zero, or constant up to rounding) keep scale 1 and do not count towards the imbalance.
 
     Args:
         x: [..., rows, columns] float32, finite.
-        iterations: most rounds.
-        progress: part by which a round must lower the imbalance for another to follow.
+        iterations: maximum number of rounds.
+        progress: fraction by which a round must lower the imbalance for another to follow.
 
     Returns:
         (row_scale [..., rows], column_scale [..., columns]), float32, positive and finite.
@@ -66,7 +66,7 @@ def normalize(x: Tensor, iterations: int = ITERATIONS, progress: float = PROGRES
 
 
 def _std(x: Tensor, squares: Tensor, log_own: Tensor, log_other: Tensor) -> tuple[Tensor, Tensor]:
-    """Standard deviation along the last axis of y = x / exp(log_own + log_other), and where it is not flat.
+    """Return the standard deviation along the last axis of y = x / exp(log_own + log_other), and where it is not flat.
 
     x, squares [..., own, other]; log_own [..., own]; log_other [..., other] -> two of [..., own].
     """

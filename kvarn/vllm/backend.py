@@ -26,7 +26,8 @@ class DeviceBackend(NamedTuple):
 def device_backend() -> DeviceBackend:
     """Return this platform's device backend: Triton kernels on a GPU, torch on a CPU."""
     if current_platform.is_cuda():
-        from kvarn.vllm.triton_backend import TritonLayer, TritonMetadataBuilder
+        from kvarn.vllm.triton_backend import TritonLayer
+        from kvarn.vllm.triton_plan import TritonMetadataBuilder
 
         return DeviceBackend(TritonMetadataBuilder, TritonLayer)
     from kvarn.vllm.torch_backend import TorchLayer, TorchMetadataBuilder

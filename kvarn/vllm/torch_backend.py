@@ -1,4 +1,4 @@
-"""The attention backend's work on a CPU: a step is planned with numpy, its layers are computed by `kvarn.cpu.store`."""
+"""The attention backend on a CPU: steps planned with numpy, layers computed by `kvarn.cpu`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DecodeRows:
 
     Attributes:
         tokens: [R] int64, each row's token in the batch; None when the batch is exactly these rows.
-        plan: what they read.
+        plan: the tiles they read.
     """
 
     tokens: torch.Tensor | None
@@ -34,7 +34,7 @@ class DecodeRows:
 
 @dataclass
 class PrefillChunk:
-    """One request's chunk of several query tokens: batch tokens `first:last`, of which `start` precede it."""
+    """One request's chunk of several query tokens: batch tokens `first:last`, at positions `start` and up."""
 
     first: int
     last: int
@@ -46,12 +46,12 @@ class PrefillChunk:
 
 @dataclass
 class FilledTiles:
-    """Tiles whose last token arrives in this step, to be quantized before any attention reads.
+    """Tiles whose last token arrives in this step, quantized before any attention reads them.
 
     Attributes:
-        blocks: [T] int64 block ids, those of `tokens` first, then those of `slots`.
-        tokens: [T1, group] int64, batch tokens of the tiles that lie wholly in this step.
-        slots: [T2] int64, slots of the tiles that began in earlier steps.
+        blocks: [T] int64 block ids, of the tiles in `tokens` and then of those in `slots`.
+        tokens: [T1, group] int64, batch tokens of the tiles that are wholly in this step.
+        slots: [T2] int64, slots of the tiles that earlier steps began.
     """
 
     blocks: torch.Tensor
@@ -61,7 +61,15 @@ class FilledTiles:
 
 @dataclass
 class TorchMetadata:
-    """One step over all layers. `slot_rows` [N] int64: slot * group + offset of each token, negative for none."""
+    """One step, the same for all layers.
+
+    Attributes:
+        num_actual_tokens: N.
+        slot_rows: [N] int64, slot * group + offset of each token, negative for none.
+        filled: the tiles to quantize.
+        decode: the requests with one query token.
+        prefill: the requests with several.
+    """
 
     num_actual_tokens: int
     slot_rows: torch.Tensor
@@ -71,7 +79,7 @@ class TorchMetadata:
 
 
 class TorchMetadataBuilder(AttentionMetadataBuilder[TorchMetadata]):
-    """Plans a step from sequence lengths, block tables and the slot map; changes none of them."""
+    """Plan a step from sequence lengths, block tables and the slot map, without changing them."""
 
     def __init__(
         self, kv_cache_spec: KVarNSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -99,7 +107,7 @@ class TorchMetadataBuilder(AttentionMetadataBuilder[TorchMetadata]):
 
 
 class _Batch:
-    """The arithmetic of one step over R requests and their N tokens."""
+    """One step of R requests and N tokens, in numpy."""
 
     def __init__(self, common: CommonAttentionMetadata, group: int, slot_map: SlotMap) -> None:
         self.group = group

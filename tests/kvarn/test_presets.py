@@ -26,7 +26,7 @@ def test_preset_fields(name: str, key_bits: int, value_bits: int, group: int) ->
     )
 
 
-def test_unknown_preset_is_refused_with_the_names_that_exist() -> None:
+def test_unknown_preset_is_rejected_with_the_names_that_exist() -> None:
     with pytest.raises(ValueError, match="kvarn_k3v3_g32") as error:
         get_preset("kvarn_k3v3_g32")
     assert all(name in str(error.value) for name in PRESETS)

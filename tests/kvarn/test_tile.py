@@ -58,7 +58,7 @@ def test_capacity_against_bf16_at_head_dim_64(name: str, at_least: float) -> Non
 
 
 @pytest.mark.parametrize("head_dim", [0, 32, 80, 96, 512])
-def test_unsupported_head_dim_is_refused(head_dim: int) -> None:
+def test_unsupported_head_dim_is_rejected(head_dim: int) -> None:
     with pytest.raises(ValueError, match=f"head_dim {head_dim} .* 64, 128 or 256"):
         TileLayout(get_preset("kvarn_k4v2_g128"), head_dim)
 
@@ -85,19 +85,19 @@ def test_every_bit_of_the_code_region_is_used(layout: TileLayout) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
 @pytest.mark.parametrize("side", ["key_order", "value_order"])
 def test_codes_lie_in_mma_fragment_order(layout: TileLayout, side: str) -> None:
-    """The placement rule of tile.py's docstring, written out code by code."""
+    """Place each code by the rule of tile.py's docstring."""
     order: CodeOrder = getattr(layout, side)
     codes = torch.randint(0, 2**order.bits, (order.free, order.contracted), dtype=torch.uint8)
     contracted, free = torch.arange(order.contracted), torch.arange(order.free)[:, None]
     fragment = contracted // 16 * (order.free // 8) + free // 8
     fragments = order.contracted * order.free // 128
-    words_per_slot = fragments // (16 // order.bits)
-    slot, within = fragment // words_per_slot, fragment % words_per_slot
-    quad, rep = within // (words_per_slot // 2), within % (words_per_slot // 2)
+    words = fragments // (16 // order.bits)
+    lane_slot, within = fragment // words, fragment % words
+    quad, rep = within // (words // 2), within % (words // 2)
     half, lane_k, pair = contracted // 8 % 2, contracted // 2 % 4, contracted % 2
     word = ((((rep * 8 + free % 8) * 4 + lane_k) * 2 + quad) * 2 + half) * 2 + pair
-    words = order.pack(codes).view(torch.int16).int() & 0xFFFF
-    assert torch.equal((words[word] >> (slot * order.bits)) & (2**order.bits - 1), codes.int())
+    packed = order.pack(codes).view(torch.int16).int() & 0xFFFF
+    assert torch.equal((packed[word] >> (lane_slot * order.bits)) & (2**order.bits - 1), codes.int())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
@@ -121,14 +121,14 @@ def test_contract_of_more_tiles_than_are_widened_at_a_time(monkeypatch: pytest.M
     torch.testing.assert_close(order.contract(weights, order.pack(codes)), expected)
 
 
-def test_pack_refuses_codes_of_another_shape() -> None:
+def test_pack_rejects_codes_of_another_shape() -> None:
     layout = TileLayout(get_preset("kvarn_k4v2_g128"), 64)
     tile = random_tile(layout)
     with pytest.raises(ValueError, match="value_codes ends in"):
         pack(tile._replace(value_codes=tile.value_codes.transpose(0, 1)), layout)
 
 
-def test_unpack_refuses_other_records() -> None:
+def test_unpack_rejects_other_records() -> None:
     layout = TileLayout(get_preset("kvarn_k4v2_g128"), 64)
     with pytest.raises(ValueError, match="6912 bytes"):
         unpack(torch.zeros(6911, dtype=torch.uint8), layout)

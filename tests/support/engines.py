@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from kvarn.vllm import backend, triton_backend
+from kvarn.vllm import backend, triton_backend, triton_plan
 
 MIB = 2**20
 
@@ -44,7 +44,7 @@ def make_llama(directory: Path, heads: int = 4, kv_heads: int = 2, head_dim: int
 
 def use_triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make engines on this CPU use the GPU's device backend, in Triton's interpreter."""
-    triton = backend.DeviceBackend(triton_backend.TritonMetadataBuilder, triton_backend.TritonLayer)
+    triton = backend.DeviceBackend(triton_plan.TritonMetadataBuilder, triton_backend.TritonLayer)
     monkeypatch.setattr(backend, "device_backend", lambda: triton)
 
 

@@ -80,7 +80,7 @@ class AttentionBench(KernelBench):
             )
 
 
-class DecodeBatch(NamedTuple):
+class BatchShape(NamedTuple):
     """A batch of equally long sequences."""
 
     requests: int
@@ -104,10 +104,10 @@ class DecodeBench(AttentionBench):
         tuple[tuple[int, int], ...],
         Option(parser=parse_cases, help="Comma-separated cases: requests x context tokens."),
     ] = (
-        DecodeBatch(8, 32768),
-        DecodeBatch(32, 16384),
-        DecodeBatch(256, 2048),
-        DecodeBatch(1, 131072),
+        BatchShape(8, 32768),
+        BatchShape(32, 16384),
+        BatchShape(256, 2048),
+        BatchShape(1, 131072),
     )
     query_tokens: Annotated[
         int, Option(help=f"New tokens per request; a speculative step has up to {MAX_QUERIES}.")
@@ -163,7 +163,7 @@ def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
         numbers = entry.split("x")
         if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
             raise BenchError(f"case {entry!r} is not understood: give REQUESTSxTOKENS, e.g. 8x32768")
-        pairs.append(DecodeBatch(*map(int, numbers)))
+        pairs.append(BatchShape(*map(int, numbers)))
     return tuple(pairs)
 
 

@@ -21,7 +21,7 @@ SMALL = TileLayout(get_preset("kvarn_k4v4_g64"), 64)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors this small are slower with more, and much slower on a busy machine."""
+    """Run on one thread: small tensors are slower with more, and much slower on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,7 +34,7 @@ def boundary_lengths(group: int) -> list[int]:
 
 @dataclass
 class Sequence:
-    """One sequence with everything it must not read poisoned: NaN in the pool, noise in the cache, wild block ids."""
+    """One sequence; what it must not read is poisoned: NaN in the pool, noise in the cache, wild block ids."""
 
     layout: TileLayout
     tokens: int
@@ -77,7 +77,7 @@ class Sequence:
         )
 
     def write_tokens(self, start: int, end: int) -> None:
-        """What a backend does after a chunk's attention: the open tile goes to the tail slot, tile 0 to the sink."""
+        """Store a chunk as a backend does after attention: the open tile in the tail slot, tile 0 in the sink slot."""
         group = self.layout.group
         positions = torch.arange(start, end)
         in_tail = positions // group == end // group
@@ -124,7 +124,7 @@ class Sequence:
         return torch.cat(outputs)
 
     def store(self) -> None:
-        """Everything a decode of the last token needs: records of the full tiles before its own, tail and sink."""
+        """Store what a decode of the last token reads: records of the full tiles before its own, tail and sink."""
         group = self.layout.group
         own_start = (self.tokens - 1) // group * group
         if own_start:
@@ -135,7 +135,7 @@ class Sequence:
 
 
 def decode(sequences: list[Sequence]) -> Tensor:
-    """One batched step over the last tokens of sequences that share nothing but their layout."""
+    """Decode the last tokens of sequences that share only their layout, in one batch."""
     first = sequences[0]
     slots, blocks, width = 0, 0, max(len(s.block_table) for s in sequences)
     tables, tails, sinks = [], [], []
@@ -236,7 +236,7 @@ def test_decode_of_a_long_context_in_several_workspaces(monkeypatch: pytest.Monk
     torch.testing.assert_close(decode([s]), whole, rtol=0, atol=1e-5)
 
 
-def test_a_plan_reads_each_tile_once_and_the_sink_raw_where_it_is_kept() -> None:
+def test_a_plan_reads_each_tile_once_and_a_kept_sink_raw() -> None:
     plan = cpu_decode.plan_decode(
         block_table=np.array([[10, 11, 12], [20, 21, 22], [30, 31, 32]], dtype=np.int32),
         seq_lens=np.array([130, 129, 5]),

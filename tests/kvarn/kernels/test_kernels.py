@@ -1,4 +1,4 @@
-"""The Triton kernels against the references: on a GPU where there is one, else in Triton's interpreter."""
+"""The Triton kernels against the references: on a GPU if there is one, else in Triton's interpreter."""
 
 import pytest
 import torch
@@ -39,13 +39,13 @@ def int32(values: list[int]) -> Tensor:
 
 
 def assert_near(ours: Tensor, expected: Tensor, tolerance: float) -> None:
-    """The relative error of each vector along the last axis is below `tolerance`; NaN is not."""
+    """Assert that the relative error of each vector along the last axis is below `tolerance`, and no NaN."""
     error = (ours.cpu().float() - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert (error < tolerance).all(), f"largest relative error {error.max():.2e}"
 
 
 def quantized(x: Tensor, layout: TileLayout) -> Tensor:
-    """Records [count, heads, nbytes] of tiles [count, 2, heads, G, D], by the kernel."""
+    """Quantize tiles [count, 2, heads, G, D] with the kernel: records [count, heads, nbytes]."""
     count, _, heads, _, _ = x.shape
     cache = torch.full((count + 1, heads, layout.nbytes), 0x7F, dtype=torch.uint8, device=DEVICE)
     quantize.quantize_slots(
@@ -57,7 +57,7 @@ def quantized(x: Tensor, layout: TileLayout) -> Tensor:
 
 class TestQuantize:
     @pytest.mark.parametrize("layout", LAYOUTS, ids=describe)
-    def test_errors_are_those_of_the_reference(self, layout: TileLayout) -> None:
+    def test_errors_match_the_reference(self, layout: TileLayout) -> None:
         x = tiles(layout, 2, 2)
         ours = codec.dequantize(quantized(x, layout), layout)
         references = codec.dequantize(codec.quantize(x[:, 0], x[:, 1], layout), layout)
@@ -65,7 +65,7 @@ class TestQuantize:
             exact = x[:, which].float()
             error, least = ((y - exact).square().mean().sqrt() for y in (ours[which], references[which]))
             assert error <= least * 1.01
-            # Beyond the last place of float16 factors; a token scale in the middle of two e4m3 may go to either.
+            # By more than the last place of float16 factors; a token scale midway between two e4m3 may round to either.
             differing = ((ours[which] - references[which]).abs() > exact.std() * 5e-3).float().mean()
             assert differing < 0.03
 
@@ -88,7 +88,7 @@ class TestQuantize:
         references = codec.dequantize(codec.quantize(x[:, 0], x[:, 1], layout), layout)
         for which in range(2):
             exact = x[:, which].float()
-            # Token by token, so that one huge one does not hide the others.
+            # Token by token, so that a huge one does not hide the others.
             error, least = (
                 ((y - exact).norm(dim=-1) / exact.norm(dim=-1)).mean()
                 for y in (ours[which], references[which])
@@ -119,7 +119,7 @@ class TestQuantize:
         quantize.quantize_pages(paged, int32([1, 0]), int32([1, 0]), cache, layout)
         assert (cache.cpu() == quantized(x, layout)).all()
 
-    def test_refuses_a_cache_of_another_layout(self) -> None:
+    def test_rejects_a_cache_of_another_layout(self) -> None:
         x = tiles(SMALL, 1, 1).to(DEVICE)
         cache = torch.zeros(1, 1, K4V2.nbytes, dtype=torch.uint8, device=DEVICE)
         with pytest.raises(ValueError, match="cache has shape"):
@@ -128,7 +128,7 @@ class TestQuantize:
 
 class TestPages:
     @pytest.mark.parametrize("layout", LAYOUTS, ids=describe)
-    def test_hold_what_records_and_slots_say(self, layout: TileLayout) -> None:
+    def test_hold_the_tiles_of_records_and_slots(self, layout: TileLayout) -> None:
         heads = 2
         pool = tiles(layout, 2, heads, seed=1)
         source = tiles(layout, 3, heads)
@@ -193,9 +193,9 @@ class TestRotate:
 
 
 class Sequence:
-    """One sequence and its `queries` newest tokens, in a cache and a pool whose every other part is poison.
+    """One sequence and its `queries` newest tokens, in a cache and a pool that are poisoned everywhere else.
 
-    Slot 1 holds the newest tile, slot 2 the first, slot 3 the tile before the newest where the queries begin there.
+    Slot 1 has the newest tile, slot 2 the first, slot 3 the tile before the newest if the queries begin there.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class Sequence:
         return float(self.layout.head_dim**-0.5)
 
     def pages_of_tiles(self) -> tuple[Tensor, Tensor]:
-        """Keys and values as pages [2, tiles, G, H, D] float16: raw (0 where not yet written), and through records."""
+        """Return keys and values as pages [2, tiles, G, H, D] float16: raw (0 where unwritten), and dequantized."""
         group, (heads, head_dim) = self.layout.group, self.key.shape[1:]
         count = -(-self.tokens // group)
         raw = torch.zeros(2, count * group, heads, head_dim, dtype=torch.float16)
@@ -258,7 +258,7 @@ def decoded(
     padding: int = 1,
     queries: int = 1,
 ) -> Tensor:
-    """The newest tokens of each sequence, by the kernels, in one batch padded with empty rows."""
+    """Decode the newest tokens of each sequence with the kernels, in one batch padded with empty rows."""
     layout = sequences[0].layout
     heads, query_heads = sequences[0].cache.shape[1], sequences[0].query.shape[1]
     batch = len(sequences) + padding
@@ -312,7 +312,7 @@ class TestDecode:
             assert_near(ours[row], expected, 6e-3)
 
     @pytest.mark.parametrize("per_head", [1, 2, 3, 6, 8, 16])
-    def test_any_number_of_query_heads_to_a_kv_head(self, per_head: int) -> None:
+    def test_any_number_of_query_heads_per_kv_head(self, per_head: int) -> None:
         sequence = Sequence(K4V2, 300, heads=2, per_head=per_head, sink=True)
         expected = sequence.expected(torch.tensor([299]))
         assert_near(decoded([sequence], 2), expected, 6e-3)
@@ -331,7 +331,7 @@ class TestDecode:
 
     @pytest.mark.parametrize(("queries", "per_head"), [(2, 1), (2, 3), (5, 1), (5, 4), (16, 3), (16, 4)])
     def test_tokens_of_a_speculative_step(self, queries: int, per_head: int) -> None:
-        """Within a short first tile, over its end, up to a tile's end, and, some fewer, over a later end."""
+        """Within a short first tile, across its end, up to a tile's end, and, with fewer tokens, across a later end."""
         group, sink = SMALL.group, per_head != 3
         counts = {queries: queries, group + 1: queries, 2 * group: queries, 2 * group + 1: (queries + 2) // 2}
         sequences = [
@@ -354,7 +354,7 @@ class TestDecode:
             (2, [0, 1, 2], r"query_start has shape \(3,\): expected \[2\]"),
         ],
     )
-    def test_refuses_queries_that_do_not_fit(
+    def test_rejects_queries_that_do_not_fit(
         self, queries: int, query_start: list[int] | None, message: str
     ) -> None:
         start = None if query_start is None else int32(query_start)
@@ -378,7 +378,7 @@ class TestDecode:
         with pytest.raises(ValueError, match=message):
             decode_plan.plan_decode(int32([[0]]), one, one, 64, *[one] * 6, queries, start)
 
-    def test_refuses_room_that_is_too_small(self) -> None:
+    def test_rejects_parts_that_are_too_small(self) -> None:
         sequence = Sequence(SMALL, 70, heads=1, per_head=1, sink=False)
         with pytest.raises(ValueError, match="parts has room for 1 rows: expected 2"):
             decode.decode(
@@ -399,7 +399,7 @@ class TestDecode:
 
 
 class TestPlan:
-    def test_tokens_go_where_their_tiles_slots_are(self) -> None:
+    def test_tokens_go_to_the_slots_of_their_tiles(self) -> None:
         group = 64
         table = int32([[4, 7, 9], [5, 6, 3], [8, 2, 1], [0, 0, 0], [70, 71, 0]])
         lengths = int32([2 * group + 3, 2 * group, 1, 0, group + 1])
@@ -409,7 +409,13 @@ class TestPlan:
         decode_plan.plan_decode(table, lengths, slot_of, group, *made)
         firsts, tails, sinks, fills, rows, page_rows = (x.tolist() for x in made)
         assert firsts == tails == [21, 22, 23, NO_SLOT, NO_SLOT]
-        assert sinks == [20, NO_SLOT, 23, NO_SLOT, NO_SLOT]  # blocks 5 and 70 have none; row 3 pads the batch
+        assert sinks == [
+            20,
+            NO_SLOT,
+            23,
+            NO_SLOT,
+            NO_SLOT,
+        ]  # blocks 5 and 70 have no slot; row 3 pads the batch
         assert rows == [21 * group + 2, 22 * group + group - 1, 23 * group, NO_SLOT, NO_SLOT]
         assert page_rows == [NO_SLOT] * 5
         assert fills == [NO_SLOT, 6, NO_SLOT, NO_SLOT, NO_SLOT]

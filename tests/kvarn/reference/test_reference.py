@@ -20,7 +20,7 @@ LONE_OUTLIER_ERROR = (1 - rtn.narrowing(2, 256)) / 2 + 2 * E4M3_ERROR
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors this small are slower with more, and much slower on a busy machine."""
+    """Run on one thread: small tensors are slower with more, and much slower on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -57,7 +57,7 @@ def test_hadamard_spreads_an_outlier_channel() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 3, 96, -4])
-def test_hadamard_refuses_other_sizes(size: int) -> None:
+def test_hadamard_rejects_other_sizes(size: int) -> None:
     with pytest.raises(ValueError, match="power of two"):
         hadamard.hadamard_matrix(size)
 
@@ -223,14 +223,14 @@ def test_one_enormous_token_does_not_drown_the_others(layout: TileLayout, seed: 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", ["key", "value"])
-def test_nan_and_infinity_are_refused(bad: float, which: str) -> None:
+def test_nan_and_infinity_are_rejected(bad: float, which: str) -> None:
     tiles = dict(zip(("key", "value"), normal_tiles(K4V2, 2), strict=True))
     tiles[which][1, 5, 6] = bad
     with pytest.raises(ValueError, match=f"{which} holds NaN or infinity"):
         codec.quantize(tiles["key"], tiles["value"], K4V2)
 
 
-def test_wrong_tile_shape_is_refused() -> None:
+def test_wrong_tile_shape_is_rejected() -> None:
     key, value = normal_tiles(K4V2)
     with pytest.raises(ValueError, match="key has shape"):
         codec.quantize(key[:64], value[:64], K4V2)
