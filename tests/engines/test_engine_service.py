@@ -293,7 +293,7 @@ async def test_promises_beyond_the_room_are_refused_and_a_cancelled_request_give
     first = replica.stream.start(request)
     await first.read()
     request.reserved_blocks = total
-    with pytest.raises(CallError, match=f"promised {total} blocks and .* left") as refused:
+    with pytest.raises(CallError, match=f"reserves {total} blocks and only .* are available") as refused:
         await replica.stream.start(request).read()
     assert refused.value.status is grpc.StatusCode.RESOURCE_EXHAUSTED
     first.cancel()

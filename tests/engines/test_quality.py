@@ -146,7 +146,7 @@ def test_logits_that_are_not_finite_name_the_layer() -> None:
     x = torch.ones(2, 4)
     for layer in model.layers:
         x = layer(x) / (0.0 if isinstance(layer, nn.Identity) else 1.0)
-    assert finite.first_bad() == "layers.1 is the first layer whose output is not"
+    assert finite.first_bad() == "layers.1 is the first layer with non-finite output"
 
 
 def test_a_row_without_every_position_is_an_error(tmp_path: Path) -> None:

@@ -398,6 +398,7 @@ async def generate_raw(front: Running, message: bytes) -> grpc.StatusCode:
         return grpc.StatusCode.OK
 
 
+@pytest.mark.slow
 async def test_http_fuzzing_never_fails_the_server(front: Running) -> None:
     valid = post(len(CHAT), connection="close") + CHAT
     cut = st.tuples(st.integers(0, len(valid)), st.binary(max_size=8)).map(
@@ -422,6 +423,7 @@ async def fuzzed(strategy: Any, call: Any) -> list[Any]:
     return results
 
 
+@pytest.mark.slow
 async def test_schemathesis_finds_nothing_against_the_openapi_document(
     front: Running, tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ async def started(gateway: Gateway) -> tuple[GrpcServer, str]:
     return server, f"127.0.0.1:{await server.start()}"
 
 
+@pytest.mark.slow
 async def test_calls_of_a_client_that_vanishes_are_cancelled() -> None:
     gateway = Gateway()
     server, address = await started(gateway)
@@ -68,6 +69,7 @@ async def test_calls_of_a_client_that_vanishes_are_cancelled() -> None:
         await server.stop(0)
 
 
+@pytest.mark.slow
 async def test_a_client_notices_that_its_gateway_hangs() -> None:
     async with process(_GATEWAY) as gateway:
         assert gateway.stdout is not None
