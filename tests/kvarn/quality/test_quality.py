@@ -1,17 +1,19 @@
 """The measurement of quality on its own: numbers from logits, simulated formats, settings, charts."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from kvarn.cli import app
 from kvarn.presets import PRESETS
-from kvarn.quality import charts, differences, divergence, formats, run, tasks
+from kvarn.quality import charts, differences, divergence, formats, measure, run, tasks
 from kvarn.quality.settings import QualityError, QualityRun, read_text
 from kvarn.reference import codec, hadamard
 from kvarn.tile import TileLayout
@@ -258,3 +260,24 @@ def test_differences_are_found_in_the_later_of_two_rows() -> None:
 
 def test_rows_of_older_records_have_no_pairs() -> None:
     assert differences.of_presets([{"dtype": "kivi_k4v2"}, {"dtype": "kvarn_k4v2_g128"}]) == []
+
+
+def test_non_finite_logits_name_the_layer() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Identity() for _ in range(3))
+    model.layers[1] = nn.Softplus()
+    finite = measure._FiniteLayers(model)
+    x = torch.ones(2, 4)
+    for layer in model.layers:
+        x = layer(x) / (0.0 if isinstance(layer, nn.Identity) else 1.0)
+    assert finite.first_bad() == "layers.1 is the first layer with non-finite output"
+
+
+def test_a_row_without_every_position_is_an_error(tmp_path: Path) -> None:
+    logits = measure.ReferenceLogits(tmp_path / "x", 10, 7, torch.float32)
+    scores = measure._Scores([[0] * 267], logits, True, measure._FiniteLayers(nn.Module()))
+    scores.record(0, 256, torch.zeros(1, 7))
+    with pytest.raises(QualityError, match="left positions out"):
+        scores.complete()
+    with pytest.raises(QualityError, match="logits at position 257 are not finite"):
+        scores.record(0, 257, torch.full((1, 7), math.nan))

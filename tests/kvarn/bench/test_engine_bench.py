@@ -1,0 +1,107 @@
+"""The engine benchmark without an engine: settings, kept results, tables, charts and the tail of a log."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from kvarn import worker
+from kvarn.bench import engine, plot
+from kvarn.bench.bench_settings import BenchError
+from kvarn.bench.engine import EngineBench, EngineResult, WorkloadResult
+from kvarn.cli import app
+
+
+@pytest.mark.parametrize(
+    ("ending", "exit_code", "sentence"),
+    [
+        (BenchError("the engine of kvarn_k4v2_g128 failed"), 1, "error: the engine of"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_results_measured_before_a_failure_are_kept(tmp_path, monkeypatch, ending, exit_code, sentence):
+    def measure(bench, model_dir, empty, progress):
+        if empty.kv_cache_dtype != "auto":
+            raise ending
+        at = WorkloadResult("4x1000+64", 12.5, 0.5, 1000.0, 20.0, [])
+        return EngineResult("auto", [at], 1.0, 100, 16)
+
+    monkeypatch.setattr(engine, "_measure", measure)
+    path = tmp_path / "out.json"
+    result = CliRunner().invoke(app, ["bench", "engine", "--shape", "1b", "--json", str(path)])
+    assert result.exit_code == exit_code
+    assert sentence in result.stderr
+    assert "12.5 1.00x" in result.stdout
+    (kept,) = json.loads(path.read_text())["results"]
+    assert (kept["kv_cache_dtype"], kept["workloads"][0]["tokens_per_s"]) == ("auto", 12.5)
+
+
+@pytest.mark.parametrize(
+    ("log", "tail"),
+    [
+        (
+            "one\nValueError: invalid\n  why\n" + "leaked\n" * 20,
+            "one\nValueError: invalid\n  why" + "\nleaked" * 3,
+        ),
+        ("\n".join(map(str, range(20))), "\n".join(map(str, range(5, 20)))),
+        ("", ""),
+    ],
+)
+def test_the_tail_of_a_log_ends_with_its_last_error(log, tail):
+    assert worker.log_tail(io.StringIO(log)) == tail
+
+
+def test_a_rival_that_did_not_run_is_listed(tmp_path):
+    bench = EngineBench(kv_cache_dtypes=("auto", "kvarn_k4v2_g128", "fp8"))
+    at = WorkloadResult("4x1000+64", 10.0, 0.5, 1000.0, 20.0, [])
+    results = [
+        EngineResult("auto", [at], 1.0, 100, 16),
+        EngineResult("kvarn_k4v2_g128", [at], 1.0, 100, 128),
+        EngineResult("fp8", reason="ValueError: no such cache"),
+    ]
+    assert bench.may_fail("fp8", 1)
+    assert not bench.may_fail("auto", 1)
+    assert not bench.may_fail("kvarn_k4v2_g128", 1)
+    # The results of size 1 are kept.
+    assert EngineBench(tensor_parallel_sizes=(1, 2)).may_fail("kvarn_k4v2_g128", 2)
+    shown = engine.table(bench, results)
+    assert "fp8 did not run: ValueError: no such cache" in str(shown.caption)
+    plot.draw_engine(tmp_path / "chart.svg", bench, results)
+    assert "holds 8.00x" in (tmp_path / "chart.svg").read_text()
+
+
+def test_scaling_over_gpus_is_relative_to_the_same_cache_on_fewer():
+    bench = EngineBench(kv_cache_dtypes=("auto",), tensor_parallel_sizes=(1, 2))
+    one, two = (
+        EngineResult(
+            "auto", [WorkloadResult("4x1000+64", speed, 0.5, 1000.0, 20.0, [])], 1.0, 100, 16, None, size
+        )
+        for size, speed in ((1, 10.0), (2, 15.0))
+    )
+    assert engine.scaling([one, two], one, 0) is None
+    assert engine.scaling([one, two], two, 0) == pytest.approx(0.75)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(engine.table(bench, [one, two]))
+    assert "auto, 2 GPUs" in capture.get()
+    assert "75%" in capture.get()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"tensor_parallel_sizes": (0,)}, "tensor_parallel_sizes is '0'"),
+        ({"distributed_executor_backend": "uni"}, "'uni': give mp or ray"),
+        ({"shape": "9b"}, "shape '9b' is not known"),
+        ({"dtype": "int8"}, "unknown dtype 'int8': choose from auto, bfloat16"),
+        (
+            {"kv_cache_dtypes": ("auto", "foo")},
+            "unknown cache dtype 'foo': choose from auto, .*kvarn_k4v2_g128",
+        ),
+    ],
+)
+def test_invalid_settings_are_rejected(settings, sentence):
+    with pytest.raises(BenchError, match=sentence):
+        EngineBench(**settings)
