@@ -1,10 +1,10 @@
-"""Fixtures and settings of every test."""
+"""Fixtures and settings shared by all tests."""
 
 import os
 from pathlib import Path
 
-# With pytest-xdist each worker has a core to itself: OpenMP threads of two engines on the same cores spin on each
-# other. OpenMP reads the affinity when torch is imported.
+# Pin each pytest-xdist worker to one core: OpenMP threads of two engines that share cores spin-wait for each other.
+# OpenMP reads the affinity when torch is imported.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
@@ -13,14 +13,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read when ray is imported: it then stays on loopback
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read when ray is imported; keeps it on loopback
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything imports one
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: set it before kernels are imported
 
 from kvarn.model import DEFAULT_MODEL, resolve_model
 from tests.support.models import SHALLOW_LAYERS, cut_model
 
-# A busy machine is slow, which is no failure.
+# A slow example on a busy machine is not a failure.
 settings.register_profile("kvarn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvarn")
 
@@ -37,17 +37,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def long_mode(request: pytest.FixtureRequest) -> bool:
-    """Whether tests that sample a large space should go through all of it."""
+    """Whether tests that sample a large space should cover all of it."""
     return bool(request.config.getoption("--long"))
 
 
 @pytest.fixture(scope="session")
 def model_dir() -> Path:
-    """The default model's directory: prepared once per machine, then shared by all sessions."""
+    """Directory of the default model, prepared once per machine and then shared by all sessions."""
     return resolve_model(DEFAULT_MODEL)
 
 
 @pytest.fixture(scope="session")
 def shallow_model_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default model cut to its first layers: real weights and text at a fifth of the cost."""
+    """The default model truncated to its first layers: real weights and text at a fifth of the cost."""
     return cut_model(model_dir, tmp_path_factory.mktemp("shallow") / "model", layers=SHALLOW_LAYERS)

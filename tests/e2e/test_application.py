@@ -1,6 +1,6 @@
-"""A real application - two engine replicas behind two gateways - driven by real clients over TCP.
+"""A real application, two engine replicas behind two gateways, driven by real clients over TCP.
 
-The tests share one application and run in the order they are written: those that kill or replace replicas are last.
+The tests share one application and run in the order of this file: those that kill or replace replicas come last.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ REPLICAS = 2
 CONTEXT = 1024
 START_S = 300
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-TOKENS = 200  # of streams that should still be open when an update begins
+TOKENS = 200  # per stream that should still be open when an update begins
 LONG: dict[str, Any] = {"max_tokens": 900, "ignore_eos": True}
 
 
@@ -103,7 +103,7 @@ def settings(
 
 @dataclass
 class App:
-    """The running application, and what a client saw of it before its engines were up."""
+    """The running application, and what a client saw of it before its engines were ready."""
 
     model: Path
     port: int
@@ -130,7 +130,7 @@ def app(model_dir: Path, collector: Collector) -> Iterator[App]:
     with serving(num_cpus=REPLICAS):
         deploy(settings(model_dir, port, http_port, collector.address))
         with Client(f"127.0.0.1:{port}") as client:
-            early_error = first_answer(client)
+            early_error = first_gateway_error(client)
             early_health = client.is_ready()
             wait_for(lambda: len(ready(client)) == REPLICAS, START_S)
         yield App(model_dir, port, http_port, collector, early_error, early_health)
@@ -156,13 +156,13 @@ def openai_client(app: App) -> Iterator[OpenAI]:
 
 @pytest.fixture
 def nothing_left(client: Client) -> Iterator[None]:
-    """Fails a test after which blocks are still in use or reserved."""
+    """Fail a test that leaves blocks in use or reserved."""
     yield
     wait_for(lambda: is_idle(client), 10)
 
 
-def first_answer(client: Client) -> ServingError:
-    """The first error that comes from the gateway itself rather than from a closed port."""
+def first_gateway_error(client: Client) -> ServingError:
+    """Return the first error that comes from the gateway itself and not from a closed port."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         try:
@@ -193,7 +193,7 @@ def services_of(address: str) -> set[str]:
         return {service.name for service in answer.list_services_response.service}
 
 
-def test_a_gateway_that_is_up_before_its_engines_says_so(app: App) -> None:
+def test_a_gateway_without_ready_engines_reports_so(app: App) -> None:
     assert isinstance(app.early_error, UnavailableError)
     assert app.early_error.sentence == "No engine replica is ready yet: try again in a few seconds."
     assert not app.early_health
@@ -214,7 +214,7 @@ def test_a_chat_streams_text_as_it_is_generated(client: Client) -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_token_ids_and_text_give_the_same_answer_in_one_piece(client: Client) -> None:
+def test_token_ids_and_text_give_the_same_unary_answer(client: Client) -> None:
     by_text = client.generate_once("The sky is", max_tokens=8, temperature=0, logprobs=2)
     ids = in_replica(by_text.replica_id, lambda engine: engine._engine.get_tokenizer().encode("The sky is"))
     by_ids = client.generate_once(ids, max_tokens=8, temperature=0)
@@ -256,7 +256,7 @@ def test_no_tenant_finds_anothers_prefix_in_the_cache(app: App) -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 async def test_concurrent_requests_spread_over_the_replicas(aclient: AsyncClient) -> None:
-    """However fast one replica is measured to be, its slots do not hold them all."""
+    """24 requests exceed one replica's `max_num_seqs`, however fast it is measured to be."""
     answers = await asyncio.gather(
         *(aclient.generate_once(f"Count from {i}:", max_tokens=16, ignore_eos=True) for i in range(24))
     )
@@ -264,7 +264,7 @@ async def test_concurrent_requests_spread_over_the_replicas(aclient: AsyncClient
     assert all(answer.usage.completion_tokens == 16 for answer in answers)
 
 
-def test_the_cache_state_tells_capacity_and_load(client: Client) -> None:
+def test_the_cache_state_reports_capacity_and_load(client: Client) -> None:
     client.generate_once("Count slowly: one, two, three. " * 20, max_tokens=2)  # long enough to be timed
 
     def is_measured() -> bool:
@@ -283,7 +283,7 @@ def test_the_cache_state_tells_capacity_and_load(client: Client) -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
-async def test_a_watch_gives_a_snapshot_and_then_numbered_changes(aclient: AsyncClient) -> None:
+async def test_a_watch_sends_a_snapshot_and_then_numbered_updates(aclient: AsyncClient) -> None:
     async with aclosing(aclient.watch_cache(timeout_s=60)) as events:
         first = await anext(events)
         assert len(first.snapshot.replicas) == REPLICAS
@@ -365,28 +365,28 @@ def test_a_client_that_dies_frees_its_blocks(app: App, client: Client) -> None:
 def test_bad_requests_get_one_sentence(
     client: Client, prompt: Any, options: dict[str, Any], error: type[ServingError], sentence: str
 ) -> None:
-    with pytest.raises(error) as refusal:
+    with pytest.raises(error) as rejection:
         list(client.generate(prompt, **options))
-    assert sentence in refusal.value.sentence
-    assert "Traceback" not in refusal.value.sentence
-    assert "\n" not in refusal.value.sentence
+    assert sentence in rejection.value.sentence
+    assert "Traceback" not in rejection.value.sentence
+    assert "\n" not in rejection.value.sentence
 
 
 @pytest.mark.parametrize(
     "message", [b"\xff\xff\xff", b"\x12\x04\x0a\x02\xff\xfe"], ids=["garbage", "bad UTF-8"]
 )
 @pytest.mark.parametrize("method", ["Generate", "GenerateOnce"])
-def test_what_cannot_be_parsed_is_an_invalid_argument(app: App, method: str, message: bytes) -> None:
+def test_an_unparsable_message_is_an_invalid_argument(app: App, method: str, message: bytes) -> None:
     with grpc.insecure_channel(app.address) as channel:
         call = channel.unary_stream(f"/kvarn.v1.Inference/{method}")(message)
-        with pytest.raises(grpc.RpcError) as refusal:
+        with pytest.raises(grpc.RpcError) as rejection:
             next(call)
-    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "valid UTF-8" in refusal.value.details()
+    assert rejection.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "valid UTF-8" in rejection.value.details()
 
 
 @pytest.mark.usefixtures("nothing_left")
-async def test_a_full_fleet_lets_requests_wait_and_refuses_those_that_wait_too_long(
+async def test_a_full_fleet_queues_requests_and_rejects_those_that_time_out(
     aclient: AsyncClient,
 ) -> None:
     capacities = [replica.cache.capacity for replica in (await aclient.cache_state()).replicas]
@@ -403,9 +403,9 @@ async def test_a_full_fleet_lets_requests_wait_and_refuses_those_that_wait_too_l
     async with asyncio.timeout(60):
         while (await aclient.explain_route(prompt, max_tokens=max_tokens)).chosen_replica_id:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
-    with pytest.raises(NoRoomError, match="no replica has room for that now") as refused:
+    with pytest.raises(NoRoomError, match="no replica has room for that now") as rejection:
         await aclient.generate_once(prompt, max_tokens=max_tokens)
-    assert refused.value.retry_after_s is not None
+    assert rejection.value.retry_after_s is not None
     with pytest.raises((NoRoomError, DeadlineExceededError)):
         await aclient.generate_once(prompt, max_tokens=max_tokens, timeout_s=0.5)
     waiting = asyncio.create_task(
@@ -418,17 +418,17 @@ async def test_a_full_fleet_lets_requests_wait_and_refuses_those_that_wait_too_l
     assert (await waiting).usage.completion_tokens > 0
 
 
-def test_a_route_is_explained_by_every_replicas_terms(client: Client) -> None:
+def test_an_explained_route_lists_the_cost_terms_of_every_replica(client: Client) -> None:
     prompt = [11 + i % 50 for i in range(400)]
     served_by = client.generate_once(prompt, max_tokens=1).replica_id
     explain = partial(client.explain_route, prompt, max_tokens=9)
     wait_for(lambda: max(c.cached_tiles for c in explain().candidates) == 3, 10)
-    told = explain()
-    assert (told.chosen_replica_id, told.prompt_tokens, told.expected_tokens) == (served_by, 400, 9)
-    terms = {candidate.replica_id: candidate for candidate in told.candidates}
+    route = explain()
+    assert (route.chosen_replica_id, route.prompt_tokens, route.expected_tokens) == (served_by, 400, 9)
+    terms = {candidate.replica_id: candidate for candidate in route.candidates}
     assert terms.keys() == ready(client)
     assert terms[served_by].uncached_tokens == 400 - 384
-    for candidate in told.candidates:
+    for candidate in route.candidates:
         to_itself = candidate.first_token_s + candidate.sharing_s + candidate.penalty_s
         to_others = candidate.delay_s + candidate.occupancy_s + candidate.eviction_s
         assert candidate.price_s == pytest.approx(to_itself + to_others)
@@ -447,8 +447,8 @@ def test_a_request_leaves_one_trace_and_one_line_of_json(app: App, client: Clien
     assert (gateway.service, engine.service) == ("kvarn-gateway", "kvarn-engine")
     assert gateway.trace_id == engine.trace_id
     assert gateway.attributes["kvarn.routing.replica_id"] == answer.replica_id
-    weighed = [json.loads(text) for text in gateway.attributes["kvarn.routing.candidates"]]
-    assert {candidate["replica_id"] for candidate in weighed} == ready(client)
+    candidates = [json.loads(text) for text in gateway.attributes["kvarn.routing.candidates"]]
+    assert {candidate["replica_id"] for candidate in candidates} == ready(client)
     assert engine.attributes["kvarn.prompt_tokens"] == answer.usage.prompt_tokens
     logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
     lines = [
@@ -502,7 +502,7 @@ async def test_the_console_shows_a_stream_while_it_runs(app: App, aclient: Async
         assert seen.problems == []
 
 
-def test_status_prints_json_for_programs_and_a_table_for_people(app: App, client: Client) -> None:
+def test_status_prints_json_or_a_table(app: App, client: Client) -> None:
     kvarn = [sys.executable, "-m", "kvarn.cli", "status", "--address", app.address]
     state = json.loads(subprocess.check_output([*kvarn, "--json"]))
     assert {replica["replica_id"] for replica in state["replicas"]} == ready(client)
@@ -514,13 +514,13 @@ def base_names(samples: Samples) -> set[str]:
     return {re.sub("_(bucket|sum|count)$", "", name) for name in samples}
 
 
-def test_http_probes_answer_beside_grpc(app: App) -> None:
+def test_http_probes_answer(app: App) -> None:
     for probe in ("livez", "readyz"):
         assert httpx.get(f"http://127.0.0.1:{app.http_port}/{probe}").status_code == 204
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_openai_clients_get_what_grpc_clients_get(openai_client: OpenAI, client: Client) -> None:
+def test_openai_and_grpc_clients_get_the_same_answers(openai_client: OpenAI, client: Client) -> None:
     by_grpc = client.generate_once(QUESTION, max_tokens=24, temperature=0, logprobs=0)
     answer = openai_client.chat.completions.create(
         model="", messages=QUESTION, max_tokens=24, temperature=0, logprobs=True, top_logprobs=2
@@ -608,13 +608,13 @@ def test_openai_answers_conform_to_a_schema_and_call_tools(openai_client: OpenAI
 def test_openai_errors(
     openai_client: OpenAI, options: dict[str, Any], error: type[openai.APIStatusError], code: str | None
 ) -> None:
-    with pytest.raises(error) as refused:
+    with pytest.raises(error) as rejection:
         openai_client.chat.completions.create(**{"model": "", "messages": QUESTION, **options})
-    assert refused.value.code == code
+    assert rejection.value.code == code
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_an_openai_client_that_leaves_frees_its_blocks(openai_client: OpenAI, client: Client) -> None:
+def test_an_openai_client_that_disconnects_frees_its_blocks(openai_client: OpenAI, client: Client) -> None:
     options = {"max_tokens": 900, "extra_body": {"ignore_eos": True}}
     stream = openai_client.completions.create(model="", prompt="Once", stream=True, **options)
     next(iter(stream))
@@ -626,7 +626,7 @@ def test_an_openai_client_that_leaves_frees_its_blocks(openai_client: OpenAI, cl
     wait_for(lambda: is_idle(client), 5)
 
 
-def test_prompts_are_in_no_log(client: Client, openai_client: OpenAI) -> None:
+def test_prompts_are_never_logged(client: Client, openai_client: OpenAI) -> None:
     secret = "xylophone-4711"
     client.generate_once(secret, max_tokens=1)
     with pytest.raises(openai.BadRequestError):
@@ -635,8 +635,8 @@ def test_prompts_are_in_no_log(client: Client, openai_client: OpenAI) -> None:
         model="", messages=[{"role": "user", "content": secret}], max_tokens=1
     )
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
-    told = [path for path in logs.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
-    assert told == []
+    leaking = [path for path in logs.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert leaking == []
 
 
 def test_health_and_reflection_on_gateway_and_engine(app: App, client: Client) -> None:
@@ -656,9 +656,9 @@ def test_engines_answer_only_gateways(client: Client) -> None:
     for metadata in ((), ((TOKEN_KEY, "guess"),)):
         with grpc.insecure_channel(engine.address) as channel:
             stub = engine_pb2_grpc.EngineStub(channel)
-            with pytest.raises(grpc.RpcError) as refused:
+            with pytest.raises(grpc.RpcError) as rejection:
                 list(stub.Generate(iter(calls), metadata=metadata, timeout=10))
-        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert rejection.value.code() is grpc.StatusCode.UNAUTHENTICATED
     with grpc.insecure_channel(engine.address) as channel:
         stub = engine_pb2_grpc.EngineStub(channel)
         assert list(stub.Generate(iter(calls), metadata=((TOKEN_KEY, engine.token),), timeout=10))
@@ -669,13 +669,13 @@ def test_engines_answer_only_gateways(client: Client) -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_a_stream_goes_on_when_its_engine_dies_and_the_replica_is_replaced(client: Client) -> None:
+def test_a_stream_resumes_when_its_engine_dies_and_the_replica_is_replaced(client: Client) -> None:
     before = ready(client)
     stream = client.generate("Once upon a time", temperature=0, logprobs=1, **LONG)
     deltas = [next(stream)]
     served_by = deltas[0].replica_id
-    pids = in_replica(served_by, lambda engine: os.getpid())
-    core = psutil.Process(pids).children()
+    pid = in_replica(served_by, lambda engine: os.getpid())
+    core = psutil.Process(pid).children()
     kill_all(process for process in core if "EngineCore" in process.name())
     deltas += stream
     (other,) = before - {served_by}
@@ -687,7 +687,7 @@ def test_a_stream_goes_on_when_its_engine_dies_and_the_replica_is_replaced(clien
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_a_replica_whose_process_dies_leaves_nothing_behind(client: Client) -> None:
+def test_a_killed_replica_is_replaced_and_leaves_no_orphans(client: Client) -> None:
     before = ready(client)
     killed = min(before)
     replica = psutil.Process(in_replica(killed, lambda engine: os.getpid()))
@@ -704,28 +704,28 @@ def kill_all(processes: Any) -> None:
         process.send_signal(signal.SIGKILL)
 
 
-async def test_a_rolling_update_completes_open_streams_and_refuses_none(
+async def test_a_rolling_update_completes_open_streams_and_rejects_no_request(
     app: App, client: Client, aclient: AsyncClient
 ) -> None:
     before = ready(client)
     generated: dict[str, int] = {}
-    refused: list[ServingError] = []
+    rejections: list[ServingError] = []
     updated = asyncio.Event()
 
     async def open_stream() -> None:
         async for delta in aclient.generate("Once upon a time", max_tokens=TOKENS, ignore_eos=True):
             generated[delta.request_id] = delta.usage.completion_tokens
 
-    async def keep_asking() -> None:
+    async def keep_requesting() -> None:
         while not updated.is_set():
             try:
                 await aclient.generate_once("Hello", max_tokens=2)
             except ServingError as error:
-                refused.append(error)
+                rejections.append(error)
             await asyncio.sleep(0.1)
 
     streams = [asyncio.create_task(open_stream()) for _ in range(4)]
-    asking = asyncio.create_task(keep_asking())
+    requesting = asyncio.create_task(keep_requesting())
     await asyncio.to_thread(wait_for, lambda: len(generated) == len(streams), START_S)
     app.max_num_seqs = 6
     await asyncio.to_thread(
@@ -734,13 +734,13 @@ async def test_a_rolling_update_completes_open_streams_and_refuses_none(
     replaced = lambda: len(ready(client)) == REPLICAS and not ready(client) & before  # noqa: E731
     await asyncio.to_thread(wait_for, replaced, START_S)
     updated.set()
-    await asking
-    lost = await asyncio.gather(*streams, return_exceptions=True)
-    assert (lost, list(generated.values())) == ([None] * 4, [TOKENS] * 4)
-    assert refused == []
+    await requesting
+    results = await asyncio.gather(*streams, return_exceptions=True)
+    assert (results, list(generated.values())) == ([None] * 4, [TOKENS] * 4)
+    assert rejections == []
 
 
-def test_an_update_turns_tls_and_keys_on_and_no_key_is_told_anywhere(
+def test_an_update_enables_tls_and_api_keys_and_leaks_no_key(
     app: App, client: Client, tmp_path: Path
 ) -> None:
     before = ready(client)
@@ -779,9 +779,12 @@ def test_an_update_turns_tls_and_keys_on_and_no_key_is_told_anywhere(
         with pytest.raises(NoRoomError, match="This API key may send 1 requests per minute"):
             limited.generate_once("Hi", max_tokens=1)
     for presented in ("", wrong):
-        with Client(address, tls=tls, api_key=presented) as stranger, pytest.raises(ServingError) as refused:
+        with (
+            Client(address, tls=tls, api_key=presented) as stranger,
+            pytest.raises(ServingError) as rejection,
+        ):
             stranger.generate_once("Hi", max_tokens=1)
-        assert "API key" in refused.value.sentence
+        assert "API key" in rejection.value.sentence
 
     web = httpx.Client(verify=ssl.create_default_context(cafile=tmp_path / "ca.pem"))
     secured = OpenAI(base_url=f"https://localhost:{app.http_port}/v1", api_key=key, http_client=web)
@@ -792,18 +795,19 @@ def test_an_update_turns_tls_and_keys_on_and_no_key_is_told_anywhere(
         httpx.get(f"http://localhost:{app.http_port}/livez")
 
     kvarn = [sys.executable, "-m", "kvarn.cli", "status", "--json", "--address", address]
-    told = subprocess.run(
+    status = subprocess.run(
         [*kvarn, "--ca", tmp_path / "ca.pem"],
         env={**os.environ, "KVARN_API_KEY": key},
         capture_output=True,
         check=True,
     )
-    assert {replica["replica_id"] for replica in json.loads(told.stdout)["replicas"]} == now
+    assert {replica["replica_id"] for replica in json.loads(status.stdout)["replicas"]} == now
 
-    refusals = lambda reason: total(scraped(), metrics.REJECTS.exported, reason=reason)  # noqa: E731
+    rejected = lambda reason: total(scraped(), metrics.REJECTS.exported, reason=reason)  # noqa: E731
     for reason in ("unauthenticated", "rate_limit", "concurrency_limit"):
-        wait_for(lambda: refusals(reason) >= 1, 30)  # noqa: B023
-    secrets = [presented.rpartition("-")[2][:16] for presented in (key, rare)]  # `wrong` begins like `key`
+        wait_for(lambda: rejected(reason) >= 1, 30)  # noqa: B023
+    # `wrong` shares its prefix with `key`.
+    secrets = [presented.rpartition("-")[2][:16] for presented in (key, rare)]
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
     assert not [path for path in logs.rglob("*") if path.is_file() and holds_any(path, secrets)]
     tenant = lambda span: span.attributes.get("kvarn.tenant")  # noqa: E731

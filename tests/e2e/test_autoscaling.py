@@ -1,6 +1,6 @@
 """Autoscaling on a cluster of two nodes (two raylets on this machine): 0 -> 1 -> 2 -> 3 -> 1 -> 0 replicas under load.
 
-Takes minutes and needs cores of its own: it runs with `--long` alone.
+Takes minutes and needs dedicated cores: runs only with `--long`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(1200)
 APP = "kvarn"
 START_S = 300
 TILE = 128
-BLOCKS = 34  # of each replica's cache
+BLOCKS = 34  # per replica's cache
 REQUEST_TOKENS = 8 * TILE  # four requests commit 32 of them: 94 %
 
 
@@ -69,9 +69,9 @@ def block_bytes(model: Path) -> int:
 
 @pytest.fixture
 def cluster(long_mode: bool) -> Iterator[Cluster]:
-    """Two nodes that take replicas, and a head that has room for none."""
+    """Two nodes for replicas, and a head node without CPUs."""
     if not long_mode:
-        pytest.skip("takes minutes and needs cores of its own: run it with --long")
+        pytest.skip("takes minutes and needs dedicated cores: run it with --long")
     cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1"},
@@ -88,8 +88,8 @@ def cluster(long_mode: bool) -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-class Asking(threading.Thread):
-    """Asks again and again until it is stopped, and keeps what went wrong."""
+class RequestLoop(threading.Thread):
+    """Sends requests until it is stopped, and collects errors."""
 
     def __init__(self, address: str, prompt: Callable[[], list[int]], max_tokens: int) -> None:
         super().__init__(daemon=True)
@@ -119,34 +119,34 @@ def node_of(replica_id: str) -> str:
 
 
 def long_prompt() -> list[int]:
-    """A prompt that fills a request's blocks but for a few tokens, and shares none with others."""
+    """Return a prompt that nearly fills a request's blocks and shares none with others."""
     return [random.randrange(1000, 40_000) for _ in range(REQUEST_TOKENS - 32)]
 
 
 def test_replicas_follow_the_load_and_no_request_fails(cluster: Cluster, model_dir: Path) -> None:
-    most = 3
+    max_replicas = 3
     port = free_port()
     address = f"127.0.0.1:{port}"
-    deploy(APP, settings(model_dir, port, most))
+    deploy(APP, settings(model_dir, port, max_replicas))
     with Client(address) as client:
-        client.wait_ready(START_S)  # asleep, and takes requests
+        client.wait_ready(START_S)  # scaled to zero, yet accepting requests
         assert ready(client) == set()
         assert client.generate_once("Hello", max_tokens=2).usage.completion_tokens == 2
         assert len(ready(client)) == 1
 
-        small = Asking(address, lambda: [5, 6, 7], max_tokens=2)
+        small = RequestLoop(address, lambda: [5, 6, 7], max_tokens=2)
         large = []
-        for replicas in range(2, most + 1):
-            large += [Asking(address, long_prompt, max_tokens=32) for _ in range(4)]
+        for replicas in range(2, max_replicas + 1):
+            large += [RequestLoop(address, long_prompt, max_tokens=32) for _ in range(4)]
             wait_for(lambda: len(ready(client)) == replicas, START_S, poll_s=0.5)  # noqa: B023
         assert len({node_of(replica_id) for replica_id in ready(client)}) == 2
-        for asking in large:
-            asking.stop()
+        for loop in large:
+            loop.stop()
         wait_for(lambda: len(ready(client)) == 1, START_S, poll_s=0.5)
         small.stop()
-        for asking in (small, *large):
-            asking.join()
-            assert asking.errors == []
-            assert asking.answers > 0
+        for loop in (small, *large):
+            loop.join()
+            assert loop.errors == []
+            assert loop.answers > 0
         wait_for(lambda: not ready(client), START_S, poll_s=0.5)
         assert client.is_ready()

@@ -1,6 +1,6 @@
-"""A real fleet - three engines, two gateways - under traffic while its processes are killed and stopped at random.
+"""A real fleet, three engines and two gateways, under traffic while its processes are killed and suspended at random.
 
-`--long` injects many more faults than a normal run; the seed of what happens when is fixed.
+`--long` injects many more faults than a normal run; the random seed is fixed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ENGINES, GATEWAYS, WORKERS = 3, 2, 4
 SHARED = [7 + i % 50 for i in range(260)]
 PROMPTS = [[*SHARED, *(100 + 3 * number + i for i in range(20))] for number in range(6)]
 TOKENS = 32
-NEAR_TIE = 0.05  # log probability: what another batch's rounding may turn round
+NEAR_TIE = 0.05  # nats: the rounding of another batch may reverse a smaller difference
 OPTIONS: dict[str, Any] = {"max_tokens": TOKENS, "ignore_eos": True, "temperature": 0, "logprobs": 2}
 
 
@@ -68,12 +68,12 @@ def address(shallow_model_dir: Any) -> Iterator[str]:
 
 @dataclass
 class Traffic:
-    """What clients sent and got, and what was wrong with it."""
+    """Requests of concurrent clients, and the errors in their answers."""
 
     reference: dict[int, list[int]]
     answers: int = 0
     resumed: int = 0
-    wrong: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def work(self, address: str, seed: int) -> None:
@@ -84,7 +84,7 @@ class Traffic:
                 try:
                     await (self.stream if random.random() < 0.7 else self.once)(client, number)
                 except Exception as error:
-                    self.wrong.append(f"prompt {number}: {error!r}")
+                    self.errors.append(f"prompt {number}: {error!r}")
                 self.answers += 1
 
     async def stream(self, client: AsyncClient, number: int) -> None:
@@ -93,7 +93,7 @@ class Traffic:
         positions = [position for delta in deltas for position in delta.logprobs]
         self.resumed += bool(deltas[-1].resumptions)
         if deltas[-1].usage.completion_tokens != len(tokens):
-            self.wrong.append(f"prompt {number}: {deltas[-1].usage} but {len(tokens)} tokens came")
+            self.errors.append(f"prompt {number}: {deltas[-1].usage} but {len(tokens)} tokens received")
         self.check(number, tokens, positions)
 
     async def once(self, client: AsyncClient, number: int) -> None:
@@ -101,21 +101,23 @@ class Traffic:
         self.check(number, list(answer.token_ids), list(answer.logprobs))
 
     def check(self, number: int, tokens: list[int], positions: list[inference_pb2.PositionLogprobs]) -> None:
-        """Equal to the undisturbed answer, up to where two tokens were as good as equally likely."""
+        """Record an error unless the answer equals the reference, up to a first near tie of two tokens."""
         expected = self.reference[number]
         if len(tokens) != TOKENS or len(positions) != TOKENS:
-            self.wrong.append(f"prompt {number}: {len(tokens)} tokens and {len(positions)} log probabilities")
+            self.errors.append(
+                f"prompt {number}: {len(tokens)} tokens and {len(positions)} log probabilities"
+            )
             return
         at = next((i for i in range(TOKENS) if tokens[i] != expected[i]), None)
         if at is None:
             return
         likely = {candidate.token_id: candidate.logprob for candidate in positions[at].candidates}
         if likely.get(tokens[at], -99) - likely.get(expected[at], -99) > NEAR_TIE:
-            self.wrong.append(f"prompt {number}: differs at {at}: {tokens} instead of {expected}")
+            self.errors.append(f"prompt {number}: differs at {at}: {tokens} instead of {expected}")
 
 
 def replicas_of(deployment: str) -> list[psutil.Process]:
-    """The processes of a deployment's replicas on this machine."""
+    """Return the processes of a deployment's replicas on this machine."""
     title = f"ServeReplica:{APP}:{deployment}"
     found = []
     for process in psutil.Process().children(recursive=True):
@@ -138,8 +140,8 @@ async def kill_engine(random: Random) -> None:
     random.choice(replicas_of("Engine")).kill()
 
 
-async def stop_engine(random: Random) -> None:
-    """It hangs for longer than a silent replica is waited for."""
+async def suspend_engine(random: Random) -> None:
+    """Suspend an engine for longer than `silence_timeout_s`."""
     process = random.choice(replicas_of("Engine"))
     process.send_signal(signal.SIGSTOP)
     await asyncio.sleep(8)
@@ -150,18 +152,18 @@ async def kill_gateway(random: Random) -> None:
     random.choice(replicas_of("Gateway")).kill()
 
 
-async def stop_gateway(random: Random) -> None:
+async def suspend_gateway(random: Random) -> None:
     process = random.choice(replicas_of("Gateway"))
     process.send_signal(signal.SIGSTOP)
     await asyncio.sleep(2)
     process.send_signal(signal.SIGCONT)
 
 
-FAULTS = (kill_core, kill_gateway, stop_engine, kill_engine, stop_gateway)
+FAULTS = (kill_core, kill_gateway, suspend_engine, kill_engine, suspend_gateway)
 
 
-async def recovered(address: str) -> None:
-    """Until at least two engines are ready and both gateways are there: the next fault must leave one of each."""
+async def wait_until_recovered(address: str) -> None:
+    """Wait for at least two ready engines and both gateways: the next fault must leave one of each."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         with Client(address) as client:
@@ -172,7 +174,7 @@ async def recovered(address: str) -> None:
 
 
 async def test_no_token_is_lost_while_processes_die(address: str, long_mode: bool) -> None:
-    wanted = 60 if long_mode else len(FAULTS)
+    min_faults = 60 if long_mode else len(FAULTS)
     random = Random(5)
     async with AsyncClient(address) as client:
         reference = {
@@ -182,16 +184,16 @@ async def test_no_token_is_lost_while_processes_die(address: str, long_mode: boo
     traffic = Traffic(reference)
     workers = [asyncio.create_task(traffic.work(address, seed)) for seed in range(WORKERS)]
     injected = 0
-    # A fault may find no stream under way; more follow until one did, within reason.
-    while injected < wanted or (not traffic.resumed and injected < 3 * wanted):
+    # A fault may hit no open stream: inject more, up to three times as many, until one has been resumed.
+    while injected < min_faults or (not traffic.resumed and injected < 3 * min_faults):
         await asyncio.sleep(random.uniform(1, 3))
         await FAULTS[injected % len(FAULTS)](random)
         injected += 1
-        await recovered(address)
+        await wait_until_recovered(address)
     traffic.stopped.set()
     await asyncio.gather(*workers)
-    assert Counter(traffic.wrong) == {}
-    assert traffic.answers > wanted
+    assert Counter(traffic.errors) == {}
+    assert traffic.answers > min_faults
     assert traffic.resumed > 0
     with Client(address) as client:
         await asyncio.to_thread(wait_for, lambda: len(ready(client)) == ENGINES, START_S)

@@ -39,7 +39,7 @@ def write_app(path: Path, **engine: object) -> Path:
 
 @pytest.fixture
 def kvarn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts the command; what a failed test leaves running is stopped."""
+    """Start the command; kill the processes that a failed test leaves running."""
     started = []
 
     def start(*arguments: object) -> subprocess.Popen[str]:
@@ -58,7 +58,7 @@ def kvarn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def shell() -> dict[str, str]:
-    """The environment of another shell: nothing in it is of a Ray that runs."""
+    """Return the environment of another shell, without variables of a running Ray."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return {**own, "PATH": f"{Path(sys.executable).parent}:{own['PATH']}"}
 
@@ -69,18 +69,18 @@ def lines_until(process: subprocess.Popen[str], words: str) -> Iterator[str]:
         yield line
         if words in line:
             return
-    pytest.fail(f"{words!r} never came; standard error: {process.communicate()[1]}")
+    pytest.fail(f"{words!r} was never printed; standard error: {process.communicate()[1]}")
 
 
 def wait_for_child(process: subprocess.Popen[str], name: str, timeout_s: float = 200) -> list[psutil.Process]:
-    """The command's descendants, once one of that name runs."""
+    """Wait for a descendant called `name`, then return all descendants of the command."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         children = psutil.Process(process.pid).children(recursive=True)
         if any(child.name() == name for child in children):
             return children
         time.sleep(0.2)
-    pytest.fail(f"{name} never ran")
+    pytest.fail(f"{name} never started")
 
 
 def test_serves_until_ctrl_c(tmp_path, kvarn):
@@ -93,8 +93,8 @@ def test_serves_until_ctrl_c(tmp_path, kvarn):
     with Client(ready["grpc"]) as client:
         (replica,) = client.cache_state().replicas
     held = replica.cache.capacity.total_blocks * replica.cache.capacity.tile_tokens
-    told = {"replica_id": replica.replica_id, "cache_dtype": "kvarn_k4v2_g128", "capacity_tokens": held}
-    assert ready["replicas"] == [told]
+    expected = {"replica_id": replica.replica_id, "cache_dtype": "kvarn_k4v2_g128", "capacity_tokens": held}
+    assert ready["replicas"] == [expected]
     assert httpx.get(ready["openai"] + "/models").json()["data"][0]["id"] == ready["model"]
     assert "<html" in httpx.get(ready["console"]).text
     command = ready["deploy_command"].replace("FILE", str(path))
@@ -111,7 +111,7 @@ def test_serves_until_ctrl_c(tmp_path, kvarn):
     assert not alive
 
 
-def test_a_person_gets_text(model_dir):
+def test_text_output(model_dir):
     capacity = cache_pb2.CacheCapacity(
         cache_dtype="kvarn_k4v2_g128", tile_tokens=128, bytes_per_tile=622_080, total_blocks=1725
     )
@@ -123,7 +123,7 @@ def test_a_person_gets_text(model_dir):
         dashboard = Dashboard("http://127.0.0.1:8265", needs_token=True)
         TextReporter().ready(read_app(APP_YAML), Started(state, model_dir, dashboard))
     text = shown.get()
-    for told in (
+    for expected in (
         "you> What",
         "500 ms",
         "220,800",
@@ -132,20 +132,20 @@ def test_a_person_gets_text(model_dir):
         "Ctrl-C stops it",
         "`ray get-auth-token`",
     ):
-        assert told in text
+        assert expected in text
 
 
-def test_a_log_shows_the_progress_of_the_start():
+def test_a_log_shows_start_progress():
     with err.capture() as shown, _start_progress() as update:
         update([Deployment("Engine", 0, 2)])
         update([Deployment("Engine", 0, 2)])
         update([Deployment("Engine", 1, 2)])
-    told = shown.get()
-    assert told.count("starting Engine replicas: 0 of 2") == 1
-    assert told.count("starting Engine replicas: 1 of 2") == 1
+    logged = shown.get()
+    assert logged.count("starting Engine replicas: 0 of 2") == 1
+    assert logged.count("starting Engine replicas: 1 of 2") == 1
 
 
-def test_sigterm_ends_a_start(tmp_path, kvarn):
+def test_sigterm_interrupts_a_start(tmp_path, kvarn):
     process = kvarn("serve", write_app(tmp_path / "app.yaml"))
     children = wait_for_child(process, "raylet")
     process.send_signal(signal.SIGTERM)
@@ -166,12 +166,12 @@ def test_sigterm_ends_a_start(tmp_path, kvarn):
         ),
     ],
 )
-def test_an_engine_that_cannot_start_is_one_sentence(tmp_path, kvarn, engine, words):
+def test_an_engine_that_cannot_start_is_reported_in_one_sentence(tmp_path, kvarn, engine, words):
     process = kvarn("serve", "--json", write_app(tmp_path / "app.yaml", **engine))
-    told, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "Engine failed to start" in errors
-    error = json.loads(told)
+    error = json.loads(output)
     assert error["event"] == "error"
     assert error["message"] in errors
     assert words in errors
@@ -194,7 +194,7 @@ def test_an_engine_that_cannot_start_is_one_sentence(tmp_path, kvarn, engine, wo
         ({"kv_cache_dtype": "kvarn_k9v9"}, "args.engine.kv_cache_dtype: unknown KVarN preset 'kvarn_k9v9'"),
     ],
 )
-def test_what_this_machine_cannot_run_is_told_before_anything_starts(tmp_path, engine, words):
+def test_what_this_machine_cannot_run_is_rejected_before_anything_starts(tmp_path, engine, words):
     result = CliRunner().invoke(cli.app, ["serve", str(write_app(tmp_path / "app.yaml", **engine))])
     assert result.exit_code == 1
     assert words in result.stderr

@@ -1,4 +1,4 @@
-"""An engine over two processes answers like an engine in one process."""
+"""An engine on two processes answers like an engine in one process."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 
 from tests.support.engines import MIB, ask, engine, make_llama
 
-RANKS_TOLERANCE = 0.02  # nats: each rank's matmuls have other shapes, and the codes amplify their rounding
+RANKS_TOLERANCE = 0.02  # nats: matmuls of a rank have other shapes, and the codes amplify their rounding
 
 
-@pytest.mark.parametrize("kv_heads", [2, 1], ids=["a head a rank", "both ranks hold the one head"])
+@pytest.mark.parametrize("kv_heads", [2, 1], ids=["one head per rank", "one head on both ranks"])
 def test_tensor_parallel_in_processes_equals_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_heads: int
 ) -> None:

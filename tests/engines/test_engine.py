@@ -92,7 +92,7 @@ def test_concurrent_batch(llm: LLM, text: list[int]) -> None:
         together.assert_same(single)
 
 
-def test_a_cached_prefix_outlives_the_loading_of_the_same_weights(
+def test_a_cached_prefix_survives_reloading_the_same_weights(
     llm: LLM, text: list[int], cold: dict[int, Answer]
 ) -> None:
     length = max(LENGTHS)
@@ -111,7 +111,7 @@ def test_concurrent_batch_in_odd_chunks(llm: LLM, text: list[int], cold: dict[in
         answer.assert_same(cold[length])
 
 
-def test_a_prefix_hit_in_the_very_step_that_computes_it(
+def test_a_prefix_hit_in_the_step_that_computes_it(
     llm: LLM, text: list[int], cold: dict[int, Answer]
 ) -> None:
     assert llm.reset_prefix_cache()
@@ -162,18 +162,18 @@ def test_head_dims_and_dtypes(
 def test_text_against_the_unquantized_cache(
     model_dir: Path, text: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Passages that begin again: the model is mostly sure how they go on.
+    # Repeated passages, whose continuation the model predicts with confidence.
     prompts = [text[start : start + 260] + text[start : start + 60] for start in (0, 500, 900, 1400)]
     answers = {}
     for dtype in ("auto", "kvarn_k4v4_g128"):
         with engine(monkeypatch, model_dir, kv_cache_dtype=dtype, dtype="bfloat16") as llm:
             answers[dtype] = ask(llm, prompts, max_tokens=16)
     for ours, stock in zip(answers["kvarn_k4v4_g128"], answers["auto"], strict=True):
-        assert ours.tokens == stock.tokens or lead_where_they_part(stock, ours) < BFLOAT16_TIE
+        assert ours.tokens == stock.tokens or margin_at_divergence(stock, ours) < BFLOAT16_TIE
 
 
-def lead_where_they_part(stock: Answer, ours: Answer) -> float:
-    """How much more likely, in nats, the stock cache's first token that differs was to it than ours."""
+def margin_at_divergence(stock: Answer, ours: Answer) -> float:
+    """Return by how many nats the stock cache prefers its own token to ours where they first differ."""
     step = next(i for i, pair in enumerate(zip(stock.tokens, ours.tokens, strict=True)) if pair[0] != pair[1])
     logprobs = stock.logprobs[step]
     return logprobs[stock.tokens[step]] - logprobs.get(ours.tokens[step], -math.inf)

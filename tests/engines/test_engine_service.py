@@ -1,4 +1,4 @@
-"""One real engine behind its gRPC service: resumed outputs, its tiles as gateways see them, its room."""
+"""A real engine behind its gRPC service: resumption, watches, reservations."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def text_of(deltas: list[Delta]) -> str:
 
 
 async def assert_resumes(replica: Replica, prompt: list[int], **sampling: Any) -> list[Delta]:
-    """Whatever has been sent when a stream breaks, what another engine adds makes up the same output."""
+    """Assert that an output resumed after any number of deltas equals the uninterrupted one."""
     whole = await replica.ask(prompt, **sampling)
     for sent in range(1, len(whole), 2):
         before = whole[:sent]
@@ -152,7 +152,7 @@ async def test_a_stop_string_across_the_break_is_found_and_held_back(replica: Re
     assert text_of(kept).endswith(stop)
 
 
-async def test_characters_of_several_tokens_come_out_whole(replica: Replica) -> None:
+async def test_characters_of_several_tokens_are_not_split(replica: Replica) -> None:
     prompt = replica.tokenizer.encode("Repeat: 🦙🧮é日本 🦙🧮é日本 🦙🧮é日本 🦙🧮")
     allowed = sorted(set(replica.tokenizer.encode("🦙🧮é日本")))
     whole = await assert_resumes(
@@ -161,7 +161,7 @@ async def test_characters_of_several_tokens_come_out_whole(replica: Replica) -> 
     assert any(not delta.text for delta in whole)  # a character was incomplete
 
 
-async def test_fewest_tokens_and_stop_tokens_count_from_the_start(replica: Replica) -> None:
+async def test_min_tokens_and_stop_token_ids_count_resumed_tokens(replica: Replica) -> None:
     prompt = replica.tokenizer.encode(PROMPT)
     free = tokens_of(await replica.ask(prompt, temperature=0, max_tokens=12, ignore_eos=True))
     whole = await assert_resumes(
@@ -170,7 +170,7 @@ async def test_fewest_tokens_and_stop_tokens_count_from_the_start(replica: Repli
     assert len(tokens_of(whole)) >= 6
 
 
-async def test_an_output_complete_but_for_its_end_gets_it(replica: Replica) -> None:
+async def test_resuming_a_complete_output_returns_only_its_finish_reason(replica: Replica) -> None:
     prompt = replica.tokenizer.encode(PROMPT)
     whole = await replica.ask(prompt, temperature=0, max_tokens=4, ignore_eos=True, stop=["unlikely words"])
     (last,) = await replica.ask(
@@ -187,16 +187,16 @@ async def test_an_output_complete_but_for_its_end_gets_it(replica: Replica) -> N
         {"structured_outputs": {"json_schema": '{"$ref": "#"}'}},
     ],
 )
-async def test_a_constraint_that_nothing_fits_is_the_callers_mistake(
+async def test_an_unsatisfiable_constraint_is_an_invalid_argument(
     replica: Replica, sampling: dict[str, Any]
 ) -> None:
-    with pytest.raises(CallError, match="structured_outputs") as refused:
+    with pytest.raises(CallError, match="structured_outputs") as rejection:
         await replica.ask(replica.tokenizer.encode(PROMPT), max_tokens=4, **sampling)
-    assert refused.value.status is grpc.StatusCode.INVALID_ARGUMENT
+    assert rejection.value.status is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_short_prompts_say_nothing_of_the_speed(replica: Replica) -> None:
-    """Nearly all of their time is a step's, however few tokens it computes."""
+async def test_short_prompts_do_not_update_the_prefill_speed(replica: Replica) -> None:
+    """The fixed cost of a step dominates their prefill time."""
     await replica.ask(list(range(1000, 1300)), max_tokens=1)
     measured = replica.monitor.prefill_tokens_per_s.value
     assert measured > 0
@@ -204,13 +204,13 @@ async def test_short_prompts_say_nothing_of_the_speed(replica: Replica) -> None:
     assert replica.monitor.prefill_tokens_per_s.value == measured
 
 
-async def test_gateways_hear_how_many_requests_the_engine_runs(replica: Replica) -> None:
+async def test_the_cache_watch_reports_max_requests(replica: Replica) -> None:
     watch = replica.stub.WatchCache(engine_pb2.EngineWatchCacheRequest())
     assert (await watch.read()).snapshot.capacity.max_requests == 4
     watch.cancel()
 
 
-async def test_gateways_see_the_tiles_that_the_engine_finds(replica: Replica) -> None:
+async def test_the_tile_watch_agrees_with_the_engines_prefix_cache(replica: Replica) -> None:
     index, epoch = PrefixIndex(1000), 0
     capacity = replica.monitor.snapshot.capacity
     watch = replica.stub.WatchTiles(engine_pb2.EngineWatchTilesRequest())
@@ -257,7 +257,7 @@ async def test_gateways_see_the_tiles_that_the_engine_finds(replica: Replica) ->
     watch.cancel()
 
 
-async def test_a_gateway_that_dies_gives_back_all_its_requests_hold(replica: Replica) -> None:
+async def test_blocks_and_reservations_of_a_dead_gateway_are_released(replica: Replica) -> None:
     request = engine_pb2.EngineRequest(
         gateway_id="dying",
         prompt_token_ids=[5] * 100,
@@ -277,7 +277,7 @@ async def test_a_gateway_that_dies_gives_back_all_its_requests_hold(replica: Rep
     assert replica.monitor.reservations.owners() == []
 
 
-async def test_promises_beyond_the_room_are_refused_and_a_cancelled_request_gives_its_own_back(
+async def test_reservations_beyond_capacity_are_rejected_and_cancelled_ones_released(
     replica: Replica,
 ) -> None:
     total = replica.monitor.snapshot.capacity.total_blocks
@@ -293,9 +293,9 @@ async def test_promises_beyond_the_room_are_refused_and_a_cancelled_request_give
     first = replica.stream.start(request)
     await first.read()
     request.reserved_blocks = total
-    with pytest.raises(CallError, match=f"reserves {total} blocks and only .* are available") as refused:
+    with pytest.raises(CallError, match=f"reserves {total} blocks and only .* are available") as rejection:
         await replica.stream.start(request).read()
-    assert refused.value.status is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert rejection.value.status is grpc.StatusCode.RESOURCE_EXHAUSTED
     first.cancel()
     async with asyncio.timeout(10):
         while replica.monitor.reservations.total_blocks or replica.monitor.snapshot.load.used_blocks:  # noqa: ASYNC110

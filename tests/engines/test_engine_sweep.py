@@ -1,7 +1,7 @@
-"""Sweeps over a real engine with a small model: residues of the tile, ways of being served, conversations, churn.
+"""Sweeps over a real engine with a small model: prompt lengths, ways of serving, conversations, churn.
 
-The engine's own operations, slots and scheduler run; the model has two layers of random weights, so that thousands of
-requests are affordable. `--long` takes every residue, a thousand conversations and half an hour of churn.
+Operations, slots and scheduler are the engine's; the model has two layers of random weights, so thousands of requests
+are affordable. `--long` covers every length modulo the tile, a thousand conversations and half an hour of churn.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def prompt_of(length: int, number: int) -> list[int]:
 
 
 def serve(llm: LLM, prompts: list[list[int]], how: str) -> list[Answer]:
-    """Answers to `prompts` sent together, the cache and the engine being in the state that `how` names."""
+    """Return answers to `prompts` submitted together and served as `how` says, one of `HOW`."""
     assert llm.reset_prefix_cache()
     if how == "cold":
         return ask(llm, prompts, OUTPUT_TOKENS)
@@ -91,14 +91,14 @@ def serve(llm: LLM, prompts: list[list[int]], how: str) -> list[Answer]:
 
 
 def evict_oldest(llm: LLM, keep: int) -> None:
-    """Push all but `keep` of the free blocks out of the prefix cache, the least recently used first."""
+    """Evict all but `keep` of the free blocks from the prefix cache, least recently used first."""
     pool = scheduler_of(llm).kv_cache_manager.block_pool
     pool.free_blocks(reversed(pool.get_new_blocks(pool.get_num_free_blocks() - keep)))
 
 
 @contextmanager
 def free_blocks(llm: LLM, blocks: int) -> Iterator[None]:
-    """Leave only `blocks` blocks to the engine."""
+    """Leave the engine only `blocks` free blocks."""
     assert llm.reset_prefix_cache()
     pool = scheduler_of(llm).kv_cache_manager.block_pool
     held = pool.get_new_blocks(pool.get_num_free_blocks() - blocks)
@@ -108,19 +108,19 @@ def free_blocks(llm: LLM, blocks: int) -> Iterator[None]:
         pool.free_blocks(held)
 
 
-@pytest.mark.parametrize("foreseen", [True, False])
-def test_growth_is_foreseen_or_else_ends_in_preemption(llm: LLM, foreseen: bool) -> None:
-    """Three requests, each about to begin its third tile, where seven blocks are left."""
+@pytest.mark.parametrize("anticipated", [True, False])
+def test_growth_is_anticipated_or_else_causes_preemption(llm: LLM, anticipated: bool) -> None:
+    """Three requests, each about to start its third tile, share seven blocks."""
     prompts = [prompt_of(2 * TILE - 2, number) for number in range(3)]
     alone = [ask_cold(llm, prompt, max_tokens=OUTPUT_TOKENS) for prompt in prompts]
     scheduler = scheduler_of(llm)
     before, waited = scheduler.preemptions, scheduler.wait_counts.blocks
     with free_blocks(llm, 7), pytest.MonkeyPatch.context() as patch:
-        if not foreseen:
+        if not anticipated:
             patch.setattr(scheduler, "_expected_blocks", lambda request: 0)
         together = ask(llm, prompts, OUTPUT_TOKENS)
-    assert (scheduler.preemptions == before) == foreseen
-    assert (scheduler.wait_counts.blocks > waited) == foreseen
+    assert (scheduler.preemptions == before) == anticipated
+    assert (scheduler.wait_counts.blocks > waited) == anticipated
     for answer, single in zip(together, alone, strict=True):
         answer.assert_same(single)
 
@@ -142,7 +142,7 @@ def test_aborted_request_frees_its_blocks_and_slots(llm: LLM) -> None:
 
 
 def test_more_prefixes_than_retained_sinks_stay_exact(llm: LLM) -> None:
-    """A prefix whose sink had to go leaves the prefix cache with it and is computed anew."""
+    """A prefix whose sink is evicted leaves the prefix cache too and is recomputed."""
     prompt = prompt_of(2 * TILE + 40, 0)
     cold = ask_cold(llm, prompt, max_tokens=OUTPUT_TOKENS)
     slots = scheduler_of(llm).slots
@@ -154,8 +154,8 @@ def test_more_prefixes_than_retained_sinks_stay_exact(llm: LLM) -> None:
     assert slots.sinks_missing == 0
 
 
-def test_every_residue_of_the_tile_is_served_alike_in_every_way(llm: LLM, long_mode: bool) -> None:
-    """128 lengths, each served in every way; the sample takes each way at eight lengths, ends of a tile among them."""
+def test_every_length_modulo_the_tile_has_one_answer_however_it_is_served(llm: LLM, long_mode: bool) -> None:
+    """Serve 128 lengths in every way, or by default three lengths per way, two of them at a tile boundary."""
     lengths = range(TILE, 2 * TILE)
     rng = random.Random(0)
     cases = [(length, way) for length in lengths for way in WAYS]
@@ -174,13 +174,13 @@ def test_every_residue_of_the_tile_is_served_alike_in_every_way(llm: LLM, long_m
             answer.assert_same(alone[length, number])
 
 
-# Lengths of real conversations: turns of one user, in blocks that its turns share, as recorded in the Mooncake trace
-# (https://github.com/kvcache-ai/Mooncake, FAST25-release/traces/conversation_trace.jsonl), divided by 24.
+# Turn lengths of real conversations, divided by 24: turns of one user share blocks in the Mooncake trace
+# (https://github.com/kvcache-ai/Mooncake, FAST25-release/traces/conversation_trace.jsonl).
 TURNS_OF_CONVERSATIONS = json.loads((Path(__file__).parent / "conversations.json").read_text())
 
 
 def test_conversations_replayed_through_a_small_cache_equal_requests_alone(llm: LLM, long_mode: bool) -> None:
-    """Turns come as their predecessors finish, with a cache of a quarter of what they would fill."""
+    """Each turn follows the end of the previous one; the cache holds a quarter of what the turns would fill."""
     count = 1000 if long_mode else 24
     rng = random.Random(1)
     together = 24
@@ -192,15 +192,15 @@ def test_conversations_replayed_through_a_small_cache_equal_requests_alone(llm: 
         answered: list[tuple[list[int], Answer]] = []
         assert llm.reset_prefix_cache()
         for turn in range(max(map(len, turns))):
-            speaking = [n for n, lengths in enumerate(turns) if turn < len(lengths)]
-            for n in speaking:
+            active = [n for n, lengths in enumerate(turns) if turn < len(lengths)]
+            for n in active:
                 new = turns[n][turn]
                 histories[n] += [rng.randrange(500) for _ in range(new)]
-            prompts = [list(histories[n]) for n in speaking]
+            prompts = [list(histories[n]) for n in active]
             with chunks_of(llm, rng.choice([2048, 300, 77])):
                 answers = ask(llm, prompts, OUTPUT_TOKENS)
             answered += zip(prompts, answers, strict=True)
-            for n, answer in zip(speaking, answers, strict=True):
+            for n, answer in zip(active, answers, strict=True):
                 histories[n] += answer.tokens
         sampled = answered if long_mode else rng.sample(answered, min(8, len(answered)))
         for prompt, answer in sampled:
@@ -208,12 +208,12 @@ def test_conversations_replayed_through_a_small_cache_equal_requests_alone(llm: 
 
 
 def test_churn_leaves_memory_flat(llm: LLM, long_mode: bool) -> None:
-    """Requests come, are answered and aborted; the long mode does so for half an hour."""
+    """Requests are added, finished and aborted, for half an hour in long mode."""
     rng = random.Random(2)
     core, process = llm.llm_engine, psutil.Process()
-    rounds, until = 0, time.monotonic() + (1800 if long_mode else 0)
-    settled = 0
-    while time.monotonic() < until or rounds < 12:
+    rounds, deadline = 0, time.monotonic() + (1800 if long_mode else 0)
+    settled_rss = 0
+    while time.monotonic() < deadline or rounds < 12:
         ids = [f"churn-{rounds}-{n}" for n in range(6)]
         for n, request_id in enumerate(ids):
             prompt = prompt_of(rng.randrange(20, 500), rng.randrange(9))
@@ -230,6 +230,6 @@ def test_churn_leaves_memory_flat(llm: LLM, long_mode: bool) -> None:
         rounds += 1
         if rounds == 6:
             gc.collect()
-            settled = process.memory_info().rss
+            settled_rss = process.memory_info().rss
     gc.collect()
-    assert process.memory_info().rss - settled < 64 * MIB
+    assert process.memory_info().rss - settled_rss < 64 * MIB

@@ -1,4 +1,4 @@
-"""Capacity plans against the blocks that real engines report."""
+"""Capacity plans compared with the blocks that real engines report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.engines import engine, make_llama, num_blocks
 
 
 @pytest.mark.parametrize("dtype", ["auto", "kvarn_k4v2_g128", "kvarn_k4v4_g64"])
-def test_blocks_are_those_that_vllm_reports(
+def test_planned_tokens_match_vllms_blocks(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_llama(tmp_path, heads=4, kv_heads=2, head_dim=64, dtype="float32")

@@ -1,4 +1,4 @@
-"""The GPU lane inside a real engine, its kernels in Triton's interpreter: the answers are those of the CPU lane."""
+"""The GPU backend in a real engine, in Triton's interpreter: its answers equal those of the CPU backend."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(model: Path) -> list[Answer]:
-    """Cold answers of the CPU lane, to each prompt alone."""
+    """Answers of the CPU backend, to each prompt alone on an empty cache."""
     with pytest.MonkeyPatch.context() as patch, engine(patch, model, **SETTINGS) as llm:
         return [ask_cold(llm, p, max_tokens=TOKENS) for p in PROMPTS]
 
 
 @pytest.fixture(scope="module", params=[512, 96], ids=["whole prompts", "chunks"])
 def llm(request: pytest.FixtureRequest, model: Path, expected: list[Answer]) -> Iterator[LLM]:
-    """An engine of the GPU lane; it starts after the CPU lane's has ended, for a process holds one at a time."""
+    """An engine with the GPU backend, started after the CPU backend's has ended: a process holds one at a time."""
     with pytest.MonkeyPatch.context() as patch:
         use_triton_backend(patch)
         with engine(patch, model, max_num_batched_tokens=request.param, **SETTINGS) as made:
             yield made
 
 
-def test_cold_answers_are_those_of_the_cpu_lane(llm: LLM, expected: list[Answer]) -> None:
+def test_cold_answers_equal_the_cpu_backends(llm: LLM, expected: list[Answer]) -> None:
     for given, answer in zip(PROMPTS, expected, strict=True):
         ask_cold(llm, given, max_tokens=TOKENS).assert_same(answer, TOLERANCE)
 
@@ -75,7 +75,7 @@ def test_a_batch_changes_nothing(llm: LLM, expected: list[Answer]) -> None:
         ours.assert_same(theirs, TOLERANCE)
 
 
-def test_chunks_that_do_not_fit_the_pages_together_go_in_waves(
+def test_chunks_that_exceed_the_pages_run_in_waves(
     llm: LLM, expected: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     builder = (
@@ -89,7 +89,7 @@ def test_chunks_that_do_not_fit_the_pages_together_go_in_waves(
 
 
 def test_raw_chunks_read_a_whole_prompt_raw(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt of one chunk then has the first token's log-probabilities of an unquantized cache."""
+    """The first token after a single-chunk prompt has the log-probabilities of an unquantized cache."""
     with (
         pytest.MonkeyPatch.context() as patch,
         engine(patch, model, **{**SETTINGS, "kv_cache_dtype": "auto"}) as llm,
@@ -104,24 +104,24 @@ def test_raw_chunks_read_a_whole_prompt_raw(model: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def undrafted(model: Path) -> list[Answer]:
-    """Answers of the CPU lane, one token to a step."""
+    """Answers of the CPU backend, one token per step."""
     with pytest.MonkeyPatch.context() as patch, engine(patch, model, **SETTINGS) as llm:
         return ask(llm, DRAFTED_PROMPTS, max_tokens=DRAFTED_TOKENS)
 
 
-@pytest.mark.parametrize("of_gpu", [True, False], ids=["GPU lane", "CPU lane"])
+@pytest.mark.parametrize("use_triton", [True, False], ids=["GPU backend", "CPU backend"])
 def test_drafts_change_nothing(
-    model: Path, undrafted: list[Answer], of_gpu: bool, monkeypatch: pytest.MonkeyPatch
+    model: Path, undrafted: list[Answer], use_triton: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some are taken and others are not, over the end of a tile too."""
-    if of_gpu:
+    """Some drafts are accepted and others are not, also across the end of a tile."""
+    if use_triton:
         use_triton_backend(monkeypatch)
     drafts = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 2}
     with engine(monkeypatch, model, speculative_config=drafts, **SETTINGS) as llm:
         answers = ask(llm, DRAFTED_PROMPTS, max_tokens=DRAFTED_TOKENS)
         counts = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
         assert_nothing_left(llm)
-    drafted, taken = (counts[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
-    assert 0 < taken < drafted
+    drafted, accepted = (counts[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+    assert 0 < accepted < drafted
     for answer, theirs in zip(answers, undrafted, strict=True):
         answer.assert_same(theirs, TOLERANCE)

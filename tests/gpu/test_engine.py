@@ -1,4 +1,4 @@
-"""The read rule, CUDA graphs and steps that never wait, on a real engine and GPU, with a model made here."""
+"""The read rule, CUDA graphs and steps without synchronization, on a real engine and GPU with a small model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.engines import (
     engine,
     first_differences,
     make_llama,
-    share_of_same,
+    matching_fraction,
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -35,9 +35,9 @@ SETTINGS: dict[str, Any] = {
     "skip_tokenizer_init": True,
     "enforce_eager": False,
     "kv_cache_memory_bytes": 256 * MIB,
-    "gpu_memory_utilization": 0.5,  # what must be free at start: others may be at work on the GPU
+    "gpu_memory_utilization": 0.5,  # must be free at start: others may use the GPU
 }
-# Linear layers round a row by how many rows share the batch, and codes that flip make more of it.
+# The rounding of linear layers depends on the number of rows in the batch, and flipped codes amplify it.
 TOLERANCE = 0.3
 RESIDUES = [2 * TILE + residue for residue in range(TILE)]
 
@@ -47,9 +47,9 @@ def prompt(tokens: int, seed: int = 1) -> list[int]:
 
 
 def assert_alike(ours: list[Answer], theirs: list[Answer]) -> None:
-    """Every first token's log-probabilities agree, and nearly all tokens are the same."""
-    assert all(off < TOLERANCE for off in first_differences(ours, theirs))
-    same = share_of_same([a.tokens for a in ours], [a.tokens for a in theirs])
+    """Assert that the first tokens' log-probabilities agree and nearly all tokens are the same."""
+    assert all(difference < TOLERANCE for difference in first_differences(ours, theirs))
+    same = matching_fraction([a.tokens for a in ours], [a.tokens for a in theirs])
     assert same >= 0.97, f"{same:.1%} of the tokens are the same"
 
 
@@ -60,7 +60,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cold(model: Path) -> list[Answer]:
-    """Answers to prompts of every residue, each alone on an empty cache."""
+    """Answers to prompts of every length modulo the tile, each alone on an empty cache."""
     with pytest.MonkeyPatch.context() as patch, engine(patch, model, **SETTINGS) as llm:
         return [ask_cold(llm, prompt(length, seed=length)) for length in RESIDUES]
 
@@ -93,7 +93,7 @@ def test_chunks_change_nothing(llm: LLM, cold: list[Answer]) -> None:
 
 
 def test_preemption_changes_nothing(llm: LLM, cold: list[Answer]) -> None:
-    """Each request loses its place in the middle of its answer; four run together."""
+    """Each request is preempted in the middle of its answer; four run together."""
     answers: list[Answer] = []
     for first in range(0, len(RESIDUES), 4):
         assert llm.reset_prefix_cache()
@@ -112,13 +112,13 @@ def test_nothing_is_compiled_while_serving(llm: LLM, monkeypatch: pytest.MonkeyP
     assert [name for name in compiled if "kvarn" in name or name.startswith("_")] == []
 
 
-# Tests with engines of their own come last: with runner V1, one that ends takes the groups of others with it.
+# Tests that start their own engines come last: with runner V1, an engine that ends destroys the others' groups.
 
 
 def test_speculation_changes_nothing(
     model: Path, cold: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Drafts of four tokens: steps of up to five query tokens to a request run in the decode kernel."""
+    """With drafts of four tokens, steps of up to five query tokens per request run in the decode kernel."""
     seen: list[int] = []
     plan = TritonMetadataBuilder._plan_decode
 
@@ -130,33 +130,35 @@ def test_speculation_changes_nothing(
     monkeypatch.setattr(TritonMetadataBuilder, "_plan_decode", watched)
     drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     with engine(monkeypatch, model, **SETTINGS, speculative_config=drafts) as llm:
-        seen.clear()  # what the capture of CUDA graphs planned
+        seen.clear()  # drop the plans made for CUDA graph capture
         assert_alike([ask_cold(llm, prompt(length, seed=length)) for length in RESIDUES], cold)
     assert 5 in seen
 
 
 def test_a_raw_chunk_reads_nothing_through_records(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `raw_chunks`, the first token after a prompt of one chunk differs from fp16's by what rotating rounds."""
+    """With `raw_chunks`, the first token after a single-chunk prompt differs from fp16's only by rounding."""
     prompts = [prompt(length, seed=length) for length in (128, 300, 1000, 1500)]
     eager = {**SETTINGS, "enforce_eager": True}
     with engine(monkeypatch, model, **{**eager, "kv_cache_dtype": "auto"}) as llm:
         expected = [ask_cold(llm, tokens, max_tokens=1) for tokens in prompts]
-    off = {}
+    errors = {}
     for raw in (True, False):
         with engine(monkeypatch, model, **eager, additional_config={"kvarn": {"raw_chunks": raw}}) as llm:
             answers = [ask_cold(llm, tokens, max_tokens=1) for tokens in prompts]
-        off[raw] = max(first_differences(answers, expected))
-    assert off[True] < 0.05
-    assert off[False] > 3 * off[True], off
+        errors[raw] = max(first_differences(answers, expected))
+    assert errors[True] < 0.05
+    assert errors[False] > 3 * errors[True], errors
 
 
-def test_a_decode_step_never_waits_for_the_device(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits_refused = 0
+def test_a_decode_step_never_synchronizes_with_the_device(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guarded_calls = 0
 
-    def refusing(stock: Any) -> Any:
+    def forbid_synchronization(stock: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal waits_refused
-            waits_refused += 1
+            nonlocal guarded_calls
+            guarded_calls += 1
             torch.cuda.set_sync_debug_mode("error")
             try:
                 return stock(*args, **kwargs)
@@ -167,7 +169,9 @@ def test_a_decode_step_never_waits_for_the_device(model: Path, monkeypatch: pyte
 
     with engine(monkeypatch, model, **{**SETTINGS, "enforce_eager": True}) as llm:
         ask(llm, [prompt(100), prompt(300)], max_tokens=2)
-        monkeypatch.setattr(TritonMetadataBuilder, "build", refusing(TritonMetadataBuilder.build))
-        monkeypatch.setattr(TritonLayer, "forward", refusing(TritonLayer.forward))
+        monkeypatch.setattr(
+            TritonMetadataBuilder, "build", forbid_synchronization(TritonMetadataBuilder.build)
+        )
+        monkeypatch.setattr(TritonLayer, "forward", forbid_synchronization(TritonLayer.forward))
         ask(llm, [prompt(126), prompt(300, seed=2)], max_tokens=8)
-    assert waits_refused > 8
+    assert guarded_calls > 8

@@ -1,4 +1,4 @@
-"""Kernels at sizes that only a GPU can hold."""
+"""Kernels at sizes that need a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEADS, PER_HEAD, CONTEXT, DISTINCT = 8, 4, 1 << 20, 16
 
 
 def test_decode_over_a_million_tokens_in_a_cache_beyond_32_bits() -> None:
-    """The context repeats a few tiles, so that what is expected needs those alone; their blocks end the cache."""
+    """The context repeats the last few tiles of the cache, so the expected output is computed from those alone."""
     device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
     group, head_dim = LAYOUT.group, LAYOUT.head_dim

@@ -1,4 +1,4 @@
-"""Rivals of the benchmarks read what they stored: otherwise their speed would mean nothing."""
+"""Rivals in the benchmarks attend to what they stored: otherwise their timings would be meaningless."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.name)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_rival_attends_what_it_stored(rival: Rival, head_dim: int) -> None:
+def test_a_rival_attends_to_what_it_stored(rival: Rival, head_dim: int) -> None:
     device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
     requests, tokens, heads, query_heads = 3, 250, 2, 8
     key_value = torch.randn(2, requests, 256, heads, head_dim, generator=generator, device=device).half()
@@ -33,7 +33,7 @@ def test_a_rival_attends_what_it_stored(rival: Rival, head_dim: int) -> None:
 
 
 def cache_bytes(cache: object) -> torch.Tensor:
-    """The bytes of one token of one head."""
+    """Return the cache bytes of one token of one head."""
     stored = getattr(cache, "_cache", None)
     if stored is None:
         stored = cache._codes[0]._base  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The application on two GPUs: two replicas side by side, and one whose tensors are parallel over both."""
+"""The application on two GPUs: two replicas side by side, and one with tensor parallelism over both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from serve_app.client import Client
 from serve_app.config import AppConfig
 from tests.gpu.test_tensor_parallel import SAME_TOKENS
-from tests.support.engines import make_llama, share_of_same
+from tests.support.engines import make_llama, matching_fraction
 from tests.support.live import deploy, free_port, in_replica, ready, serving, wait_for
 
 pytestmark = [
@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def served(model: Path, replicas: int, **engine: Any) -> Iterator[Client]:
-    """A client of the application with `replicas` replicas that take requests."""
+    """Serve the application and yield a client once `replicas` replicas are ready."""
     port = free_port()
     config = AppConfig.model_validate(
         {
@@ -57,7 +57,7 @@ def served(model: Path, replicas: int, **engine: Any) -> Iterator[Client]:
                 "dtype": "float16",
                 "cpus_per_replica": 2,
                 "kv_cache_memory_gib": 0.25,
-                "gpu_memory_utilization": 0.5,  # what must be free at start: others may be at work on the GPU
+                "gpu_memory_utilization": 0.5,  # must be free at start: others may use the GPU
                 "max_model_len": 2048,
                 "max_num_seqs": 8,
                 **engine,
@@ -73,11 +73,11 @@ def served(model: Path, replicas: int, **engine: Any) -> Iterator[Client]:
 
 
 def answers(client: Client) -> list[list[int]]:
-    made = [client.generate_once(p, max_tokens=16, temperature=0, ignore_eos=True) for p in PROMPTS]
-    return [list(answer.token_ids) for answer in made]
+    responses = [client.generate_once(p, max_tokens=16, temperature=0, ignore_eos=True) for p in PROMPTS]
+    return [list(answer.token_ids) for answer in responses]
 
 
-def test_a_dead_replica_is_replaced_while_the_other_serves_and_parallel_ones_answer_alike(
+def test_a_dead_replica_is_replaced_and_tensor_parallel_replicas_answer_alike(
     model: Path,
 ) -> None:
     with served(model, replicas=2) as client:
@@ -85,11 +85,11 @@ def test_a_dead_replica_is_replaced_while_the_other_serves_and_parallel_ones_ans
         expected = answers(client)
         killed = min(before)
         os.kill(in_replica(APP, killed, lambda engine: os.getpid()), signal.SIGKILL)
-        assert share_of_same(answers(client), expected) >= 0.97
+        assert matching_fraction(answers(client), expected) >= 0.97
         wait_for(lambda: len(ready(client)) == 2 and killed not in ready(client), START_S)
-        assert share_of_same(answers(client), expected) >= 0.97
+        assert matching_fraction(answers(client), expected) >= 0.97
     for executor in ("mp", "ray"):
         with served(
             model, replicas=1, tensor_parallel_size=2, distributed_executor_backend=executor
         ) as client:
-            assert share_of_same(answers(client), expected) >= SAME_TOKENS
+            assert matching_fraction(answers(client), expected) >= SAME_TOKENS

@@ -1,4 +1,4 @@
-"""An engine over two GPUs answers as over one, whatever runs its ranks."""
+"""An engine on two GPUs answers like an engine on one, with either executor."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import torch
 
 from kvarn.vllm.slot_map import find_slot_map
 from tests.gpu.test_engine import SETTINGS, prompt
-from tests.support.engines import Answer, ask, engine, first_differences, make_llama, share_of_same
+from tests.support.engines import Answer, ask, engine, first_differences, make_llama, matching_fraction
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-# Ranks add their halves of every row, which rounds otherwise than one sum, and codes that flip make more of it.
+# Summing the ranks' halves of a row rounds differently from a single sum, and flipped codes amplify it.
 MEAN_TOLERANCE, SAME_TOKENS = 0.15, 0.85
 
 
 def assert_close(ours: list[Answer], theirs: list[Answer]) -> None:
-    """The first tokens' log-probabilities agree on average, in nats, and most tokens are the same."""
+    """Assert that the first tokens' log-probabilities agree on average, in nats, and most tokens are the same."""
     assert fmean(first_differences(ours, theirs)) < MEAN_TOLERANCE
-    assert share_of_same([a.tokens for a in ours], [a.tokens for a in theirs]) >= SAME_TOKENS
+    assert matching_fraction([a.tokens for a in ours], [a.tokens for a in theirs]) >= SAME_TOKENS
 
 
 def slots_of(worker: Any) -> dict[int, int]:
-    """Which slot holds which block on this rank."""
+    """Return the slot of each block on this rank."""
     found = find_slot_map(worker.vllm_config)
     assert found is not None
     return dict(found._slot_of)
 
 
 @pytest.mark.parametrize("executor", ["mp", "ray"])
-@pytest.mark.parametrize("kv_heads", [2, 1], ids=["a head a rank", "both ranks hold the one head"])
-def test_two_ranks_answer_as_one(
+@pytest.mark.parametrize("kv_heads", [2, 1], ids=["one head per rank", "one head on both ranks"])
+def test_two_ranks_answer_like_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str, kv_heads: int
 ) -> None:
     model = make_llama(tmp_path, heads=8, kv_heads=kv_heads, head_dim=128)

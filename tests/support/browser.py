@@ -24,23 +24,24 @@ async def chromium_page(
     width: int = 1360, height: int = 900, password: str | None = None
 ) -> AsyncIterator[Seen]:
     """Open a page in Chromium, with `password` for HTTP authentication; skip the test if Chromium is not installed."""
-    found = shutil.which("chromium")
-    if found is None:
+    executable = shutil.which("chromium")
+    if executable is None:
         pytest.skip("no Chromium: `make browser` installs it")
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(
-            executable_path=found, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+            executable_path=executable,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
         )
         page = await browser.new_page(
             viewport={"width": width, "height": height},
             http_credentials={"username": "", "password": password} if password else None,
         )
         seen = Seen(page)
-        page.on("console", lambda said: said.type == "error" and seen.problems.append(said.text))
+        page.on("console", lambda message: message.type == "error" and seen.problems.append(message.text))
         page.on("pageerror", lambda error: seen.problems.append(str(error)))
         page.on(
             "request",
-            lambda request: "127.0.0.1" in request.url or seen.problems.append(f"asked for {request.url}"),
+            lambda request: "127.0.0.1" in request.url or seen.problems.append(f"requested {request.url}"),
         )
         try:
             yield seen

@@ -69,7 +69,7 @@ def make_matmuls_row_invariant(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @lru_cache
 def _row_invariant_block() -> int:
-    """The smallest number of rows for which this machine's matmul gives equal rows the same result."""
+    """Return the smallest number of rows for which this machine's matmul gives equal rows the same result."""
     handler = vllm_ops.create_onednn_mm(torch.randn(576, 960), 32)
     for block in (12, 16, 24, 32, 48, 64):
         row = torch.randn(1, 576).expand(block, -1).contiguous()
@@ -104,7 +104,7 @@ def engine(
 
 
 def scheduler_of(llm: LLM) -> Scheduler:
-    """The scheduler of an engine that runs in this process."""
+    """Return the scheduler of an in-process engine."""
     scheduler: Scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     return scheduler
 
@@ -134,7 +134,7 @@ def assert_nothing_left(llm: LLM) -> None:
 
 
 def num_blocks(llm: LLM) -> int:
-    """Number of blocks that vLLM allocated for the cache."""
+    """Return the number of blocks that vLLM allocated for the cache."""
     blocks: int = scheduler_of(llm).kv_cache_manager.block_pool.num_gpu_blocks
     return blocks
 
@@ -158,7 +158,7 @@ class Answer:
 
 
 def first_differences(ours: list[Answer], theirs: list[Answer]) -> list[float]:
-    """Differences in nats between the first tokens' log-probabilities, for every token that both report."""
+    """Return the differences in nats between the first tokens' log-probabilities, for every token that both report."""
     return [
         abs(one.logprobs[0][token] - other.logprobs[0][token])
         for one, other in zip(ours, theirs, strict=True)
@@ -166,10 +166,10 @@ def first_differences(ours: list[Answer], theirs: list[Answer]) -> list[float]:
     ]
 
 
-def share_of_same(ours: Iterable[Sequence[int]], theirs: Iterable[Sequence[int]]) -> float:
-    """The share of equal tokens among the tokens that both outputs chose after the same tokens.
+def matching_fraction(ours: Iterable[Sequence[int]], theirs: Iterable[Sequence[int]]) -> float:
+    """Return the fraction of equal tokens, counting each pair of outputs up to its first difference.
 
-    After one different token, the outputs of a model with random weights diverge whatever the cache holds.
+    After that, the outputs of a model with random weights diverge whatever the cache holds.
     """
     same = different = 0
     for one, other in zip(ours, theirs, strict=True):

@@ -1,4 +1,4 @@
-"""A gateway's real servers over a scripted dispatcher: no engine, no Ray."""
+"""A gateway's real servers over a scripted dispatcher, without engines or Ray."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ CACHED = 2
 
 @dataclass
 class Script:
-    """A dispatcher that answers every request with `answer`, one token per piece, after the real one's checks."""
+    """A dispatcher that answers every request with `answer`, one token per piece, after the real checks."""
 
     encoder: PromptEncoder
     answer: str = "Paris is the capital."
     error_after: tuple[int, Exception] | None = None
-    wait: asyncio.Event | None = None  # before every answer's second token
+    wait: asyncio.Event | None = None  # awaited before the second token of every answer
     pieces: int | None = None  # number of pieces of `padding` to send instead of the answer
     padding: str = " x"
     requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
@@ -46,12 +46,12 @@ class Script:
         self.callers.append(caller)
         self.running += 1
         try:
-            for index, (ids, text, is_last) in enumerate(self._pieces()):
+            for index, (token_ids, text, is_last) in enumerate(self._pieces()):
                 if self.error_after is not None and index == self.error_after[0]:
                     raise self.error_after[1]
                 if index == 1 and self.wait is not None:
                     await self.wait.wait()
-                yield self._piece(request, index, ids, text, is_last, len(prompt))
+                yield self._piece(request, index, token_ids, text, is_last, len(prompt))
         finally:
             self.running -= 1
 
@@ -68,20 +68,23 @@ class Script:
     def _pieces(self) -> list[tuple[list[int], str, bool]]:
         if self.pieces is not None:
             return [([0], self.padding, index == self.pieces - 1) for index in range(self.pieces)]
-        ids = self.encoder.tokenizer.encode(self.answer)
-        return [([one], self.encoder.token_text(one), index == len(ids) - 1) for index, one in enumerate(ids)]
+        token_ids = self.encoder.tokenizer.encode(self.answer)
+        return [
+            ([token_id], self.encoder.token_text(token_id), index == len(token_ids) - 1)
+            for index, token_id in enumerate(token_ids)
+        ]
 
     def _piece(
-        self, request: Any, index: int, ids: list[int], text: str, is_last: bool, prompt_tokens: int
+        self, request: Any, index: int, token_ids: list[int], text: str, is_last: bool, prompt_tokens: int
     ) -> inference_pb2.GenerateResponse:
         params = request.sampling_params
-        piece = inference_pb2.GenerateResponse(request_id=request.request_id, token_ids=ids, text=text)
+        piece = inference_pb2.GenerateResponse(request_id=request.request_id, token_ids=token_ids, text=text)
         if is_last:
             piece.finish_reason = inference_pb2.FINISH_REASON_STOP
         if params.HasField("logprobs"):
             position = piece.logprobs.add()
             for rank in range(1 + params.logprobs):
-                position.candidates.add(token_id=ids[0] + rank, logprob=-0.5 - rank, rank=rank + 1)
+                position.candidates.add(token_id=token_ids[0] + rank, logprob=-0.5 - rank, rank=rank + 1)
             del position.candidates[max(1, params.logprobs) :]
         piece.usage.prompt_tokens, piece.usage.cached_tokens = prompt_tokens, CACHED
         piece.usage.completion_tokens = index + 1
@@ -90,7 +93,7 @@ class Script:
 
 @dataclass
 class Running:
-    """Running servers, and the script behind them."""
+    """Running servers and their scripted dispatcher."""
 
     grpc_port: int
     http_port: int
@@ -108,7 +111,7 @@ class Running:
 
 @asynccontextmanager
 async def running_servers(encoder: PromptEncoder, **config: Any) -> AsyncIterator[Running]:
-    """Both servers on free ports, for as long as the block runs."""
+    """Run both servers on free ports."""
     script = Script(encoder)
     settings = GatewayConfig.model_validate(
         {"port": 0, "http": {"port": 0}, "drain_grace_s": 0, "max_message_bytes": 1 << 18, **config}

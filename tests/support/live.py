@@ -1,4 +1,4 @@
-"""What tests of a running application share: a port, waiting, and a look at the replicas."""
+"""Helpers for tests of a running application: deployment, ports, waiting, and access to replicas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from serve_app.config import AppConfig
 
 @contextmanager
 def serving(**resources: Any) -> Iterator[None]:
-    """Ray of one node and Serve without its proxy; `resources` as `ray.init` takes them."""
+    """Run Ray on one node, and Serve without its proxy; `resources` are arguments of `ray.init`."""
     ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False, **resources)
     serve.start(proxy_location="Disabled")
     try:
@@ -49,7 +49,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float, poll_s: float = 0.
 
 
 def ready(client: Client) -> set[str]:
-    """Ids of the replicas that take requests; empty while no gateway answers."""
+    """Return the ids of the ready replicas: an empty set while no gateway answers."""
     try:
         replicas = client.cache_state().replicas
     except UnavailableError:

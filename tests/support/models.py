@@ -14,12 +14,12 @@ _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
 def cut_model(model_dir: Path, directory: Path, layers: int) -> Path:
-    """Copy a model without the layers from number `layers` on; tokenizer files are linked.
+    """Copy a model with its first `layers` layers only; all other files are symlinks.
 
     Args:
         model_dir: a model in Hugging Face format whose weights are one safetensors file.
-        directory: where the copy goes; made here.
-        layers: layers that are kept.
+        directory: destination, created here.
+        layers: number of layers to keep.
     """
     directory.mkdir()
     (weights_file,) = model_dir.glob("*.safetensors")

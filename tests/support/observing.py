@@ -23,7 +23,7 @@ Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 
 class Remembered:
-    """A recorder that keeps sums of counters, latest values of gauges and all values of histograms."""
+    """A metrics recorder that keeps sums of counters, latest values of gauges and all values of histograms."""
 
     def __init__(self) -> None:
         self.values: dict[tuple[Any, ...], float] = defaultdict(float)
@@ -44,7 +44,7 @@ class Remembered:
 async def through(
     observation: Observation, responses: AsyncGenerator[inference_pb2.GenerateResponse, None]
 ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-    """Yield `responses`, observed as those of a request."""
+    """Yield `responses` and count each in `observation`."""
     with observation:
         async with aclosing(responses):
             async for response in responses:
@@ -122,8 +122,8 @@ def scraped() -> Samples:
     samples: Samples = defaultdict(list)
     for node in ray.nodes():
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            for family in text_string_to_metric_families(answer.read().decode()):
+        with urllib.request.urlopen(url, timeout=10) as response:
+            for family in text_string_to_metric_families(response.read().decode()):
                 for sample in family.samples:
                     samples[sample.name].append((sample.labels, sample.value))
     return samples

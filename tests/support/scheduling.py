@@ -66,7 +66,7 @@ def make_scheduler(
     drafts: int = 0,
     **kvarn: Any,
 ) -> KVarNScheduler | KVarNAsyncScheduler:
-    """Make a scheduler; a step has at most `chunk` tokens and `drafts` drafts per request."""
+    """Make a scheduler; a step has at most `chunk` tokens (0: no limit) and `drafts` draft tokens per request."""
     config = copy.deepcopy(_base_config())
     config.cache_config.block_size = block_size
     config.cache_config.num_gpu_blocks = num_blocks
@@ -109,7 +109,7 @@ def make_request(
 
 
 def contents_of(tokens: list[int], known: list[int] | None = None) -> list[int]:
-    """The content of each position: a hash of its token and all earlier ones; `known` holds the first contents."""
+    """Return each position's content: a hash of its token and all earlier ones; `known` holds the first contents."""
     contents = list(known or [])
     for token in tokens[len(contents) :]:
         contents.append(hash((contents[-1] if contents else 0, token)))
@@ -117,7 +117,7 @@ def contents_of(tokens: list[int], known: list[int] | None = None) -> list[int]:
 
 
 def continuation(prompt: list[int], length: int) -> list[int]:
-    """The `length` tokens that follow `prompt`."""
+    """Return the `length` tokens that follow `prompt`."""
     tokens, contents = list(prompt), contents_of(prompt)
     for _ in range(length):
         tokens.append(contents[-1] % VOCABULARY)
@@ -144,8 +144,8 @@ class Worker:
         spans = [(r, starts[r], starts[r] + n) for r, n in output.num_scheduled_tokens.items()]
         drafts = output.scheduled_spec_decode_tokens
         for span in spans:
-            guessed = [*self.tokens[span[0]], *drafts.get(span[0], ())]
-            self.contents[span[0]] = contents_of(guessed[: span[2]])
+            with_drafts = [*self.tokens[span[0]], *drafts.get(span[0], ())]
+            self.contents[span[0]] = contents_of(with_drafts[: span[2]])
             self.write(*span)
         for span in spans:
             self.quantize(*span)
@@ -174,17 +174,17 @@ class Worker:
         return starts
 
     def _sample(self, request_id: str, end: int, drafts: list[int]) -> list[int]:
-        """Sample the token after the last one that is no draft, and one more after each accepted draft."""
+        """Sample the token after the last non-draft token, and one more after each accepted draft."""
         tokens, contents = self.tokens[request_id], self.contents[request_id]
-        sure_end = end - len(drafts)
-        assert sure_end <= len(tokens)
-        if sure_end < len(tokens):
+        confirmed_end = end - len(drafts)
+        assert confirmed_end <= len(tokens)
+        if confirmed_end < len(tokens):
             return []
-        sampled = [contents[sure_end - 1] % VOCABULARY]
+        sampled = [contents[confirmed_end - 1] % VOCABULARY]
         for place, draft in enumerate(drafts):
             if draft != sampled[-1]:
                 break
-            sampled.append(contents[sure_end + place] % VOCABULARY)
+            sampled.append(contents[confirmed_end + place] % VOCABULARY)
         tokens += sampled
         return sampled
 
@@ -205,7 +205,7 @@ class Worker:
             self.record[self.blocks[request_id][tile]] = self.contents[request_id][(tile + 1) * GROUP - 1]
 
     def read(self, request_id: str, start: int, end: int) -> None:
-        """Read as queries at `start:end` do: their own and the first tile raw, all others from their records."""
+        """Check what queries at `start:end` read: their own and the first tile raw, all others from records."""
         self.expect_raw(request_id, start // GROUP, start % GROUP)
         for tile in range((end - 1) // GROUP):
             block = self.blocks[request_id][tile]
@@ -223,7 +223,7 @@ class Worker:
 
 
 class World:
-    """One scheduler and one worker, with the invariants checked after every step."""
+    """A scheduler and a worker, whose invariants are checked after every step."""
 
     def __init__(self, scheduler: KVarNScheduler | KVarNAsyncScheduler, worker: Worker | None = None) -> None:
         self.scheduler = scheduler
@@ -342,7 +342,7 @@ class World:
         assert evictable_blocks(self.pool) == evictable
 
     def _check_cached_blocks(self) -> None:
-        """Every cached block has its record, and every cached first tile also its raw rows."""
+        """Check that every cached block has its record, and every cached first tile also its raw rows."""
         for block in self.pool.blocks:
             if block.block_hash is None:
                 continue
@@ -354,11 +354,11 @@ class World:
                 assert self.worker.raw[slot] == rows, "a sink slot holds something else"
 
     def _check_tails(self) -> None:
-        """A running request's unfilled tile has a slot with its raw rows, scheduled or not; passed tiles have none."""
+        """Check that a running request's partial tile has a slot with its raw rows and completed tiles have none."""
         for request in self.scheduler.running:
             computed = request.num_computed_tokens
             tails = self.scheduler.slots._tails_of.get(request.request_id, ())
-            assert all(tile >= computed // GROUP - 1 for tile in tails), "a passed tile keeps its slot"
+            assert all(tile >= computed // GROUP - 1 for tile in tails), "a completed tile keeps its slot"
             contents = self.worker.contents.get(request.request_id)
             if contents is not None and computed and len(contents) >= computed:
                 self.worker.expect_raw(request.request_id, computed // GROUP, computed % GROUP)
