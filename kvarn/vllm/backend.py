@@ -11,9 +11,11 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from kvarn.presets import PRESETS, get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.layer import KVarNLayer
+from kvarn.vllm.spec import KVarNSpec
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import MultipleOf
+    from vllm.v1.kv_cache_interface import AttentionSpec
 
 
 class DeviceBackend(NamedTuple):
@@ -55,8 +57,20 @@ class KVarNBackend(AttentionBackend):
         return device_backend().builder
 
     @classmethod
-    def get_supported_kernel_block_sizes(cls) -> list[int | MultipleOf]:
+    def get_supported_kernel_block_sizes(cls, *_: Any, **__: Any) -> list[int | MultipleOf]:
         return [get_preset(cls.preset_name).group]
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> KVarNSpec:
+        """Return the spec of a layer whose blocks are tiles, in place of the one that vLLM made for it."""
+        return KVarNSpec.of(TileLayout(get_preset(cls.preset_name), spec.head_size), spec.num_kv_heads)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
+        """The only layout that keeps each layer's records in one piece, as the kernels address them."""
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+
+        return (KVCacheLayout.LBHNC,)
 
     @classmethod
     def get_kv_cache_shape(
@@ -67,7 +81,7 @@ class KVarNBackend(AttentionBackend):
         head_size: int,
         cache_dtype_str: str = "auto",
     ) -> tuple[int, ...]:
-        """[blocks, KV heads, bytes of one record], uint8."""
+        """[blocks, KV heads, bytes of one record], uint8; vLLM before 0.29 asks for it."""
         return num_blocks, num_kv_heads, TileLayout(get_preset(cls.preset_name), head_size).nbytes
 
     @classmethod

@@ -8,6 +8,7 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvarn.tile import TileLayout
+from kvarn.vllm.versions import packed_page_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +26,16 @@ class KVarNSpec(FullAttentionSpec):
             head_size=layout.head_dim,
             dtype=torch.uint8,
             tile_bytes=layout.nbytes,
+            **packed_page_fields(layout.preset.group, num_kv_heads, layout.nbytes),
         )
 
     @property
-    def real_page_size_bytes(self) -> int:
+    def unpadded_page_size_bytes(self) -> int:
         return self.num_kv_heads * self.tile_bytes
+
+    @property
+    def real_page_size_bytes(self) -> int:
+        return self.unpadded_page_size_bytes
 
     @classmethod
     def merge(cls, specs: list[KVarNSpec]) -> KVarNSpec:

@@ -14,6 +14,7 @@ from kvarn.cpu.decode import DecodePlan, plan_decode
 from kvarn.vllm.layer import KVarNLayer
 from kvarn.vllm.slot_map import NO_SLOT, SlotMap
 from kvarn.vllm.spec import KVarNSpec
+from kvarn.vllm.versions import records_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -197,6 +198,7 @@ class TorchLayer(KVarNLayer):
             return output.zero_()
         num_tokens = attn_metadata.num_actual_tokens
         rotated_key, rotated_value = store.rotate(key[:num_tokens]), store.rotate(value[:num_tokens])
+        kv_cache = records_of(kv_cache)
         self._store(rotated_key, rotated_value, kv_cache, attn_metadata)
         self._decode(query, kv_cache, attn_metadata, output)
         self._prefill(query, rotated_key, rotated_value, kv_cache, attn_metadata, output)

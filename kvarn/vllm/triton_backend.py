@@ -17,6 +17,7 @@ from kvarn.kernels import decode, decode_plan, pages, prefill, quantize, rotate
 from kvarn.tile import TileLayout
 from kvarn.vllm.layer import KVarNLayer
 from kvarn.vllm.triton_plan import DecodeBatch, PrefillWave, TritonMetadata, max_requests_in_step
+from kvarn.vllm.versions import records_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -117,6 +118,7 @@ class TritonLayer(KVarNLayer):
         """Fill `output`, shaped as `query` [N, heads, head_dim], from `key` and `value` [N, KV heads, head_dim]."""
         if attn_metadata is None:  # vLLM profiles memory without a batch
             return output.zero_()
+        kv_cache = records_of(kv_cache)
         waves = attn_metadata.prefill
         starts = [0, *(wave.first for wave in waves[1:])]
         for start, wave in zip_longest(starts, waves):

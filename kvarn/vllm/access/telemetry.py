@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvarn.vllm.access.block_count import evictable_blocks
+from kvarn.vllm.versions import waiting_requests
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -60,7 +61,7 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
     available = pool.get_num_free_blocks()
     total = pool.num_gpu_blocks - 1  # one block is vLLM's null block
     slots = getattr(scheduler, "slots", None)
-    waiting = [*scheduler.waiting, *scheduler.skipped_waiting]
+    waiting = waiting_requests(scheduler)
     state = CacheState(
         cache_dtype=str(core.vllm_config.cache_config.cache_dtype),
         tile_tokens=scheduler.block_size,

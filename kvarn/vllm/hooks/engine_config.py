@@ -10,6 +10,7 @@ from kvarn.checks import MAX_QUERIES
 from kvarn.presets import Preset, get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.hooks import Hook, HookError
+from kvarn.vllm.versions import returns_routed_experts
 
 TARGET = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
 DEFAULT_MAX_NUM_SEQS = 64
@@ -126,7 +127,7 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield "does not support context parallelism; use tensor_parallel_size instead."
     if parallel.pipeline_parallel_size > 1:
         yield "does not support pipeline parallelism; use tensor_parallel_size instead."
-    if config.model_config.enable_return_routed_experts:
+    if returns_routed_experts(config):
         yield "does not support returning routed experts; leave enable_return_routed_experts out."
     if KVarNConfig.of(config).raw_chunks and not device_backend().layer.supports_raw_chunks:
         yield "has raw_chunks on GPUs only; leave kvarn.raw_chunks out of additional_config."

@@ -5,26 +5,25 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-from kvarn.presets import PRESETS, get_preset
 from kvarn.vllm.hooks import Hook
+from kvarn.vllm.versions import backends_customize_specs
 
 
 def install() -> None:
-    """Wrap the layer's cache spec for quantized layers."""
+    """Wrap the layer's cache spec, unless vLLM asks the backend for it."""
+    if backends_customize_specs():
+        return
     from vllm.model_executor.layers.attention import Attention
 
-    from kvarn.tile import TileLayout
-    from kvarn.vllm.spec import KVarNSpec
+    from kvarn.vllm.backend import BACKENDS
 
     stock_spec = Attention.get_kv_cache_spec
 
     @wraps(stock_spec)
     def get_kv_cache_spec(self: Any, vllm_config: Any) -> Any:
-        if self.kv_cache_dtype in PRESETS:
-            return KVarNSpec.of(
-                TileLayout(get_preset(self.kv_cache_dtype), self.head_size), self.num_kv_heads
-            )
-        return stock_spec(self, vllm_config)
+        spec = stock_spec(self, vllm_config)
+        ours = BACKENDS.get(self.kv_cache_dtype)
+        return spec if ours is None else ours.customize_spec(spec)
 
     Attention.get_kv_cache_spec = get_kv_cache_spec
 

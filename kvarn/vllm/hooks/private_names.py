@@ -25,7 +25,6 @@ SCHEDULER_ATTRIBUTES = (
     "requests",
     "running",
     "scheduler_config.long_prefill_token_threshold",
-    "skipped_waiting",
     "vllm_config",
     "waiting",
 )

