@@ -26,7 +26,7 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	@touch $@
 
 # uv resolves; it lives in a throwaway environment because nothing else here needs it.
-lock:  ## Resolve requirements/cpu.lock anew from pyproject.toml and requirements/cpu.in
+lock:  ## Re-resolve requirements/cpu.lock from pyproject.toml and requirements/cpu.in
 	$(PYTHON) -m venv build/uv
 	build/uv/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) uv
 	build/uv/bin/uv pip compile pyproject.toml requirements/cpu.in --extra cpu --extra serve --extra dev \

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# Other groups need multiples of BLOCK in kvarn/kernels/prefill.py, an entry in kvarn/reference/rtn.py, and tests.
+GROUPS = (64, 128)
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -11,13 +14,22 @@ class Preset:
         name: the value of `--kv-cache-dtype`.
         key_bits: bits per key code, 2 or 4.
         value_bits: bits per value code, 2 or 4.
-        group: tokens per tile, and the vLLM block size.
+        group: tokens per tile, and the vLLM block size: 64 or 128.
+
+    Raises:
+        ValueError: `group` is another number.
     """
 
     name: str
     key_bits: int
     value_bits: int
     group: int
+
+    def __post_init__(self) -> None:
+        if self.group not in GROUPS:
+            raise ValueError(
+                f"preset {self.name} has groups of {self.group} tokens: set group to {' or '.join(map(str, GROUPS))}"
+            )
 
 
 def _preset(key_bits: int, value_bits: int, group: int) -> Preset:

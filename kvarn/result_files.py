@@ -1,4 +1,4 @@
-"""JSON result files."""
+"""Reading and writing the JSON result files of benchmarks and quality runs."""
 
 from __future__ import annotations
 

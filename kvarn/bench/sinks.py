@@ -1,4 +1,4 @@
-"""KL divergence against memory when the first tokens of a sequence are kept raw, on a real model's attention.
+"""KL divergence versus memory when the first tokens of a sequence are kept raw, on a real model's attention.
 
 The model runs in Hugging Face transformers with the read rule in place of its attention, so that any number of first
 tokens can be raw; the engine itself keeps whole tiles.

@@ -53,11 +53,11 @@ def bench_serve(
 ) -> None:
     """Measure latency and goodput of a served model under open-loop load, over gRPC or OpenAI's HTTP API."""
     with serving_errors():
-        from serve_app.bench import load_test
+        from serve_app.bench import load_benchmark
 
         _check_outputs(json_path, plot_path)
         with counting_progress("requests") as progress:
-            report = load_test.measure(bench, tls_files(ca, certificate, private_key), api_key, progress)
+            report = load_benchmark.measure(bench, tls_files(ca, certificate, private_key), api_key, progress)
         out.print(report.render(), highlight=False)
         report.write(json_path, plot_path)
         if not report.summary.answered:

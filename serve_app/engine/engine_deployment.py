@@ -25,7 +25,7 @@ from serve_app.observability.demand import DemandBook
 from serve_app.observability.metrics import ENGINE_METRICS, RayRecorder, record_forever
 from serve_app.observability.tracing import Tracing
 from serve_app.rpc.grpc_server import GrpcServer
-from serve_app.security.engine_access import Guard
+from serve_app.security.engine_access import EngineGuard
 
 if TYPE_CHECKING:
     from vllm import AsyncEngineArgs
@@ -67,7 +67,7 @@ class Engine:
         self._service = EngineService(
             self._engine, self._monitor, self._tiles, metrics, self._spans, self._demands
         )
-        guard = Guard(encrypted=not is_loopback(config.host))
+        guard = EngineGuard(encrypted=not is_loopback(config.host))
         self._server = GrpcServer(
             f"{config.host}:0", [SERVICE_NAME], check=guard.check, credentials=guard.credentials()
         )

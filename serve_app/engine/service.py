@@ -1,4 +1,4 @@
-"""The Engine gRPC service: takes token ids, streams deltas, on one vLLM engine."""
+"""The Engine gRPC service: takes token ids and streams deltas from one vLLM engine."""
 
 from __future__ import annotations
 

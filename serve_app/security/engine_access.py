@@ -53,7 +53,7 @@ class Address:
         return HeaderChannel(channel, [(TOKEN_KEY, self.token)])
 
 
-class Guard:
+class EngineGuard:
     """Creates and checks the secrets of one replica.
 
     Args:

@@ -1,4 +1,4 @@
-"""Routing policies: ours and the baselines."""
+"""Routing policies: the served router and baselines."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from kvarn.presets import PRESETS, get_preset
+from kvarn.presets import PRESETS, Preset, get_preset
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,12 @@ def test_unknown_preset_is_rejected_with_the_names_that_exist() -> None:
     with pytest.raises(ValueError, match="kvarn_k3v3_g32") as error:
         get_preset("kvarn_k3v3_g32")
     assert all(name in str(error.value) for name in PRESETS)
+
+
+@pytest.mark.parametrize("group", [0, 16, 32, 96, 256])
+def test_groups_that_no_kernel_computes_are_rejected(group: int) -> None:
+    with pytest.raises(ValueError, match=f"has groups of {group} tokens: set group to 64 or 128"):
+        Preset("kvarn_k4v2", key_bits=4, value_bits=2, group=group)
 
 
 def test_presets_need_neither_torch_nor_vllm() -> None:

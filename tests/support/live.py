@@ -1,4 +1,4 @@
-"""Helpers for tests of a running application: deployment, ports, waiting, and access to replicas."""
+"""Helpers for tests of an application: its Serve YAML, deployment, ports, waiting, and access to replicas."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
+import yaml
 from ray import serve
 
 from kvarn.v1 import cluster_pb2
 from serve_app.app import build
 from serve_app.client import Client, UnavailableError
 from serve_app.config import AppConfig
+
+APP_YAML = Path(__file__).parents[2] / "cluster" / "app.yaml"
 
 
 @contextmanager
@@ -39,6 +43,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def write_app(path: Path, **engine: object) -> Path:
+    """Write `cluster/app.yaml` with one small replica, free ports and the settings `engine` to `path`."""
+    content = yaml.safe_load(APP_YAML.read_text())
+    arguments = content["applications"][0]["args"]
+    arguments["engine"].update({"num_replicas": 1, "kv_cache_memory_gib": 0.25, **engine})
+    arguments["gateway"].update(port=free_port(), http={"port": free_port()})
+    path.write_text(yaml.safe_dump(content))
+    return path
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float, poll_s: float = 0.05) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's tool parsers, outside its own server."""
+"""vLLM's tool parsers, used outside vLLM's own server."""
 
 from __future__ import annotations
 

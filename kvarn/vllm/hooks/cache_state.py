@@ -1,4 +1,4 @@
-"""Adds a utility method that returns the state of the cache from the engine's core process."""
+"""Adds a utility method to the engine core that returns the cache's state."""
 
 from __future__ import annotations
 

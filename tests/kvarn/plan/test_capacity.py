@@ -85,6 +85,15 @@ def test_bad_input_is_refused(llama_8b: str, options: dict, sentence: str) -> No
         make_plan(**{"model": llama_8b, "gpu": "h200", **options})
 
 
+def test_presets_hold_several_times_the_tokens(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256}
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, **sizes}))
+    planned = rows(model=str(tmp_path), gpu="h200", context=1024, cache_gib=0.125)
+    tokens = {dtype: row.tokens for dtype, row in planned.items()}
+    assert tokens["kvarn_k4v2_g128"] >= 4.7 * tokens["auto"]
+    assert tokens["kvarn_k4v4_g64"] >= 3.5 * tokens["auto"]
+
+
 def test_no_more_sequences_run_than_are_allowed(llama_8b: str) -> None:
     for row in rows(model=llama_8b, gpu="h200", cache_gib=8, max_num_seqs=4).values():
         assert row.sequences <= 4

@@ -7,7 +7,7 @@ import pytest
 
 from kvarn.v1 import engine_pb2, engine_pb2_grpc
 from serve_app.rpc.grpc_server import GrpcServer
-from serve_app.security.engine_access import Address, Guard
+from serve_app.security.engine_access import Address, EngineGuard
 
 
 class Service(engine_pb2_grpc.EngineServicer):
@@ -29,7 +29,7 @@ async def call(address: Address) -> grpc.StatusCode:
 
 @pytest.mark.parametrize("encrypted", [False, True])
 async def test_only_the_published_address_opens_the_server(encrypted: bool) -> None:
-    guard = Guard(encrypted)
+    guard = EngineGuard(encrypted)
     server = GrpcServer(
         "127.0.0.1:0", ["kvarn.v1.Engine"], check=guard.check, credentials=guard.credentials()
     )
@@ -38,10 +38,10 @@ async def test_only_the_published_address_opens_the_server(encrypted: bool) -> N
     try:
         assert Address(**address.metadata()) == address
         assert await call(address) is grpc.StatusCode.OK
-        stranger = Address(address.address, Guard(False).published("").token, address.certificate)
+        stranger = Address(address.address, EngineGuard(False).published("").token, address.certificate)
         assert await call(stranger) is grpc.StatusCode.UNAUTHENTICATED
-        impostor = "" if encrypted else Guard(True).published("").certificate
-        for certificate in {impostor, Guard(True).published("").certificate}:
+        impostor = "" if encrypted else EngineGuard(True).published("").certificate
+        for certificate in {impostor, EngineGuard(True).published("").certificate}:
             other = Address(address.address, address.token, certificate)
             assert await call(other) is grpc.StatusCode.UNAVAILABLE
     finally:
@@ -49,6 +49,6 @@ async def test_only_the_published_address_opens_the_server(encrypted: bool) -> N
 
 
 def test_secrets_do_not_show() -> None:
-    address = Guard(True).published("127.0.0.1:1")
+    address = EngineGuard(True).published("127.0.0.1:1")
     assert address.token not in repr(address)
     assert "BEGIN" not in repr(address)

@@ -1,4 +1,4 @@
-"""One load test, from settings to result files."""
+"""One load benchmark, from settings to result files."""
 
 from __future__ import annotations
 

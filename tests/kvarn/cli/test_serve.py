@@ -1,0 +1,68 @@
+"""`kvarn serve` without a cluster: its text output, its log, and the settings that it rejects."""
+
+import pytest
+from typer.testing import CliRunner
+
+from kvarn import cli
+from kvarn.cli.chat import Answer
+from kvarn.cli.output import err, out
+from kvarn.cli.serve import Started, TextReporter, _start_progress
+from kvarn.v1 import cache_pb2, cluster_pb2
+from serve_app.launch import Dashboard, Deployment, read_app
+from tests.support.live import APP_YAML, write_app
+
+
+def test_text_output(model_dir):
+    capacity = cache_pb2.CacheCapacity(
+        cache_dtype="kvarn_k4v2_g128", tile_tokens=128, bytes_per_tile=622_080, total_blocks=1725
+    )
+    replica = cluster_pb2.ReplicaCache(replica_id="one", cache=cache_pb2.CacheSnapshot(capacity=capacity))
+    with out.capture() as shown:
+        TextReporter().asked("What is the capital of France?")
+        TextReporter().answered(Answer("Paris.", "one", 40, 0, 3, 0.5, 20.0))
+        state = cluster_pb2.GetCacheStateResponse(replicas=[replica])
+        dashboard = Dashboard("http://127.0.0.1:8265", needs_token=True)
+        TextReporter().ready(read_app(APP_YAML), Started(state, model_dir, dashboard))
+    text = shown.get()
+    for expected in (
+        "you> What",
+        "500 ms",
+        "220,800",
+        "4.74x",
+        "http://127.0.0.1:8000/v1",
+        "Ctrl-C stops it",
+        "`ray get-auth-token`",
+    ):
+        assert expected in text
+
+
+def test_a_log_shows_start_progress():
+    with err.capture() as shown, _start_progress() as update:
+        update([Deployment("Engine", 0, 2)])
+        update([Deployment("Engine", 0, 2)])
+        update([Deployment("Engine", 1, 2)])
+    logged = shown.get()
+    assert logged.count("starting Engine replicas: 0 of 2") == 1
+    assert logged.count("starting Engine replicas: 1 of 2") == 1
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ({"cpus_per_replica": 4096}, "the engines need 4096 CPUs and this machine has"),
+        (
+            {"device": "cuda", "num_replicas": 100, "tensor_parallel_size": 8},
+            "the engines need 800 GPUs and this machine has",
+        ),
+        (
+            {"kv_cache_memory_gib": 1 << 20},
+            "the engines' caches need 1048576.0 GiB and this machine has",
+        ),
+        ({"max_length": 1}, "args.engine.max_length: there is no such setting"),
+        ({"kv_cache_dtype": "kvarn_k9v9"}, "args.engine.kv_cache_dtype: unknown KVarN preset 'kvarn_k9v9'"),
+    ],
+)
+def test_what_this_machine_cannot_run_is_rejected_before_anything_starts(tmp_path, engine, words):
+    result = CliRunner().invoke(cli.app, ["serve", str(write_app(tmp_path / "app.yaml", **engine))])
+    assert result.exit_code == 1
+    assert words in result.stderr
