@@ -40,7 +40,7 @@ def doctor(
     """Check this installation: versions, machine, vLLM hooks, cache arithmetic; exit 1 if a check fails."""
     quiet_vllm()
     limits = None if config is None else _limits_of(config)
-    with err.status("checking versions and hooks, testing the cache (about 10 seconds)"):
+    with err.status("checking versions and hooks, testing the cache (10 to 30 seconds)"):
         report = examine(limits)
     if as_json:
         out.print_json(json.dumps({**asdict(report), "ok": report.ok}))
@@ -96,15 +96,18 @@ def examine(limits: EngineLimits | None = None) -> Diagnosis:
 
 
 def check_hooks() -> list[Check]:
-    """Check each hook of the plugin against the installed vLLM."""
+    """Check the version of the installed vLLM, and what each hook of the plugin finds in it."""
     try:
+        from kvarn.vllm.hooks import untested
         from kvarn.vllm.plugin import hook_report
+        from kvarn.vllm.versions import TESTED_VLLM_VERSIONS
 
-        statuses = hook_report()
+        refusal, statuses = untested(), hook_report(thorough=True)
     except ImportError as error:
         advice = "install it with `pip install kvarn[cpu]` or `kvarn[gpu]`"
         return [Check("vllm", ok=False, detail=f"vLLM cannot be imported ({error}): {advice}")]
-    return [Check(status.name, status.ok, status.detail or status.target) for status in statuses]
+    tested = Check("tested version", refusal is None, str(refusal or ", ".join(TESTED_VLLM_VERSIONS)))
+    return [tested, *(Check(status.name, status.ok, status.detail or status.target) for status in statuses)]
 
 
 def self_test(preset: Preset) -> Check:

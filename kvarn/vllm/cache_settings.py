@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
 
 GIB = 2**30
 ORDERS = ("prefix", "fcfs")
@@ -34,6 +35,8 @@ class KVarNConfig:
         max_overtakes: later arrivals that may be admitted before a request, under the prefix order.
         expected_output_tokens: output length for which blocks are reserved at admission, unless the request's
             `max_tokens` is less. None: the running mean of finished requests.
+        allow_untested_vllm: whether to start on a vLLM that the project was not tested on; hooks are probed
+            all the same.
     """
 
     retained_sinks: int | None = None
@@ -43,10 +46,12 @@ class KVarNConfig:
     window: int = 256
     max_overtakes: int = 128
     expected_output_tokens: int | None = None
+    allow_untested_vllm: bool = False
 
     def __post_init__(self) -> None:
         self._check("retained_sinks", _is_count, "a number of slots >= 0")
-        self._check("raw_chunks", lambda x: isinstance(x, bool), "true or false")
+        for switch in ("raw_chunks", "allow_untested_vllm"):
+            self._check(switch, lambda x: isinstance(x, bool), "true or false")
         self._check("side_pool_gib", lambda x: _is_number(x) and 0 < x < math.inf, "a size in GiB > 0")
         self._check("order", lambda x: x in ORDERS, f"one of {', '.join(ORDERS)}")
         self._check("window", lambda x: _is_count(x) and x > 0, "a number of requests > 0")
@@ -59,7 +64,7 @@ class KVarNConfig:
             raise ValueError(f"kvarn.{name} is {value!r}; give {expected}.")
 
     @classmethod
-    def of(cls, vllm_config: VllmConfig) -> KVarNConfig:
+    def of(cls, vllm_config: VllmConfig | EngineArgs) -> KVarNConfig:
         """Read the settings from `vllm_config.additional_config`; ValueError names an unknown one."""
         given = dict(vllm_config.additional_config).get("kvarn", {})
         if not isinstance(given, dict):

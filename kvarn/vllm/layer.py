@@ -13,6 +13,8 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.cache_settings import side_pool_slots
+from kvarn.vllm.hooks import RefusalError
+from kvarn.vllm.hooks.refusals import refuse
 from kvarn.vllm.slot_map import SlotMap, find_slot_map
 
 
@@ -82,7 +84,9 @@ class KVarNLayer(AttentionImpl[Any]):
 
 def _refuse_features(kv_cache_dtype: str, features: dict[str, bool]) -> None:
     if wanted := [name for name, used in features.items() if used]:
-        raise ValueError(
-            f"This model needs {' and '.join(wanted)}, which the {kv_cache_dtype} cache does not support; "
-            "use kv_cache_dtype='auto' for it."
+        refuse(
+            RefusalError(
+                f"This model needs {' and '.join(wanted)}, which the {kv_cache_dtype} cache does not support; "
+                "use kv_cache_dtype='auto' for it."
+            )
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvarn.vllm.hooks import (
     Hook,
+    HookError,
     attention_backend,
     cache_dtype,
     cache_state,
@@ -14,6 +15,7 @@ from kvarn.vllm.hooks import (
     misfit,
     page_size,
     private_names,
+    refusals,
     slot_plan,
 )
 
@@ -25,15 +27,17 @@ HOOKS: tuple[Hook, ...] = (
     cache_state.HOOK,
     event_log.HOOK,
     private_names.HOOK,
+    refusals.HOOK,
     engine_config.HOOK,
 )
 
 _registered = False
+_installed = False
 
 
 @dataclass(frozen=True)
 class HookStatus:
-    """Whether one hook fits this vLLM: `target` is its attachment point, `detail` says what is missing."""
+    """Whether one hook fits this vLLM: `target` is its attachment point, `detail` says what is missing or differs."""
 
     name: str
     target: str
@@ -42,35 +46,56 @@ class HookStatus:
 
 
 def register() -> None:
-    """Install every hook, once per process.
+    """Install and probe every hook, once per process.
 
-    On a vLLM that lacks a target, install only a hook that makes engines with a preset fail with one
-    sentence; every other engine runs as if the plugin were absent.
+    On a vLLM that some hook does not fit, make engines with a preset fail with one sentence; every other
+    engine runs as if the plugin were absent.
 
     Raises:
-        HookError: if even that hook does not fit.
+        HookError: if even the refusal cannot be installed, or in a process that serves an engine with a preset.
     """
     global _registered
     if _registered:
         return
     _registered = True
-    missing = [status for status in hook_report() if not status.ok]
-    if not missing:
-        for hook in HOOKS:
-            hook.install()
+    error = _misfit()
+    if error is None:
         return
-    error = misfit(missing[0].name, missing[0].detail)
     if engine_config.HOOK.missing_target():
         raise error
+    if refusals.serves_an_engine():
+        refusals.refuse(error)
     engine_config.install_refusal(error)
 
 
-def hook_report() -> list[HookStatus]:
-    """The status of each hook in this vLLM; imports vLLM, installs nothing."""
-    return [_status(hook) for hook in HOOKS]
+def hook_report(thorough: bool = False) -> list[HookStatus]:
+    """The status of each hook in this vLLM; imports vLLM, and installs the hooks if this vLLM has all targets.
+
+    Args:
+        thorough: whether to run the probes that take seconds, too, if the others find no difference.
+    """
+    missing = [hook.missing_target() for hook in HOOKS]
+    if any(missing):
+        details = [f"{target} is missing" if target else "" for target in missing]
+    else:
+        _install()
+        details = [hook.difference() or "" for hook in HOOKS]
+        if thorough and not any(details):
+            details = [hook.difference(thorough=True) or "" for hook in HOOKS]
+    return [
+        HookStatus(hook.name, target or hook.attachment(), not detail, detail)
+        for hook, target, detail in zip(HOOKS, missing, details, strict=True)
+    ]
 
 
-def _status(hook: Hook) -> HookStatus:
-    missing = hook.missing_target()
-    detail = f"{missing} is missing" if missing else ""
-    return HookStatus(hook.name, missing or hook.targets[0], missing is None, detail)
+def _misfit() -> HookError | None:
+    unfit = (status for status in hook_report() if not status.ok)
+    return next((misfit(status.name, status.detail) for status in unfit), None)
+
+
+def _install() -> None:
+    global _installed
+    if not _installed:
+        _installed = True
+        for hook in HOOKS:
+            hook.install()

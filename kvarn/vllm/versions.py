@@ -19,6 +19,29 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
 
+# Names whose place depends on the version, as targets of hooks: one of those joined by "or" must exist.
+CACHE_DTYPE_REGISTRY = "vllm.config.cache:register_kv_cache_dtype or vllm.config.cache:CacheDType.__args__"
+PAGE_SIZE = (
+    "vllm.v1.kv_cache_interface:FullAttentionSpec.unpadded_page_size_bytes "
+    "or vllm.v1.kv_cache_interface:FullAttentionSpec.real_page_size_bytes"
+)
+SPEC_CUSTOMIZATION = (
+    "vllm.v1.attention.backend:AttentionBackend.customize_spec "
+    "or vllm.model_executor.layers.attention:Attention.get_kv_cache_spec"
+)
+CACHE_SHAPE = (
+    "vllm.v1.kv_cache_interface:compute_layer_kv_cache_shape_bytes "
+    "or vllm.v1.attention.backend:AttentionBackend.get_kv_cache_shape"
+)
+CACHE_LAYOUT = (
+    "vllm.v1.kv_cache_layout:KVCacheLayout.LBHNC "
+    "or vllm.v1.attention.backend:AttentionBackend.get_kv_cache_stride_order"
+)
+ROUTED_EXPERTS = (
+    "vllm.config:VllmConfig.aux_output_config or vllm.config:ModelConfig.enable_return_routed_experts"
+)
+SET_ASIDE_QUEUE = "skipped_waiting or kv_holding_waiting"  # of schedulers
+
 TESTED_VLLM_VERSIONS = ("0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
 
 
@@ -30,6 +53,12 @@ def installed_version() -> str | None:
         except PackageNotFoundError:
             continue
     return None
+
+
+def is_tested() -> bool:
+    """Whether the project was tested on the installed vLLM; a build's local label (`+cu129`) does not count."""
+    installed = installed_version()
+    return installed is not None and installed.partition("+")[0] in TESTED_VLLM_VERSIONS
 
 
 def register_cache_dtypes(names: Iterable[str]) -> None:
@@ -110,3 +139,16 @@ def returns_routed_experts(vllm_config: VllmConfig) -> bool:
     aux_output = getattr(vllm_config, "aux_output_config", None)
     holder = vllm_config.model_config if aux_output is None else aux_output
     return bool(holder.enable_return_routed_experts)
+
+
+def layer_cache_shape(backend: Any, spec: Any, num_blocks: int) -> tuple[int, ...]:
+    """Shape of the bytes that vLLM passes to a layer with `spec` as its cache of `num_blocks` blocks."""
+    from vllm.v1 import kv_cache_interface
+
+    if hasattr(kv_cache_interface, "compute_layer_kv_cache_shape_bytes"):
+        return tuple(kv_cache_interface.compute_layer_kv_cache_shape_bytes(spec, num_blocks))
+    return tuple(
+        backend.get_kv_cache_shape(
+            num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size, cache_dtype_str="auto"
+        )
+    )

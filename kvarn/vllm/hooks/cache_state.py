@@ -13,8 +13,17 @@ def install() -> None:
     setattr(EngineCore, CACHE_STATE_METHOD, cache_state)
 
 
+def probe() -> str | None:
+    """Check that the engine core's process finds the method by the name that clients send."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    found = getattr(EngineCoreProc, CACHE_STATE_METHOD, None)
+    return None if found is cache_state else f"EngineCoreProc finds {found} as {CACHE_STATE_METHOD!r}"
+
+
 HOOK = Hook(
     "cache state",
     ("vllm.v1.engine.core:EngineCore", "vllm.v1.core.block_pool:BlockPool._remove_cached_block_hashes"),
     install,
+    probe,
 )

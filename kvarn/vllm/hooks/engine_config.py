@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 
 from kvarn.checks import MAX_QUERIES
 from kvarn.presets import Preset, get_preset
 from kvarn.tile import TileLayout
-from kvarn.vllm.hooks import Hook, HookError
+from kvarn.vllm.hooks import Hook, HookError, untested
+from kvarn.vllm.hooks.engine_probe import doctor_probe
+from kvarn.vllm.hooks.refusals import expect_notes
 from kvarn.vllm.versions import returns_routed_experts
 
 TARGET = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
@@ -27,11 +30,14 @@ def install() -> None:
         if not names_preset(self.kv_cache_dtype):
             return stock_create(self, *args, **kwargs)
         preset = get_preset(self.kv_cache_dtype)
+        _refuse_untested(self)
+        _refuse_other_backends(self)
         _set_defaults(self, preset)
         config = stock_create(self, *args, **kwargs)
         _refuse_unsupported(config, preset)
         _set_scheduler(config)
         _log_limits(config)
+        expect_notes()
         return config
 
     EngineArgs.create_engine_config = create_engine_config
@@ -46,6 +52,7 @@ def install_refusal(error: HookError) -> None:
     @wraps(stock_create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if names_preset(self.kv_cache_dtype):
+            _refuse_untested(self)
             raise error
         return stock_create(self, *args, **kwargs)
 
@@ -55,6 +62,29 @@ def install_refusal(error: HookError) -> None:
 def names_preset(kv_cache_dtype: str) -> bool:
     """Whether a cache dtype is meant as a preset: a misspelled one gets our error and not vLLM's."""
     return kv_cache_dtype.startswith("kvarn")
+
+
+def _refuse_untested(args: Any) -> None:
+    from kvarn.vllm.cache_settings import KVarNConfig
+
+    if (refusal := untested()) and not KVarNConfig.of(args).allow_untested_vllm:
+        raise refusal
+
+
+def _refuse_other_backends(args: Any) -> None:
+    from kvarn.vllm.backend import KVarNBackend
+
+    named = args.attention_backend or args.attention_config.backend or "auto"
+    if str(getattr(named, "name", named)).upper() not in ("AUTO", KVarNBackend.get_name()):
+        raise ValueError(
+            f"attention_backend={getattr(named, 'name', named)!r} cannot read kv_cache_dtype={args.kv_cache_dtype!r}, "
+            "which brings its own; leave attention_backend out."
+        )
+    if args.attention_config.backend_per_kind:
+        raise ValueError(
+            f"kv_cache_dtype={args.kv_cache_dtype!r} brings its own attention backend; leave "
+            "attention_config's backend_per_kind out."
+        )
 
 
 def _set_defaults(args: Any, preset: Preset) -> None:
@@ -91,6 +121,10 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield f"needs every layer to be full attention, and this model has other layers; {use_auto}"
     if model.get_sliding_window() is not None or _has_local_layers(model):
         yield f"does not support sliding-window attention; {use_auto}"
+    if getattr(model.hf_text_config, "attn_logit_softcapping", None):
+        yield f"does not support logit soft-capping; {use_auto}"
+    if getattr(model.hf_text_config, "num_kv_shared_layers", None):
+        yield f"does not support KV sharing between layers; {use_auto}"
     if model.is_mm_prefix_lm:
         yield f"attends to earlier tokens only, and this model's images also to later ones; {use_auto}"
     if (heads := _heads_per_kv_head(config)) > (limit := device_backend().layer.max_heads_per_kv_head):
@@ -184,4 +218,16 @@ def _log_limits(config: Any) -> None:
     )
 
 
-HOOK = Hook("engine configuration", (TARGET,), install)
+def probe() -> str | None:
+    """Check that vLLM's arguments pass through the hook, which refuses a misspelled preset."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    misspelled: Any = SimpleNamespace(kv_cache_dtype="kvarn", additional_config={})
+    try:
+        EngineArgs.create_engine_config(misspelled)
+    except ValueError:
+        return None
+    return "EngineArgs accepts the misspelled kv_cache_dtype='kvarn'"
+
+
+HOOK = Hook("engine configuration", (TARGET,), install, probe, doctor_probe)

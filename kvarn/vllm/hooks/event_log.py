@@ -13,6 +13,17 @@ def install() -> None:
     setattr(EngineCore, CACHE_EVENTS_METHOD, cache_events)
 
 
+def probe() -> str | None:
+    """Check that the engine core's process finds the method by the name that clients send."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    found = getattr(EngineCoreProc, CACHE_EVENTS_METHOD, None)
+    return None if found is cache_events else f"EngineCoreProc finds {found} as {CACHE_EVENTS_METHOD!r}"
+
+
 HOOK = Hook(
-    "cache events", ("vllm.v1.engine.core:EngineCore", "vllm.distributed.kv_events:KVEventBatch"), install
+    "cache events",
+    ("vllm.v1.engine.core:EngineCore", "vllm.distributed.kv_events:KVEventBatch"),
+    install,
+    probe,
 )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
-from kvarn.vllm.hooks import Hook, misfit
+from kvarn.vllm.hooks import OR, Hook, misfit
+from kvarn.vllm.hooks.refusals import refuse
+from kvarn.vllm.versions import ROUTED_EXPERTS, SET_ASIDE_QUEUE, waiting_requests
 
 _NAME = "private names"
 
@@ -27,6 +30,7 @@ SCHEDULER_ATTRIBUTES = (
     "scheduler_config.long_prefill_token_threshold",
     "vllm_config",
     "waiting",
+    SET_ASIDE_QUEUE,
 )
 REQUEST_ATTRIBUTES = (
     "arrival_time",
@@ -59,19 +63,46 @@ def check_scheduler(scheduler: Any) -> None:
 
 def _check(owner: str, instance: Any, paths: tuple[str, ...]) -> None:
     for path in paths:
-        try:
-            attrgetter(path)(instance)
-        except AttributeError:
-            raise misfit(_NAME, f"{owner}.{path} is missing") from None
+        if not any(_has(instance, alternative) for alternative in path.split(OR)):
+            refuse(misfit(_NAME, f"{owner}.{path} is missing"))
+
+
+def _has(instance: Any, path: str) -> bool:
+    try:
+        attrgetter(path)(instance)
+    except AttributeError:
+        return False
+    return True
 
 
 def install() -> None:
     """Install nothing: these names are used as they are."""
 
 
+def probe() -> str | None:
+    """Check the queues that a scheduler makes, and the methods of a waiting queue that the prefix order calls."""
+    from vllm.v1.core.sched.request_queue import FCFSRequestQueue
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    made = [name for name in Scheduler.__init__.__code__.co_names if name.endswith("_waiting")]
+    aside: dict[str, Any] = {name: ["aside"] for name in made}
+    like_scheduler: Any = SimpleNamespace(waiting=["waiting"], **aside)
+    if waiting_requests(like_scheduler) != ["waiting", "aside"]:
+        return f"its scheduler sets requests aside in {', '.join(made)}, in an unknown way"
+    queue: Any = FCFSRequestQueue()
+    queue.extend([2, 3])
+    queue.extendleft([1])
+    queue.prepend_request(0)
+    if list(queue) != [0, 1, 2, 3] or queue.popleft() != 0 or len(queue) != 3:
+        return "its waiting queue does not keep the order in which requests are put"
+    queue.clear()
+    return "its waiting queue keeps requests that are cleared" if queue else None
+
+
 HOOK = Hook(
     _NAME,
     (
+        ROUTED_EXPERTS,
         "vllm.config:CompilationConfig.static_forward_context",
         "vllm.distributed.kv_events:AllBlocksCleared",
         "vllm.distributed.kv_events:BlockRemoved.block_hashes",
@@ -129,4 +160,5 @@ HOOK = Hook(
         "vllm.v1.request:RequestStatus.RUNNING",
     ),
     install,
+    probe,
 )

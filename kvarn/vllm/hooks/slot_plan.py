@@ -25,6 +25,28 @@ def install() -> None:
     Worker.execute_model = execute_model
 
 
+def probe() -> str | None:
+    """Check that a step's message keeps a slot plan on its way, and that the platform's worker reads it."""
+    import pickle
+
+    from vllm.platforms import current_platform
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from kvarn.vllm.slots import SLOT_PLAN, SlotPlan
+
+    sent, plan = SchedulerOutput.make_empty(), SlotPlan(released=[3], assigned=[(1, 2)])
+    setattr(sent, SLOT_PLAN, plan)
+    if getattr(pickle.loads(pickle.dumps(sent)), SLOT_PLAN, None) != plan:
+        return "SchedulerOutput loses the slot plan when it is pickled"
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        if CPUWorker.execute_model is not Worker.execute_model:
+            return "CPUWorker has its own execute_model"
+    return None
+
+
 HOOK = Hook(
     "slot plan to workers",
     (
@@ -37,4 +59,5 @@ HOOK = Hook(
         "vllm.v1.core.block_pool:BlockPool.evict_blocks",
     ),
     install,
+    probe,
 )

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +16,27 @@ from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_events import BlockRemoved
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.utils import torch_utils
 from vllm.v1.attention import selector
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_coordinator import UnitaryKVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.request import Request
 
+from kvarn.cli import doctor
 from kvarn.presets import PRESETS
-from kvarn.vllm import backend, plugin
+from kvarn.vllm import backend, plugin, spec, versions
+from kvarn.vllm.access.cache_events import CACHE_EVENTS_METHOD
+from kvarn.vllm.access.telemetry import CACHE_STATE_METHOD
 from kvarn.vllm.cache_settings import side_pool_slots
-from kvarn.vllm.hooks import HookError, engine_config
+from kvarn.vllm.hooks import HookError, RefusalError, engine_config, page_size, private_names
 from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
 from tests.support.engines import use_triton_backend
 from tests.support.scheduling import make_scheduler
@@ -104,6 +115,12 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
     ("settings", "sentence"),
     [
         ({"kv_cache_dtype": "kvarn_k3v2_g128"}, "choose one of kvarn_k4v2_g128"),
+        ({"attention_backend": "FLASH_ATTN"}, "attention_backend='FLASH_ATTN'.*leave attention_backend out"),
+        (
+            {"attention_config": {"backend_per_kind": {"full_attention": "FLASH_ATTN"}}},
+            "leave attention_config's backend_per_kind out",
+        ),
+        ({"additional_config": {"kvarn": {"allow_untested_vllm": 1}}}, "give true or false"),
         ({"block_size": 64}, "leave block_size out or set it to 128"),
         ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "context parallelism"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism; use tensor_parallel_size"),
@@ -140,7 +157,7 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
         ),
         (
             {"additional_config": {"kvarn": {"retained": 1}}},
-            "no setting retained; use expected_output_tokens",
+            "no setting retained; use allow_untested_vllm, expected_output_tokens",
         ),
         ({"additional_config": {"kvarn": {"raw_chunks": "yes"}}}, "give true or false"),
         ({"additional_config": {"kvarn": {"raw_chunks": True}}}, "has raw_chunks on GPUs only"),
@@ -220,9 +237,19 @@ PALIGEMMA = {
             },
             "multi-head latent attention; use kv_cache_dtype='auto'",
         ),
+        ({"attn_logit_softcapping": 50.0}, "logit soft-capping; use kv_cache_dtype='auto'"),
+        ({"num_kv_shared_layers": 1}, "KV sharing between layers; use kv_cache_dtype='auto'"),
         (PALIGEMMA, "this model's images also to later ones; use kv_cache_dtype='auto'"),
     ],
-    ids=["head_dim", "sliding window", "encoder", "MLA", "images read both ways"],
+    ids=[
+        "head_dim",
+        "sliding window",
+        "encoder",
+        "MLA",
+        "soft-capping",
+        "KV sharing",
+        "images read both ways",
+    ],
 )
 def test_unsupported_models_are_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     model = write_config(tmp_path, **changes)
@@ -252,6 +279,11 @@ def test_batch_invariance_is_refused(model: Path, monkeypatch: pytest.MonkeyPatc
         configure(model)
 
 
+def test_probes_do_not_take_a_refused_environment_for_a_misfit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert all(status.ok for status in plugin.hook_report())
+
+
 @pytest.mark.parametrize(
     ("feature", "sentence"),
     [
@@ -274,6 +306,144 @@ def test_a_layer_that_needs_more_is_refused(feature: str, sentence: str) -> None
 
 def test_every_hook_fits_this_vllm() -> None:
     assert [status.detail for status in plugin.hook_report()] == [""] * len(plugin.HOOKS)
+
+
+@pytest.fixture
+def register_again(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Register the plugin as a new process does, over the hooks that this one has installed."""
+    plugin.register()
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(EngineArgs, "create_engine_config", EngineArgs.create_engine_config)
+    return plugin.register
+
+
+def pages_as_if_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Size pages as vLLM 0.29 and 0.30 do for a spec without their fields: by the elements of a token."""
+    monkeypatch.setattr(spec, "packed_page_fields", lambda *_: {})
+    elements = property(lambda self: 2 * self.block_size * self.num_kv_heads * self.head_size)
+    monkeypatch.setattr(spec.KVarNSpec, "page_size_bytes", elements)
+
+
+def test_pages_of_another_size_fail_the_doctor_and_refuse_engines(
+    model: Path, monkeypatch: pytest.MonkeyPatch, register_again: Callable[[], None]
+) -> None:
+    pages_as_if_unpacked(monkeypatch)
+    (broken,) = [check for check in doctor.check_hooks() if not check.ok]
+    assert broken.name == "page size"
+    assert "makes pages of 49152 bytes for kvarn_k4v2_g128 instead of" in broken.detail
+    register_again()
+    with pytest.raises(
+        HookError, match=r"'page size' to vLLM .*49152 bytes.*install a version known to work"
+    ):
+        configure(model)
+    assert configure(model, kv_cache_dtype="auto").cache_config.cache_dtype == "auto"
+
+
+def forget_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SchedulerOutput, "__reduce__", lambda self: (SchedulerOutput.make_empty, ()))
+
+
+def choose_stock_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selector, "_cached_get_attn_backend", selector._cached_get_attn_backend.__wrapped__)
+
+
+def store_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(torch_utils.STR_DTYPE_TO_TORCH_DTYPE, PRESET, torch.float16)
+
+
+def rename_queues(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scheduler, "__init__", lambda self: setattr(self, "other_waiting", []))
+
+
+def append_prepended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FCFSRequestQueue, "prepend_request", FCFSRequestQueue.append)
+
+
+def shape_in_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_size, "layer_cache_shape", lambda backend, spec, blocks: (blocks, 128, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "hook", "detail"),
+    [
+        (store_halves, "cache dtype names", "as torch.float16 instead of bytes"),
+        (choose_stock_backends, "attention backend", "its probe fails with|it chooses .*CPU"),
+        (pages_as_if_unpacked, "page size", "makes pages of 49152 bytes"),
+        (shape_in_tokens, "page size", r"shapes as \(5, 128, 8\)"),
+        (forget_plan, "slot plan to workers", "loses the slot plan"),
+        (lambda patch: patch.delattr(EngineCore, CACHE_STATE_METHOD), "cache state", "finds None"),
+        (lambda patch: patch.delattr(EngineCore, CACHE_EVENTS_METHOD), "cache events", "finds None"),
+        (rename_queues, "private names", "its probe fails with AttributeError"),
+        (append_prepended, "private names", "does not keep the order"),
+        (
+            lambda patch: patch.setattr(EngineArgs, "create_engine_config", lambda self: None),
+            "engine configuration",
+            "accepts the misspelled",
+        ),
+    ],
+)
+def test_a_vllm_that_behaves_differently_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[pytest.MonkeyPatch], None], hook: str, detail: str
+) -> None:
+    plugin.register()
+    change(monkeypatch)
+    (broken,) = [status for status in plugin.hook_report() if not status.ok]
+    assert broken.name == hook
+    assert re.search(detail, broken.detail)
+
+
+def test_the_doctor_notices_a_step_without_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KVarNScheduler, "schedule", Scheduler.schedule)
+    monkeypatch.setattr(KVarNAsyncScheduler, "schedule", AsyncScheduler.schedule)
+    (broken,) = [status for status in plugin.hook_report(thorough=True) if not status.ok]
+    assert "plans None instead of two slots" in broken.detail
+
+
+def test_probes_are_cheap() -> None:
+    plugin.hook_report()
+    started = time.perf_counter()
+    plugin.hook_report()
+    assert time.perf_counter() - started < 0.5
+
+
+@pytest.mark.parametrize("version", ["0.99.0", None])
+def test_an_untested_version_is_refused_unless_allowed(
+    model: Path, monkeypatch: pytest.MonkeyPatch, version: str | None
+) -> None:
+    monkeypatch.setattr(versions, "installed_version", lambda: version)
+    with pytest.raises(
+        RefusalError,
+        match=rf"not tested on vLLM {version or 'of unknown version'}; install one of 0\.27\.1, .*"
+        r"kvarn\.allow_untested_vllm to true",
+    ):
+        configure(model)
+    assert configure(model, kv_cache_dtype="auto").cache_config.cache_dtype == "auto"
+    allowed = {"kvarn": {"allow_untested_vllm": True}}
+    assert configure(model, additional_config=allowed).cache_config.cache_dtype == PRESET
+    (failed,) = [check for check in doctor.check_hooks() if not check.ok]
+    assert failed.name == "tested version"
+
+
+def test_a_local_build_of_a_tested_version_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "installed_version", lambda: f"{versions.TESTED_VLLM_VERSIONS[0]}+cu129")
+    assert versions.is_tested()
+
+
+def test_an_allowed_version_is_still_probed(
+    model: Path, monkeypatch: pytest.MonkeyPatch, register_again: Callable[[], None]
+) -> None:
+    monkeypatch.setattr(versions, "installed_version", lambda: "0.99.0")
+    pages_as_if_unpacked(monkeypatch)
+    register_again()
+    with pytest.raises(RefusalError, match=r"not tested on vLLM 0\.99\.0"):
+        configure(model)
+    with pytest.raises(HookError, match=r"'page size' to vLLM 0\.99\.0"):
+        configure(model, additional_config={"kvarn": {"allow_untested_vllm": True}})
+
+
+def test_its_own_attention_backend_may_be_named(model: Path) -> None:
+    assert configure(model, attention_backend="CUSTOM").cache_config.cache_dtype == PRESET
+    assert configure(model, attention_backend="auto").cache_config.cache_dtype == PRESET
 
 
 def test_a_missing_target_refuses_presets_only(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,17 +485,31 @@ def test_the_doctor_reports_a_missing_dataclass_field(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (Scheduler, "_pause_state"),
-        (Scheduler, "kv_event_publisher"),
-        (UnitaryKVCacheCoordinator, "single_type_managers"),
-        (SingleTypeKVCacheManager, "req_to_blocks"),
-        (BlockPool, "cached_block_hash_to_block"),
-        (Request, "is_prefill_chunk"),
+        ("", "_pause_state"),
+        ("", "kv_event_publisher"),
+        ("kv_cache_manager.coordinator", "single_type_managers"),
+        ("kv_cache_manager.block_pool", "cached_block_hash_to_block"),
     ],
 )
-def test_a_scheduler_refuses_a_vllm_whose_objects_lack_a_private_name(
-    monkeypatch: pytest.MonkeyPatch, owner: type, name: str
-) -> None:
+def test_a_scheduler_refuses_a_vllm_whose_objects_lack_a_private_name(owner: str, name: str) -> None:
+    scheduler = make_scheduler(num_blocks=8, max_running=1)
+    delattr(attrgetter(owner)(scheduler) if owner else scheduler, name)
+    with pytest.raises(HookError, match=rf"'private names'.*\b{name} is missing; install .*0\.27\.1"):
+        private_names.check_scheduler(scheduler)
+
+
+def test_a_scheduler_refuses_a_vllm_without_a_queue_for_requests_set_aside() -> None:
+    scheduler = make_scheduler(num_blocks=8, max_running=1)
+    for name in versions.SET_ASIDE_QUEUE.split(" or "):
+        vars(scheduler).pop(name, None)
+    with pytest.raises(HookError, match="skipped_waiting or kv_holding_waiting is missing"):
+        private_names.check_scheduler(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(SingleTypeKVCacheManager, "req_to_blocks"), (Request, "is_prefill_chunk")]
+)
+def test_a_new_scheduler_is_checked(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
     stock_init = owner.__init__
 
     def init_without_name(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,105 @@
+"""Carries a refusal from the process that raises it to the caller of `LLM` or `AsyncLLM`.
+
+vLLM's engine core and workers print their exceptions and exit; whoever started them reports only that they
+failed. A refusal is therefore also left as a note in a file that the starting process names in an environment
+variable before it starts an engine, and raised again there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache, wraps
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
+from typing import Any, NoReturn
+from uuid import uuid4
+
+from kvarn.vllm.hooks import Hook, RefusalError
+
+NOTE = "KVARN_REFUSAL_NOTE"
+
+
+def install() -> None:
+    """Wrap the two places where vLLM waits for processes: for workers, and for the engine core."""
+    from vllm.v1.engine import utils
+    from vllm.v1.executor.abstract import Executor
+
+    Executor.__init__ = _raising_notes(Executor.__init__)
+    utils.wait_for_engine_startup = _raising_notes(utils.wait_for_engine_startup)
+
+
+def expect_notes() -> None:
+    """Prepare for refusals by the processes of the engine that this process is about to start."""
+    os.environ[NOTE] = str(_directory() / uuid4().hex)
+
+
+def refuse(refusal: RefusalError) -> NoReturn:
+    """Raise `refusal`, here and in the process that started this one for an engine."""
+    _leave(refusal)
+    raise refusal
+
+
+def serves_an_engine() -> bool:
+    """Whether another process started this one for an engine with a quantized cache."""
+    return NOTE in os.environ and multiprocessing.parent_process() is not None
+
+
+@cache
+def _directory() -> Path:
+    directory = mkdtemp(prefix="kvarn-")  # readable by this user only
+    atexit.register(rmtree, directory, ignore_errors=True)
+    return Path(directory)
+
+
+def _leave(refusal: RefusalError) -> None:
+    if not serves_an_engine():  # the caller's process, or a Ray actor, whose exception Ray carries
+        return
+    note = os.environ[NOTE]
+    own = Path(f"{note}.{os.getpid()}")
+    with suppress(OSError):  # at exit of the starting process, which removes the directory
+        own.write_text(str(refusal))
+        own.replace(note)  # never half a sentence
+
+
+def _raising_notes(start: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(start)
+    def start_raising_notes(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return start(*args, **kwargs)
+        except Exception as error:
+            refusal = _refusal_in(error) or _take_note()
+            if refusal is None or refusal is error:
+                raise
+            _leave(refusal)
+            raise refusal from error
+
+    return start_raising_notes
+
+
+def _refusal_in(error: BaseException) -> RefusalError | None:
+    """The refusal that `error` is or, as one of a Ray actor, stands for."""
+    cause = getattr(error, "cause", error)
+    return cause if isinstance(cause, RefusalError) else None
+
+
+def _take_note() -> RefusalError | None:
+    if (note := os.environ.get(NOTE)) is None:
+        return None
+    try:
+        sentence = Path(note).read_text()
+    except OSError:
+        return None
+    Path(note).unlink(missing_ok=True)
+    return RefusalError(sentence)
+
+
+HOOK = Hook(
+    "refusals reach the caller",
+    ("vllm.v1.engine.utils:wait_for_engine_startup", "vllm.v1.executor.abstract:Executor"),
+    install,
+)

@@ -1,0 +1,100 @@
+"""The caller of `LLM` or `AsyncLLM` sees why the quantized cache does not serve a model, wherever that is noticed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM
+from vllm import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from kvarn.vllm.hooks import HookError, RefusalError
+from kvarn.vllm.scheduler import KVarNScheduler
+from tests.support.engines import engine, make_llama
+
+PRESET = "kvarn_k4v2_g128"
+ALIBI = "This model needs ALiBi, which the kvarn_k4v2_g128 cache does not support; use kv_cache_dtype='auto' for it."
+SMALL: dict[str, Any] = {"kv_cache_dtype": PRESET, "skip_tokenizer_init": True, "max_num_seqs": 2}
+
+
+class UnpausableScheduler(KVarNScheduler):
+    """A scheduler of a vLLM that keeps its pause state elsewhere."""
+
+    _pause_state = property(lambda self: self.missing, lambda self, state: None)
+
+
+@pytest.fixture(scope="module")
+def alibi_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose configuration does not say what its layers refuse."""
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("bloom")
+    BloomForCausalLM(
+        BloomConfig(vocab_size=512, hidden_size=128, n_layer=1, n_head=2, seq_length=2048)
+    ).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("in_process", [True, False], ids=["in process", "core process"])
+def test_a_layers_refusal_reaches_the_caller(
+    monkeypatch: pytest.MonkeyPatch, alibi_model: Path, in_process: bool
+) -> None:
+    with pytest.raises(RefusalError) as raised, engine(monkeypatch, alibi_model, in_process, **SMALL):
+        pass
+    assert str(raised.value) == ALIBI
+
+
+@pytest.mark.parametrize("in_process", [True, False], ids=["in process", "core process"])
+def test_a_workers_refusal_reaches_the_caller(
+    monkeypatch: pytest.MonkeyPatch, alibi_model: Path, in_process: bool
+) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+    parallel = {**SMALL, "tensor_parallel_size": 2}
+    with pytest.raises(RefusalError) as raised, engine(monkeypatch, alibi_model, in_process, **parallel):
+        pass
+    assert str(raised.value) == ALIBI
+
+
+def test_a_refusal_reaches_the_caller_of_an_async_engine(
+    monkeypatch: pytest.MonkeyPatch, alibi_model: Path
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    arguments = AsyncEngineArgs(
+        str(alibi_model),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=256,
+        kv_cache_memory_bytes=2**24,
+        **SMALL,
+    )
+    with pytest.raises(RefusalError) as raised:
+        AsyncLLM.from_engine_args(arguments)
+    assert str(raised.value) == ALIBI
+
+
+@pytest.mark.parametrize("in_process", [True, False], ids=["in process", "core process"])
+def test_a_schedulers_refusal_reaches_the_caller(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, in_process: bool
+) -> None:
+    settings = {**SMALL, "scheduler_cls": UnpausableScheduler}
+    raised_as = HookError if in_process else RefusalError
+    sentence = r"'private names'.*Scheduler\._pause_state is missing; install .*0\.27\.1"
+    with (
+        pytest.raises(raised_as, match=sentence),
+        engine(monkeypatch, make_llama(tmp_path), in_process, **settings),
+    ):
+        pass
+
+
+def test_an_error_of_vllm_stays_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = {**SMALL, "kv_cache_memory_bytes": 2**10}
+    with (
+        pytest.raises(RuntimeError, match="Engine core initialization failed") as raised,
+        engine(monkeypatch, make_llama(tmp_path), in_process=False, **settings),
+    ):
+        pass
+    assert not isinstance(raised.value, RefusalError)
