@@ -91,6 +91,9 @@ class EngineConfig(StrictSettings):
     tensor_parallel_size: int = Field(default=1, ge=1)
     distributed_executor_backend: Literal["mp", "ray", "uni"] = "mp"
     enforce_eager: bool = False
+    allow_untested_vllm: bool = Field(
+        default=False, description="start on a vLLM version that KVarN was not tested on"
+    )
     host: Host = Field(
         default="127.0.0.1", description="address of the engines' gRPC servers, which gateways call"
     )
@@ -134,7 +137,11 @@ class EngineConfig(StrictSettings):
     @property
     def kvarn_settings(self) -> dict[str, float]:
         """Arguments of `kvarn.vllm.cache_settings.KVarNConfig`, without unset ones."""
-        settings = {"side_pool_gib": self.side_pool_gib, "retained_sinks": self.retained_sinks}
+        settings = {
+            "side_pool_gib": self.side_pool_gib,
+            "retained_sinks": self.retained_sinks,
+            "allow_untested_vllm": self.allow_untested_vllm or None,
+        }
         return {name: value for name, value in settings.items() if value is not None}
 
     @property

@@ -1,4 +1,7 @@
-"""Startup errors of vLLM's engine core, a separate process that only prints its exceptions."""
+"""vLLM's own startup errors, such as a lack of memory, which its core process only prints.
+
+What the quantized cache refuses reaches the caller without this (`kvarn/vllm/hooks/refusals.py`).
+"""
 
 from __future__ import annotations
 

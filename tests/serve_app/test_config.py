@@ -54,6 +54,12 @@ def test_mistakes_are_rejected(values: dict[str, object], sentence: str) -> None
         AppConfig.model_validate(values)
 
 
+def test_set_engine_settings_are_passed_to_the_cache() -> None:
+    assert EngineConfig(kv_cache_memory_gib=1).kvarn_settings == {}
+    brave = EngineConfig(kv_cache_memory_gib=1, retained_sinks=0, allow_untested_vllm=True)
+    assert brave.kvarn_settings == {"retained_sinks": 0, "allow_untested_vllm": True}
+
+
 @pytest.mark.parametrize(
     ("allowed", "rank", "cpus", "workers", "expected"),
     [
