@@ -135,7 +135,8 @@ def selected(names: list[str]) -> list[str]:
 
 def main(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[VERSION]...", help="Also oldest and newest; all by default.")
+        list[str] | None,
+        typer.Argument(metavar="[VERSION]...", help="Also oldest and newest; all by default."),
     ] = None,
     json_file: JsonOption = None,
 ) -> None:

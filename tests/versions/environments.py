@@ -48,7 +48,11 @@ def environment(version: str) -> Environment:
         shutil.rmtree(place, ignore_errors=True)
         _install(place, version) if engines else _extract(place, version)
         stamp.write_text(pins)
-    return Environment(place / "bin/python") if engines else Environment(Path(sys.executable), (ROOT, place), False)
+    return (
+        Environment(place / "bin/python")
+        if engines
+        else Environment(Path(sys.executable), (ROOT, place), False)
+    )
 
 
 def _install(place: Path, version: str) -> None:

@@ -1,6 +1,6 @@
 """What a version's environment has besides `.venv`: the pins in requirements/versions, and how to resolve them again.
 
-Standard library only: `make lock` runs this without the environment, as `python -m tests.versions.pins UV [OPTION ...]`.
+Standard library only: `make lock` runs this without the environment, as `python -m tests.versions.pins UV OPTION ...`.
 """
 
 from __future__ import annotations

@@ -40,7 +40,9 @@ def answers_of(monkeypatch: pytest.MonkeyPatch, model: Path) -> tuple[dict[str, 
         answers["cold"] = ask_cold(llm, prompt)
         ask(llm, others)
         (answers["hit"],) = ask(llm, [prompt])
-        assert answers["hit"].cached == LENGTH // TILE * TILE, "the prompt's full tiles were not found in the cache"
+        assert answers["hit"].cached == LENGTH // TILE * TILE, (
+            "the prompt's full tiles were not found in the cache"
+        )
         with chunks_of(llm, 77):
             answers["chunked"] = ask_cold(llm, prompt)
         assert llm.reset_prefix_cache()
