@@ -56,14 +56,14 @@ def check(version: str, place: Environment, model: Path, update: Update) -> Resu
         engine = ("-m", "tests.versions.tiny_engine", model, answer)
         steps = {"doctor": DOCTOR, "engine": engine, **steps}
     start_s = time.monotonic()
-    for done, (step, arguments) in enumerate(steps.items()):
-        update(version, done, len(steps))
+    for done, (step, arguments) in enumerate(steps.items(), start=1):
+        update(version, done, len(steps) + 1)
         log = BUILD / f"{version}.{step}.log"
         if code := _python(place, arguments, log):
             result.errors[step] = f"exit code {code}, see {log.relative_to(ROOT)}"
         else:
             result.passed.append(step)
-    update(version, len(steps), len(steps))
+    update(version, len(steps) + 1, len(steps) + 1)
     result.seconds = time.monotonic() - start_s
     if "engine" in result.passed:
         for name, value in json.loads(answer.read_text()).items():
@@ -146,6 +146,7 @@ def main(
     results = []
     with TemporaryDirectory() as directory, counting_progress("steps") as update:
         for version in selected(names or []):
+            update(version, 0, 4 if has_cpu_wheel(version) else 2)  # its environment is the first step
             try:
                 place = environment(version)
             except EnvironmentMissingError as error:

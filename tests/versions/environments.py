@@ -43,16 +43,15 @@ def environment(version: str) -> Environment:
     if version == locked_version():
         return Environment(Path(sys.executable))
     place, pins = BUILD / version, pins_file(version).read_text()
-    engines, stamp = has_cpu_wheel(version), place / "pins.txt"
+    install = _install if has_cpu_wheel(version) else _extract
+    stamp = place / "pins.txt"
     if not stamp.exists() or stamp.read_text() != pins:
         shutil.rmtree(place, ignore_errors=True)
-        _install(place, version) if engines else _extract(place, version)
+        install(place, version)
         stamp.write_text(pins)
-    return (
-        Environment(place / "bin/python")
-        if engines
-        else Environment(Path(sys.executable), (ROOT, place), False)
-    )
+    if has_cpu_wheel(version):
+        return Environment(place / "bin/python")
+    return Environment(Path(sys.executable), path=(ROOT, place), engines=False)
 
 
 def _install(place: Path, version: str) -> None:
