@@ -156,15 +156,21 @@ def main(
                     _say(f"{version}: skipped, its sources cannot be downloaded ({error})")
                 continue
             results.append(check(version, place, Path(directory) / "model", update))
-    compare(results)
+            compare(results)
+            if json_file is not None:  # what ran is kept if the rest is interrupted
+                _write(results, json_file)
     out.print(table_of(results))
     for result in results:
         for step, error in result.errors.items():
             _say(f"{result.version}, {step}: {error}")
     if json_file is not None:
-        json_file.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+        _write(results, json_file)
     if any(result.errors for result in results):
         raise typer.Exit(1)
+
+
+def _write(results: list[Result], file: Path) -> None:
+    file.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
 
 
 def _say(line: str) -> None:
