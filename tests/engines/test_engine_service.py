@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 
 from kvarn.model import kv_shape
 from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
@@ -183,7 +184,6 @@ async def test_resuming_a_complete_output_returns_only_its_finish_reason(replica
     "sampling",
     [
         {"structured_outputs": {"choice": {"options": ["yes"]}}, "allowed_token_ids": [5]},
-        {"structured_outputs": {"choice": {"options": ["a"]}}, "min_tokens": 3},
         {"structured_outputs": {"json_schema": '{"$ref": "#"}'}},
     ],
 )
@@ -193,6 +193,18 @@ async def test_an_unsatisfiable_constraint_is_an_invalid_argument(
     with pytest.raises(CallError, match="structured_outputs") as rejection:
         await replica.ask(replica.tokenizer.encode(PROMPT), max_tokens=4, **sampling)
     assert rejection.value.status is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_constraint_met_before_min_tokens(replica: Replica) -> None:
+    """From 0.29 on, vLLM then ends the output; before, no token was left."""
+    prompt = replica.tokenizer.encode(PROMPT)
+    choice = {"structured_outputs": {"choice": {"options": ["a"]}}, "min_tokens": 3, "max_tokens": 4}
+    if hasattr(MinTokensLogitsProcessor, "_mask_stop_token_logits"):
+        assert (await replica.ask(prompt, **choice))[-1].finish_reason == inference_pb2.FINISH_REASON_STOP
+    else:
+        with pytest.raises(CallError, match="structured_outputs") as rejection:
+            await replica.ask(prompt, **choice)
+        assert rejection.value.status is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_short_prompts_do_not_update_the_prefill_speed(replica: Replica) -> None:

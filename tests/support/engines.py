@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import vllm._custom_ops as vllm_ops
+from llvmlite.binding import ffi
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -21,6 +22,24 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from kvarn.vllm import backend, triton_backend, triton_plan
 
 MIB = 2**20
+
+
+class _Library(type(ffi.lib)):  # type: ignore[misc]
+    """llvmlite's library, whose `__getattr__` answers any name with a function, without an answer for `__dict__`.
+
+    From 0.31 on, vLLM reads the `__dict__` of every object of every loaded module when it starts an engine on a CPU.
+    It fails if numba is loaded, as it is after an engine in this process that used n-gram drafts.
+    """
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__dict__":
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+
+ffi.lib.__class__ = _Library
 
 
 def make_llama(directory: Path, heads: int = 4, kv_heads: int = 2, head_dim: int = 64, **config: Any) -> Path:
