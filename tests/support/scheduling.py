@@ -231,6 +231,7 @@ class World:
         self.pool = scheduler.kv_cache_manager.block_pool
         self.prompts: dict[str, tuple[list[int], int]] = {}
         self.answers: dict[str, list[int]] = {}
+        self.requests: dict[str, Request] = {}  # those that finish in a step included, until its end
         self.known: dict[bytes, tuple[int, list[int]]] = {}  # block hash -> tile index and rows
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.taken: list[Any] = []
@@ -244,9 +245,9 @@ class World:
         self.prompts[request_id] = (prompt, max_tokens)
         self.answers[request_id] = []
         arrival = float(self.submitted)
-        self.scheduler.add_request(
-            make_request(request_id, prompt, max_tokens, priority, arrival_time=arrival)
-        )
+        request = make_request(request_id, prompt, max_tokens, priority, arrival_time=arrival)
+        self.requests[request_id] = request
+        self.scheduler.add_request(request)
 
     def step(self, budget: int = 64) -> None:
         self.sound = False
@@ -326,12 +327,17 @@ class World:
         assert not getattr(self.scheduler, "_entries", None)
 
     def _learn_hashes(self) -> None:
-        for request in self.scheduler.requests.values():
+        """Learn the contents of all tiles that have a hash.
+
+        From 0.33 on, vLLM may hash a tile when the output that ends its request returns.
+        """
+        for request in self.requests.values():
             unknown = [h for h in request.block_hashes if h not in self.known]
             if unknown:
                 contents = contents_of(list(request.all_token_ids))
                 for tile, block_hash in enumerate(request.block_hashes):
                     self.known[block_hash] = (tile, contents[tile * GROUP : (tile + 1) * GROUP])
+        self.requests = {r: request for r, request in self.requests.items() if not request.is_finished()}
 
     def check(self) -> None:
         self._check_cached_blocks()

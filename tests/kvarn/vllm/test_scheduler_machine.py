@@ -23,7 +23,7 @@ from kvarn.vllm.cache_settings import GIB, slot_bytes
 from kvarn.vllm.scheduler import SlotPlanning
 from kvarn.vllm.slots import ScheduledTokens, SlotPlan, SlotTable
 from kvarn.vllm.versions import waiting_requests
-from tests.support.scheduling import GROUP, VOCABULARY, Worker, World, make_scheduler
+from tests.support.scheduling import GROUP, VOCABULARY, Worker, World, continuation, make_scheduler
 
 MAX_REQUESTS = 10
 EVENTS = 60  # per example
@@ -262,6 +262,7 @@ def test_the_machine_catches(
 def test_a_tile_scheduled_and_then_preempted_in_one_step_is_not_cached() -> None:
     """vLLM's priority policy may preempt a request in the step in which it hashed the request's tiles."""
     world = World(make_scheduler(40, 4, policy="priority", chunk=6, expected_output_tokens=1))
+    world.submit([9], max_tokens=9)  # vLLM may compute the prompt of a request that is alone in one step
     world.submit([7] * 40, max_tokens=2, priority=2)
     world.step()
     world.submit([8] * 3, max_tokens=9, priority=0)
@@ -284,6 +285,30 @@ def test_drafts_past_the_end_of_an_answer_have_their_slots() -> None:
         world.draft(right=0)
         world.step()
     world.drain()
+
+
+def fill_the_first_tile_in_the_last_step(world: World, follower: bool) -> None:
+    """Run a request that ends as it fills its first tile; another one may wait for that step to end, and hits it."""
+    prompt = [0] * (GROUP - 2)
+    answer = continuation(prompt, 3)
+    world.submit(prompt, max_tokens=3)
+    while world.prompts:
+        world.draft(right=GROUP - 1)
+        world.step()
+    if follower:
+        world.submit([*prompt, *answer], max_tokens=3)
+    world.step()
+    world.drain()
+
+
+@pytest.mark.parametrize("follower", [False, True])
+@pytest.mark.parametrize(("asynchronous", "drafts"), [(True, 0), (False, 0), (False, GROUP - 1)])
+def test_a_first_tile_that_fills_in_a_requests_last_step_is_cached_with_its_sink(
+    asynchronous: bool, drafts: int, follower: bool
+) -> None:
+    """vLLM may hash it only when that step's output returns, just before the request departs."""
+    world = World(make_scheduler(14, max_running=2, asynchronous=asynchronous, drafts=drafts))
+    fill_the_first_tile_in_the_last_step(world, follower)
 
 
 def waiting_after_a_step(prompts: list[list[int]], **settings: Any) -> dict[str, int]:
@@ -310,13 +335,14 @@ def test_wait_reasons_are_reported() -> None:
     assert after(DIFFERENT, max_running=1) == {"waiting": 2}
     assert after(DIFFERENT, side_pool_gib=one_request) == {"waiting": 2, "waiting_for_slots": 2}
     assert after(DIFFERENT, num_blocks=8) == {"waiting": 2, "waiting_for_blocks": 2}
-    assert after([[0] * 40] * 3, chunk=GROUP) == {"waiting": 1, "waiting_for_prefix": 1}
+    assert after([[1], *[[0] * 40] * 3], chunk=GROUP) == {"waiting": 1, "waiting_for_prefix": 1}
 
 
 def test_a_request_that_waits_for_a_prefix_is_overtaken_no_more_often_than_allowed() -> None:
     """More requests wait than the order's window holds."""
-    scheduler = make_scheduler(4000, max_running=3, chunk=GROUP, window=4, max_overtakes=2)
+    scheduler = make_scheduler(4000, max_running=4, chunk=GROUP, window=4, max_overtakes=2)
     world = World(scheduler)
+    world.submit([1], max_tokens=400)  # vLLM may compute the prompt of a request that is alone in one step
     for _ in range(3):  # the last one shares what the others compute, and is held
         world.submit([0] * 40, max_tokens=3)
         world.step()
@@ -327,5 +353,5 @@ def test_a_request_that_waits_for_a_prefix_is_overtaken_no_more_often_than_allow
     while held not in scheduler.running:
         world.step()
         seen |= {request.request_id for request in scheduler.running}
-    assert len(seen) - 3 <= 2 + scheduler.max_num_running_reqs
+    assert len(seen) - 4 <= 2 + scheduler.max_num_running_reqs
     world.drain()
