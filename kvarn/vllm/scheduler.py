@@ -71,6 +71,7 @@ class SlotPlanning(VllmScheduler):
         self.slots = SlotTable(side_pool_slots(self.vllm_config), self.block_size)
         self.preemptions = 0
         self.wait_counts = WaitCounts()
+        self._last_hashes: dict[str, Hashable | None] = {}  # of the first blocks of requests that departed
         self._allocate = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_if_admitted
 
@@ -129,7 +130,22 @@ class SlotPlanning(VllmScheduler):
         blocks = self._blocks_of_requests().get(request.request_id, [])
         first_uncomputed = request.num_computed_tokens // self.block_size
         self.kv_cache_manager.block_pool.evict_blocks({b.block_id for b in blocks[first_uncomputed:]})
+        self._note_last_hash(request)
         super()._preempt_request(request, *args, **kwargs)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._note_last_hash(request)
+        return super()._free_request(request, *args, **kwargs)
+
+    def _note_last_hash(self, request: Request) -> None:
+        """Keep the hash of the first block of `request`, which is about to free its blocks.
+
+        vLLM may have hashed it only when the output of the request's last step returned; by the next step,
+        the block may have another owner.
+        """
+        blocks = self._blocks_of_requests().get(request.request_id)
+        if blocks:
+            self._last_hashes[request.request_id] = blocks[0].block_hash
 
     def _plan_slots(self, output: SchedulerOutput) -> SlotPlan:
         preempted = output.preempted_req_ids or set()
@@ -145,7 +161,8 @@ class SlotPlanning(VllmScheduler):
             self._scheduled_tokens(r, n, len(drafts.get(r, ())))
             for r, n in output.num_scheduled_tokens.items()
         ]
-        return self.slots.step(scheduled, output.finished_req_ids | preempted, block_hash, pool.evict_blocks)
+        departed = {r: self._last_hashes.pop(r, None) for r in output.finished_req_ids | preempted}
+        return self.slots.step(scheduled, departed, block_hash, pool.evict_blocks)
 
     def _scheduled_tokens(self, request_id: str, num_tokens: int, drafts: int) -> ScheduledTokens:
         end = self.requests[request_id].num_computed_tokens

@@ -220,13 +220,8 @@ def drop_a_sink_but_not_its_cached_block(monkeypatch: pytest.MonkeyPatch) -> Non
     )
 
 
-def keep_a_cached_block_whose_hash_came_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    retire = SlotTable._retire_sink
-    monkeypatch.setattr(
-        SlotTable,
-        "_retire_sink",
-        lambda self, sink, current, evict, plan: retire(self, sink, current, lambda blocks: None, plan),
-    )
+def forget_hashes_that_came_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SlotPlanning, "_note_last_hash", lambda self, request: None)
 
 
 def admit_without_asking_for_slots(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +241,7 @@ def admit_without_asking_for_slots(monkeypatch: pytest.MonkeyPatch) -> None:
         take_drafts_as_accepted,
         keep_the_sink_of_an_evicted_block,
         drop_a_sink_but_not_its_cached_block,
-        keep_a_cached_block_whose_hash_came_late,
+        forget_hashes_that_came_late,
         admit_without_asking_for_slots,
     ],
 )
