@@ -26,6 +26,7 @@ from kvarn.vllm.versions import waiting_requests
 from tests.support.scheduling import GROUP, VOCABULARY, Worker, World, continuation, make_scheduler
 
 MAX_REQUESTS = 10
+MAX_PROMPT = 26  # the smallest pool holds it and its answer
 EVENTS = 60  # per example
 logging.getLogger("vllm").setLevel(logging.ERROR)  # it logs every reset of the cache
 
@@ -47,6 +48,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         expected_output_tokens=st.sampled_from([None, 1]),
         # As in a real engine, a request's tokens in a step touch at most two tiles.
         drafts=st.sampled_from([0, 1, GROUP - 1]),
+        v2_runner=st.booleans(),
     )
     def start(self, drafts: int, **settings: Any) -> None:
         if settings["asynchronous"]:  # ngram drafts are synchronous
@@ -65,6 +67,19 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def submit(self, family: int, shared: int, own: list[int], max_tokens: int, priority: int) -> None:
         self.world.submit([10 + family] * shared + own, max_tokens, priority)
+
+    @precondition(lambda self: len(self.world.prompts) < MAX_REQUESTS)
+    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=GROUP - 1), max_tokens=st.integers(1, GROUP))
+    def ask_briefly(self, prompt: list[int], max_tokens: int) -> None:
+        """Submit a request whose answer may end as it fills the first tile."""
+        self.world.submit(prompt, max_tokens)
+
+    @precondition(lambda self: self.world.answered and len(self.world.prompts) < MAX_REQUESTS)
+    @rule(place=st.integers(1, 3), own=st.integers(0, 1), max_tokens=st.integers(1, 6))
+    def go_on(self, place: int, own: int, max_tokens: int) -> None:
+        """Submit the prompt and the answer of one of the last requests, as a conversation does."""
+        answered = self.world.answered[-place:][0]
+        self.world.submit([*answered[: MAX_PROMPT - 1], own], max_tokens)
 
     @rule(budget=st.sampled_from([1, 2, 3, 5, 9, 64]))
     def step(self, budget: int) -> None:
