@@ -21,6 +21,7 @@ from kvarn.vllm.admission_order import PrefixOrder, WaitingRequest, hold_sharers
 from kvarn.vllm.cache_settings import KVarNConfig, side_pool_slots
 from kvarn.vllm.hooks.private_names import check_scheduler
 from kvarn.vllm.slots import SLOT_PLAN, ScheduledTokens, SlotPlan, SlotTable, tail_slots
+from kvarn.vllm.versions import max_active_requests
 
 if TYPE_CHECKING:  # the mixins use vLLM's scheduler, which only the final class derives from
     from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
@@ -29,6 +30,7 @@ else:
 
 logger = init_logger(__name__)
 
+RUNNABLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)  # of those that wait
 SLOTS_LACK = (
     "Requests wait for slots of the side pool (%d); raise kvarn.side_pool_gib, or kvarn.retained_sinks."
 )
@@ -271,7 +273,7 @@ class PrefixScheduling(GrowthReservation, CheapestPreemption):
 
     def _can_admit(self) -> bool:
         unpaused = self._pause_state == PauseState.UNPAUSED
-        return bool(self.waiting) and unpaused and len(self.running) < self.max_num_running_reqs
+        return bool(self.waiting) and unpaused and len(self.running) < max_active_requests(self)
 
     def arrange_waiting(self) -> list[Request]:
         """Sort the window of the waiting queue; remove from the queue and return the requests to hold back."""
@@ -280,15 +282,15 @@ class PrefixScheduling(GrowthReservation, CheapestPreemption):
             self.waiting.clear()
             self.waiting.extend(ordered)
         window = list(islice(self.waiting, self._config.window))
-        entries = [self._entry(request) for request in window]
-        order = self._order.sort(entries)
-        held = self._hold([entries[place] for place in order])
+        order = self._order.sort([self._entry(request) for request in window])
+        # From 0.31 on, vLLM's queue also holds requests that cannot run yet: none waits for a prefix of theirs.
+        runnable = [place for place in order if window[place].status in RUNNABLE]
+        waits = self._hold([self._entry(window[place]) for place in runnable])
+        held = {place for place, waits_now in zip(runnable, waits, strict=True) if waits_now}
         for _ in window:
             self.waiting.popleft()
-        self.waiting.extendleft(
-            window[place] for place, waits in zip(reversed(order), reversed(held), strict=True) if not waits
-        )
-        return [window[place] for place, waits in zip(order, held, strict=True) if waits]
+        self.waiting.extendleft(window[place] for place in reversed(order) if place not in held)
+        return [window[place] for place in order if place in held]
 
     def _hold(self, ordered: list[WaitingRequest]) -> list[bool]:
         """For each of the `ordered` requests, whether it waits for a prefix that a running request computes.

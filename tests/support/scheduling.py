@@ -245,7 +245,8 @@ class World:
         self.sound = True  # until a check fails
         evictable_blocks(self.pool)
 
-    def submit(self, prompt: list[int], max_tokens: int, priority: int = 0) -> None:
+    def submit(self, prompt: list[int], max_tokens: int, priority: int = 0, blocked: bool = False) -> Request:
+        """Submit a request; vLLM takes a `blocked` one for waiting until a grammar is compiled."""
         self.submitted += 1
         request_id = f"r{self.submitted}"
         self.prompts[request_id] = (prompt, max_tokens)
@@ -253,7 +254,10 @@ class World:
         arrival = float(self.submitted)
         request = make_request(request_id, prompt, max_tokens, priority, arrival_time=arrival)
         self.requests[request_id] = request
+        if blocked:
+            request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
         self.scheduler.add_request(request)
+        return request
 
     def step(self, budget: int = 64) -> None:
         self.sound = False

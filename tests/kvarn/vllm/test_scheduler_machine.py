@@ -17,6 +17,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from vllm.v1.request import RequestStatus
 
 from kvarn.vllm.access.telemetry import waiting_by_reason
 from kvarn.vllm.cache_settings import GIB, slot_bytes
@@ -69,7 +70,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.world.submit([10 + family] * shared + own, max_tokens, priority)
 
     @precondition(lambda self: len(self.world.prompts) < MAX_REQUESTS)
-    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=GROUP - 1), max_tokens=st.integers(1, GROUP))
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=GROUP - 1), max_tokens=st.integers(1, GROUP)
+    )
     def ask_briefly(self, prompt: list[int], max_tokens: int) -> None:
         """Submit a request whose answer may end as it fills the first tile."""
         self.world.submit(prompt, max_tokens)
@@ -346,6 +349,34 @@ def test_wait_reasons_are_reported() -> None:
     assert after(DIFFERENT, side_pool_gib=one_request) == {"waiting": 2, "waiting_for_slots": 2}
     assert after(DIFFERENT, num_blocks=8) == {"waiting": 2, "waiting_for_blocks": 2}
     assert after([[1], *[[0] * 40] * 3], chunk=GROUP) == {"waiting": 1, "waiting_for_prefix": 1}
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_no_request_waits_for_the_prefix_of_one_that_cannot_run_yet(policy: str) -> None:
+    """vLLM keeps in its queue, from 0.31 on, requests whose grammar is not compiled."""
+    scheduler = make_scheduler(64, max_running=8, chunk=GROUP - 1, policy=policy)
+    world = World(scheduler)
+    blocked = world.submit([0] * 40, max_tokens=3, blocked=True)
+    world.step()  # vLLM defers it
+    sharer = world.submit([0] * 40, max_tokens=3)
+    world.step()
+    assert scheduler.running == [sharer]
+    assert waiting_requests(scheduler) == [blocked]
+    blocked.status = RequestStatus.WAITING
+    world.drain()
+
+
+def test_no_request_is_held_while_none_can_be_admitted() -> None:
+    """vLLM can limit the running requests below what its model runner holds, from 0.31 on."""
+    scheduler = make_scheduler(64, max_running=8, chunk=GROUP)
+    scheduler.max_num_active_reqs = 3
+    world = World(scheduler)
+    world.submit([1], max_tokens=9)  # vLLM may compute the prompt of a request that is alone in one step
+    for _ in range(3):  # the last one shares what the others compute
+        world.submit([0] * 40, max_tokens=3)
+        world.step()
+    assert scheduler.wait_counts.prefix == 0
+    world.drain()
 
 
 def test_a_request_that_waits_for_a_prefix_is_overtaken_no_more_often_than_allowed() -> None:
