@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from vllm.platforms import current_platform
 from vllm.v1.attention import selector
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_coordinator import UnitaryKVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
@@ -317,7 +317,7 @@ def test_the_doctor_reports_a_missing_dataclass_field(monkeypatch: pytest.Monkey
     [
         (Scheduler, "_pause_state"),
         (Scheduler, "kv_event_publisher"),
-        (UnitaryKVCacheCoordinator, "single_type_managers"),
+        (Scheduler, "kv_cache_manager.coordinator.single_type_managers"),
         (SingleTypeKVCacheManager, "req_to_blocks"),
         (BlockPool, "cached_block_hash_to_block"),
         (Request, "is_prefill_chunk"),
@@ -330,7 +330,8 @@ def test_a_scheduler_refuses_a_vllm_whose_objects_lack_a_private_name(
 
     def init_without_name(self: Any, *args: Any, **kwargs: Any) -> None:
         stock_init(self, *args, **kwargs)
-        delattr(self, name)
+        holder, _, attribute = name.rpartition(".")
+        delattr(attrgetter(holder)(self) if holder else self, attribute)
 
     monkeypatch.setattr(owner, "__init__", init_without_name)
     with pytest.raises(HookError, match=rf"'private names'.*\b{name} is missing; install .*0\.27\.1"):
