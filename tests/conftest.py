@@ -16,6 +16,9 @@ from hypothesis import HealthCheck, settings
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read when ray is imported; keeps it on loopback
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: set it before kernels are imported
+    os.environ.setdefault(
+        "VLLM_TARGET_DEVICE", "cpu"
+    )  # for a CUDA wheel's Python sources; read by vLLM 0.28 on
 
 from kvarn.model import DEFAULT_MODEL, resolve_model
 from tests.support.models import SHALLOW_LAYERS, cut_model

@@ -21,6 +21,7 @@ from kvarn.vllm.admission_order import PrefixOrder, WaitingRequest, hold_sharers
 from kvarn.vllm.cache_settings import KVarNConfig, side_pool_slots
 from kvarn.vllm.hooks.private_names import check_scheduler
 from kvarn.vllm.slots import SLOT_PLAN, ScheduledTokens, SlotPlan, SlotTable, tail_slots
+from kvarn.vllm.versions import max_active_requests
 
 if TYPE_CHECKING:  # the mixins use vLLM's scheduler, which only the final class derives from
     from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
@@ -29,6 +30,7 @@ else:
 
 logger = init_logger(__name__)
 
+RUNNABLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)  # of those that wait
 SLOTS_LACK = (
     "Requests wait for slots of the side pool (%d); raise kvarn.side_pool_gib, or kvarn.retained_sinks."
 )
@@ -71,6 +73,7 @@ class SlotPlanning(VllmScheduler):
         self.slots = SlotTable(side_pool_slots(self.vllm_config), self.block_size)
         self.preemptions = 0
         self.wait_counts = WaitCounts()
+        self._last_hashes: dict[str, Hashable | None] = {}  # of the first blocks of requests that departed
         self._allocate = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_if_admitted
 
@@ -129,7 +132,22 @@ class SlotPlanning(VllmScheduler):
         blocks = self._blocks_of_requests().get(request.request_id, [])
         first_uncomputed = request.num_computed_tokens // self.block_size
         self.kv_cache_manager.block_pool.evict_blocks({b.block_id for b in blocks[first_uncomputed:]})
+        self._note_last_hash(request)
         super()._preempt_request(request, *args, **kwargs)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._note_last_hash(request)
+        return super()._free_request(request, *args, **kwargs)
+
+    def _note_last_hash(self, request: Request) -> None:
+        """Keep the hash of the first block of `request`, which is about to free its blocks.
+
+        vLLM may have hashed it only when the output of the request's last step returned; by the next step,
+        the block may have another owner.
+        """
+        blocks = self._blocks_of_requests().get(request.request_id)
+        if blocks:
+            self._last_hashes[request.request_id] = blocks[0].block_hash
 
     def _plan_slots(self, output: SchedulerOutput) -> SlotPlan:
         preempted = output.preempted_req_ids or set()
@@ -145,7 +163,8 @@ class SlotPlanning(VllmScheduler):
             self._scheduled_tokens(r, n, len(drafts.get(r, ())))
             for r, n in output.num_scheduled_tokens.items()
         ]
-        return self.slots.step(scheduled, output.finished_req_ids | preempted, block_hash, pool.evict_blocks)
+        departed = {r: self._last_hashes.pop(r, None) for r in output.finished_req_ids | preempted}
+        return self.slots.step(scheduled, departed, block_hash, pool.evict_blocks)
 
     def _scheduled_tokens(self, request_id: str, num_tokens: int, drafts: int) -> ScheduledTokens:
         end = self.requests[request_id].num_computed_tokens
@@ -254,7 +273,7 @@ class PrefixScheduling(GrowthReservation, CheapestPreemption):
 
     def _can_admit(self) -> bool:
         unpaused = self._pause_state == PauseState.UNPAUSED
-        return bool(self.waiting) and unpaused and len(self.running) < self.max_num_running_reqs
+        return bool(self.waiting) and unpaused and len(self.running) < max_active_requests(self)
 
     def arrange_waiting(self) -> list[Request]:
         """Sort the window of the waiting queue; remove from the queue and return the requests to hold back."""
@@ -263,15 +282,15 @@ class PrefixScheduling(GrowthReservation, CheapestPreemption):
             self.waiting.clear()
             self.waiting.extend(ordered)
         window = list(islice(self.waiting, self._config.window))
-        entries = [self._entry(request) for request in window]
-        order = self._order.sort(entries)
-        held = self._hold([entries[place] for place in order])
+        order = self._order.sort([self._entry(request) for request in window])
+        # From 0.31 on, vLLM's queue also holds requests that cannot run yet: none waits for a prefix of theirs.
+        runnable = [place for place in order if window[place].status in RUNNABLE]
+        waits = self._hold([self._entry(window[place]) for place in runnable])
+        held = {place for place, waits_now in zip(runnable, waits, strict=True) if waits_now}
         for _ in window:
             self.waiting.popleft()
-        self.waiting.extendleft(
-            window[place] for place, waits in zip(reversed(order), reversed(held), strict=True) if not waits
-        )
-        return [window[place] for place, waits in zip(order, held, strict=True) if waits]
+        self.waiting.extendleft(window[place] for place in reversed(order) if place not in held)
+        return [window[place] for place in order if place in held]
 
     def _hold(self, ordered: list[WaitingRequest]) -> list[bool]:
         """For each of the `ordered` requests, whether it waits for a prefix that a running request computes.

@@ -7,7 +7,7 @@ resulting `SlotPlan` to every worker, so that all ranks agree and no worker keep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 SLOT_PLAN = "kvarn_slot_plan"
@@ -65,7 +65,7 @@ class _Sink:
         users: running requests that read it.
         uses: requests that have read it since it got its slot.
         is_full: all its tokens are computed, none of them a draft.
-        block_hash: its block's first prefix-cache hash since it is full.
+        block_hash: its block's first prefix-cache hash since it is full, None while it has none.
         rank: retention rank while idle; the lowest rank is evicted first.
     """
 
@@ -129,21 +129,22 @@ class SlotTable:
     def step(
         self,
         scheduled: Sequence[ScheduledTokens],
-        departed: Iterable[str],
+        departed: Mapping[str, Hashable | None],
         block_hash: Callable[[int], Hashable | None],
         evict: Callable[[set[int]], None],
     ) -> SlotPlan:
         """Advance by one engine step and return the workers' changes.
 
-        `departed` requests finished or were preempted since the last step. `block_hash` returns a block's
-        current prefix-cache hash, `evict` removes blocks from the prefix cache.
+        `departed` requests finished or were preempted since the last step; each has the prefix-cache hash of
+        its first block at that moment, which may have come with the output of its last step. `block_hash`
+        returns a block's current hash, `evict` removes blocks from the prefix cache.
         """
         plan = SlotPlan()
         for block in self._filled:
             self._release(block, plan)
         self._filled.clear()
-        for request_id in departed:
-            self._depart(request_id, block_hash, evict, plan)
+        for request_id, last_hash in departed.items():
+            self._depart(request_id, last_hash, block_hash, evict, plan)
         for block in [b for b, sink in self._idle.items() if block_hash(b) != sink.block_hash]:
             self._release(block, plan)
         for tokens in scheduled:
@@ -158,6 +159,7 @@ class SlotTable:
     def _depart(
         self,
         request_id: str,
+        last_hash: Hashable | None,
         block_hash: Callable[[int], Hashable | None],
         evict: Callable[[set[int]], None],
         plan: SlotPlan,
@@ -171,6 +173,8 @@ class SlotTable:
         sink = self._live[block]
         sink.users -= 1
         if not sink.users:
+            if sink.block_hash is None:
+                sink.block_hash = last_hash
             self._retire_sink(block, block_hash(block), evict, plan)
 
     def _retire_sink(
@@ -178,13 +182,13 @@ class SlotTable:
     ) -> None:
         """Keep an unused sink while its block is cached; a cached block must not outlive its sink."""
         sink = self._live.pop(block)
-        if block in self._slot_of and sink.block_hash is not None and current == sink.block_hash:
+        if sink.block_hash is None or current != sink.block_hash:
+            self._release(block, plan)
+        elif block in self._slot_of:
             sink.rank = self._evicted_rank + sink.uses
             self._idle[block] = sink
-            return
-        if sink.is_full and sink.block_hash is None and current is not None:
+        else:
             evict({block})
-        self._release(block, plan)
 
     def _use_sink(self, tokens: ScheduledTokens) -> None:
         if tokens.request_id in self._sink_of:

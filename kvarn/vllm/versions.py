@@ -134,6 +134,12 @@ def waiting_requests(scheduler: Scheduler) -> list[Request]:
     return [*scheduler.waiting, *aside]
 
 
+def max_active_requests(scheduler: Scheduler) -> int:
+    """Requests that may run at once; from 0.31 on, a limit of its own may be below the model runner's."""
+    active: int = getattr(scheduler, "max_num_active_reqs", scheduler.max_num_running_reqs)
+    return active
+
+
 def returns_routed_experts(vllm_config: VllmConfig) -> bool:
     """Whether answers carry the experts that served each token; from 0.31 on that is an auxiliary output."""
     aux_output = getattr(vllm_config, "aux_output_config", None)

@@ -64,9 +64,13 @@ def make_scheduler(
     block_size: int = GROUP,
     scheduler_cls: type[KVarNScheduler] | None = None,
     drafts: int = 0,
+    v2_runner: bool = False,
     **kvarn: Any,
 ) -> KVarNScheduler | KVarNAsyncScheduler:
-    """Make a scheduler; a step has at most `chunk` tokens (0: no limit) and `drafts` draft tokens per request."""
+    """Make a scheduler; a step has at most `chunk` tokens (0: no limit) and `drafts` draft tokens per request.
+
+    vLLM's second model runner gets resumed requests as if they were new.
+    """
     config = copy.deepcopy(_base_config())
     config.cache_config.block_size = block_size
     config.cache_config.num_gpu_blocks = num_blocks
@@ -79,6 +83,7 @@ def make_scheduler(
     chosen = scheduler_cls or (KVarNAsyncScheduler if asynchronous else KVarNScheduler)
     scheduler = chosen(config, cache_config, StructuredOutputManager(config), block_size)
     scheduler.num_spec_tokens = drafts
+    scheduler.use_v2_model_runner = v2_runner
     return scheduler
 
 
@@ -159,7 +164,7 @@ class Worker:
         starts = {}
         for new in output.scheduled_new_reqs:
             starts[new.req_id] = new.num_computed_tokens
-            self.tokens[new.req_id] = list(new.prompt_token_ids or [])
+            self.tokens[new.req_id] = list(new.prefill_token_ids or new.prompt_token_ids or [])
             self.blocks[new.req_id] = list(new.block_ids[0])
         cached = output.scheduled_cached_reqs
         for request_id, computed, blocks in zip(
@@ -231,6 +236,8 @@ class World:
         self.pool = scheduler.kv_cache_manager.block_pool
         self.prompts: dict[str, tuple[list[int], int]] = {}
         self.answers: dict[str, list[int]] = {}
+        self.answered: list[list[int]] = []  # prompts with their answers
+        self.requests: dict[str, Request] = {}  # those that finish in a step included, until its end
         self.known: dict[bytes, tuple[int, list[int]]] = {}  # block hash -> tile index and rows
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.taken: list[Any] = []
@@ -238,15 +245,19 @@ class World:
         self.sound = True  # until a check fails
         evictable_blocks(self.pool)
 
-    def submit(self, prompt: list[int], max_tokens: int, priority: int = 0) -> None:
+    def submit(self, prompt: list[int], max_tokens: int, priority: int = 0, blocked: bool = False) -> Request:
+        """Submit a request; vLLM takes a `blocked` one for waiting until a grammar is compiled."""
         self.submitted += 1
         request_id = f"r{self.submitted}"
         self.prompts[request_id] = (prompt, max_tokens)
         self.answers[request_id] = []
         arrival = float(self.submitted)
-        self.scheduler.add_request(
-            make_request(request_id, prompt, max_tokens, priority, arrival_time=arrival)
-        )
+        request = make_request(request_id, prompt, max_tokens, priority, arrival_time=arrival)
+        self.requests[request_id] = request
+        if blocked:
+            request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+        self.scheduler.add_request(request)
+        return request
 
     def step(self, budget: int = 64) -> None:
         self.sound = False
@@ -282,6 +293,7 @@ class World:
                 if answer.finish_reason is not None:
                     prompt, max_tokens = self.prompts.pop(answer.request_id)
                     assert self.answers.pop(answer.request_id) == continuation(prompt, max_tokens)
+                    self.answered.append(prompt + continuation(prompt, max_tokens))
         self._learn_hashes()
 
     def abort(self, place: int) -> None:
@@ -326,12 +338,17 @@ class World:
         assert not getattr(self.scheduler, "_entries", None)
 
     def _learn_hashes(self) -> None:
-        for request in self.scheduler.requests.values():
+        """Learn the contents of all tiles that have a hash.
+
+        From 0.33 on, vLLM may hash a tile when the output that ends its request returns.
+        """
+        for request in self.requests.values():
             unknown = [h for h in request.block_hashes if h not in self.known]
             if unknown:
                 contents = contents_of(list(request.all_token_ids))
                 for tile, block_hash in enumerate(request.block_hashes):
                     self.known[block_hash] = (tile, contents[tile * GROUP : (tile + 1) * GROUP])
+        self.requests = {r: request for r, request in self.requests.items() if not request.is_finished()}
 
     def check(self) -> None:
         self._check_cached_blocks()

@@ -158,6 +158,7 @@ HOOK = Hook(
         "vllm.v1.request:RequestStatus.FINISHED_STOPPED",
         "vllm.v1.request:RequestStatus.PREEMPTED",
         "vllm.v1.request:RequestStatus.RUNNING",
+        "vllm.v1.request:RequestStatus.WAITING",
     ),
     install,
     probe,

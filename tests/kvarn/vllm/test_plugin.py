@@ -514,7 +514,8 @@ def test_a_new_scheduler_is_checked(monkeypatch: pytest.MonkeyPatch, owner: type
 
     def init_without_name(self: Any, *args: Any, **kwargs: Any) -> None:
         stock_init(self, *args, **kwargs)
-        delattr(self, name)
+        holder, _, attribute = name.rpartition(".")
+        delattr(attrgetter(holder)(self) if holder else self, attribute)
 
     monkeypatch.setattr(owner, "__init__", init_without_name)
     with pytest.raises(HookError, match=rf"'private names'.*\b{name} is missing; install .*0\.27\.1"):

@@ -17,15 +17,17 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from vllm.v1.request import RequestStatus
 
 from kvarn.vllm.access.telemetry import waiting_by_reason
 from kvarn.vllm.cache_settings import GIB, slot_bytes
 from kvarn.vllm.scheduler import SlotPlanning
 from kvarn.vllm.slots import ScheduledTokens, SlotPlan, SlotTable
 from kvarn.vllm.versions import waiting_requests
-from tests.support.scheduling import GROUP, VOCABULARY, Worker, World, make_scheduler
+from tests.support.scheduling import GROUP, VOCABULARY, Worker, World, continuation, make_scheduler
 
 MAX_REQUESTS = 10
+MAX_PROMPT = 26  # the smallest pool holds it and its answer
 EVENTS = 60  # per example
 logging.getLogger("vllm").setLevel(logging.ERROR)  # it logs every reset of the cache
 
@@ -47,6 +49,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         expected_output_tokens=st.sampled_from([None, 1]),
         # As in a real engine, a request's tokens in a step touch at most two tiles.
         drafts=st.sampled_from([0, 1, GROUP - 1]),
+        v2_runner=st.booleans(),
     )
     def start(self, drafts: int, **settings: Any) -> None:
         if settings["asynchronous"]:  # ngram drafts are synchronous
@@ -65,6 +68,21 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def submit(self, family: int, shared: int, own: list[int], max_tokens: int, priority: int) -> None:
         self.world.submit([10 + family] * shared + own, max_tokens, priority)
+
+    @precondition(lambda self: len(self.world.prompts) < MAX_REQUESTS)
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=GROUP - 1), max_tokens=st.integers(1, GROUP)
+    )
+    def ask_briefly(self, prompt: list[int], max_tokens: int) -> None:
+        """Submit a request whose answer may end as it fills the first tile."""
+        self.world.submit(prompt, max_tokens)
+
+    @precondition(lambda self: self.world.answered and len(self.world.prompts) < MAX_REQUESTS)
+    @rule(place=st.integers(1, 3), own=st.integers(0, 1), max_tokens=st.integers(1, 6))
+    def go_on(self, place: int, own: int, max_tokens: int) -> None:
+        """Submit the prompt and the answer of one of the last requests, as a conversation does."""
+        answered = self.world.answered[-place:][0]
+        self.world.submit([*answered[: MAX_PROMPT - 1], own], max_tokens)
 
     @rule(budget=st.sampled_from([1, 2, 3, 5, 9, 64]))
     def step(self, budget: int) -> None:
@@ -220,13 +238,8 @@ def drop_a_sink_but_not_its_cached_block(monkeypatch: pytest.MonkeyPatch) -> Non
     )
 
 
-def keep_a_cached_block_whose_hash_came_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    retire = SlotTable._retire_sink
-    monkeypatch.setattr(
-        SlotTable,
-        "_retire_sink",
-        lambda self, sink, current, evict, plan: retire(self, sink, current, lambda blocks: None, plan),
-    )
+def forget_hashes_that_came_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SlotPlanning, "_note_last_hash", lambda self, request: None)
 
 
 def admit_without_asking_for_slots(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +259,7 @@ def admit_without_asking_for_slots(monkeypatch: pytest.MonkeyPatch) -> None:
         take_drafts_as_accepted,
         keep_the_sink_of_an_evicted_block,
         drop_a_sink_but_not_its_cached_block,
-        keep_a_cached_block_whose_hash_came_late,
+        forget_hashes_that_came_late,
         admit_without_asking_for_slots,
     ],
 )
@@ -262,6 +275,7 @@ def test_the_machine_catches(
 def test_a_tile_scheduled_and_then_preempted_in_one_step_is_not_cached() -> None:
     """vLLM's priority policy may preempt a request in the step in which it hashed the request's tiles."""
     world = World(make_scheduler(40, 4, policy="priority", chunk=6, expected_output_tokens=1))
+    world.submit([9], max_tokens=9)  # vLLM may compute the prompt of a request that is alone in one step
     world.submit([7] * 40, max_tokens=2, priority=2)
     world.step()
     world.submit([8] * 3, max_tokens=9, priority=0)
@@ -284,6 +298,30 @@ def test_drafts_past_the_end_of_an_answer_have_their_slots() -> None:
         world.draft(right=0)
         world.step()
     world.drain()
+
+
+def fill_the_first_tile_in_the_last_step(world: World, follower: bool) -> None:
+    """Run a request that ends as it fills its first tile; another one may wait for that step to end, and hits it."""
+    prompt = [0] * (GROUP - 2)
+    answer = continuation(prompt, 3)
+    world.submit(prompt, max_tokens=3)
+    while world.prompts:
+        world.draft(right=GROUP - 1)
+        world.step()
+    if follower:
+        world.submit([*prompt, *answer], max_tokens=3)
+    world.step()
+    world.drain()
+
+
+@pytest.mark.parametrize("follower", [False, True])
+@pytest.mark.parametrize(("asynchronous", "drafts"), [(True, 0), (False, 0), (False, GROUP - 1)])
+def test_a_first_tile_that_fills_in_a_requests_last_step_is_cached_with_its_sink(
+    asynchronous: bool, drafts: int, follower: bool
+) -> None:
+    """vLLM may hash it only when that step's output returns, just before the request departs."""
+    world = World(make_scheduler(14, max_running=2, asynchronous=asynchronous, drafts=drafts))
+    fill_the_first_tile_in_the_last_step(world, follower)
 
 
 def waiting_after_a_step(prompts: list[list[int]], **settings: Any) -> dict[str, int]:
@@ -310,13 +348,42 @@ def test_wait_reasons_are_reported() -> None:
     assert after(DIFFERENT, max_running=1) == {"waiting": 2}
     assert after(DIFFERENT, side_pool_gib=one_request) == {"waiting": 2, "waiting_for_slots": 2}
     assert after(DIFFERENT, num_blocks=8) == {"waiting": 2, "waiting_for_blocks": 2}
-    assert after([[0] * 40] * 3, chunk=GROUP) == {"waiting": 1, "waiting_for_prefix": 1}
+    assert after([[1], *[[0] * 40] * 3], chunk=GROUP) == {"waiting": 1, "waiting_for_prefix": 1}
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_no_request_waits_for_the_prefix_of_one_that_cannot_run_yet(policy: str) -> None:
+    """vLLM keeps in its queue, from 0.31 on, requests whose grammar is not compiled."""
+    scheduler = make_scheduler(64, max_running=8, chunk=GROUP - 1, policy=policy)
+    world = World(scheduler)
+    blocked = world.submit([0] * 40, max_tokens=3, blocked=True)
+    world.step()  # vLLM defers it
+    sharer = world.submit([0] * 40, max_tokens=3)
+    world.step()
+    assert scheduler.running == [sharer]
+    assert waiting_requests(scheduler) == [blocked]
+    blocked.status = RequestStatus.WAITING
+    world.drain()
+
+
+def test_no_request_is_held_while_none_can_be_admitted() -> None:
+    """vLLM can limit the running requests below what its model runner holds, from 0.31 on."""
+    scheduler = make_scheduler(64, max_running=8, chunk=GROUP)
+    scheduler.max_num_active_reqs = 3
+    world = World(scheduler)
+    world.submit([1], max_tokens=9)  # vLLM may compute the prompt of a request that is alone in one step
+    for _ in range(3):  # the last one shares what the others compute
+        world.submit([0] * 40, max_tokens=3)
+        world.step()
+    assert scheduler.wait_counts.prefix == 0
+    world.drain()
 
 
 def test_a_request_that_waits_for_a_prefix_is_overtaken_no_more_often_than_allowed() -> None:
     """More requests wait than the order's window holds."""
-    scheduler = make_scheduler(4000, max_running=3, chunk=GROUP, window=4, max_overtakes=2)
+    scheduler = make_scheduler(4000, max_running=4, chunk=GROUP, window=4, max_overtakes=2)
     world = World(scheduler)
+    world.submit([1], max_tokens=400)  # vLLM may compute the prompt of a request that is alone in one step
     for _ in range(3):  # the last one shares what the others compute, and is held
         world.submit([0] * 40, max_tokens=3)
         world.step()
@@ -327,5 +394,5 @@ def test_a_request_that_waits_for_a_prefix_is_overtaken_no_more_often_than_allow
     while held not in scheduler.running:
         world.step()
         seen |= {request.request_id for request in scheduler.running}
-    assert len(seen) - 3 <= 2 + scheduler.max_num_running_reqs
+    assert len(seen) - 4 <= 2 + scheduler.max_num_running_reqs
     world.drain()

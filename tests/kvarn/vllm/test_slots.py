@@ -18,7 +18,8 @@ class Worker:
         self.evicted: set[int] = set()
 
     def step(self, *scheduled: ScheduledTokens, departed: tuple[str, ...] = ()) -> None:
-        plan = self.table.step(scheduled, departed, lambda block: f"hash-{block}", self.evicted.update)
+        gone = dict.fromkeys(departed)
+        plan = self.table.step(scheduled, gone, lambda block: f"hash-{block}", self.evicted.update)
         for block in plan.released:
             del self.slot_of[block]
         self.slot_of.update(plan.assigned)
@@ -130,11 +131,36 @@ def test_a_sink_shared_by_two_requests_outlives_the_first() -> None:
     assert (table.num_live_sinks, table.num_idle_sinks, table.num_tails) == (0, 1, 0)
 
 
-def test_a_cached_block_never_outlives_a_sink_whose_hash_came_late() -> None:
-    """Under async scheduling, a block that decode filled is hashed only when its output returns."""
+def never(blocks: set[int]) -> None:
+    raise AssertionError(f"evicts {blocks}")
+
+
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_a_sink_whose_hash_came_as_its_request_departed_is_kept(drafts: int) -> None:
+    """vLLM hashes a block that decode filled when its output returns, and one filled by drafts from 0.33 on."""
     table = SlotTable(8, GROUP)
-    table.step([ScheduledTokens("a", 0, 4, 1, [1])], [], lambda block: None, lambda blocks: None)
+    table.step([ScheduledTokens("a", 0, 4, 1, [1], drafts)], {}, lambda block: None, never)
+    table.step([ScheduledTokens("b", 4, 5, 1, [2])], {"a": "late"}, lambda block: "late", never)
+    assert (table.num_live_sinks, table.num_idle_sinks, table.sinks_missing) == (1, 0, 0)
+    table.step([], {"b": "late"}, lambda block: "late", never)
+    assert (table.num_live_sinks, table.num_idle_sinks) == (0, 1)
+
+
+def test_a_block_that_has_another_owner_since_its_request_departed_is_not_evicted() -> None:
+    for last_hash in (None, "late"):
+        table = SlotTable(8, GROUP)
+        table.step([ScheduledTokens("a", 0, 4, 1, [1])], {}, lambda block: None, never)
+        table.step([], {"a": last_hash}, lambda block: "another", never)
+        assert table.num_free == table.num_slots
+
+
+def test_a_cached_block_does_not_outlive_its_sink() -> None:
+    """A tail takes the sink's slot before vLLM hashes the block."""
+    table = SlotTable(2, GROUP)
     evicted: set[int] = set()
-    table.step([], ["a"], lambda block: "late", evicted.update)
+    table.step([ScheduledTokens("a", 0, 4, 1, [1])], {}, lambda block: None, evicted.update)
+    table.step([ScheduledTokens("b", 0, 5, 2, [2, 3])], {}, lambda block: None, evicted.update)
     assert evicted == {1}
-    assert table.num_free == table.num_slots
+    evicted.clear()
+    table.step([], {"a": "late"}, lambda block: "late", evicted.update)
+    assert evicted == {1}
