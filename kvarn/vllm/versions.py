@@ -42,7 +42,7 @@ ROUTED_EXPERTS = (
 )
 SET_ASIDE_QUEUE = "skipped_waiting or kv_holding_waiting"  # of schedulers
 
-TESTED_VLLM_VERSIONS = ("0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
+TESTED_VLLM_VERSIONS = ("0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
 
 
 def installed_version() -> str | None:
