@@ -32,6 +32,7 @@ from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL
 from kvarn.presets import get_preset
 from kvarn.result_files import write_results
+from kvarn.vllm.access.engine_core import scheduler_of
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -188,7 +189,7 @@ def _compare(
 
 
 def _run_once(engine: LLMEngine, order: str, workload: ConversationWorkload, output_tokens: int) -> OrderRun:
-    scheduler = engine.engine_core.engine_core.scheduler
+    scheduler = scheduler_of(engine)
     scheduler.orders_by_prefix = order == "prefix"
     if not engine.reset_prefix_cache():
         raise BenchError("the cache could not be reset between two runs: the engine still holds requests")
@@ -197,7 +198,7 @@ def _run_once(engine: LLMEngine, order: str, workload: ConversationWorkload, out
 
 def _ordering_ms(engine: LLMEngine, scale: Scale) -> float:
     """Time to order many requests, some with a cached prefix."""
-    scheduler = engine.engine_core.engine_core.scheduler
+    scheduler = scheduler_of(engine)
     replay = _Replay(engine, tenants(replace(scale, requests=QUEUED)), output_tokens=1)
     replay.send_all()
     engine.step()
@@ -268,7 +269,7 @@ class _Replay:
 
     def scheduled(self) -> list[Any]:
         """Scheduler outputs of all steps until every conversation has its last answer."""
-        scheduler: Any = self._engine.engine_core.engine_core.scheduler
+        scheduler = scheduler_of(self._engine)
         schedule, outputs = scheduler.schedule, []
 
         def counted(*args: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from kvarn.quality import tasks
 from kvarn.quality.divergence import Floats, compare, contrast, estimate, summarize
 from kvarn.quality.settings import FIRST_SCORED, REFERENCE, TILE, QualityError, WorkerSettings
+from kvarn.vllm.access.engine_core import scheduler_of
 
 LOGITS_ROWS = 128  # hidden states per logits computation
 FORCED = "kvarn_forced_sequence"  # key in SamplingParams.extra_args
@@ -333,7 +334,7 @@ def bytes_per_token(llm: Any, kv_cache_dtype: str) -> float:
     """Cache bytes per token in all layers, as vLLM allocates them, or as a simulated format would."""
     from kvarn.quality.formats import SIMULATED
 
-    groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+    groups = scheduler_of(llm.llm_engine).kv_cache_config.kv_cache_groups
     if kv_cache_dtype not in SIMULATED:
         return float(
             sum(
