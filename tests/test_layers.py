@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAX_FILES = 15  # Python files in one folder
 
-# A row imports from the rows above it; within a row, nothing imports its neighbors. docs/architecture.md draws it.
+# Lowest layer first: a module imports only from rows listed before its own, never from its neighbors in a row.
+# docs/architecture.md draws the same layers, highest first.
 LAYERS = (
     ("kvarn.errors", "kvarn.presets", "kvarn.address", "kvarn.worker", "kvarn.environment"),
     ("kvarn.tile", "kvarn.result_files"),
@@ -40,7 +41,11 @@ PURE = {  # what these may import beside the standard library and each other
     "kvarn/vllm/admission_order.py": set(),
 }
 PUBLIC_VLLM = {  # what may be imported of vLLM outside kvarn/vllm
-    "vllm",
+    "vllm.AsyncEngineArgs",
+    "vllm.CompletionOutput",
+    "vllm.LLM",
+    "vllm.RequestOutput",
+    "vllm.SamplingParams",
     "vllm.config",
     "vllm.engine.arg_utils",
     "vllm.exceptions",
@@ -67,7 +72,8 @@ def imports(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} is a relative import: name the module in full"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -82,8 +88,11 @@ def test_imports_point_to_lower_layers(path: Path) -> None:
     if here in ("kvarn.__init__", "serve_app.__init__"):
         return
     used = {room(module) for module in imports(path) if module.startswith(("kvarn.", "serve_app."))}
-    upward = sorted(name for name in used - {here, "kvarn.v1"} if rank[name] >= rank[here])
-    assert not upward, f"{here} imports {', '.join(upward)}, which is not below it"
+    used -= {here, "kvarn.v1"}
+    unlisted = sorted({here, *used} - rank.keys())
+    assert not unlisted, f"{', '.join(unlisted)} has no layer: add it to LAYERS and docs/architecture.md"
+    upward = sorted(name for name in used if rank[name] >= rank[here])
+    assert not upward, f"{here} imports {', '.join(upward)}, which is not in a lower layer"
 
 
 @pytest.mark.parametrize(("place", "allowed"), PURE.items())
@@ -101,6 +110,10 @@ def test_private_names_of_vllm_stay_in_one_package(path: Path) -> None:
     used = {m for m in imports(path) if m.partition(".")[0] == "vllm"}
     private = sorted(m for m in used if not {m, m.rpartition(".")[0]} & PUBLIC_VLLM)
     assert not private, f"{path.relative_to(ROOT)} imports {', '.join(private)}: reach it through kvarn/vllm"
+    chained = ".engine_core.engine_core" in path.read_text()
+    assert not chained, (
+        f"{path.relative_to(ROOT)} reads the engine core: use kvarn/vllm/access/engine_core.py"
+    )
 
 
 def test_folders_stay_small() -> None:
