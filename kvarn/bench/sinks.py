@@ -20,8 +20,6 @@ from kvarn.bench.bench_settings import BenchError, ModelName, Progress, check_pr
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL, resolve_model
 from kvarn.presets import get_preset
-from kvarn.reference.codec import dequantize, quantize
-from kvarn.reference.hadamard import rotate
 from kvarn.result_files import write_results
 from kvarn.tile import TileLayout
 
@@ -131,6 +129,8 @@ def _log_probabilities(model: Any, passage: Tensor, first: int) -> Tensor:
 
 def _read_rule(layout: TileLayout, sink_tokens: int) -> Callable[..., tuple[Tensor, None]]:
     """Attention function for transformers: own tile and first tokens raw, all others dequantized from records."""
+    from kvarn.reference.codec import dequantize, quantize
+    from kvarn.reference.hadamard import rotate
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
