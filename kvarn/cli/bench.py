@@ -31,6 +31,7 @@ from kvarn.cli.output import (
     check_directory,
     counting_progress,
     fail,
+    missing_packages,
     one_sentence_errors,
     out,
 )
@@ -53,8 +54,8 @@ def bench_serve(
 ) -> None:
     """Measure latency and goodput of a served model under open-loop load, over gRPC or OpenAI's HTTP API."""
     with serving_errors():
-        from serve_app.bench import load_benchmark
-
+        with missing_packages():
+            from serve_app.bench import load_benchmark
         _check_outputs(json_path, plot_path)
         with counting_progress("requests") as progress:
             report = load_benchmark.measure(bench, tls_files(ca, certificate, private_key), api_key, progress)

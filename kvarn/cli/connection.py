@@ -86,9 +86,9 @@ def _pem_errors(given: str, expected: str) -> Iterator[None]:
 def serving_errors() -> Iterator[None]:
     """`one_sentence_errors` for commands that need the serving packages."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC logs handshakes and idle connections
-    with one_sentence_errors(), missing_packages():
-        from serve_app.client import ServingError, UnauthenticatedError
-
+    with one_sentence_errors():
+        with missing_packages():
+            from serve_app.client import ServingError, UnauthenticatedError
         try:
             yield
         except UnauthenticatedError as error:

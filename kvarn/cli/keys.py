@@ -34,9 +34,9 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Add a key to the file, created if missing, and print it; only its hash is stored."""
-    with one_sentence_errors(), missing_packages():
+    with missing_packages():
         from serve_app.security.api_keys import create_key
-
+    with one_sentence_errors():
         presented, key = create_key(
             file,
             tenant,
@@ -55,9 +55,9 @@ def create(
 @keys_app.command("list")
 def list_keys(file: FileArgument, as_json: AsJson = False) -> None:
     """List the keys' IDs, tenants and limits."""
-    with one_sentence_errors(), missing_packages():
+    with missing_packages():
         from serve_app.security.api_keys import read_keys
-
+    with one_sentence_errors():
         keys = read_keys(file).keys
     shown = [key.model_dump(exclude={"sha256"}) for key in keys]
     if as_json:
@@ -75,8 +75,8 @@ def revoke(
     identifier: Annotated[str, typer.Argument(metavar="ID", help="Key ID, as `kvarn keys list` shows it.")],
 ) -> None:
     """Remove a key; gateways reject it from then on."""
-    with one_sentence_errors(), missing_packages():
+    with missing_packages():
         from serve_app.security.api_keys import revoke_key
-
+    with one_sentence_errors():
         revoke_key(file, identifier)
     err.print(f"revoked {identifier}", markup=False)

@@ -64,10 +64,12 @@ def one_sentence_errors() -> Iterator[None]:
 
 @contextmanager
 def missing_packages() -> Iterator[None]:
-    """End the command with what to install if a package of the serving extra is missing."""
+    """End the command with what to install if an import lacks a package of the serving extra; enclose only imports."""
     try:
         yield
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith(("kvarn", "serve_app")):
+            raise  # a defect of this package, which nothing installs
         fail(f"this command needs the package {error.name}: install it with `pip install kvarn[cpu,serve]`")
 
 

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from kvarn.cli.chat import Answer, answer_table, stream_answer
 from kvarn.cli.connection import ApiKeyOption, serving_errors
-from kvarn.cli.output import CommandError, err, fail, out
+from kvarn.cli.output import CommandError, err, fail, missing_packages, out
 from kvarn.model import kv_shape
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ def serve(
     """Start Ray on this machine and serve the application of a Serve YAML until Ctrl-C."""
     reporter: Reporter = JsonReporter() if as_json else TextReporter()
     with reporter.errors(), serving_errors(), _stopped_by_sigterm():
-        from serve_app.client import Client
-        from serve_app.launch import check_machine, check_model, read_app, running
-
+        with missing_packages():
+            from serve_app.client import Client
+            from serve_app.launch import check_machine, check_model, read_app, running
         launched = read_app(config)
         check_machine(launched)
         reachable = launched.lets_in(api_key)

@@ -1,4 +1,4 @@
-"""Progress output of commands."""
+"""Progress output of commands, and errors of imports."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from kvarn.cli import output
+from kvarn.cli.connection import serving_errors
 
 
 def test_a_log_gets_a_line_as_a_label_begins_each_minute_and_as_it_ends(
@@ -36,3 +37,22 @@ def test_a_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     with output.counting_progress("runs") as update:
         update("auto", 1, 3)
     assert "1/3 runs" in screen.getvalue()
+
+
+def test_an_import_without_its_package_says_what_to_install() -> None:
+    with pytest.raises(output.CommandError) as caught, output.missing_packages():
+        raise ModuleNotFoundError("No module named 'grpc'", name="grpc")
+    assert caught.value.sentence == (
+        "this command needs the package grpc: install it with `pip install kvarn[cpu,serve]`"
+    )
+
+
+@pytest.mark.parametrize("name", ["kvarn.gone", "serve_app.gone"])
+def test_a_missing_module_of_this_package_is_a_defect(name: str) -> None:
+    with pytest.raises(ModuleNotFoundError), output.missing_packages():
+        raise ModuleNotFoundError(name=name)
+
+
+def test_a_module_missing_while_a_command_runs_is_a_defect() -> None:
+    with pytest.raises(ModuleNotFoundError), serving_errors():
+        raise ModuleNotFoundError(name="grpc")
