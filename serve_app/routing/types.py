@@ -116,11 +116,6 @@ class ReplicaState(NamedTuple):
     breaker: BreakerState = BreakerState.CLOSED
     is_full: bool = False
 
-    @property
-    def takes_requests(self) -> bool:
-        """Whether the replica answers and is not about to stop."""
-        return self.reachable and not self.snapshot.draining
-
 
 @dataclass(frozen=True, slots=True)
 class Caller:

@@ -141,7 +141,8 @@ def test_the_choice_can_hold_the_request_at_the_least_price(
         assert decision.chosen in candidates
         chosen = by_id[decision.chosen.replica_id]
         load, capacity = chosen.snapshot.load, chosen.snapshot.capacity
-        assert chosen.takes_requests
+        assert chosen.reachable
+        assert not chosen.snapshot.draining
         assert need.total_tokens <= capacity.max_model_len
         room = load.free_blocks + load.evictable_blocks - chosen.reserved_blocks
         assert decision.chosen.blocks <= room
