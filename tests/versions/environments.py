@@ -77,4 +77,5 @@ def _extract(place: Path, version: str) -> None:
 def _pip(*arguments: str | Path) -> None:
     done = subprocess.run([*PIP, *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise EnvironmentMissingError(done.stderr.strip().splitlines()[-1])
+        *_, last = [f"pip ended with exit code {done.returncode}", *done.stderr.strip().splitlines()]
+        raise EnvironmentMissingError(last)
