@@ -11,18 +11,18 @@ from kvarn.errors import KVarNError
 
 
 class ResultFileError(KVarNError):
-    """A record cannot be written."""
+    """A result file cannot be written."""
 
 
-def write_results(path: Path, record: dict[str, Any]) -> None:
-    """Replace the record atomically: a reader, or a full disk, leaves either the old or the new one.
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Replace a result file atomically: readers see, and a full disk leaves, either the old or the new one.
 
     Raises:
         ResultFileError: the disk is full, or the directory is not writable.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(json.dumps(record, indent=1) + "\n")
+        scratch.write_text(json.dumps(results, indent=1) + "\n")
         scratch.replace(path)
     except OSError as error:
         scratch.unlink(missing_ok=True)

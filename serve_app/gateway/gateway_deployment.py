@@ -50,7 +50,7 @@ class Readiness:
         return self._scale_from_zero is not None or self._router.is_ready()
 
     def report_change(self) -> None:
-        """Check again: a replica was added, changed or was removed."""
+        """Check again: a replica was added, changed or removed."""
         self._changed.set()
         if self._scale_from_zero is not None:
             self._scale_from_zero.report_change()

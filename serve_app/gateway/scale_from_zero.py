@@ -35,7 +35,7 @@ class ScaleFromZero:
         self._waiting = 0
 
     def report_change(self) -> None:
-        """Check again: a replica was added, changed or was removed."""
+        """Check again: a replica was added, changed or removed."""
         if self._is_ready():
             self._changed.set()
 

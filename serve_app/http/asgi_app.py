@@ -21,7 +21,7 @@ def http_app(
 
     Args:
         routers: the routes.
-        on_rejection: called with the reason of each body refused before a route sees it.
+        on_rejection: called with the reason of each body rejected before a route sees it.
     """
     app = FastAPI(title="KVarN serving", openapi_url="/openapi.json", docs_url=None, redoc_url=None)
     app.add_middleware(TraceContext)

@@ -28,7 +28,7 @@ class HttpGuard:
         access: authenticates callers by their API keys.
         limits: sets the time for a body.
         max_body_bytes: largest body.
-        on_rejection: called with the reason of each refusal of a body.
+        on_rejection: called with the reason of each rejection of a body.
     """
 
     def __init__(

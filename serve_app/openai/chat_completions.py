@@ -28,7 +28,7 @@ class ChatService:
         dispatcher: generates the outputs.
         parsers: for tool calls.
         vocabulary: the model's.
-        on_rejection: called with the reason of each request refused before it comes to the dispatcher.
+        on_rejection: called with the reason of each request rejected before it reaches the dispatcher.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ class CompletionService:
     Args:
         dispatcher: generates the outputs.
         text_of: the text of a token id.
-        on_rejection: called with the reason of each request refused before it comes to the dispatcher.
+        on_rejection: called with the reason of each request rejected before it reaches the dispatcher.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ class Access:
 
     Args:
         api_keys: the file of keys, read again when it changes; None lets everyone in.
-        on_rejection: called with the reason of each refusal.
+        on_rejection: called with the reason of each rejection.
 
     Raises:
         KeyFileError: the file is not valid.
