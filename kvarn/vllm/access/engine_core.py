@@ -10,5 +10,4 @@ if TYPE_CHECKING:
 
 def scheduler_of(engine: LLMEngine) -> Any:
     """Return the scheduler of an engine started with VLLM_ENABLE_V1_MULTIPROCESSING=0."""
-    core: Any = engine.engine_core
-    return core.engine_core.scheduler
+    return engine.engine_core.engine_core.scheduler
