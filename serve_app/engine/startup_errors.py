@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _STANDARD_ERROR = Path("/proc/self/fd/2")
-_SAID = re.compile(r"^\(EngineCore[^)]*\) \w+(?:\.\w+)*(?:Error|Exception): (.+)$", re.MULTILINE)
+_ERROR = r"\w+(?:\.\w+)*(?:Error|Exception): (.+)$"
+# The last line of the core's traceback; from vLLM 0.31 on only its beginning names the process.
+_SAID = re.compile(rf"^\(EngineCore[^)]*\) {_ERROR}|^Process EngineCore(?s:.*?)^{_ERROR}", re.MULTILINE)
 
 
 @contextmanager
@@ -28,7 +30,7 @@ def surfacing_core_errors() -> Iterator[None]:
         said = _SAID.search(_printed_since(start)) if start is not None else None
         if said is None:
             raise
-        raise RuntimeError(said[1]) from error
+        raise RuntimeError(said[1] or said[2]) from error
 
 
 def _printed_bytes() -> int | None:
