@@ -32,7 +32,7 @@ HOOKS: tuple[Hook, ...] = (
 )
 
 _registered = False
-_installed = False
+_failed_installs: dict[str, str] | None = None  # by the hook's name; None until the hooks are installed
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,9 @@ class HookStatus:
 def register() -> None:
     """Install and probe every hook, once per process.
 
-    On a vLLM that some hook does not fit, make engines with a preset fail with one sentence; every other
-    engine runs as if the plugin were absent.
+    On a vLLM that some hook does not fit, make engines with a preset fail with one sentence. Every other engine
+    runs as without the plugin: hooks that were installed before the misfit was found stay in place, and pass
+    through every call that is not about a preset, whatever its arguments.
 
     Raises:
         HookError: if even the refusal cannot be installed, or in a process that serves an engine with a preset.
@@ -78,10 +79,11 @@ def hook_report(thorough: bool = False) -> list[HookStatus]:
     if any(missing):
         details = [f"{target} is missing" if target else "" for target in missing]
     else:
-        _install()
-        details = [hook.difference() or "" for hook in HOOKS]
-        if thorough and not any(details):
-            details = [hook.difference(thorough=True) or "" for hook in HOOKS]
+        failed = _install()
+        with refusals.without_notes():
+            details = [failed.get(hook.name) or hook.difference() or "" for hook in HOOKS]
+            if thorough and not any(details):
+                details = [hook.difference(thorough=True) or "" for hook in HOOKS]
     return [
         HookStatus(hook.name, target or hook.attachment(), not detail, detail)
         for hook, target, detail in zip(HOOKS, missing, details, strict=True)
@@ -93,9 +95,10 @@ def _misfit() -> HookError | None:
     return next((misfit(status.name, status.detail) for status in unfit), None)
 
 
-def _install() -> None:
-    global _installed
-    if not _installed:
-        _installed = True
-        for hook in HOOKS:
-            hook.install()
+def _install() -> dict[str, str]:
+    """Install every hook, once per process; return why those that cannot be installed fail, by name."""
+    global _failed_installs
+    if _failed_installs is None:
+        attempts = {hook.name: hook.try_install() for hook in HOOKS}
+        _failed_installs = {name: failure for name, failure in attempts.items() if failure}
+    return _failed_installs

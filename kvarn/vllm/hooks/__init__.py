@@ -8,13 +8,14 @@ from functools import reduce
 from importlib import import_module
 from typing import Any
 
+from kvarn.errors import KVarNError
 from kvarn.vllm import versions
 from kvarn.vllm.versions import TESTED_VLLM_VERSIONS
 
 OR = " or "
 
 
-class RefusalError(ValueError):
+class RefusalError(KVarNError, ValueError):
     """The quantized cache cannot serve this engine; the message says why and what to change."""
 
 
@@ -59,14 +60,30 @@ class Hook:
         try:
             return self.doctor_probe() if thorough else self.probe()
         except Exception as error:  # another vLLM may fail in any way
-            return f"its probe fails with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            return f"its probe fails with {_first_line(error)}"
+
+    def try_install(self) -> str | None:
+        """Install the hook; return why that fails in this vLLM, or None."""
+        try:
+            self.install()
+        except Exception as error:  # another vLLM may fail in any way
+            return f"its installation fails with {_first_line(error)}"
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def misfit(hook_name: str, detail: str) -> HookError:
     """The error for a vLLM that a hook does not fit; `detail` says what is missing or differs."""
+    if versions.is_tested():
+        remedy = "KVarN was tested on this version, so something else in this environment differs: run `kvarn doctor`"
+    else:
+        remedy = f"install a version known to work ({', '.join(TESTED_VLLM_VERSIONS)})"
     return HookError(
         f"KVarN cannot attach its hook '{hook_name}' to vLLM {versions.installed_version() or 'of unknown version'}: "
-        f"{detail}; install a version known to work ({', '.join(TESTED_VLLM_VERSIONS)})."
+        f"{detail}; {remedy}."
     )
 
 
@@ -100,6 +117,6 @@ def _attribute(owner: Any, name: str) -> Any:
 def _exists(target: str) -> bool:
     try:
         resolve(target)
-    except (ImportError, AttributeError):
+    except Exception:  # modules of another vLLM may fail in any way when they are imported
         return False
     return True

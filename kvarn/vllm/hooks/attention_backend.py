@@ -22,12 +22,12 @@ def install() -> None:
     choose = selector._cached_get_attn_backend
 
     @wraps(choose)
-    def choose_backend(backend: Any, attn_selector_config: Any, **kwargs: Any) -> Any:
-        ours = BACKENDS.get(attn_selector_config.kv_cache_dtype)
-        if ours is None:
-            return choose(backend=backend, attn_selector_config=attn_selector_config, **kwargs)
-        _refuse_unsupported(ours, attn_selector_config)
-        return ours
+    def choose_backend(*args: Any, **kwargs: Any) -> Any:
+        for layer in (*args, *kwargs.values()):
+            if (ours := BACKENDS.get(getattr(layer, "kv_cache_dtype", ""))) is not None:
+                _refuse_unsupported(ours, layer)
+                return ours
+        return choose(*args, **kwargs)
 
     selector._cached_get_attn_backend = choose_backend
 

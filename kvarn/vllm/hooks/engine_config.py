@@ -10,9 +10,9 @@ from typing import Any
 from kvarn.checks import MAX_QUERIES
 from kvarn.presets import Preset, get_preset
 from kvarn.tile import TileLayout
-from kvarn.vllm.hooks import Hook, HookError, untested
+from kvarn.vllm.hooks import Hook, HookError, RefusalError, untested
 from kvarn.vllm.hooks.engine_probe import doctor_probe
-from kvarn.vllm.hooks.refusals import expect_notes
+from kvarn.vllm.hooks.refusals import expect_notes, forget_notes
 from kvarn.vllm.versions import returns_routed_experts
 
 TARGET = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
@@ -27,9 +27,10 @@ def install() -> None:
 
     @wraps(stock_create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not names_preset(self.kv_cache_dtype):
+        if not names_preset(self):
+            forget_notes()
             return stock_create(self, *args, **kwargs)
-        preset = get_preset(self.kv_cache_dtype)
+        preset = _preset(self)
         _refuse_untested(self)
         _refuse_other_backends(self)
         _set_defaults(self, preset)
@@ -51,7 +52,7 @@ def install_refusal(error: HookError) -> None:
 
     @wraps(stock_create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if names_preset(self.kv_cache_dtype):
+        if names_preset(self):
             _refuse_untested(self)
             raise error
         return stock_create(self, *args, **kwargs)
@@ -59,9 +60,16 @@ def install_refusal(error: HookError) -> None:
     EngineArgs.create_engine_config = create_engine_config
 
 
-def names_preset(kv_cache_dtype: str) -> bool:
-    """Whether a cache dtype is meant as a preset: a misspelled one gets our error and not vLLM's."""
-    return kv_cache_dtype.startswith("kvarn")
+def names_preset(args: Any) -> bool:
+    """Whether an engine's cache dtype is meant as a preset: a misspelled one gets our error and not vLLM's."""
+    return str(getattr(args, "kv_cache_dtype", "")).startswith("kvarn")
+
+
+def _preset(args: Any) -> Preset:
+    try:
+        return get_preset(args.kv_cache_dtype)
+    except ValueError as error:
+        raise RefusalError(str(error)) from None
 
 
 def _refuse_untested(args: Any) -> None:
@@ -76,12 +84,12 @@ def _refuse_other_backends(args: Any) -> None:
 
     named = args.attention_backend or args.attention_config.backend or "auto"
     if str(getattr(named, "name", named)).upper() not in ("AUTO", KVarNBackend.get_name()):
-        raise ValueError(
+        raise RefusalError(
             f"attention_backend={getattr(named, 'name', named)!r} cannot read kv_cache_dtype={args.kv_cache_dtype!r}, "
             "which brings its own; leave attention_backend out."
         )
     if args.attention_config.backend_per_kind:
-        raise ValueError(
+        raise RefusalError(
             f"kv_cache_dtype={args.kv_cache_dtype!r} brings its own attention backend; leave "
             "attention_config's backend_per_kind out."
         )
@@ -91,7 +99,7 @@ def _set_defaults(args: Any, preset: Preset) -> None:
     if args.block_size is None:
         args.block_size = preset.group
     if args.block_size != preset.group:
-        raise ValueError(
+        raise RefusalError(
             f"block_size={args.block_size} does not fit kv_cache_dtype={preset.name!r}, whose blocks are tiles of "
             f"{preset.group} tokens; leave block_size out or set it to {preset.group}."
         )
@@ -101,7 +109,7 @@ def _set_defaults(args: Any, preset: Preset) -> None:
 
 def _refuse_unsupported(config: Any, preset: Preset) -> None:
     if problem := next(_problems(config, preset), None):
-        raise ValueError(f"kv_cache_dtype={preset.name!r} {problem}")
+        raise RefusalError(f"kv_cache_dtype={preset.name!r} {problem}")
 
 
 def _problems(config: Any, preset: Preset) -> Iterator[str]:

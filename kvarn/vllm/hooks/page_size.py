@@ -34,9 +34,9 @@ def install() -> None:
     stock_spec = Attention.get_kv_cache_spec
 
     @wraps(stock_spec)
-    def get_kv_cache_spec(self: Any, vllm_config: Any) -> Any:
-        spec = stock_spec(self, vllm_config)
-        ours = BACKENDS.get(self.kv_cache_dtype)
+    def get_kv_cache_spec(self: Any, *args: Any, **kwargs: Any) -> Any:
+        spec = stock_spec(self, *args, **kwargs)
+        ours = BACKENDS.get(getattr(self, "kv_cache_dtype", ""))
         return spec if ours is None else ours.customize_spec(spec)
 
     Attention.get_kv_cache_spec = get_kv_cache_spec

@@ -2,7 +2,8 @@
 
 vLLM's engine core and workers print their exceptions and exit; whoever started them reports only that they
 failed. A refusal is therefore also left as a note in a file that the starting process names in an environment
-variable before it starts an engine, and raised again there.
+variable before it starts an engine, and raised again there. A note belongs to one engine: the next one that the
+process configures gets another file, and one without a preset gets none.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache, wraps
 from pathlib import Path
 from shutil import rmtree
-from tempfile import mkdtemp
+from tempfile import gettempdir
 from typing import Any, NoReturn
 from uuid import uuid4
 
@@ -35,7 +36,26 @@ def install() -> None:
 
 def expect_notes() -> None:
     """Prepare for refusals by the processes of the engine that this process is about to start."""
+    forget_notes()
     os.environ[NOTE] = str(_directory() / uuid4().hex)
+
+
+def forget_notes() -> None:
+    """Expect no refusals: the next engine that this process starts has no quantized cache."""
+    _take_note()
+    os.environ.pop(NOTE, None)
+
+
+@contextmanager
+def without_notes() -> Iterator[None]:
+    """Leave no notes, and keep those that are expected: for probes, which catch what they refuse."""
+    note = os.environ.pop(NOTE, None)
+    try:
+        yield
+    finally:
+        os.environ.pop(NOTE, None)
+        if note is not None:
+            os.environ[NOTE] = note
 
 
 def refuse(refusal: RefusalError) -> NoReturn:
@@ -51,17 +71,19 @@ def serves_an_engine() -> bool:
 
 @cache
 def _directory() -> Path:
-    directory = mkdtemp(prefix="kvarn-")  # readable by this user only
+    """Directory of this process's notes; it exists only while one lies there."""
+    directory = Path(gettempdir()) / f"kvarn-{uuid4().hex}"
     atexit.register(rmtree, directory, ignore_errors=True)
-    return Path(directory)
+    return directory
 
 
 def _leave(refusal: RefusalError) -> None:
     if not serves_an_engine():  # the caller's process, or a Ray actor, whose exception Ray carries
         return
-    note = os.environ[NOTE]
-    own = Path(f"{note}.{os.getpid()}")
-    with suppress(OSError):  # at exit of the starting process, which removes the directory
+    note = Path(os.environ[NOTE])
+    own = note.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):  # the starting process has taken a note or exits: it removes the directory
+        note.parent.mkdir(mode=0o700, exist_ok=True)
         own.write_text(str(refusal))
         own.replace(note)  # never half a sentence
 
@@ -72,10 +94,13 @@ def _raising_notes(start: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return start(*args, **kwargs)
         except Exception as error:
-            refusal = _refusal_in(error) or _take_note()
-            if refusal is None or refusal is error:
+            note = _take_note()  # in any case, so that it cannot replace a later error
+            refusal = _refusal_in(error) or note
+            if refusal is None:
                 raise
             _leave(refusal)
+            if refusal is error:
+                raise
             raise refusal from error
 
     return start_raising_notes
@@ -88,13 +113,16 @@ def _refusal_in(error: BaseException) -> RefusalError | None:
 
 
 def _take_note() -> RefusalError | None:
-    if (note := os.environ.get(NOTE)) is None:
+    if NOTE not in os.environ:
         return None
+    note = Path(os.environ[NOTE])
     try:
-        sentence = Path(note).read_text()
+        sentence = note.read_text()
     except OSError:
         return None
-    Path(note).unlink(missing_ok=True)
+    with suppress(OSError):  # another process may be leaving one
+        note.unlink()
+        note.parent.rmdir()
     return RefusalError(sentence)
 
 

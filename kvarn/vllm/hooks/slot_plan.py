@@ -13,14 +13,16 @@ def install() -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     from kvarn.vllm.slot_map import find_slot_map
+    from kvarn.vllm.slots import SLOT_PLAN
 
     stock_execute = Worker.execute_model
 
     @wraps(stock_execute)
-    def execute_model(self: Any, scheduler_output: Any) -> Any:
-        if (slot_map := find_slot_map(self.vllm_config)) is not None:
-            slot_map.apply(scheduler_output)
-        return stock_execute(self, scheduler_output)
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for message in (*args, *kwargs.values()):
+            if hasattr(message, SLOT_PLAN) and (slot_map := find_slot_map(self.vllm_config)) is not None:
+                slot_map.apply(message)
+        return stock_execute(self, *args, **kwargs)
 
     Worker.execute_model = execute_model
 

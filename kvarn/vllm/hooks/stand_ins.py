@@ -15,7 +15,7 @@ def default_config(cache_dtype: str, block_size: int) -> Any:
     for name, field in VllmConfig.__pydantic_fields__.items():
         try:
             default = None if field.is_required() else field.get_default(call_default_factory=True)
-        except RuntimeError:  # vLLM infers the device, and this machine may have none
+        except Exception:  # vLLM infers some of them, such as the device, and this machine may have none
             default = None
         object.__setattr__(config, name, default)
     config.cache_config = CacheConfig(cache_dtype=cache_dtype, block_size=block_size)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -31,8 +35,9 @@ from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.request import Request
 
 from kvarn.cli import doctor
+from kvarn.errors import KVarNError
 from kvarn.presets import PRESETS
-from kvarn.vllm import backend, plugin, spec, versions
+from kvarn.vllm import backend, hooks, plugin, spec, versions
 from kvarn.vllm.access.cache_events import CACHE_EVENTS_METHOD
 from kvarn.vllm.access.telemetry import CACHE_STATE_METHOD
 from kvarn.vllm.cache_settings import side_pool_slots
@@ -187,6 +192,25 @@ def test_unsupported_settings_are_refused(model: Path, settings: dict[str, Any],
         configure(model, **settings)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv_cache_dtype": "kvarn_k3v2_g128"},
+        {"attention_backend": "FLASH_ATTN"},
+        {"attention_config": {"backend_per_kind": {"full_attention": "FLASH_ATTN"}}},
+        {"block_size": 64},
+        {"pipeline_parallel_size": 2},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_unsupported_settings_are_errors_that_a_user_can_act_on(
+    model: Path, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(KVarNError) as raised:
+        configure(model, **settings)
+    assert type(raised.value) is RefusalError
+
+
 PALIGEMMA = {
     "architectures": ["PaliGemmaForConditionalGeneration"],
     "model_type": "paligemma",
@@ -253,7 +277,7 @@ PALIGEMMA = {
 )
 def test_unsupported_models_are_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     model = write_config(tmp_path, **changes)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(RefusalError, match=sentence):
         configure(model)
 
 
@@ -333,10 +357,37 @@ def test_pages_of_another_size_fail_the_doctor_and_refuse_engines(
     assert "makes pages of 49152 bytes for kvarn_k4v2_g128 instead of" in broken.detail
     register_again()
     with pytest.raises(
-        HookError, match=r"'page size' to vLLM .*49152 bytes.*install a version known to work"
+        HookError, match=r"'page size' to vLLM .*49152 bytes.*was tested on this version.*run `kvarn doctor`"
     ):
         configure(model)
     assert configure(model, kv_cache_dtype="auto").cache_config.cache_dtype == "auto"
+
+
+def test_a_hook_that_cannot_be_installed_refuses_presets_only(
+    model: Path, monkeypatch: pytest.MonkeyPatch, register_again: Callable[[], None]
+) -> None:
+    def install() -> None:
+        raise TypeError("another signature")
+
+    attempts = [page_size.HOOK, engine_config.HOOK]
+    others = [replace(hook, install=lambda: None) for hook in plugin.HOOKS if hook not in attempts]
+    hooks = (replace(page_size.HOOK, install=install), *others, engine_config.HOOK)
+    monkeypatch.setattr(plugin, "HOOKS", hooks)
+    monkeypatch.setattr(plugin, "_failed_installs", None)
+    register_again()
+    with pytest.raises(
+        HookError, match=r"'page size' .* its installation fails with TypeError: another signature"
+    ):
+        configure(model)
+    assert configure(model, kv_cache_dtype="auto").cache_config.cache_dtype == "auto"
+
+
+def test_a_module_that_fails_to_import_is_a_missing_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(module: str) -> Any:
+        raise TypeError(f"{module} fails")
+
+    monkeypatch.setattr(hooks, "import_module", fail)
+    assert page_size.HOOK.missing_target() == page_size.HOOK.targets[0]
 
 
 def forget_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,9 +452,20 @@ def test_the_doctor_notices_a_step_without_slots(monkeypatch: pytest.MonkeyPatch
 
 def test_probes_are_cheap() -> None:
     plugin.hook_report()
-    started = time.perf_counter()
+    started = time.process_time()
     plugin.hook_report()
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
+
+
+def test_the_first_model_runner_is_cheap_to_import() -> None:
+    """The page size hook loads it in every process with the plugin, also where the second one serves."""
+    program = (
+        "import time, vllm.v1.engine.core, vllm.v1.worker.gpu_worker; started = time.process_time(); "
+        "import vllm.v1.worker.gpu_model_runner; print(time.process_time() - started)"
+    )
+    environment = {**os.environ, "VLLM_PLUGINS": ""}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
+    assert float(run.stdout.split()[-1]) < 0.3
 
 
 @pytest.mark.parametrize("version", ["0.99.0", None])
@@ -437,7 +499,7 @@ def test_an_allowed_version_is_still_probed(
     register_again()
     with pytest.raises(RefusalError, match=r"not tested on vLLM 0\.99\.0"):
         configure(model)
-    with pytest.raises(HookError, match=r"'page size' to vLLM 0\.99\.0"):
+    with pytest.raises(HookError, match=r"'page size' to vLLM 0\.99\.0.*known to work \(0\.27\.1"):
         configure(model, additional_config={"kvarn": {"allow_untested_vllm": True}})
 
 
@@ -452,7 +514,7 @@ def test_a_missing_target_refuses_presets_only(model: Path, monkeypatch: pytest.
     monkeypatch.delattr(BlockPool, "evict_blocks")
     plugin.register()
     with pytest.raises(
-        HookError, match=r"'slot plan to workers'.*BlockPool.evict_blocks is missing.*0\.27\.1"
+        HookError, match=r"'slot plan to workers'.*BlockPool.evict_blocks is missing; .*run `kvarn doctor`"
     ):
         configure(model)
     assert configure(model, kv_cache_dtype="auto").cache_config.cache_dtype == "auto"
@@ -494,7 +556,7 @@ def test_the_doctor_reports_a_missing_dataclass_field(monkeypatch: pytest.Monkey
 def test_a_scheduler_refuses_a_vllm_whose_objects_lack_a_private_name(owner: str, name: str) -> None:
     scheduler = make_scheduler(num_blocks=8, max_running=1)
     delattr(attrgetter(owner)(scheduler) if owner else scheduler, name)
-    with pytest.raises(HookError, match=rf"'private names'.*\b{name} is missing; install .*0\.27\.1"):
+    with pytest.raises(HookError, match=rf"'private names'.*\b{name} is missing; .*run `kvarn doctor`"):
         private_names.check_scheduler(scheduler)
 
 
@@ -518,7 +580,7 @@ def test_a_new_scheduler_is_checked(monkeypatch: pytest.MonkeyPatch, owner: type
         delattr(attrgetter(holder)(self) if holder else self, attribute)
 
     monkeypatch.setattr(owner, "__init__", init_without_name)
-    with pytest.raises(HookError, match=rf"'private names'.*\b{name} is missing; install .*0\.27\.1"):
+    with pytest.raises(HookError, match=rf"'private names'.*\b{name} is missing; .*run `kvarn doctor`"):
         make_scheduler(num_blocks=8, max_running=1)
 
 
