@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
@@ -450,22 +447,12 @@ def test_the_doctor_notices_a_step_without_slots(monkeypatch: pytest.MonkeyPatch
     assert "plans None instead of two slots" in broken.detail
 
 
-def test_probes_are_cheap() -> None:
+def test_probes_load_no_module_and_no_device_once_the_hooks_are_installed() -> None:
     plugin.hook_report()
-    started = time.process_time()
+    loaded = {*sys.modules}
     plugin.hook_report()
-    assert time.process_time() - started < 0.5
-
-
-def test_the_first_model_runner_is_cheap_to_import() -> None:
-    """The page size hook loads it in every process with the plugin, also where the second one serves."""
-    program = (
-        "import time, vllm.v1.engine.core, vllm.v1.worker.gpu_worker; started = time.process_time(); "
-        "import vllm.v1.worker.gpu_model_runner; print(time.process_time() - started)"
-    )
-    environment = {**os.environ, "VLLM_PLUGINS": ""}
-    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
-    assert float(run.stdout.split()[-1]) < 0.3
+    assert {*sys.modules} == loaded
+    assert not torch.cuda.is_initialized()
 
 
 @pytest.mark.parametrize("version", ["0.99.0", None])
