@@ -1,6 +1,6 @@
 """Carries a refusal from the process that raises it to the caller of `LLM` or `AsyncLLM`.
 
-vLLM's engine core and workers print their exceptions and exit; whoever started them reports only that they
+vLLM's engine core and workers print their exceptions and exit; the process that started them reports only that they
 failed. A refusal is therefore also left as a note in a file that the starting process names in an environment
 variable before it starts an engine, and raised again there. A note belongs to one engine: the next one that the
 process configures gets another file, and one without a preset gets none.
