@@ -29,7 +29,8 @@ from serve_app.observability.tracing import Tracing
 from serve_app.request.prompts import PromptEncoder
 from serve_app.routing import TILE_BYTES, Router
 
-STARTUP_WAIT_S = 2.0  # for the first state of replicas that already run
+# For the first state of replicas that already run, which takes seconds on a busy machine.
+STARTUP_WAIT_S = 10.0
 
 
 class Readiness:
