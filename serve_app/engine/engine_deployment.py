@@ -12,6 +12,7 @@ from ray import serve
 
 from kvarn.model import kv_shape, resolve_model
 from kvarn.v1 import engine_pb2_grpc
+from kvarn.vllm.access import constraints
 from kvarn.vllm.access.cache_events import read_cache_events
 from kvarn.vllm.access.telemetry import CacheState, read_cache_state
 from serve_app.config import EngineConfig, ObservabilityConfig, is_loopback
@@ -105,6 +106,7 @@ class Engine:
         await asyncio.sleep(LAME_DUCK_S)
         self._service.drain()
         await self._server.stop(self._config.drain_grace_s)
+        self._service.close()
         self._monitoring.cancel()
         self._recording.cancel()
         self._spans.close()
@@ -121,7 +123,7 @@ class Engine:
 def engine_args(model: str, config: EngineConfig) -> AsyncEngineArgs:
     """Return the vLLM arguments of one replica."""
     from vllm import AsyncEngineArgs
-    from vllm.config import KVEventsConfig
+    from vllm.config import KVEventsConfig, StructuredOutputsConfig
 
     return AsyncEngineArgs(
         model=str(resolve_model(model)),
@@ -136,6 +138,7 @@ def engine_args(model: str, config: EngineConfig) -> AsyncEngineArgs:
         distributed_executor_backend=config.distributed_executor_backend,
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=True,
+        structured_outputs_config=StructuredOutputsConfig(backend=constraints.BACKEND),
         additional_config={"kvarn": config.kvarn_settings},
         kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     )

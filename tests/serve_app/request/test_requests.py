@@ -1,6 +1,8 @@
 """Requests that a gateway rejects before any engine sees them."""
 
+import json
 import math
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,7 @@ from serve_app.request.sampling import check_sampling, to_vllm
 from serve_app.routing import Decision, Rejection, RequestNeed
 
 VOCAB = 1000
+CLOSED = {"additionalProperties": False}
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,10 @@ def test_values_in_range_pass(params: SamplingParams) -> None:
                 (StructuredOutputs(json_schema="{"), "structured_outputs.json_schema must be JSON text"),
                 (StructuredOutputs(json_schema="[" * 60_000), "structured_outputs.json_schema must be JSON"),
                 (StructuredOutputs(json_schema="[]"), "structured_outputs.json_schema must be a JSON object"),
+                (
+                    StructuredOutputs(json_schema='{"anyOf": [' * 32 + "{}" + "]}" * 32),
+                    "structured_outputs.json_schema is nested too deeply: use at most 64 levels",
+                ),
                 (StructuredOutputs(regex=" "), "structured_outputs.regex must not be empty"),
                 (StructuredOutputs(regex="x" * 70_000), "structured_outputs.regex must have at most 65536"),
                 (StructuredOutputs(choice=Choice()), "structured_outputs.choice must hold 1 to 1024 strings"),
@@ -89,6 +96,40 @@ def test_a_constraint_reaches_vllm() -> None:
     assert made.structured_outputs.choice == ["a", "b"]
     schema = to_vllm(SamplingParams(structured_outputs=StructuredOutputs(json_schema="{}")))
     assert schema.structured_outputs.json == "{}"
+
+
+def test_a_schema_of_64_levels_passes() -> None:
+    deep = StructuredOutputs(json_schema='{"anyOf": [' * 31 + '{"items": {}}' + "]}" * 31)
+    check_sampling(SamplingParams(structured_outputs=deep), VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("schema", "closed"),
+    [
+        ({"properties": {"a": {}}}, True),
+        ({"properties": {"properties": {}}, "required": ["properties"]}, True),
+        ({"properties": {"a": {}}, "additionalProperties": True}, False),
+        ({"properties": {"a": {}}, "additionalProperties": {"type": "null"}}, False),
+        ({"properties": {"a": {}}, "patternProperties": {"^b": {}}}, False),
+        ({"properties": {"a": {}}, "required": ["b"]}, False),
+        ({"properties": {"a": {}}, "anyOf": [{"required": ["b"]}]}, False),
+        ({"properties": {"a": {}}, "$ref": "#/$defs/B", "$defs": {"B": {}}}, False),
+        ({"properties": {"a": {"allOf": [{"type": "string"}]}}}, False),
+        ({"enum": [{"properties": {}}]}, False),
+    ],
+)
+def test_an_object_gets_no_other_properties_unless_its_schema_mentions_some(
+    schema: dict[str, Any], closed: bool
+) -> None:
+    for one, place in (
+        (schema, schema),
+        ({"items": schema}, schema),
+        ({"$defs": {"x": schema}, "$ref": "#/$defs/x"}, schema),
+    ):
+        made = to_vllm(SamplingParams(structured_outputs=StructuredOutputs(json_schema=json.dumps(one))))
+        assert made.structured_outputs is not None
+        expected = json.loads(json.dumps(one).replace(json.dumps(place), json.dumps(place | CLOSED)))
+        assert json.loads(str(made.structured_outputs.json)) == (expected if closed else one)
 
 
 @pytest.mark.parametrize(
