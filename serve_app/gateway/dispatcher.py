@@ -237,8 +237,11 @@ class Dispatcher:
 
     def _check_retry(self, generation: Generation, tried: list[str], error: ReplicaError) -> None:
         """Raise `error` to the caller if `generation` must not be sent to another replica."""
-        if generation.output and generation.sampling.HasField("structured_outputs"):
-            raise ReplicaUnavailableError(_NOT_RESUMABLE) from error
+        if generation.sampling.HasField("structured_outputs"):
+            if generation.output:
+                raise ReplicaUnavailableError(_NOT_RESUMABLE) from error
+            if error.is_silence:
+                raise ReplicaUnavailableError(_SUSPECT) from error
         if len(tried) >= MAX_ATTEMPTS:
             raise ReplicaUnavailableError(_LOST) from error
         if not generation.output and not self._retries.spend():
@@ -309,6 +312,10 @@ class Dispatcher:
 
 _LOST = (
     "The replica that served this request was lost, and no other could take it over: send the request again."
+)
+_SUSPECT = (
+    "The replica became silent while it prepared the structured_outputs of this request, which is therefore not "
+    "sent to another: make the constraint smaller if this happens again."
 )
 _NOT_RESUMABLE = (
     "An interrupted stream with structured_outputs cannot be resumed: send the whole request again."
