@@ -14,10 +14,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from kvarn.vllm.hooks import HookError, RefusalError
 from kvarn.vllm.scheduler import KVarNScheduler
-from tests.support.engines import engine, make_llama
+from tests.support.engines import PRESET, engine, make_llama
 
-PRESET = "kvarn_k4v2_g128"
-ALIBI = "This model needs ALiBi, which the kvarn_k4v2_g128 cache does not support; use kv_cache_dtype='auto' for it."
+ALIBI = (
+    f"This model needs ALiBi, which the {PRESET} cache does not support; use kv_cache_dtype='auto' for it."
+)
 SMALL: dict[str, Any] = {"kv_cache_dtype": PRESET, "skip_tokenizer_init": True, "max_num_seqs": 2}
 
 

@@ -41,28 +41,14 @@ from kvarn.vllm.cache_settings import side_pool_slots
 from kvarn.vllm.hooks import HookError, RefusalError, engine_config, page_size, private_names
 from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
 from tests.support.engines import use_triton_backend
-from tests.support.scheduling import make_scheduler
+from tests.support.scheduling import MODEL_CONFIG, make_scheduler
 
 PRESET = "kvarn_k4v2_g128"
 
 
 def write_config(directory: Path, **changes: Any) -> Path:
     """Write a model directory that holds only a Llama's config.json with `changes`."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "vocab_size": 512,
-        "max_position_embeddings": 1024,
-        "torch_dtype": "float32",
-        **changes,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps({**MODEL_CONFIG, **changes}))
     return directory
 
 
