@@ -15,6 +15,7 @@ from kvarn.vllm.hooks import (
     private_names,
     refusals,
     slot_plan,
+    streamed_input,
     utilities,
 )
 
@@ -27,6 +28,7 @@ HOOKS: tuple[Hook, ...] = (
     utilities.CACHE_EVENTS,
     private_names.HOOK,
     refusals.HOOK,
+    streamed_input.HOOK,
     engine_config.HOOK,
 )
 

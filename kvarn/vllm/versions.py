@@ -146,6 +146,14 @@ def returns_routed_experts(vllm_config: VllmConfig) -> bool:
     return bool(holder.enable_return_routed_experts)
 
 
+def bypasses_workers(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM's first Ray executor runs the engine: it steps model runners, not workers; it is gone in 0.33."""
+    from vllm import envs
+
+    uses_ray = vllm_config.parallel_config.distributed_executor_backend == "ray"
+    return uses_ray and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)
+
+
 def layer_cache_shape(backend: Any, spec: Any, num_blocks: int) -> tuple[int, ...]:
     """Shape of the bytes that vLLM passes to a layer with `spec` as its cache of `num_blocks` blocks."""
     from vllm.v1 import kv_cache_interface

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm import envs
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_events import BlockRemoved
 from vllm.engine.arg_utils import EngineArgs
@@ -284,6 +285,17 @@ def test_batch_invariance_is_refused(model: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(ValueError, match="leave VLLM_BATCH_INVARIANT out"):
         configure(model)
+
+
+@pytest.mark.skipif(not hasattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND"), reason="vLLM has one Ray executor")
+def test_the_ray_executor_that_bypasses_workers_is_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+    assert configure(model, **settings).parallel_config.distributed_executor_backend == "ray"
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    with pytest.raises(ValueError, match="leave VLLM_USE_RAY_V2_EXECUTOR_BACKEND out"):
+        configure(model, **settings)
 
 
 def test_probes_do_not_take_a_refused_environment_for_a_misfit(monkeypatch: pytest.MonkeyPatch) -> None:
