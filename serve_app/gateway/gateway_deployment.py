@@ -156,6 +156,7 @@ def wire_gateway(
         dispatcher=dispatcher,
         encoder=encoder,
         feed=feed,
+        max_model_len=router.max_model_len,
         is_ready=readiness.is_ready,
         on_rejection=observer.count_rejection,
         routers=[console(shown, feed.watch)],

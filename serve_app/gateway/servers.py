@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from kvarn.v1 import cluster_pb2_grpc, inference_pb2_grpc
 from serve_app.config import GatewayConfig
 from serve_app.gateway.services import SERVICE_NAMES, ClusterService, FleetFeed, InferenceService
-from serve_app.http.asgi_app import http_app, probes
+from serve_app.http.asgi_app import http_app, probes, with_cors
 from serve_app.http.guard import HttpGuard
 from serve_app.http.server import HttpServer
 from serve_app.openai.api import openai_api
@@ -35,6 +35,7 @@ class GatewayServers:
         dispatcher: takes requests to the engines.
         encoder: the model's tokenizer.
         feed: state of the replicas, and its changes.
+        max_model_len: returns the longest context of any replica in tokens, 0 while there is none.
         is_ready: whether requests are taken.
         on_rejection: called with the reason of each request rejected before it reaches the dispatcher.
         routers: additional HTTP routes.
@@ -51,6 +52,7 @@ class GatewayServers:
         dispatcher: RequestHandler,
         encoder: PromptEncoder,
         feed: FleetFeed,
+        max_model_len: Callable[[], int],
         is_ready: Callable[[], bool],
         on_rejection: Callable[[str], None],
         routers: Sequence[APIRouter] = (),
@@ -68,10 +70,10 @@ class GatewayServers:
         parsers = ToolParsers(config.tool_parser, encoder.tokenizer)
         chat = ChatService(dispatcher, parsers, encoder, on_rejection)
         completions = CompletionService(dispatcher, encoder.token_text, on_rejection)
-        openai = openai_api(model_name, chat, completions, access)
+        openai = openai_api(model_name, max_model_len, chat, completions, access)
         app = http_app([probes(is_ready), openai, *routers], on_rejection)
         guard = HttpGuard(app, access, config.limits, config.max_message_bytes, on_rejection)
-        self._http = self._http_server(guard, tls)
+        self._http = self._http_server(with_cors(guard, config.cors_origins), tls)
 
     async def start(self) -> tuple[int, int]:
         """Start listening, and return the ports of gRPC and HTTP.

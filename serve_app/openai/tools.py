@@ -158,7 +158,9 @@ class ToolParsers:
 
         assert self._parser_class is not None  # `prepare` has rejected the request otherwise
         tools = [tool.model_dump(exclude={"function": {"strict"}}) for tool in request.tools or ()]
-        return ParserReader(StreamedToolCalls(self._parser_class, self._tokenizer, request.model, tools))
+        return ParserReader(
+            StreamedToolCalls(self._parser_class, self._tokenizer, request.model or "", tools)
+        )
 
 
 def calls_schema(tools: Sequence[Tool], several: bool) -> dict[str, JsonValue]:

@@ -14,9 +14,39 @@ from serve_app.request.request_errors import BadRequestError
 from serve_app.request.sampling import check_token_ids
 
 MAX_MESSAGES = 4096
+MAX_TEMPLATE_KWARGS_CHARACTERS = 64 << 10
 # From here on, rendering and tokenizing take milliseconds: a thread costs less than a blocked event loop.
 LONG_PROMPT_BYTES = 8192
 LONG_CHAT_MESSAGES = 32
+# Arguments of `apply_chat_template` itself, and what it passes to every template.
+_RESERVED_KWARGS = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+# What a template raises on values that it does not expect, besides its own errors.
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 LONE_SURROGATE = "The request holds a lone surrogate (\\ud800 to \\udfff): send valid Unicode."
 
 
@@ -87,16 +117,66 @@ class PromptEncoder:
             return ""
         if self.tokenizer.chat_template is None:
             raise BadRequestError("The model has no chat template: send prompt.text instead of prompt.chat.")
+        messages = [_message(message) for message in chat.messages]
+        tools = [_tool(tool) for tool in chat.tools] or None
+        continues = _continues(chat)
+        kwargs = template_kwargs(chat.chat_template_kwargs)
         try:
             text: str = self.tokenizer.apply_chat_template(
-                [_message(message) for message in chat.messages],
-                tools=[_tool(tool) for tool in chat.tools] or None,
+                messages,
+                tools=tools,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=_opens_answer(chat),
+                continue_final_message=continues,
+                **kwargs,
             )
-        except (TemplateError, RecursionError) as error:
-            raise BadRequestError(f"The model's chat template rejects these messages: {error}.") from error
+        except _TEMPLATE_ERRORS as error:
+            rejected = "these messages or chat_template_kwargs" if kwargs else "these messages"
+            raise BadRequestError(f"The model's chat template rejects {rejected}: {error}.") from error
         return text
+
+
+def template_kwargs(text: str) -> dict[str, Any]:
+    """Return the arguments for a chat template in `text`, a JSON object or empty.
+
+    Raises:
+        BadRequestError: it is neither, too long, or holds an argument that has its own field.
+    """
+    if len(text) > MAX_TEMPLATE_KWARGS_CHARACTERS:
+        raise BadRequestError(
+            f"chat_template_kwargs must have at most {MAX_TEMPLATE_KWARGS_CHARACTERS} characters, got {len(text)}."
+        )
+    kwargs = _json_object(text, "chat_template_kwargs")
+    if reserved := sorted(_RESERVED_KWARGS & kwargs.keys()):
+        raise BadRequestError(f"chat_template_kwargs must not hold {reserved[0]!r}: remove it.")
+    return kwargs
+
+
+def _opens_answer(chat: inference_pb2.Chat) -> bool:
+    """Whether the prompt ends with the opening of the assistant's next message."""
+    if chat.HasField("add_generation_prompt"):
+        return chat.add_generation_prompt
+    return not chat.continue_final_message
+
+
+def _continues(chat: inference_pb2.Chat) -> bool:
+    """Whether the output continues the last message.
+
+    Raises:
+        BadRequestError: it should, and cannot.
+    """
+    if not chat.continue_final_message:
+        return False
+    if _opens_answer(chat):
+        raise BadRequestError(
+            "continue_final_message and add_generation_prompt exclude each other: set one of them to false."
+        )
+    last = chat.messages[-1]
+    if last.role != "assistant" or not last.content.strip() or last.tool_calls:
+        raise BadRequestError(
+            "continue_final_message needs a last message of role assistant with text and without tool calls."
+        )
+    return True
 
 
 def _byte_symbols(tokenizer: Any) -> dict[str, int]:
@@ -136,6 +216,10 @@ def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
         made["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     if message.tool_call_id:
         made["tool_call_id"] = message.tool_call_id
+    if message.name:
+        made["name"] = message.name
+    if message.reasoning:
+        made["reasoning_content"] = made["reasoning"] = message.reasoning
     return made
 
 

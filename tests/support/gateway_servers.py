@@ -21,6 +21,7 @@ from serve_app.routing import Caller, Router
 HOST = "127.0.0.1"
 MODEL = "small"
 CACHED = 2
+MAX_MODEL_LEN = 8192
 
 
 @dataclass
@@ -125,6 +126,7 @@ async def running_servers(encoder: PromptEncoder, **config: Any) -> AsyncIterato
         dispatcher=script,  # type: ignore[arg-type]
         encoder=encoder,
         feed=feed,
+        max_model_len=lambda: MAX_MODEL_LEN,
         is_ready=lambda: True,
         on_rejection=rejections.append,
     )

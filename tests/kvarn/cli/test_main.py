@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from kvarn import cli
 from kvarn.cli import doctor
-from kvarn.cli.connection import tls_files
+from kvarn.cli.connection import Credentials
 from kvarn.cli.doctor import Check, Diagnosis
 from serve_app.client import RETRY_S, Client, UnauthenticatedError
 from serve_app.rpc.channels import Tls
@@ -201,7 +201,7 @@ def test_certificates_are_taken(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("ca.pem", "own.pem", "own.key")]
     for path, pem in zip(paths, (ca.cert_pem, own.cert_chain_pems[0], own.private_key_pem), strict=True):
         path.write_bytes(pem.bytes())
-    assert tls_files(*paths) == Tls(*paths)
+    assert Credentials(*paths).tls() == Tls(*paths)
 
 
 @pytest.mark.parametrize("key", ["\u043a\u043b\u044e\u0447", "kvarn-1-2\n"])

@@ -463,7 +463,7 @@ async def test_bad_requests_are_one_sentence(front: Running, path: str, change: 
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            "messages.0.content.0.text: Field required.",
+            "messages.0.content.0: a part of type 'text' needs a string in its field 'text'.",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 129}]},
