@@ -245,7 +245,14 @@ class GatewayConfig(StrictSettings):
     port: Port = 50051
     http: HttpConfig = HttpConfig()
     tool_parser: str | None = Field(
-        default=None, description="vLLM's parser for tool calls that the model makes by itself, e.g. hermes"
+        default=None,
+        description="vLLM's parser for tool calls that the model makes by itself, e.g. hermes; none: no parser; "
+        "null: by the model's family",
+    )
+    reasoning_parser: str | None = Field(
+        default=None,
+        description="vLLM's parser for reasoning before answers, e.g. qwen3, also used by the engines; none: no "
+        "parser; null: by the model's family",
     )
     cors_origins: list[str] = Field(
         default=[],

@@ -25,6 +25,7 @@ from serve_app.observability.demand import Demand, DemandBook
 from serve_app.observability.tracing import Tracing
 from serve_app.request.request_errors import BadRequestError, CapacityError, ReplicaUnavailableError
 from serve_app.request.sampling import to_vllm
+from serve_app.request.structured_outputs import engine_reasoning
 from serve_app.routing import CacheSnapshot, RequestNeed
 from serve_app.rpc import wire
 
@@ -139,7 +140,12 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             prompt, params = list(request.prompt_token_ids), to_vllm(request.sampling_params)
             await self._constraints.check(params)
         salt = request.cache_salt or None
-        outputs = self._engine.generate(tokens_input(prompt, cache_salt=salt), params, request.request_id)
+        outputs = self._engine.generate(
+            tokens_input(prompt, cache_salt=salt),
+            params,
+            request.request_id,
+            **engine_reasoning(request.sampling_params),
+        )
         async with aclosing(outputs):
             async for output in outputs:
                 meter.count(output)

@@ -27,6 +27,7 @@ from serve_app.request.request_errors import (
     RequestError,
 )
 from serve_app.request.sampling import check_sampling, check_token_ids
+from serve_app.request.structured_outputs import place_constraint
 from serve_app.routing import Caller, Candidate, Prompt, RetryBudget, Router, pause_s, token_array
 from serve_app.rpc import wire
 
@@ -254,6 +255,7 @@ class Dispatcher:
         if isinstance(request, inference_pb2.GenerateRequest):
             output = list(request.resume_token_ids)
         sampling = self._with_max_tokens(request.sampling_params, context_tokens - len(ids))
+        place_constraint(sampling, request.prompt)
         if len(output) > sampling.max_tokens:
             raise BadRequestError(
                 f"resume_token_ids must hold at most max_tokens={sampling.max_tokens} ids, got {len(output)}."

@@ -17,8 +17,10 @@ from serve_app.http.server import HttpServer
 from serve_app.openai.api import openai_api
 from serve_app.openai.chat_completions import ChatService
 from serve_app.openai.completions import CompletionService
+from serve_app.openai.reasoning import ReasoningParsers
 from serve_app.openai.tools import ToolParsers
 from serve_app.request.handler import RequestHandler
+from serve_app.request.parser_choice import ParserChoice
 from serve_app.request.prompts import PromptEncoder
 from serve_app.rpc.grpc_server import GrpcServer
 from serve_app.security.access import Access
@@ -34,6 +36,7 @@ class GatewayServers:
         model_name: name of the model in requests.
         dispatcher: takes requests to the engines.
         encoder: the model's tokenizer.
+        parsers: for the model's output.
         feed: state of the replicas, and its changes.
         max_model_len: returns the longest context of any replica in tokens, 0 while there is none.
         is_ready: whether requests are taken.
@@ -41,7 +44,7 @@ class GatewayServers:
         routers: additional HTTP routes.
 
     Raises:
-        ValueError: certificates, API keys or the tool parser cannot be used.
+        ValueError: certificates, API keys or a parser cannot be used.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class GatewayServers:
         *,
         dispatcher: RequestHandler,
         encoder: PromptEncoder,
+        parsers: ParserChoice,
         feed: FleetFeed,
         max_model_len: Callable[[], int],
         is_ready: Callable[[], bool],
@@ -67,8 +71,9 @@ class GatewayServers:
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._grpc)  # type: ignore[no-untyped-call]
         cluster = ClusterService(feed, dispatcher, access)
         cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, self._grpc)  # type: ignore[no-untyped-call]
-        parsers = ToolParsers(config.tool_parser, encoder.tokenizer)
-        chat = ChatService(dispatcher, parsers, encoder, on_rejection)
+        tools = ToolParsers(parsers.tool_parser, encoder.tokenizer)
+        reasoning = ReasoningParsers(parsers.reasoning_parser, encoder.tokenizer)
+        chat = ChatService(dispatcher, tools, reasoning, encoder, on_rejection)
         completions = CompletionService(dispatcher, encoder.token_text, on_rejection)
         openai = openai_api(model_name, max_model_len, chat, completions, access)
         app = http_app([probes(is_ready), openai, *routers], on_rejection)

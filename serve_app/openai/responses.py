@@ -24,7 +24,7 @@ from openai.types.chat.chat_completion_message_function_tool_call import (
 )
 from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob, TopLogprob
 from openai.types.completion_choice import Logprobs
-from openai.types.completion_usage import PromptTokensDetails
+from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 
 from kvarn.v1 import inference_pb2
 from serve_app.openai.choices import Usage
@@ -68,6 +68,8 @@ class ChatState:
     with_logprobs: bool
     top_logprobs: int
     content: str = ""
+    reasoning: str = ""
+    reasoning_tokens: int = 0
     calls: list[CallDelta] = field(default_factory=list)
     logprobs: list[ChatCompletionTokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
@@ -77,7 +79,10 @@ class ChatState:
         """Read one piece; return what it adds."""
         reason = _REASONS.get(piece.finish_reason)
         found = self.reader.read(piece.text, piece.token_ids, is_last=reason is not None)
+        self.reasoning += found.reasoning
+        self.reasoning_tokens += found.reasoning_tokens
         self.usage = piece.usage
+        self.usage.reasoning_tokens = self.reasoning_tokens
         self.content += found.content
         self.calls = _joined(self.calls, found.calls)
         if reason is not None:
@@ -92,6 +97,7 @@ def usage(counted: Usage) -> CompletionUsage:
         completion_tokens=counted.completion_tokens,
         total_tokens=counted.prompt_tokens + counted.completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=counted.cached_tokens),
+        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=counted.reasoning_tokens),
     )
 
 
@@ -118,9 +124,11 @@ def chunk(
     head: Head, index: int, found: Found, finish_reason: str | None, logprobs: ChunkLogprobs | None
 ) -> ChatCompletionChunk | None:
     """Return the chunk for a piece; None if it would be empty."""
-    if not (found.content or found.calls or finish_reason or logprobs):
+    if not (found.content or found.reasoning or found.calls or finish_reason or logprobs):
         return None
     delta = ChoiceDelta()
+    if found.reasoning:
+        _set_reasoning(delta, found.reasoning)
     if found.content:
         delta.content = found.content
     if found.calls:
@@ -196,8 +204,12 @@ def _chunk(head: Head, *choices: ChunkChoice) -> ChatCompletionChunk:
 
 
 def _chat_choice(index: int, state: ChatState) -> ChatChoice:
-    message = ChatCompletionMessage(role="assistant", content=state.content or (None if state.calls else ""))
+    message = ChatCompletionMessage(
+        role="assistant", content=state.content or (None if state.calls or state.reasoning else "")
+    )
     message.refusal = None
+    if state.reasoning:
+        _set_reasoning(message, state.reasoning)
     if state.calls:
         message.tool_calls = [_call(call) for call in state.calls]
     logprobs = ChoiceLogprobs(content=state.logprobs, refusal=None) if state.with_logprobs else None
@@ -207,6 +219,11 @@ def _chat_choice(index: int, state: ChatState) -> ChatChoice:
         logprobs=logprobs,
         finish_reason=state.finish_reason or "stop",  # type: ignore[arg-type]
     )
+
+
+def _set_reasoning(made: ChoiceDelta | ChatCompletionMessage, reasoning: str) -> None:
+    """Set both names by which clients read reasoning; OpenAI's types have neither."""
+    made.reasoning_content = made.reasoning = reasoning  # type: ignore[union-attr]
 
 
 def _joined(calls: list[CallDelta], parts: Iterable[CallDelta]) -> list[CallDelta]:

@@ -34,10 +34,12 @@ class CallDelta:
 
 @dataclass(frozen=True)
 class Found:
-    """Contents of a piece of output: text for the user, and parts of tool calls."""
+    """Contents of a piece of output: text for the user, parts of tool calls, and reasoning before both."""
 
     content: str = ""
     calls: Sequence[CallDelta] = field(default_factory=tuple)
+    reasoning: str = ""
+    reasoning_tokens: int = 0
 
 
 class Reader(Protocol):
@@ -113,9 +115,11 @@ class ToolParsers:
         self._parser_class: type[Any] | None = None
         self._tokenizer = tokenizer
         if name is not None:
+            from kvarn.vllm.access.parser_tokenizer import with_cached_vocabulary
             from kvarn.vllm.access.tool_parsers import find_tool_parser
 
             self._parser_class = find_tool_parser(name)
+            self._tokenizer = with_cached_vocabulary(tokenizer)
 
     def prepare(self, request: ChatCompletionRequest, params: sampling_pb2.SamplingParams) -> None:
         """Constrain the output in `params` as the request's tool_choice requires.

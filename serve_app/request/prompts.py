@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
 from kvarn.v1 import inference_pb2
+from serve_app.request.chat_templates import json_object, template_kwargs
 from serve_app.request.request_errors import BadRequestError
 from serve_app.request.sampling import check_token_ids
 
 MAX_MESSAGES = 4096
-MAX_TEMPLATE_KWARGS_CHARACTERS = 64 << 10
 # From here on, rendering and tokenizing take milliseconds: a thread costs less than a blocked event loop.
 LONG_PROMPT_BYTES = 8192
 LONG_CHAT_MESSAGES = 32
-# Arguments of `apply_chat_template` itself, and what it passes to every template.
-_RESERVED_KWARGS = frozenset(
-    {
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "max_length",
-        "messages",
-        "padding",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
-    }
-)
 # What a template raises on values that it does not expect, besides its own errors.
 _TEMPLATE_ERRORS = (
     TemplateError,
@@ -136,22 +116,6 @@ class PromptEncoder:
         return text
 
 
-def template_kwargs(text: str) -> dict[str, Any]:
-    """Return the arguments for a chat template in `text`, a JSON object or empty.
-
-    Raises:
-        BadRequestError: it is neither, too long, or holds an argument that has its own field.
-    """
-    if len(text) > MAX_TEMPLATE_KWARGS_CHARACTERS:
-        raise BadRequestError(
-            f"chat_template_kwargs must have at most {MAX_TEMPLATE_KWARGS_CHARACTERS} characters, got {len(text)}."
-        )
-    kwargs = _json_object(text, "chat_template_kwargs")
-    if reserved := sorted(_RESERVED_KWARGS & kwargs.keys()):
-        raise BadRequestError(f"chat_template_kwargs must not hold {reserved[0]!r}: remove it.")
-    return kwargs
-
-
 def _opens_answer(chat: inference_pb2.Chat) -> bool:
     """Whether the prompt ends with the opening of the assistant's next message."""
     if chat.HasField("add_generation_prompt"):
@@ -224,21 +188,11 @@ def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
 
 
 def _tool_call(call: inference_pb2.ToolCall) -> dict[str, Any]:
-    arguments = _json_object(call.arguments, f"The arguments of the tool call {call.name!r}")
+    arguments = json_object(call.arguments, f"The arguments of the tool call {call.name!r}")
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def _tool(tool: inference_pb2.Tool) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name, "description": tool.description}
-    function["parameters"] = _json_object(tool.parameters, f"The parameters of the tool {tool.name!r}")
+    function["parameters"] = json_object(tool.parameters, f"The parameters of the tool {tool.name!r}")
     return {"type": "function", "function": function}
-
-
-def _json_object(text: str, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise BadRequestError(f"{what} must be a JSON object: send valid JSON text.")
-    return value

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from kvarn.v1 import sampling_pb2
+from kvarn.v1 import inference_pb2, sampling_pb2
+from serve_app.request.chat_templates import template_kwargs
+from serve_app.request.json_schemas import check_nesting, closed
 from serve_app.request.request_errors import BadRequestError
 
 if TYPE_CHECKING:
@@ -14,15 +15,6 @@ if TYPE_CHECKING:
 
 MAX_CHARACTERS = 64 << 10  # engines compile a constraint before sampling, which takes longer for larger ones
 MAX_OPTIONS = 1024
-MAX_NESTING = 64  # as in vLLM: the time it takes to convert a schema grows steeply with nesting
-# Keywords of JSON schemas: maps from names to schemas, data, those that apply schemas to the same value, and those
-# that say which other properties an object may have.
-SCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-SCHEMA_DATA = frozenset({"enum", "const", "default", "example", "examples", "required", "x-guidance"})
-_APPLICATORS = frozenset(
-    {"properties", "anyOf", "oneOf", "$ref", "not", "if", "then", "else", "dependentSchemas"}
-)
-_OTHER_PROPERTIES = frozenset({"additionalProperties", "unevaluatedProperties", "patternProperties"})
 
 
 def check_structured_outputs(wanted: sampling_pb2.StructuredOutputs) -> None:
@@ -43,49 +35,39 @@ def check_structured_outputs(wanted: sampling_pb2.StructuredOutputs) -> None:
         _check_choice(list(wanted.choice.options))
     else:
         _check_text(kind, getattr(wanted, kind))
+    template_kwargs(wanted.chat_template_kwargs)
 
 
-def check_nesting(value: Any, name: str, levels: int = MAX_NESTING) -> None:
-    """Reject JSON whose objects and arrays nest deeper than `levels`.
+def place_constraint(params: sampling_pb2.SamplingParams, prompt: inference_pb2.Prompt) -> None:
+    """Let a constraint on the answer to a chat begin after the reasoning, unless the request says where."""
+    wanted = params.structured_outputs
+    if not params.HasField("structured_outputs") or wanted.HasField("after_reasoning"):
+        return
+    wanted.after_reasoning = prompt.HasField("chat")
+    wanted.chat_template_kwargs = prompt.chat.chat_template_kwargs
 
-    Raises:
-        BadRequestError: names the field.
+
+def engine_reasoning(params: sampling_pb2.SamplingParams) -> dict[str, Any]:
+    """Return the arguments of `AsyncLLM.generate` that say where a constraint begins.
+
+    With `reasoning_ended` None, vLLM's reasoning parser looks for the end of reasoning, in the prompt at first.
     """
-    level = [value]
-    for _ in range(levels):
-        level = [inner for outer in level for inner in _members(outer) if isinstance(inner, dict | list)]
-        if not level:
-            return
-    raise BadRequestError(f"{name} is nested too deeply: use at most {levels} levels of objects and arrays.")
-
-
-def subschemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a JSON schema and all schemas inside it."""
-    pending: list[Any] = [schema]
-    while pending:
-        found = pending.pop()
-        if isinstance(found, list):
-            pending += found
-        elif isinstance(found, dict):
-            yield found
-            for keyword, value in found.items():
-                if keyword in SCHEMA_MAPS and isinstance(value, dict):
-                    pending += value.values()
-                elif keyword not in SCHEMA_DATA:
-                    pending.append(value)
+    if not params.HasField("structured_outputs"):
+        return {}
+    wanted = params.structured_outputs
+    if not wanted.after_reasoning:
+        return {"reasoning_ended": True}
+    kwargs = json.loads(wanted.chat_template_kwargs or "{}")
+    return {"reasoning_ended": None, "reasoning_parser_kwargs": {"chat_template_kwargs": kwargs}}
 
 
 def to_vllm(wanted: sampling_pb2.StructuredOutputs) -> StructuredOutputsParams:
-    """Return vLLM's parameters for a validated constraint.
-
-    Objects of a schema that does not mention other properties get none: a small model would add them until
-    max_tokens.
-    """
+    """Return vLLM's parameters for a validated constraint."""
     from vllm.sampling_params import StructuredOutputsParams
 
     match wanted.WhichOneof("constraint"):
         case "json_schema":
-            return StructuredOutputsParams(json=json.dumps(_closed(json.loads(wanted.json_schema))))
+            return StructuredOutputsParams(json=json.dumps(closed(json.loads(wanted.json_schema))))
         case "choice":
             return StructuredOutputsParams(choice=list(wanted.choice.options))
         case kind:
@@ -120,32 +102,6 @@ def _check_schema(text: str) -> None:
             f"structured_outputs.json_schema must be a JSON object, got {type(schema).__name__}."
         )
     check_nesting(schema, "structured_outputs.json_schema")
-
-
-def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    every = list(subschemas(schema))
-    if not any(map(_combines, every)):
-        for one in every:
-            properties = one.get("properties")
-            if isinstance(properties, dict) and _requires_only(one, properties):
-                one.setdefault("additionalProperties", False)
-    return schema
-
-
-def _combines(schema: dict[str, Any]) -> bool:
-    """Whether several parts of `schema` apply to one value, so that one may forbid what another declares."""
-    return "allOf" in schema or len(_APPLICATORS & schema.keys()) > 1
-
-
-def _requires_only(schema: dict[str, Any], properties: dict[str, Any]) -> bool:
-    required = schema.get("required", [])
-    return (
-        _OTHER_PROPERTIES.isdisjoint(schema) and isinstance(required, list) and {*required} <= {*properties}
-    )
-
-
-def _members(value: Any) -> Iterator[Any]:
-    return iter(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
 
 
 def _too_large(kind: str) -> BadRequestError:

@@ -30,6 +30,7 @@ from serve_app.observability.demand import DemandBook
 from serve_app.observability.tracing import Tracing
 from serve_app.routing import Namespace, PrefixIndex, chain, token_array
 from serve_app.rpc.grpc_server import GrpcServer
+from tests.support.models import thinking_model
 from tests.support.observing import Remembered
 
 pytestmark = pytest.mark.timeout(600)
@@ -65,7 +66,9 @@ class Replica:
 
 
 @pytest.fixture(scope="module")
-async def replica(shallow_model_dir: Path) -> AsyncIterator[Replica]:
+async def replica(
+    shallow_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Replica]:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from serve_app.engine.service import SERVICE_NAME, EngineService
@@ -78,7 +81,8 @@ async def replica(shallow_model_dir: Path) -> AsyncIterator[Replica]:
         max_num_batched_tokens=512,
         enforce_eager=True,
     )
-    engine = AsyncLLM.from_engine_args(engine_args(str(shallow_model_dir), config))
+    model_dir = thinking_model(shallow_model_dir, tmp_path_factory.mktemp("engine") / "model")
+    engine = AsyncLLM.from_engine_args(engine_args(str(model_dir), config, "deepseek_r1"))
     log: list[TileLog] = []
 
     async def read() -> CacheState:
@@ -90,10 +94,10 @@ async def replica(shallow_model_dir: Path) -> AsyncIterator[Replica]:
     monitor = CacheMonitor(read)
     await monitor.start()
     capacity = monitor.snapshot.capacity
-    log.append(TileLog(monitor.epoch, str(shallow_model_dir), capacity.cache_dtype, capacity.tile_tokens))
+    log.append(TileLog(monitor.epoch, str(model_dir), capacity.cache_dtype, capacity.tile_tokens))
     running = asyncio.create_task(monitor.run())
     server = GrpcServer("127.0.0.1:0", [SERVICE_NAME])
-    metrics = EngineMetrics(Remembered(), kv_shape(shallow_model_dir))
+    metrics = EngineMetrics(Remembered(), kv_shape(model_dir))
     service = EngineService(engine, monitor, log[0], metrics, Tracing("test", "one", None), DemandBook())
     engine_pb2_grpc.add_EngineServicer_to_server(service, server)
     port = await server.start()
@@ -101,7 +105,7 @@ async def replica(shallow_model_dir: Path) -> AsyncIterator[Replica]:
     async with grpc.aio.insecure_channel(address) as channel:
         stub = engine_pb2_grpc.EngineStub(channel)
         stream = EngineStream(stub)
-        yield Replica(address, stub, stream, monitor, engine.get_tokenizer(), str(shallow_model_dir))
+        yield Replica(address, stub, stream, monitor, engine.get_tokenizer(), str(model_dir))
         await stream.close(0)
     await server.stop(0)
     service.close()
@@ -274,6 +278,34 @@ async def test_a_constraint_met_before_min_tokens(replica: Replica) -> None:
         with pytest.raises(CallError, match="structured_outputs") as rejection:
             await replica.ask(prompt, **choice)
         assert rejection.value.status is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("prompt", "after_reasoning", "expected"),
+    [
+        ("Hi<think>", True, "</think>yes"),  # the model ends its reasoning as soon as it may
+        ("Hi<think>", False, "yes"),
+        ("Hi<think></think>", True, "yes"),
+    ],
+)
+async def test_a_constraint_begins_after_the_reasoning(
+    replica: Replica, prompt: str, after_reasoning: bool, expected: str
+) -> None:
+    wanted = {"choice": {"options": ["yes"]}, "after_reasoning": after_reasoning}
+    (end,) = replica.tokenizer.encode("</think>", add_special_tokens=False)
+    ids = replica.tokenizer.encode(prompt)
+    deltas = await replica.ask(
+        ids, temperature=0, max_tokens=8, structured_outputs=wanted, logit_bias={end: 100}
+    )
+    assert text_of(deltas) == expected
+
+
+async def test_reasoning_is_not_constrained(replica: Replica) -> None:
+    ids = replica.tokenizer.encode(PROMPT)
+    free = await replica.ask(ids, temperature=0, max_tokens=6, ignore_eos=True)
+    wanted = {"regex": "[0-9]{50}", "after_reasoning": True, "chat_template_kwargs": '{"thinking": true}'}
+    thought = await replica.ask(ids, temperature=0, max_tokens=6, ignore_eos=True, structured_outputs=wanted)
+    assert text_of(thought) == text_of(free)
 
 
 async def test_short_prompts_do_not_update_the_prefill_speed(replica: Replica) -> None:

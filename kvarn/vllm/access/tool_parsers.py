@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from vllm.tool_parsers import ToolParser
 
 
+def tool_parser_names() -> list[str]:
+    """Return the names of the installed vLLM's parsers; importing them takes seconds."""
+    from vllm.tool_parsers import ToolParserManager
+
+    return ToolParserManager.list_registered()
+
+
 def find_tool_parser(name: str) -> type[ToolParser]:
     """Return the class of a tool parser; importing vLLM's parsers takes seconds.
 
@@ -21,8 +28,22 @@ def find_tool_parser(name: str) -> type[ToolParser]:
     try:
         return ToolParserManager.get_tool_parser(name)
     except KeyError:
-        known = ", ".join(ToolParserManager.list_registered())
-        raise ValueError(f"tool_parser is {name!r}, expected one of {known}") from None
+        known = ", ".join(tool_parser_names())
+        raise ValueError(f"tool_parser is {name!r}, expected one of {known} or none") from None
+
+
+def check_tool_parser(name: str, tokenizer: Any) -> None:
+    """Check that a parser can read the output of the model with `tokenizer`.
+
+    Raises:
+        ValueError: vLLM has no parser of this name, or it does not fit.
+    """
+    parser_class = find_tool_parser(name)
+    try:
+        parser_class(tokenizer, None)
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        detail = str(error) or type(error).__name__
+        raise ValueError(f"tool_parser {name} does not fit the model: {detail}") from error
 
 
 class StreamedToolCalls:

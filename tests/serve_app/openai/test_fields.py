@@ -14,7 +14,8 @@ from kvarn.v1 import inference_pb2
 from serve_app.client import AsyncClient, InvalidRequestError
 from serve_app.openai import schema
 from serve_app.openai.schema import ChatCompletionRequest, CompletionRequest
-from serve_app.request.prompts import MAX_TEMPLATE_KWARGS_CHARACTERS, PromptEncoder
+from serve_app.request.chat_templates import MAX_TEMPLATE_KWARGS_CHARACTERS
+from serve_app.request.prompts import PromptEncoder
 from tests.support.gateway_servers import Running, running_servers
 
 ASK: dict[str, Any] = {"role": "user", "content": "hi"}

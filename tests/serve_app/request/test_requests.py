@@ -18,6 +18,7 @@ from serve_app.request.request_errors import (
     RequestError,
 )
 from serve_app.request.sampling import check_sampling, to_vllm
+from serve_app.request.structured_outputs import engine_reasoning, place_constraint
 from serve_app.routing import Decision, Rejection, RequestNeed
 
 VOCAB = 1000
@@ -179,3 +180,44 @@ def test_a_rejection_says_what_the_caller_can_do(
     raised = rejection_error(decision, RequestNeed(60, 10), context_tokens=64)
     assert type(raised) is error
     assert part in raised.sentence
+
+
+CHAT = inference_pb2.Prompt(chat=inference_pb2.Chat(chat_template_kwargs='{"thinking": true}'))
+TEXT = inference_pb2.Prompt(text="Hi")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "prompt", "engine"),
+    [
+        (
+            StructuredOutputs(regex="x"),
+            CHAT,
+            {
+                "reasoning_ended": None,
+                "reasoning_parser_kwargs": {"chat_template_kwargs": {"thinking": True}},
+            },
+        ),
+        (StructuredOutputs(regex="x"), TEXT, {"reasoning_ended": True}),
+        (StructuredOutputs(regex="x", after_reasoning=False), CHAT, {"reasoning_ended": True}),
+        (
+            StructuredOutputs(regex="x", after_reasoning=True, chat_template_kwargs='{"a": 1}'),
+            TEXT,
+            {"reasoning_ended": None, "reasoning_parser_kwargs": {"chat_template_kwargs": {"a": 1}}},
+        ),
+        (None, CHAT, {}),
+    ],
+)
+def test_constraints_on_chats_begin_after_the_reasoning(
+    wanted: StructuredOutputs | None, prompt: inference_pb2.Prompt, engine: dict[str, object]
+) -> None:
+    params = SamplingParams(structured_outputs=wanted)
+    place_constraint(params, prompt)
+    assert engine_reasoning(params) == engine
+    place_constraint(params, inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=[1])))
+    assert engine_reasoning(params) == engine  # a chat that was encoded stays one
+
+
+def test_arguments_for_the_reasoning_parser_are_checked() -> None:
+    wanted = StructuredOutputs(regex="x", chat_template_kwargs="[]")
+    with pytest.raises(BadRequestError, match="chat_template_kwargs must be a JSON object"):
+        check_sampling(SamplingParams(structured_outputs=wanted), VOCAB)
