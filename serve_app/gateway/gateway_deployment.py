@@ -31,7 +31,7 @@ from serve_app.request.parser_choice import choose_parsers
 from serve_app.request.prompts import PromptEncoder
 from serve_app.routing import TILE_BYTES, Router
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")  # written to the replica's log
 # For the first state of replicas that already run, which takes seconds on a busy machine.
 STARTUP_WAIT_S = 10.0
 

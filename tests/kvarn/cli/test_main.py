@@ -85,7 +85,7 @@ def test_bench_refuses_an_output_it_could_not_write():
 
 
 def test_doctor_prints_tables(monkeypatch):
-    monkeypatch.setattr(doctor, "examine", lambda limits: SOUND)
+    monkeypatch.setattr(doctor, "examine", lambda *of_yaml: SOUND)
     result = run("doctor")
     assert result.exit_code == 0
     assert "page size" in result.stdout
@@ -93,7 +93,7 @@ def test_doctor_prints_tables(monkeypatch):
 
 
 def test_doctor_prints_json(monkeypatch):
-    monkeypatch.setattr(doctor, "examine", lambda limits: SOUND)
+    monkeypatch.setattr(doctor, "examine", lambda *of_yaml: SOUND)
     report = json.loads(run("doctor", "--json").stdout)
     assert report["ok"]
     assert report["hooks"] == [{"name": "page size", "ok": True, "detail": "vllm.attention"}]
@@ -101,7 +101,7 @@ def test_doctor_prints_json(monkeypatch):
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]], ids=["table", "json"])
 def test_doctor_fails_with_a_failed_check(monkeypatch, arguments):
-    monkeypatch.setattr(doctor, "examine", lambda limits: BROKEN)
+    monkeypatch.setattr(doctor, "examine", lambda *of_yaml: BROKEN)
     assert run("doctor", *arguments).exit_code == 1
 
 
