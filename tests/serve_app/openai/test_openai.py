@@ -292,7 +292,6 @@ async def test_a_required_call(front: Running, client: AsyncOpenAI, stream: bool
     schema = json.loads(request.sampling_params.structured_outputs.json_schema)
     names = [call["properties"]["name"]["enum"] for call in schema["items"]["anyOf"]]
     assert names == [["weather"], ["clock"]]
-    assert schema["$defs"] == {"city": {}}
     assert [tool.name for tool in request.prompt.chat.tools] == ["weather", "clock"]
     front.script.answer = '{"city": "Oslo"}'
     named = {"type": "function", "function": {"name": "weather"}}
