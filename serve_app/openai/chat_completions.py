@@ -106,15 +106,12 @@ class ChatService:
         """Return the state of every choice; where reasoning begins depends on the prompt, which is encoded here."""
         if self._reasoning.is_on:
             await encode_once(self._dispatcher, requests, caller)
-        ids = requests[0].prompt.token_ids.ids
+        ids = list(requests[0].prompt.token_ids.ids)
+        answers = [self._parsers.reader(request) for _ in range(request.n or 1)]
         with_logprobs, top_logprobs = bool(request.logprobs), request.top_logprobs or 0
         return [
-            ChatState(
-                self._reasoning.reader(request, ids, self._parsers.reader(request)),
-                with_logprobs,
-                top_logprobs,
-            )
-            for _ in range(request.n or 1)
+            ChatState(reader, with_logprobs, top_logprobs)
+            for reader in self._reasoning.readers(request, ids, answers)
         ]
 
     def _requests(self, request: ChatCompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:

@@ -75,15 +75,21 @@ class ReasoningParsers:
         if self._parser_class is not None and self._shows_special_tokens:
             params.skip_special_tokens = False
 
-    def reader(
-        self, request: ChatCompletionRequest, prompt_token_ids: Sequence[int], answer: Reader
-    ) -> Reader:
-        """Return a reader of one choice, which passes what follows the reasoning to `answer`."""
+    def readers(
+        self, request: ChatCompletionRequest, prompt_token_ids: Sequence[int], answers: Sequence[Reader]
+    ) -> Sequence[Reader]:
+        """Return a reader for each choice, which passes what follows the reasoning to its reader in `answers`."""
         if self._parser_class is None:
-            return answer
+            return answers
         from kvarn.vllm.access.reasoning_parsers import StreamedReasoning
 
-        reasoning = StreamedReasoning(
-            self._parser_class, self._tokenizer, prompt_token_ids, template_kwargs(request)
-        )
-        return ReasoningReader(reasoning, answer, is_shown=request.include_reasoning is not False)
+        kwargs, is_shown = template_kwargs(request), request.include_reasoning is not False
+        has_ended: bool | None = None  # searching a long prompt takes milliseconds
+        readers = []
+        for answer in answers:
+            reasoning = StreamedReasoning(
+                self._parser_class, self._tokenizer, prompt_token_ids, kwargs, has_ended
+            )
+            has_ended = reasoning.has_ended
+            readers.append(ReasoningReader(reasoning, answer, is_shown))
+        return readers

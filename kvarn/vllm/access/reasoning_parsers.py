@@ -75,6 +75,10 @@ class StreamedReasoning:
         tokenizer: from `with_cached_vocabulary`.
         prompt_token_ids: the prompt, which may open or end the reasoning.
         chat_template_kwargs: arguments of the chat template, on which some parsers depend.
+        has_ended: whether the prompt has ended the reasoning, as another output's reader found.
+
+    Attributes:
+        has_ended: whether the reasoning has ended.
     """
 
     def __init__(
@@ -83,12 +87,13 @@ class StreamedReasoning:
         tokenizer: Any,
         prompt_token_ids: Sequence[int],
         chat_template_kwargs: Mapping[str, Any],
+        has_ended: bool | None = None,
     ) -> None:
         self._kwargs = dict(chat_template_kwargs)
         self._parser = parser_class(tokenizer, chat_template_kwargs=dict(self._kwargs))
         self._engine_based = _is_engine_based(self._parser)
         self._markers = _markers(self._parser)
-        self.has_ended = self._parser.is_reasoning_end(prompt_token_ids)
+        self.has_ended = self._parser.is_reasoning_end(prompt_token_ids) if has_ended is None else has_ended
         if not self.has_ended:
             self._parser.adjust_initial_state_from_prompt(prompt_token_ids)
         self._held_text = ""

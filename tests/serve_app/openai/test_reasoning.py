@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from kvarn.vllm.access.reasoning_parsers import find_reasoning_parser
 from serve_app.request.prompts import PromptEncoder
 from tests.support.gateway_servers import Running, running_servers
 
@@ -93,6 +94,23 @@ async def test_choices_reason_on_their_own(front: Running) -> None:
     assert [choice["message"]["reasoning"] for choice in (await whole(front, n=2))["choices"]] == [
         THOUGHT
     ] * 2
+
+
+async def test_choices_share_the_search_of_their_prompt(
+    encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = find_reasoning_parser("deepseek_r1")
+    searched: list[int] = []
+    search = parser.is_reasoning_end
+
+    def counted(self: Any, token_ids: list[int]) -> bool:
+        searched.append(len(token_ids))
+        return search(self, token_ids)
+
+    monkeypatch.setattr(parser, "is_reasoning_end", counted)
+    async with running_servers(encoder, reasoning_parser="deepseek_r1") as front:
+        usage = (await whole(front, n=4))["usage"]
+    assert searched == [usage["prompt_tokens"]]
 
 
 async def test_without_thinking_all_is_content(front: Running) -> None:
