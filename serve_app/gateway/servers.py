@@ -74,7 +74,7 @@ class GatewayServers:
         tools = ToolParsers(parsers.tool_parser, encoder.tokenizer)
         reasoning = ReasoningParsers(parsers.reasoning_parser, encoder.tokenizer)
         chat = ChatService(dispatcher, tools, reasoning, encoder, on_rejection)
-        completions = CompletionService(dispatcher, encoder.token_text, on_rejection)
+        completions = CompletionService(dispatcher, encoder, on_rejection)
         openai = openai_api(model_name, max_model_len, chat, completions, access)
         app = http_app([probes(is_ready), openai, *routers], on_rejection)
         guard = HttpGuard(app, access, config.limits, config.max_message_bytes, on_rejection)

@@ -12,9 +12,10 @@ from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenL
 from kvarn.v1 import inference_pb2
 from serve_app.openai import responses
 from serve_app.openai.choices import Usage, encode_once, generate_all
+from serve_app.openai.logprobs import Vocabulary, chat_logprobs
 from serve_app.openai.reasoning import ReasoningParsers
 from serve_app.openai.requests import chat_prompt, chat_sampling, one_per_prompt, valid_unicode
-from serve_app.openai.responses import ChatState, Head, Vocabulary
+from serve_app.openai.responses import ChatState, Head
 from serve_app.openai.schema import ChatCompletionRequest
 from serve_app.openai.tools import ToolParsers
 from serve_app.request.handler import RequestHandler
@@ -95,7 +96,7 @@ class ChatService:
     def _logprobs(
         self, state: ChatState, piece: inference_pb2.GenerateResponse
     ) -> list[ChatCompletionTokenLogprob]:
-        return responses.chat_logprobs(piece.logprobs, state.top_logprobs, self._vocabulary)
+        return chat_logprobs(piece.logprobs, state.top_logprobs, self._vocabulary)
 
     async def _states(
         self,

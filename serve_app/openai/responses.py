@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -22,26 +22,13 @@ from openai.types.chat.chat_completion_message_function_tool_call import (
     ChatCompletionMessageFunctionToolCall,
     Function,
 )
-from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob, TopLogprob
+from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob
 from openai.types.completion_choice import Logprobs
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 
 from kvarn.v1 import inference_pb2
 from serve_app.openai.choices import Usage
 from serve_app.openai.tools import CallDelta, Found, Reader
-
-TokenText = Callable[[int], str]
-
-
-class Vocabulary(Protocol):
-    """Text and bytes of the model's tokens."""
-
-    def token_text(self, token_id: int) -> str:
-        """Return the text of one token; an incomplete character reads as U+FFFD."""
-
-    def token_bytes(self, token_id: int) -> bytes | None:
-        """Return the bytes of one token; None if they are not known."""
-
 
 _REASONS: dict[int, Any] = {
     inference_pb2.FINISH_REASON_STOP: "stop",
@@ -146,13 +133,6 @@ def usage_chunk(head: Head, counted: Usage) -> ChatCompletionChunk:
     return made
 
 
-def chat_logprobs(
-    positions: Iterable[inference_pb2.PositionLogprobs], count: int, vocabulary: Vocabulary
-) -> list[ChatCompletionTokenLogprob]:
-    """Return log probabilities in chat format: the sampled token, and the `count` likeliest ones."""
-    return [_position(position, count, vocabulary) for position in positions if position.candidates]
-
-
 def completion(head: Head, choices: Sequence[CompletionChoice], counted: Usage | None) -> Completion:
     """Return a whole text completion, or one chunk of its stream."""
     made = Completion(
@@ -171,26 +151,6 @@ def completion_choice(
     return CompletionChoice.model_construct(
         index=index, text=text, finish_reason=_REASONS.get(finish_reason), logprobs=logprobs
     )
-
-
-def completion_logprobs(
-    positions: Iterable[inference_pb2.PositionLogprobs], text_of: TokenText, offset: int
-) -> Logprobs:
-    """Return log probabilities in text completion format; `offset` is the first token's place in the text."""
-    made = Logprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
-    assert made.tokens is not None
-    assert made.text_offset is not None
-    assert made.token_logprobs is not None
-    assert made.top_logprobs is not None
-    for position in positions:
-        sampled = position.candidates[0]
-        token = text_of(sampled.token_id)
-        made.tokens.append(token)
-        made.text_offset.append(offset)
-        made.token_logprobs.append(sampled.logprob)
-        made.top_logprobs.append({text_of(other.token_id): other.logprob for other in position.candidates})
-        offset += len(token)
-    return made
 
 
 def _chunk(head: Head, *choices: ChunkChoice) -> ChatCompletionChunk:
@@ -253,27 +213,3 @@ def _call_chunk(call: CallDelta) -> ChoiceDeltaToolCall:
         function.name = call.name
         made.id, made.type = call.id, "function"
     return made
-
-
-def _position(
-    position: inference_pb2.PositionLogprobs, count: int, vocabulary: Vocabulary
-) -> ChatCompletionTokenLogprob:
-    sampled = position.candidates[0]
-    return ChatCompletionTokenLogprob(
-        **_token(sampled, vocabulary),
-        top_logprobs=[
-            TopLogprob(**_token(other, vocabulary)) for other in _likeliest(position.candidates, count)
-        ],
-    )
-
-
-def _likeliest(
-    candidates: Iterable[inference_pb2.TokenLogprob], count: int
-) -> list[inference_pb2.TokenLogprob]:
-    """Return the `count` best by rank; vLLM lists the sampled token even if it is not among them."""
-    return sorted(candidates, key=lambda candidate: candidate.rank)[:count]
-
-
-def _token(candidate: inference_pb2.TokenLogprob, vocabulary: Vocabulary) -> dict[str, Any]:
-    text, raw = vocabulary.token_text(candidate.token_id), vocabulary.token_bytes(candidate.token_id)
-    return {"token": text, "logprob": candidate.logprob, "bytes": None if raw is None else list(raw)}

@@ -12,6 +12,7 @@ from kvarn.v1 import inference_pb2
 from serve_app.request.chat_templates import json_object, template_kwargs
 from serve_app.request.request_errors import BadRequestError
 from serve_app.request.sampling import check_token_ids
+from serve_app.request.token_texts import TokenTexts
 
 MAX_MESSAGES = 4096
 # From here on, rendering and tokenizing take milliseconds: a thread costs less than a blocked event loop.
@@ -43,7 +44,7 @@ class PromptEncoder:
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
         self.vocab_size: int = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
-        self._bytes = _byte_symbols(self.tokenizer)
+        self._tokens = TokenTexts(self.tokenizer)
 
     async def encode(self, prompt: inference_pb2.Prompt) -> list[int]:
         """Return the token ids of a prompt.
@@ -58,18 +59,11 @@ class PromptEncoder:
 
     def token_text(self, token_id: int) -> str:
         """Return the text of one token, with U+FFFD for an incomplete character."""
-        text: str = self.tokenizer.decode([token_id])
-        return text
+        return self._tokens.token_text(token_id)
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """Return the bytes of one token; None for an incomplete character if the vocabulary is not byte-level."""
-        text = self.token_text(token_id)
-        if "\ufffd" not in text:
-            return text.encode()
-        symbols: str = self.tokenizer.convert_ids_to_tokens(token_id)
-        if not self._bytes.keys() >= set(symbols):
-            return None
-        return bytes(self._bytes[symbol] for symbol in symbols)
+        """Return the bytes of one token; None for an incomplete character of an unknown kind of vocabulary."""
+        return self._tokens.token_bytes(token_id)
 
     async def _ids(self, prompt: inference_pb2.Prompt) -> list[int]:
         match prompt.WhichOneof("content"):
@@ -141,17 +135,6 @@ def _continues(chat: inference_pb2.Chat) -> bool:
             "continue_final_message needs a last message of role assistant with text and without tool calls."
         )
     return True
-
-
-def _byte_symbols(tokenizer: Any) -> dict[str, int]:
-    """Map each symbol of a byte-level vocabulary to its byte; empty for other vocabularies."""
-    from tokenizers.decoders import ByteLevel
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(getattr(backend, "decoder", None), ByteLevel):
-        return {}
-    return {symbol: byte for byte, symbol in bytes_to_unicode().items()}
 
 
 def _is_long(prompt: inference_pb2.Prompt) -> bool:

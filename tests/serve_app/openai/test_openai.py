@@ -21,7 +21,7 @@ from openai import AsyncOpenAI
 
 from kvarn.v1 import inference_pb2
 from serve_app.client import AsyncClient, InvalidRequestError
-from serve_app.openai.responses import chat_logprobs
+from serve_app.openai.logprobs import chat_logprobs
 from serve_app.request.prompts import MAX_MESSAGES, PromptEncoder
 from serve_app.request.request_errors import (
     CapacityError,
@@ -231,16 +231,6 @@ async def test_bytes_of_tokens_that_are_parts_of_a_character_make_it_whole(
     parts = [bytes(position.bytes or ()) for position in shown.content or ()]
     assert b"".join(parts) == front.script.answer.encode()
     assert len(parts) > len(front.script.answer.split())
-
-
-def test_bytes_unknown_to_the_vocabulary_are_omitted(
-    encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(encoder, "_bytes", {})
-    part, *_ = encoder.tokenizer.encode("🦙")
-    (whole,) = encoder.tokenizer.encode("A")
-    positions = [inference_pb2.PositionLogprobs(candidates=[{"token_id": one}]) for one in (part, whole)]
-    assert [shown.bytes for shown in chat_logprobs(positions, 0, encoder)] == [None, [65]]
 
 
 async def test_text_completions(front: Running, client: AsyncOpenAI) -> None:
