@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from serve_app.observability.tracing import TraceContext
 from serve_app.openai.bodies import InvalidBodyError
@@ -35,6 +38,19 @@ def http_app(
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _failed)
     return app
+
+
+def with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Let web pages from `origins` call `app`; preflight requests, which carry no key, do not reach it."""
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["retry-after", "x-request-id"],
+    )
 
 
 def probes(is_ready: Callable[[], bool]) -> APIRouter:
@@ -78,9 +94,19 @@ async def _invalid_body(request: Request, error: Exception) -> Response:
 async def _no_route(request: Request, error: Exception) -> Response:
     """Respond to unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    response = invalid(f"{request.method} {request.url.path[:128]}: {error.detail}.", error.status_code)
+    found = f"{request.method} {request.url.path[:128]}: {error.detail}."
+    if error.status_code == 404:
+        found += f" Served are {_served(request.app)}."
+    response = invalid(found, error.status_code)
     response.headers.update(error.headers or {})
     return response
+
+
+def _served(app: FastAPI) -> str:
+    """List the methods and paths of all routes."""
+    routes = [route for route in app.routes if isinstance(route, APIRoute)]
+    names = [f"{method} {route.path_format}" for route in routes for method in sorted(route.methods)]
+    return ", ".join(names[:-1]) + f" and {names[-1]}"
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -11,13 +11,16 @@ from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenL
 
 from kvarn.v1 import inference_pb2
 from serve_app.openai import responses
-from serve_app.openai.choices import Usage, generate_all
+from serve_app.openai.choices import Usage, encode_once, generate_all
+from serve_app.openai.logprobs import Vocabulary, chat_logprobs
+from serve_app.openai.reasoning import ReasoningParsers
 from serve_app.openai.requests import chat_prompt, chat_sampling, one_per_prompt, valid_unicode
-from serve_app.openai.responses import ChatState, Head, Vocabulary
+from serve_app.openai.responses import ChatState, Head
 from serve_app.openai.schema import ChatCompletionRequest
 from serve_app.openai.tools import ToolParsers
 from serve_app.request.handler import RequestHandler
 from serve_app.request.request_errors import counting_rejections
+from serve_app.request.structured_outputs import place_constraint
 from serve_app.routing import Caller
 
 
@@ -27,6 +30,7 @@ class ChatService:
     Args:
         dispatcher: generates the outputs.
         parsers: for tool calls.
+        reasoning: for reasoning.
         vocabulary: the model's.
         on_rejection: called with the reason of each request rejected before it reaches the dispatcher.
     """
@@ -35,11 +39,13 @@ class ChatService:
         self,
         dispatcher: RequestHandler,
         parsers: ToolParsers,
+        reasoning: ReasoningParsers,
         vocabulary: Vocabulary,
         on_rejection: Callable[[str], None],
     ) -> None:
         self._dispatcher = dispatcher
         self._parsers = parsers
+        self._reasoning = reasoning
         self._vocabulary = vocabulary
         self._on_rejection = on_rejection
 
@@ -49,7 +55,8 @@ class ChatService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        requests, states = self._requests(request, head), self._states(request)
+        requests = self._requests(request, head)
+        states = await self._states(request, requests, caller)
         async with aclosing(generate_all(self._dispatcher, requests, len(states), caller)) as pieces:
             async for index, piece in pieces:
                 state = states[index]
@@ -65,7 +72,8 @@ class ChatService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        requests, states = self._requests(request, head), self._states(request)
+        requests = self._requests(request, head)
+        states = await self._states(request, requests, caller)
         opened: set[int] = set()
         async with aclosing(generate_all(self._dispatcher, requests, len(states), caller)) as pieces:
             async for index, piece in pieces:
@@ -88,20 +96,33 @@ class ChatService:
     def _logprobs(
         self, state: ChatState, piece: inference_pb2.GenerateResponse
     ) -> list[ChatCompletionTokenLogprob]:
-        return responses.chat_logprobs(piece.logprobs, state.top_logprobs, self._vocabulary)
+        return chat_logprobs(piece.logprobs, state.top_logprobs, self._vocabulary)
 
-    def _states(self, request: ChatCompletionRequest) -> list[ChatState]:
+    async def _states(
+        self,
+        request: ChatCompletionRequest,
+        requests: Sequence[inference_pb2.GenerateRequest],
+        caller: Caller,
+    ) -> list[ChatState]:
+        """Return the state of every choice; where reasoning begins depends on the prompt, which is encoded here."""
+        if self._reasoning.is_on:
+            await encode_once(self._dispatcher, requests, caller)
+        ids = list(requests[0].prompt.token_ids.ids)
+        answers = [self._parsers.reader(request) for _ in range(request.n or 1)]
         with_logprobs, top_logprobs = bool(request.logprobs), request.top_logprobs or 0
         return [
-            ChatState(self._parsers.reader(request), with_logprobs, top_logprobs)
-            for _ in range(request.n or 1)
+            ChatState(reader, with_logprobs, top_logprobs)
+            for reader in self._reasoning.readers(request, ids, answers)
         ]
 
     def _requests(self, request: ChatCompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:
         with counting_rejections(self._on_rejection), valid_unicode():
             params = chat_sampling(request)
             self._parsers.prepare(request, params)
-            return one_per_prompt(head.request_id, request, [chat_prompt(request)], params)
+            self._reasoning.prepare(params)
+            prompt = chat_prompt(request)
+            place_constraint(params, prompt)
+            return one_per_prompt(head.request_id, request, [prompt], params)
 
 
 def _counted(states: Sequence[ChatState]) -> Usage:

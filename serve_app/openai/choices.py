@@ -24,6 +24,7 @@ class Usage:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
 
     @classmethod
     def of(cls, last: Sequence[inference_pb2.Usage], choices_per_prompt: int) -> Usage:
@@ -33,6 +34,7 @@ class Usage:
             sum(usage.prompt_tokens for usage in first),
             sum(usage.cached_tokens for usage in first),
             sum(usage.completion_tokens for usage in last),
+            sum(usage.reasoning_tokens for usage in last),
         )
 
 
@@ -56,7 +58,7 @@ async def generate_all(
         RequestError: with the sentence for the caller.
     """
     if choices > 1:
-        await _encode_once(dispatcher, requests, caller)
+        await encode_once(dispatcher, requests, caller)
     queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(MAX_WAITING)
 
     async def follow(index: int, request: inference_pb2.GenerateRequest) -> None:
@@ -79,10 +81,14 @@ async def generate_all(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _encode_once(
+async def encode_once(
     dispatcher: RequestHandler, requests: Sequence[inference_pb2.GenerateRequest], caller: Caller
 ) -> None:
-    """Replace each prompt by its token ids, so that its choices do not render and tokenize it again."""
+    """Replace each prompt by its token ids, so that its choices do not render and tokenize it again.
+
+    Raises:
+        RequestError: with the sentence for the caller.
+    """
     for request in requests:
         prompt_token_ids = await dispatcher.encode(request, caller)
         request.prompt.token_ids.CopyFrom(inference_pb2.TokenIds(ids=prompt_token_ids))

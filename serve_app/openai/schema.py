@@ -1,7 +1,8 @@
 """Supported requests of OpenAI's API, extended by vLLM's sampling parameters.
 
 OpenAI's own request types are TypedDicts of everything its service offers; here an unknown field is an error.
-Fields that only describe the caller to OpenAI are accepted and ignored, since clients send them by default.
+Fields that do not change the answer, such as those that describe the caller to OpenAI, are accepted and ignored,
+since clients send them by default; null means that a field is not set.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def _at_most(count: int, what: str) -> BeforeValidator:
 
 
 _UNSUPPORTED = _or("not supported; omit this field")
+_USE_TOOLS = _or("not supported: use tools and tool_choice instead")
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Uint32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 # Up to a million items: they are validated as integers, and their range as a whole.
@@ -99,7 +101,7 @@ class Model(BaseModel):
 class StreamOptions(Model):
     """What a stream reports besides its text."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
     include_obfuscation: Ignored = None
 
 
@@ -114,7 +116,7 @@ class StructuredOutputs(Model):
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if len(self.model_fields_set) != 1:
+        if sum(value is not None for _, value in self) != 1:
             raise ValueError("set one of json, regex, choice, grammar and json_object")
         return self
 
@@ -122,7 +124,7 @@ class StructuredOutputs(Model):
 class Sampling(Model):
     """Fields that chat and text completions share."""
 
-    model: str = ""
+    model: str | None = ""
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
@@ -144,7 +146,7 @@ class Sampling(Model):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     structured_outputs: StructuredOutputs | None = None
-    cache_salt: Annotated[str, Field(max_length=128)] = Field(
+    cache_salt: Annotated[str, Field(max_length=128)] | None = Field(
         default="", description="cached prefixes are shared only between requests with equal salts"
     )
 
@@ -154,6 +156,8 @@ class Sampling(Model):
     service_tier: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
 
     @property
     def generations(self) -> int:
@@ -204,18 +208,32 @@ class CompletionRequest(Sampling):
         return self
 
 
-class TextPart(Model):
-    """A text part of a message's content."""
+class ContentPart(Model):
+    """A part of a message's content: text, or the text of the model's refusal."""
 
-    type: Literal["text"]
-    text: str
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+    cache_control: Ignored = None
+    prompt_cache_breakpoint: Ignored = None
+
+    @property
+    def shown(self) -> str:
+        """The text of the part."""
+        return (self.text if self.type == "text" else self.refusal) or ""
 
     @field_validator("type", mode="before")
     @classmethod
     def _text_only(cls, value: object) -> object:
-        if value != "text":
+        if value not in ("text", "refusal"):
             raise ValueError("only parts of type 'text' are supported; remove images, audio and files")
         return value
+
+    @model_validator(mode="after")
+    def _text_matches_type(self) -> Self:
+        if (self.text if self.type == "text" else self.refusal) is None:
+            raise ValueError(f"a part of type {self.type!r} needs a string in its field {self.type!r}")
+        return self
 
 
 class CalledFunction(Model):
@@ -229,16 +247,20 @@ class MessageToolCall(Model):
     """A tool call in an assistant message."""
 
     id: str
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
     function: CalledFunction
+    index: Ignored = None
 
 
 class Message(Model):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
-    name: Ignored = None
+    content: str | Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = Field(default=None, description="another name of reasoning_content")
+    reasoning_details: Ignored = None
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     refusal: Ignored = None
@@ -261,6 +283,7 @@ class Tool(Model):
 
     type: Literal["function"]
     function: Function
+    cache_control: Ignored = None
 
 
 class NamedFunction(Model):
@@ -312,8 +335,33 @@ class ChatCompletionRequest(Sampling):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Ignored = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        default=None, description="for chat templates that use it; also sets enable_thinking: false if none"
+    )
+    modalities: Annotated[
+        Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None,
+        _or("only ['text'] is supported: omit audio and images"),
+    ] = None
+    verbosity: Ignored = None
+    prediction: Ignored = None
+    audio: Unsupported = Field(default=None, description="not supported")
+    web_search_options: Unsupported = Field(default=None, description="not supported")
+    moderation: Unsupported = Field(default=None, description="not supported")
+    functions: Annotated[None, _USE_TOOLS] = Field(default=None, description="not supported: use tools")
+    function_call: Annotated[None, _USE_TOOLS] = Field(
+        default=None, description="not supported: use tool_choice"
+    )
+
+    include_reasoning: bool | None = Field(default=True, description="whether the answer has the reasoning")
+    chat_template_kwargs: dict[str, JsonValue] | None = Field(
+        default=None, description="further arguments of the chat template, such as enable_thinking"
+    )
+    add_generation_prompt: bool | None = Field(
+        default=None, description="default: true unless continue_final_message is"
+    )
+    continue_final_message: bool | None = Field(
+        default=None, description="continue the last message, which must be the assistant's"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -321,6 +369,8 @@ class ChatCompletionRequest(Sampling):
             raise ValueError("top_logprobs may be set only if logprobs is true")
         if self.structured_outputs and self.response_format and self.response_format.type != "text":
             raise ValueError("set response_format or structured_outputs, not both")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("set continue_final_message or add_generation_prompt, not both")
         names = [tool.function.name for tool in self.tools or ()]
         if len(names) != len(set(names)):
             raise ValueError("every tool needs a unique name")
