@@ -30,6 +30,7 @@ LAYERS = (
     ("serve_app.rpc",),
     ("serve_app.security", "serve_app.client"),
     ("serve_app.openai",),
+    ("serve_app.agents",),
     ("serve_app.http",),
     ("serve_app.gateway", "serve_app.engine"),
     ("serve_app.app", "serve_app.launch", "serve_app.simulate", "serve_app.bench"),

@@ -143,10 +143,13 @@ def pages() -> dict[str, str]:
 
 
 def _openapi() -> str:
+    from serve_app.agents.messages_api import messages_api
     from serve_app.http.asgi_app import http_app, probes
     from serve_app.openai.api import openai_api
 
-    app = http_app([probes(lambda: True), openai_api("", None, None, None, None)])  # type: ignore[arg-type]  # never called
+    openai = openai_api("", None, None, None, None)  # type: ignore[arg-type]  # never called
+    messages = messages_api("", None, None)  # type: ignore[arg-type]
+    app = http_app([probes(lambda: True), openai, messages])
     return json.dumps(app.openapi(), indent=1, sort_keys=True) + "\n"
 
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from starlette.types import ASGIApp
 
 from kvarn.v1 import cluster_pb2_grpc, inference_pb2_grpc
+from serve_app.agents.messages_api import MessagesService, messages_api
 from serve_app.config import GatewayConfig
 from serve_app.gateway.services import SERVICE_NAMES, ClusterService, FleetFeed, InferenceService
 from serve_app.http.asgi_app import http_app, probes, with_cors
@@ -76,7 +77,8 @@ class GatewayServers:
         chat = ChatService(dispatcher, tools, reasoning, encoder, on_rejection)
         completions = CompletionService(dispatcher, encoder, on_rejection)
         openai = openai_api(model_name, max_model_len, chat, completions, access)
-        app = http_app([probes(is_ready), openai, *routers], on_rejection)
+        messages = messages_api(model_name, MessagesService(chat, max_model_len), access)
+        app = http_app([probes(is_ready), openai, messages, *routers], on_rejection)
         guard = HttpGuard(app, access, config.limits, config.max_message_bytes, on_rejection)
         self._http = self._http_server(with_cors(guard, config.cors_origins), tls)
 

@@ -11,9 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from serve_app.http.error_shapes import failed_at, invalid_at, rejected_at
 from serve_app.observability.tracing import TraceContext
 from serve_app.openai.bodies import InvalidBodyError
-from serve_app.openai.error_responses import error_response, failed, invalid
 from serve_app.openai.schema import problem
 from serve_app.request.request_errors import BadRequestError, RequestError
 
@@ -75,20 +75,20 @@ def probes(is_ready: Callable[[], bool]) -> APIRouter:
 
 async def _rejected(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return error_response(error)
+    return rejected_at(request.url.path, error)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     request.app.state.on_rejection(BadRequestError.reason)
     sentence, param = problem(error.errors(), error.body)
-    return invalid(sentence, param=param)
+    return invalid_at(request.url.path, sentence, param=param)
 
 
 async def _invalid_body(request: Request, error: Exception) -> Response:
     assert isinstance(error, InvalidBodyError)
     request.app.state.on_rejection(BadRequestError.reason)
-    return invalid(error.sentence, param=error.param)
+    return invalid_at(request.url.path, error.sentence, param=error.param)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
@@ -97,7 +97,7 @@ async def _no_route(request: Request, error: Exception) -> Response:
     found = f"{request.method} {request.url.path[:128]}: {error.detail}."
     if error.status_code == 404:
         found += f" Served are {_served(request.app)}."
-    response = invalid(found, error.status_code)
+    response = invalid_at(request.url.path, found, error.status_code)
     response.headers.update(error.headers or {})
     return response
 
@@ -110,4 +110,4 @@ def _served(app: FastAPI) -> str:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return failed()
+    return failed_at(request.url.path)

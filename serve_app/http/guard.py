@@ -11,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import LimitsConfig
-from serve_app.openai.error_responses import error_response
+from serve_app.http.error_shapes import rejected_at
 from serve_app.request.request_errors import RequestError, TooLargeError, TooSlowError, counting_rejections
 from serve_app.security.access import Access
 
@@ -59,7 +59,7 @@ class HttpGuard:
         try:
             body = await self._admit(scope, receive)
         except RequestError as error:
-            response = error_response(error)
+            response = rejected_at(scope["path"], error)
             response.headers["connection"] = "close"  # the rest of the request is not read
             await response(scope, receive, send_with_id)
         except _GoneError:

@@ -111,11 +111,11 @@ async def _answer(
 ) -> Response:
     if wanted.stream:
         chunks = _admitted_stream(service, request, wanted, head, access)
-        first = await _unless_gone(request, anext(chunks))  # a rejection still gets its HTTP status
-        return EventStream(_events(first, chunks)) if first is not None else _gone()
-    answer = await _unless_gone(request, _admitted(service, request, wanted, head, access))
+        first = await unless_gone(request, anext(chunks))  # a rejection still gets its HTTP status
+        return EventStream(_events(first, chunks)) if first is not None else gone()
+    answer = await unless_gone(request, _admitted(service, request, wanted, head, access))
     if answer is None:
-        return _gone()
+        return gone()
     return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
 
 
@@ -158,7 +158,7 @@ def _event_text(data: str) -> str:
     return f"data: {data}\n\n"
 
 
-async def _unless_gone(request: Request, answer: Awaitable[T]) -> T | None:
+async def unless_gone(request: Request, answer: Awaitable[T]) -> T | None:
     """Return the result of `answer`, or cancel it and return None if the client disconnects first."""
     working = asyncio.ensure_future(answer)
     leaving = asyncio.create_task(_disconnected(request))
@@ -176,7 +176,8 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _gone() -> Response:
+def gone() -> Response:
+    """Return the response that a client no longer reads."""
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 

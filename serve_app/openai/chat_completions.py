@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -58,7 +58,7 @@ class ChatService:
         states = [ChatState([] if request.logprobs else None) for _ in range(request.generations)]
         async with aclosing(self.deltas(request, head, caller)) as deltas:
             async for delta in deltas:
-                states[delta.index].take(delta, self._logprobs(request, delta))
+                states[delta.index].take(delta, self.logprobs(request, delta.logprobs))
         return responses.chat_completion(head, states, _counted(state.usage for state in states))
 
     async def stream(
@@ -75,7 +75,7 @@ class ChatService:
                 if delta.index not in usages:
                     yield responses.first_chunk(head, delta.index)
                 usages[delta.index] = delta.usage
-                logprobs = self._logprobs(request, delta)
+                logprobs = self.logprobs(request, delta.logprobs)
                 shown = ChoiceLogprobs(content=logprobs, refusal=None) if logprobs else None
                 if made := responses.chunk(head, delta, shown):
                     yield made
@@ -83,34 +83,53 @@ class ChatService:
             yield responses.usage_chunk(head, _counted(usages[index] for index in sorted(usages)))
 
     async def deltas(
-        self, request: ChatCompletionRequest, head: Head, caller: Caller
+        self,
+        request: ChatCompletionRequest,
+        head: Head,
+        caller: Caller,
+        context_tokens: Callable[[], int] | None = None,
     ) -> AsyncGenerator[ChatDelta, None]:
         """Yield what the output of all choices adds, for any protocol to render.
+
+        Args:
+            request: the request.
+            head: the request's id.
+            caller: the caller's tenant and priority.
+            context_tokens: returns the context of the model, and max_tokens is lowered to what the prompt leaves of
+                it; with None, a request that exceeds the context is rejected.
 
         Raises:
             RequestError: with the sentence for the caller.
         """
         requests = self._requests(request, head)
-        readers = await self._readers(request, requests, caller)
+        if self._reasoning.is_on or context_tokens is not None:
+            await encode_once(self._dispatcher, requests, caller)
+        if context_tokens is not None:
+            _limit(requests[0], context_tokens())
+        readers = self._readers(request, requests[0].prompt.token_ids.ids)
         async with aclosing(generate_all(self._dispatcher, requests, len(readers), caller)) as pieces:
             async for index, piece in pieces:
                 yield readers[index].read(piece)
 
-    def _logprobs(self, request: ChatCompletionRequest, delta: ChatDelta) -> list[ChatCompletionTokenLogprob]:
-        return chat_logprobs(delta.logprobs, request.top_logprobs or 0, self._vocabulary)
+    async def count(self, request: ChatCompletionRequest, head: Head, caller: Caller) -> int:
+        """Return the number of tokens of the request's prompt.
 
-    async def _readers(
-        self,
-        request: ChatCompletionRequest,
-        requests: Sequence[inference_pb2.GenerateRequest],
-        caller: Caller,
-    ) -> list[ChoiceReader]:
-        """Return a reader per choice; where reasoning begins depends on the prompt, which is encoded here."""
-        if self._reasoning.is_on:
-            await encode_once(self._dispatcher, requests, caller)
-        ids = list(requests[0].prompt.token_ids.ids)
+        Raises:
+            RequestError: with the sentence for the caller.
+        """
+        (counted,) = self._requests(request, head)
+        return len(await self._dispatcher.encode(counted, caller))
+
+    def logprobs(
+        self, request: ChatCompletionRequest, positions: Iterable[inference_pb2.PositionLogprobs]
+    ) -> list[ChatCompletionTokenLogprob]:
+        """Return log probabilities in OpenAI's format."""
+        return chat_logprobs(positions, request.top_logprobs or 0, self._vocabulary)
+
+    def _readers(self, request: ChatCompletionRequest, prompt_token_ids: Iterable[int]) -> list[ChoiceReader]:
+        """Return a reader per choice; where reasoning begins depends on the prompt, which is encoded for it."""
         answers = [self._parsers.reader(request) for _ in range(request.generations)]
-        readers = self._reasoning.readers(request, ids, answers)
+        readers = self._reasoning.readers(request, list(prompt_token_ids), answers)
         return [ChoiceReader(index, reader) for index, reader in enumerate(readers)]
 
     def _requests(self, request: ChatCompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:
@@ -121,6 +140,12 @@ class ChatService:
             prompt = chat_prompt(request)
             place_constraint(params, prompt)
             return one_per_prompt(head.request_id, request, [prompt], params)
+
+
+def _limit(request: inference_pb2.GenerateRequest, context_tokens: int) -> None:
+    room_tokens = context_tokens - len(request.prompt.token_ids.ids)
+    if room_tokens > 0 and request.sampling_params.HasField("max_tokens"):
+        request.sampling_params.max_tokens = min(request.sampling_params.max_tokens, room_tokens)
 
 
 def _counted(usages: Iterable[inference_pb2.Usage]) -> Usage:

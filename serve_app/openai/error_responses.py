@@ -56,12 +56,17 @@ _KINDS: dict[type[request_errors.RequestError], ErrorKind] = {
 def error_response(error: request_errors.RequestError) -> JSONResponse:
     """Return the response to a rejected request."""
     kind = _kind(error)
-    headers = {}
-    if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    headers = retry_headers(error)
     if kind.status == 401:
         headers["www-authenticate"] = 'Basic realm="KVarN: the password is your API key"'
     return JSONResponse(error_body(error), kind.status, headers)
+
+
+def retry_headers(error: request_errors.RequestError) -> dict[str, str]:
+    """Return the header that says after how many seconds the request may succeed, if that is known."""
+    if error.retry_after_s is None:
+        return {}
+    return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
 
 
 def error_body(error: request_errors.RequestError) -> dict[str, object]:

@@ -17,7 +17,8 @@ from serve_app.security.rate_limits import RateLimits
 from serve_app.security.reloaded_files import Reloaded
 
 MAX_TENANT_CHARACTERS = 128
-NO_KEY = "An API key is required: send the header `authorization: Bearer KEY`."
+API_KEY = "x-api-key"  # the header of Anthropic's clients
+NO_KEY = "An API key is required: send the header `authorization: Bearer KEY` or `x-api-key: KEY`."
 
 Headers = Mapping[str, str]
 
@@ -86,7 +87,10 @@ class Access:
 
 
 def _authenticate(keys: KeyFile, headers: Headers) -> ApiKey:
-    return keys.authenticate(_presented(headers.get("authorization", "")))
+    authorization = headers.get("authorization", "")
+    if not authorization and (key := headers.get(API_KEY)):
+        return keys.authenticate(key)
+    return keys.authenticate(_presented(authorization))
 
 
 def _presented(authorization: str) -> str:

@@ -15,7 +15,7 @@ from serve_app.gateway.servers import GatewayServers
 from serve_app.gateway.services import FleetFeed
 from serve_app.request.parser_choice import ParserChoice
 from serve_app.request.prompts import PromptEncoder
-from serve_app.request.request_errors import ModelNotFoundError
+from serve_app.request.request_errors import ContextLengthError, ModelNotFoundError
 from serve_app.request.sampling import check_sampling
 from serve_app.routing import Caller, Router
 
@@ -35,7 +35,11 @@ class Script:
     wait: asyncio.Event | None = None  # awaited before the second token of every answer
     pieces: int | None = None  # number of pieces of `padding` to send instead of the answer
     padding: str = " x"
+    context_tokens: int | None = None  # longest prompt
+    finish_reason: inference_pb2.FinishReason = inference_pb2.FINISH_REASON_STOP
+    stop_reason: inference_pb2.StopReason | None = None  # of every answer
     requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
+    chats: list[inference_pb2.Chat] = field(default_factory=list)  # as they were encoded
     callers: list[Caller] = field(default_factory=list)
     explained: list[cluster_pb2.ExplainRouteRequest] = field(default_factory=list)
     running: int = 0
@@ -61,7 +65,12 @@ class Script:
         if request.model not in ("", MODEL):
             raise ModelNotFoundError(f"The model {request.model!r} is not served here: use {MODEL!r}.")
         check_sampling(request.sampling_params, self.encoder.vocab_size)
-        return await self.encoder.encode(request.prompt)
+        if request.prompt.HasField("chat"):
+            self.chats.append(request.prompt.chat.__deepcopy__())
+        ids = await self.encoder.encode(request.prompt)
+        if self.context_tokens is not None and len(ids) > self.context_tokens:
+            raise ContextLengthError(f"The prompt has {len(ids)} tokens, more than {self.context_tokens}.")
+        return ids
 
     async def explain(self, request: Any, caller: Caller) -> cluster_pb2.ExplainRouteResponse:
         self.explained.append(request)
@@ -82,7 +91,9 @@ class Script:
         params = request.sampling_params
         piece = inference_pb2.GenerateResponse(request_id=request.request_id, token_ids=token_ids, text=text)
         if is_last:
-            piece.finish_reason = inference_pb2.FINISH_REASON_STOP
+            piece.finish_reason = self.finish_reason
+            if self.stop_reason is not None:
+                piece.stop_reason.CopyFrom(self.stop_reason)
         if params.HasField("logprobs"):
             position = piece.logprobs.add()
             for rank in range(1 + params.logprobs):

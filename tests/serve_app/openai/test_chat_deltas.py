@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +22,14 @@ THOUGHT = "They greet me.\n"
 CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
 
 
-class Stopping(Script):
-    """Ends its answers with what stopped them."""
-
-    stop_reason: inference_pb2.StopReason | None = None
-
-    async def generate(self, *args: Any) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        async for piece in super().generate(*args):
-            if piece.finish_reason and self.stop_reason is not None:
-                piece.stop_reason.CopyFrom(self.stop_reason)
-            yield piece
-
-
 @pytest.fixture(scope="module")
 def encoder(thinking_model_dir: Path) -> PromptEncoder:
     return PromptEncoder(thinking_model_dir)
 
 
 @pytest.fixture
-def script(encoder: PromptEncoder) -> Stopping:
-    return Stopping(encoder, f"{THOUGHT}</think>\n\nHello!")
+def script(encoder: PromptEncoder) -> Script:
+    return Script(encoder, f"{THOUGHT}</think>\n\nHello!")
 
 
 async def deltas(script: Script, **body: Any) -> list[ChatDelta]:
@@ -60,7 +47,7 @@ async def deltas(script: Script, **body: Any) -> list[ChatDelta]:
     return [delta async for delta in service.deltas(request, head, Caller("", 0))]
 
 
-async def test_reasoning_content_and_usage(script: Stopping) -> None:
+async def test_reasoning_content_and_usage(script: Script) -> None:
     found = await deltas(script, logprobs=True)
     assert "".join(delta.reasoning for delta in found) == THOUGHT
     assert "".join(delta.content for delta in found) == "\n\nHello!"
@@ -70,13 +57,13 @@ async def test_reasoning_content_and_usage(script: Stopping) -> None:
     assert found[-1].usage.reasoning_tokens == len(script.encoder.tokenizer.encode(THOUGHT))
 
 
-async def test_choices_are_numbered(script: Stopping) -> None:
+async def test_choices_are_numbered(script: Script) -> None:
     found = await deltas(script, n=2)
     for index in range(2):
         assert "".join(one.content for one in found if one.index == index) == "\n\nHello!"
 
 
-async def test_calls(script: Stopping) -> None:
+async def test_calls(script: Script) -> None:
     script.answer = '</think>\n<tool_call>\n{"name": "clock", "arguments": {"zone": "UTC"}}\n</tool_call>'
     found = await deltas(script, tools=[CLOCK])
     calls = [call for delta in found for call in delta.calls]
@@ -93,7 +80,7 @@ async def test_calls(script: Stopping) -> None:
     ],
 )
 async def test_stop_reasons(
-    script: Stopping, reason: inference_pb2.StopReason | None, expected: str | int | None
+    script: Script, reason: inference_pb2.StopReason | None, expected: str | int | None
 ) -> None:
     script.stop_reason = reason
     found = await deltas(script)
