@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -11,11 +11,11 @@ from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenL
 
 from kvarn.v1 import inference_pb2
 from serve_app.openai import responses
-from serve_app.openai.choices import Usage, encode_once, generate_all
+from serve_app.openai.choices import ChatDelta, Usage, encode_once, generate_all
 from serve_app.openai.logprobs import Vocabulary, chat_logprobs
 from serve_app.openai.reasoning import ReasoningParsers
 from serve_app.openai.requests import chat_prompt, chat_sampling, one_per_prompt, valid_unicode
-from serve_app.openai.responses import ChatState, Head
+from serve_app.openai.responses import ChatState, ChoiceReader, Head
 from serve_app.openai.schema import ChatCompletionRequest
 from serve_app.openai.tools import ToolParsers
 from serve_app.request.handler import RequestHandler
@@ -55,14 +55,11 @@ class ChatService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        requests = self._requests(request, head)
-        states = await self._states(request, requests, caller)
-        async with aclosing(generate_all(self._dispatcher, requests, len(states), caller)) as pieces:
-            async for index, piece in pieces:
-                state = states[index]
-                state.take(piece)
-                state.logprobs += self._logprobs(state, piece)
-        return responses.chat_completion(head, states, _counted(states))
+        states = [ChatState([] if request.logprobs else None) for _ in range(request.generations)]
+        async with aclosing(self.deltas(request, head, caller)) as deltas:
+            async for delta in deltas:
+                states[delta.index].take(delta, self._logprobs(request, delta))
+        return responses.chat_completion(head, states, _counted(state.usage for state in states))
 
     async def stream(
         self, request: ChatCompletionRequest, head: Head, caller: Caller
@@ -72,48 +69,49 @@ class ChatService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        requests = self._requests(request, head)
-        states = await self._states(request, requests, caller)
-        opened: set[int] = set()
-        async with aclosing(generate_all(self._dispatcher, requests, len(states), caller)) as pieces:
-            async for index, piece in pieces:
-                if index not in opened:
-                    opened.add(index)
-                    yield responses.first_chunk(head, index)
-                if made := self._chunk(head, index, states[index], piece):
+        usages: dict[int, inference_pb2.Usage] = {}
+        async with aclosing(self.deltas(request, head, caller)) as deltas:
+            async for delta in deltas:
+                if delta.index not in usages:
+                    yield responses.first_chunk(head, delta.index)
+                usages[delta.index] = delta.usage
+                logprobs = self._logprobs(request, delta)
+                shown = ChoiceLogprobs(content=logprobs, refusal=None) if logprobs else None
+                if made := responses.chunk(head, delta, shown):
                     yield made
         if request.stream_options and request.stream_options.include_usage:
-            yield responses.usage_chunk(head, _counted(states))
+            yield responses.usage_chunk(head, _counted(usages[index] for index in sorted(usages)))
 
-    def _chunk(
-        self, head: Head, index: int, state: ChatState, piece: inference_pb2.GenerateResponse
-    ) -> ChatCompletionChunk | None:
-        found = state.take(piece)
-        logprobs = self._logprobs(state, piece)
-        shown = ChoiceLogprobs(content=logprobs, refusal=None) if logprobs else None
-        return responses.chunk(head, index, found, state.finish_reason, shown)
+    async def deltas(
+        self, request: ChatCompletionRequest, head: Head, caller: Caller
+    ) -> AsyncGenerator[ChatDelta, None]:
+        """Yield what the output of all choices adds, for any protocol to render.
 
-    def _logprobs(
-        self, state: ChatState, piece: inference_pb2.GenerateResponse
-    ) -> list[ChatCompletionTokenLogprob]:
-        return chat_logprobs(piece.logprobs, state.top_logprobs, self._vocabulary)
+        Raises:
+            RequestError: with the sentence for the caller.
+        """
+        requests = self._requests(request, head)
+        readers = await self._readers(request, requests, caller)
+        async with aclosing(generate_all(self._dispatcher, requests, len(readers), caller)) as pieces:
+            async for index, piece in pieces:
+                yield readers[index].read(piece)
 
-    async def _states(
+    def _logprobs(self, request: ChatCompletionRequest, delta: ChatDelta) -> list[ChatCompletionTokenLogprob]:
+        return chat_logprobs(delta.logprobs, request.top_logprobs or 0, self._vocabulary)
+
+    async def _readers(
         self,
         request: ChatCompletionRequest,
         requests: Sequence[inference_pb2.GenerateRequest],
         caller: Caller,
-    ) -> list[ChatState]:
-        """Return the state of every choice; where reasoning begins depends on the prompt, which is encoded here."""
+    ) -> list[ChoiceReader]:
+        """Return a reader per choice; where reasoning begins depends on the prompt, which is encoded here."""
         if self._reasoning.is_on:
             await encode_once(self._dispatcher, requests, caller)
         ids = list(requests[0].prompt.token_ids.ids)
-        answers = [self._parsers.reader(request) for _ in range(request.n or 1)]
-        with_logprobs, top_logprobs = bool(request.logprobs), request.top_logprobs or 0
-        return [
-            ChatState(reader, with_logprobs, top_logprobs)
-            for reader in self._reasoning.readers(request, ids, answers)
-        ]
+        answers = [self._parsers.reader(request) for _ in range(request.generations)]
+        readers = self._reasoning.readers(request, ids, answers)
+        return [ChoiceReader(index, reader) for index, reader in enumerate(readers)]
 
     def _requests(self, request: ChatCompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:
         with counting_rejections(self._on_rejection), valid_unicode():
@@ -125,5 +123,6 @@ class ChatService:
             return one_per_prompt(head.request_id, request, [prompt], params)
 
 
-def _counted(states: Sequence[ChatState]) -> Usage:
-    return Usage.of([state.usage for state in states], len(states))
+def _counted(usages: Iterable[inference_pb2.Usage]) -> Usage:
+    last = list(usages)
+    return Usage.of(last, len(last))

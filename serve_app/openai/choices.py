@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kvarn.v1 import inference_pb2
 from serve_app.openai.requests import numbered
+from serve_app.openai.tools import CallDelta
 from serve_app.request.handler import RequestHandler
 from serve_app.routing import Caller
 
@@ -36,6 +37,31 @@ class Usage:
             sum(usage.completion_tokens for usage in last),
             sum(usage.reasoning_tokens for usage in last),
         )
+
+
+@dataclass(slots=True, kw_only=True)
+class ChatDelta:
+    """What one piece of output adds to a chat choice, read but not yet rendered for any protocol.
+
+    Attributes:
+        index: the choice.
+        content: text of the answer.
+        reasoning: text before the answer.
+        calls: parts of tool calls.
+        finish_reason: OpenAI's, in the last delta of a choice; None before it.
+        stop_reason: the stop string or token that ended the output, in the last delta if there was one.
+        logprobs: of the tokens, if the request wants them.
+        usage: tokens of the choice so far.
+    """
+
+    index: int
+    content: str
+    reasoning: str
+    calls: Sequence[CallDelta]
+    finish_reason: str | None
+    stop_reason: str | int | None
+    logprobs: Sequence[inference_pb2.PositionLogprobs]
+    usage: inference_pb2.Usage
 
 
 async def generate_all(

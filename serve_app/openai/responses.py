@@ -27,8 +27,8 @@ from openai.types.completion_choice import Logprobs
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 
 from kvarn.v1 import inference_pb2
-from serve_app.openai.choices import Usage
-from serve_app.openai.tools import CallDelta, Found, Reader
+from serve_app.openai.choices import ChatDelta, Usage
+from serve_app.openai.tools import CallDelta, Reader
 
 _REASONS: dict[int, Any] = {
     inference_pb2.FINISH_REASON_STOP: "stop",
@@ -47,34 +47,60 @@ class Head:
     model: str
 
 
+class ChoiceReader:
+    """Reads the output of one chat choice.
+
+    Args:
+        index: number of the choice.
+        reader: separates text, tool calls and reasoning.
+    """
+
+    def __init__(self, index: int, reader: Reader) -> None:
+        self._index = index
+        self._reader = reader
+        self._reasoning_tokens = 0
+        self._has_calls = False
+
+    def read(self, piece: inference_pb2.GenerateResponse) -> ChatDelta:
+        """Return what the next piece of the output adds."""
+        reason = _REASONS.get(piece.finish_reason)
+        found = self._reader.read(piece.text, piece.token_ids, is_last=reason is not None)
+        self._has_calls = self._has_calls or bool(found.calls)
+        self._reasoning_tokens += found.reasoning_tokens
+        piece.usage.reasoning_tokens = self._reasoning_tokens
+        kind = piece.stop_reason.WhichOneof("matched")
+        return ChatDelta(
+            index=self._index,
+            content=found.content,
+            reasoning=found.reasoning,
+            calls=found.calls,
+            finish_reason="tool_calls" if self._has_calls and reason == "stop" else reason,
+            stop_reason=getattr(piece.stop_reason, kind) if kind else None,
+            logprobs=piece.logprobs,
+            usage=piece.usage,
+        )
+
+
 @dataclass
 class ChatState:
-    """Accumulated state of one chat choice."""
+    """Accumulated deltas of one chat choice; `logprobs` is None unless the caller wants them."""
 
-    reader: Reader
-    with_logprobs: bool
-    top_logprobs: int
+    logprobs: list[ChatCompletionTokenLogprob] | None
     content: str = ""
     reasoning: str = ""
-    reasoning_tokens: int = 0
     calls: list[CallDelta] = field(default_factory=list)
-    logprobs: list[ChatCompletionTokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     usage: inference_pb2.Usage = field(default_factory=inference_pb2.Usage)
 
-    def take(self, piece: inference_pb2.GenerateResponse) -> Found:
-        """Read one piece; return what it adds."""
-        reason = _REASONS.get(piece.finish_reason)
-        found = self.reader.read(piece.text, piece.token_ids, is_last=reason is not None)
-        self.reasoning += found.reasoning
-        self.reasoning_tokens += found.reasoning_tokens
-        self.usage = piece.usage
-        self.usage.reasoning_tokens = self.reasoning_tokens
-        self.content += found.content
-        self.calls = _joined(self.calls, found.calls)
-        if reason is not None:
-            self.finish_reason = "tool_calls" if self.calls and reason == "stop" else reason
-        return found
+    def take(self, delta: ChatDelta, logprobs: Iterable[ChatCompletionTokenLogprob]) -> None:
+        """Add one delta, and its log probabilities in OpenAI's format."""
+        self.content += delta.content
+        self.reasoning += delta.reasoning
+        self.calls = _joined(self.calls, delta.calls)
+        self.finish_reason = delta.finish_reason
+        self.usage = delta.usage
+        if self.logprobs is not None:
+            self.logprobs += logprobs
 
 
 def usage(counted: Usage) -> CompletionUsage:
@@ -107,20 +133,18 @@ def first_chunk(head: Head, index: int) -> ChatCompletionChunk:
     )
 
 
-def chunk(
-    head: Head, index: int, found: Found, finish_reason: str | None, logprobs: ChunkLogprobs | None
-) -> ChatCompletionChunk | None:
-    """Return the chunk for a piece; None if it would be empty."""
-    if not (found.content or found.reasoning or found.calls or finish_reason or logprobs):
+def chunk(head: Head, delta: ChatDelta, logprobs: ChunkLogprobs | None) -> ChatCompletionChunk | None:
+    """Return the chunk for a delta; None if it would be empty."""
+    if not (delta.content or delta.reasoning or delta.calls or delta.finish_reason or logprobs):
         return None
-    delta = ChoiceDelta()
-    if found.reasoning:
-        _set_reasoning(delta, found.reasoning)
-    if found.content:
-        delta.content = found.content
-    if found.calls:
-        delta.tool_calls = [_call_chunk(call) for call in found.calls]
-    choice = ChunkChoice(index=index, delta=delta, finish_reason=finish_reason)  # type: ignore[arg-type]
+    made = ChoiceDelta()
+    if delta.reasoning:
+        _set_reasoning(made, delta.reasoning)
+    if delta.content:
+        made.content = delta.content
+    if delta.calls:
+        made.tool_calls = [_call_chunk(call) for call in delta.calls]
+    choice = ChunkChoice(index=delta.index, delta=made, finish_reason=delta.finish_reason)  # type: ignore[arg-type]
     if logprobs is not None:
         choice.logprobs = logprobs
     return _chunk(head, choice)
@@ -172,7 +196,7 @@ def _chat_choice(index: int, state: ChatState) -> ChatChoice:
         _set_reasoning(message, state.reasoning)
     if state.calls:
         message.tool_calls = [_call(call) for call in state.calls]
-    logprobs = ChoiceLogprobs(content=state.logprobs, refusal=None) if state.with_logprobs else None
+    logprobs = None if state.logprobs is None else ChoiceLogprobs(content=state.logprobs, refusal=None)
     return ChatChoice(
         index=index,
         message=message,
