@@ -14,9 +14,10 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import AttentionLayer
 
 from kvarn.kernels import decode, decode_plan, pages, prefill, quantize, rotate
+from kvarn.kernels.prefill_plan import PrefillWave
 from kvarn.tile import TileLayout
 from kvarn.vllm.layer import KVarNLayer
-from kvarn.vllm.triton_plan import DecodeBatch, PrefillWave, TritonMetadata, max_requests_in_step
+from kvarn.vllm.triton_plan import DecodeBatch, TritonMetadata, max_requests_in_step
 from kvarn.vllm.versions import records_of
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class TritonLayer(KVarNLayer):
             metadata.page_rows[tokens],
         )
         if wave is not None:
-            quantize.quantize_pages(work.pages, wave.filled_pages, wave.filled_blocks, kv_cache, self.layout)
+            quantize.quantize_pages(work.pages, wave.filled.pages, wave.filled.blocks, kv_cache, self.layout)
 
     def _decode(self, batch: DecodeBatch, kv_cache: Tensor, output: Tensor) -> None:
         work = self.workspace

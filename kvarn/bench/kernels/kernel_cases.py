@@ -305,9 +305,9 @@ class PrefillCase:
         slot_rows = torch.where(position < bench.group, position, -1)
         own_pages = (tile[first:] - first + context).int()
         blocks = block_of.int()
-        entries = torch.stack([tile.int(), blocks, torch.where(tile == 0, 0, -1).int()])[
-            :, :context
-        ].contiguous()
+        earlier_tiles = pages.PageTiles(
+            tile[:context].int(), blocks[:context], torch.where(tile[:context] == 0, 0, -1).int()
+        )
         page_table = tile.int().repeat(count - first, 1)
         page_table[tile[first:] - first, tile[first:]] = own_pages
         first_query = torch.arange(0, chunk + 1, bench.group, dtype=torch.int32, device=device)
@@ -321,7 +321,7 @@ class PrefillCase:
         def launch() -> Tensor:
             rotate.rotate_store(query, key, value, rotated, pool, slot_rows, paged, page_rows)
             quantize.quantize_pages(paged, own_pages, blocks[first:], cache, layout)
-            pages.fill_pages(cache, pool, paged, entries, layout)
+            pages.fill_pages(cache, pool, paged, earlier_tiles, layout)
             attend(rotated, paged, first_query, key_lens, page_table, scale, attended)
             rotate.unrotate(attended, out)
             return out

@@ -135,8 +135,8 @@ class TestPages:
         cache = codec.quantize(source[:, 0], source[:, 1], layout)
         filled = torch.full((2, 4, layout.group, heads, layout.head_dim), torch.nan, dtype=torch.float16)
         filled = filled.to(DEVICE)
-        entries = torch.tensor([[2, 0, 3], [1, 2, 0], [-1, -1, 1]], dtype=torch.int32, device=DEVICE)
-        pages.fill_pages(cache.to(DEVICE), pool.to(DEVICE), filled, entries, layout)
+        chosen = pages.PageTiles(pages=int32([2, 0, 3]), blocks=int32([1, 2, 0]), slots=int32([-1, -1, 1]))
+        pages.fill_pages(cache.to(DEVICE), pool.to(DEVICE), filled, chosen, layout)
         filled = filled.cpu()
         for which, expected in enumerate(codec.dequantize(cache, layout)):
             for page, block in ((2, 1), (0, 2)):
