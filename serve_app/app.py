@@ -20,7 +20,7 @@ def build(args: AppConfig) -> serve.Application:
     """
     config = args.gateway
     engines = engine_deployment.deployment(
-        args.model, args.engine, args.observability, membership.ROUTER_CLASS
+        args.model, args.engine, args.observability, membership.ROUTER_CLASS, config.reasoning_parser
     )
     return serve.deployment(
         Gateway,

@@ -32,7 +32,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvarn.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc, sampling_pb2
 from serve_app.rpc.channels import KEEPALIVE, HeaderChannel, Tls, caller_headers
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]] | inference_pb2.Chat
 _RequestT = TypeVar("_RequestT", inference_pb2.GenerateRequest, inference_pb2.GenerateOnceRequest)
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 POLL_S = 0.25
@@ -457,6 +457,8 @@ def _explain_request(
 def _prompt(prompt: Prompt) -> inference_pb2.Prompt:
     if isinstance(prompt, str):
         return inference_pb2.Prompt(text=prompt)
+    if isinstance(prompt, inference_pb2.Chat):
+        return inference_pb2.Prompt(chat=prompt)
     if prompt and isinstance(prompt[0], Mapping):
         messages = [inference_pb2.ChatMessage(**message) for message in prompt]  # type: ignore[arg-type]
         return inference_pb2.Prompt(chat=inference_pb2.Chat(messages=messages))

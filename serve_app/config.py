@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_address
 from pathlib import Path, PurePath
 from typing import Annotated, Literal, Self
@@ -13,6 +14,7 @@ from kvarn.presets import get_preset
 Host = Annotated[str, Field(min_length=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 GIB = 1 << 30
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 
 
 def is_loopback(host: str) -> bool:
@@ -243,7 +245,18 @@ class GatewayConfig(StrictSettings):
     port: Port = 50051
     http: HttpConfig = HttpConfig()
     tool_parser: str | None = Field(
-        default=None, description="vLLM's parser for tool calls that the model makes by itself, e.g. hermes"
+        default=None,
+        description="vLLM's parser for tool calls that the model makes by itself, e.g. hermes; none: no parser; "
+        "null: by the model's family",
+    )
+    reasoning_parser: str | None = Field(
+        default=None,
+        description="vLLM's parser for reasoning before answers, e.g. qwen3, also used by the engines; none: no "
+        "parser; null: by the model's family",
+    )
+    cors_origins: list[str] = Field(
+        default=[],
+        description="origins of web pages that may call the HTTP API, e.g. https://example.com, or *",
     )
     security: SecurityConfig = SecurityConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -253,6 +266,17 @@ class GatewayConfig(StrictSettings):
     drain_grace_s: float = Field(
         default=30, ge=0, description="time that a stopping gateway lets running streams finish"
     )
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _as_browsers_send_them(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is not an origin: give scheme, host and port as browsers send them, without a "
+                    "slash at the end, e.g. https://example.com or http://localhost:3000, or '*' for all"
+                )
+        return origins
 
     @model_validator(mode="after")
     def _distinct_ports(self) -> Self:

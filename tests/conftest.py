@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
     )  # for a CUDA wheel's Python sources; read by vLLM 0.28 on
 
 from kvarn.model import DEFAULT_MODEL, resolve_model
-from tests.support.models import SHALLOW_LAYERS, cut_model
+from tests.support.models import SHALLOW_LAYERS, cut_model, thinking_model
 
 # A slow example on a busy machine is not a failure.
 settings.register_profile("kvarn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -54,3 +54,9 @@ def model_dir() -> Path:
 def shallow_model_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default model truncated to its first layers: real weights and text at a fifth of the cost."""
     return cut_model(model_dir, tmp_path_factory.mktemp("shallow") / "model", layers=SHALLOW_LAYERS)
+
+
+@pytest.fixture(scope="session")
+def thinking_model_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model with tokens for reasoning and tool calls."""
+    return thinking_model(model_dir, tmp_path_factory.mktemp("thinking") / "model")

@@ -146,7 +146,7 @@ def _openapi() -> str:
     from serve_app.http.asgi_app import http_app, probes
     from serve_app.openai.api import openai_api
 
-    app = http_app([probes(lambda: True), openai_api("", None, None, None)])  # type: ignore[arg-type]  # never called
+    app = http_app([probes(lambda: True), openai_api("", None, None, None, None)])  # type: ignore[arg-type]  # never called
     return json.dumps(app.openapi(), indent=1, sort_keys=True) + "\n"
 
 

@@ -16,14 +16,7 @@ from kvarn.bench.kernels.kernel_settings import (
 )
 from kvarn.bench.prefix_order import SchedulerBench
 from kvarn.bench.sinks import SinksBench
-from kvarn.cli.connection import (
-    ApiKeyOption,
-    CaOption,
-    CertificateOption,
-    PrivateKeyOption,
-    serving_errors,
-    tls_files,
-)
+from kvarn.cli.connection import Credentials, serving_errors
 from kvarn.cli.options import options_of
 from kvarn.cli.output import (
     JsonOption,
@@ -42,13 +35,10 @@ bench_app = typer.Typer(help="Measure speed and capacity.", no_args_is_help=True
 
 
 @bench_app.command("serve")
-@options_of(ServeBench)
+@options_of(ServeBench, Credentials)
 def bench_serve(
     bench: ServeBench,
-    ca: CaOption = None,
-    certificate: CertificateOption = None,
-    private_key: PrivateKeyOption = None,
-    api_key: ApiKeyOption = "",
+    credentials: Credentials,
     json_path: JsonOption = None,
     plot_path: PlotOption = None,
 ) -> None:
@@ -58,7 +48,7 @@ def bench_serve(
             from serve_app.bench import load_benchmark
         _check_outputs(json_path, plot_path)
         with counting_progress("requests") as progress:
-            report = load_benchmark.measure(bench, tls_files(ca, certificate, private_key), api_key, progress)
+            report = load_benchmark.measure(bench, credentials.tls(), credentials.api_key, progress)
         out.print(report.render(), highlight=False)
         report.write(json_path, plot_path)
         if not report.summary.answered:

@@ -11,15 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvarn.cli.connection import (
-    AddressOption,
-    ApiKeyOption,
-    CaOption,
-    CertificateOption,
-    PrivateKeyOption,
-    serving_errors,
-    tls_files,
-)
+from kvarn.cli.connection import Connection, serving_errors
+from kvarn.cli.options import options_of
 from kvarn.cli.output import out
 
 if TYPE_CHECKING:
@@ -28,24 +21,19 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 
 
+@options_of(Connection)
 def chat(
+    connection: Connection,
     prompt: Annotated[str | None, typer.Argument(help="Answer only this message, then exit.")] = None,
-    address: AddressOption = "127.0.0.1:50051",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 512,
-    ca: CaOption = None,
-    certificate: CertificateOption = None,
-    private_key: PrivateKeyOption = None,
-    api_key: ApiKeyOption = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer to PROMPT as JSON.")] = False,
 ) -> None:
     """Chat with a served model; Ctrl-C stops an answer, Ctrl-D exits."""
     with serving_errors():
-        from serve_app.client import Client
-
         if as_json and prompt is None:
             raise typer.BadParameter("--json needs a PROMPT")
-        with Client(address, tls=tls_files(ca, certificate, private_key), api_key=api_key) as client:
+        with connection.client() as client:
             if prompt is None:
                 converse(client, out, system, max_tokens)
                 return

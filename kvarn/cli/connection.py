@@ -6,6 +6,7 @@ import os
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from kvarn.address import is_address
 from kvarn.cli.output import fail, missing_packages, one_sentence_errors
 
 if TYPE_CHECKING:
+    from serve_app.client import Client
     from serve_app.rpc.channels import Tls
 
 
@@ -30,19 +32,6 @@ def _api_key(given: str) -> str:
     return given
 
 
-AddressOption = Annotated[str, typer.Option(help="host:port of a gateway's gRPC server.", callback=_address)]
-CaOption = Annotated[
-    Path | None,
-    typer.Option("--ca", exists=True, dir_okay=False, help="PEM file of the server's CA certificate."),
-]
-CertificateOption = Annotated[
-    Path | None,
-    typer.Option("--cert", exists=True, dir_okay=False, help="PEM file of the client certificate, for mTLS."),
-]
-PrivateKeyOption = Annotated[
-    Path | None,
-    typer.Option("--key", exists=True, dir_okay=False, help="PEM file of the private key of --cert."),
-]
 ApiKeyOption = Annotated[
     str,
     typer.Option(
@@ -54,22 +43,58 @@ ApiKeyOption = Annotated[
 ]
 
 
-def tls_files(ca: Path | None, certificate: Path | None, private_key: Path | None) -> Tls | None:
-    """The TLS files for a client, or None for plaintext; end the command if one is not PEM."""
-    from serve_app.rpc.channels import Tls
+@dataclass(frozen=True)
+class Credentials:
+    """Options of a client's TLS files and API key."""
 
-    if (certificate is None) != (private_key is None):
-        raise typer.BadParameter("--cert and --key go together")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    if ca is not None:
-        with _pem_errors(f"--ca {ca}", "a certificate"):
-            context.load_verify_locations(ca)
-    if certificate is not None:
-        with _pem_errors(
-            f"--cert {certificate} with --key {private_key}", "a certificate and its unencrypted key"
-        ):
-            context.load_cert_chain(certificate, private_key, password="")  # without one, OpenSSL prompts
-    return Tls(ca, certificate, private_key) if ca or certificate else None
+    ca: Annotated[
+        Path | None,
+        typer.Option("--ca", exists=True, dir_okay=False, help="PEM file of the server's CA certificate."),
+    ] = None
+    certificate: Annotated[
+        Path | None,
+        typer.Option(
+            "--cert", exists=True, dir_okay=False, help="PEM file of the client certificate, for mTLS."
+        ),
+    ] = None
+    private_key: Annotated[
+        Path | None,
+        typer.Option("--key", exists=True, dir_okay=False, help="PEM file of the private key of --cert."),
+    ] = None
+    api_key: ApiKeyOption = ""
+
+    def tls(self) -> Tls | None:
+        """The TLS files for a client, or None for plaintext; end the command if one is not PEM."""
+        from serve_app.rpc.channels import Tls
+
+        if (self.certificate is None) != (self.private_key is None):
+            raise typer.BadParameter("--cert and --key go together")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if self.ca is not None:
+            with _pem_errors(f"--ca {self.ca}", "a certificate"):
+                context.load_verify_locations(self.ca)
+        if self.certificate is not None:
+            files = f"--cert {self.certificate} with --key {self.private_key}"
+            with _pem_errors(files, "a certificate and its unencrypted key"):
+                # without a password, OpenSSL prompts
+                context.load_cert_chain(self.certificate, self.private_key, password="")
+        return Tls(self.ca, self.certificate, self.private_key) if self.ca or self.certificate else None
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Options of a client of a gateway."""
+
+    address: Annotated[str, typer.Option(help="host:port of a gateway's gRPC server.", callback=_address)] = (
+        "127.0.0.1:50051"
+    )
+    credentials: Credentials = field(default_factory=Credentials)
+
+    def client(self) -> Client:
+        """A client of the gateway, to be closed; it connects when it is used."""
+        from serve_app.client import Client
+
+        return Client(self.address, tls=self.credentials.tls(), api_key=self.credentials.api_key)
 
 
 @contextmanager

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group, RenderableType
@@ -16,7 +16,11 @@ from kvarn.cli.connection import serving_errors
 from kvarn.cli.output import AsJson, err, missing_packages, out, quiet_vllm
 from kvarn.engine_limits import EngineLimits, limits_table
 from kvarn.environment import machine, versions
+from kvarn.model import resolve_model
 from kvarn.presets import PRESETS, Preset
+
+if TYPE_CHECKING:
+    from serve_app.launch import App
 
 TOLERANCE = 1e-4  # float32 sums in another order, over values near 1
 
@@ -29,9 +33,10 @@ def doctor(
 ) -> None:
     """Check this installation: versions, machine, vLLM hooks, cache arithmetic; exit 1 if a check fails."""
     quiet_vllm()
-    limits = None if config is None else _limits_of(config)
+    app = None if config is None else _read(config)
+    limits = None if app is None else _limits_of(app)
     with err.status("checking versions and hooks, testing the cache (10 to 30 seconds)"):
-        report = examine(limits)
+        report = examine(limits, [] if app is None else [check_parsers(app)])
     if as_json:
         out.print_json(json.dumps({**asdict(report), "ok": report.ok}))
     else:
@@ -40,13 +45,21 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _limits_of(config: Path) -> EngineLimits | None:
-    """Concurrency limits of the engines of a Serve YAML; end the command if the YAML or its model is invalid."""
+def _read(config: Path) -> App:
+    """The application of a Serve YAML; end the command if the YAML or its model is invalid."""
     with serving_errors():
         with missing_packages():
-            from serve_app.launch import check_model, limits_of, read_app
+            from serve_app.launch import check_model, read_app
         app = read_app(config)
         check_model(app)
+        return app
+
+
+def _limits_of(app: App) -> EngineLimits | None:
+    """Concurrency limits of an application's engines; end the command if its model cannot be served."""
+    from serve_app.launch import limits_of
+
+    with serving_errors():
         return limits_of(app)
 
 
@@ -61,28 +74,52 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings of `kvarn doctor`; a version is None if the package is missing, `limits` without a YAML."""
+    """All findings of `kvarn doctor`; a version is None if the package is missing.
+
+    Without a YAML, `limits` is None and `parsers` is empty.
+    """
 
     versions: dict[str, str | None]
     machine: dict[str, str]
     hooks: list[Check]
     self_test: list[Check]
     limits: EngineLimits | None = None
+    parsers: list[Check] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         """Whether every check passed."""
-        return all(check.ok for check in (*self.hooks, *self.self_test))
+        return all(check.ok for check in (*self.hooks, *self.self_test, *self.parsers))
 
 
-def examine(limits: EngineLimits | None = None) -> Diagnosis:
+def examine(limits: EngineLimits | None = None, parsers: Sequence[Check] = ()) -> Diagnosis:
     """Run all checks; takes some seconds, mostly to import vLLM.
 
     Args:
         limits: of the engines that are to run here, if known.
+        parsers: checks of their parsers, if known.
     """
     tests = [self_test(preset) for preset in PRESETS.values()]
-    return Diagnosis(versions(), machine(), check_hooks(), tests, limits)
+    return Diagnosis(versions(), machine(), check_hooks(), tests, limits, list(parsers))
+
+
+def check_parsers(app: App) -> Check:
+    """Check that the parsers of an application's output exist and fit its model; say which they are."""
+    from transformers import AutoTokenizer
+
+    from serve_app.request.parser_choice import choose_parsers
+
+    model_dir, gateway = resolve_model(app.config.model), app.config.gateway
+    try:
+        chosen = choose_parsers(
+            model_dir,
+            gateway.tool_parser,
+            gateway.reasoning_parser,
+            lambda: AutoTokenizer.from_pretrained(model_dir),
+        )
+    except ValueError as error:
+        return Check("gateway", ok=False, detail=str(error))
+    return Check("gateway", ok=True, detail=str(chosen))
 
 
 def check_hooks() -> list[Check]:
@@ -121,6 +158,7 @@ def render(report: Diagnosis) -> RenderableType:
         _facts_table("machine", report.machine.items()),
         _checks_table("vLLM hooks", report.hooks),
         _checks_table("self-test", report.self_test),
+        *([_checks_table("output parsers", report.parsers)] if report.parsers else []),
         *([limits_table(report.limits)] if report.limits else []),
     )
 

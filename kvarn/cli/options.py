@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
+from itertools import chain
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from kvarn.cli.output import one_sentence_errors, quiet_vllm
@@ -14,26 +15,28 @@ from kvarn.cli.output import one_sentence_errors, quiet_vllm
 Command = Callable[..., None]
 
 
-def options_of(settings: type[Any]) -> Callable[[Command], Command]:
-    """Call a command with an instance of `settings`, its first parameter, made from options.
+def options_of(*settings: type[Any]) -> Callable[[Command], Command]:
+    """Call a command with an instance of each of the `settings`, its first parameters, made from options.
 
     Args:
-        settings: a dataclass. A field `Annotated[T, typer.Option(...)]` is an option or argument of the command; one
+        settings: dataclasses. A field `Annotated[T, typer.Option(...)]` is an option or argument of the command; one
             whose option has a `parser` is given as text. A field that is such a dataclass adds its own options. Any
             other field keeps its default.
     """
 
     def decorate(command: Command) -> Command:
-        _, *others = signature(command, eval_str=True).parameters.values()
+        others = [*signature(command, eval_str=True).parameters.values()][len(settings) :]
 
         @wraps(command)
         def run(**given: Any) -> None:
             quiet_vllm()
             with one_sentence_errors():
-                command(_make(settings, given), **given)
+                made = [_make(kind, given) for kind in settings]
+                command(*made, **given)
 
         keyword_only = (other.replace(kind=Parameter.KEYWORD_ONLY) for other in others)
-        run.__signature__ = Signature([*_parameters(settings), *keyword_only])  # type: ignore[attr-defined]
+        own = chain.from_iterable(map(_parameters, settings))
+        run.__signature__ = Signature([*own, *keyword_only])  # type: ignore[attr-defined]
         return run
 
     return decorate

@@ -15,15 +15,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from kvarn.cli.connection import (
-    AddressOption,
-    ApiKeyOption,
-    CaOption,
-    CertificateOption,
-    PrivateKeyOption,
-    serving_errors,
-    tls_files,
-)
+from kvarn.cli.connection import Connection, serving_errors
+from kvarn.cli.options import options_of
 from kvarn.cli.output import out
 
 if TYPE_CHECKING:
@@ -39,26 +32,20 @@ BREAKERS = {"half_open": "probed", "open": "failing"}
 STYLES = {"ready": "green", "draining": "yellow", "unreachable": "red"}
 
 
+@options_of(Connection)
 def status(
-    address: AddressOption = "127.0.0.1:50051",
-    ca: CaOption = None,
-    certificate: CertificateOption = None,
-    private_key: PrivateKeyOption = None,
-    api_key: ApiKeyOption = "",
+    connection: Connection,
     once: Annotated[bool, typer.Option("--once", help="Print one table and exit.")] = False,
     state_as_json: Annotated[bool, typer.Option("--json", help="Print the state once, as JSON.")] = False,
 ) -> None:
     """Show the replicas and the contents of their caches, live in a terminal; Ctrl-C exits."""
-    with serving_errors():
-        from serve_app.client import Client
-
-        with Client(address, tls=tls_files(ca, certificate, private_key), api_key=api_key) as client:
-            if state_as_json:
-                out.print_json(as_json(client.cache_state()))
-            elif once or not out.is_terminal:
-                show(out, client)
-            else:
-                show_live(out, client)
+    with serving_errors(), connection.client() as client:
+        if state_as_json:
+            out.print_json(as_json(client.cache_state()))
+        elif once or not out.is_terminal:
+            show(out, client)
+        else:
+            show_live(out, client)
 
 
 def as_json(state: cluster_pb2.GetCacheStateResponse) -> str:

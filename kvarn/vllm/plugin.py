@@ -9,14 +9,14 @@ from kvarn.vllm.hooks import (
     HookError,
     attention_backend,
     cache_dtype,
-    cache_state,
     engine_config,
-    event_log,
     misfit,
     page_size,
     private_names,
     refusals,
     slot_plan,
+    streamed_input,
+    utilities,
 )
 
 HOOKS: tuple[Hook, ...] = (
@@ -24,10 +24,11 @@ HOOKS: tuple[Hook, ...] = (
     attention_backend.HOOK,
     page_size.HOOK,
     slot_plan.HOOK,
-    cache_state.HOOK,
-    event_log.HOOK,
+    utilities.CACHE_STATE,
+    utilities.CACHE_EVENTS,
     private_names.HOOK,
     refusals.HOOK,
+    streamed_input.HOOK,
     engine_config.HOOK,
 )
 

@@ -6,7 +6,7 @@ this vLLM is one that the project was tested on (`TESTED_VLLM_VERSIONS`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,7 @@ def is_tested() -> bool:
     return installed is not None and installed.partition("+")[0] in TESTED_VLLM_VERSIONS
 
 
-def register_cache_dtypes(names: Iterable[str]) -> None:
+def register_cache_dtypes(names: Collection[str]) -> None:
     """Make vLLM take `names`, stored as bytes, for `kv_cache_dtype`.
 
     From 0.33 on vLLM has a registry for that. Before, its configuration validates against a literal type, which is
@@ -69,15 +69,14 @@ def register_cache_dtypes(names: Iterable[str]) -> None:
     """
     from vllm.config import cache
 
-    for name in names:
-        if hasattr(cache, "register_kv_cache_dtype"):
+    if hasattr(cache, "register_kv_cache_dtype"):
+        for name in names:
             cache.register_kv_cache_dtype(name)(_handler(name))
-        elif name not in cache.CacheDType.__args__:
-            cache.CacheDType.__args__ += (name,)
-    if not hasattr(cache, "register_kv_cache_dtype"):
+    else:
         from pydantic.dataclasses import rebuild_dataclass
         from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
+        cache.CacheDType.__args__ = (*dict.fromkeys((*cache.CacheDType.__args__, *names)),)
         rebuild_dataclass(cache.CacheConfig, force=True, _types_namespace=vars(cache))
         STR_DTYPE_TO_TORCH_DTYPE.update(dict.fromkeys(names, torch.uint8))
 
@@ -145,6 +144,14 @@ def returns_routed_experts(vllm_config: VllmConfig) -> bool:
     aux_output = getattr(vllm_config, "aux_output_config", None)
     holder = vllm_config.model_config if aux_output is None else aux_output
     return bool(holder.enable_return_routed_experts)
+
+
+def bypasses_workers(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM's first Ray executor runs the engine: it steps model runners, not workers; it is gone in 0.33."""
+    from vllm import envs
+
+    uses_ray = vllm_config.parallel_config.distributed_executor_backend == "ray"
+    return uses_ray and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)
 
 
 def layer_cache_shape(backend: Any, spec: Any, num_blocks: int) -> tuple[int, ...]:

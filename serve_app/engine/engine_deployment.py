@@ -13,6 +13,7 @@ from ray import serve
 from kvarn.model import kv_shape, resolve_model
 from kvarn.v1 import engine_pb2_grpc
 from kvarn.vllm.access.cache_events import read_cache_events
+from kvarn.vllm.access.constraints import choose_backend
 from kvarn.vllm.access.telemetry import CacheState, read_cache_state
 from serve_app.config import EngineConfig, ObservabilityConfig, is_loopback
 from serve_app.engine.autoscaling import replica_load, serve_options
@@ -24,6 +25,7 @@ from serve_app.engine.tile_log import TileLog
 from serve_app.observability.demand import DemandBook
 from serve_app.observability.metrics import ENGINE_METRICS, RayRecorder, record_forever
 from serve_app.observability.tracing import Tracing
+from serve_app.request.parser_choice import NONE, choose_parsers
 from serve_app.rpc.grpc_server import GrpcServer
 from serve_app.security.engine_access import EngineGuard
 
@@ -40,10 +42,16 @@ class Engine:
         model: a known model's name or a local directory.
         config: settings of the engines.
         observability: where to export spans.
+        reasoning_parser: the setting of the gateways, which the engine shares so that constraints begin after
+            the reasoning.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, model: str, config: EngineConfig, observability: ObservabilityConfig
+        self,
+        model: str,
+        config: EngineConfig,
+        observability: ObservabilityConfig,
+        reasoning_parser: str | None = None,
     ) -> None:
         # Only replicas import vLLM: it takes seconds, and the deploying process does not need it.
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -53,7 +61,7 @@ class Engine:
         self._config = config
         _bind_threads(config)
         with surfacing_core_errors():
-            self._engine = AsyncLLM.from_engine_args(engine_args(model, config))
+            self._engine = AsyncLLM.from_engine_args(engine_args(model, config, reasoning_parser))
         self._monitor = CacheMonitor(self._read_cache, config.longest_step_s)
         await self._monitor.start()
         capacity = self._monitor.snapshot.capacity
@@ -105,6 +113,7 @@ class Engine:
         await asyncio.sleep(LAME_DUCK_S)
         self._service.drain()
         await self._server.stop(self._config.drain_grace_s)
+        self._service.close()
         self._monitoring.cancel()
         self._recording.cancel()
         self._spans.close()
@@ -118,13 +127,18 @@ class Engine:
         return state
 
 
-def engine_args(model: str, config: EngineConfig) -> AsyncEngineArgs:
-    """Return the vLLM arguments of one replica."""
+def engine_args(model: str, config: EngineConfig, reasoning_parser: str | None = None) -> AsyncEngineArgs:
+    """Return the vLLM arguments of one replica; `reasoning_parser` is the setting of the gateways."""
+    from transformers import AutoTokenizer
     from vllm import AsyncEngineArgs
-    from vllm.config import KVEventsConfig
+    from vllm.config import KVEventsConfig, StructuredOutputsConfig
 
+    model_dir = resolve_model(model)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    parsers = choose_parsers(model_dir, NONE, reasoning_parser, lambda: tokenizer)
     return AsyncEngineArgs(
-        model=str(resolve_model(model)),
+        model=str(model_dir),
+        reasoning_parser=parsers.reasoning_parser or "",
         dtype=config.dtype,
         kv_cache_dtype=config.kv_cache_dtype,
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
@@ -136,13 +150,18 @@ def engine_args(model: str, config: EngineConfig) -> AsyncEngineArgs:
         distributed_executor_backend=config.distributed_executor_backend,
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=True,
+        structured_outputs_config=StructuredOutputsConfig(backend=choose_backend(tokenizer)),
         additional_config={"kvarn": config.kvarn_settings},
         kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     )
 
 
 def deployment(
-    model: str, config: EngineConfig, observability: ObservabilityConfig, router_class: str
+    model: str,
+    config: EngineConfig,
+    observability: ObservabilityConfig,
+    router_class: str,
+    reasoning_parser: str | None = None,
 ) -> serve.Application:
     """Return the Serve deployment of all engine replicas.
 
@@ -151,6 +170,7 @@ def deployment(
         config: settings of the engines.
         observability: where to export spans.
         router_class: "module:Class" of the request router through which gateways discover replicas.
+        reasoning_parser: the setting of the gateways.
     """
     scale: dict[str, Any] = {"num_replicas": config.num_replicas}
     if config.autoscaling is not None:
@@ -166,7 +186,7 @@ def deployment(
             request_router_class=router_class, request_routing_stats_period_s=0.5
         ),
         **resources(config),
-    ).bind(model, config, observability)
+    ).bind(model, config, observability, reasoning_parser)
 
 
 def _bind_threads(config: EngineConfig) -> None:

@@ -15,6 +15,7 @@ from vllm.inputs import tokens_input
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
+from kvarn.vllm.access.constraints import ConstraintChecks, ConstraintError
 from serve_app.engine.cache_monitor import CacheMonitor
 from serve_app.engine.call_server import CallServer, Write
 from serve_app.engine.engine_metrics import EngineMetrics
@@ -24,6 +25,7 @@ from serve_app.observability.demand import Demand, DemandBook
 from serve_app.observability.tracing import Tracing
 from serve_app.request.request_errors import BadRequestError, CapacityError, ReplicaUnavailableError
 from serve_app.request.sampling import to_vllm
+from serve_app.request.structured_outputs import engine_reasoning
 from serve_app.routing import CacheSnapshot, RequestNeed
 from serve_app.rpc import wire
 
@@ -64,6 +66,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._tiles = tiles
         self._metrics = metrics
         self._tracer = spans.tracer
+        self._constraints = ConstraintChecks(engine)
         self._calls = CallServer(self._generate)
 
     async def Generate(  # noqa: N802
@@ -74,6 +77,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         """Run a gateway's calls."""
         await self._calls.serve(context)
 
+    def close(self) -> None:
+        """Release the threads."""
+        self._constraints.close()
+
     def drain(self) -> None:
         """Reject new calls, and end each stream once its running calls have ended."""
         self._calls.drain()
@@ -82,7 +89,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         """Write a request's output; on cancellation, vLLM aborts the request and frees its blocks."""
         with (
             self._reservation(request) as reservation,
-            _engine_errors(),
+            _engine_errors(request.sampling_params.structured_outputs.WhichOneof("constraint")),
             self._tracer.start_as_current_span("engine generate", record_exception=False) as span,
         ):
             meter = _Meter(self._monitor, reservation, self._metrics, span)
@@ -131,8 +138,14 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         else:
             resumption = None
             prompt, params = list(request.prompt_token_ids), to_vllm(request.sampling_params)
+            await self._constraints.check(params)
         salt = request.cache_salt or None
-        outputs = self._engine.generate(tokens_input(prompt, cache_salt=salt), params, request.request_id)
+        outputs = self._engine.generate(
+            tokens_input(prompt, cache_salt=salt),
+            params,
+            request.request_id,
+            **engine_reasoning(request.sampling_params),
+        )
         async with aclosing(outputs):
             async for output in outputs:
                 meter.count(output)
@@ -228,9 +241,12 @@ class _Meter:
 
 
 @contextmanager
-def _engine_errors() -> Iterator[None]:
+def _engine_errors(kind: str | None) -> Iterator[None]:
+    """Turn vLLM's errors into `RequestError`s; `kind` is that of the request's constraint, if any."""
     try:
         yield
+    except ConstraintError as error:
+        raise BadRequestError(f"structured_outputs.{kind} cannot be enforced: {error}.") from error
     except VLLMClientError as error:
         raise _invalid(error) from error
     except EngineGenerateError as error:

@@ -27,6 +27,7 @@ from serve_app.request.request_errors import (
     RequestError,
 )
 from serve_app.request.sampling import check_sampling, check_token_ids
+from serve_app.request.structured_outputs import place_constraint
 from serve_app.routing import Caller, Candidate, Prompt, RetryBudget, Router, pause_s, token_array
 from serve_app.rpc import wire
 
@@ -237,8 +238,11 @@ class Dispatcher:
 
     def _check_retry(self, generation: Generation, tried: list[str], error: ReplicaError) -> None:
         """Raise `error` to the caller if `generation` must not be sent to another replica."""
-        if generation.output and generation.sampling.HasField("structured_outputs"):
-            raise ReplicaUnavailableError(_NOT_RESUMABLE) from error
+        if generation.sampling.HasField("structured_outputs"):
+            if generation.output:
+                raise ReplicaUnavailableError(_NOT_RESUMABLE) from error
+            if error.is_silence:
+                raise ReplicaUnavailableError(_SUSPECT) from error
         if len(tried) >= MAX_ATTEMPTS:
             raise ReplicaUnavailableError(_LOST) from error
         if not generation.output and not self._retries.spend():
@@ -251,6 +255,7 @@ class Dispatcher:
         if isinstance(request, inference_pb2.GenerateRequest):
             output = list(request.resume_token_ids)
         sampling = self._with_max_tokens(request.sampling_params, context_tokens - len(ids))
+        place_constraint(sampling, request.prompt)
         if len(output) > sampling.max_tokens:
             raise BadRequestError(
                 f"resume_token_ids must hold at most max_tokens={sampling.max_tokens} ids, got {len(output)}."
@@ -309,6 +314,10 @@ class Dispatcher:
 
 _LOST = (
     "The replica that served this request was lost, and no other could take it over: send the request again."
+)
+_SUSPECT = (
+    "The replica became silent while it prepared the structured_outputs of this request, which is therefore not "
+    "sent to another: make the constraint smaller if this happens again."
 )
 _NOT_RESUMABLE = (
     "An interrupted stream with structured_outputs cannot be resumed: send the whole request again."

@@ -23,12 +23,14 @@ class ReplicaError(Exception):
     Attributes:
         replica_id: the replica.
         is_failure: False if other requests had taken its room, or it was removed before the call.
+        is_silence: whether the replica was silent, which this request may have caused.
     """
 
-    def __init__(self, replica_id: str, is_failure: bool = True) -> None:
+    def __init__(self, replica_id: str, is_failure: bool = True, is_silence: bool = False) -> None:
         super().__init__(replica_id)
         self.replica_id = replica_id
         self.is_failure = is_failure
+        self.is_silence = is_silence
 
 
 class EngineCall:
@@ -126,11 +128,11 @@ class EngineCall:
                 return ReplicaError(self.replica_id, is_failure=False)
             case grpc.StatusCode.UNAVAILABLE:
                 self._fleet.report_lost(self.replica_id)
-        return self._failed()
+        return self._failed(error.is_silence)
 
-    def _failed(self) -> ReplicaError:
+    def _failed(self, is_silence: bool = False) -> ReplicaError:
         self._router.failed(self._key, time.monotonic())
-        return ReplicaError(self.replica_id)
+        return ReplicaError(self.replica_id, is_silence=is_silence)
 
 
 def _has_answered(first: asyncio.Task[engine_pb2.EngineDelta]) -> bool:

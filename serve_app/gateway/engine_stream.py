@@ -21,12 +21,14 @@ class CallError(Exception):
     Attributes:
         status: gRPC status of the engine; UNAVAILABLE if the stream broke.
         sentence: the reason, as a sentence.
+        is_silence: whether the gateway broke the stream because the replica was silent.
     """
 
-    def __init__(self, status: grpc.StatusCode, sentence: str) -> None:
+    def __init__(self, status: grpc.StatusCode, sentence: str, is_silence: bool = False) -> None:
         super().__init__(f"{status.name}: {sentence}")
         self.status = status
         self.sentence = sentence
+        self.is_silence = is_silence
 
 
 class StreamedCall:
@@ -112,6 +114,7 @@ class EngineStream:
         self._unsent = engine_pb2.EngineGenerateRequest()
         self._write_due = asyncio.Event()
         self._is_closing = False
+        self._is_silent = False
         self._reading = asyncio.create_task(self._read())
         self._writing = asyncio.create_task(self._write())
 
@@ -170,7 +173,8 @@ class EngineStream:
             self._write_due.set()
 
     def break_off(self) -> None:
-        """Fail all calls at once."""
+        """Fail all calls at once, since the replica is silent."""
+        self._is_silent = True
         self._rpc.cancel()
 
     async def close(self, grace_s: float) -> None:
@@ -197,7 +201,13 @@ class EngineStream:
             self._writing.cancel()
             calls, self._calls = self._calls, {}
             for call in calls.values():
-                call.fail(CallError(grpc.StatusCode.UNAVAILABLE, f"The stream broke: {reason}."))
+                call.fail(
+                    CallError(
+                        grpc.StatusCode.UNAVAILABLE,
+                        f"The stream broke: {reason}.",
+                        is_silence=self._is_silent,
+                    )
+                )
 
     def _take(self, output: engine_pb2.EngineOutput) -> None:
         call = self._calls.get(output.number)

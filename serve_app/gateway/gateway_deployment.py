@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -26,9 +27,11 @@ from serve_app.gateway.services import FleetFeed
 from serve_app.observability.demand import Demand, report_forever
 from serve_app.observability.metrics import GATEWAY_METRICS, RayRecorder, record_forever
 from serve_app.observability.tracing import Tracing
+from serve_app.request.parser_choice import choose_parsers
 from serve_app.request.prompts import PromptEncoder
 from serve_app.routing import TILE_BYTES, Router
 
+logger = logging.getLogger("ray.serve")  # written to the replica's log
 # For the first state of replicas that already run, which takes seconds on a busy machine.
 STARTUP_WAIT_S = 10.0
 
@@ -113,7 +116,7 @@ def wire_gateway(
         wake_engines: starts a replica if there is none; None if there always is one.
 
     Raises:
-        ValueError: certificates, API keys or the tool parser cannot be used.
+        ValueError: certificates, API keys or a parser cannot be used.
     """
     routing = config.routing
     router = Router(
@@ -122,7 +125,12 @@ def wire_gateway(
         max_tiles=(routing.index_memory_mib << 20) // TILE_BYTES,
         output_quantile=routing.output_quantile,
     )
-    encoder = PromptEncoder(resolve_model(model))
+    model_dir = resolve_model(model)
+    encoder = PromptEncoder(model_dir)
+    parsers = choose_parsers(
+        model_dir, config.tool_parser, config.reasoning_parser, lambda: encoder.tokenizer
+    )
+    logger.info("%s", parsers)
     spans = Tracing("kvarn-gateway", gateway_id, observability.tracing)
     log = log_to_stdout if observability.request_log else None
     observer = Observer(RayRecorder(GATEWAY_METRICS), spans, log)
@@ -155,7 +163,9 @@ def wire_gateway(
         model_name,
         dispatcher=dispatcher,
         encoder=encoder,
+        parsers=parsers,
         feed=feed,
+        max_model_len=router.max_model_len,
         is_ready=readiness.is_ready,
         on_rejection=observer.count_rejection,
         routers=[console(shown, feed.watch)],

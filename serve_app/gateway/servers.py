@@ -11,14 +11,16 @@ from starlette.types import ASGIApp
 from kvarn.v1 import cluster_pb2_grpc, inference_pb2_grpc
 from serve_app.config import GatewayConfig
 from serve_app.gateway.services import SERVICE_NAMES, ClusterService, FleetFeed, InferenceService
-from serve_app.http.asgi_app import http_app, probes
+from serve_app.http.asgi_app import http_app, probes, with_cors
 from serve_app.http.guard import HttpGuard
 from serve_app.http.server import HttpServer
 from serve_app.openai.api import openai_api
 from serve_app.openai.chat_completions import ChatService
 from serve_app.openai.completions import CompletionService
+from serve_app.openai.reasoning import ReasoningParsers
 from serve_app.openai.tools import ToolParsers
 from serve_app.request.handler import RequestHandler
+from serve_app.request.parser_choice import ParserChoice
 from serve_app.request.prompts import PromptEncoder
 from serve_app.rpc.grpc_server import GrpcServer
 from serve_app.security.access import Access
@@ -34,13 +36,15 @@ class GatewayServers:
         model_name: name of the model in requests.
         dispatcher: takes requests to the engines.
         encoder: the model's tokenizer.
+        parsers: for the model's output.
         feed: state of the replicas, and its changes.
+        max_model_len: returns the longest context of any replica in tokens, 0 while there is none.
         is_ready: whether requests are taken.
         on_rejection: called with the reason of each request rejected before it reaches the dispatcher.
         routers: additional HTTP routes.
 
     Raises:
-        ValueError: certificates, API keys or the tool parser cannot be used.
+        ValueError: certificates, API keys or a parser cannot be used.
     """
 
     def __init__(
@@ -50,7 +54,9 @@ class GatewayServers:
         *,
         dispatcher: RequestHandler,
         encoder: PromptEncoder,
+        parsers: ParserChoice,
         feed: FleetFeed,
+        max_model_len: Callable[[], int],
         is_ready: Callable[[], bool],
         on_rejection: Callable[[str], None],
         routers: Sequence[APIRouter] = (),
@@ -65,13 +71,14 @@ class GatewayServers:
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._grpc)  # type: ignore[no-untyped-call]
         cluster = ClusterService(feed, dispatcher, access)
         cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, self._grpc)  # type: ignore[no-untyped-call]
-        parsers = ToolParsers(config.tool_parser, encoder.tokenizer)
-        chat = ChatService(dispatcher, parsers, encoder, on_rejection)
-        completions = CompletionService(dispatcher, encoder.token_text, on_rejection)
-        openai = openai_api(model_name, chat, completions, access)
+        tools = ToolParsers(parsers.tool_parser, encoder.tokenizer)
+        reasoning = ReasoningParsers(parsers.reasoning_parser, encoder.tokenizer)
+        chat = ChatService(dispatcher, tools, reasoning, encoder, on_rejection)
+        completions = CompletionService(dispatcher, encoder, on_rejection)
+        openai = openai_api(model_name, max_model_len, chat, completions, access)
         app = http_app([probes(is_ready), openai, *routers], on_rejection)
         guard = HttpGuard(app, access, config.limits, config.max_message_bytes, on_rejection)
-        self._http = self._http_server(guard, tls)
+        self._http = self._http_server(with_cors(guard, config.cors_origins), tls)
 
     async def start(self) -> tuple[int, int]:
         """Start listening, and return the ports of gRPC and HTTP.

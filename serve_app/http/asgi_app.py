@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from serve_app.observability.tracing import TraceContext
+from serve_app.openai.bodies import InvalidBodyError
 from serve_app.openai.error_responses import error_response, failed, invalid
-from serve_app.openai.schema import NOT_JSON, problem
+from serve_app.openai.schema import problem
 from serve_app.request.request_errors import BadRequestError, RequestError
 
 
@@ -30,9 +34,23 @@ def http_app(
         app.include_router(router)
     app.add_exception_handler(RequestError, _rejected)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(InvalidBodyError, _invalid_body)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _failed)
     return app
+
+
+def with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Let web pages from `origins` call `app`; preflight requests, which carry no key, do not reach it."""
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["retry-after", "x-request-id"],
+    )
 
 
 def probes(is_ready: Callable[[], bool]) -> APIRouter:
@@ -67,15 +85,28 @@ async def _invalid(request: Request, error: Exception) -> Response:
     return invalid(sentence, param=param)
 
 
+async def _invalid_body(request: Request, error: Exception) -> Response:
+    assert isinstance(error, InvalidBodyError)
+    request.app.state.on_rejection(BadRequestError.reason)
+    return invalid(error.sentence, param=error.param)
+
+
 async def _no_route(request: Request, error: Exception) -> Response:
-    """Respond to unknown paths and methods, and to bodies that are not JSON at all."""
+    """Respond to unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    if error.status_code == 400:
-        request.app.state.on_rejection(BadRequestError.reason)
-        return invalid(NOT_JSON)
-    response = invalid(f"{request.method} {request.url.path[:128]}: {error.detail}.", error.status_code)
+    found = f"{request.method} {request.url.path[:128]}: {error.detail}."
+    if error.status_code == 404:
+        found += f" Served are {_served(request.app)}."
+    response = invalid(found, error.status_code)
     response.headers.update(error.headers or {})
     return response
+
+
+def _served(app: FastAPI) -> str:
+    """List the methods and paths of all routes."""
+    routes = [route for route in app.routes if isinstance(route, APIRoute)]
+    names = [f"{method} {route.path_format}" for route in routes for method in sorted(route.methods)]
+    return ", ".join(names[:-1]) + f" and {names[-1]}"
 
 
 async def _failed(request: Request, error: Exception) -> Response:

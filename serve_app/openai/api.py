@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
+from serve_app.openai.bodies import BodyRoute
 from serve_app.openai.chat_completions import ChatService
 from serve_app.openai.completions import CompletionService
 from serve_app.openai.error_responses import FAILED, ErrorResponse, body, error_body
@@ -45,30 +46,38 @@ class Service(Protocol[RequestT]):
 
 
 def openai_api(
-    model_name: str, chat: ChatService, completions: CompletionService, access: Access
+    model_name: str,
+    max_model_len: Callable[[], int],
+    chat: ChatService,
+    completions: CompletionService,
+    access: Access,
 ) -> APIRouter:
     """Build the router of OpenAI's API.
 
     Args:
         model_name: the served model.
+        max_model_len: returns the longest context of any replica in tokens, 0 while there is none.
         chat: handles chat completions.
         completions: handles text completions.
         access: authenticates callers and applies their rate limits.
     """
-    router = APIRouter(prefix="/v1", tags=["openai"])
+    router = APIRouter(prefix="/v1", tags=["openai"], route_class=BodyRoute)
     model = Model(id=model_name, created=int(time.time()), object="model", owned_by="kvarn")
+
+    def described() -> dict[str, object]:
+        return {**model.to_dict(), "max_model_len": max_model_len() or None}
 
     @router.get("/models", responses=_ERRORS)
     async def list_models() -> dict[str, Any]:
         """List the one served model."""
-        return {"object": "list", "data": [model.to_dict()]}
+        return {"object": "list", "data": [described()]}
 
     @router.get("/models/{name:path}", responses=_ERRORS)
     async def retrieve_model(name: str) -> dict[str, object]:
         """Describe the served model."""
         if name != model_name:
             raise ModelNotFoundError(f"The model {name[:128]!r} is not served here: use {model_name!r}.")
-        return model.to_dict()
+        return described()
 
     @router.post("/chat/completions", response_model=None, responses=_responses(ChatCompletion))
     async def create_chat_completion(request: Request, wanted: ChatCompletionRequest) -> Response:

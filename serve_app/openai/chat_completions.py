@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -11,13 +11,16 @@ from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenL
 
 from kvarn.v1 import inference_pb2
 from serve_app.openai import responses
-from serve_app.openai.choices import Usage, generate_all
+from serve_app.openai.choices import ChatDelta, Usage, encode_once, generate_all
+from serve_app.openai.logprobs import Vocabulary, chat_logprobs
+from serve_app.openai.reasoning import ReasoningParsers
 from serve_app.openai.requests import chat_prompt, chat_sampling, one_per_prompt, valid_unicode
-from serve_app.openai.responses import ChatState, Head, Vocabulary
+from serve_app.openai.responses import ChatState, ChoiceReader, Head
 from serve_app.openai.schema import ChatCompletionRequest
 from serve_app.openai.tools import ToolParsers
 from serve_app.request.handler import RequestHandler
 from serve_app.request.request_errors import counting_rejections
+from serve_app.request.structured_outputs import place_constraint
 from serve_app.routing import Caller
 
 
@@ -27,6 +30,7 @@ class ChatService:
     Args:
         dispatcher: generates the outputs.
         parsers: for tool calls.
+        reasoning: for reasoning.
         vocabulary: the model's.
         on_rejection: called with the reason of each request rejected before it reaches the dispatcher.
     """
@@ -35,11 +39,13 @@ class ChatService:
         self,
         dispatcher: RequestHandler,
         parsers: ToolParsers,
+        reasoning: ReasoningParsers,
         vocabulary: Vocabulary,
         on_rejection: Callable[[str], None],
     ) -> None:
         self._dispatcher = dispatcher
         self._parsers = parsers
+        self._reasoning = reasoning
         self._vocabulary = vocabulary
         self._on_rejection = on_rejection
 
@@ -49,13 +55,11 @@ class ChatService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        requests, states = self._requests(request, head), self._states(request)
-        async with aclosing(generate_all(self._dispatcher, requests, len(states), caller)) as pieces:
-            async for index, piece in pieces:
-                state = states[index]
-                state.take(piece)
-                state.logprobs += self._logprobs(state, piece)
-        return responses.chat_completion(head, states, _counted(states))
+        states = [ChatState([] if request.logprobs else None) for _ in range(request.generations)]
+        async with aclosing(self.deltas(request, head, caller)) as deltas:
+            async for delta in deltas:
+                states[delta.index].take(delta, self._logprobs(request, delta))
+        return responses.chat_completion(head, states, _counted(state.usage for state in states))
 
     async def stream(
         self, request: ChatCompletionRequest, head: Head, caller: Caller
@@ -65,44 +69,60 @@ class ChatService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        requests, states = self._requests(request, head), self._states(request)
-        opened: set[int] = set()
-        async with aclosing(generate_all(self._dispatcher, requests, len(states), caller)) as pieces:
-            async for index, piece in pieces:
-                if index not in opened:
-                    opened.add(index)
-                    yield responses.first_chunk(head, index)
-                if made := self._chunk(head, index, states[index], piece):
+        usages: dict[int, inference_pb2.Usage] = {}
+        async with aclosing(self.deltas(request, head, caller)) as deltas:
+            async for delta in deltas:
+                if delta.index not in usages:
+                    yield responses.first_chunk(head, delta.index)
+                usages[delta.index] = delta.usage
+                logprobs = self._logprobs(request, delta)
+                shown = ChoiceLogprobs(content=logprobs, refusal=None) if logprobs else None
+                if made := responses.chunk(head, delta, shown):
                     yield made
         if request.stream_options and request.stream_options.include_usage:
-            yield responses.usage_chunk(head, _counted(states))
+            yield responses.usage_chunk(head, _counted(usages[index] for index in sorted(usages)))
 
-    def _chunk(
-        self, head: Head, index: int, state: ChatState, piece: inference_pb2.GenerateResponse
-    ) -> ChatCompletionChunk | None:
-        found = state.take(piece)
-        logprobs = self._logprobs(state, piece)
-        shown = ChoiceLogprobs(content=logprobs, refusal=None) if logprobs else None
-        return responses.chunk(head, index, found, state.finish_reason, shown)
+    async def deltas(
+        self, request: ChatCompletionRequest, head: Head, caller: Caller
+    ) -> AsyncGenerator[ChatDelta, None]:
+        """Yield what the output of all choices adds, for any protocol to render.
 
-    def _logprobs(
-        self, state: ChatState, piece: inference_pb2.GenerateResponse
-    ) -> list[ChatCompletionTokenLogprob]:
-        return responses.chat_logprobs(piece.logprobs, state.top_logprobs, self._vocabulary)
+        Raises:
+            RequestError: with the sentence for the caller.
+        """
+        requests = self._requests(request, head)
+        readers = await self._readers(request, requests, caller)
+        async with aclosing(generate_all(self._dispatcher, requests, len(readers), caller)) as pieces:
+            async for index, piece in pieces:
+                yield readers[index].read(piece)
 
-    def _states(self, request: ChatCompletionRequest) -> list[ChatState]:
-        with_logprobs, top_logprobs = bool(request.logprobs), request.top_logprobs or 0
-        return [
-            ChatState(self._parsers.reader(request), with_logprobs, top_logprobs)
-            for _ in range(request.n or 1)
-        ]
+    def _logprobs(self, request: ChatCompletionRequest, delta: ChatDelta) -> list[ChatCompletionTokenLogprob]:
+        return chat_logprobs(delta.logprobs, request.top_logprobs or 0, self._vocabulary)
+
+    async def _readers(
+        self,
+        request: ChatCompletionRequest,
+        requests: Sequence[inference_pb2.GenerateRequest],
+        caller: Caller,
+    ) -> list[ChoiceReader]:
+        """Return a reader per choice; where reasoning begins depends on the prompt, which is encoded here."""
+        if self._reasoning.is_on:
+            await encode_once(self._dispatcher, requests, caller)
+        ids = list(requests[0].prompt.token_ids.ids)
+        answers = [self._parsers.reader(request) for _ in range(request.generations)]
+        readers = self._reasoning.readers(request, ids, answers)
+        return [ChoiceReader(index, reader) for index, reader in enumerate(readers)]
 
     def _requests(self, request: ChatCompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:
         with counting_rejections(self._on_rejection), valid_unicode():
             params = chat_sampling(request)
             self._parsers.prepare(request, params)
-            return one_per_prompt(head.request_id, request, [chat_prompt(request)], params)
+            self._reasoning.prepare(params)
+            prompt = chat_prompt(request)
+            place_constraint(params, prompt)
+            return one_per_prompt(head.request_id, request, [prompt], params)
 
 
-def _counted(states: Sequence[ChatState]) -> Usage:
-    return Usage.of([state.usage for state in states], len(states))
+def _counted(usages: Iterable[inference_pb2.Usage]) -> Usage:
+    last = list(usages)
+    return Usage.of(last, len(last))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kvarn.v1 import inference_pb2
 from serve_app.openai.requests import numbered
+from serve_app.openai.tools import CallDelta
 from serve_app.request.handler import RequestHandler
 from serve_app.routing import Caller
 
@@ -24,6 +25,7 @@ class Usage:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
 
     @classmethod
     def of(cls, last: Sequence[inference_pb2.Usage], choices_per_prompt: int) -> Usage:
@@ -33,7 +35,33 @@ class Usage:
             sum(usage.prompt_tokens for usage in first),
             sum(usage.cached_tokens for usage in first),
             sum(usage.completion_tokens for usage in last),
+            sum(usage.reasoning_tokens for usage in last),
         )
+
+
+@dataclass(slots=True, kw_only=True)
+class ChatDelta:
+    """What one piece of output adds to a chat choice, read but not yet rendered for any protocol.
+
+    Attributes:
+        index: the choice.
+        content: text of the answer.
+        reasoning: text before the answer.
+        calls: parts of tool calls.
+        finish_reason: OpenAI's, in the last delta of a choice; None before it.
+        stop_reason: the stop string or token that ended the output, in the last delta if there was one.
+        logprobs: of the tokens, if the request wants them.
+        usage: tokens of the choice so far.
+    """
+
+    index: int
+    content: str
+    reasoning: str
+    calls: Sequence[CallDelta]
+    finish_reason: str | None
+    stop_reason: str | int | None
+    logprobs: Sequence[inference_pb2.PositionLogprobs]
+    usage: inference_pb2.Usage
 
 
 async def generate_all(
@@ -56,7 +84,7 @@ async def generate_all(
         RequestError: with the sentence for the caller.
     """
     if choices > 1:
-        await _encode_once(dispatcher, requests, caller)
+        await encode_once(dispatcher, requests, caller)
     queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(MAX_WAITING)
 
     async def follow(index: int, request: inference_pb2.GenerateRequest) -> None:
@@ -79,10 +107,14 @@ async def generate_all(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _encode_once(
+async def encode_once(
     dispatcher: RequestHandler, requests: Sequence[inference_pb2.GenerateRequest], caller: Caller
 ) -> None:
-    """Replace each prompt by its token ids, so that its choices do not render and tokenize it again."""
+    """Replace each prompt by its token ids, so that its choices do not render and tokenize it again.
+
+    Raises:
+        RequestError: with the sentence for the caller.
+    """
     for request in requests:
         prompt_token_ids = await dispatcher.encode(request, caller)
         request.prompt.token_ids.CopyFrom(inference_pb2.TokenIds(ids=prompt_token_ids))

@@ -12,8 +12,9 @@ from openai.types.completion_choice import CompletionChoice, Logprobs
 from kvarn.v1 import inference_pb2
 from serve_app.openai import responses
 from serve_app.openai.choices import Usage, generate_all
+from serve_app.openai.logprobs import TextLogprobs, Vocabulary
 from serve_app.openai.requests import completion_prompts, completion_sampling, one_per_prompt, valid_unicode
-from serve_app.openai.responses import Head, TokenText
+from serve_app.openai.responses import Head
 from serve_app.openai.schema import CompletionRequest
 from serve_app.request.handler import RequestHandler
 from serve_app.request.request_errors import counting_rejections
@@ -24,9 +25,9 @@ from serve_app.routing import Caller
 class TextState:
     """Accumulated state of one choice."""
 
+    shown: TextLogprobs
     text: list[str] = field(default_factory=list)
     logprobs: list[inference_pb2.PositionLogprobs] = field(default_factory=list)
-    token_characters: int = 0
     finish_reason: int = inference_pb2.FINISH_REASON_UNSPECIFIED
     usage: inference_pb2.Usage = field(default_factory=inference_pb2.Usage)
 
@@ -36,15 +37,15 @@ class CompletionService:
 
     Args:
         dispatcher: generates the outputs.
-        text_of: the text of a token id.
+        vocabulary: the model's.
         on_rejection: called with the reason of each request rejected before it reaches the dispatcher.
     """
 
     def __init__(
-        self, dispatcher: RequestHandler, text_of: TokenText, on_rejection: Callable[[str], None]
+        self, dispatcher: RequestHandler, vocabulary: Vocabulary, on_rejection: Callable[[str], None]
     ) -> None:
         self._dispatcher = dispatcher
-        self._text_of = text_of
+        self._vocabulary = vocabulary
         self._on_rejection = on_rejection
 
     async def complete(self, request: CompletionRequest, head: Head, caller: Caller) -> Completion:
@@ -54,7 +55,7 @@ class CompletionService:
             RequestError: with the sentence for the caller.
         """
         requests, choices = self._requests(request, head), request.n or 1
-        states = [TextState() for _ in range(len(requests) * choices)]
+        states = [TextState(TextLogprobs(self._vocabulary)) for _ in range(len(requests) * choices)]
         async with aclosing(generate_all(self._dispatcher, requests, choices, caller)) as pieces:
             async for index, piece in pieces:
                 state = states[index]
@@ -74,7 +75,7 @@ class CompletionService:
             RequestError: with the sentence for the caller.
         """
         requests, choices = self._requests(request, head), request.n or 1
-        states = [TextState() for _ in range(len(requests) * choices)]
+        states = [TextState(TextLogprobs(self._vocabulary)) for _ in range(len(requests) * choices)]
         async with aclosing(generate_all(self._dispatcher, requests, choices, caller)) as pieces:
             async for index, piece in pieces:
                 states[index].usage = piece.usage
@@ -105,9 +106,7 @@ class CompletionService:
     ) -> Logprobs | None:
         if request.logprobs is None:
             return None
-        made = responses.completion_logprobs(positions, self._text_of, state.token_characters)
-        state.token_characters += sum(map(len, made.tokens or ()))
-        return made
+        return state.shown.add(positions)
 
 
 def _counted(request: CompletionRequest, states: list[TextState]) -> Usage:

@@ -6,8 +6,11 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from pydantic import JsonValue
+
 from kvarn.v1 import inference_pb2, sampling_pb2
 from serve_app.openai.schema import (
+    MAX_PROMPTS,
     ChatCompletionRequest,
     CompletionRequest,
     Message,
@@ -19,7 +22,6 @@ from serve_app.openai.schema import (
 from serve_app.request.prompts import LONE_SURROGATE
 from serve_app.request.request_errors import BadRequestError
 
-MAX_PROMPTS = 128
 _CONVERTED = {"stop", "logit_bias", "structured_outputs"}
 _SAME_NAME = tuple(
     name
@@ -56,12 +58,25 @@ def completion_prompts(request: CompletionRequest) -> list[inference_pb2.Prompt]
 def chat_prompt(request: ChatCompletionRequest) -> inference_pb2.Prompt:
     """Return the conversation, with the tools to show the model."""
     tools = [] if request.tool_choice == "none" else request.tools or []
+    kwargs = template_kwargs(request)
     return inference_pb2.Prompt(
         chat=inference_pb2.Chat(
             messages=[_message(message) for message in request.messages],
             tools=[_tool(tool) for tool in tools],
+            chat_template_kwargs=json.dumps(kwargs) if kwargs else "",
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=bool(request.continue_final_message),
         )
     )
+
+
+def template_kwargs(request: ChatCompletionRequest) -> dict[str, JsonValue]:
+    """Return the chat template's arguments: the request's own, and what follows from reasoning_effort, as in vLLM."""
+    kwargs: dict[str, JsonValue] = {}
+    if request.reasoning_effort is not None:
+        kwargs["reasoning_effort"] = request.reasoning_effort
+        kwargs["enable_thinking"] = request.reasoning_effort != "none"
+    return {**kwargs, **(request.chat_template_kwargs or {})}
 
 
 def completion_sampling(request: CompletionRequest) -> sampling_pb2.SamplingParams:
@@ -98,11 +113,11 @@ def one_per_prompt(
     """Return one request per prompt, all with the same id."""
     return [
         inference_pb2.GenerateRequest(
-            model=request.model,
+            model=request.model or "",
             prompt=prompt,
             sampling_params=params,
             request_id=request_id,
-            cache_salt=request.cache_salt,
+            cache_salt=request.cache_salt or "",
         )
         for prompt in prompts
     ]
@@ -165,7 +180,7 @@ def _token_ids(ids: Sequence[int]) -> inference_pb2.Prompt:
 
 def _message(message: Message) -> inference_pb2.ChatMessage:
     content = message.content
-    text = content if isinstance(content, str) else "".join(part.text for part in content or ())
+    text = content if isinstance(content, str) else "".join(part.shown for part in content or ())
     calls = [
         inference_pb2.ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
         for call in message.tool_calls or ()
@@ -175,6 +190,8 @@ def _message(message: Message) -> inference_pb2.ChatMessage:
         content=text,
         tool_calls=calls,
         tool_call_id=message.tool_call_id or "",
+        name=message.name or "",
+        reasoning=message.reasoning_content or message.reasoning or "",
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -22,26 +22,13 @@ from openai.types.chat.chat_completion_message_function_tool_call import (
     ChatCompletionMessageFunctionToolCall,
     Function,
 )
-from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob, TopLogprob
+from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob
 from openai.types.completion_choice import Logprobs
-from openai.types.completion_usage import PromptTokensDetails
+from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 
 from kvarn.v1 import inference_pb2
-from serve_app.openai.choices import Usage
-from serve_app.openai.tools import CallDelta, Found, Reader
-
-TokenText = Callable[[int], str]
-
-
-class Vocabulary(Protocol):
-    """Text and bytes of the model's tokens."""
-
-    def token_text(self, token_id: int) -> str:
-        """Return the text of one token; an incomplete character reads as U+FFFD."""
-
-    def token_bytes(self, token_id: int) -> bytes | None:
-        """Return the bytes of one token; None if they are not known."""
-
+from serve_app.openai.choices import ChatDelta, Usage
+from serve_app.openai.tools import CallDelta, Reader
 
 _REASONS: dict[int, Any] = {
     inference_pb2.FINISH_REASON_STOP: "stop",
@@ -60,29 +47,60 @@ class Head:
     model: str
 
 
+class ChoiceReader:
+    """Reads the output of one chat choice.
+
+    Args:
+        index: number of the choice.
+        reader: separates text, tool calls and reasoning.
+    """
+
+    def __init__(self, index: int, reader: Reader) -> None:
+        self._index = index
+        self._reader = reader
+        self._reasoning_tokens = 0
+        self._has_calls = False
+
+    def read(self, piece: inference_pb2.GenerateResponse) -> ChatDelta:
+        """Return what the next piece of the output adds."""
+        reason = _REASONS.get(piece.finish_reason)
+        found = self._reader.read(piece.text, piece.token_ids, is_last=reason is not None)
+        self._has_calls = self._has_calls or bool(found.calls)
+        self._reasoning_tokens += found.reasoning_tokens
+        piece.usage.reasoning_tokens = self._reasoning_tokens
+        kind = piece.stop_reason.WhichOneof("matched")
+        return ChatDelta(
+            index=self._index,
+            content=found.content,
+            reasoning=found.reasoning,
+            calls=found.calls,
+            finish_reason="tool_calls" if self._has_calls and reason == "stop" else reason,
+            stop_reason=getattr(piece.stop_reason, kind) if kind else None,
+            logprobs=piece.logprobs,
+            usage=piece.usage,
+        )
+
+
 @dataclass
 class ChatState:
-    """Accumulated state of one chat choice."""
+    """Accumulated deltas of one chat choice; `logprobs` is None unless the caller wants them."""
 
-    reader: Reader
-    with_logprobs: bool
-    top_logprobs: int
+    logprobs: list[ChatCompletionTokenLogprob] | None
     content: str = ""
+    reasoning: str = ""
     calls: list[CallDelta] = field(default_factory=list)
-    logprobs: list[ChatCompletionTokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     usage: inference_pb2.Usage = field(default_factory=inference_pb2.Usage)
 
-    def take(self, piece: inference_pb2.GenerateResponse) -> Found:
-        """Read one piece; return what it adds."""
-        reason = _REASONS.get(piece.finish_reason)
-        found = self.reader.read(piece.text, piece.token_ids, is_last=reason is not None)
-        self.usage = piece.usage
-        self.content += found.content
-        self.calls = _joined(self.calls, found.calls)
-        if reason is not None:
-            self.finish_reason = "tool_calls" if self.calls and reason == "stop" else reason
-        return found
+    def take(self, delta: ChatDelta, logprobs: Iterable[ChatCompletionTokenLogprob]) -> None:
+        """Add one delta, and its log probabilities in OpenAI's format."""
+        self.content += delta.content
+        self.reasoning += delta.reasoning
+        self.calls = _joined(self.calls, delta.calls)
+        self.finish_reason = delta.finish_reason
+        self.usage = delta.usage
+        if self.logprobs is not None:
+            self.logprobs += logprobs
 
 
 def usage(counted: Usage) -> CompletionUsage:
@@ -92,6 +110,7 @@ def usage(counted: Usage) -> CompletionUsage:
         completion_tokens=counted.completion_tokens,
         total_tokens=counted.prompt_tokens + counted.completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=counted.cached_tokens),
+        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=counted.reasoning_tokens),
     )
 
 
@@ -114,18 +133,18 @@ def first_chunk(head: Head, index: int) -> ChatCompletionChunk:
     )
 
 
-def chunk(
-    head: Head, index: int, found: Found, finish_reason: str | None, logprobs: ChunkLogprobs | None
-) -> ChatCompletionChunk | None:
-    """Return the chunk for a piece; None if it would be empty."""
-    if not (found.content or found.calls or finish_reason or logprobs):
+def chunk(head: Head, delta: ChatDelta, logprobs: ChunkLogprobs | None) -> ChatCompletionChunk | None:
+    """Return the chunk for a delta; None if it would be empty."""
+    if not (delta.content or delta.reasoning or delta.calls or delta.finish_reason or logprobs):
         return None
-    delta = ChoiceDelta()
-    if found.content:
-        delta.content = found.content
-    if found.calls:
-        delta.tool_calls = [_call_chunk(call) for call in found.calls]
-    choice = ChunkChoice(index=index, delta=delta, finish_reason=finish_reason)  # type: ignore[arg-type]
+    made = ChoiceDelta()
+    if delta.reasoning:
+        _set_reasoning(made, delta.reasoning)
+    if delta.content:
+        made.content = delta.content
+    if delta.calls:
+        made.tool_calls = [_call_chunk(call) for call in delta.calls]
+    choice = ChunkChoice(index=delta.index, delta=made, finish_reason=delta.finish_reason)  # type: ignore[arg-type]
     if logprobs is not None:
         choice.logprobs = logprobs
     return _chunk(head, choice)
@@ -136,13 +155,6 @@ def usage_chunk(head: Head, counted: Usage) -> ChatCompletionChunk:
     made = _chunk(head)
     made.usage = usage(counted)
     return made
-
-
-def chat_logprobs(
-    positions: Iterable[inference_pb2.PositionLogprobs], count: int, vocabulary: Vocabulary
-) -> list[ChatCompletionTokenLogprob]:
-    """Return log probabilities in chat format: the sampled token, and the `count` likeliest ones."""
-    return [_position(position, count, vocabulary) for position in positions if position.candidates]
 
 
 def completion(head: Head, choices: Sequence[CompletionChoice], counted: Usage | None) -> Completion:
@@ -165,26 +177,6 @@ def completion_choice(
     )
 
 
-def completion_logprobs(
-    positions: Iterable[inference_pb2.PositionLogprobs], text_of: TokenText, offset: int
-) -> Logprobs:
-    """Return log probabilities in text completion format; `offset` is the first token's place in the text."""
-    made = Logprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
-    assert made.tokens is not None
-    assert made.text_offset is not None
-    assert made.token_logprobs is not None
-    assert made.top_logprobs is not None
-    for position in positions:
-        sampled = position.candidates[0]
-        token = text_of(sampled.token_id)
-        made.tokens.append(token)
-        made.text_offset.append(offset)
-        made.token_logprobs.append(sampled.logprob)
-        made.top_logprobs.append({text_of(other.token_id): other.logprob for other in position.candidates})
-        offset += len(token)
-    return made
-
-
 def _chunk(head: Head, *choices: ChunkChoice) -> ChatCompletionChunk:
     return ChatCompletionChunk(
         id=head.id,
@@ -196,17 +188,26 @@ def _chunk(head: Head, *choices: ChunkChoice) -> ChatCompletionChunk:
 
 
 def _chat_choice(index: int, state: ChatState) -> ChatChoice:
-    message = ChatCompletionMessage(role="assistant", content=state.content or (None if state.calls else ""))
+    message = ChatCompletionMessage(
+        role="assistant", content=state.content or (None if state.calls or state.reasoning else "")
+    )
     message.refusal = None
+    if state.reasoning:
+        _set_reasoning(message, state.reasoning)
     if state.calls:
         message.tool_calls = [_call(call) for call in state.calls]
-    logprobs = ChoiceLogprobs(content=state.logprobs, refusal=None) if state.with_logprobs else None
+    logprobs = None if state.logprobs is None else ChoiceLogprobs(content=state.logprobs, refusal=None)
     return ChatChoice(
         index=index,
         message=message,
         logprobs=logprobs,
         finish_reason=state.finish_reason or "stop",  # type: ignore[arg-type]
     )
+
+
+def _set_reasoning(made: ChoiceDelta | ChatCompletionMessage, reasoning: str) -> None:
+    """Set both names by which clients read reasoning; OpenAI's types have neither."""
+    made.reasoning_content = made.reasoning = reasoning  # type: ignore[union-attr]
 
 
 def _joined(calls: list[CallDelta], parts: Iterable[CallDelta]) -> list[CallDelta]:
@@ -236,27 +237,3 @@ def _call_chunk(call: CallDelta) -> ChoiceDeltaToolCall:
         function.name = call.name
         made.id, made.type = call.id, "function"
     return made
-
-
-def _position(
-    position: inference_pb2.PositionLogprobs, count: int, vocabulary: Vocabulary
-) -> ChatCompletionTokenLogprob:
-    sampled = position.candidates[0]
-    return ChatCompletionTokenLogprob(
-        **_token(sampled, vocabulary),
-        top_logprobs=[
-            TopLogprob(**_token(other, vocabulary)) for other in _likeliest(position.candidates, count)
-        ],
-    )
-
-
-def _likeliest(
-    candidates: Iterable[inference_pb2.TokenLogprob], count: int
-) -> list[inference_pb2.TokenLogprob]:
-    """Return the `count` best by rank; vLLM lists the sampled token even if it is not among them."""
-    return sorted(candidates, key=lambda candidate: candidate.rank)[:count]
-
-
-def _token(candidate: inference_pb2.TokenLogprob, vocabulary: Vocabulary) -> dict[str, Any]:
-    text, raw = vocabulary.token_text(candidate.token_id), vocabulary.token_bytes(candidate.token_id)
-    return {"token": text, "logprob": candidate.logprob, "bytes": None if raw is None else list(raw)}

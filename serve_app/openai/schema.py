@@ -1,7 +1,8 @@
 """Supported requests of OpenAI's API, extended by vLLM's sampling parameters.
 
 OpenAI's own request types are TypedDicts of everything its service offers; here an unknown field is an error.
-Fields that only describe the caller to OpenAI are accepted and ignored, since clients send them by default.
+Fields that do not change the answer, such as those that describe the caller to OpenAI, are accepted and ignored,
+since clients send them by default; null means that a field is not set.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -23,9 +26,14 @@ from pydantic import (
 )
 
 from serve_app.request.prompts import MAX_MESSAGES
+from serve_app.request.structured_outputs import MAX_OPTIONS
 
 MAX_CHOICES = 16
+MAX_BIASES = 1024
+MAX_IDS = 1 << 20  # more than any context holds
 MAX_PARTS = 128  # per message
+MAX_PROMPTS = 128
+MAX_TOOLS = 128
 MAX_PARAM_CHARACTERS = 128  # of a field's path in an error response
 NOT_JSON = "The body is not valid UTF-8 JSON, or its nesting or a number exceeds the supported limits."
 NOT_AN_OBJECT = "The body must be a JSON object."
@@ -46,11 +54,30 @@ def _or(sentence: str) -> WrapValidator:
     return WrapValidator(check)
 
 
+def _check_ids(ids: list[int]) -> list[int]:
+    if ids and not 0 <= min(ids) <= max(ids) < 2**32:
+        raise ValueError("token ids must be from 0 to 4294967295")
+    return ids
+
+
+def _at_most(count: int, what: str) -> BeforeValidator:
+    """Bound a dictionary before its entries are validated: pydantic itself does so afterwards."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > count:
+            raise ValueError(f"must hold at most {count} {what}, got {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
 _UNSUPPORTED = _or("not supported; omit this field")
+_USE_TOOLS = _or("not supported: use tools and tool_choice instead")
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Uint32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
+# Up to a million items: they are validated as integers, and their range as a whole.
+TokenIds = Annotated[list[int], Field(max_length=MAX_IDS, fail_fast=True), AfterValidator(_check_ids)]
 MaxTokens = Annotated[int, Field(ge=1, le=2**32 - 1)]
-TokenId = Uint32
 TokenKey = Annotated[
     str, Field(pattern=r"^[0-9]{1,10}$"), _or("keys must be token ids, in at most 10 digits")
 ]
@@ -60,9 +87,9 @@ FunctionName = Annotated[
     _or("a name must have 1 to 64 characters: letters, digits, '_', '.' and '-'"),
 ]
 Unsupported = Annotated[None, _UNSUPPORTED]
-Stop = str | Annotated[list[str], Field(max_length=64)] | None
+Stop = str | Annotated[list[str], Field(max_length=64, fail_fast=True)] | None
 Place = tuple[str | int, ...]
-Ignored = Annotated[JsonValue, Field(description="accepted and ignored")]
+Ignored = Annotated[Any, Field(description="accepted and ignored")]
 
 
 class Model(BaseModel):
@@ -74,7 +101,7 @@ class Model(BaseModel):
 class StreamOptions(Model):
     """What a stream reports besides its text."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
     include_obfuscation: Ignored = None
 
 
@@ -83,13 +110,13 @@ class StructuredOutputs(Model):
 
     json_schema: dict[str, JsonValue] | str | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], Field(max_length=MAX_OPTIONS, fail_fast=True)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if len(self.model_fields_set) != 1:
+        if sum(value is not None for _, value in self) != 1:
             raise ValueError("set one of json, regex, choice, grammar and json_object")
         return self
 
@@ -97,7 +124,7 @@ class StructuredOutputs(Model):
 class Sampling(Model):
     """Fields that chat and text completions share."""
 
-    model: str = ""
+    model: str | None = ""
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
@@ -107,19 +134,19 @@ class Sampling(Model):
     frequency_penalty: float | None = None
     seed: Int64 | None = None
     stop: Stop = None
-    logit_bias: dict[TokenKey, float] | None = None
+    logit_bias: Annotated[dict[TokenKey, float], _at_most(MAX_BIASES, "tokens")] | None = None
 
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: Uint32 | None = None
-    stop_token_ids: list[TokenId] | None = None
-    allowed_token_ids: list[TokenId] | None = None
+    stop_token_ids: TokenIds | None = None
+    allowed_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     structured_outputs: StructuredOutputs | None = None
-    cache_salt: Annotated[str, Field(max_length=128)] = Field(
+    cache_salt: Annotated[str, Field(max_length=128)] | None = Field(
         default="", description="cached prefixes are shared only between requests with equal salts"
     )
 
@@ -129,6 +156,8 @@ class Sampling(Model):
     service_tier: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
 
     @property
     def generations(self) -> int:
@@ -145,7 +174,12 @@ class Sampling(Model):
 class CompletionRequest(Sampling):
     """A text completion request."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: (
+        str
+        | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+    )
     max_tokens: MaxTokens | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Annotated[Literal[False] | None, _UNSUPPORTED] = Field(default=None, description="not supported")
@@ -174,18 +208,32 @@ class CompletionRequest(Sampling):
         return self
 
 
-class TextPart(Model):
-    """A text part of a message's content."""
+class ContentPart(Model):
+    """A part of a message's content: text, or the text of the model's refusal."""
 
-    type: Literal["text"]
-    text: str
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+    cache_control: Ignored = None
+    prompt_cache_breakpoint: Ignored = None
+
+    @property
+    def shown(self) -> str:
+        """The text of the part."""
+        return (self.text if self.type == "text" else self.refusal) or ""
 
     @field_validator("type", mode="before")
     @classmethod
     def _text_only(cls, value: object) -> object:
-        if value != "text":
+        if value not in ("text", "refusal"):
             raise ValueError("only parts of type 'text' are supported; remove images, audio and files")
         return value
+
+    @model_validator(mode="after")
+    def _text_matches_type(self) -> Self:
+        if (self.text if self.type == "text" else self.refusal) is None:
+            raise ValueError(f"a part of type {self.type!r} needs a string in its field {self.type!r}")
+        return self
 
 
 class CalledFunction(Model):
@@ -199,17 +247,21 @@ class MessageToolCall(Model):
     """A tool call in an assistant message."""
 
     id: str
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
     function: CalledFunction
+    index: Ignored = None
 
 
 class Message(Model):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
-    name: Ignored = None
-    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_PARTS)] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = Field(default=None, description="another name of reasoning_content")
+    reasoning_details: Ignored = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     refusal: Ignored = None
     annotations: Ignored = None
@@ -231,6 +283,7 @@ class Tool(Model):
 
     type: Literal["function"]
     function: Function
+    cache_control: Ignored = None
 
 
 class NamedFunction(Model):
@@ -271,7 +324,7 @@ class ResponseFormat(Model):
 class ChatCompletionRequest(Sampling):
     """A chat completion request."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: MaxTokens | None = None
     max_tokens: MaxTokens | None = Field(
         default=None, description="deprecated alias of max_completion_tokens"
@@ -279,11 +332,36 @@ class ChatCompletionRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Ignored = None
-    modalities: list[Literal["text"]] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        default=None, description="for chat templates that use it; also sets enable_thinking: false if none"
+    )
+    modalities: Annotated[
+        Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None,
+        _or("only ['text'] is supported: omit audio and images"),
+    ] = None
+    verbosity: Ignored = None
+    prediction: Ignored = None
+    audio: Unsupported = Field(default=None, description="not supported")
+    web_search_options: Unsupported = Field(default=None, description="not supported")
+    moderation: Unsupported = Field(default=None, description="not supported")
+    functions: Annotated[None, _USE_TOOLS] = Field(default=None, description="not supported: use tools")
+    function_call: Annotated[None, _USE_TOOLS] = Field(
+        default=None, description="not supported: use tool_choice"
+    )
+
+    include_reasoning: bool | None = Field(default=True, description="whether the answer has the reasoning")
+    chat_template_kwargs: dict[str, JsonValue] | None = Field(
+        default=None, description="further arguments of the chat template, such as enable_thinking"
+    )
+    add_generation_prompt: bool | None = Field(
+        default=None, description="default: true unless continue_final_message is"
+    )
+    continue_final_message: bool | None = Field(
+        default=None, description="continue the last message, which must be the assistant's"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -291,6 +369,8 @@ class ChatCompletionRequest(Sampling):
             raise ValueError("top_logprobs may be set only if logprobs is true")
         if self.structured_outputs and self.response_format and self.response_format.type != "text":
             raise ValueError("set response_format or structured_outputs, not both")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("set continue_final_message or add_generation_prompt, not both")
         names = [tool.function.name for tool in self.tools or ()]
         if len(names) != len(set(names)):
             raise ValueError("every tool needs a unique name")
@@ -304,8 +384,6 @@ class ChatCompletionRequest(Sampling):
 def problem(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
     """Return one sentence for pydantic's errors about `body`, and the path of the offending field, if any."""
     first = errors[0]
-    if first["type"] == "json_invalid":
-        return _not_json(first, body), None
     if tuple(first["loc"]) == ("body",) and first["type"] != "value_error":
         return (NOT_SENT_AS_JSON if isinstance(body, bytes) else NOT_AN_OBJECT), None
     place, alike = _deepest(errors, body)
@@ -321,9 +399,8 @@ def problem(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
     return f"{said[:1].upper()}{said[1:]}.", None
 
 
-def _not_json(error: Any, text: str) -> str:
-    """Return where and why `text` is not JSON, in the words of the json module."""
-    found = json.JSONDecodeError(error["ctx"]["error"], text, error["loc"][1])
+def not_json(found: json.JSONDecodeError) -> str:
+    """Return where and why a body is not JSON."""
     return f"The body is not valid JSON at line {found.lineno}, column {found.colno}: {found.msg}."
 
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import JsonValue
-
 from kvarn.v1 import sampling_pb2
-from serve_app.openai.schema import ChatCompletionRequest, NamedToolChoice, Tool
+from serve_app.openai.required_calls import CallPart, CallScanner
+from serve_app.openai.schema import ChatCompletionRequest, NamedToolChoice
+from serve_app.openai.tool_schemas import arguments_schema, calls_schema, check_tools
 from serve_app.request.request_errors import BadRequestError
 
 if TYPE_CHECKING:
-    from kvarn.vllm.access.tool_parsers import StreamedToolCalls
+    from kvarn.vllm.access.tool_parsers import ParsedOutput, StreamedToolCalls, WholeToolCalls
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,12 @@ class CallDelta:
 
 @dataclass(frozen=True)
 class Found:
-    """Contents of a piece of output: text for the user, and parts of tool calls."""
+    """Contents of a piece of output: text for the user, parts of tool calls, and reasoning before both."""
 
     content: str = ""
     calls: Sequence[CallDelta] = field(default_factory=tuple)
+    reasoning: str = ""
+    reasoning_tokens: int = 0
 
 
 class Reader(Protocol):
@@ -68,34 +70,58 @@ class NamedReader:
 
 
 class RequiredReader:
-    """Reads the output as a JSON list of calls once it is complete; a truncated list is returned as text."""
+    """Reads the output as a JSON list of calls; without any call in it, as text."""
 
     def __init__(self) -> None:
+        self._scanner = CallScanner()
+        self._text: str | None = ""  # until a call begins
+
+    def read(self, text: str, token_ids: Sequence[int], is_last: bool) -> Found:
+        parts = self._scanner.feed(text)
+        if self._text is not None:
+            self._text = None if parts else self._text + text
+        if self._text is not None and is_last:
+            return Found(self._text)
+        return Found(calls=tuple(_required_delta(part) for part in parts))
+
+
+class StreamReader:
+    """Passes the output to one of vLLM's tool parsers piece by piece."""
+
+    def __init__(self, calls: StreamedToolCalls) -> None:
+        self._calls = calls
+
+    def read(self, text: str, token_ids: Sequence[int], is_last: bool) -> Found:
+        found = _found(self._calls.feed(text, token_ids))
+        if not is_last:
+            return found
+        held = _found(self._calls.finish())
+        return Found(found.content + held.content, (*found.calls, *held.calls))
+
+
+class WholeReader:
+    """Passes the complete output to one of vLLM's tool parsers, which reads more notations than piece by piece."""
+
+    def __init__(self, calls: WholeToolCalls) -> None:
+        self._calls = calls
         self._text = ""
 
     def read(self, text: str, token_ids: Sequence[int], is_last: bool) -> Found:
         self._text += text
         if not is_last:
             return Found()
-        try:
-            calls = [(call["name"], json.dumps(call["parameters"])) for call in json.loads(self._text)]
-        except (ValueError, TypeError, KeyError):
-            return Found(self._text)
-        deltas = (CallDelta(i, arguments, _new_id(), name) for i, (name, arguments) in enumerate(calls))
-        return Found(calls=tuple(deltas))
+        return _found(self._calls.read(self._text))
 
 
-class ParserReader:
-    """Passes the output to one of vLLM's tool parsers."""
+class FirstCallReader:
+    """Drops all calls but the first of what `reader` finds, for callers that take one at a time."""
 
-    def __init__(self, calls: StreamedToolCalls) -> None:
-        self._calls = calls
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
 
     def read(self, text: str, token_ids: Sequence[int], is_last: bool) -> Found:
-        delta = self._calls.feed(text, token_ids)
-        if delta is None:
-            return Found()
-        return Found(delta.content or "", tuple(_call_delta(call) for call in delta.tool_calls))
+        found = self._reader.read(text, token_ids, is_last)
+        return replace(found, calls=tuple(call for call in found.calls if call.index == 0))
 
 
 class ToolParsers:
@@ -113,28 +139,30 @@ class ToolParsers:
         self._parser_class: type[Any] | None = None
         self._tokenizer = tokenizer
         if name is not None:
+            from kvarn.vllm.access.parser_tokenizer import with_cached_vocabulary
             from kvarn.vllm.access.tool_parsers import find_tool_parser
 
             self._parser_class = find_tool_parser(name)
+            self._tokenizer = with_cached_vocabulary(tokenizer)
 
     def prepare(self, request: ChatCompletionRequest, params: sampling_pb2.SamplingParams) -> None:
         """Constrain the output in `params` as the request's tool_choice requires.
 
         Raises:
-            BadRequestError: the model may decide, and no parser is configured to read its calls.
+            BadRequestError: the model may decide, and no parser is configured to read its calls; or a tool's
+                parameters are nested too deeply.
         """
         if not request.tools or request.tool_choice == "none":
             return
+        check_tools(request.tools)
+        functions = [tool.function for tool in request.tools]
         if isinstance(request.tool_choice, NamedToolChoice):
-            (function,) = (
-                tool.function
-                for tool in request.tools
-                if tool.function.name == request.tool_choice.function.name
-            )
-            params.structured_outputs.json_schema = json.dumps(function.parameters or {"type": "object"})
+            name = request.tool_choice.function.name
+            (function,) = (function for function in functions if function.name == name)
+            params.structured_outputs.json_schema = json.dumps(arguments_schema(function))
         elif request.tool_choice == "required":
             several = request.parallel_tool_calls is not False
-            params.structured_outputs.json_schema = json.dumps(calls_schema(request.tools, several))
+            params.structured_outputs.json_schema = json.dumps(calls_schema(functions, several))
         elif self._parser_class is None:
             raise BadRequestError(
                 "No parser is configured for tool calls that the model makes by itself: set tool_choice to "
@@ -151,51 +179,32 @@ class ToolParsers:
             return NamedReader(request.tool_choice.function.name)
         if request.tool_choice == "required":
             return RequiredReader()
-        return self._parser_reader(request)
+        reader = self._parser_reader(request)
+        return FirstCallReader(reader) if request.parallel_tool_calls is False else reader
 
-    def _parser_reader(self, request: ChatCompletionRequest) -> ParserReader:
-        from kvarn.vllm.access.tool_parsers import StreamedToolCalls
+    def _parser_reader(self, request: ChatCompletionRequest) -> Reader:
+        from kvarn.vllm.access.tool_parsers import StreamedToolCalls, WholeToolCalls
 
         assert self._parser_class is not None  # `prepare` has rejected the request otherwise
         tools = [tool.model_dump(exclude={"function": {"strict"}}) for tool in request.tools or ()]
-        return ParserReader(StreamedToolCalls(self._parser_class, self._tokenizer, request.model, tools))
+        arguments = self._parser_class, self._tokenizer, request.model or "", tools
+        if request.stream:
+            return StreamReader(StreamedToolCalls(*arguments))
+        return WholeReader(WholeToolCalls(*arguments))
 
 
-def calls_schema(tools: Sequence[Tool], several: bool) -> dict[str, JsonValue]:
-    """Return the JSON schema of a list of calls: at least one, and at most one unless `several`."""
-    definitions: dict[str, JsonValue] = {}
-    calls: list[JsonValue] = []
-    for tool in tools:
-        parameters = dict(tool.function.parameters or {"type": "object"})
-        for keyword in ("$defs", "definitions"):
-            hoisted = parameters.pop(keyword, {})  # references are relative to the root
-            if isinstance(hoisted, dict) and hoisted:
-                held = definitions.setdefault(keyword, {})
-                assert isinstance(held, dict)
-                held.update(hoisted)
-        calls.append(
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"type": "string", "enum": [tool.function.name]},
-                    "parameters": parameters,
-                },
-                "required": ["name", "parameters"],
-                "additionalProperties": False,
-            }
-        )
-    schema: dict[str, JsonValue] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}, **definitions}
-    return schema if several else {**schema, "maxItems": 1}
+def _required_delta(part: CallPart) -> CallDelta:
+    if part.name is None:
+        return CallDelta(part.index, part.arguments)
+    return CallDelta(part.index, part.arguments, _new_id(), part.name)
 
 
-def _call_delta(call: Any) -> CallDelta:
-    function = call.function
-    return CallDelta(
-        index=call.index,
-        arguments=(function.arguments if function else None) or "",
-        id=call.id or (_new_id() if function and function.name else None),
-        name=function.name if function else None,
+def _found(parsed: ParsedOutput) -> Found:
+    calls = (
+        CallDelta(call.index, call.arguments, call.id or (_new_id() if call.name else None), call.name)
+        for call in parsed.calls
     )
+    return Found(parsed.content, tuple(calls))
 
 
 def _new_id() -> str:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
 from kvarn.v1 import inference_pb2
+from serve_app.request.chat_templates import json_object, template_kwargs
 from serve_app.request.request_errors import BadRequestError
 from serve_app.request.sampling import check_token_ids
+from serve_app.request.token_texts import TokenTexts
 
 MAX_MESSAGES = 4096
 # From here on, rendering and tokenizing take milliseconds: a thread costs less than a blocked event loop.
 LONG_PROMPT_BYTES = 8192
 LONG_CHAT_MESSAGES = 32
+# What a template raises on values that it does not expect, besides its own errors.
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 LONE_SURROGATE = "The request holds a lone surrogate (\\ud800 to \\udfff): send valid Unicode."
 
 
@@ -33,7 +44,7 @@ class PromptEncoder:
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
         self.vocab_size: int = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
-        self._bytes = _byte_symbols(self.tokenizer)
+        self._tokens = TokenTexts(self.tokenizer)
 
     async def encode(self, prompt: inference_pb2.Prompt) -> list[int]:
         """Return the token ids of a prompt.
@@ -48,18 +59,11 @@ class PromptEncoder:
 
     def token_text(self, token_id: int) -> str:
         """Return the text of one token, with U+FFFD for an incomplete character."""
-        text: str = self.tokenizer.decode([token_id])
-        return text
+        return self._tokens.token_text(token_id)
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """Return the bytes of one token; None for an incomplete character if the vocabulary is not byte-level."""
-        text = self.token_text(token_id)
-        if "\ufffd" not in text:
-            return text.encode()
-        symbols: str = self.tokenizer.convert_ids_to_tokens(token_id)
-        if not self._bytes.keys() >= set(symbols):
-            return None
-        return bytes(self._bytes[symbol] for symbol in symbols)
+        """Return the bytes of one token; None for an incomplete character of an unknown kind of vocabulary."""
+        return self._tokens.token_bytes(token_id)
 
     async def _ids(self, prompt: inference_pb2.Prompt) -> list[int]:
         match prompt.WhichOneof("content"):
@@ -87,27 +91,50 @@ class PromptEncoder:
             return ""
         if self.tokenizer.chat_template is None:
             raise BadRequestError("The model has no chat template: send prompt.text instead of prompt.chat.")
+        messages = [_message(message) for message in chat.messages]
+        tools = [_tool(tool) for tool in chat.tools] or None
+        continues = _continues(chat)
+        kwargs = template_kwargs(chat.chat_template_kwargs)
         try:
             text: str = self.tokenizer.apply_chat_template(
-                [_message(message) for message in chat.messages],
-                tools=[_tool(tool) for tool in chat.tools] or None,
+                messages,
+                tools=tools,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=_opens_answer(chat),
+                continue_final_message=continues,
+                **kwargs,
             )
-        except (TemplateError, RecursionError) as error:
-            raise BadRequestError(f"The model's chat template rejects these messages: {error}.") from error
+        except _TEMPLATE_ERRORS as error:
+            rejected = "these messages or chat_template_kwargs" if kwargs else "these messages"
+            raise BadRequestError(f"The model's chat template rejects {rejected}: {error}.") from error
         return text
 
 
-def _byte_symbols(tokenizer: Any) -> dict[str, int]:
-    """Map each symbol of a byte-level vocabulary to its byte; empty for other vocabularies."""
-    from tokenizers.decoders import ByteLevel
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
+def _opens_answer(chat: inference_pb2.Chat) -> bool:
+    """Whether the prompt ends with the opening of the assistant's next message."""
+    if chat.HasField("add_generation_prompt"):
+        return chat.add_generation_prompt
+    return not chat.continue_final_message
 
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(getattr(backend, "decoder", None), ByteLevel):
-        return {}
-    return {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+
+def _continues(chat: inference_pb2.Chat) -> bool:
+    """Whether the output continues the last message.
+
+    Raises:
+        BadRequestError: it should, and cannot.
+    """
+    if not chat.continue_final_message:
+        return False
+    if _opens_answer(chat):
+        raise BadRequestError(
+            "continue_final_message and add_generation_prompt exclude each other: set one of them to false."
+        )
+    last = chat.messages[-1]
+    if last.role != "assistant" or not last.content.strip() or last.tool_calls:
+        raise BadRequestError(
+            "continue_final_message needs a last message of role assistant with text and without tool calls."
+        )
+    return True
 
 
 def _is_long(prompt: inference_pb2.Prompt) -> bool:
@@ -136,25 +163,19 @@ def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
         made["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     if message.tool_call_id:
         made["tool_call_id"] = message.tool_call_id
+    if message.name:
+        made["name"] = message.name
+    if message.reasoning:
+        made["reasoning_content"] = made["reasoning"] = message.reasoning
     return made
 
 
 def _tool_call(call: inference_pb2.ToolCall) -> dict[str, Any]:
-    arguments = _json_object(call.arguments, f"The arguments of the tool call {call.name!r}")
+    arguments = json_object(call.arguments, f"The arguments of the tool call {call.name!r}")
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def _tool(tool: inference_pb2.Tool) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name, "description": tool.description}
-    function["parameters"] = _json_object(tool.parameters, f"The parameters of the tool {tool.name!r}")
+    function["parameters"] = json_object(tool.parameters, f"The parameters of the tool {tool.name!r}")
     return {"type": "function", "function": function}
-
-
-def _json_object(text: str, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise BadRequestError(f"{what} must be a JSON object: send valid JSON text.")
-    return value

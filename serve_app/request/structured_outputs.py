@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kvarn.v1 import sampling_pb2
+from kvarn.v1 import inference_pb2, sampling_pb2
+from serve_app.request.chat_templates import template_kwargs
+from serve_app.request.json_schemas import check_nesting, closed
 from serve_app.request.request_errors import BadRequestError
 
 if TYPE_CHECKING:
@@ -33,6 +35,30 @@ def check_structured_outputs(wanted: sampling_pb2.StructuredOutputs) -> None:
         _check_choice(list(wanted.choice.options))
     else:
         _check_text(kind, getattr(wanted, kind))
+    template_kwargs(wanted.chat_template_kwargs)
+
+
+def place_constraint(params: sampling_pb2.SamplingParams, prompt: inference_pb2.Prompt) -> None:
+    """Let a constraint on the answer to a chat begin after the reasoning, unless the request says where."""
+    wanted = params.structured_outputs
+    if not params.HasField("structured_outputs") or wanted.HasField("after_reasoning"):
+        return
+    wanted.after_reasoning = prompt.HasField("chat")
+    wanted.chat_template_kwargs = prompt.chat.chat_template_kwargs
+
+
+def engine_reasoning(params: sampling_pb2.SamplingParams) -> dict[str, Any]:
+    """Return the arguments of `AsyncLLM.generate` that say where a constraint begins.
+
+    With `reasoning_ended` None, vLLM's reasoning parser looks for the end of reasoning, in the prompt at first.
+    """
+    if not params.HasField("structured_outputs"):
+        return {}
+    wanted = params.structured_outputs
+    if not wanted.after_reasoning:
+        return {"reasoning_ended": True}
+    kwargs = json.loads(wanted.chat_template_kwargs or "{}")
+    return {"reasoning_ended": None, "reasoning_parser_kwargs": {"chat_template_kwargs": kwargs}}
 
 
 def to_vllm(wanted: sampling_pb2.StructuredOutputs) -> StructuredOutputsParams:
@@ -41,7 +67,7 @@ def to_vllm(wanted: sampling_pb2.StructuredOutputs) -> StructuredOutputsParams:
 
     match wanted.WhichOneof("constraint"):
         case "json_schema":
-            return StructuredOutputsParams(json=wanted.json_schema)
+            return StructuredOutputsParams(json=json.dumps(closed(json.loads(wanted.json_schema))))
         case "choice":
             return StructuredOutputsParams(choice=list(wanted.choice.options))
         case kind:
@@ -75,6 +101,7 @@ def _check_schema(text: str) -> None:
         raise BadRequestError(
             f"structured_outputs.json_schema must be a JSON object, got {type(schema).__name__}."
         )
+    check_nesting(schema, "structured_outputs.json_schema")
 
 
 def _too_large(kind: str) -> BadRequestError:

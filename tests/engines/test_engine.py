@@ -12,6 +12,8 @@ from vllm import LLM
 
 from tests.support.engines import (
     MIB,
+    PRESET,
+    TILE,
     Answer,
     ask,
     ask_cold,
@@ -20,9 +22,9 @@ from tests.support.engines import (
     engine,
     make_llama,
     make_matmuls_row_invariant,
+    prompt_of,
 )
 
-TILE = 128
 LENGTHS = (1, TILE - 1, TILE, TILE + 1, 2 * TILE, 2 * TILE + 1, 3 * TILE + 40)
 LONGEST = LENGTHS[-1]
 BFLOAT16_TIE = 0.5  # nats: four steps of a bfloat16 logit between 16 and 32
@@ -45,7 +47,7 @@ def text(model_dir: Path) -> list[int]:
 @pytest.fixture(scope="module")
 def llm(shallow_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
     make_matmuls_row_invariant(monkeypatch)
-    with engine(monkeypatch, shallow_model_dir, kv_cache_dtype="kvarn_k4v2_g128") as llm:
+    with engine(monkeypatch, shallow_model_dir, kv_cache_dtype=PRESET) as llm:
         yield llm
 
 
@@ -150,7 +152,7 @@ def test_head_dims_and_dtypes(
     dtype: str,
 ) -> None:
     model = make_llama(tmp_path, heads, kv_heads, head_dim)
-    prompt = [(7 * i * i + 3 * i) % 500 for i in range(300)]
+    prompt = prompt_of(300)
     settings = {"kv_cache_dtype": preset, "dtype": dtype, "skip_tokenizer_init": True}
     with engine(monkeypatch, model, kv_cache_memory_bytes=16 * MIB, **settings) as llm:
         cold = ask_cold(llm, prompt)

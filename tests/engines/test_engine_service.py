@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 
 from kvarn.model import kv_shape
@@ -26,6 +30,7 @@ from serve_app.observability.demand import DemandBook
 from serve_app.observability.tracing import Tracing
 from serve_app.routing import Namespace, PrefixIndex, chain, token_array
 from serve_app.rpc.grpc_server import GrpcServer
+from tests.support.models import thinking_model
 from tests.support.observing import Remembered
 
 pytestmark = pytest.mark.timeout(600)
@@ -61,7 +66,9 @@ class Replica:
 
 
 @pytest.fixture(scope="module")
-async def replica(shallow_model_dir: Path) -> AsyncIterator[Replica]:
+async def replica(
+    shallow_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Replica]:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from serve_app.engine.service import SERVICE_NAME, EngineService
@@ -74,7 +81,8 @@ async def replica(shallow_model_dir: Path) -> AsyncIterator[Replica]:
         max_num_batched_tokens=512,
         enforce_eager=True,
     )
-    engine = AsyncLLM.from_engine_args(engine_args(str(shallow_model_dir), config))
+    model_dir = thinking_model(shallow_model_dir, tmp_path_factory.mktemp("engine") / "model")
+    engine = AsyncLLM.from_engine_args(engine_args(str(model_dir), config, "deepseek_r1"))
     log: list[TileLog] = []
 
     async def read() -> CacheState:
@@ -86,10 +94,10 @@ async def replica(shallow_model_dir: Path) -> AsyncIterator[Replica]:
     monitor = CacheMonitor(read)
     await monitor.start()
     capacity = monitor.snapshot.capacity
-    log.append(TileLog(monitor.epoch, str(shallow_model_dir), capacity.cache_dtype, capacity.tile_tokens))
+    log.append(TileLog(monitor.epoch, str(model_dir), capacity.cache_dtype, capacity.tile_tokens))
     running = asyncio.create_task(monitor.run())
     server = GrpcServer("127.0.0.1:0", [SERVICE_NAME])
-    metrics = EngineMetrics(Remembered(), kv_shape(shallow_model_dir))
+    metrics = EngineMetrics(Remembered(), kv_shape(model_dir))
     service = EngineService(engine, monitor, log[0], metrics, Tracing("test", "one", None), DemandBook())
     engine_pb2_grpc.add_EngineServicer_to_server(service, server)
     port = await server.start()
@@ -97,9 +105,10 @@ async def replica(shallow_model_dir: Path) -> AsyncIterator[Replica]:
     async with grpc.aio.insecure_channel(address) as channel:
         stub = engine_pb2_grpc.EngineStub(channel)
         stream = EngineStream(stub)
-        yield Replica(address, stub, stream, monitor, engine.get_tokenizer(), str(shallow_model_dir))
+        yield Replica(address, stub, stream, monitor, engine.get_tokenizer(), str(model_dir))
         await stream.close(0)
     await server.stop(0)
+    service.close()
     running.cancel()
     engine.shutdown()
 
@@ -180,19 +189,83 @@ async def test_resuming_a_complete_output_returns_only_its_finish_reason(replica
     assert (list(last.token_ids), last.finish_reason) == ([], inference_pb2.FINISH_REASON_LENGTH)
 
 
+def schema(**schema: Any) -> dict[str, Any]:
+    return {"json_schema": json.dumps({"type": "object", **schema})}
+
+
+# Those that only some of vLLM's backends enforce, before and after those that all of them do. The model may fill an
+# object with white space until max_tokens.
+CONSTRAINTS: list[tuple[dict[str, Any], str]] = [
+    (schema(properties={"k": {"enum": [1]}}, patternProperties={"^z": {"enum": [1]}}, required=["k"]), ".*"),
+    (
+        {"choice": {"options": ["line one\nline two", "other\n", 'a "quote" \\', "é"]}},
+        r"line one\n.*|other\n|a.*|é",
+    ),
+    ({"regex": "[0-9]{3}"}, "[0-9]{3}"),
+    ({"choice": {"options": ["yes", "no"]}}, "yes|no"),
+    ({"regex": r"\p{Lu}{2}"}, r"\w\w"),
+    ({"grammar": 'root ::= "a" | "b"'}, "a|b"),
+    (schema(properties={"a": {"const": 1}}, required=["a"], minProperties=1), ".*"),
+    ({"json_schema": '{"allOf": [{"enum": ["x", "y"]}, {"enum": ["y", "z"]}]}'}, '"y"'),
+    ({"json_schema": '{"type": "integer", "minimum": 14, "maximum": 20, "multipleOf": 7}'}, "14"),
+]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+async def test_no_constraint_decides_which_others_are_enforced(replica: Replica, order: int) -> None:
+    prompt = replica.tokenizer.encode(PROMPT)
+    for constraint, expected in CONSTRAINTS[::order]:
+        deltas = await replica.ask(prompt, max_tokens=48, structured_outputs=constraint)
+        if deltas[-1].finish_reason == inference_pb2.FINISH_REASON_STOP:
+            assert re.fullmatch(expected, text_of(deltas), re.DOTALL)
+        else:
+            assert expected == ".*"
+
+
 @pytest.mark.parametrize(
-    "sampling",
+    ("sampling", "reason"),
     [
-        {"structured_outputs": {"choice": {"options": ["yes"]}}, "allowed_token_ids": [5]},
-        {"structured_outputs": {"json_schema": '{"$ref": "#"}'}},
+        ({"structured_outputs": {"choice": {"options": ["yes"]}}, "allowed_token_ids": [5]}, ""),
+        ({"structured_outputs": {"json_schema": '{"$ref": "#"}'}}, "json_schema.*: no output satisfies it"),
+        ({"structured_outputs": schema(propertyNames={"pattern": "^a"})}, "json_schema.*propertyNames"),
+        ({"structured_outputs": {"json_schema": '{"not": {"type": "null"}}'}}, '"not"'),
+        ({"structured_outputs": {"json_schema": '{"$ref": "#/nowhere"}'}}, "/nowhere"),
+        ({"structured_outputs": {"regex": "(?=a)b"}}, "regex cannot be enforced: look-around"),
+        (
+            {"structured_outputs": {"regex": "(" * 3000 + "a" + ")" * 3000}},
+            "regex cannot be enforced: .*nest",
+        ),
+        ({"structured_outputs": {"grammar": 'root ::= "a'}}, "grammar cannot be enforced: "),
+        (
+            {"structured_outputs": {"json_schema": '{"type": "array", "maxItems": 100000, "items": {}}'}},
+            "json_schema cannot be enforced: it is too large or too complex",
+        ),
     ],
 )
-async def test_an_unsatisfiable_constraint_is_an_invalid_argument(
-    replica: Replica, sampling: dict[str, Any]
+async def test_a_constraint_that_cannot_be_enforced_is_an_invalid_argument(
+    replica: Replica, sampling: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(CallError, match="structured_outputs") as rejection:
+    with pytest.raises(CallError, match=f"structured_outputs.*{reason}") as rejection:
         await replica.ask(replica.tokenizer.encode(PROMPT), max_tokens=4, **sampling)
     assert rejection.value.status is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(rejection.value.sentence) < 500
+
+
+async def test_constraints_are_verified_once_and_not_on_the_event_loop(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    verify = SamplingParams.verify
+
+    def noted(self: SamplingParams, *args: Any) -> None:
+        threads.append(threading.get_ident())
+        verify(self, *args)
+
+    monkeypatch.setattr(SamplingParams, "verify", noted)
+    prompt = replica.tokenizer.encode(PROMPT)
+    await replica.ask(prompt, max_tokens=1, structured_outputs={"regex": "a"})
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
 
 
 async def test_a_constraint_met_before_min_tokens(replica: Replica) -> None:
@@ -205,6 +278,34 @@ async def test_a_constraint_met_before_min_tokens(replica: Replica) -> None:
         with pytest.raises(CallError, match="structured_outputs") as rejection:
             await replica.ask(prompt, **choice)
         assert rejection.value.status is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("prompt", "after_reasoning", "expected"),
+    [
+        ("Hi<think>", True, "</think>yes"),  # the model ends its reasoning as soon as it may
+        ("Hi<think>", False, "yes"),
+        ("Hi<think></think>", True, "yes"),
+    ],
+)
+async def test_a_constraint_begins_after_the_reasoning(
+    replica: Replica, prompt: str, after_reasoning: bool, expected: str
+) -> None:
+    wanted = {"choice": {"options": ["yes"]}, "after_reasoning": after_reasoning}
+    (end,) = replica.tokenizer.encode("</think>", add_special_tokens=False)
+    ids = replica.tokenizer.encode(prompt)
+    deltas = await replica.ask(
+        ids, temperature=0, max_tokens=8, structured_outputs=wanted, logit_bias={end: 100}
+    )
+    assert text_of(deltas) == expected
+
+
+async def test_reasoning_is_not_constrained(replica: Replica) -> None:
+    ids = replica.tokenizer.encode(PROMPT)
+    free = await replica.ask(ids, temperature=0, max_tokens=6, ignore_eos=True)
+    wanted = {"regex": "[0-9]{50}", "after_reasoning": True, "chat_template_kwargs": '{"thinking": true}'}
+    thought = await replica.ask(ids, temperature=0, max_tokens=6, ignore_eos=True, structured_outputs=wanted)
+    assert text_of(thought) == text_of(free)
 
 
 async def test_short_prompts_do_not_update_the_prefill_speed(replica: Replica) -> None:

@@ -21,6 +21,8 @@ from vllm import LLM, SamplingParams
 
 from tests.support.engines import (
     MIB,
+    PRESET,
+    TILE,
     Answer,
     ask,
     ask_and_preempt,
@@ -30,10 +32,10 @@ from tests.support.engines import (
     engine,
     make_llama,
     make_matmuls_row_invariant,
+    prompt_of,
     scheduler_of,
 )
 
-TILE = 128
 BLOCKS = 25
 HOW = ("cold", "hit", "hit after eviction", "preempted")
 CHUNKS = (2048, 77)
@@ -55,7 +57,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
     with engine(
         monkeypatch,
         model,
-        kv_cache_dtype="kvarn_k4v2_g128",
+        kv_cache_dtype=PRESET,
         skip_tokenizer_init=True,
         num_gpu_blocks_override=BLOCKS,
         max_num_seqs=4,
@@ -67,10 +69,6 @@ def llm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
 def nothing_left_allocated(llm: LLM) -> Iterator[None]:
     yield
     assert_nothing_left(llm)
-
-
-def prompt_of(length: int, number: int) -> list[int]:
-    return [(7 * i * i + 3 * i + 101 * number) % 500 for i in range(length)]
 
 
 def serve(llm: LLM, prompts: list[list[int]], how: str) -> list[Answer]:

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
-from vllm import AsyncEngineArgs
+from vllm import AsyncEngineArgs, SamplingParams
+from vllm.engine.protocol import StreamingInput
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from kvarn.vllm.hooks import HookError, RefusalError
 from kvarn.vllm.scheduler import KVarNScheduler
-from tests.support.engines import engine, make_llama
+from tests.support.engines import PRESET, engine, make_llama
 
-PRESET = "kvarn_k4v2_g128"
-ALIBI = "This model needs ALiBi, which the kvarn_k4v2_g128 cache does not support; use kv_cache_dtype='auto' for it."
+ALIBI = (
+    f"This model needs ALiBi, which the {PRESET} cache does not support; use kv_cache_dtype='auto' for it."
+)
 SMALL: dict[str, Any] = {"kv_cache_dtype": PRESET, "skip_tokenizer_init": True, "max_num_seqs": 2}
+ASYNC: dict[str, Any] = {
+    **SMALL,
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "kv_cache_memory_bytes": 2**24,
+}
 
 
 class UnpausableScheduler(KVarNScheduler):
@@ -63,16 +75,8 @@ def test_a_refusal_reaches_the_caller_of_an_async_engine(
     monkeypatch: pytest.MonkeyPatch, alibi_model: Path
 ) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    arguments = AsyncEngineArgs(
-        str(alibi_model),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=256,
-        kv_cache_memory_bytes=2**24,
-        **SMALL,
-    )
     with pytest.raises(RefusalError) as raised:
-        AsyncLLM.from_engine_args(arguments)
+        AsyncLLM.from_engine_args(AsyncEngineArgs(str(alibi_model), **ASYNC))
     assert str(raised.value) == ALIBI
 
 
@@ -98,3 +102,33 @@ def test_an_error_of_vllm_stays_its_own(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ):
         pass
     assert not isinstance(raised.value, RefusalError)
+
+
+def test_a_refusal_reaches_the_caller_whatever_was_configured_since(
+    monkeypatch: pytest.MonkeyPatch, alibi_model: Path
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    config = AsyncEngineArgs(str(alibi_model), **ASYNC).create_engine_config()
+    AsyncEngineArgs(str(alibi_model), **{**ASYNC, "kv_cache_dtype": "auto"}).create_engine_config()
+    with pytest.raises(RefusalError) as raised:
+        AsyncLLM.from_vllm_config(config)
+    assert str(raised.value) == ALIBI
+
+
+async def test_a_prompt_streamed_in_parts_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its parts continue on top of rows that the last one computed, which may have left the side pool."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    streaming = SamplingParams(max_tokens=2, output_kind=RequestOutputKind.DELTA)
+
+    async def parts() -> AsyncIterator[StreamingInput]:
+        yield StreamingInput({"prompt_token_ids": [1, 2, 3]})
+
+    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(str(make_llama(tmp_path)), **ASYNC))
+    try:
+        with pytest.raises(VLLMValidationError, match=f"'{PRESET}'.*send the whole prompt"):
+            await anext(llm.generate(parts(), streaming, "parts"))
+        assert not llm.output_processor.has_unfinished_requests()
+        whole = [output async for output in llm.generate({"prompt_token_ids": [1, 2]}, streaming, "whole")]
+        assert whole[-1].finished
+    finally:
+        llm.shutdown()

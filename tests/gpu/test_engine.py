@@ -15,6 +15,8 @@ from kvarn.vllm.triton_backend import TritonLayer
 from kvarn.vllm.triton_plan import TritonMetadataBuilder
 from tests.support.engines import (
     MIB,
+    PRESET,
+    TILE,
     Answer,
     ask,
     ask_and_preempt,
@@ -28,9 +30,8 @@ from tests.support.engines import (
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-TILE = 128
 SETTINGS: dict[str, Any] = {
-    "kv_cache_dtype": "kvarn_k4v2_g128",
+    "kv_cache_dtype": PRESET,
     "dtype": "float16",
     "skip_tokenizer_init": True,
     "enforce_eager": False,

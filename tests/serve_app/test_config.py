@@ -47,6 +47,13 @@ def test_a_directory_is_served_under_its_last_part() -> None:
             {"engine": {"kv_cache_memory_gib": 1, "distributed_executor_backend": "ray"}},
             "use mp when device is cpu",
         ),
+        *[
+            (
+                {"gateway": {"cors_origins": [origin]}},
+                f"'{origin}' is not an origin: give scheme, host and port",
+            )
+            for origin in ("example.com", "https://example.com/", "https://Example.com", "https://a b", "")
+        ],
     ],
 )
 def test_mistakes_are_rejected(values: dict[str, object], sentence: str) -> None:

@@ -22,6 +22,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from kvarn.vllm import backend, triton_backend, triton_plan
 
 MIB = 2**20
+PRESET, TILE = "kvarn_k4v2_g128", 128
 
 
 class _Library(type(ffi.lib)):  # type: ignore[misc]
@@ -59,6 +60,11 @@ def make_llama(directory: Path, heads: int = 4, kv_heads: int = 2, head_dim: int
     )
     LlamaForCausalLM(settings).save_pretrained(directory)
     return directory
+
+
+def prompt_of(length: int, number: int = 0) -> list[int]:
+    """Return token IDs below 500; prompts with different numbers share no prefix."""
+    return [(7 * i * i + 3 * i + 101 * number) % 500 for i in range(length)]
 
 
 def use_triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:

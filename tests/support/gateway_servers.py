@@ -13,6 +13,7 @@ from serve_app.config import GatewayConfig, RoutingConfig
 from serve_app.gateway.admission_queue import AdmissionQueue
 from serve_app.gateway.servers import GatewayServers
 from serve_app.gateway.services import FleetFeed
+from serve_app.request.parser_choice import ParserChoice
 from serve_app.request.prompts import PromptEncoder
 from serve_app.request.request_errors import ModelNotFoundError
 from serve_app.request.sampling import check_sampling
@@ -21,6 +22,7 @@ from serve_app.routing import Caller, Router
 HOST = "127.0.0.1"
 MODEL = "small"
 CACHED = 2
+MAX_MODEL_LEN = 8192
 
 
 @dataclass
@@ -124,7 +126,9 @@ async def running_servers(encoder: PromptEncoder, **config: Any) -> AsyncIterato
         MODEL,
         dispatcher=script,  # type: ignore[arg-type]
         encoder=encoder,
+        parsers=ParserChoice(settings.tool_parser, settings.reasoning_parser, "as set"),
         feed=feed,
+        max_model_len=lambda: MAX_MODEL_LEN,
         is_ready=lambda: True,
         on_rejection=rejections.append,
     )

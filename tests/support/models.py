@@ -36,3 +36,39 @@ def cut_model(model_dir: Path, directory: Path, layers: int) -> Path:
         if not (directory / file.name).exists():
             (directory / file.name).symlink_to(file)
     return directory
+
+
+_MARKERS = {
+    "<repo_name>": "<think>",
+    "<reponame>": "</think>",
+    "<file_sep>": "<tool_call>",
+    "<filename>": "</tool_call>",
+}
+THINKING_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% if message.reasoning_content %}"
+    "{{ '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}{% endif %}{{ message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+def thinking_model(model_dir: Path, directory: Path) -> Path:
+    """Copy the default model with tokens for reasoning and calls, and a template that opens the reasoning.
+
+    Args:
+        model_dir: the default model, or a part of it.
+        directory: destination, created here; files that stay the same are symlinks.
+    """
+    directory.mkdir()
+    text = (model_dir / "tokenizer.json").read_text()
+    for unused, marker in _MARKERS.items():
+        text = text.replace(json.dumps(unused), json.dumps(marker))
+    tokenizer = json.loads(text)
+    for token in tokenizer["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in _MARKERS.values()
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (directory / "chat_template.jinja").write_text(THINKING_TEMPLATE)
+    for file in model_dir.iterdir():
+        if not (directory / file.name).exists():
+            (directory / file.name).symlink_to(file.resolve())
+    return directory

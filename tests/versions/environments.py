@@ -1,4 +1,7 @@
-"""One small environment per vLLM version: its own pins in front of the packages of `.venv`."""
+"""One small environment per vLLM version: its own pins in front of the packages of `.venv`.
+
+Its files are hard links to uv's cache, so that environments, also those of other checkouts, share them.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from pathlib import Path
 
 from tests.versions.pins import BUILD, ROOT, has_cpu_wheel, locked_version, pins_file
 
-PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
+UV = (sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--link-mode", "hardlink")
+PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check")
 
 
 class EnvironmentMissingError(Exception):
-    """pip found no wheel for an environment; the message is the end of what it printed."""
+    """A wheel for an environment was not found; the message is what the installer printed."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +64,21 @@ def _install(place: Path, version: str) -> None:
     own = Path(sysconfig.get_path("purelib", "venv", {"base": str(place), "platbase": str(place)}))
     behind = [path for path in sys.path if path.endswith("site-packages")]
     (own / "behind.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in behind))
-    arguments = ("install", "--no-deps", "--no-compile", "-r", pins_file(version))
-    _pip("--python", place / "bin/python", *arguments)
+    _run(*UV, "--python", place / "bin/python", "-r", pins_file(version))
 
 
 def _extract(place: Path, version: str) -> None:
-    """Extract the Python sources of CUDA's wheel, which is of no other use on a CPU."""
+    """Extract the Python sources and metadata of CUDA's wheel, which is of no other use on a CPU."""
     place.mkdir(parents=True)
-    _pip("download", "--no-deps", "--dest", place, f"vllm=={version}")
+    _run(*PIP, "--dest", place, f"vllm=={version}")
     (wheel,) = place.glob("vllm-*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(place, [name for name in archive.namelist() if not name.endswith(".so")])
+        wanted = [name for name in archive.namelist() if name.endswith((".py", "METADATA"))]
+        archive.extractall(place, wanted)
     wheel.unlink()
 
 
-def _pip(*arguments: str | Path) -> None:
-    done = subprocess.run([*PIP, *arguments], capture_output=True, text=True)
+def _run(*command: str | Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        *_, last = [f"pip ended with exit code {done.returncode}", *done.stderr.strip().splitlines()]
-        raise EnvironmentMissingError(last)
+        raise EnvironmentMissingError(" ".join(done.stderr.split()) or f"exit code {done.returncode}")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import tomllib
+import zipfile
+from pathlib import Path
 
 import pytest
 import typer
@@ -11,6 +14,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from kvarn.vllm.versions import TESTED_VLLM_VERSIONS
+from tests.versions import environments
 from tests.versions.__main__ import Result, compare, selected, table_of
 from tests.versions.pins import (
     LOCK,
@@ -60,6 +64,54 @@ def test_a_version_pins_only_what_differs_from_the_lock(path) -> None:
 
 def test_the_lock_names_no_paths_of_a_machine() -> None:
     assert " /" not in LOCK.read_text().splitlines()[1]
+
+
+@pytest.fixture
+def pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A version with one small package, which only a local directory has."""
+    wheels, pins = tmp_path / "wheels", tmp_path / "pins.txt"
+    wheels.mkdir()
+    info = "small-1.0.dist-info"
+    files = {
+        "small.py": "",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: small\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in (*files, f"{info}/RECORD"))
+    with zipfile.ZipFile(wheels / "small-1.0-py3-none-any.whl", "w") as wheel:
+        for name, content in files.items():
+            wheel.writestr(name, content)
+    pins.write_text("small==1.0\n")
+    for name, value in {"OFFLINE": "1", "FIND_LINKS": wheels, "CACHE_DIR": tmp_path / "cache"}.items():
+        monkeypatch.setenv(f"UV_{name}", str(value))
+    monkeypatch.setattr(environments, "BUILD", tmp_path)
+    monkeypatch.setattr(environments, "pins_file", lambda version: pins)
+    monkeypatch.setattr(environments, "has_cpu_wheel", lambda version: True)
+    return "1.0"
+
+
+def test_an_environment_shares_its_files_with_the_cache(pinned: str) -> None:
+    python = environments.environment(pinned).python
+    find = "import small, pytest; print(small.__file__)"  # pytest is looked up behind it
+    found = Path(subprocess.check_output([python, "-c", find], text=True).strip())
+    assert found.is_relative_to(python.parents[1])
+    assert found.stat().st_nlink == 2
+
+
+def test_an_environment_is_rebuilt_when_its_pins_change(pinned: str) -> None:
+    left = environments.environment(pinned).python.with_name("left")
+    left.touch()
+    environments.environment(pinned)
+    assert left.exists()
+    environments.pins_file(pinned).write_text("small == 1.0\n")
+    environments.environment(pinned)
+    assert not left.exists()
+
+
+def test_a_missing_wheel_is_an_error_that_names_it(pinned: str) -> None:
+    environments.pins_file(pinned).write_text("small==2.0\n")
+    with pytest.raises(environments.EnvironmentMissingError, match=r"small==2\.0"):
+        environments.environment(pinned)
 
 
 def passed(version: str, **numbers) -> Result:

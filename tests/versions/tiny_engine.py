@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.engines import (
+    PRESET,
+    TILE,
     Answer,
     ask,
     ask_and_preempt,
@@ -22,14 +24,10 @@ from tests.support.engines import (
     make_llama,
     make_matmuls_row_invariant,
     num_blocks,
+    prompt_of,
 )
 
-PRESET, TILE = "kvarn_k4v2_g128", 128
 LENGTH = 3 * TILE + 40
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return [(7 * i * i + 3 * i + 101 * seed) % 500 for i in range(length)]
 
 
 def answers_of(monkeypatch: pytest.MonkeyPatch, model: Path) -> tuple[dict[str, Answer], int]:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm.entrypoints.openai.engine.protocol import DeltaMessage
+    from vllm.entrypoints.generate.base.protocol import DeltaMessage
     from vllm.tool_parsers import ToolParser
+
+logger = logging.getLogger(__name__)
+
+
+def tool_parser_names() -> list[str]:
+    """Return the names of the installed vLLM's parsers; importing them takes seconds."""
+    from vllm.tool_parsers import ToolParserManager
+
+    return ToolParserManager.list_registered()
 
 
 def find_tool_parser(name: str) -> type[ToolParser]:
@@ -21,12 +32,44 @@ def find_tool_parser(name: str) -> type[ToolParser]:
     try:
         return ToolParserManager.get_tool_parser(name)
     except KeyError:
-        known = ", ".join(ToolParserManager.list_registered())
-        raise ValueError(f"tool_parser is {name!r}, expected one of {known}") from None
+        known = ", ".join(tool_parser_names())
+        raise ValueError(f"tool_parser is {name!r}, expected one of {known} or none") from None
 
 
-class StreamedToolCalls:
-    """Parser of the tool calls in one streamed output.
+def check_tool_parser(name: str, tokenizer: Any) -> None:
+    """Check that a parser can read the output of the model with `tokenizer`.
+
+    Raises:
+        ValueError: vLLM has no parser of this name, or it does not fit.
+    """
+    parser_class = find_tool_parser(name)
+    try:
+        parser_class(tokenizer, None)
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        detail = str(error) or type(error).__name__
+        raise ValueError(f"tool_parser {name} does not fit the model: {detail}") from error
+
+
+@dataclass(frozen=True)
+class ParsedCall:
+    """A tool call or a part of one: the first part has the name."""
+
+    index: int
+    arguments: str = ""
+    id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class ParsedOutput:
+    """Text for the user and tool calls in an output, or in a piece of it."""
+
+    content: str = ""
+    calls: Sequence[ParsedCall] = ()
+
+
+class _ToolCalls:
+    """A parser of the tool calls in one output.
 
     Args:
         parser_class: from `find_tool_parser`.
@@ -42,14 +85,81 @@ class StreamedToolCalls:
 
         self._request = ChatCompletionRequest(messages=[], model=model, tools=tools, tool_choice="auto")
         self._parser = parser_class(tokenizer, self._request.tools)
+        if hasattr(self._parser, "skip_reasoning_parsing"):
+            self._parser.skip_reasoning_parsing = True  # what the reasoning parser left is not reasoning
+
+
+class WholeToolCalls(_ToolCalls):
+    """Parser of the tool calls in one complete output."""
+
+    def read(self, text: str) -> ParsedOutput:
+        """Return the output's content and calls; all of it is content if the parser fails on it."""
+        try:
+            found = self._parser.extract_tool_calls(text, self._request)
+        except Exception:
+            logger.exception("the tool parser failed on an output, which is returned as text")
+            return ParsedOutput(text)
+        if not found.tools_called and not _is_engine_based(self._parser):
+            return ParsedOutput(text)
+        calls = [
+            ParsedCall(index, call.function.arguments or "{}", call.id, call.function.name)
+            for index, call in enumerate(found.tool_calls)
+        ]
+        return ParsedOutput(found.content or "", calls)
+
+
+class StreamedToolCalls(_ToolCalls):
+    """Parser of the tool calls in one streamed output."""
+
+    def __init__(
+        self, parser_class: type[ToolParser], tokenizer: Any, model: str, tools: list[dict[str, Any]]
+    ) -> None:
+        super().__init__(parser_class, tokenizer, model, tools)
         self._text = ""
         self._token_ids: list[int] = []
+        self._content = ""
+        self._last_call: int | None = None
 
-    def feed(self, text: str, token_ids: Sequence[int]) -> DeltaMessage | None:
-        """Return the content and the parts of calls that the next piece of the output adds; None if it adds none."""
+    def feed(self, text: str, token_ids: Sequence[int]) -> ParsedOutput:
+        """Return the content and the parts of calls that the next piece of the output adds."""
         text_before, ids_before = self._text, list(self._token_ids)
         self._text += text
         self._token_ids += token_ids
-        return self._parser.extract_tool_calls_streaming(
+        delta = self._parser.extract_tool_calls_streaming(
             text_before, self._text, text, ids_before, self._token_ids, list(token_ids), self._request
         )
+        found = _parsed(delta)
+        self._content += found.content
+        if found.calls:
+            self._last_call = found.calls[-1].index
+        return found
+
+    def finish(self) -> ParsedOutput:
+        """Return what the parser has held back at the end of the output."""
+        if _is_engine_based(self._parser):
+            return _parsed(self._parser.finish_streaming())
+        if self._last_call is not None:
+            rest = self._parser.get_remaining_unstreamed_args()
+            return ParsedOutput(calls=[ParsedCall(self._last_call, rest)] if rest else [])
+        is_prefix = self._text.startswith(self._content)  # else the parser has changed the content
+        return ParsedOutput(self._text[len(self._content) :] if is_prefix else "")
+
+
+def _is_engine_based(parser: ToolParser) -> bool:
+    """Whether the parser reads text by itself, whatever its tokens; it must then be told that the output has ended."""
+    return bool(getattr(parser, "engine_based_streaming", False)) and hasattr(parser, "finish_streaming")
+
+
+def _parsed(delta: DeltaMessage | None) -> ParsedOutput:
+    if delta is None:
+        return ParsedOutput()
+    calls = [
+        ParsedCall(
+            call.index,
+            (call.function.arguments if call.function else None) or "",
+            call.id,
+            call.function.name if call.function else None,
+        )
+        for call in delta.tool_calls
+    ]
+    return ParsedOutput(delta.content or "", calls)

@@ -12,8 +12,7 @@ from kvarn.presets import Preset, get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.hooks import Hook, HookError, RefusalError, untested
 from kvarn.vllm.hooks.engine_probe import doctor_probe
-from kvarn.vllm.hooks.refusals import expect_notes, forget_notes
-from kvarn.vllm.versions import returns_routed_experts
+from kvarn.vllm.versions import bypasses_workers, returns_routed_experts
 
 TARGET = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
 DEFAULT_MAX_NUM_SEQS = 64
@@ -28,7 +27,6 @@ def install() -> None:
     @wraps(stock_create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not names_preset(self):
-            forget_notes()
             return stock_create(self, *args, **kwargs)
         preset = _preset(self)
         _refuse_untested(self)
@@ -38,7 +36,6 @@ def install() -> None:
         _refuse_unsupported(config, preset)
         _set_scheduler(config)
         _log_limits(config)
-        expect_notes()
         return config
 
     EngineArgs.create_engine_config = create_engine_config
@@ -169,6 +166,8 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield "does not support context parallelism; use tensor_parallel_size instead."
     if parallel.pipeline_parallel_size > 1:
         yield "does not support pipeline parallelism; use tensor_parallel_size instead."
+    if bypasses_workers(config):
+        yield "passes no slots through vLLM's first Ray executor; leave VLLM_USE_RAY_V2_EXECUTOR_BACKEND out."
     if returns_routed_experts(config):
         yield "does not support returning routed experts; leave enable_return_routed_experts out."
     if KVarNConfig.of(config).raw_chunks and not device_backend().layer.supports_raw_chunks:

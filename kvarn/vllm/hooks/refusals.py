@@ -2,8 +2,8 @@
 
 vLLM's engine core and workers print their exceptions and exit; the process that started them reports only that they
 failed. A refusal is therefore also left as a note in a file that the starting process names in an environment
-variable before it starts an engine, and raised again there. A note belongs to one engine: the next one that the
-process configures gets another file, and one without a preset gets none.
+variable while it starts an engine, and raised again there. Each start of an engine with a preset has a file of its
+own, and any other start has none.
 """
 
 from __future__ import annotations
@@ -20,28 +20,30 @@ from tempfile import gettempdir
 from typing import Any, NoReturn
 from uuid import uuid4
 
+from kvarn.presets import PRESETS
 from kvarn.vllm.hooks import Hook, RefusalError
 
 NOTE = "KVARN_REFUSAL_NOTE"
 
 
 def install() -> None:
-    """Wrap the two places where vLLM waits for processes: for workers, and for the engine core."""
+    """Wrap the two places where vLLM starts processes and waits for them: the engine core, and workers."""
     from vllm.v1.engine import utils
     from vllm.v1.executor.abstract import Executor
 
-    Executor.__init__ = _raising_notes(Executor.__init__)
+    utils.CoreEngineProcManager.__init__ = _expecting_notes(utils.CoreEngineProcManager.__init__)
     utils.wait_for_engine_startup = _raising_notes(utils.wait_for_engine_startup)
+    Executor.__init__ = _expecting_notes(_raising_notes(Executor.__init__))
 
 
 def expect_notes() -> None:
-    """Prepare for refusals by the processes of the engine that this process is about to start."""
+    """Prepare for refusals by the processes that this process is about to start for an engine."""
     forget_notes()
     os.environ[NOTE] = str(_directory() / uuid4().hex)
 
 
 def forget_notes() -> None:
-    """Expect no refusals: the next engine that this process starts has no quantized cache."""
+    """Expect no more refusals."""
     _take_note()
     os.environ.pop(NOTE, None)
 
@@ -88,20 +90,36 @@ def _leave(refusal: RefusalError) -> None:
         own.replace(note)  # never half a sentence
 
 
+def _expecting_notes(start: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(start)
+    def start_expecting_notes(*args: Any, **kwargs: Any) -> Any:
+        if not serves_an_engine():  # workers share the note of the engine core that starts them
+            caches = [getattr(value, "cache_config", None) for value in (*args, *kwargs.values())]
+            if any(getattr(cache, "cache_dtype", None) in PRESETS for cache in caches):
+                expect_notes()
+            else:
+                forget_notes()
+        return start(*args, **kwargs)
+
+    return start_expecting_notes
+
+
 def _raising_notes(start: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(start)
     def start_raising_notes(*args: Any, **kwargs: Any) -> Any:
         try:
             return start(*args, **kwargs)
         except Exception as error:
-            note = _take_note()  # in any case, so that it cannot replace a later error
-            refusal = _refusal_in(error) or note
+            refusal = _refusal_in(error) or _take_note()
             if refusal is None:
                 raise
             _leave(refusal)
             if refusal is error:
                 raise
             raise refusal from error
+        finally:
+            if not serves_an_engine():
+                forget_notes()
 
     return start_raising_notes
 
@@ -128,6 +146,10 @@ def _take_note() -> RefusalError | None:
 
 HOOK = Hook(
     "refusals reach the caller",
-    ("vllm.v1.engine.utils:wait_for_engine_startup", "vllm.v1.executor.abstract:Executor"),
+    (
+        "vllm.v1.engine.utils:wait_for_engine_startup",
+        "vllm.v1.engine.utils:CoreEngineProcManager",
+        "vllm.v1.executor.abstract:Executor",
+    ),
     install,
 )

@@ -1,10 +1,14 @@
 """`kvarn doctor` passes on a sound installation and fails on wrong arithmetic or a hook that does not fit."""
 
+from pathlib import Path
+
 import pytest
 
 from kvarn.cli import doctor
 from kvarn.cpu import decode, prefill, store
 from kvarn.presets import PRESETS, get_preset
+from serve_app.config import AppConfig
+from serve_app.launch import App
 
 K4V2 = get_preset("kvarn_k4v2_g128")
 
@@ -39,3 +43,25 @@ def test_missing_vllm_is_one_failed_check(monkeypatch):
     (check,) = doctor.check_hooks()
     assert not check.ok
     assert "pip install kvarn[cpu]" in check.detail
+
+
+@pytest.mark.parametrize(
+    ("settings", "ok", "detail"),
+    [
+        ({}, True, "tool parser none, reasoning parser deepseek_r1, by the family llama where not set"),
+        (
+            {"reasoning_parser": "none", "tool_parser": "hermes"},
+            True,
+            "tool parser hermes, reasoning parser none",
+        ),
+        ({"tool_parser": "x"}, False, "tool_parser is 'x', expected one of "),
+        ({"reasoning_parser": "ernie46"}, False, "reasoning_parser is 'ernie46', expected one of "),
+    ],
+)
+def test_parsers_of_a_yaml_are_shown_or_refused(
+    thinking_model_dir: Path, settings: dict[str, str], ok: bool, detail: str
+) -> None:
+    config = AppConfig.model_validate({"model": str(thinking_model_dir), "gateway": settings})
+    check = doctor.check_parsers(App("kvarn", config, {}))
+    assert check.ok == ok
+    assert check.detail.startswith(detail)

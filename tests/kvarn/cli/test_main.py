@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from kvarn import cli
 from kvarn.cli import doctor
-from kvarn.cli.connection import tls_files
+from kvarn.cli.connection import Credentials
 from kvarn.cli.doctor import Check, Diagnosis
 from serve_app.client import RETRY_S, Client, UnauthenticatedError
 from serve_app.rpc.channels import Tls
@@ -85,7 +85,7 @@ def test_bench_refuses_an_output_it_could_not_write():
 
 
 def test_doctor_prints_tables(monkeypatch):
-    monkeypatch.setattr(doctor, "examine", lambda limits: SOUND)
+    monkeypatch.setattr(doctor, "examine", lambda *of_yaml: SOUND)
     result = run("doctor")
     assert result.exit_code == 0
     assert "page size" in result.stdout
@@ -93,7 +93,7 @@ def test_doctor_prints_tables(monkeypatch):
 
 
 def test_doctor_prints_json(monkeypatch):
-    monkeypatch.setattr(doctor, "examine", lambda limits: SOUND)
+    monkeypatch.setattr(doctor, "examine", lambda *of_yaml: SOUND)
     report = json.loads(run("doctor", "--json").stdout)
     assert report["ok"]
     assert report["hooks"] == [{"name": "page size", "ok": True, "detail": "vllm.attention"}]
@@ -101,7 +101,7 @@ def test_doctor_prints_json(monkeypatch):
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]], ids=["table", "json"])
 def test_doctor_fails_with_a_failed_check(monkeypatch, arguments):
-    monkeypatch.setattr(doctor, "examine", lambda limits: BROKEN)
+    monkeypatch.setattr(doctor, "examine", lambda *of_yaml: BROKEN)
     assert run("doctor", *arguments).exit_code == 1
 
 
@@ -201,7 +201,7 @@ def test_certificates_are_taken(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("ca.pem", "own.pem", "own.key")]
     for path, pem in zip(paths, (ca.cert_pem, own.cert_chain_pems[0], own.private_key_pem), strict=True):
         path.write_bytes(pem.bytes())
-    assert tls_files(*paths) == Tls(*paths)
+    assert Credentials(*paths).tls() == Tls(*paths)
 
 
 @pytest.mark.parametrize("key", ["\u043a\u043b\u044e\u0447", "kvarn-1-2\n"])

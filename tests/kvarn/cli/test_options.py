@@ -16,21 +16,32 @@ from kvarn.bench.kernels.kernel_settings import DecodeBench, PrefillBench, Quant
 from kvarn.bench.prefix_order import SchedulerBench
 from kvarn.bench.sinks import SinksBench
 from kvarn.cli import app
+from kvarn.cli.connection import Connection, Credentials
 from kvarn.cli.options import options_of
 from kvarn.quality.settings import QualityRun
 from serve_app.bench.load_settings import ServeBench
 
-COMMANDS = {
-    "bench serve": ServeBench,
-    "bench engine": EngineBench,
-    "bench scheduler": SchedulerBench,
-    "bench sinks": SinksBench,
-    "bench decode": DecodeBench,
-    "bench quantize": QuantizeBench,
-    "bench prefill": PrefillBench,
-    "quality": QualityRun,
+COMMANDS = (
+    ("chat", Connection),
+    ("status", Connection),
+    ("bench serve", ServeBench),
+    ("bench serve", Credentials),
+    ("bench engine", EngineBench),
+    ("bench scheduler", SchedulerBench),
+    ("bench sinks", SinksBench),
+    ("bench decode", DecodeBench),
+    ("bench quantize", QuantizeBench),
+    ("bench prefill", PrefillBench),
+    ("quality", QualityRun),
+)
+FLAGS = {
+    "certificate": "--cert",
+    "private_key": "--key",
+    "rate_per_s": "--rate",
+    "kv_cache_dtype": "--preset",
+    "target": "target",
+    "text": "text",
 }
-FLAGS = {"rate_per_s": "--rate", "kv_cache_dtype": "--preset", "target": "target", "text": "text"}
 WITHOUT_OPTION = {"sink_tokens"}
 
 
@@ -48,7 +59,7 @@ def names(settings: type[Any]) -> Iterator[str]:
         yield from names(nested) if is_dataclass(nested) else (field.name,)
 
 
-@pytest.mark.parametrize(("path", "settings"), COMMANDS.items())
+@pytest.mark.parametrize(("path", "settings"), COMMANDS)
 def test_each_field_is_an_option_with_a_help_text(path: str, settings: type[Any]) -> None:
     parameters = {parameter.name: parameter for parameter in command(path).params}
     for name in set(names(settings)) - WITHOUT_OPTION:

@@ -17,7 +17,7 @@ from vllm.v1.attention import selector
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.engine import utils
 from vllm.v1.executor.abstract import Executor
-from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from kvarn.errors import KVarNError
 from kvarn.presets import PRESETS
@@ -58,9 +58,9 @@ def test_a_selector_with_other_arguments_still_serves_other_layers(monkeypatch: 
 def test_a_worker_with_other_arguments_still_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     applied: list[Any] = []
     monkeypatch.setattr(slot_map, "find_slot_map", lambda vllm_config: SimpleNamespace(apply=applied.append))
-    monkeypatch.setattr(Worker, "execute_model", echo)
+    monkeypatch.setattr(WorkerWrapperBase, "execute_model", echo)
     slot_plan.install()
-    execute: Any = Worker.execute_model
+    execute: Any = WorkerWrapperBase.execute_model
     worker, message = SimpleNamespace(), SimpleNamespace()  # a worker that has no vllm_config
     assert execute(worker, 1, step=message) == ((worker, 1), {"step": message})
     assert not applied
@@ -171,25 +171,54 @@ def test_a_note_that_nobody_took_is_not_the_next_engines(
         failing_start(RuntimeError("out of memory"))()
 
 
-def test_an_unquantized_engine_keeps_vllms_own_error(
-    monkeypatch: pytest.MonkeyPatch, expected_note: Path
-) -> None:
-    monkeypatch.setattr(EngineArgs, "create_engine_config", echo)
-    monkeypatch.setattr(Executor, "__init__", Executor.__init__)
-    engine_config.install()
-    leave_as_child(monkeypatch)
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Stock vLLM whose starts say, once hooked, whether the processes of an engine may leave notes."""
+    starts: list[bool] = []
 
-    def fail() -> None:
-        raise RuntimeError("out of memory")
+    def start(*args: Any, **kwargs: Any) -> None:
+        starts.append(refusals.NOTE in os.environ)
 
-    monkeypatch.setattr(utils, "wait_for_engine_startup", fail)
+    monkeypatch.setattr(Executor, "__init__", start)
+    monkeypatch.setattr(utils.CoreEngineProcManager, "__init__", start)
+    monkeypatch.setattr(utils, "wait_for_engine_startup", start)
     refusals.install()
-    create: Any = EngineArgs.create_engine_config
-    create(SimpleNamespace(kv_cache_dtype="auto"))
-    start: Any = utils.wait_for_engine_startup
-    with pytest.raises(RuntimeError, match="out of memory"):
-        start()
+    return starts
+
+
+def start_core(cache_dtype: str) -> None:
+    utils.CoreEngineProcManager(vllm_config=config_of(cache_dtype))
+    utils.wait_for_engine_startup()
+
+
+def start_workers(cache_dtype: str) -> None:
+    Executor.__init__(object(), config_of(cache_dtype))
+
+
+def config_of(cache_dtype: str) -> Any:
+    return SimpleNamespace(cache_config=SimpleNamespace(cache_dtype=cache_dtype))
+
+
+@pytest.mark.parametrize("start", [start_core, start_workers])
+def test_only_engines_with_a_preset_expect_notes(
+    noted: list[bool], expected_note: Path, start: Callable[[str], None]
+) -> None:
+    start("auto")
+    assert not any(noted)
+    noted.clear()
+    start(PRESET)
+    assert noted
+    assert all(noted)
     assert refusals.NOTE not in os.environ
+
+
+def test_workers_leave_notes_where_their_core_does(
+    monkeypatch: pytest.MonkeyPatch, noted: list[bool], expected_note: Path
+) -> None:
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: "parent")
+    start_workers(PRESET)
+    assert noted == [True]
+    assert os.environ[refusals.NOTE] == str(expected_note)
 
 
 def test_probes_leave_no_notes(monkeypatch: pytest.MonkeyPatch, expected_note: Path) -> None:
@@ -198,9 +227,3 @@ def test_probes_leave_no_notes(monkeypatch: pytest.MonkeyPatch, expected_note: P
     assert [status.detail for status in plugin.hook_report()] == [""] * len(plugin.HOOKS)
     assert not expected_note.exists()
     assert os.environ[refusals.NOTE] == str(expected_note)
-
-
-def test_the_doctors_engine_expects_no_notes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(refusals.NOTE, raising=False)
-    plugin.hook_report(thorough=True)
-    assert refusals.NOTE not in os.environ

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm import envs
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_events import BlockRemoved
 from vllm.engine.arg_utils import EngineArgs
@@ -41,28 +42,14 @@ from kvarn.vllm.cache_settings import side_pool_slots
 from kvarn.vllm.hooks import HookError, RefusalError, engine_config, page_size, private_names
 from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
 from tests.support.engines import use_triton_backend
-from tests.support.scheduling import make_scheduler
+from tests.support.scheduling import MODEL_CONFIG, make_scheduler
 
 PRESET = "kvarn_k4v2_g128"
 
 
 def write_config(directory: Path, **changes: Any) -> Path:
     """Write a model directory that holds only a Llama's config.json with `changes`."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "vocab_size": 512,
-        "max_position_embeddings": 1024,
-        "torch_dtype": "float32",
-        **changes,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps({**MODEL_CONFIG, **changes}))
     return directory
 
 
@@ -298,6 +285,17 @@ def test_batch_invariance_is_refused(model: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(ValueError, match="leave VLLM_BATCH_INVARIANT out"):
         configure(model)
+
+
+@pytest.mark.skipif(not hasattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND"), reason="vLLM has one Ray executor")
+def test_the_ray_executor_that_bypasses_workers_is_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+    assert configure(model, **settings).parallel_config.distributed_executor_backend == "ray"
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    with pytest.raises(ValueError, match="leave VLLM_USE_RAY_V2_EXECUTOR_BACKEND out"):
+        configure(model, **settings)
 
 
 def test_probes_do_not_take_a_refused_environment_for_a_misfit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -374,6 +374,25 @@ async def test_a_replica_that_hangs_is_lost_and_its_streams_resume() -> None:
         assert deltas[-1].resumptions == 1
 
 
+@pytest.mark.parametrize(("constraint", "attempts"), [({"structured_outputs": {"regex": "a"}}, 1), ({}, 2)])
+async def test_what_may_have_silenced_a_replica_is_not_sent_to_another(
+    constraint: dict[str, Any], attempts: int
+) -> None:
+    async def script(engine: Engine, request: Any, at: int) -> None:
+        if len(setup.sent) == 1:
+            engine.heartbeats.clear()
+            await asyncio.Event().wait()
+
+    async with serving(Engine("a", script), Engine("b", script), silence_timeout_s=0.6) as setup:
+        if constraint:
+            with pytest.raises(UnavailableError, match="became silent while it prepared"):
+                await stream(setup.port, **constraint)
+        else:
+            assert_whole(await stream(setup.port))
+        assert len(setup.sent) == attempts
+        await assert_nothing_held(setup)
+
+
 async def test_a_hedge_answers_when_the_first_replica_is_slow() -> None:
     async def script(engine: Engine, request: Any, at: int) -> None:
         if at == 0 and len(setup.sent) == 1:

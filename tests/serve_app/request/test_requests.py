@@ -1,6 +1,8 @@
 """Requests that a gateway rejects before any engine sees them."""
 
+import json
 import math
+from typing import Any
 
 import pytest
 
@@ -16,9 +18,11 @@ from serve_app.request.request_errors import (
     RequestError,
 )
 from serve_app.request.sampling import check_sampling, to_vllm
+from serve_app.request.structured_outputs import engine_reasoning, place_constraint
 from serve_app.routing import Decision, Rejection, RequestNeed
 
 VOCAB = 1000
+CLOSED = {"additionalProperties": False}
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,10 @@ def test_values_in_range_pass(params: SamplingParams) -> None:
                 (StructuredOutputs(json_schema="{"), "structured_outputs.json_schema must be JSON text"),
                 (StructuredOutputs(json_schema="[" * 60_000), "structured_outputs.json_schema must be JSON"),
                 (StructuredOutputs(json_schema="[]"), "structured_outputs.json_schema must be a JSON object"),
+                (
+                    StructuredOutputs(json_schema='{"anyOf": [' * 32 + "{}" + "]}" * 32),
+                    "structured_outputs.json_schema is nested too deeply: use at most 64 levels",
+                ),
                 (StructuredOutputs(regex=" "), "structured_outputs.regex must not be empty"),
                 (StructuredOutputs(regex="x" * 70_000), "structured_outputs.regex must have at most 65536"),
                 (StructuredOutputs(choice=Choice()), "structured_outputs.choice must hold 1 to 1024 strings"),
@@ -89,6 +97,40 @@ def test_a_constraint_reaches_vllm() -> None:
     assert made.structured_outputs.choice == ["a", "b"]
     schema = to_vllm(SamplingParams(structured_outputs=StructuredOutputs(json_schema="{}")))
     assert schema.structured_outputs.json == "{}"
+
+
+def test_a_schema_of_64_levels_passes() -> None:
+    deep = StructuredOutputs(json_schema='{"anyOf": [' * 31 + '{"items": {}}' + "]}" * 31)
+    check_sampling(SamplingParams(structured_outputs=deep), VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("schema", "closed"),
+    [
+        ({"properties": {"a": {}}}, True),
+        ({"properties": {"properties": {}}, "required": ["properties"]}, True),
+        ({"properties": {"a": {}}, "additionalProperties": True}, False),
+        ({"properties": {"a": {}}, "additionalProperties": {"type": "null"}}, False),
+        ({"properties": {"a": {}}, "patternProperties": {"^b": {}}}, False),
+        ({"properties": {"a": {}}, "required": ["b"]}, False),
+        ({"properties": {"a": {}}, "anyOf": [{"required": ["b"]}]}, False),
+        ({"properties": {"a": {}}, "$ref": "#/$defs/B", "$defs": {"B": {}}}, False),
+        ({"properties": {"a": {"allOf": [{"type": "string"}]}}}, False),
+        ({"enum": [{"properties": {}}]}, False),
+    ],
+)
+def test_an_object_gets_no_other_properties_unless_its_schema_mentions_some(
+    schema: dict[str, Any], closed: bool
+) -> None:
+    for one, place in (
+        (schema, schema),
+        ({"items": schema}, schema),
+        ({"$defs": {"x": schema}, "$ref": "#/$defs/x"}, schema),
+    ):
+        made = to_vllm(SamplingParams(structured_outputs=StructuredOutputs(json_schema=json.dumps(one))))
+        assert made.structured_outputs is not None
+        expected = json.loads(json.dumps(one).replace(json.dumps(place), json.dumps(place | CLOSED)))
+        assert json.loads(str(made.structured_outputs.json)) == (expected if closed else one)
 
 
 @pytest.mark.parametrize(
@@ -138,3 +180,44 @@ def test_a_rejection_says_what_the_caller_can_do(
     raised = rejection_error(decision, RequestNeed(60, 10), context_tokens=64)
     assert type(raised) is error
     assert part in raised.sentence
+
+
+CHAT = inference_pb2.Prompt(chat=inference_pb2.Chat(chat_template_kwargs='{"thinking": true}'))
+TEXT = inference_pb2.Prompt(text="Hi")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "prompt", "engine"),
+    [
+        (
+            StructuredOutputs(regex="x"),
+            CHAT,
+            {
+                "reasoning_ended": None,
+                "reasoning_parser_kwargs": {"chat_template_kwargs": {"thinking": True}},
+            },
+        ),
+        (StructuredOutputs(regex="x"), TEXT, {"reasoning_ended": True}),
+        (StructuredOutputs(regex="x", after_reasoning=False), CHAT, {"reasoning_ended": True}),
+        (
+            StructuredOutputs(regex="x", after_reasoning=True, chat_template_kwargs='{"a": 1}'),
+            TEXT,
+            {"reasoning_ended": None, "reasoning_parser_kwargs": {"chat_template_kwargs": {"a": 1}}},
+        ),
+        (None, CHAT, {}),
+    ],
+)
+def test_constraints_on_chats_begin_after_the_reasoning(
+    wanted: StructuredOutputs | None, prompt: inference_pb2.Prompt, engine: dict[str, object]
+) -> None:
+    params = SamplingParams(structured_outputs=wanted)
+    place_constraint(params, prompt)
+    assert engine_reasoning(params) == engine
+    place_constraint(params, inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=[1])))
+    assert engine_reasoning(params) == engine  # a chat that was encoded stays one
+
+
+def test_arguments_for_the_reasoning_parser_are_checked() -> None:
+    wanted = StructuredOutputs(regex="x", chat_template_kwargs="[]")
+    with pytest.raises(BadRequestError, match="chat_template_kwargs must be a JSON object"):
+        check_sampling(SamplingParams(structured_outputs=wanted), VOCAB)

@@ -1,0 +1,233 @@
+"""vLLM's reasoning parsers, used outside vLLM's own server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.reasoning import ReasoningParser
+
+# Parsers that only find the end of reasoning; vLLM reads such output with code of its server.
+_WITHOUT_TEXT = frozenset({"openai_gptoss"})
+
+
+def reasoning_parser_names() -> list[str]:
+    """Return the names of the installed vLLM's parsers that can be used here; importing them takes seconds."""
+    from vllm.reasoning import ReasoningParserManager
+
+    return [name for name in ReasoningParserManager.list_registered() if name not in _WITHOUT_TEXT]
+
+
+def find_reasoning_parser(name: str) -> type[ReasoningParser]:
+    """Return the class of a reasoning parser; importing vLLM's parsers takes seconds.
+
+    Raises:
+        ValueError: vLLM has no usable parser of this name; the message lists the known names.
+    """
+    from vllm.reasoning import ReasoningParserManager
+
+    known = reasoning_parser_names()
+    if name not in known:
+        raise ValueError(f"reasoning_parser is {name!r}, expected one of {', '.join(known)} or none")
+    return ReasoningParserManager.get_reasoning_parser(name)
+
+
+def check_reasoning_parser(name: str, tokenizer: Any) -> None:
+    """Check that a parser can read the output of the model with `tokenizer`.
+
+    Raises:
+        ValueError: vLLM has no usable parser of this name, or it does not fit.
+    """
+    parser_class = find_reasoning_parser(name)
+    try:
+        parser_class(tokenizer)
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        detail = str(error) or type(error).__name__
+        raise ValueError(f"reasoning_parser {name} does not fit the model: {detail}") from error
+
+
+def shows_special_tokens(parser_class: type[ReasoningParser], tokenizer: Any) -> bool:
+    """Whether the parser needs the text of special tokens in the output."""
+    parser = parser_class(tokenizer)
+    return _is_engine_based(parser) or not _markers(parser).keys().isdisjoint(tokenizer.all_special_ids)
+
+
+@dataclass(frozen=True)
+class ReasoningDelta:
+    """What a piece of output adds: reasoning and its number of tokens; then the answer, with its token ids."""
+
+    reasoning: str = ""
+    reasoning_tokens: int = 0
+    content: str = ""
+    content_ids: Sequence[int] = ()
+
+
+class StreamedReasoning:
+    """Splits one streamed output into reasoning and answer.
+
+    Pieces may hold any number of tokens, and text may lag behind its token ids, as it does while a stop string may
+    be incomplete: the output is passed to vLLM's parser in parts that hold a marker of reasoning alone or not at all.
+
+    Args:
+        parser_class: from `find_reasoning_parser`.
+        tokenizer: from `with_cached_vocabulary`.
+        prompt_token_ids: the prompt, which may open or end the reasoning.
+        chat_template_kwargs: arguments of the chat template, on which some parsers depend.
+        has_ended: whether the prompt has ended the reasoning, as another output's reader found.
+
+    Attributes:
+        has_ended: whether the reasoning has ended.
+    """
+
+    def __init__(
+        self,
+        parser_class: type[ReasoningParser],
+        tokenizer: Any,
+        prompt_token_ids: Sequence[int],
+        chat_template_kwargs: Mapping[str, Any],
+        has_ended: bool | None = None,
+    ) -> None:
+        self._kwargs = dict(chat_template_kwargs)
+        self._parser = parser_class(tokenizer, chat_template_kwargs=dict(self._kwargs))
+        self._engine_based = _is_engine_based(self._parser)
+        self._markers = _markers(self._parser)
+        self.has_ended = self._parser.is_reasoning_end(prompt_token_ids) if has_ended is None else has_ended
+        if not self.has_ended:
+            self._parser.adjust_initial_state_from_prompt(prompt_token_ids)
+        self._held_text = ""
+        self._held_ids: list[int] = []
+        self._text = ""
+        self._ids_before, self._ids = _TokenIds(), _TokenIds()
+        self._uncounted = 0  # tokens whose text the parser holds back
+
+    def feed(self, text: str, token_ids: Sequence[int], is_last: bool) -> ReasoningDelta:
+        """Return what the next piece of the output adds."""
+        if self.has_ended:
+            return ReasoningDelta(content=text, content_ids=token_ids)
+        self._held_text += text
+        self._held_ids += token_ids
+        if not is_last and self._lags():
+            return ReasoningDelta()
+        text, token_ids = self._held_text, self._held_ids
+        self._held_text, self._held_ids = "", []
+        deltas = [self._step(*part) for part in self._parts(text, token_ids)]
+        if is_last and not self.has_ended:
+            deltas.append(self._finish())
+        return _joined(deltas)
+
+    def _lags(self) -> bool:
+        """Whether the text of a marker among the held tokens has not arrived."""
+        return any(
+            self._held_ids.count(marker) > self._held_text.count(text)
+            for marker, text in self._markers.items()
+        )
+
+    def _parts(self, text: str, token_ids: list[int]) -> Iterator[tuple[str, list[int]]]:
+        """Cut a piece so that markers are parts of their own; text that no token explains stays whole."""
+        start = 0
+        for index, token in enumerate(token_ids):
+            if token not in self._markers:
+                continue
+            before, marker, after = text.partition(self._markers[token])
+            if not marker:
+                continue
+            if before or index > start:
+                yield before, token_ids[start:index]
+            yield marker, [token]
+            text, start = after, index + 1
+        if text or start < len(token_ids):
+            yield text, token_ids[start:]
+
+    def _step(self, text: str, token_ids: list[int]) -> ReasoningDelta:
+        if self.has_ended:
+            return ReasoningDelta(content=text, content_ids=token_ids)
+        before, self._text = self._text, self._text + text
+        self._ids.extend(token_ids)
+        found = self._parser.extract_reasoning_streaming(
+            before, self._text, text, self._ids_before, self._ids, token_ids
+        )
+        self._ids_before.extend(token_ids)
+        reasoning, content = _texts(found)
+        self._uncounted += self._countable(token_ids)
+        if self._ends(token_ids):
+            self.has_ended = True
+            if self._engine_based:
+                content += _texts(self._parser.finish_streaming())[1]
+            content_ids = self._parser.extract_content_ids(token_ids)
+            return ReasoningDelta(
+                reasoning, self._counted() - self._countable(content_ids), content, content_ids
+            )
+        if content and not reasoning:  # the model answers without reasoning
+            self._uncounted = 0
+            return ReasoningDelta(content=content, content_ids=token_ids)
+        return ReasoningDelta(reasoning, self._counted() if reasoning else 0, content)
+
+    def _ends(self, token_ids: list[int]) -> bool:
+        if self._engine_based:
+            return self._parser.has_engine_confirmed_reasoning_end()
+        return self._parser.is_reasoning_end_streaming(self._ids, token_ids)
+
+    def _finish(self) -> ReasoningDelta:
+        """Return what the parser still holds back at the end of an output without an end of its reasoning."""
+        if not self._engine_based:
+            return ReasoningDelta()
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        request = ChatCompletionRequest(messages=[], chat_template_kwargs=self._kwargs)
+        promoted = self._parser.get_streaming_fallback_content("", request)
+        reasoning, content = _texts(self._parser.finish_streaming())
+        return ReasoningDelta(reasoning, self._counted(), (promoted or "") + content)
+
+    def _countable(self, token_ids: Sequence[int]) -> int:
+        return sum(token not in self._markers for token in token_ids)
+
+    def _counted(self) -> int:
+        counted, self._uncounted = self._uncounted, 0
+        return counted
+
+
+class _TokenIds(list[int]):
+    """Token ids so far; vLLM's parsers search all of them at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._distinct: set[int] = set()
+
+    def extend(self, token_ids: Sequence[int]) -> None:  # type: ignore[override]
+        super().extend(token_ids)
+        self._distinct.update(token_ids)
+
+    def __contains__(self, token_id: object) -> bool:
+        return token_id in self._distinct
+
+
+def _is_engine_based(parser: ReasoningParser) -> bool:
+    """Whether the parser reads text by itself, whatever its tokens; it must then be told that the output has ended."""
+    return bool(parser.engine_based_streaming)
+
+
+def _markers(parser: ReasoningParser) -> dict[int, str]:
+    """Return the tokens that start and end reasoning, with their texts; a tool call may end it too."""
+    vocabulary = parser.vocab
+    texts = (parser.reasoning_start_str, parser.reasoning_end_str)
+    markers = {vocabulary[text]: text for text in texts if text and text in vocabulary}
+    for token in getattr(parser, "reasoning_end_token_ids", ()):  # from 0.30 on
+        markers.setdefault(token, parser.model_tokenizer.decode([token]))
+    return markers
+
+
+def _texts(delta: Any) -> tuple[str, str]:
+    return (delta.reasoning or "", delta.content or "") if delta is not None else ("", "")
+
+
+def _joined(deltas: Sequence[ReasoningDelta]) -> ReasoningDelta:
+    if len(deltas) == 1:
+        return deltas[0]
+    return ReasoningDelta(
+        "".join(delta.reasoning for delta in deltas),
+        sum(delta.reasoning_tokens for delta in deltas),
+        "".join(delta.content for delta in deltas),
+        [token for delta in deltas for token in delta.content_ids],
+    )
