@@ -68,7 +68,7 @@ def _attend_raw_piece(
     D: tl.constexpr,
     G: tl.constexpr,
 ):
-    """Attend rows `start` to `start + PIECE` of a raw tile: those filled, of which a query row sees the first `visible`."""
+    """Attend rows `start` to `start + PIECE` of a raw tile, up to `filled`; a query row sees the first `visible`."""
     rows = start + tl.arange(0, PIECE)
     at = rows[:, None] * D + tl.arange(0, D)[None, :]
     key = tl.load(raw + at, mask=rows[:, None] < filled, other=0.0)
