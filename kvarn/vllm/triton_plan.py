@@ -16,6 +16,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from kvarn.kernels import decode_plan, prefill_plan
+from kvarn.kernels.decode_work import DecodeShape, DecodeWork, plan_work
 from kvarn.kernels.prefill_plan import PrefillWave
 from kvarn.vllm.cache_settings import KVarNConfig
 from kvarn.vllm.slot_map import NO_SLOT, SlotMap
@@ -37,7 +38,8 @@ class DecodeBatch:
 
     Attributes:
         tokens: query tokens in all.
-        queries: maximum query tokens per request, for which kernels are compiled.
+        shape: launch of the decode kernels, for the maximum query tokens per request.
+        work: division of the step's work among their programs.
         query_start: [R + 1] int32, first query token of each request.
         block_table: [R, W] int32.
         seq_lens: [R] int32, 0 for a row that pads the batch.
@@ -46,7 +48,8 @@ class DecodeBatch:
     """
 
     tokens: int
-    queries: int
+    shape: DecodeShape
+    work: DecodeWork
     query_start: Tensor
     block_table: Tensor
     seq_lens: Tensor
@@ -90,9 +93,13 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
         self._raw_chunks = KVarNConfig.of(vllm_config).raw_chunks
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._token_rows = torch.full((2, tokens), NO_SLOT, dtype=torch.int32, device=device)
-        self._of_requests = torch.full(
-            (4, max_requests_in_step(vllm_config)), NO_SLOT, dtype=torch.int32, device=device
-        )
+        requests = max_requests_in_step(vllm_config)
+        self._of_requests = torch.full((4, requests), NO_SLOT, dtype=torch.int32, device=device)
+        self._shapes = {
+            queries: DecodeShape.of(impl.num_heads, impl.num_kv_heads, impl.layout, queries, device)
+            for queries in {1, self.reorder_batch_threshold}
+        }
+        self._work = {queries: DecodeWork(requests, shape, device) for queries, shape in self._shapes.items()}
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -118,7 +125,8 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
         queries = self.reorder_batch_threshold if np.diff(offsets).max() > 1 else 1
         batch = DecodeBatch(
             int(offsets[-1]),
-            queries,
+            self._shapes[queries],
+            self._work[queries],
             common.query_start_loc[: requests + 1],
             common.block_table_tensor[:requests],
             common.seq_lens[:requests],
@@ -141,6 +149,7 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
             queries,
             batch.query_start,
         )
+        plan_work(batch.seq_lens, batch.sink_slots, self._group, batch.shape, batch.work, batch.query_start)
         return batch
 
     def _plan_prefill(

@@ -28,7 +28,7 @@ from kvarn.bench.kernels.kernel_settings import (
     QuantizeBench,
 )
 from kvarn.bench.kernels.rivals import RIVALS, Rival
-from kvarn.kernels import decode, pages, prefill, quantize, rotate
+from kvarn.kernels import decode, decode_work, pages, prefill, quantize, rotate
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
 
@@ -175,8 +175,8 @@ class DecodeCase:
             prepare = partial(self.prepare_rival, rival)
             yield Contender(rival.name, cached + queries, cached + queries, prepare)
 
-    def prepare_ours(self, parts_per_processor: int | None = None) -> Launch:
-        """Our kernels; see `decode.splits_for` for `parts_per_processor`."""
+    def prepare_ours(self, programs_per_processor: int | None = None) -> Launch:
+        """Our kernels; see `DecodeShape.of` for `programs_per_processor`."""
         bench, layout, requests, device = self._bench, self._layout, len(self.lengths), self._device
         tiles, of_tiles = self._tiles()
         order = _shuffled(len(of_tiles), device)
@@ -188,9 +188,13 @@ class DecodeCase:
         # Slots of the tails, of the sinks, and of the tiles of the first new tokens where those are earlier.
         kept = torch.cat([last, last - own_tile, last - own_tile + first_tile])
         tail_slots = torch.arange(requests, dtype=torch.int32, device=device)
-        blocks, block_tokens = decode.query_blocks(bench.query_tokens, bench.query_heads // bench.kv_heads)
-        splits = decode.splits_for(requests * blocks, bench.kv_heads, device, parts_per_processor)
-        rows = requests * blocks * block_tokens * bench.query_heads * (splits + 1)
+        shape = decode_work.DecodeShape.of(
+            bench.query_heads, bench.kv_heads, layout, bench.query_tokens, device, programs_per_processor
+        )
+        work = decode_work.DecodeWork(requests, shape, device)
+        seq_lens = lengths.int()
+        starts = torch.arange(0, requests + 1, dtype=torch.int32, device=device) * bench.query_tokens
+        decode_work.plan_work(seq_lens, tail_slots + requests, bench.group, shape, work, starts)
         query = self._query()
         return partial(
             decode.decode,
@@ -198,17 +202,17 @@ class DecodeCase:
             cache=cache,
             pool=tiles[of_tiles[kept]],
             block_table=pad_sequence(list(torch.split(order.int(), self.tiles)), batch_first=True),
-            seq_lens=lengths.int(),
+            seq_lens=seq_lens,
             first_slots=torch.where(first_tile < own_tile, tail_slots + 2 * requests, tail_slots),
             tail_slots=tail_slots,
             sink_slots=tail_slots + requests,
             scale=bench.head_dim**-0.5,
             layout=layout,
-            splits=splits,
-            parts=decode.Parts(rows, bench.head_dim, device),
+            shape=shape,
+            work=work,
+            parts=decode.Parts(shape.parts(requests) * shape.rows, bench.head_dim, device),
             out=torch.empty_like(query, dtype=torch.bfloat16),
-            queries=bench.query_tokens,
-            query_start=torch.arange(0, len(query) + 1, bench.query_tokens, dtype=torch.int32, device=device),
+            query_start=starts,
         )
 
     def prepare_flash(self, dtype: torch.dtype) -> Launch:
