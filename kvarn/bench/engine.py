@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +19,7 @@ from typer import Option
 
 from kvarn import worker
 from kvarn.bench import engine_worker
+from kvarn.bench.batch_lengths import Length, Lognormal, draw_lengths, parse_length, split_entries
 from kvarn.bench.bench_settings import (
     BenchError,
     EnforceEager,
@@ -42,17 +44,17 @@ class Workload:
 
     Attributes:
         requests: number of requests.
-        prompt_tokens: prompt length of each request.
-        output_tokens: tokens that each request generates.
+        prompt_tokens: prompt length of each request, or their distribution.
+        output_tokens: tokens that each request generates, or their distribution.
     """
 
     requests: int
-    prompt_tokens: int
-    output_tokens: int
+    prompt_tokens: Length
+    output_tokens: Length
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
+        for name in ("requests", "prompt_tokens", "output_tokens"):
+            if isinstance(value := getattr(self, name), int) and value < 1:
                 raise BenchError(f"{name} of workload {self.label} is {value}: give a number of at least 1")
 
     @property
@@ -62,6 +64,12 @@ class Workload:
 
     def __str__(self) -> str:
         return self.label
+
+    def lengths(self, seed: int) -> list[tuple[int, int]]:
+        """(prompt tokens, output tokens) of each request; equal seeds draw equal lengths."""
+        rng = random.Random(seed)
+        prompts = draw_lengths(self.prompt_tokens, self.requests, rng)
+        return list(zip(prompts, draw_lengths(self.output_tokens, self.requests, rng), strict=True))
 
 
 @dataclass(frozen=True)
@@ -86,9 +94,11 @@ class EngineBench:
         tuple[Workload, ...],
         Option(
             parser=parse_workloads,
-            help="Comma-separated workloads: requests x prompt tokens + output tokens.",
+            help="Comma-separated workloads: requests x prompt tokens + output tokens, each a number or "
+            "lognormal(MEDIAN,SIGMA), e.g. 64xlognormal(3000,1.2)+lognormal(200,0.8).",
         ),
-    ] = (Workload(4, 1000, 64),)
+    ] = (Workload(4, 1000, 64), Workload(8, Lognormal(500, 0.8), Lognormal(48, 0.8)))
+    seed: Annotated[int, Option(help="Seed of drawn lengths.")] = 0
     repeats: Annotated[int, Option(help="Measured batches per workload; the median is reported.")] = 2
     kv_cache_memory_gib: Annotated[float, Option(help="KV cache memory, in GiB, equal for all dtypes.")] = 0.5
     gpu_memory_utilization: Annotated[
@@ -201,20 +211,21 @@ class EngineResult:
 
 
 def parse_workloads(text: str) -> tuple[Workload, ...]:
-    """`"32x16384+128,1x16384+1"` -> two workloads.
+    """`"32x16384+128,64xlognormal(3000,1.2)+200"` -> two workloads.
 
     Raises:
         BenchError: an entry does not have this form.
     """
     workloads = []
-    for entry in comma_separated(text):
+    for entry in split_entries(text):
         requests, _, tokens = entry.partition("x")
-        prompt, _, output = tokens.partition("+")
-        if not all(number.isdecimal() for number in (requests, prompt, output)):
+        prompt, output = map(parse_length, tokens.partition("+")[::2])
+        if not requests.isdecimal() or prompt is None or output is None:
             raise BenchError(
-                f"workload {entry!r} is not understood: give REQUESTSxPROMPT_TOKENS+OUTPUT_TOKENS, e.g. 4x1000+64"
+                f"workload {entry!r} is not understood: give REQUESTSxPROMPT_TOKENS+OUTPUT_TOKENS, e.g. 4x1000+64; "
+                "each number of tokens may be lognormal(MEDIAN,SIGMA)"
             )
-        workloads.append(Workload(int(requests), int(prompt), int(output)))
+        workloads.append(Workload(int(requests), prompt, output))
     return tuple(workloads)
 
 
@@ -294,10 +305,20 @@ def table(bench: EngineBench, results: list[EngineResult]) -> Table:
 
 
 def record(bench: EngineBench, results: list[EngineResult]) -> dict[str, Any]:
-    """Settings, environment and results, ready for JSON."""
+    """Settings, environment and results, ready for JSON; a distribution of lengths is given as its text."""
+    workloads = [
+        {
+            "requests": workload.requests,
+            **{
+                name: length if isinstance(length := getattr(workload, name), int) else str(length)
+                for name in ("prompt_tokens", "output_tokens")
+            },
+        }
+        for workload in bench.workloads
+    ]
     return {
         "benchmark": "engine",
-        "settings": asdict(bench),
+        "settings": {**asdict(bench), "workloads": workloads},
         "versions": versions(),
         "machine": machine(),
         "results": [{**asdict(result), "capacity_tokens": result.capacity_tokens} for result in results],
@@ -327,6 +348,7 @@ def _measure(bench: EngineBench, model_dir: Path, empty: EngineResult, progress:
         "model": str(model_dir),
         "kv_cache_dtype": empty.kv_cache_dtype,
         "tensor_parallel_size": empty.tensor_parallel_size,
+        "lengths": [workload.lengths(bench.seed) for workload in bench.workloads],
     }
     messages = []
     with tempfile.TemporaryFile("w+", prefix="kvarn-bench-", errors="replace") as log:

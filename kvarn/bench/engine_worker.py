@@ -1,7 +1,8 @@
 """The process of `kvarn bench engine` that holds one engine and times it.
 
-It gets the fields of `EngineBench` and the `kv_cache_dtype` to use as JSON, and answers in JSON lines on standard
-output: the timing of each batch, then the size of the cache. vLLM prints to standard error.
+It gets the fields of `EngineBench`, the `kv_cache_dtype` to use and the `lengths` of each workload's requests as JSON,
+and answers in JSON lines on standard output: the timing of each batch, then the size of the cache. vLLM prints to
+standard error.
 """
 
 import json
@@ -27,12 +28,12 @@ def main() -> None:
     engine = _start_engine(settings)
     start_s = time.perf_counter() - start
     vocab_size = json.loads((Path(settings["model"]) / "config.json").read_text())["vocab_size"]
-    warm_up = _prompts(_max_num_seqs(settings), WARM_UP_PROMPT_TOKENS, vocab_size)
-    answer(answers, _time_batch(engine, warm_up, WARM_UP_OUTPUT_TOKENS))
-    for workload in settings["workloads"]:
-        prompts = _prompts(workload["requests"], workload["prompt_tokens"], vocab_size)
+    warm_up = [(WARM_UP_PROMPT_TOKENS, WARM_UP_OUTPUT_TOKENS)] * _max_num_seqs(settings)
+    answer(answers, _time_batch(engine, *_requests(warm_up, vocab_size)))
+    for lengths in settings["lengths"]:
+        requests = _requests(lengths, vocab_size)
         for _ in range(settings["repeats"]):
-            answer(answers, _time_batch(engine, prompts, workload["output_tokens"]))
+            answer(answers, _time_batch(engine, *requests))
     cache = engine.vllm_config.cache_config
     answer(answers, {"start_s": start_s, "num_blocks": cache.num_gpu_blocks, "block_size": cache.block_size})
     engine.engine_core.shutdown()
@@ -49,7 +50,7 @@ def _start_engine(settings: dict[str, Any]) -> Any:
         if utilization is None
         else {"gpu_memory_utilization": utilization}
     )
-    longest = max(workload["prompt_tokens"] + workload["output_tokens"] for workload in settings["workloads"])
+    longest = max(sum(request) for lengths in settings["lengths"] for request in lengths)
     args = EngineArgs(
         model=settings["model"],
         dtype=settings["dtype"],
@@ -70,32 +71,33 @@ def _start_engine(settings: dict[str, Any]) -> Any:
 
 
 def _max_num_seqs(settings: dict[str, Any]) -> int:
-    largest: int = max(workload["requests"] for workload in settings["workloads"])
-    return settings["max_num_seqs"] or largest
+    return settings["max_num_seqs"] or max(map(len, settings["lengths"]))
 
 
-def _prompts(count: int, tokens: int, vocab_size: int) -> list[list[int]]:
-    """Random token IDs, the same in every run: speed does not depend on the text."""
+def _requests(lengths: list[tuple[int, int]], vocab_size: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts of random token IDs, the same in every run as speed does not depend on the text, and output lengths."""
     draw = random.Random(0)
-    return [draw.choices(range(vocab_size), k=tokens) for _ in range(count)]
+    prompts = [draw.choices(range(vocab_size), k=prompt) for prompt, _ in lengths]
+    return prompts, [output for _, output in lengths]
 
 
-def _time_batch(engine: Any, prompts: list[list[int]], output_tokens: int) -> dict[str, float | None]:
+def _time_batch(engine: Any, prompts: list[list[int]], output_tokens: list[int]) -> dict[str, float | None]:
     """Send `prompts` together and time them; see `kvarn.bench.engine.WorkloadResult`.
 
     Prefill lasts until every request has a token, decode from then until the first request finishes.
     """
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=output_tokens, detokenize=False)
+    wanted = {str(index): tokens for index, tokens in enumerate(output_tokens)}
+    lengths = dict.fromkeys(wanted, 0)
     start = time.perf_counter()
-    for index, prompt in enumerate(prompts):
-        engine.add_request(str(index), {"prompt_token_ids": prompt}, sampling)
-    lengths = {str(index): 0 for index in range(len(prompts))}
+    for (name, tokens), prompt in zip(wanted.items(), prompts, strict=True):
+        sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=tokens, detokenize=False)
+        engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
     first = prefilled = None
     marks: list[tuple[float, int]] = []  # (time, tokens so far) after each step in which all requests decode
     while engine.has_unfinished_requests():
-        all_run = max(lengths.values()) < output_tokens
+        all_run = all(lengths[name] < tokens for name, tokens in wanted.items())
         for output in engine.step():
             lengths[output.request_id] = len(output.outputs[0].token_ids)
         now = time.perf_counter()

@@ -88,7 +88,7 @@ def draw_engine(path: Path, bench: EngineBench, results: list[EngineResult]) -> 
         bars = axes.bar(x, heights, width * 0.9, label=f"{result.label}, holds {held:.2f}x")
         axes.bar_label(bars, fmt="%.2f", fontsize=8)
     axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xticks(range(len(labels)), [label.replace(")+", ")\n+") for label in labels])
     axes.set_xlabel("requests x prompt tokens + output tokens")
     axes.set_ylabel(f"tok/s over {ran[0].kv_cache_dtype}")
     axes.set_title(f"engine, {bench.shape or bench.model}, {bench.dtype}")

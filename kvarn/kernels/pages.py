@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,13 +23,28 @@ from kvarn.kernels.records import (
 from kvarn.tile import TileLayout
 
 
-@triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["Entries"])
+class PageTiles(NamedTuple):
+    """Tiles and the pages that hold them: [T] int32 each.
+
+    Attributes:
+        pages: page of each tile.
+        blocks: its block, with its record.
+        slots: the slot that holds it raw, or -1 to read its record.
+    """
+
+    pages: Tensor
+    blocks: Tensor
+    slots: Tensor
+
+
+@triton.jit(do_not_specialize_on_alignment=["PageOf", "BlockOf", "SlotOf"])
 def _fill_pages(
     Cache,  # [B, H, RECORD] uint8
     Pool,  # [S, 2, H, G, D] float16
     Pages,  # [2, P, G, H, D] float16
-    Entries,  # [3, T] int32: page to fill, block to read, slot to read instead or -1
-    entries,
+    PageOf,  # [T] int32, page to fill
+    BlockOf,  # [T] int32, block to read
+    SlotOf,  # [T] int32, slot to read instead or -1
     value_pages,  # elements from a key in Pages to its value
     H: tl.constexpr,
     D: tl.constexpr,
@@ -40,10 +57,10 @@ def _fill_pages(
     BY_TOKEN: tl.constexpr,
 ):
     head = tl.program_id(0) % H
-    entry = tl.program_id(0) // H
-    page = tl.load(Entries + entry).to(tl.int64)
-    block = tl.load(Entries + entries + entry).to(tl.int64)
-    slot = tl.load(Entries + 2 * entries + entry).to(tl.int64)
+    tile = tl.program_id(0) // H
+    page = tl.load(PageOf + tile).to(tl.int64)
+    block = tl.load(BlockOf + tile).to(tl.int64)
+    slot = tl.load(SlotOf + tile).to(tl.int64)
     token, channel = tl.arange(0, G), tl.arange(0, D)
     out = Pages + (page * G * H + head) * D + token[:, None] * (H * D) + channel[None, :]
     if slot >= 0:
@@ -78,31 +95,32 @@ def _fill_pages(
         tl.store(out + value_pages, value.to(tl.float16))
 
 
-def fill_pages(cache: Tensor, pool: Tensor, pages: Tensor, entries: Tensor, layout: TileLayout) -> None:
+def fill_pages(cache: Tensor, pool: Tensor, pages: Tensor, tiles: PageTiles, layout: TileLayout) -> None:
     """Fill pages with tiles from records, or from slots that keep them raw.
 
     Args:
         cache: [B, H, layout.nbytes] uint8 records.
         pool: [S, 2, H, G, D] float16 side pool.
         pages: [2, P, G, H, D] float16, keys and values, rotated; written.
-        entries: [3, T] int32: page to fill, block to read, slot to read instead or -1.
+        tiles: T tiles.
         layout: the records' layout.
 
     Raises:
         ValueError: if a shape, stride or dtype is not as above.
     """
     heads, group, head_dim = cache.shape[1], layout.group, layout.head_dim
+    count = tiles.pages.shape[0]
     check_packed("cache", cache, (None, None, layout.nbytes), torch.uint8)
     check_packed("pool", pool, (None, 2, heads, group, head_dim), torch.float16)
     check_packed("pages", pages, (2, None, group, heads, head_dim), torch.float16)
-    check_packed("entries", entries, (3, None), torch.int32)
-    if entries.shape[1]:
-        _fill_pages[(entries.shape[1] * heads,)](
+    for name, numbers in tiles._asdict().items():
+        check_packed(f"tiles.{name}", numbers, (count,), torch.int32)
+    if count:
+        _fill_pages[(count * heads,)](
             cache,
             pool,
             pages,
-            entries,
-            entries.shape[1],
+            *tiles,
             pages.stride(0),
             H=heads,
             **record_constants(layout),
@@ -113,5 +131,5 @@ def fill_pages(cache: Tensor, pool: Tensor, pages: Tensor, entries: Tensor, layo
 def warm_up(pool: Tensor, pages: Tensor, layout: TileLayout) -> None:
     """Compile this module's kernel, by filling page 0 from an empty record."""
     cache = torch.zeros(1, pool.shape[2], layout.nbytes, dtype=torch.uint8, device=pool.device)
-    entries = torch.tensor([[0], [0], [-1]], dtype=torch.int32, device=pool.device)
-    fill_pages(cache, pool, pages, entries, layout)
+    zero = torch.zeros(1, dtype=torch.int32, device=pool.device)
+    fill_pages(cache, pool, pages, PageTiles(zero, zero, torch.full_like(zero, -1)), layout)

@@ -136,6 +136,12 @@ def codes(
 
 
 @triton.jit
+def contracted_index(place):
+    """Return the natural contracted index at each `place` of the order in which `codes` is contracted."""
+    return place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
+
+
+@triton.jit
 def contracted_view(x, CONTRACTED: tl.constexpr, N: tl.constexpr):
     """Reorder [CONTRACTED, N] from natural order to the order in which `codes` is contracted."""
     x = tl.reshape(x, [CONTRACTED // 16, 2, 4, 2, N])
@@ -143,11 +149,17 @@ def contracted_view(x, CONTRACTED: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _power_of_two(exponent):
+    """Return 2^exponent in float32, by integer arithmetic that the compiler folds where the lane does not matter."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def step_weights(contracted, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
     """Return the factors of `codes` at the given natural contracted indices: float32, powers of two."""
     SIZES: tl.constexpr = _split_sizes(BITS, CONTRACTED, FREE)
     lane_slot = contracted // (CONTRACTED // SIZES[0]) * SIZES[1]
-    return tl.exp2(-((lane_slot % (8 // BITS)) * BITS).to(tl.float32))
+    return _power_of_two(-(lane_slot % (8 // BITS)) * BITS)
 
 
 @triton.jit
@@ -155,7 +167,7 @@ def column_weights(free, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.
     """Return the factors of sums over `codes` at the given natural free indices: float32, powers of two."""
     SIZES: tl.constexpr = _split_sizes(BITS, CONTRACTED, FREE)
     lane_slot = free // (FREE // SIZES[1])
-    return tl.exp2(-((lane_slot % (8 // BITS)) * BITS).to(tl.float32)) * CODE_UNIT
+    return _power_of_two(-(lane_slot % (8 // BITS)) * BITS) * CODE_UNIT
 
 
 @triton.jit

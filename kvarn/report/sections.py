@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -132,10 +133,11 @@ def _engine(record: Record) -> Iterator[str]:
     workloads = ",".join(
         f"{w['requests']}x{w['prompt_tokens']}+{w['output_tokens']}" for w in settings["workloads"]
     )
+    seed = f" --seed {settings['seed']}" if settings.get("seed") else ""
     model = f"--shape {settings['shape']}" if settings["shape"] else f"--model {settings['model']}"
     yield _command(
         f"kvarn bench engine {model} --kv-cache-dtypes {','.join(settings['kv_cache_dtypes'])} "
-        f"--workloads {workloads} --json engine.json"
+        f"--workloads {shlex.quote(workloads)}{seed} --json engine.json"
     )
 
 

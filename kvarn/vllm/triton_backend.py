@@ -14,9 +14,11 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import AttentionLayer
 
 from kvarn.kernels import decode, decode_plan, pages, prefill, quantize, rotate
+from kvarn.kernels.decode_work import MAX_HEADS, DecodeShape
+from kvarn.kernels.prefill_plan import PrefillWave
 from kvarn.tile import TileLayout
 from kvarn.vllm.layer import KVarNLayer
-from kvarn.vllm.triton_plan import DecodeBatch, PrefillWave, TritonMetadata, max_requests_in_step
+from kvarn.vllm.triton_plan import DecodeBatch, TritonMetadata, max_requests_in_step
 from kvarn.vllm.versions import records_of
 
 if TYPE_CHECKING:
@@ -55,13 +57,16 @@ class Workspace:
         )
         self.is_new = True
         self.query_counts = sorted({1, 1 + vllm_config.num_speculative_tokens})
-        rows = max(
-            decode.max_part_rows(
-                max_requests_in_step(vllm_config, queries), num_heads, num_kv_heads, queries, device
-            )
-            for queries in self.query_counts
+        shapes = [
+            DecodeShape.of(num_heads, num_kv_heads, layout, queries, device) for queries in self.query_counts
+        ]
+        self.parts = decode.Parts(
+            max(
+                shape.parts(max_requests_in_step(vllm_config, shape.queries)) * shape.rows for shape in shapes
+            ),
+            head_dim,
+            device,
         )
-        self.parts = decode.Parts(rows, head_dim, device)
 
 
 class TritonLayer(KVarNLayer):
@@ -73,7 +78,7 @@ class TritonLayer(KVarNLayer):
 
     workspace: Workspace
     supports_raw_chunks = True
-    max_heads_per_kv_head = decode.MAX_ROWS
+    max_heads_per_kv_head = MAX_HEADS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -158,12 +163,11 @@ class TritonLayer(KVarNLayer):
             metadata.page_rows[tokens],
         )
         if wave is not None:
-            quantize.quantize_pages(work.pages, wave.filled_pages, wave.filled_blocks, kv_cache, self.layout)
+            quantize.quantize_pages(work.pages, wave.filled.pages, wave.filled.blocks, kv_cache, self.layout)
 
     def _decode(self, batch: DecodeBatch, kv_cache: Tensor, output: Tensor) -> None:
         work = self.workspace
         quantize.quantize_slots(self.pool, batch.first_slots, batch.fill_blocks, kv_cache, self.layout)
-        blocks, _ = decode.query_blocks(batch.queries, self.num_heads // self.num_kv_heads)
         decode.decode(
             work.rotated[: batch.tokens],
             kv_cache,
@@ -175,10 +179,10 @@ class TritonLayer(KVarNLayer):
             batch.sink_slots,
             self.scale,
             self.layout,
-            decode.splits_for(batch.seq_lens.shape[0] * blocks, self.num_kv_heads, kv_cache.device),
+            batch.shape,
+            batch.work,
             work.parts,
             output[: batch.tokens],
-            batch.queries,
             batch.query_start,
         )
 

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from kvarn.bench import engine, prefix_order
+from kvarn.bench.batch_lengths import Lognormal
 from kvarn.bench.bench_settings import BenchError
 from kvarn.bench.engine import EngineBench, Workload
 from kvarn.bench.prefix_order import SchedulerBench
@@ -15,8 +16,9 @@ SMALL = {"dtype": "float32", "repeats": 1, "enforce_eager": True, "kv_cache_memo
 
 
 def test_speed_and_capacity_of_each_dtype(tmp_path, shallow_model_dir):
+    uneven = Workload(3, Lognormal(60, 0.5), Lognormal(6, 0.5))
     bench = EngineBench(
-        model=str(shallow_model_dir), workloads=(Workload(2, 150, 6), Workload(1, 200, 1)), **SMALL
+        model=str(shallow_model_dir), workloads=(Workload(2, 150, 6), Workload(1, 200, 1), uneven), **SMALL
     )
     seen = []
     results = list(engine.run(bench, lambda *progress: seen.append(progress)))
@@ -24,18 +26,22 @@ def test_speed_and_capacity_of_each_dtype(tmp_path, shallow_model_dir):
     auto, kvarn = results
     assert [auto.kv_cache_dtype, kvarn.kv_cache_dtype] == ["auto", "kvarn_k4v2_g128"]
     for result in results:
-        together, alone = result.workloads
+        together, alone, drawn = result.workloads
         assert together.decode_tokens_per_s > 0
         assert alone.decode_tokens_per_s is None
         assert all(at.tokens_per_s > 0 and at.prefill_tokens_per_s > 0 for at in result.workloads)
         assert alone.first_token_s > 0
+        (once,) = drawn.runs
+        prompts, outputs = map(sum, zip(*uneven.lengths(seed=0), strict=True))
+        # All answers take at least as long as all first tokens.
+        assert 0 < once["tokens_per_s"] / outputs < once["prefill_tokens_per_s"] / prompts
     assert kvarn.capacity_tokens >= 4.7 * auto.capacity_tokens
-    assert seen[-1] == ("kvarn_k4v2_g128", 3, 3)
+    assert seen[-1] == ("kvarn_k4v2_g128", 4, 4)
 
     path = tmp_path / "out.json"
     engine.write(path, bench, results)
     record = json.loads(path.read_text())
-    assert record["settings"]["workloads"][0]["prompt_tokens"] == 150
+    assert [of["prompt_tokens"] for of in record["settings"]["workloads"]] == [150, 200, "lognormal(60,0.5)"]
     assert record["results"][1]["capacity_tokens"] == kvarn.capacity_tokens
     assert record["versions"]["torch"]
 

@@ -125,7 +125,7 @@ def test_speculation_changes_nothing(
 
     def watched(*args: Any) -> Any:
         batch = plan(*args)
-        seen.append(batch.queries)
+        seen.append(batch.shape.queries)
         return batch
 
     monkeypatch.setattr(TritonMetadataBuilder, "_plan_decode", watched)

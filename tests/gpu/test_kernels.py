@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvarn.kernels import decode, quantize
+from kvarn.kernels import decode, decode_work, quantize
 from kvarn.presets import get_preset
 from kvarn.reference import codec, hadamard
 from kvarn.tile import TileLayout
@@ -33,12 +33,14 @@ def test_decode_over_a_million_tokens_in_a_cache_beyond_32_bits() -> None:
     table = last.repeat(CONTEXT // group // DISTINCT)
     table[-1] = 0  # the token's own tile is raw
     query = torch.randn(1, HEADS * PER_HEAD, head_dim, generator=generator, device=device)
-    splits = decode.splits_for(1, HEADS, device)
+    shape = decode_work.DecodeShape.of(HEADS * PER_HEAD, HEADS, LAYOUT, 1, device)
+    work = decode_work.DecodeWork(1, shape, device)
     out = torch.full(query.shape, torch.nan, device=device)
 
     def one(value: int) -> torch.Tensor:
         return torch.tensor([value], dtype=torch.int32, device=device)
 
+    decode_work.plan_work(one(CONTEXT), one(-1), group, shape, work)
     decode.decode(
         hadamard.rotate(query).half(),
         cache,
@@ -50,8 +52,9 @@ def test_decode_over_a_million_tokens_in_a_cache_beyond_32_bits() -> None:
         one(-1),
         head_dim**-0.5,
         LAYOUT,
-        splits,
-        decode.Parts(HEADS * PER_HEAD * (splits + 1), head_dim, device),
+        shape,
+        work,
+        decode.Parts(shape.parts(1) * shape.rows, head_dim, device),
         out,
     )
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import yaml
 from ray import serve
@@ -24,13 +25,33 @@ APP_YAML = Path(__file__).parents[2] / "cluster" / "app.yaml"
 @contextmanager
 def serving(**resources: Any) -> Iterator[None]:
     """Run Ray on one node, and Serve without its proxy; `resources` are arguments of `ray.init`."""
-    ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False, **resources)
+    _start_ray(**resources)
     serve.start(proxy_location="Disabled")
     try:
         yield
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _start_ray(**resources: Any) -> None:
+    """Start Ray, a second time if its GCS hangs: Ray forks it from this process, whose other threads may be in gRPC."""
+    options = {
+        "include_dashboard": False,
+        "_node_ip_address": "127.0.0.1",
+        "log_to_driver": False,
+        **resources,
+    }
+    before = psutil.Process().children(recursive=True)
+    try:
+        ray.init("local", **options)
+    except RuntimeError as error:
+        if "gcs_server_port" not in str(error):
+            raise
+        for process in psutil.Process().children(recursive=True):
+            if process not in before:
+                process.kill()
+        ray.init("local", **options)
 
 
 def deploy(app: str, config: AppConfig) -> None:

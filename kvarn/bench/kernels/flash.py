@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kvarn.bench.kernels.contenders import Launch
 
@@ -51,14 +54,19 @@ def attend_pages(
 
 
 def launch(
-    query: Tensor, key_value: Tensor, tokens: int, dtype: torch.dtype, generator: torch.Generator
+    query: Tensor,
+    key_value: Tensor,
+    query_lens: Sequence[int],
+    key_lens: Sequence[int],
+    dtype: torch.dtype,
+    generator: torch.Generator,
 ) -> Launch:
-    """Causal attention of the last queries of equally long sequences over a paged cache.
+    """Causal attention of the last queries of sequences over a paged cache.
 
     Args:
-        query: [R * Q, Hq, D] float16, Q queries for each of R sequences.
-        key_value: [2, R, N, H, D] float16, N a multiple of 16; tokens from `tokens` on are not attended.
-        tokens: length of each sequence.
+        query: [N, Hq, D] float16, the queries of each sequence one after the other.
+        key_value: [2, K, H, D] float16, the sequences one after the other, each padded to whole pages.
+        query_lens, key_lens: tokens of each sequence that are queries, and in all.
         dtype: dtype of the cache: float16, or float8_e4m3fn, then also that of the queries.
         generator: shuffles the pages.
 
@@ -71,20 +79,19 @@ def launch(
     reason = fa_version_unsupported_reason(3)
     if reason is not None:
         raise RuntimeError(reason)
-    _, requests, _, heads, _ = key_value.shape
-    (key, value), table = paged(key_value, generator)
-    queries, device = query.shape[0] // requests, query.device
+    (key, value), table = paged(key_value, key_lens, generator)
+    device = query.device
     out_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
-    descale = None if dtype == torch.float16 else torch.ones(requests, heads, device=device)
+    descale = None if dtype == torch.float16 else torch.ones(len(key_lens), key_value.shape[2], device=device)
     return partial(
         flash_attn_varlen_func,
         q=query.to(dtype),
         k=key.to(dtype),
         v=value.to(dtype),
-        max_seqlen_q=queries,
-        cu_seqlens_q=torch.arange(0, query.shape[0] + 1, queries, dtype=torch.int32, device=device),
-        max_seqlen_k=tokens,
-        seqused_k=torch.full((requests,), tokens, dtype=torch.int32, device=device),
+        max_seqlen_q=max(query_lens),
+        cu_seqlens_q=torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32, device=device),
+        max_seqlen_k=max(key_lens),
+        seqused_k=torch.tensor(key_lens, dtype=torch.int32, device=device),
         causal=True,
         block_table=table,
         q_descale=descale,
@@ -95,19 +102,25 @@ def launch(
     )
 
 
-def paged(key_value: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def paged(key_value: Tensor, lengths: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Keys and values in shuffled pages of 16 tokens.
 
     Args:
-        key_value: [2, R, N, H, D], N a multiple of 16.
+        key_value: [2, N, H, D], the sequences one after the other, each padded to whole pages.
+        lengths: tokens of each sequence.
         generator: shuffles the pages.
 
     Returns:
-        The pages [2, R * N / 16, 16, H, D], and their table [R, N / 16] int32.
+        The pages [2, N / 16, 16, H, D], and their table [R, W] int32, 0 past the end of a sequence.
     """
-    _, requests, length, heads, head_dim = key_value.shape
-    in_order = key_value.reshape(2, -1, PAGE_TOKENS, heads, head_dim)
+    in_order = key_value.reshape(2, -1, PAGE_TOKENS, *key_value.shape[2:])
     order = torch.randperm(in_order.shape[1], generator=generator, device=key_value.device)
     pages = torch.empty_like(in_order)
     pages[:, order] = in_order
-    return pages, order.view(requests, length // PAGE_TOKENS).int()
+    counts = [whole_pages(length) // PAGE_TOKENS for length in lengths]
+    return pages, pad_sequence(list(torch.split(order.int(), counts)), batch_first=True)
+
+
+def whole_pages(tokens: int) -> int:
+    """Round `tokens` up to whole pages."""
+    return -(-tokens // PAGE_TOKENS) * PAGE_TOKENS

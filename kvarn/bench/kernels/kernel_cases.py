@@ -7,7 +7,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from kvarn.bench.batch_lengths import BatchShape
 from kvarn.bench.kernels import flash
 from kvarn.bench.kernels.contenders import (
     BASELINE,
@@ -26,7 +28,7 @@ from kvarn.bench.kernels.kernel_settings import (
     QuantizeBench,
 )
 from kvarn.bench.kernels.rivals import RIVALS, Rival
-from kvarn.kernels import decode, pages, prefill, quantize, rotate
+from kvarn.kernels import decode, decode_work, pages, prefill, quantize, rotate
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
 
@@ -37,7 +39,7 @@ DISTINCT_TILES = 64  # random tiles that a cache repeats
 def cases(bench: KernelBench, device: torch.device) -> list[Case]:
     """The cases of a benchmark; only `Contender.prepare` allocates memory on `device`."""
     if isinstance(bench, DecodeBench):
-        return [DecodeCase(bench, *case, device).case() for case in bench.cases]
+        return [DecodeCase(bench, batch, device).case() for batch in bench.cases]
     if isinstance(bench, PrefillBench):
         return [PrefillCase(bench, start, device).case() for start in bench.starts]
     assert isinstance(bench, QuantizeBench)
@@ -123,24 +125,26 @@ class QuantizeCase:
 
 
 class DecodeCase:
-    """Attention of the new tokens of each of `requests` sequences.
+    """Attention of the new tokens of each sequence of a batch.
 
     Attributes:
-        tiles: tiles per sequence; the first is in a sink slot, the last, half filled, in a tail slot.
-        tokens: tokens per sequence.
+        lengths: tokens of each sequence.
+        tiles: tiles of each sequence; the first is in a sink slot, the last in a tail slot.
     """
 
-    def __init__(self, bench: DecodeBench, requests: int, context: int, device: torch.device) -> None:
-        self._bench, self._requests, self._context, self._device = bench, requests, context, device
+    def __init__(self, bench: DecodeBench, batch: BatchShape, device: torch.device) -> None:
+        self._bench, self._batch, self._device = bench, batch, device
         self._layout = layout_of(bench)
-        self._queries = requests * bench.query_tokens
-        self.tiles = -(-context // bench.group)
-        self.tokens = (self.tiles - 1) * bench.group + bench.group // 2
+        self._queries = len(batch.lengths) * bench.query_tokens
+        self.lengths = [
+            length if length % bench.group else length - bench.group // 2 for length in batch.lengths
+        ]
+        self.tiles = [-(-length // bench.group) for length in self.lengths]
 
     def case(self) -> Case:
         fp16, fp8 = self.flash_bytes(FLOAT16_BYTES), self.flash_bytes(FP8_BYTES)
         return Case(
-            f"{self._requests}x{self._context}",
+            self._batch.label,
             [
                 Contender(BASELINE, fp16, fp16, partial(self.prepare_flash, torch.float16)),
                 Contender(FP8_RIVAL, fp8, fp8, partial(self.prepare_flash, torch.float8_e4m3fn)),
@@ -150,80 +154,96 @@ class DecodeCase:
         )
 
     def our_bytes(self) -> int:
-        """Records, raw rows of the sink and the tail, queries and outputs."""
+        """Records, raw rows of the sinks and the tails, queries and outputs."""
         bench = self._bench
-        sinks = min(self.tiles - 1, 1)
-        raw_rows = sinks * bench.group + bench.group // 2
-        each = record_bytes(bench, self.tiles - 1 - sinks) + raw_bytes(bench, raw_rows)
-        return self._requests * each + 2 * query_bytes(bench, self._queries)
+        moved = 2 * query_bytes(bench, self._queries)
+        for length, tiles in zip(self.lengths, self.tiles, strict=True):
+            sinks = min(tiles - 1, 1)
+            raw_rows = sinks * bench.group + length - (tiles - 1) * bench.group
+            moved += record_bytes(bench, tiles - 1 - sinks) + raw_bytes(bench, raw_rows)
+        return moved
 
     def flash_bytes(self, element_bytes: int) -> int:
         """See the function of that name."""
-        return flash_bytes(self._bench, self._queries, self._requests * self.tokens, element_bytes)
+        return flash_bytes(self._bench, self._queries, sum(self.lengths), element_bytes)
 
     def _rivals(self) -> Iterator[Contender]:
         """vLLM's quantized caches with vLLM's kernels."""
         bench, queries = self._bench, 2 * query_bytes(self._bench, self._queries)
         for rival in RIVALS:
-            cached = self._requests * self.tokens * bench.kv_heads * rival.token_bytes(bench.head_dim)
+            cached = sum(self.lengths) * bench.kv_heads * rival.token_bytes(bench.head_dim)
             prepare = partial(self.prepare_rival, rival)
             yield Contender(rival.name, cached + queries, cached + queries, prepare)
 
-    def prepare_ours(self, parts_per_processor: int | None = None) -> Launch:
-        """Our kernels; see `decode.splits_for` for `parts_per_processor`."""
-        bench, layout, requests, device = self._bench, self._layout, self._requests, self._device
-        tiles, of_sequences = self._tiles()
-        records = _records(tiles, layout)
-        order = _shuffled(requests * self.tiles, device)
-        cache = torch.empty(
-            requests * self.tiles, bench.kv_heads, layout.nbytes, dtype=torch.uint8, device=device
-        )
-        cache[order] = records[of_sequences.flatten()]
+    def prepare_ours(self, programs_per_processor: int | None = None) -> Launch:
+        """Our kernels; see `DecodeShape.of` for `programs_per_processor`."""
+        bench, layout, requests, device = self._bench, self._layout, len(self.lengths), self._device
+        tiles, of_tiles = self._tiles()
+        order = _shuffled(len(of_tiles), device)
+        cache = torch.empty(len(order), bench.kv_heads, layout.nbytes, dtype=torch.uint8, device=device)
+        cache[order] = _records(tiles, layout)[of_tiles]
+        lengths = torch.tensor(self.lengths, device=device)
+        last = torch.tensor(self.tiles, device=device).cumsum(0) - 1
+        first_tile, own_tile = (lengths - bench.query_tokens) // bench.group, (lengths - 1) // bench.group
+        # Slots of the tails, of the sinks, and of the tiles of the first new tokens where those are earlier.
+        kept = torch.cat([last, last - own_tile, last - own_tile + first_tile])
         tail_slots = torch.arange(requests, dtype=torch.int32, device=device)
-        blocks, block_tokens = decode.query_blocks(bench.query_tokens, bench.query_heads // bench.kv_heads)
-        splits = decode.splits_for(requests * blocks, bench.kv_heads, device, parts_per_processor)
-        rows = requests * blocks * block_tokens * bench.query_heads * (splits + 1)
+        shape = decode_work.DecodeShape.of(
+            bench.query_heads, bench.kv_heads, layout, bench.query_tokens, device, programs_per_processor
+        )
+        work = decode_work.DecodeWork(requests, shape, device)
+        seq_lens = lengths.int()
+        starts = torch.arange(0, requests + 1, dtype=torch.int32, device=device) * bench.query_tokens
+        decode_work.plan_work(seq_lens, tail_slots + requests, bench.group, shape, work, starts)
         query = self._query()
         return partial(
             decode.decode,
             query=query,
             cache=cache,
-            pool=torch.cat([tiles[of_sequences[:, -1]], tiles[of_sequences[:, 0]]]),
-            block_table=order.view(requests, self.tiles).int(),
-            seq_lens=torch.full((requests,), self.tokens, dtype=torch.int32, device=device),
-            first_slots=tail_slots,
+            pool=tiles[of_tiles[kept]],
+            block_table=pad_sequence(list(torch.split(order.int(), self.tiles)), batch_first=True),
+            seq_lens=seq_lens,
+            first_slots=torch.where(first_tile < own_tile, tail_slots + 2 * requests, tail_slots),
             tail_slots=tail_slots,
             sink_slots=tail_slots + requests,
             scale=bench.head_dim**-0.5,
             layout=layout,
-            splits=splits,
-            parts=decode.Parts(rows, bench.head_dim, device),
+            shape=shape,
+            work=work,
+            parts=decode.Parts(shape.parts(requests) * shape.rows, bench.head_dim, device),
             out=torch.empty_like(query, dtype=torch.bfloat16),
-            queries=bench.query_tokens,
-            query_start=torch.arange(0, len(query) + 1, bench.query_tokens, dtype=torch.int32, device=device),
+            query_start=starts,
         )
 
     def prepare_flash(self, dtype: torch.dtype) -> Launch:
+        new = [self._bench.query_tokens] * len(self.lengths)
         generator = _generator(self._device)
-        return flash.launch(self._query(), self._key_value(), self.tokens, dtype, generator)
+        return flash.launch(self._query(), self._key_value(), new, self.lengths, dtype, generator)
 
     def prepare_rival(self, rival: Rival) -> Launch:
         bench = self._bench
-        (key, value), table = flash.paged(self._key_value(), _generator(self._device))
+        (key, value), table = flash.paged(self._key_value(), self.lengths, _generator(self._device))
         cache = rival.make(len(key), bench.kv_heads, bench.head_dim, self._device)
         cache.store(key.flatten(0, 1), value.flatten(0, 1))()
-        return cache.attend(self._query(), table, self.tokens)
+        return cache.attend(self._query(), table, self.lengths)
 
     def _key_value(self) -> Tensor:
-        """[2, requests, tiles * group, kv_heads, head_dim] float16."""
-        tiles, of_sequences = self._tiles()
-        return tiles[of_sequences].permute(2, 0, 1, 4, 3, 5).flatten(2, 3)
+        """[2, tokens, kv_heads, head_dim] float16, each sequence padded to whole pages."""
+        tiles, of_tiles = self._tiles()
+        return torch.cat(
+            [
+                tiles[own].permute(1, 0, 3, 2, 4).flatten(1, 2)[:, : flash.whole_pages(length)]
+                for own, length in zip(torch.split(of_tiles, self.tiles), self.lengths, strict=True)
+            ],
+            dim=1,
+        )
 
     def _tiles(self) -> tuple[Tensor, Tensor]:
-        """Distinct tiles [n, 2, H, G, D], and their indices in each sequence: [requests, tiles] int64."""
-        count = min(DISTINCT_TILES, self._requests * self.tiles)
-        shape, generator = (self._requests, self.tiles), _generator(self._device)
-        chosen = torch.randint(count, shape, generator=generator, device=self._device)
+        """Distinct tiles [n, 2, H, G, D], and which of them each tile of each sequence in turn is, int64."""
+        count = min(DISTINCT_TILES, sum(self.tiles))
+        chosen = torch.randint(
+            count, (sum(self.tiles),), generator=_generator(self._device), device=self._device
+        )
         return random_tiles(self._bench, count, self._device), chosen
 
     def _query(self) -> Tensor:
@@ -289,9 +309,9 @@ class PrefillCase:
         slot_rows = torch.where(position < bench.group, position, -1)
         own_pages = (tile[first:] - first + context).int()
         blocks = block_of.int()
-        entries = torch.stack([tile.int(), blocks, torch.where(tile == 0, 0, -1).int()])[
-            :, :context
-        ].contiguous()
+        earlier_tiles = pages.PageTiles(
+            tile[:context].int(), blocks[:context], torch.where(tile[:context] == 0, 0, -1).int()
+        )
         page_table = tile.int().repeat(count - first, 1)
         page_table[tile[first:] - first, tile[first:]] = own_pages
         first_query = torch.arange(0, chunk + 1, bench.group, dtype=torch.int32, device=device)
@@ -305,7 +325,7 @@ class PrefillCase:
         def launch() -> Tensor:
             rotate.rotate_store(query, key, value, rotated, pool, slot_rows, paged, page_rows)
             quantize.quantize_pages(paged, own_pages, blocks[first:], cache, layout)
-            pages.fill_pages(cache, pool, paged, entries, layout)
+            pages.fill_pages(cache, pool, paged, earlier_tiles, layout)
             attend(rotated, paged, first_query, key_lens, page_table, scale, attended)
             rotate.unrotate(attended, out)
             return out
@@ -319,7 +339,7 @@ class PrefillCase:
         context = earlier[of_tiles].permute(1, 0, 3, 2, 4).flatten(1, 2)
         key_value = torch.cat([context, torch.stack([key, value])], dim=1)
         tokens = self._start + bench.chunk
-        return flash.launch(query, key_value[:, None], tokens, dtype, _generator(self._device))
+        return flash.launch(query, key_value, [bench.chunk], [tokens], dtype, _generator(self._device))
 
     def _chunk(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [chunk, heads, head_dim] bfloat16, views of one fused projection."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar
 
 from typer import Option
 
+from kvarn.bench.batch_lengths import BATCHES, BatchShape, parse_batches
 from kvarn.bench.bench_settings import BenchError, check_at_least, check_preset, whole_numbers
 from kvarn.checks import MAX_QUERIES
-from kvarn.dtypes import comma_separated
 from kvarn.presets import get_preset
 
 Repeats = Annotated[int, Option(help="Timed replays; the median is reported.")]
@@ -80,35 +80,26 @@ class AttentionBench(KernelBench):
             )
 
 
-class BatchShape(NamedTuple):
-    """A batch of equally long sequences."""
-
-    requests: int
-    context_tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.requests}x{self.context_tokens}"
-
-
 @dataclass(frozen=True)
 class DecodeBench(AttentionBench):
     """Decode attention: the newest tokens of each request attend to its context.
 
-    A context is rounded up to whole tiles, and its last tile is half filled: the sequences are half a tile shorter.
+    Where a length is a number of whole tiles, the last tile is half filled: the sequence is half a tile shorter.
     """
 
     name: ClassVar[str] = "decode"
     rate_unit: ClassVar[str] = "TB/s"
 
     cases: Annotated[
-        tuple[tuple[int, int], ...],
-        Option(parser=parse_cases, help="Comma-separated cases: requests x context tokens."),
-    ] = (
-        BatchShape(8, 32768),
-        BatchShape(32, 16384),
-        BatchShape(256, 2048),
-        BatchShape(1, 131072),
-    )
+        tuple[BatchShape, ...],
+        Option(
+            "--lengths",
+            "--cases",
+            parser=parse_batches,
+            help="Comma-separated batches by the lengths of their sequences: 8x32768, 1x131072+63x2048, "
+            f"64xlognormal(3000,1.2), or {', '.join(BATCHES)}.",
+        ),
+    ] = parse_batches("8x32768,32x16384,256x2048,1x131072,lognormal,one-long,two-long")
     query_tokens: Annotated[
         int, Option(help=f"New tokens per request; a speculative step has up to {MAX_QUERIES}.")
     ] = 1
@@ -119,9 +110,12 @@ class DecodeBench(AttentionBench):
             raise BenchError(f"query_tokens is {self.query_tokens}: give 1 to {MAX_QUERIES}")
         if not self.cases:
             raise BenchError("no case is given: name at least one, e.g. 8x32768")
-        for requests, context in self.cases:
-            check_at_least("a case's number of requests", requests, 1)
-            check_at_least("a case's context", context, 1)
+        for batch in self.cases:
+            if self.query_tokens > min(batch.lengths):
+                raise BenchError(
+                    f"case {batch} has a sequence of {min(batch.lengths)} tokens: give at least query_tokens "
+                    f"({self.query_tokens})"
+                )
 
 
 @dataclass(frozen=True)
@@ -150,21 +144,6 @@ class PrefillBench(AttentionBench):
             check_at_least(name, value, 0)
             if value % self.group:
                 raise BenchError(f"{name} is {value}: give a multiple of {self.group}, the tokens of a tile")
-
-
-def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
-    """`"8x32768,1x131072"` -> ((8, 32768), (1, 131072)).
-
-    Raises:
-        BenchError: an entry is not two whole numbers joined by x.
-    """
-    pairs = []
-    for entry in comma_separated(text):
-        numbers = entry.split("x")
-        if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
-            raise BenchError(f"case {entry!r} is not understood: give REQUESTSxTOKENS, e.g. 8x32768")
-        pairs.append(BatchShape(*map(int, numbers)))
-    return tuple(pairs)
 
 
 def parse_starts(text: str) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -27,13 +27,13 @@ class RivalCache(Protocol):
         """Return the launch that stores [N, H, D] float16 keys and values of the first N tokens, page by page."""
         ...
 
-    def attend(self, query: Tensor, table: Tensor, tokens: int) -> Launch:
-        """Return the launch of causal attention of the last queries of equally long sequences.
+    def attend(self, query: Tensor, table: Tensor, lengths: Sequence[int]) -> Launch:
+        """Return the launch of causal attention of the last queries of each sequence.
 
         Args:
             query: [R * Q, Hq, D] float16, Q queries for each of R sequences.
             table: [R, W] int32, pages of 16 tokens.
-            tokens: length of each sequence.
+            lengths: tokens of each sequence.
 
         Raises:
             ValueError: Q is more than one, and the kernel supports only one query per sequence.
@@ -74,10 +74,10 @@ class Int4Cache:
         places = torch.arange(len(key), device=self._device)
         return partial(self._store, key, value, *self._codes, places, **self._scales)
 
-    def attend(self, query: Tensor, table: Tensor, tokens: int) -> Launch:
+    def attend(self, query: Tensor, table: Tensor, lengths: Sequence[int]) -> Launch:
         """See `RivalCache`."""
-        requests, device = len(table), self._device
-        queries = len(query) // requests
+        device = self._device
+        queries = len(query) // len(table)
         few = INT4_FEW_PROGRAMS // self._heads
         segments = torch.empty(few, query.shape[1], INT4_SEGMENTS, self._head_dim, device=device)
         return partial(
@@ -87,8 +87,8 @@ class Int4Cache:
             torch.empty_like(query),
             cu_seqlens_q=torch.arange(0, len(query) + 1, queries, dtype=torch.int32, device=device),
             max_seqlen_q=queries,
-            seqused_k=torch.full((requests,), tokens, dtype=torch.int32, device=device),
-            max_seqlen_k=tokens,
+            seqused_k=torch.tensor(lengths, dtype=torch.int32, device=device),
+            max_seqlen_k=max(lengths),
             softmax_scale=self._head_dim**-0.5,
             window_size=(-1, -1),
             block_table=table,
@@ -147,7 +147,7 @@ class TurboQuantCache:
         between = (self._levels[:-1] + self._levels[1:]) / 2
         return partial(self._store, key, value, self._cache, places, self._rotation, between, **self._format)
 
-    def attend(self, query: Tensor, table: Tensor, tokens: int) -> Launch:
+    def attend(self, query: Tensor, table: Tensor, lengths: Sequence[int]) -> Launch:
         """See `RivalCache`."""
         requests = len(table)
         if len(query) != requests:
@@ -160,7 +160,7 @@ class TurboQuantCache:
             query,
             self._cache,
             table,
-            torch.full((requests,), tokens, dtype=torch.int32, device=self._device),
+            torch.tensor(lengths, dtype=torch.int32, device=self._device),
             self._rotation,
             self._levels,
             self._head_dim**-0.5,

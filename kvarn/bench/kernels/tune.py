@@ -79,7 +79,7 @@ def launches(
     device: torch.device, decode_bench: DecodeBench, quantize_bench: QuantizeBench
 ) -> dict[str, Callable[[int], list[Callable[[], Launch]]]]:
     """For each setting, a function from a value to what prepares its launches, one per case."""
-    cases = [DecodeCase(decode_bench, *case, device) for case in decode_bench.cases]
+    cases = [DecodeCase(decode_bench, batch, device) for batch in decode_bench.cases]
     quantize = QuantizeCase(quantize_bench, device)
     return {
         "decode_parts": lambda value: [partial(case.prepare_ours, value) for case in cases],

@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 from kvarn import worker
 from kvarn.bench import engine, plot
+from kvarn.bench.batch_lengths import Lognormal, parse_batches
 from kvarn.bench.bench_settings import BenchError
-from kvarn.bench.engine import EngineBench, EngineResult, WorkloadResult
+from kvarn.bench.engine import EngineBench, EngineResult, Workload, WorkloadResult, parse_workloads
 from kvarn.cli import app
 
 
@@ -26,7 +27,7 @@ def test_results_measured_before_a_failure_are_kept(tmp_path, monkeypatch, endin
         if empty.kv_cache_dtype != "auto":
             raise ending
         at = WorkloadResult("4x1000+64", 12.5, 0.5, 1000.0, 20.0, [])
-        return EngineResult("auto", [at], 1.0, 100, 16)
+        return EngineResult("auto", [at] * len(bench.workloads), 1.0, 100, 16)
 
     monkeypatch.setattr(engine, "_measure", measure)
     path = tmp_path / "out.json"
@@ -54,7 +55,8 @@ def test_the_tail_of_a_log_ends_with_its_last_error(log, tail):
 
 
 def test_a_rival_that_did_not_run_is_listed(tmp_path):
-    bench = EngineBench(kv_cache_dtypes=("auto", "kvarn_k4v2_g128", "fp8"))
+    workload = Workload(4, 1000, Lognormal(64, 0.5))
+    bench = EngineBench(kv_cache_dtypes=("auto", "kvarn_k4v2_g128", "fp8"), workloads=(workload,))
     at = WorkloadResult("4x1000+64", 10.0, 0.5, 1000.0, 20.0, [])
     results = [
         EngineResult("auto", [at], 1.0, 100, 16),
@@ -73,7 +75,8 @@ def test_a_rival_that_did_not_run_is_listed(tmp_path):
 
 
 def test_scaling_over_gpus_is_relative_to_the_same_cache_on_fewer():
-    bench = EngineBench(kv_cache_dtypes=("auto",), tensor_parallel_sizes=(1, 2))
+    workloads = (Workload(4, 1000, 64),)
+    bench = EngineBench(kv_cache_dtypes=("auto",), tensor_parallel_sizes=(1, 2), workloads=workloads)
     one, two = (
         EngineResult(
             "auto", [WorkloadResult("4x1000+64", speed, 0.5, 1000.0, 20.0, [])], 1.0, 100, 16, None, size
@@ -105,3 +108,32 @@ def test_scaling_over_gpus_is_relative_to_the_same_cache_on_fewer():
 def test_invalid_settings_are_rejected(settings, sentence):
     with pytest.raises(BenchError, match=sentence):
         EngineBench(**settings)
+
+
+def test_workloads_have_equal_or_drawn_lengths():
+    equal, drawn = parse_workloads("4x1000+64, 64xlognormal(3000, 1.2)+lognormal(200,0.8)")
+    assert equal == Workload(4, 1000, 64)
+    assert equal.lengths(seed=7) == [(1000, 64)] * 4
+    assert drawn == Workload(64, Lognormal(3000, 1.2), Lognormal(200, 0.8))
+    assert parse_workloads(str(drawn)) == (drawn,)
+    prompts, outputs = zip(*drawn.lengths(seed=0), strict=True)
+    assert prompts == parse_batches("lognormal")[0].lengths
+    assert len(set(outputs)) > 32
+    assert drawn.lengths(seed=0) == drawn.lengths(seed=0) != drawn.lengths(seed=1)
+    assert any(not isinstance(workload.prompt_tokens, int) for workload in EngineBench().workloads)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("4x1000", "workload '4x1000' is not understood: give REQUESTSxPROMPT_TOKENS"),
+        ("4xlognormal(1000)+64", r"may be lognormal\(MEDIAN,SIGMA\)"),
+        ("4xnormal(1000,1)+64", "not understood"),
+        ("4x1000+0", "output_tokens of workload 4x1000\\+0 is 0"),
+        ("0x1000+1", "requests of workload 0x1000\\+1 is 0"),
+        ("4xlognormal(0,1)+64", r"the median of lognormal\(0,1\) is 0"),
+    ],
+)
+def test_what_is_no_workload_is_refused_in_one_sentence(text, message):
+    with pytest.raises(BenchError, match=message):
+        parse_workloads(text)

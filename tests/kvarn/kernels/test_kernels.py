@@ -1,10 +1,13 @@
 """The Triton kernels against the references: on a GPU if there is one, else in Triton's interpreter."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from kvarn.kernels import decode, decode_plan, pages, prefill, quantize, rotate
+from kvarn.kernels import decode, decode_plan, decode_work, pages, prefill, quantize, rotate
 from kvarn.presets import PRESETS, get_preset
 from kvarn.reference import attention, codec, hadamard
 from kvarn.tile import TileLayout
@@ -135,8 +138,8 @@ class TestPages:
         cache = codec.quantize(source[:, 0], source[:, 1], layout)
         filled = torch.full((2, 4, layout.group, heads, layout.head_dim), torch.nan, dtype=torch.float16)
         filled = filled.to(DEVICE)
-        entries = torch.tensor([[2, 0, 3], [1, 2, 0], [-1, -1, 1]], dtype=torch.int32, device=DEVICE)
-        pages.fill_pages(cache.to(DEVICE), pool.to(DEVICE), filled, entries, layout)
+        chosen = pages.PageTiles(pages=int32([2, 0, 3]), blocks=int32([1, 2, 0]), slots=int32([-1, -1, 1]))
+        pages.fill_pages(cache.to(DEVICE), pool.to(DEVICE), filled, chosen, layout)
         filled = filled.cpu()
         for which, expected in enumerate(codec.dequantize(cache, layout)):
             for page, block in ((2, 1), (0, 2)):
@@ -253,12 +256,12 @@ class Sequence:
 
 def decoded(
     sequences: list[Sequence],
-    splits: int,
+    programs: int,
     dtype: torch.dtype = torch.float32,
     padding: int = 1,
     queries: int = 1,
 ) -> Tensor:
-    """Decode the newest tokens of each sequence with the kernels, in one batch padded with empty rows."""
+    """Decode the newest tokens of each sequence with `programs`, in one batch padded with empty rows."""
     layout = sequences[0].layout
     heads, query_heads = sequences[0].cache.shape[1], sequences[0].query.shape[1]
     batch = len(sequences) + padding
@@ -273,23 +276,30 @@ def decoded(
     counts = torch.tensor([len(s.positions) for s in sequences] + [0] * padding)
     out = torch.full(query.shape, torch.nan, dtype=dtype, device=DEVICE)
     no_slots = [NO_SLOT] * padding
-    rows = decode.max_part_rows(batch, query_heads, heads, queries, DEVICE)
+    shape = replace(
+        decode_work.DecodeShape.of(query_heads, heads, layout, queries, DEVICE), programs=programs
+    )
+    work = decode_work.DecodeWork(batch, shape, DEVICE)
+    lengths = int32([s.tokens for s in sequences] + [0] * padding)
+    sinks = int32([4 * i + 2 if s.sink else NO_SLOT for i, s in enumerate(sequences)] + no_slots)
+    query_start = int32([0, *counts.cumsum(0).tolist()])
+    decode_work.plan_work(lengths, sinks, layout.group, shape, work, query_start)
     decode.decode(
         hadamard.rotate(query).half().to(DEVICE),
         torch.cat([s.cache for s in sequences]).to(DEVICE),
         torch.cat([s.pool for s in sequences]).to(DEVICE),
         table.to(DEVICE),
-        int32([s.tokens for s in sequences] + [0] * padding),
+        lengths,
         int32([4 * i + s.first_slot for i, s in enumerate(sequences)] + no_slots),
         int32([4 * i + 1 for i in range(len(sequences))] + no_slots),
-        int32([4 * i + 2 if s.sink else NO_SLOT for i, s in enumerate(sequences)] + no_slots),
+        sinks,
         sequences[0].scale,
         layout,
-        splits,
-        decode.Parts(rows * (splits + 1), layout.head_dim, DEVICE),
+        shape,
+        work,
+        decode.Parts(shape.parts(batch) * shape.rows, layout.head_dim, DEVICE),
         out,
-        queries,
-        int32([0, *counts.cumsum(0).tolist()]),
+        query_start,
     )
     beyond = out[len(newest) :]
     assert (beyond == 0).all() if queries == 1 else beyond.isnan().all()
@@ -298,15 +308,15 @@ def decoded(
 
 class TestDecode:
     @pytest.mark.parametrize("layout", LAYOUTS, ids=describe)
-    @pytest.mark.parametrize("splits", [1, 3])
-    def test_matches_the_read_rule(self, layout: TileLayout, splits: int) -> None:
+    @pytest.mark.parametrize("programs", [1, 11])
+    def test_matches_the_read_rule(self, layout: TileLayout, programs: int) -> None:
         group = layout.group
         lengths = [1, group, group + 1, 3 * group + 5, 5 * group]
         sequences = [
             Sequence(layout, tokens, heads=1, per_head=4, sink=tokens % 2 == 1, seed=tokens)
             for tokens in lengths
         ]
-        ours = decoded(sequences, splits)
+        ours = decoded(sequences, programs)
         for row, sequence in enumerate(sequences):
             expected = sequence.expected(torch.tensor([sequence.tokens - 1]))[0]
             assert_near(ours[row], expected, 6e-3)
@@ -323,11 +333,11 @@ class TestDecode:
         expected = sequence.expected(torch.tensor([199]))
         assert_near(decoded([sequence], 12, dtype), expected, 6e-3)
 
-    def test_a_row_does_not_depend_on_its_batch(self) -> None:
-        sequences = [Sequence(SMALL, tokens, 1, 4, sink=True, seed=tokens) for tokens in (70, 190, 333)]
-        together = decoded(sequences, 2)
-        for row, sequence in enumerate(sequences):
-            assert (decoded([sequence], 2, padding=0)[0] == together[row]).all()
+    @pytest.mark.parametrize("programs", [2, 7, 40, 1000])
+    def test_work_is_divided_among_any_number_of_programs(self, programs: int) -> None:
+        """Uneven lengths, padding, and more programs than units: the parts join to what one program computes."""
+        sequences = [Sequence(SMALL, tokens, 2, 4, sink=True, seed=tokens) for tokens in (64, 900, 1, 333)]
+        assert_near(decoded(sequences, programs), decoded(sequences, 1), 1e-3)
 
     @pytest.mark.parametrize(("queries", "per_head"), [(2, 1), (2, 3), (5, 1), (5, 4), (16, 3), (16, 4)])
     def test_tokens_of_a_speculative_step(self, queries: int, per_head: int) -> None:
@@ -359,6 +369,8 @@ class TestDecode:
     ) -> None:
         start = None if query_start is None else int32(query_start)
         one = int32([1])
+        shape = decode_work.DecodeShape.of(1, 1, SMALL, queries, DEVICE)
+        work = decode_work.DecodeWork(1, shape, DEVICE)
         rows = torch.empty(1, 1, 64, device=DEVICE)
         with pytest.raises(ValueError, match=message):
             decode.decode(
@@ -369,18 +381,22 @@ class TestDecode:
                 *[one] * 4,
                 1.0,
                 SMALL,
-                1,
+                shape,
+                work,
                 decode.Parts(32, 64, DEVICE),
                 rows,
-                queries,
                 start,
             )
         with pytest.raises(ValueError, match=message):
             decode_plan.plan_decode(int32([[0]]), one, one, 64, *[one] * 6, queries, start)
+        with pytest.raises(ValueError, match=message):
+            decode_work.plan_work(one, one, 64, shape, work, start)
 
-    def test_rejects_parts_that_are_too_small(self) -> None:
+    def test_rejects_workspaces_that_are_too_small(self) -> None:
         sequence = Sequence(SMALL, 70, heads=1, per_head=1, sink=False)
-        with pytest.raises(ValueError, match="parts has room for 1 rows: expected 2"):
+        shape = replace(decode_work.DecodeShape.of(1, 1, SMALL, 1, DEVICE), programs=3)
+        work = decode_work.DecodeWork(1, shape, DEVICE)
+        with pytest.raises(ValueError, match="parts has room for 1 rows: expected 4"):
             decode.decode(
                 sequence.query[-1:].half().to(DEVICE),
                 sequence.cache.to(DEVICE),
@@ -392,10 +408,39 @@ class TestDecode:
                 int32([NO_SLOT]),
                 1.0,
                 SMALL,
-                1,
+                shape,
+                work,
                 decode.Parts(1, 64, DEVICE),
                 torch.empty(1, 1, 64, device=DEVICE),
             )
+        with pytest.raises(ValueError, match="work has room for 1 rows and 3 programs: expected 2 and 3"):
+            decode_work.plan_work(int32([70, 70]), int32([NO_SLOT] * 2), 64, shape, work)
+
+
+class TestWork:
+    @pytest.mark.parametrize(("queries", "per_head"), [(1, 4), (3, 4), (16, 8)])
+    def test_shares_are_equal_and_cover_every_unit_once(self, queries: int, per_head: int) -> None:
+        """Follows every program through the plan, as the kernel does."""
+        shape = replace(decode_work.DecodeShape.of(2 * per_head, 2, SMALL, queries, DEVICE), programs=23)
+        lengths, sinks = [5, 0, 64, 65, 3000, 130, 700], [3, -1, 1, 1, 2, -1, 4]
+        counts = [min(queries, tokens) for tokens in lengths]
+        start = int32([0, *torch.tensor(counts).cumsum(0).tolist()])
+        work = decode_work.DecodeWork(len(lengths), shape, DEVICE)
+        decode_work.plan_work(int32(lengths), int32(sinks), 64, shape, work, start)
+        starts, first_rows = work.unit_starts.tolist(), work.first_rows.tolist()
+        expected = []
+        for tokens, sink, count in zip(lengths, sinks, counts, strict=True):
+            for block in range(shape.blocks):
+                first = tokens - count + block * shape.block_tokens
+                last = min(first + shape.block_tokens, tokens) - 1
+                own, has_sink = last // 64, sink >= 0 and last >= 64
+                raw = (last % 64) // shape.piece + 1 + 64 // shape.piece * (has_sink + (first // 64 < own))
+                expected.append(raw + own - has_sink if first <= last and count else 0)
+        assert [b - a for a, b in itertools.pairwise(starts)] == expected
+        share = -(-2 * starts[-1] // 23)
+        for program, row in enumerate(first_rows):
+            unit = program * share
+            assert unit >= 2 * starts[-1] or 2 * starts[row] <= unit < 2 * starts[row + 1]
 
 
 class TestPlan:

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from html import unescape
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
 from typer.testing import CliRunner
 
+from kvarn.bench.batch_lengths import Lognormal
 from kvarn.bench.engine import EngineBench, EngineResult, Workload, WorkloadResult, record
 from kvarn.cli import app
 
@@ -53,7 +55,7 @@ def quality_record() -> dict:
 
 
 def engine_record() -> dict:
-    bench = EngineBench(workloads=(Workload(2, 100, 8),))
+    bench = EngineBench(workloads=(Workload(2, 100, 8), Workload(3, Lognormal(90, 0.5), 8)), seed=4)
     ran = EngineResult("auto", [WorkloadResult("2 x 100 + 8", 20.0, 0.5, 400.0, 21.5, [])], 9.0, 100, 128)
     return record(bench, [ran, EngineResult("fp8", reason="no AVX-512")])
 
@@ -78,7 +80,7 @@ def test_the_page_needs_nothing_else(page: Path) -> None:
     assert "a &lt;processor&gt;" in text
     assert "FP8 needs &lt;AVX-512&gt; &amp; AMX" in text
     assert "kvarn quality --model m" in text
-    assert "--workloads 2x100+8" in text
+    assert "--workloads '2x100+8,3xlognormal(90,0.5)+8' --seed 4" in unescape(text)
     assert "did not run: no AVX-512" in text
     assert text.count("<svg") == 2
     assert "Differences of KLD on the same positions, pseudo-decode" in text

@@ -1,0 +1,227 @@
+"""Planning of prefill chunks on the host, which knows their lengths.
+
+Each query tile becomes a sequence of its own, whose last page is its own tile raw and whose other pages follow the read
+rule, so that any paged attention kernel can attend them. All chunks of a step are planned at once, in arrays, with one
+copy to the device and one lookup of blocks and slots there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvarn.kernels.pages import PageTiles
+
+
+@dataclass
+class PrefillWave:
+    """Chunks whose tiles fit the pages together: batch tokens `first:last`, T query tiles; tensors on the device.
+
+    Attributes:
+        begun: tiles that earlier steps began, copied from their slots.
+        filled: tiles that this step completes.
+        context: tiles read from records or from the sink slot.
+        first_query: [T + 1] int32, first token of each query tile, relative to `first`.
+        key_lens: [T] int32, tokens up to and including each tile's last query.
+        page_table: [T, W] int32.
+        longest: the largest key length.
+    """
+
+    first: int
+    last: int
+    begun: PageTiles
+    filled: PageTiles
+    context: PageTiles
+    first_query: Tensor
+    key_lens: Tensor
+    page_table: Tensor
+    longest: int
+
+
+@dataclass
+class Chunks:
+    """C chunks in the order of their tokens, each the last tokens of its sequence; int64 arrays.
+
+    With `raw`, a chunk's tokens read all of its tiles raw; otherwise each token reads only its own tile raw.
+
+    Attributes:
+        rows: [C], row of each in the block table.
+        first: [C + 1], first batch token of each, and the end of the last.
+        seq_lens: [C], tokens of each sequence, the chunk included.
+        group: tokens per tile.
+    """
+
+    rows: np.ndarray
+    first: np.ndarray
+    seq_lens: np.ndarray
+    group: int
+    raw: bool = False
+
+    def __post_init__(self) -> None:
+        group = self.group
+        self.start = self.seq_lens - np.diff(self.first)
+        self.first_tile, self.last_tile = self.start // group, (self.seq_lens - 1) // group
+        self.own_tiles = self.last_tile - self.first_tile + 1
+        self.filled_tiles = self.seq_lens // group - self.first_tile  # complete after this chunk
+        self.context_tiles = self.first_tile if self.raw else self.last_tile  # read as the read rule says
+
+
+def plan_prefill(
+    chunks: Chunks,
+    block_table: Tensor,
+    slot_of: Tensor,
+    page_count: int,
+    slot_rows: Tensor,
+    page_rows: Tensor,
+) -> list[PrefillWave]:
+    """Plan what each chunk reads, stores and quantizes, without waiting for the device.
+
+    Args:
+        chunks: the chunks.
+        block_table: [R, W] int32.
+        slot_of: [blocks] int32, slot of each block or -1; blocks past its end have none.
+        page_count: number of pages; those of the largest chunk, its context and its own tiles, at least.
+        slot_rows, page_rows: [N] int32, slot * group + row and page * group + row of each token of the chunks, -1 for
+            none; written.
+
+    Returns:
+        Waves in the order of their tokens.
+    """
+    wave_starts, base = _waves((chunks.context_tiles + chunks.own_tiles).tolist(), page_count)
+    entries, sizes = _entries(chunks, wave_starts, base)
+    tables = _page_tables(chunks, base)
+    row, tile, page, keeps_slot, page_row, entry, first_query, key_lens, page_table = _to_device(
+        [
+            *entries,
+            *_tokens(chunks, base, first_entry=sum(sizes)),
+            *_query_tiles(chunks, wave_starts),
+            tables.ravel(),
+        ],
+        slot_of.device,
+    )
+    block = block_table[row, tile]
+    has_slot = (keeps_slot > 0) & (block < slot_of.shape[0])
+    slot = torch.where(has_slot, slot_of[torch.where(has_slot, block, 0)], -1)
+    token_slot = slot[entry]
+    page_rows.copy_(page_row)
+    slot_rows.copy_(torch.where(token_slot >= 0, token_slot * chunks.group + page_row % chunks.group, -1))
+
+    ends = [*wave_starts[1:], len(base)]
+    tiles = np.add.reduceat(chunks.own_tiles, wave_starts)
+    longest = np.maximum.reduceat(chunks.seq_lens, wave_starts).tolist()
+    of_query_tiles = zip(
+        torch.split(first_query, (tiles + 1).tolist()),
+        torch.split(key_lens, tiles.tolist()),
+        torch.split(page_table.view(tables.shape), tiles.tolist()),
+        longest,
+        strict=True,
+    )
+    of_pages, first = _page_tiles(sizes, page, block, slot), chunks.first.tolist()
+    return [
+        PrefillWave(first[start], first[end], next(of_pages), next(of_pages), next(of_pages), *rest)
+        for start, end, rest in zip(wave_starts, ends, of_query_tiles, strict=True)
+    ]
+
+
+def _waves(pages: list[int], page_count: int) -> tuple[list[int], np.ndarray]:
+    """Group consecutive chunks that fit the pages together: the first chunk of each wave, and [C] the first page of
+    each chunk."""
+    starts, base, used = [0], [], 0
+    for chunk, needed in enumerate(pages):
+        if used and used + needed > page_count:
+            starts.append(chunk)
+            used = 0
+        base.append(used)
+        used += needed
+    return starts, np.array(base)
+
+
+def _entries(
+    chunks: Chunks, wave_starts: list[int], base: np.ndarray
+) -> tuple[tuple[np.ndarray, ...], list[int]]:
+    """List the tiles of each wave that it began, fills and reads, then all tiles that have tokens of the chunks.
+
+    Returns:
+        Row, tile, page, and whether the raw tile in its slot is meant; and the number of entries of each of the first
+        three kinds in each wave.
+    """
+    count = len(base)
+    wave = np.repeat(np.arange(len(wave_starts)), np.diff([*wave_starts, count]))
+    own_page = base + chunks.context_tiles - chunks.first_tile  # its raw tile t is in page own_page + t
+    # Runs of tiles: those begun, filled and read as context of each chunk, by wave, and each chunk's own.
+    kinds = np.concatenate([3 * wave, 3 * wave + 1, 3 * wave + 2])
+    order = np.concatenate([np.argsort(kinds, kind="stable"), 3 * count + np.arange(count)])
+    lengths = np.concatenate(
+        [chunks.start % chunks.group > 0, chunks.filled_tiles, chunks.context_tiles, chunks.own_tiles]
+    )
+    sizes = np.bincount(kinds, lengths[: 3 * count], 3 * len(wave_starts)).astype(np.int64).tolist()
+    tile_of_run = np.concatenate([chunks.first_tile, chunks.first_tile, 0 * base, chunks.first_tile])[order]
+    page_of_run = np.concatenate([own_page, own_page, base, own_page])[order]
+    kind_of_run, lengths = order // count, lengths[order]
+    starts = np.cumsum(lengths) - lengths
+    tile = np.arange(lengths.sum()) + np.repeat(tile_of_run - starts, lengths)
+    page = tile + np.repeat(page_of_run, lengths)
+    keeps_slot = np.repeat((kind_of_run == 0) | (kind_of_run == 3), lengths)
+    keeps_slot[starts[(kind_of_run == 2) & (lengths > 0)]] = True  # tile 0, the sink
+    return (np.repeat(chunks.rows[order % count], lengths), tile, page, keeps_slot), sizes
+
+
+def _tokens(chunks: Chunks, base: np.ndarray, first_entry: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the page row of each token, and the entry of its tile, the first of which is `first_entry`."""
+    lengths = np.diff(chunks.first)
+    position = _ranges(lengths) + np.repeat(chunks.start, lengths)
+    own_page = base + chunks.context_tiles - chunks.first_tile
+    own_entry = first_entry + np.cumsum(chunks.own_tiles) - chunks.own_tiles - chunks.first_tile
+    page_row = position + np.repeat(own_page * chunks.group, lengths)
+    return page_row, position // chunks.group + np.repeat(own_entry, lengths)
+
+
+def _query_tiles(chunks: Chunks, wave_starts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return `first_query` and `key_lens` of all waves, one after the other."""
+    chunk, tile = _own_tiles(chunks)
+    key_lens = np.minimum((tile + 1) * chunks.group, chunks.seq_lens[chunk])
+    ends = (chunks.first[:-1] - chunks.start)[chunk] + key_lens
+    wave_tiles = np.add.reduceat(chunks.own_tiles, wave_starts)
+    relative_ends = ends - np.repeat(chunks.first[wave_starts], wave_tiles)
+    return np.insert(relative_ends, np.cumsum(wave_tiles) - wave_tiles, 0), key_lens
+
+
+def _page_tables(chunks: Chunks, base: np.ndarray) -> np.ndarray:
+    """Return `page_table` of all waves, as wide as the longest needs, with 0 past the end of each query tile."""
+    chunk, tile = _own_tiles(chunks)
+    context = np.minimum(tile, chunks.context_tiles[chunk])[:, None]
+    own_page = (base + chunks.context_tiles - chunks.first_tile)[chunk]
+    at = np.arange(int(tile.max()) + 1)
+    page_table: np.ndarray = np.where(at < context, base[chunk][:, None], own_page[:, None]) + at
+    page_table[at > tile[:, None]] = 0
+    return page_table
+
+
+def _own_tiles(chunks: Chunks) -> tuple[np.ndarray, np.ndarray]:
+    """Return the chunk and the tile of each query tile."""
+    chunk = np.repeat(np.arange(len(chunks.start)), chunks.own_tiles)
+    return chunk, chunks.first_tile[chunk] + _ranges(chunks.own_tiles)
+
+
+def _ranges(lengths: np.ndarray) -> np.ndarray:
+    """[2, 3] -> [0, 1, 0, 1, 2]."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _to_device(arrays: list[np.ndarray], device: torch.device) -> tuple[Tensor, ...]:
+    """Copy flat arrays to `device` as int32, in one transfer that does not wait."""
+    sizes = [array.size for array in arrays]
+    host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    np.concatenate(arrays, out=host.numpy(), casting="unsafe")
+    return torch.split(host.to(device, non_blocking=True), sizes)
+
+
+def _page_tiles(sizes: list[int], page: Tensor, block: Tensor, slot: Tensor) -> Iterator[PageTiles]:
+    """Cut entries into pieces of `sizes`; entries past them are left out."""
+    rest = page.shape[0] - sum(sizes)
+    pieces = zip(*(torch.split(x, [*sizes, rest]) for x in (page, block, slot)), strict=True)
+    return (PageTiles(*piece) for piece in pieces)

@@ -1,0 +1,123 @@
+"""The host's plan of prefill chunks, resolved page by page and compared with the read rule."""
+
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from kvarn.kernels.prefill_plan import Chunks, PrefillWave, plan_prefill
+
+GROUP = 64
+
+
+class Step:
+    """A step of random chunks behind decode rows, whose tokens are planned by others."""
+
+    def __init__(self, seed: int) -> None:
+        rng = random.Random(seed)
+        self.raw = rng.random() < 0.3
+        count, self.decodes = rng.randint(1, 7), rng.choice([0, 0, 2])
+        sizes = [1, 2, GROUP - 1, GROUP, GROUP + 1, 3 * GROUP, rng.randint(1, 5 * GROUP)]
+        self.tokens = [1] * self.decodes + [rng.choice(sizes) for _ in range(count)]
+        self.context = [rng.choice([0, GROUP, rng.randint(0, 6 * GROUP)]) for _ in self.tokens]
+        rows, width = len(self.tokens), 12
+        self.table = torch.randperm(rows * width, generator=torch.Generator().manual_seed(seed)).int()
+        self.table = self.table.view(rows, width)
+        # Blocks past the end of the map have no slot.
+        self.slot_of = torch.full((rows * width - 7,), -1, dtype=torch.int32)
+        for slot, block in enumerate(rng.sample(range(len(self.slot_of)), len(self.slot_of) // 2)):
+            self.slot_of[block] = slot
+        largest = max(2 * -(-(c + t) // GROUP) + 1 for c, t in zip(self.context, self.tokens, strict=True))
+        self.page_count = largest + rng.choice([0, 4, 100])
+        self.slot_rows, self.page_rows = (torch.full((sum(self.tokens),), -9).int() for _ in range(2))
+
+    def plan(self) -> list[PrefillWave]:
+        first = np.concatenate([[0], np.cumsum(self.tokens)])[self.decodes :]
+        lengths = np.array(self.context) + np.array(self.tokens)
+        chunks = Chunks(
+            np.arange(self.decodes, len(lengths)), first, lengths[self.decodes :], GROUP, self.raw
+        )
+        rows = self.slot_rows[first[0] :], self.page_rows[first[0] :]
+        return plan_prefill(chunks, self.table, self.slot_of, self.page_count, *rows)
+
+    def slot(self, request: int, tile: int) -> int:
+        block = self.table[request, tile]
+        return int(self.slot_of[block]) if block < len(self.slot_of) else -1
+
+
+def contents(step: Step, wave: PrefillWave) -> dict[int, list[tuple]]:
+    """What each page holds, in the order in which the backend writes it."""
+    held: dict[int, list[tuple]] = {}
+    for tiles in (wave.begun, wave.context):
+        for page, block, slot in torch.stack(list(tiles)).T.tolist():
+            held.setdefault(page, []).append(("slot", slot) if slot >= 0 else ("record", block))
+    for token in range(wave.first, wave.last):
+        page, row = divmod(int(step.page_rows[token]), GROUP)
+        held.setdefault(page, []).append(("token", token, row))
+    return held
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_query_tile_reads_what_the_read_rule_says(seed):
+    step = Step(seed)
+    waves = step.plan()
+    token, tile_of_wave = sum(step.tokens[: step.decodes]), iter(())
+    assert (step.slot_rows[:token] == -9).all()
+    assert (step.page_rows[:token] == -9).all()
+    waves_left = iter(waves)
+    filled = {}
+    for request in range(step.decodes, len(step.tokens)):
+        start, end = step.context[request], step.context[request] + step.tokens[request]
+        for tile in range(start // GROUP, (end - 1) // GROUP + 1):
+            if (at := next(tile_of_wave, None)) is None:
+                wave = next(waves_left)
+                assert wave.first == token
+                held = contents(step, wave)
+                assert set(held) <= set(range(step.page_count))
+                filled |= dict(zip(wave.filled.blocks.tolist(), wave.filled.pages.tolist(), strict=True))
+                assert wave.longest == wave.key_lens.max()
+                tile_of_wave = iter(range(len(wave.key_lens)))
+                at = next(tile_of_wave)
+            first, last = max(start, tile * GROUP), min(end, (tile + 1) * GROUP)
+            assert (wave.first_query[at : at + 2] + wave.first).tolist() == [token, token + last - first]
+            assert wave.key_lens[at] == last
+            pages = wave.page_table[at, : tile + 1].tolist()
+            for key_tile, page in enumerate(pages):
+                if key_tile < (start // GROUP if step.raw else tile):
+                    slot = step.slot(request, key_tile) if key_tile == 0 else -1
+                    read = ("slot", slot) if slot >= 0 else ("record", int(step.table[request, key_tile]))
+                    assert held[page] == [read]
+                else:  # raw, with the rows that earlier steps stored
+                    begun = [("slot", step.slot(request, key_tile))] if start > key_tile * GROUP else []
+                    if begun == [("slot", -1)]:
+                        begun = [("record", int(step.table[request, key_tile]))]
+                    chunk_start = token - (first - start)
+                    positions = range(max(start, key_tile * GROUP), min(end, (key_tile + 1) * GROUP))
+                    tokens = [("token", chunk_start + at - start, at % GROUP) for at in positions]
+                    assert held[page] == begun + tokens
+            block, slot = int(step.table[request, tile]), step.slot(request, tile)
+            rows = [slot * GROUP + position % GROUP if slot >= 0 else -1 for position in range(first, last)]
+            assert step.slot_rows[token : token + last - first].tolist() == rows
+            completes = (tile + 1) * GROUP <= end
+            assert filled.get(block) == (pages[-1] if completes else None)
+            token += last - first
+    assert token == sum(step.tokens)
+    assert waves[-1].last == token
+    assert next(waves_left, None) is None
+    assert all(before.last == after.first for before, after in pairwise(waves))
+
+
+def test_chunks_share_waves_as_the_pages_allow():
+    step = Step(0)
+    step.raw, step.decodes, step.tokens, step.context = False, 0, [GROUP] * 3, [GROUP] * 3
+    step.table, step.slot_of = torch.arange(36).view(3, 12).int(), torch.full((1,), -1).int()
+    step.slot_rows, step.page_rows = (torch.empty(3 * GROUP).int() for _ in range(2))
+    for page_count, waves in ((2, 3), (3, 3), (4, 2), (6, 1), (100, 1)):
+        step.page_count = page_count
+        planned = step.plan()
+        assert len(planned) == waves
+        for tensor in (planned[-1].page_table, planned[-1].first_query, *planned[-1].context):
+            assert tensor.is_contiguous()
+            assert tensor.dtype == torch.int32
