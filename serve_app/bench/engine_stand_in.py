@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from kvarn.vllm.access.telemetry import CacheState
 from serve_app.engine.cache_monitor import CacheMonitor
 from serve_app.engine.call_server import CallServer, Write
 from serve_app.engine.tile_log import TileLog
-from serve_app.routing import CacheSnapshot, Namespace, chain, token_array
+from serve_app.routing import CacheSnapshot, Namespace, RequestNeed, chain, token_array
 from serve_app.rpc import wire
 from serve_app.rpc.grpc_server import GrpcServer
 
@@ -83,10 +84,15 @@ class SteppedEngine(engine_pb2_grpc.EngineServicer):
         wanted = request.sampling_params.max_tokens
         self._running += 1
         self._store(ids)
+        reserved = self._reserve(request)
+        last_s = time.monotonic()
         try:
             for position in range(wanted):
                 if position:
                     await self._stepped.wait()
+                    last_s, before_s = time.monotonic(), last_s
+                    self._monitor.inter_token_latency_s.add(last_s - before_s)
+                self._monitor.reservations.grow(reserved, 1)
                 await write(_delta(position, is_last=position == wanted - 1))
                 ids.append(position)
                 if len(ids) % TILE == 0:
@@ -95,6 +101,18 @@ class SteppedEngine(engine_pb2_grpc.EngineServicer):
                 self._monitor.touch()
         finally:
             self._running -= 1
+            self._monitor.reservations.release(reserved)
+            self._monitor.touch()
+
+    def _reserve(self, request: engine_pb2.EngineRequest) -> str:
+        reserved = request.request_id
+        need = RequestNeed(
+            len(request.prompt_token_ids), request.sampling_params.max_tokens, request.expected_tokens
+        )
+        self._monitor.reservations.hold(
+            reserved, request.gateway_id, need, TILE, request.reserved_blocks, request.uncached_tokens
+        )
+        return reserved
 
     def _store(self, ids: Sequence[int]) -> None:
         """Note the full tiles of `ids` as cached, under names that stand for vLLM's block hashes."""
@@ -129,7 +147,10 @@ async def serve_engine(step_ms: int) -> int:
 def _delta(position: int, is_last: bool) -> engine_pb2.EngineDelta:
     reason = inference_pb2.FINISH_REASON_LENGTH if is_last else inference_pb2.FINISH_REASON_UNSPECIFIED
     return engine_pb2.EngineDelta(
-        token_ids=[position], text=WORDS[position % len(WORDS)], finish_reason=reason
+        token_ids=[position],
+        text=WORDS[position % len(WORDS)],
+        finish_reason=reason,
+        cached_tokens=TILE - 1,
     )
 
 
