@@ -12,8 +12,8 @@ from ray import serve
 
 from kvarn.model import kv_shape, resolve_model
 from kvarn.v1 import engine_pb2_grpc
-from kvarn.vllm.access import constraints
 from kvarn.vllm.access.cache_events import read_cache_events
+from kvarn.vllm.access.constraints import choose_backend
 from kvarn.vllm.access.telemetry import CacheState, read_cache_state
 from serve_app.config import EngineConfig, ObservabilityConfig, is_loopback
 from serve_app.engine.autoscaling import replica_load, serve_options
@@ -134,9 +134,8 @@ def engine_args(model: str, config: EngineConfig, reasoning_parser: str | None =
     from vllm.config import KVEventsConfig, StructuredOutputsConfig
 
     model_dir = resolve_model(model)
-    parsers = choose_parsers(
-        model_dir, NONE, reasoning_parser, lambda: AutoTokenizer.from_pretrained(model_dir)
-    )
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    parsers = choose_parsers(model_dir, NONE, reasoning_parser, lambda: tokenizer)
     return AsyncEngineArgs(
         model=str(model_dir),
         reasoning_parser=parsers.reasoning_parser or "",
@@ -151,7 +150,7 @@ def engine_args(model: str, config: EngineConfig, reasoning_parser: str | None =
         distributed_executor_backend=config.distributed_executor_backend,
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=True,
-        structured_outputs_config=StructuredOutputsConfig(backend=constraints.BACKEND),
+        structured_outputs_config=StructuredOutputsConfig(backend=choose_backend(tokenizer)),
         additional_config={"kvarn": config.kvarn_settings},
         kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     )

@@ -12,8 +12,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from serve_app.observability.tracing import TraceContext
+from serve_app.openai.bodies import InvalidBodyError
 from serve_app.openai.error_responses import error_response, failed, invalid
-from serve_app.openai.schema import NOT_JSON, problem
+from serve_app.openai.schema import problem
 from serve_app.request.request_errors import BadRequestError, RequestError
 
 
@@ -33,6 +34,7 @@ def http_app(
         app.include_router(router)
     app.add_exception_handler(RequestError, _rejected)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(InvalidBodyError, _invalid_body)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _failed)
     return app
@@ -83,12 +85,15 @@ async def _invalid(request: Request, error: Exception) -> Response:
     return invalid(sentence, param=param)
 
 
+async def _invalid_body(request: Request, error: Exception) -> Response:
+    assert isinstance(error, InvalidBodyError)
+    request.app.state.on_rejection(BadRequestError.reason)
+    return invalid(error.sentence, param=error.param)
+
+
 async def _no_route(request: Request, error: Exception) -> Response:
-    """Respond to unknown paths and methods, and to bodies that are not JSON at all."""
+    """Respond to unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    if error.status_code == 400:
-        request.app.state.on_rejection(BadRequestError.reason)
-        return invalid(NOT_JSON)
     found = f"{request.method} {request.url.path[:128]}: {error.detail}."
     if error.status_code == 404:
         found += f" Served are {_served(request.app)}."

@@ -70,7 +70,7 @@ class HttpGuard:
     async def _admit(self, scope: Scope, receive: Receive) -> bytes:
         headers = Headers(scope=scope)
         if scope["path"] not in OPEN_PATHS:
-            self._access.check(headers)
+            await self._access.check(headers)
         with counting_rejections(self._on_rejection):
             if int(headers.get("content-length", "0")) > self._max_body_bytes:
                 raise self._too_large()

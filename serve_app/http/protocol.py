@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NoReturn
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -14,28 +15,69 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from serve_app.config import LimitsConfig
 from serve_app.openai.error_responses import body
 
+# Each chunk costs microseconds, whatever its size. Of chunks smaller than this on average, this many are taken.
+MIN_CHUNK_BYTES = 64
+MAX_SMALL_CHUNKS = 4096
+# Lines that end without CR, or that continue the one before: what is between a proxy and us may read them otherwise.
+_AMBIGUOUS_LINES = re.compile(rb"(?<!\r)\n|\r(?!\n)|\n[ \t]")
+
 
 class _Connection(h11.Connection):
-    """Server side of a connection; h11 itself limits only headers that arrive in more than one piece.
+    """Server side of a connection, stricter than h11.
+
+    h11 itself limits only headers that arrive in more than one piece, takes any number of chunks, and accepts
+    requests whose end another server may see elsewhere.
 
     Args:
         max_header_bytes: largest request line and headers together.
 
     Attributes:
         has_large_headers: whether a request exceeded the limit.
+        refusal: why a request that h11 would take was refused, in one sentence; "" if none was.
     """
 
     def __init__(self, max_header_bytes: int) -> None:
         super().__init__(h11.SERVER, max_header_bytes)
         self._max_header_bytes = max_header_bytes
+        self._chunks = 0
+        self._chunk_bytes = 0
         self.has_large_headers = False
+        self.refusal = ""
 
     def next_event(self) -> Any:
+        """Return h11's next event; for what it raises, uvicorn calls `send_400_response`."""
+        unread = b"" if self.their_state is h11.SEND_BODY else self.trailing_data[0]
         event = super().next_event()
-        if isinstance(event, h11.Request) and _header_bytes(event) > self._max_header_bytes:
-            self.has_large_headers = True
-            raise h11.RemoteProtocolError("the headers are too large")  # uvicorn calls send_400_response
+        if isinstance(event, h11.Request):
+            self._check_head(event, unread[: len(unread) - len(self.trailing_data[0])])
+        elif isinstance(event, h11.Data) and event.chunk_start:
+            self._count_chunk(event)
+        elif isinstance(event, h11.EndOfMessage) and event.headers:
+            self._refuse("Trailers after the body are not supported: send headers only.")
         return event
+
+    def _check_head(self, request: h11.Request, head: bytes) -> None:
+        self._chunks = self._chunk_bytes = 0
+        if _header_bytes(request) > self._max_header_bytes:
+            self.has_large_headers = True
+            raise h11.RemoteProtocolError("the headers are too large")
+        names = [name for name, _ in request.headers]
+        if b"transfer-encoding" in names and (b"content-length" in names or request.http_version < b"1.1"):
+            self._refuse("The length of the body is ambiguous: send content-length or chunks over HTTP/1.1.")
+        if _AMBIGUOUS_LINES.search(head):
+            self._refuse("The lines of the headers must end with CR LF, and hold one header each.")
+
+    def _count_chunk(self, data: h11.Data) -> None:
+        self._chunks += 1
+        self._chunk_bytes += len(data.data)
+        if self._chunks > MAX_SMALL_CHUNKS + self._chunk_bytes // MIN_CHUNK_BYTES:
+            self._refuse(
+                f"The body comes in too many small chunks: send at least {MIN_CHUNK_BYTES} bytes in each."
+            )
+
+    def _refuse(self, sentence: str) -> NoReturn:
+        self.refusal = sentence
+        raise h11.RemoteProtocolError(sentence)
 
 
 class GuardedProtocol(H11Protocol):
@@ -82,7 +124,9 @@ class GuardedProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Reject a request that uvicorn cannot parse, which includes headers that are too large."""
         limit = self._limits.max_header_bytes
-        if self.conn.has_large_headers or len(self.conn.trailing_data[0]) > limit:
+        if self.conn.refusal:
+            self._reject(HTTPStatus.BAD_REQUEST, self.conn.refusal)
+        elif self.conn.has_large_headers or len(self.conn.trailing_data[0]) > limit:
             status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             self._reject(status, f"The headers exceed {limit} bytes: send fewer or shorter headers.")
         else:

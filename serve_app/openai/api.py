@@ -17,6 +17,7 @@ from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
+from serve_app.openai.bodies import BodyRoute
 from serve_app.openai.chat_completions import ChatService
 from serve_app.openai.completions import CompletionService
 from serve_app.openai.error_responses import FAILED, ErrorResponse, body, error_body
@@ -60,7 +61,7 @@ def openai_api(
         completions: handles text completions.
         access: authenticates callers and applies their rate limits.
     """
-    router = APIRouter(prefix="/v1", tags=["openai"])
+    router = APIRouter(prefix="/v1", tags=["openai"], route_class=BodyRoute)
     model = Model(id=model_name, created=int(time.time()), object="model", owned_by="kvarn")
 
     def described() -> dict[str, object]:

@@ -10,6 +10,7 @@ from pydantic import JsonValue
 
 from kvarn.v1 import inference_pb2, sampling_pb2
 from serve_app.openai.schema import (
+    MAX_PROMPTS,
     ChatCompletionRequest,
     CompletionRequest,
     Message,
@@ -21,7 +22,6 @@ from serve_app.openai.schema import (
 from serve_app.request.prompts import LONE_SURROGATE
 from serve_app.request.request_errors import BadRequestError
 
-MAX_PROMPTS = 128
 _CONVERTED = {"stop", "logit_bias", "structured_outputs"}
 _SAME_NAME = tuple(
     name

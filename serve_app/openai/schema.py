@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -24,9 +26,14 @@ from pydantic import (
 )
 
 from serve_app.request.prompts import MAX_MESSAGES
+from serve_app.request.structured_outputs import MAX_OPTIONS
 
 MAX_CHOICES = 16
+MAX_BIASES = 1024
+MAX_IDS = 1 << 20  # more than any context holds
 MAX_PARTS = 128  # per message
+MAX_PROMPTS = 128
+MAX_TOOLS = 128
 MAX_PARAM_CHARACTERS = 128  # of a field's path in an error response
 NOT_JSON = "The body is not valid UTF-8 JSON, or its nesting or a number exceeds the supported limits."
 NOT_AN_OBJECT = "The body must be a JSON object."
@@ -47,12 +54,30 @@ def _or(sentence: str) -> WrapValidator:
     return WrapValidator(check)
 
 
+def _check_ids(ids: list[int]) -> list[int]:
+    if ids and not 0 <= min(ids) <= max(ids) < 2**32:
+        raise ValueError("token ids must be from 0 to 4294967295")
+    return ids
+
+
+def _at_most(count: int, what: str) -> BeforeValidator:
+    """Bound a dictionary before its entries are validated: pydantic itself does so afterwards."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > count:
+            raise ValueError(f"must hold at most {count} {what}, got {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
 _UNSUPPORTED = _or("not supported; omit this field")
 _USE_TOOLS = _or("not supported: use tools and tool_choice instead")
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Uint32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
+# Up to a million items: they are validated as integers, and their range as a whole.
+TokenIds = Annotated[list[int], Field(max_length=MAX_IDS, fail_fast=True), AfterValidator(_check_ids)]
 MaxTokens = Annotated[int, Field(ge=1, le=2**32 - 1)]
-TokenId = Uint32
 TokenKey = Annotated[
     str, Field(pattern=r"^[0-9]{1,10}$"), _or("keys must be token ids, in at most 10 digits")
 ]
@@ -62,9 +87,9 @@ FunctionName = Annotated[
     _or("a name must have 1 to 64 characters: letters, digits, '_', '.' and '-'"),
 ]
 Unsupported = Annotated[None, _UNSUPPORTED]
-Stop = str | Annotated[list[str], Field(max_length=64)] | None
+Stop = str | Annotated[list[str], Field(max_length=64, fail_fast=True)] | None
 Place = tuple[str | int, ...]
-Ignored = Annotated[JsonValue, Field(description="accepted and ignored")]
+Ignored = Annotated[Any, Field(description="accepted and ignored")]
 
 
 class Model(BaseModel):
@@ -85,7 +110,7 @@ class StructuredOutputs(Model):
 
     json_schema: dict[str, JsonValue] | str | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], Field(max_length=MAX_OPTIONS, fail_fast=True)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -109,14 +134,14 @@ class Sampling(Model):
     frequency_penalty: float | None = None
     seed: Int64 | None = None
     stop: Stop = None
-    logit_bias: dict[TokenKey, float] | None = None
+    logit_bias: Annotated[dict[TokenKey, float], _at_most(MAX_BIASES, "tokens")] | None = None
 
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: Uint32 | None = None
-    stop_token_ids: list[TokenId] | None = None
-    allowed_token_ids: list[TokenId] | None = None
+    stop_token_ids: TokenIds | None = None
+    allowed_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -149,7 +174,12 @@ class Sampling(Model):
 class CompletionRequest(Sampling):
     """A text completion request."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: (
+        str
+        | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+    )
     max_tokens: MaxTokens | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Annotated[Literal[False] | None, _UNSUPPORTED] = Field(default=None, description="not supported")
@@ -226,12 +256,12 @@ class Message(Model):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[ContentPart], Field(max_length=MAX_PARTS)] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = Field(default=None, description="another name of reasoning_content")
     reasoning_details: Ignored = None
-    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_PARTS)] | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     refusal: Ignored = None
     annotations: Ignored = None
@@ -294,7 +324,7 @@ class ResponseFormat(Model):
 class ChatCompletionRequest(Sampling):
     """A chat completion request."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: MaxTokens | None = None
     max_tokens: MaxTokens | None = Field(
         default=None, description="deprecated alias of max_completion_tokens"
@@ -302,14 +332,15 @@ class ChatCompletionRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
         default=None, description="for chat templates that use it; also sets enable_thinking: false if none"
     )
     modalities: Annotated[
-        list[Literal["text"]] | None, _or("only ['text'] is supported: omit audio and images")
+        Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None,
+        _or("only ['text'] is supported: omit audio and images"),
     ] = None
     verbosity: Ignored = None
     prediction: Ignored = None
@@ -353,8 +384,6 @@ class ChatCompletionRequest(Sampling):
 def problem(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
     """Return one sentence for pydantic's errors about `body`, and the path of the offending field, if any."""
     first = errors[0]
-    if first["type"] == "json_invalid":
-        return _not_json(first, body), None
     if tuple(first["loc"]) == ("body",) and first["type"] != "value_error":
         return (NOT_SENT_AS_JSON if isinstance(body, bytes) else NOT_AN_OBJECT), None
     place, alike = _deepest(errors, body)
@@ -370,9 +399,8 @@ def problem(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
     return f"{said[:1].upper()}{said[1:]}.", None
 
 
-def _not_json(error: Any, text: str) -> str:
-    """Return where and why `text` is not JSON, in the words of the json module."""
-    found = json.JSONDecodeError(error["ctx"]["error"], text, error["loc"][1])
+def not_json(found: json.JSONDecodeError) -> str:
+    """Return where and why a body is not JSON."""
     return f"The body is not valid JSON at line {found.lineno}, column {found.colno}: {found.msg}."
 
 

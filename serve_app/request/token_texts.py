@@ -29,7 +29,6 @@ class TokenTexts:
             self._symbols = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
         self._has_word_marks = not kinds.isdisjoint({"Replace", "Metaspace"})
         self._has_bytes = "ByteFallback" in kinds
-        self._added = {token_id: str(added) for token_id, added in tokenizer.added_tokens_decoder.items()}
         self._known: dict[int, bytes | None] = {}
 
     def token_text(self, token_id: int) -> str:
@@ -46,19 +45,16 @@ class TokenTexts:
         return self._known[token_id]
 
     def _find(self, token_id: int) -> bytes | None:
-        symbols: str | None = self._added.get(token_id)
-        is_added = symbols is not None
-        if symbols is None:
-            symbols = self._tokenizer.convert_ids_to_tokens(token_id)
+        symbols: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
         if symbols is None:  # the model's vocabulary may be larger than the tokenizer's
             return b""
-        if self._symbols and not is_added and self._symbols.keys() >= set(symbols):
+        if self._symbols.keys() >= set(symbols):
             return bytes([self._symbols[symbol] for symbol in symbols])
-        if self._has_bytes and not is_added and (found := _BYTE.fullmatch(symbols)):
+        if self._has_bytes and (found := _BYTE.fullmatch(symbols)):
             return bytes.fromhex(found[1])
         if self._has_word_marks:
             return symbols.replace(_WORD_MARK, " ").encode()
-        if is_added:
+        if self._symbols:  # a token that was added to the vocabulary
             return symbols.encode()
         text: str = self._tokenizer.decode([token_id])
         return None if "\ufffd" in text else text.encode()

@@ -22,7 +22,7 @@ from serve_app.rpc.channels import KEEPALIVE
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[Any, Any], Awaitable[Any]]
-Check = Callable[[dict[str, str]], None]
+Check = Callable[[dict[str, str]], Awaitable[None]]
 MIN_PING_INTERVAL_MS = 5_000  # of keepalive pings on idle watches; by default gRPC allows one per 5 minutes
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -83,7 +83,7 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler:
         if not handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
             try:
-                self._check(headers_of(handler_call_details.invocation_metadata))
+                await self._check(headers_of(handler_call_details.invocation_metadata))
             except RequestError as error:
                 return _rejecting(error)
         return await continuation(handler_call_details)

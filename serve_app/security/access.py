@@ -45,14 +45,15 @@ class Access:
         self._limits = RateLimits()
         self._on_rejection = on_rejection
 
-    def check(self, headers: Headers) -> None:
-        """Reject a call without a valid key.
+    async def check(self, headers: Headers) -> None:
+        """Reject a call without a valid key, by the newest version of the file.
 
         Raises:
             AuthenticationError: with the sentence for the caller.
         """
         with counting_rejections(self._on_rejection):
-            self._key(headers)
+            if self._keys is not None:
+                _authenticate(await self._keys.fresh(), headers)
 
     @contextmanager
     def admitted(self, headers: Headers, generations: int = 1) -> Iterator[Caller]:
@@ -81,7 +82,11 @@ class Access:
     def _key(self, headers: Headers) -> ApiKey | None:
         if self._keys is None:
             return None
-        return self._keys.value.authenticate(_presented(headers.get("authorization", "")))
+        return _authenticate(self._keys.loaded, headers)
+
+
+def _authenticate(keys: KeyFile, headers: Headers) -> ApiKey:
+    return keys.authenticate(_presented(headers.get("authorization", "")))
 
 
 def _presented(authorization: str) -> str:

@@ -64,7 +64,7 @@ class EngineGuard:
         self._token = secrets.token_hex(32)
         self._private_key, self._certificate = _self_signed() if encrypted else (b"", b"")
 
-    def check(self, headers: dict[str, str]) -> None:
+    async def check(self, headers: dict[str, str]) -> None:
         """Reject calls that do not come from a gateway.
 
         Raises:

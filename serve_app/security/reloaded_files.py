@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ class Reloaded(Generic[T]):
     """A value loaded from files, and reloaded when one of them changes.
 
     If a new version cannot be loaded, that is logged and the last good one stays in use, so files that belong
-    together need not be replaced at once. Reading `value` costs one stat(2) per file.
+    together need not be replaced at once. Reading costs one stat(2) per file.
 
     Args:
         paths: the files.
@@ -31,6 +32,12 @@ class Reloaded(Generic[T]):
         self._load = load
         self._signature = self._read_signature()
         self._value = load()
+        self._reloading: asyncio.Future[None] | None = None
+
+    @property
+    def loaded(self) -> T:
+        """The value of the last load, without a look at the files."""
+        return self._value
 
     @property
     def value(self) -> T:
@@ -39,6 +46,16 @@ class Reloaded(Generic[T]):
         if signature != self._signature:
             self._signature = signature
             self._reload()
+        return self._value
+
+    async def fresh(self) -> T:
+        """Return `value`, loading new files in a thread: other tasks run, and later readers wait for the same load."""
+        signature = self._read_signature()
+        if signature != self._signature:
+            self._signature = signature
+            self._reloading = asyncio.ensure_future(asyncio.to_thread(self._reload))
+        if self._reloading is not None:
+            await asyncio.shield(self._reloading)
         return self._value
 
     def _reload(self) -> None:

@@ -12,12 +12,33 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
-# An engine has one backend for life, and vLLM's "auto" leaves its choice to the first request.
-BACKEND: Literal["guidance"] = "guidance"
+Backend = Literal["guidance", "xgrammar"]
 MAX_CHECKS = 2  # at once, each on one CPU core
 MAX_REASON_CHARACTERS = 300
-_PREFIXES = ("Grammar error: ", "Invalid grammar specification: ")
+_PREFIXES = (
+    "Grammar error: ",
+    "Invalid grammar specification",
+    "Failed to transform",
+    "The provided JSON schema contains features",
+)
+_PLACE = re.compile(
+    r"^(Grammar error|Invalid grammar specification|Failed to transform.*?): |\[[\d:]+\] /\S+: "
+)
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _LIMITS = re.compile(r"panic|too (big|large|many)|fuel|limit|recursion", re.IGNORECASE)
+
+
+def choose_backend(tokenizer: Any) -> Backend:
+    """Return the backend of engines of a model.
+
+    An engine has one backend for life, and vLLM's "auto" leaves its choice to the first request. llguidance does not
+    read slow tokenizers, and no constraint of it allows special tokens, as which some vocabularies mark their bytes.
+    """
+    if hasattr(tokenizer, "llg_tokenizer"):  # Mistral's
+        return "guidance"
+    added = tokenizer.added_tokens_decoder.values()
+    has_special_bytes = any(token.special and _BYTE.fullmatch(token.content) for token in added)
+    return "guidance" if tokenizer.is_fast and not has_special_bytes else "xgrammar"
 
 
 class ConstraintError(ValueError):
@@ -72,6 +93,8 @@ class ConstraintChecks:
 
     def _try(self, params: SamplingParams) -> None:
         """Compile the grammar and compute the tokens that it allows first, as the engine core will."""
+        if self._engine.vllm_config.structured_outputs_config.backend != "guidance":
+            return
         from llguidance import LLMatcher
         from vllm.v1.structured_output.backend_guidance import serialize_guidance_grammar
         from vllm.v1.structured_output.request import get_structured_output_key
@@ -95,7 +118,7 @@ class ConstraintChecks:
         from llguidance.hf import from_tokenizer
 
         tokenizer = self._tokenizer
-        if hasattr(tokenizer, "llg_tokenizer"):  # Mistral's
+        if hasattr(tokenizer, "llg_tokenizer"):
             return tokenizer.llg_tokenizer
         vocab_size = self._engine.vllm_config.model_config.get_vocab_size()
         return from_tokenizer(tokenizer, max(vocab_size, len(tokenizer)))
@@ -107,12 +130,11 @@ def _verified(*_: object) -> None:
 
 def _reason(error: str) -> str:
     """Return the cause in a message of the backend, which may quote the constraint and a stack."""
-    for prefix in _PREFIXES:
-        error = error.removeprefix(prefix)
+    error = _PLACE.sub("", error)
     if "NoExtension" in error:
         return "no output satisfies it"
     if cause := re.search(r"^error: (.+)$", error, re.MULTILINE):
         return cause[1][:MAX_REASON_CHARACTERS]
     if _LIMITS.search(error):
         return "it is too large or too complex"
-    return error.strip().partition("\n")[0][:MAX_REASON_CHARACTERS]
+    return error.strip().partition("\n")[0].rstrip(".")[:MAX_REASON_CHARACTERS]

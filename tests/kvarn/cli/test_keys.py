@@ -1,5 +1,6 @@
 """`kvarn keys`: its output is the only copy of a key."""
 
+import asyncio
 import json
 import os
 import stat
@@ -27,7 +28,7 @@ def test_a_key_is_made_listed_and_revoked(file):
     made = keys("create", file, "--tenant", "acme", "--requests-per-minute", 30, "--max-concurrent", 2)
     assert made.exit_code == 0
     key = made.stdout.strip()
-    Access(file).check({"authorization": f"Bearer {key}"})
+    asyncio.run(Access(file).check({"authorization": f"Bearer {key}"}))
     (listed,) = json.loads(keys("list", file, "--json").stdout)
     assert (listed["tenant"], listed["requests_per_minute"], listed["max_concurrent"]) == ("acme", 30, 2)
     assert "sha256" not in listed

@@ -50,7 +50,13 @@ def metaspace() -> Tokenizer:
     return sentence_piece(decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]))
 
 
-KINDS = [byte_level, llama, metaspace]
+def special_bytes() -> Tokenizer:
+    made = llama()
+    made.add_special_tokens(BYTES)
+    return made
+
+
+KINDS = [byte_level, llama, metaspace, special_bytes]
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 

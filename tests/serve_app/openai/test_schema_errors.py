@@ -107,6 +107,6 @@ async def test_a_json_syntax_error_has_its_position(content: bytes, where: str) 
     assert (error["param"], error["message"]) == (None, f"The body is not valid JSON at {where}.")
 
 
-@pytest.mark.parametrize("content", [b'{"prompt": "\xff"}', b"[" * 100_000, b"9" * 10_000])
+@pytest.mark.parametrize("content", [b'{"prompt": "\xff"}', b"[" * 10_000, b"9" * 10_000])
 async def test_other_invalid_bodies_get_one_sentence(content: bytes) -> None:
     assert (await rejected("completions", content))["message"] == NOT_JSON

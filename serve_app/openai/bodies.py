@@ -1,0 +1,124 @@
+"""JSON bodies, validated in bounded time whatever they hold: no body may delay the streams of other callers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError
+from starlette.exceptions import HTTPException
+
+from serve_app.openai.schema import NOT_JSON, not_json, problem
+from serve_app.request.prompts import LONE_SURROGATE
+
+# Larger bodies are validated in a thread: the event loop then waits for single steps that hold the GIL.
+LARGE_BODY_BYTES = 64 << 10
+# With these limits, no such step takes more than about 30 ms; without them, 4 MiB can take seconds.
+MAX_CONTAINERS = 16 << 10  # lists and objects
+MAX_STRINGS = 128 << 10  # names of fields included
+MAX_ITEMS = 1 << 20  # of all lists and objects together
+MAX_ERRORS = 1024  # pydantic formats all errors or none
+
+
+class InvalidBodyError(HTTPException):
+    """A body was rejected.
+
+    Args:
+        sentence: what was wrong.
+        param: path of the offending field, if there is one.
+    """
+
+    def __init__(self, sentence: str, param: str | None = None) -> None:
+        super().__init__(400, sentence)
+        self.sentence = sentence
+        self.param = param
+
+
+class BodyRoute(APIRoute):
+    """A route whose body is validated by `validated_body`: the `route_class` of every router that takes bodies."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return FastAPI's handler over requests whose `json` is the validated model."""
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+        annotation: Any = self.body_field.field_info.annotation
+        model: TypeAdapter[Any] = TypeAdapter(annotation)
+
+        async def bounded(request: Request) -> Response:
+            return await handle(_Request(request, model))
+
+        return bounded
+
+
+class _Request(Request):
+    def __init__(self, request: Request, model: TypeAdapter[Any]) -> None:
+        super().__init__(request.scope, request.receive)
+        self._model = model
+
+    async def json(self) -> Any:
+        """Return the body as an instance of the model, which FastAPI passes on as it is."""
+        body = await self.body()
+        if len(body) <= LARGE_BODY_BYTES:
+            return validated_body(self._model, body)
+        return await asyncio.to_thread(validated_body, self._model, body)
+
+
+def validated_body(model: TypeAdapter[Any], body: bytes) -> Any:
+    """Parse and validate a body.
+
+    Raises:
+        InvalidBodyError: it is not JSON, too complex, or not valid for the model.
+    """
+    if len(body) > LARGE_BODY_BYTES:
+        _check_size(body)
+    try:
+        return model.validate_json(body)
+    except ValidationError as error:
+        raise _invalid(error, body) from None
+
+
+def _check_size(body: bytes) -> None:
+    """Count what the body holds without parsing it; for a body that is not JSON, the counts mean nothing."""
+    if b"\\" in body:
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    strings = body.count(b'"') // 2
+    _check_count("strings", strings, MAX_STRINGS)
+    outside_strings = b"".join(body.split(b'"')[::2])
+    containers = outside_strings.count(b"[") + outside_strings.count(b"{")
+    _check_count("lists and objects", containers, MAX_CONTAINERS)
+    _check_count("items", outside_strings.count(b",") + 1, MAX_ITEMS)
+
+
+def _check_count(what: str, count: int, most: int) -> None:
+    if count > most:
+        raise InvalidBodyError(f"The body holds {count} {what}, more than {most}: send a smaller request.")
+
+
+def _invalid(error: ValidationError, body: bytes) -> InvalidBodyError:
+    count = error.error_count()
+    if count > MAX_ERRORS:
+        return InvalidBodyError(f"The body has {count} invalid fields or items: see /openapi.json.")
+    errors: list[Any] = error.errors(include_url=False)
+    if errors[0]["type"] == "json_invalid":
+        return InvalidBodyError(_not_json(body))
+    for one in errors:
+        one["loc"] = ("body", *one["loc"])
+    return InvalidBodyError(*problem(errors, json.loads(body)))
+
+
+def _not_json(body: bytes) -> str:
+    """Return where and why the body is not JSON, in the words of the json module where it agrees."""
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        return not_json(error)
+    except UnicodeEncodeError:
+        return LONE_SURROGATE
+    except (ValueError, RecursionError):
+        pass
+    return NOT_JSON
