@@ -30,6 +30,7 @@ from kvarn.cli.output import (
 )
 from kvarn.model import resolve_model
 from serve_app.bench.load_settings import ServeBench
+from serve_app.bench.route_settings import RouteBench
 
 bench_app = typer.Typer(help="Measure speed and capacity.", no_args_is_help=True)
 
@@ -53,6 +54,21 @@ def bench_serve(
         report.write(json_path, plot_path)
         if not report.summary.answered:
             fail(f"no request was answered: {report.reasons()}")
+
+
+@bench_app.command("route")
+@options_of(RouteBench)
+def bench_route(bench: RouteBench, json_path: JsonOption = None) -> None:
+    """Measure what a gateway costs: decisions, calls, and CPU time per streamed token over HTTP and gRPC."""
+    with missing_packages():
+        from serve_app.bench import routing_overhead
+    check_directory("--json", json_path)
+    with counting_progress("measured") as progress:
+        report = routing_overhead.run(bench, progress)
+    for table in report.tables():
+        out.print(table)
+    if json_path is not None:
+        report.write(json_path)
 
 
 @bench_app.command("engine")

@@ -1,4 +1,4 @@
-"""Routing overhead: `python -m serve_app.bench.routing_overhead` measures decisions, the index and gateway calls.
+"""`kvarn bench route`: decisions, the index, gateway calls and streamed tokens.
 
 One run compares calls through a gateway with direct calls of the same engine, with a bare grpc.aio server that answers
 by itself, and with a bare server that only forwards to the engine: no gateway on grpc.aio can cost less. The engine
@@ -11,31 +11,26 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import multiprocessing
-import os
-import sys
 import time
 import tracemalloc
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
 import grpc
-import psutil
-import typer
 import uvloop
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
+from kvarn.bench.bench_settings import Progress
 from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2, inference_pb2_grpc
-from serve_app.config import RoutingConfig
-from serve_app.engine.call_server import CallServer, Write
+from serve_app.bench import token_cost
+from serve_app.bench.bench_gateway import serve_gateway
+from serve_app.bench.bench_processes import ServerProcess, server_process
+from serve_app.bench.engine_stand_in import DTYPE, TILE, serve_engine
+from serve_app.bench.route_settings import RouteBench
 from serve_app.gateway.engine_stream import EngineStream
 from serve_app.routing import (
     CacheCapacity,
@@ -48,11 +43,8 @@ from serve_app.routing import (
     chain,
     token_array,
 )
-from serve_app.rpc import wire
-from serve_app.rpc.grpc_server import GrpcServer
 
-DTYPE, TILE = "kvarn_k4v2_g128", 128
-REPLICA = "replica"
+STEP_MS = 20
 PROMPT = list(range(100, 228))
 ROUNDS = 9
 
@@ -125,6 +117,28 @@ def decisions(replicas: int, prompt_tokens: int, count: int) -> tuple[LatencyMs,
     return LatencyMs.of(wall), LatencyMs.of(cpu)
 
 
+@dataclass(frozen=True)
+class RouteReport:
+    """Results of `kvarn bench route`; None for a part that was not measured."""
+
+    overhead: OverheadReport | None
+    tokens: token_cost.TokenReport | None
+
+    def tables(self) -> list[Table]:
+        """Return one table per part."""
+        return [
+            *([_table(self.overhead)] if self.overhead else []),
+            *([token_cost.table(self.tokens)] if self.tokens else []),
+        ]
+
+    def write(self, path: Path) -> None:
+        """Write all results as JSON: those of calls at the top level, those of tokens under `tokens`."""
+        values = asdict(self.overhead) if self.overhead else {}
+        if self.tokens:
+            values["tokens"] = asdict(self.tokens)
+        path.write_text(json.dumps(values, indent=1) + "\n")
+
+
 def index_bytes_per_pair(pairs: int) -> float:
     """Measure the index's memory per tile and replica, with no tile shared between replicas."""
     random = Random(0)
@@ -135,34 +149,6 @@ def index_bytes_per_pair(pairs: int) -> float:
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return size / len(index)
-
-
-class _InstantEngine(engine_pb2_grpc.EngineServicer):
-    """An engine that answers with one token at once."""
-
-    def __init__(self) -> None:
-        self._calls = CallServer(self._generate)
-
-    async def Generate(self, requests: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        await self._calls.serve(context)
-
-    async def _generate(self, request: engine_pb2.EngineRequest, write: Write) -> None:
-        await write(
-            engine_pb2.EngineDelta(token_ids=[1], text="x", finish_reason=inference_pb2.FINISH_REASON_LENGTH)
-        )
-
-    async def WatchCache(self, request: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        capacity, load = CacheCapacity(DTYPE, TILE, 1, 100_000, 1 << 20), CacheLoad(free_blocks=100_000)
-        sequence = 0
-        while True:
-            sequence += 1
-            snapshot = wire.snapshot_to_proto(CacheSnapshot(1, sequence, capacity, load))
-            await context.write(engine_pb2.EngineWatchCacheResponse(snapshot=snapshot))
-            await asyncio.sleep(1)
-
-    async def WatchTiles(self, request: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        await context.write(engine_pb2.EngineWatchTilesResponse(snapshot={"epoch": 1, "sequence": 1}))
-        await asyncio.Event().wait()
 
 
 class _BareInference(inference_pb2_grpc.InferenceServicer):
@@ -186,22 +172,6 @@ class _ForwardingInference(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.GenerateOnceResponse(token_ids=delta.token_ids, text=delta.text)
 
 
-class _TokenIds:
-    """An encoder for prompts of token ids."""
-
-    vocab_size = 50_000
-
-    async def encode(self, prompt: inference_pb2.Prompt) -> list[int]:
-        return list(prompt.token_ids.ids)
-
-
-async def _serve_engine() -> int:
-    server = GrpcServer("127.0.0.1:0", [])
-    engine_pb2_grpc.add_EngineServicer_to_server(_InstantEngine(), server)  # type: ignore[no-untyped-call]
-    _kept.append(server)
-    return await server.start()
-
-
 async def _serve_bare() -> int:
     return await _serve_on_grpc_aio(_BareInference())
 
@@ -221,88 +191,7 @@ async def _serve_on_grpc_aio(service: inference_pb2_grpc.InferenceServicer) -> i
     return int(port)
 
 
-async def _serve_gateway(engine_port: int) -> int:
-    from serve_app.gateway.admission_queue import AdmissionQueue
-    from serve_app.gateway.dispatcher import Dispatcher
-    from serve_app.gateway.fleet import Fleet
-    from serve_app.gateway.membership import Endpoint
-    from serve_app.gateway.observation import Observer, log_to_stdout
-    from serve_app.gateway.services import InferenceService
-    from serve_app.observability.tracing import Tracing
-    from serve_app.security.access import Access
-    from serve_app.security.engine_access import Address
-
-    sys.stdout = open(os.devnull, "w")  # noqa: ASYNC230, SIM115  # requests are logged, as they are by default
-    routing = RoutingConfig()
-    router = Router("gateway")
-    fleet = Fleet(router, lambda _: None, drain_s=0, silence_s=routing.silence_timeout_s)
-    observer = Observer(_NoMetrics(), Tracing("bench", "gateway", None), log_to_stdout)
-    dispatcher = Dispatcher(
-        "gateway",
-        "model",
-        encoder=_TokenIds(),  # type: ignore[arg-type]
-        router=router,
-        queue=AdmissionQueue(router, routing),
-        fleet=fleet,
-        observer=observer,
-        config=routing,
-        default_max_tokens=64,
-    )
-    server = GrpcServer("127.0.0.1:0", [])
-    inference = InferenceService(dispatcher, Access(None), 60)
-    inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)  # type: ignore[no-untyped-call]
-    fleet.set_members([Endpoint(REPLICA, Address(f"127.0.0.1:{engine_port}"))])
-    while not router.is_ready():  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
-    _kept.extend([fleet, server])
-    gc.freeze()
-    return await server.start()
-
-
-class _NoMetrics:
-    """A recorder that discards metrics."""
-
-    def add(self, *_: Any, **__: Any) -> None: ...
-    def set(self, *_: Any, **__: Any) -> None: ...
-    def observe(self, *_: Any, **__: Any) -> None: ...
-
-
 _kept: list[object] = []  # keeps servers alive
-
-
-def _run(start: Callable[..., Awaitable[int]], arguments: tuple[int, ...], ready: Connection) -> None:
-    async def forever() -> None:
-        ready.send(await start(*arguments))
-        await asyncio.Event().wait()
-
-    uvloop.run(forever())
-
-
-@dataclass(frozen=True)
-class _Server:
-    port: int
-    process: psutil.Process
-
-    def cpu_s(self) -> float:
-        times = self.process.cpu_times()
-        return float(times.user + times.system)
-
-
-@contextmanager
-def _process(start: Callable[..., Awaitable[int]], *arguments: int) -> Iterator[_Server]:
-    """Run a server in a separate process."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_run, args=(start, arguments, there), daemon=True)
-    process.start()
-    there.close()  # so that the end of the process is noticed here
-    try:
-        if not here.poll(60):
-            raise RuntimeError(f"{start.__name__} did not start within 60 seconds")
-        yield _Server(here.recv(), psutil.Process(process.pid))
-    finally:
-        process.kill()
-        process.join()
 
 
 async def _timed(call: Callable[[], Awaitable[Any]], count: int) -> LatencyMs:
@@ -328,20 +217,20 @@ async def _rate(call: Callable[[], Awaitable[Any]], count: int, concurrency: int
     return count / (time.perf_counter() - began)
 
 
-async def _measure_direct(engine: _Server, count: int) -> LatencyMs:
+async def _measure_direct(engine: ServerProcess, count: int) -> LatencyMs:
     inner = engine_pb2.EngineRequest(prompt_token_ids=PROMPT, sampling_params={"max_tokens": 1})
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{engine.port}") as channel:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{engine.started}") as channel:
         stream = EngineStream(engine_pb2_grpc.EngineStub(channel))  # type: ignore[no-untyped-call]
         latency = await _timed(lambda: stream.start(inner).read(), count)
         await stream.close(1)
         return latency
 
 
-async def _measure_server(server: _Server, count: int) -> ServerResult:
+async def _measure_server(server: ServerProcess, port: int, count: int) -> ServerResult:
     asked = inference_pb2.GenerateOnceRequest(
         prompt={"token_ids": {"ids": PROMPT}}, sampling_params={"max_tokens": 1}
     )
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
         latency = await _timed(lambda: stub.GenerateOnce(asked), count)
         before_s = server.cpu_s()
@@ -350,7 +239,7 @@ async def _measure_server(server: _Server, count: int) -> ServerResult:
 
 
 async def _measure_servers(
-    engine: _Server, servers: list[_Server], count: int
+    engine: ServerProcess, servers: dict[ServerProcess, int], count: int
 ) -> tuple[LatencyMs, list[ServerResult]]:
     """Call the engine directly and each of `servers` in turn, for `ROUNDS` rounds.
 
@@ -361,7 +250,7 @@ async def _measure_servers(
     direct, results = [], []
     for _ in range(ROUNDS):
         direct.append(await _measure_direct(engine, count))
-        results.append([await _measure_server(server, count) for server in servers])
+        results.append([await _measure_server(server, port, count) for server, port in servers.items()])
     return _best_latency(direct), [
         ServerResult(
             _best_latency([result.latency for result in rounds]),
@@ -376,26 +265,32 @@ def _best_latency(rounds: list[LatencyMs]) -> LatencyMs:
     return min(rounds, key=lambda latency: latency.p50_ms)
 
 
-def measure(replicas: int, prompt_tokens: int, count: int, progress: Progress) -> OverheadReport:
+def run(bench: RouteBench, progress: Progress) -> RouteReport:
+    """Measure what `bench` asks for."""
+    overhead = None if bench.only == "tokens" else measure(bench, progress)
+    tokens = None if bench.only == "calls" else token_cost.measure(bench.tokens, bench.rounds, progress)
+    return RouteReport(overhead, tokens)
+
+
+def measure(bench: RouteBench, progress: Progress) -> OverheadReport:
     """Measure decisions, the index and calls."""
-    task = progress.add_task("decisions", total=3)
-    decision, decision_cpu = decisions(replicas, prompt_tokens, count)
-    progress.update(task, advance=1, description="index")
+    progress("decisions", 0, 3)
+    decision, decision_cpu = decisions(bench.replicas, bench.prompt_tokens, bench.count)
+    progress("index", 1, 3)
     size = index_bytes_per_pair(200_000)
-    progress.update(task, advance=1, description="calls")
+    progress("calls", 2, 3)
     with (
-        _process(_serve_engine) as engine,
-        _process(_serve_bare) as bare,
-        _process(_serve_forwarding, engine.port) as forwarding,
-        _process(_serve_gateway, engine.port) as gateway,
+        server_process(serve_engine, STEP_MS) as engine,
+        server_process(_serve_bare) as bare,
+        server_process(_serve_forwarding, engine.started) as forwarding,
+        server_process(serve_gateway, engine.started) as gateway,
     ):
-        direct, results = uvloop.run(_measure_servers(engine, [bare, forwarding, gateway], count))
-    progress.update(task, advance=1)
-    return OverheadReport(replicas, prompt_tokens, decision, decision_cpu, size, direct, *results)
+        servers = {bare: bare.started, forwarding: forwarding.started, gateway: gateway.started[0]}
+        direct, results = uvloop.run(_measure_servers(engine, servers, bench.count))
+    return OverheadReport(bench.replicas, bench.prompt_tokens, decision, decision_cpu, size, direct, *results)
 
 
-def table(report: OverheadReport) -> Table:
-    """Return the report as a table."""
+def _table(report: OverheadReport) -> Table:
     made = Table(
         "measurement", "p50", "p99", "calls/s", "CPU per call", title="routing", title_justify="left"
     )
@@ -424,22 +319,3 @@ def table(report: OverheadReport) -> Table:
 
 def _cells(latency: LatencyMs) -> tuple[str, str]:
     return f"{latency.p50_ms:.3f} ms", f"{latency.p99_ms:.3f} ms"
-
-
-def main(
-    replicas: Annotated[int, typer.Option(min=1)] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=TILE)] = 32_768,
-    count: Annotated[int, typer.Option(min=100, help="Number of measurements of each kind.")] = 2000,
-    as_json: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
-) -> None:
-    """Measure the overhead of routing."""
-    console = Console()
-    with Progress(console=console, transient=True) as progress:
-        report = measure(replicas, prompt_tokens, count, progress)
-    console.print(table(report))
-    if as_json is not None:
-        as_json.write_text(json.dumps(asdict(report), indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    typer.run(main)
