@@ -1,4 +1,4 @@
-"""The APIs that agents use beside chat completions: Anthropic's Messages and OpenAI's Responses.
+"""The API that agents use beside chat completions: Anthropic's Messages.
 
-Both translate their requests to chat completions, and render the same deltas.
+Requests become chat completions, whose deltas are rendered as the protocol's events.
 """
