@@ -21,17 +21,19 @@ from torch import Tensor
 from kvarn.checks import MODEL_DTYPES, check_decode_batch, check_packed
 from kvarn.kernels.decode_rows import decode_rows
 from kvarn.kernels.decode_work import (
-    FEW_ROWS,
+    NOTHING,
+    UNSEEN,
     DecodeShape,
     DecodeWork,
-    pair_units,
     plan_work,
+    program_share,
     query_block,
     raw_piece,
-    raw_pieces,
     row_pointers,
+    segment,
     units_per_program,
 )
+from kvarn.kernels.launch_settings import FEW_ROWS
 from kvarn.kernels.records import (
     E4M3_UNIT,
     bias_rows,
@@ -52,8 +54,6 @@ from kvarn.kernels.rotate import signs
 from kvarn.tile import TileLayout
 
 FEW_PARTS = 8  # up to this many per pair on average, one program combines them for several query rows
-NOTHING = tl.constexpr(-1e30)  # m before any score was seen
-UNSEEN = tl.constexpr(-2e30)  # a masked score, whose weight is 0 even then
 NUM_STAGES = 1  # two or three, through shared memory, were measured to be no faster
 
 
@@ -205,12 +205,7 @@ def _decode_part(
     BY_TOKEN: tl.constexpr,
 ):
     ROWS: tl.constexpr = TOKENS * PER_HEAD
-    program = tl.program_id(0)
-    total = tl.load(UnitStarts + rows) * H
-    share = units_per_program(total, programs)
-    unit = program * share
-    end = tl.minimum(unit + share, total)
-    row = tl.load(FirstRows + program)
+    unit, end, row = program_share(UnitStarts, FirstRows, rows, programs, H)
 
     lane_rows = tl.arange(0, N // 8)[:, None, None, None] * 8 + tl.arange(0, 8)[None, :, None, None]
     channels = lane_channels(D)
@@ -224,24 +219,17 @@ def _decode_part(
     offsets = VALUE_CODES, BY_CHANNEL, BY_TOKEN
 
     while unit < end:  # one segment per iteration
-        head, first_unit, count = pair_units(UnitStarts, row, unit, end, H)
-        request = row // BLOCKS
-        request_len = tl.load(SeqLens + request)
-        first, queries, seq_len, position = query_block(
-            QueryStart, request_len, request, row % BLOCKS, TOKENS
+        request, head, bounds, tokens, span, request_len, sink_slot = segment(
+            QueryStart, SeqLens, SinkSlots, UnitStarts, row, unit, end, H, BLOCKS, TOKENS, G, PIECE
         )
-        sink_slot = tl.load(SinkSlots + request)
-        own, sink, earlier = raw_pieces(seq_len, position, sink_slot, G, PIECE)
-        raw_units = own + sink + earlier
-        first_tile = (sink > 0).to(tl.int32)
-
-        q_rows, has_query = row_pointers(Query, first, queries, head, lane_rows, H, PER_HEAD, D)
+        first_unit, count, raw_units, first_tile = bounds
+        q_rows, has_query = row_pointers(Query, tokens[0], tokens[1], head, lane_rows, H, PER_HEAD, D)
         q = tl.load(q_rows + channels, mask=has_query, other=0.0)
         # Rows of unit magnitude: products with any scale a record can hold stay finite.
         largest = tl.maximum(tl.max(tl.max(tl.abs(q).to(tl.float32), 3), 2), 2.0**-14)  # [N // 8, 8]
         q = (q.to(tl.float32) / largest[:, :, None, None]).to(tl.float16)
         row_scale = tl.reshape(largest, [N]) * scale_log2
-        row_position = position + tl.arange(0, N) // PER_HEAD
+        row_position = span[1] + tl.arange(0, N) // PER_HEAD
         row_tile = row_position // G
 
         m = tl.full([N], NOTHING, tl.float32)
@@ -250,17 +238,20 @@ def _decode_part(
         q_operand = lanes_to_operand(q, D, N)
         slots = FirstSlots + request, TailSlots + request, sink_slot
         for piece in range(first_unit, tl.minimum(first_unit + count, raw_units)):
-            slot, start, filled, visible = raw_piece(
+            raw, start, filled, visible = raw_piece(
+                Pool,
                 QueryStart,
                 slots,
-                (seq_len, position),
+                span,
                 (request_len - 1) // G,
                 (row_position, row_tile),
+                head,
                 piece,
-                G,
+                H,
                 PIECE,
+                D,
+                G,
             )
-            raw = Pool + (slot.to(tl.int64) * 2 * H + head) * G * D
             seen = visible if QueryStart is None else visible[None, :]
             m, l, acc = _attend_raw_piece(
                 raw, start, filled, seen, q_operand, row_scale, m, l, acc, H, PIECE, D, G
@@ -278,7 +269,7 @@ def _decode_part(
             )
 
         query_row = tl.arange(0, N)
-        at = (program + row * H + head).to(tl.int64) * ROWS + query_row
+        at = (tl.program_id(0) + row * H + head).to(tl.int64) * ROWS + query_row
         tl.store(M + at, m, mask=query_row < ROWS)
         tl.store(L + at, l, mask=query_row < ROWS)
         tl.store(Acc + at[None, :] * D + tl.arange(0, D)[:, None], acc, mask=query_row[None, :] < ROWS)

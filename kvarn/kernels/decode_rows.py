@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 
 from kvarn.kernels.decode_work import (
-    pair_units,
-    query_block,
+    NOTHING,
+    UNSEEN,
+    program_share,
     raw_piece,
-    raw_pieces,
     row_pointers,
-    units_per_program,
+    segment,
 )
 from kvarn.kernels.records import (
     code_words,
@@ -29,9 +29,6 @@ from kvarn.kernels.records import (
     row_place,
     step_weights,
 )
-
-NOTHING = tl.constexpr(-1e30)  # m before any score was seen
-UNSEEN = tl.constexpr(-2e30)  # a masked score, whose weight is 0 even then
 
 
 @triton.jit
@@ -175,33 +172,22 @@ def decode_rows(
     BY_TOKEN: tl.constexpr,
 ):
     ROWS: tl.constexpr = TOKENS * PER_HEAD
-    program = tl.program_id(0)
-    total = tl.load(UnitStarts + rows) * H
-    share = units_per_program(total, programs)
-    unit = program * share
-    end = tl.minimum(unit + share, total)
-    row = tl.load(FirstRows + program)
+    unit, end, row = program_share(UnitStarts, FirstRows, rows, programs, H)
     query_row = tl.arange(0, N)
     channel = contracted_index(tl.arange(0, D))
 
     while unit < end:  # one segment per iteration
-        head, first_unit, count = pair_units(UnitStarts, row, unit, end, H)
-        request = row // BLOCKS
-        request_len = tl.load(SeqLens + request)
-        first, queries, seq_len, position = query_block(
-            QueryStart, request_len, request, row % BLOCKS, TOKENS
+        request, head, bounds, tokens, span, request_len, sink_slot = segment(
+            QueryStart, SeqLens, SinkSlots, UnitStarts, row, unit, end, H, BLOCKS, TOKENS, G, PIECE
         )
-        sink_slot = tl.load(SinkSlots + request)
-        own, sink, earlier = raw_pieces(seq_len, position, sink_slot, G, PIECE)
-        raw_units = own + sink + earlier
-
-        q_rows, has_query = row_pointers(Query, first, queries, head, query_row, H, PER_HEAD, D)
+        first_unit, count, raw_units, first_tile = bounds
+        q_rows, has_query = row_pointers(Query, tokens[0], tokens[1], head, query_row, H, PER_HEAD, D)
         q = tl.load(q_rows[:, None] + channel[None, :], mask=has_query[:, None], other=0.0).to(tl.float32)
         # Rows of unit magnitude: products with any scale a record can hold stay finite.
         largest = tl.maximum(tl.max(tl.abs(q), 1), 2.0**-14)
         q = (q / largest[:, None]).to(tl.float16)
         row_scale = largest * scale_log2
-        row_position = position + query_row // PER_HEAD
+        row_position = span[1] + query_row // PER_HEAD
         row_tile = row_position // G
 
         m = tl.full([N], NOTHING, tl.float32)
@@ -209,22 +195,25 @@ def decode_rows(
         acc = tl.zeros([N, D], tl.float32)
         slots = FirstSlots + request, TailSlots + request, sink_slot
         for piece in range(first_unit, tl.minimum(first_unit + count, raw_units)):
-            slot, start, filled, visible = raw_piece(
+            raw, start, filled, visible = raw_piece(
+                Pool,
                 QueryStart,
                 slots,
-                (seq_len, position),
+                span,
                 (request_len - 1) // G,
                 (row_position, row_tile),
+                head,
                 piece,
-                G,
+                H,
                 PIECE,
+                D,
+                G,
             )
-            raw = Pool + (slot.to(tl.int64) * 2 * H + head) * G * D
             seen = visible if QueryStart is None else visible[:, None]
             m, l, acc = _attend_raw_piece(raw, start, filled, seen, q, row_scale, m, l, acc, H, PIECE, D, G)
 
         table = BlockTable + request * table_stride
-        tiles = (sink > 0).to(tl.int32) - raw_units  # the tile of unit u is u + tiles
+        tiles = first_tile - raw_units  # the tile of unit u is u + tiles
         for tile in range(tl.maximum(first_unit, raw_units) + tiles, first_unit + count + tiles):
             record = Cache + (tl.load(table + tile).to(tl.int64) * H + head) * RECORD
             sees = None if QueryStart is None else tile < row_tile
@@ -244,7 +233,7 @@ def decode_rows(
                 BY_TOKEN,
             )
 
-        at = (program + row * H + head).to(tl.int64) * ROWS + query_row
+        at = (tl.program_id(0) + row * H + head).to(tl.int64) * ROWS + query_row
         tl.store(M + at, m, mask=query_row < ROWS)
         tl.store(L + at, l, mask=query_row < ROWS)
         tl.store(Acc + at[:, None] * D + tl.arange(0, D)[None, :], acc, mask=query_row[:, None] < ROWS)

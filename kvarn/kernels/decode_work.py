@@ -16,11 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import check_packed, check_queries
-from kvarn.kernels.launch_settings import decode_launch
+from kvarn.kernels.launch_settings import FEW_ROWS, decode_launch
 from kvarn.tile import TileLayout
 
 MAX_HEADS = 16  # query heads per KV head
-FEW_ROWS = 16  # query heads x query tokens for which one or two warps keep everything in registers
+NOTHING = tl.constexpr(-1e30)  # m before any score was seen
+UNSEEN = tl.constexpr(-2e30)  # a masked score, whose weight is 0 even then
 _BLOCK = 64  # rows and programs that `_plan_work` processes at a time
 
 
@@ -78,17 +79,21 @@ def raw_pieces(seq_len, position, sink_slot, G: tl.constexpr, PIECE: tl.constexp
 
 @triton.jit
 def raw_piece(
+    Pool,  # [S, 2, H, G, D] float16
     QueryStart,
     slots,  # pointers to the slots of the request's first and last new token; the sink's slot
     span,  # tokens up to and including the block's last query, position of its first query
     tail_tile,  # of the request
     rows,  # [N] int32 each: position and tile of each query
+    head,
     piece,
-    G: tl.constexpr,
+    H: tl.constexpr,
     PIECE: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
 ):
-    """Return the slot of a block's raw piece, its first row, how many rows of its tile are filled, and how many rows
-    each query sees.
+    """Return the pointer to the keys of a block's raw piece, its first row, how many rows of its tile are filled, and
+    how many rows each query sees.
 
     The pieces are those of the block's last tile, then of the sink if it is read, then, with several queries, of the
     tile before the last if the first query is in it.
@@ -110,7 +115,8 @@ def raw_piece(
         slot = tl.where(is_sink, sink_slot, tl.where(tile == tail_tile, tail_slot, first_slot))
         reads = (row_tile == tile) != is_sink
         visible = tl.where(reads, row_position - tile * G + 1, 0)
-    return slot, start, tl.where(slot >= 0, filled, 0), visible  # vLLM's warm-up steps own no slots
+    filled = tl.where(slot >= 0, filled, 0)  # vLLM's warm-up steps own no slots
+    return Pool + (slot.to(tl.int64) * 2 * H + head) * G * D, start, filled, visible
 
 
 @triton.jit
@@ -127,6 +133,49 @@ def pair_units(UnitStarts, row, unit, end, H: tl.constexpr):
     head = (unit - start * H) // tl.maximum(of_pair, 1)
     index = unit - start * H - head * of_pair
     return head, index, tl.minimum(of_pair - index, end - unit)
+
+
+@triton.jit
+def program_share(UnitStarts, FirstRows, rows, programs, H: tl.constexpr):
+    """Return the first unit of this program's share, the end of its units, and the row of its first unit."""
+    total = tl.load(UnitStarts + rows) * H
+    share = units_per_program(total, programs)
+    unit = tl.program_id(0) * share
+    return unit, tl.minimum(unit + share, total), tl.load(FirstRows + tl.program_id(0))
+
+
+@triton.jit
+def segment(
+    QueryStart,
+    SeqLens,
+    SinkSlots,
+    UnitStarts,
+    row,
+    unit,
+    end,
+    H: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    G: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Locate the segment that begins at `unit`, of a share that ends at `end`.
+
+    Returns:
+        Its request and KV head; its first unit, its number of units, how many units of the pair are raw pieces, and the
+        tile of the first other unit; the block's first token and number of tokens; the tokens up to and including the
+        block's last query, and the position of its first; the tokens of the request; and the sink's slot.
+    """
+    head, first_unit, count = pair_units(UnitStarts, row, unit, end, H)
+    request = row // BLOCKS
+    request_len = tl.load(SeqLens + request)
+    first, queries, seq_len, position = query_block(QueryStart, request_len, request, row % BLOCKS, TOKENS)
+    sink_slot = tl.load(SinkSlots + request)
+    own, sink, earlier = raw_pieces(seq_len, position, sink_slot, G, PIECE)
+    raw_units = own + sink + earlier
+    first_tile = (sink > 0).to(tl.int32)
+    bounds = first_unit, count, raw_units, first_tile
+    return request, head, bounds, (first, queries), (seq_len, position), request_len, sink_slot
 
 
 @triton.jit
@@ -263,7 +312,7 @@ class DecodeShape:
         return self.per_head * self.block_tokens
 
     def parts(self, requests: int) -> int:
-        """Return the maximum parts of a batch of `requests`: one more than the last segment's index."""
+        """Return room for the parts of a batch of `requests`, more than the last segment's index."""
         return self.programs + requests * self.blocks * self.kv_heads
 
 

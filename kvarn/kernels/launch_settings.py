@@ -7,6 +7,8 @@ from functools import lru_cache
 
 import torch
 
+FEW_ROWS = 16  # query heads x query tokens for which one or two warps keep everything in registers
+
 
 @dataclass(frozen=True)
 class LaunchSettings:
@@ -49,7 +51,7 @@ def settings_for(device: torch.device) -> LaunchSettings:
 def decode_launch(device: torch.device, head_dim: int, columns: int) -> DecodeLaunch:
     """Return the settings of the decode kernel for `columns` query rows per program."""
     parts = settings_for(device).decode_parts
-    if columns > 16:
+    if columns > FEW_ROWS:
         return DecodeLaunch(programs=max(parts // 4, 1), warps=4, piece=64)
     if head_dim > 128:
         return DecodeLaunch(programs=max(parts // 2, 1), warps=2, piece=32)
