@@ -92,13 +92,15 @@ def plan_prefill(
         Waves in the order of their tokens.
     """
     wave_starts, base = _waves((chunks.context_tiles + chunks.own_tiles).tolist(), page_count)
-    entries, sizes = _entries(chunks, wave_starts, base)
-    tables = _page_tables(chunks, base)
+    own_page = base + chunks.context_tiles - chunks.first_tile  # its raw tile t is in page own_page + t
+    entries, sizes = _entries(chunks, wave_starts, base, own_page)
+    query_tiles = _own_tiles(chunks)
+    tables = _page_tables(chunks, base, own_page, *query_tiles)
     row, tile, page, keeps_slot, page_row, entry, first_query, key_lens, page_table = _to_device(
         [
             *entries,
-            *_tokens(chunks, base, first_entry=sum(sizes)),
-            *_query_tiles(chunks, wave_starts),
+            *_tokens(chunks, own_page, first_entry=sum(sizes)),
+            *_query_tiles(chunks, wave_starts, *query_tiles),
             tables.ravel(),
         ],
         slot_of.device,
@@ -141,7 +143,7 @@ def _waves(pages: list[int], page_count: int) -> tuple[list[int], np.ndarray]:
 
 
 def _entries(
-    chunks: Chunks, wave_starts: list[int], base: np.ndarray
+    chunks: Chunks, wave_starts: list[int], base: np.ndarray, own_page: np.ndarray
 ) -> tuple[tuple[np.ndarray, ...], list[int]]:
     """List the tiles of each wave that it began, fills and reads, then all tiles that have tokens of the chunks.
 
@@ -151,7 +153,6 @@ def _entries(
     """
     count = len(base)
     wave = np.repeat(np.arange(len(wave_starts)), np.diff([*wave_starts, count]))
-    own_page = base + chunks.context_tiles - chunks.first_tile  # its raw tile t is in page own_page + t
     # Runs of tiles: those begun, filled and read as context of each chunk, by wave, and each chunk's own.
     kinds = np.concatenate([3 * wave, 3 * wave + 1, 3 * wave + 2])
     order = np.concatenate([np.argsort(kinds, kind="stable"), 3 * count + np.arange(count)])
@@ -170,19 +171,19 @@ def _entries(
     return (np.repeat(chunks.rows[order % count], lengths), tile, page, keeps_slot), sizes
 
 
-def _tokens(chunks: Chunks, base: np.ndarray, first_entry: int) -> tuple[np.ndarray, np.ndarray]:
+def _tokens(chunks: Chunks, own_page: np.ndarray, first_entry: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the page row of each token, and the entry of its tile, the first of which is `first_entry`."""
     lengths = np.diff(chunks.first)
     position = _ranges(lengths) + np.repeat(chunks.start, lengths)
-    own_page = base + chunks.context_tiles - chunks.first_tile
     own_entry = first_entry + np.cumsum(chunks.own_tiles) - chunks.own_tiles - chunks.first_tile
     page_row = position + np.repeat(own_page * chunks.group, lengths)
     return page_row, position // chunks.group + np.repeat(own_entry, lengths)
 
 
-def _query_tiles(chunks: Chunks, wave_starts: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return `first_query` and `key_lens` of all waves, one after the other."""
-    chunk, tile = _own_tiles(chunks)
+def _query_tiles(
+    chunks: Chunks, wave_starts: list[int], chunk: np.ndarray, tile: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `first_query` and `key_lens` of all waves, one after the other; `chunk` and `tile` are `_own_tiles`."""
     key_lens = np.minimum((tile + 1) * chunks.group, chunks.seq_lens[chunk])
     ends = (chunks.first[:-1] - chunks.start)[chunk] + key_lens
     wave_tiles = np.add.reduceat(chunks.own_tiles, wave_starts)
@@ -190,13 +191,14 @@ def _query_tiles(chunks: Chunks, wave_starts: list[int]) -> tuple[np.ndarray, np
     return np.insert(relative_ends, np.cumsum(wave_tiles) - wave_tiles, 0), key_lens
 
 
-def _page_tables(chunks: Chunks, base: np.ndarray) -> np.ndarray:
-    """Return `page_table` of all waves, as wide as the longest needs, with 0 past the end of each query tile."""
-    chunk, tile = _own_tiles(chunks)
+def _page_tables(
+    chunks: Chunks, base: np.ndarray, own_page: np.ndarray, chunk: np.ndarray, tile: np.ndarray
+) -> np.ndarray:
+    """Return `page_table` of all waves, as wide as the longest needs, with 0 past the end of each query tile; `chunk`
+    and `tile` are `_own_tiles`."""
     context = np.minimum(tile, chunks.context_tiles[chunk])[:, None]
-    own_page = (base + chunks.context_tiles - chunks.first_tile)[chunk]
     at = np.arange(int(tile.max()) + 1)
-    page_table: np.ndarray = np.where(at < context, base[chunk][:, None], own_page[:, None]) + at
+    page_table: np.ndarray = np.where(at < context, base[chunk][:, None], own_page[chunk][:, None]) + at
     page_table[at > tile[:, None]] = 0
     return page_table
 
