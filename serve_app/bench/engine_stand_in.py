@@ -18,8 +18,8 @@ from kvarn.vllm.access.telemetry import CacheState
 from serve_app.engine.cache_monitor import CacheMonitor
 from serve_app.engine.call_server import CallServer, Write
 from serve_app.engine.tile_log import TileLog
-from serve_app.routing import CacheSnapshot, Namespace, RequestNeed, chain, token_array
-from serve_app.rpc import wire
+from serve_app.engine.watches import stream_cache, stream_tiles
+from serve_app.routing import Namespace, RequestNeed, chain, token_array
 from serve_app.rpc.grpc_server import GrpcServer
 
 DTYPE, TILE = "kvarn_k4v2_g128", 128
@@ -70,14 +70,10 @@ class SteppedEngine(engine_pb2_grpc.EngineServicer):
         await self._calls.serve(context)
 
     async def WatchCache(self, request: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        sequence = None
-        async for snapshot in self._monitor.watch():
-            await context.write(_event(snapshot, follows=sequence == snapshot.sequence - 1))
-            sequence = snapshot.sequence
+        await stream_cache(self._monitor, context)
 
     async def WatchTiles(self, request: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        async for change in self._tiles.watch():
-            await context.write(wire.tiles_to_proto(change))
+        await stream_tiles(self._tiles, context)
 
     async def _generate(self, request: engine_pb2.EngineRequest, write: Write) -> None:
         ids = list(request.prompt_token_ids)
@@ -152,12 +148,6 @@ def _delta(position: int, is_last: bool) -> engine_pb2.EngineDelta:
         finish_reason=reason,
         cached_tokens=TILE - 1,
     )
-
-
-def _event(snapshot: CacheSnapshot, follows: bool) -> engine_pb2.EngineWatchCacheResponse:
-    if follows:
-        return engine_pb2.EngineWatchCacheResponse(delta=wire.delta_to_proto(snapshot))
-    return engine_pb2.EngineWatchCacheResponse(snapshot=wire.snapshot_to_proto(snapshot))
 
 
 _IDLE = CacheState(

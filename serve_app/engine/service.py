@@ -21,13 +21,13 @@ from serve_app.engine.call_server import CallServer, Write
 from serve_app.engine.engine_metrics import EngineMetrics
 from serve_app.engine.resumption import Resumption
 from serve_app.engine.tile_log import TileLog
+from serve_app.engine.watches import stream_cache, stream_tiles
 from serve_app.observability.demand import Demand, DemandBook
 from serve_app.observability.tracing import Tracing
 from serve_app.request.request_errors import BadRequestError, CapacityError, ReplicaUnavailableError
 from serve_app.request.sampling import to_vllm
 from serve_app.request.structured_outputs import engine_reasoning
-from serve_app.routing import CacheSnapshot, RequestNeed
-from serve_app.rpc import wire
+from serve_app.routing import RequestNeed
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, RequestOutput
@@ -103,11 +103,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         """Stream the cache's state: a snapshot at first and after a gap, deltas otherwise."""
         if self._engine.errored:
             raise ReplicaUnavailableError(_ENGINE_LOST)
-        sequence = None
-        async with aclosing(self._monitor.watch()) as snapshots:
-            async for snapshot in snapshots:
-                await context.write(_event(snapshot, follows=sequence == snapshot.sequence - 1))
-                sequence = snapshot.sequence
+        await stream_cache(self._monitor, context)
 
     async def ReportDemand(  # noqa: N802
         self, request: engine_pb2.ReportDemandRequest, context: grpc.aio.ServicerContext
@@ -122,9 +118,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         """Stream the tiles in the prefix cache: a snapshot at first, deltas otherwise."""
         if self._engine.errored:
             raise ReplicaUnavailableError(_ENGINE_LOST)
-        async with aclosing(self._tiles.watch()) as changes:
-            async for change in changes:
-                await context.write(wire.tiles_to_proto(change))
+        await stream_tiles(self._tiles, context)
 
     async def _deltas(
         self, request: engine_pb2.EngineRequest, meter: _Meter
@@ -266,12 +260,6 @@ _UNMET = (
     "or omit allowed_token_ids, min_tokens and ignore_eos."
 )
 _ENGINE_LOST = "The engine of this replica has stopped: send the request again."
-
-
-def _event(snapshot: CacheSnapshot, follows: bool) -> engine_pb2.EngineWatchCacheResponse:
-    if follows:
-        return engine_pb2.EngineWatchCacheResponse(delta=wire.delta_to_proto(snapshot))
-    return engine_pb2.EngineWatchCacheResponse(snapshot=wire.snapshot_to_proto(snapshot))
 
 
 def _delta(output: RequestOutput) -> engine_pb2.EngineDelta:
