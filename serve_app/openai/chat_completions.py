@@ -102,7 +102,7 @@ class ChatService:
             RequestError: with the sentence for the caller.
         """
         requests = self._requests(request, head)
-        if self._reasoning.is_on or context_tokens is not None:
+        if self._reasoning.is_on or context_tokens is not None or request.generations > 1:
             await encode_once(self._dispatcher, requests, caller)
         if context_tokens is not None:
             _limit(requests[0], context_tokens())

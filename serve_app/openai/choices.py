@@ -76,15 +76,13 @@ async def generate_all(
 
     Args:
         dispatcher: generates the outputs.
-        requests: one per prompt.
+        requests: one per prompt, encoded (`encode_once`) if there are several choices.
         choices: number of choices per prompt.
         caller: the caller's tenant and priority.
 
     Raises:
         RequestError: with the sentence for the caller.
     """
-    if choices > 1:
-        await encode_once(dispatcher, requests, caller)
     queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(MAX_WAITING)
 
     async def follow(index: int, request: inference_pb2.GenerateRequest) -> None:

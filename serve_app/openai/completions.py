@@ -11,7 +11,7 @@ from openai.types.completion_choice import CompletionChoice, Logprobs
 
 from kvarn.v1 import inference_pb2
 from serve_app.openai import responses
-from serve_app.openai.choices import Usage, generate_all
+from serve_app.openai.choices import Usage, encode_once, generate_all
 from serve_app.openai.logprobs import TextLogprobs, Vocabulary
 from serve_app.openai.requests import completion_prompts, completion_sampling, one_per_prompt, valid_unicode
 from serve_app.openai.responses import Head
@@ -54,7 +54,7 @@ class CompletionService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        requests, choices = self._requests(request, head), request.n or 1
+        requests, choices = await self._requests(request, head, caller), request.n or 1
         states = [TextState(TextLogprobs(self._vocabulary)) for _ in range(len(requests) * choices)]
         async with aclosing(generate_all(self._dispatcher, requests, choices, caller)) as pieces:
             async for index, piece in pieces:
@@ -74,7 +74,7 @@ class CompletionService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        requests, choices = self._requests(request, head), request.n or 1
+        requests, choices = await self._requests(request, head, caller), request.n or 1
         states = [TextState(TextLogprobs(self._vocabulary)) for _ in range(len(requests) * choices)]
         async with aclosing(generate_all(self._dispatcher, requests, choices, caller)) as pieces:
             async for index, piece in pieces:
@@ -86,10 +86,15 @@ class CompletionService:
         if request.stream_options and request.stream_options.include_usage:
             yield responses.completion(head, [], _counted(request, states))
 
-    def _requests(self, request: CompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:
+    async def _requests(
+        self, request: CompletionRequest, head: Head, caller: Caller
+    ) -> list[inference_pb2.GenerateRequest]:
         with counting_rejections(self._on_rejection), valid_unicode():
             prompts, params = completion_prompts(request), completion_sampling(request)
-            return one_per_prompt(head.request_id, request, prompts, params)
+            requests = one_per_prompt(head.request_id, request, prompts, params)
+        if (request.n or 1) > 1:
+            await encode_once(self._dispatcher, requests, caller)
+        return requests
 
     def _choice(self, request: CompletionRequest, index: int, state: TextState) -> CompletionChoice:
         logprobs = self._logprobs(request, state, state.logprobs)
