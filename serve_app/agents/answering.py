@@ -6,11 +6,12 @@ import json
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 
-from serve_app.openai.api import EventStream, gone, unless_gone
+from serve_app.openai.api import EventStream, admitted, admitted_stream, gone, unless_gone
 from serve_app.openai.choices import ChatDelta
 from serve_app.openai.responses import Head
 from serve_app.request.request_errors import RequestError
@@ -47,13 +48,14 @@ async def answer(
     """Return the response to `wanted`, which the client gets unless it disconnects first."""
     response: Response
     if wanted.stream:
-        events = _admitted_events(service, request, wanted, head, access)
+        events = admitted_stream(access, request, 1, partial(service.events, wanted, head))
         first = await unless_gone(request, anext(events))  # a rejection still gets its HTTP status
         if first is None:
             return gone()
         response = EventStream(_chained(first, events))
     else:
-        made = await unless_gone(request, _admitted(service, request, wanted, head, access))
+        complete = partial(service.complete, wanted, head)
+        made = await unless_gone(request, admitted(access, request, 1, complete))
         if made is None:
             return gone()
         response = Response(compact_json(made), media_type="application/json")
@@ -91,22 +93,6 @@ def event_text(kind: str, data: dict[str, Any]) -> str:
 def compact_json(value: Any) -> str:
     """Return JSON text without white space."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-async def _admitted(
-    service: AgentService[RequestT], request: Request, wanted: RequestT, head: Head, access: Access
-) -> dict[str, Any]:
-    with access.admitted(request.headers) as caller:
-        return await service.complete(wanted, head, caller)
-
-
-async def _admitted_events(
-    service: AgentService[RequestT], request: Request, wanted: RequestT, head: Head, access: Access
-) -> AsyncGenerator[str, None]:
-    with access.admitted(request.headers) as caller:
-        async with aclosing(service.events(wanted, head, caller)) as events:
-            async for text in events:
-                yield text
 
 
 async def _chained(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -110,29 +111,41 @@ async def _answer(
     service: Service[RequestT], request: Request, wanted: RequestT, head: Head, access: Access
 ) -> Response:
     if wanted.stream:
-        chunks = _admitted_stream(service, request, wanted, head, access)
+        stream = partial(service.stream, wanted, head)
+        chunks = admitted_stream(access, request, wanted.generations, stream)
         first = await unless_gone(request, anext(chunks))  # a rejection still gets its HTTP status
         return EventStream(_events(first, chunks)) if first is not None else gone()
-    answer = await unless_gone(request, _admitted(service, request, wanted, head, access))
+    complete = partial(service.complete, wanted, head)
+    answer = await unless_gone(request, admitted(access, request, wanted.generations, complete))
     if answer is None:
         return gone()
     return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
 
 
-async def _admitted(
-    service: Service[RequestT], request: Request, wanted: RequestT, head: Head, access: Access
-) -> BaseModel:
-    with access.admitted(request.headers, wanted.generations) as caller:
-        return await service.complete(wanted, head, caller)
+async def admitted(
+    access: Access, request: Request, generations: int, answer: Callable[[Caller], Awaitable[T]]
+) -> T:
+    """Return what `answer` returns for the request's caller, whose rate limits it is subject to.
+
+    Raises:
+        RequestError: with the sentence for the caller.
+    """
+    with access.admitted(request.headers, generations) as caller:
+        return await answer(caller)
 
 
-async def _admitted_stream(
-    service: Service[RequestT], request: Request, wanted: RequestT, head: Head, access: Access
-) -> AsyncGenerator[BaseModel, None]:
-    with access.admitted(request.headers, wanted.generations) as caller:
-        async with aclosing(service.stream(wanted, head, caller)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+async def admitted_stream(
+    access: Access, request: Request, generations: int, stream: Callable[[Caller], AsyncGenerator[T, None]]
+) -> AsyncGenerator[T, None]:
+    """Yield what `stream` yields for the request's caller, whose rate limits it is subject to.
+
+    Raises:
+        RequestError: with the sentence for the caller.
+    """
+    with access.admitted(request.headers, generations) as caller:
+        async with aclosing(stream(caller)) as items:
+            async for item in items:
+                yield item
 
 
 async def _events(first: BaseModel, rest: AsyncGenerator[BaseModel, None]) -> AsyncGenerator[str, None]:
