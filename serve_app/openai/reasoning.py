@@ -58,7 +58,7 @@ class ReasoningParsers:
     def __init__(self, name: str | None, tokenizer: Any) -> None:
         self._parser_class: type[Any] | None = None
         if name is not None:
-            from kvarn.vllm.access.parser_tokenizer import with_cached_vocabulary
+            from kvarn.vllm.access.output_parsers import with_cached_vocabulary
             from kvarn.vllm.access.reasoning_parsers import find_reasoning_parser, shows_special_tokens
 
             self._parser_class = find_reasoning_parser(name)

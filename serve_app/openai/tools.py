@@ -139,7 +139,7 @@ class ToolParsers:
         self._parser_class: type[Any] | None = None
         self._tokenizer = tokenizer
         if name is not None:
-            from kvarn.vllm.access.parser_tokenizer import with_cached_vocabulary
+            from kvarn.vllm.access.output_parsers import with_cached_vocabulary
             from kvarn.vllm.access.tool_parsers import find_tool_parser
 
             self._parser_class = find_tool_parser(name)

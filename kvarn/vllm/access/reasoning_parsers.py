@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvarn.vllm.access.output_parsers import is_engine_based, misfits
+
 if TYPE_CHECKING:
     from vllm.reasoning import ReasoningParser
 
@@ -41,17 +43,14 @@ def check_reasoning_parser(name: str, tokenizer: Any) -> None:
         ValueError: vLLM has no usable parser of this name, or it does not fit.
     """
     parser_class = find_reasoning_parser(name)
-    try:
+    with misfits(f"reasoning_parser {name}"):
         parser_class(tokenizer)
-    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        detail = str(error) or type(error).__name__
-        raise ValueError(f"reasoning_parser {name} does not fit the model: {detail}") from error
 
 
 def shows_special_tokens(parser_class: type[ReasoningParser], tokenizer: Any) -> bool:
     """Whether the parser needs the text of special tokens in the output."""
     parser = parser_class(tokenizer)
-    return _is_engine_based(parser) or not _markers(parser).keys().isdisjoint(tokenizer.all_special_ids)
+    return is_engine_based(parser) or not _markers(parser).keys().isdisjoint(tokenizer.all_special_ids)
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class StreamedReasoning:
     ) -> None:
         self._kwargs = dict(chat_template_kwargs)
         self._parser = parser_class(tokenizer, chat_template_kwargs=dict(self._kwargs))
-        self._engine_based = _is_engine_based(self._parser)
+        self._engine_based = is_engine_based(self._parser)
         self._markers = _markers(self._parser)
         self.has_ended = self._parser.is_reasoning_end(prompt_token_ids) if has_ended is None else has_ended
         if not self.has_ended:
@@ -201,11 +200,6 @@ class _TokenIds(list[int]):
 
     def __contains__(self, token_id: object) -> bool:
         return token_id in self._distinct
-
-
-def _is_engine_based(parser: ReasoningParser) -> bool:
-    """Whether the parser reads text by itself, whatever its tokens; it must then be told that the output has ended."""
-    return bool(parser.engine_based_streaming)
 
 
 def _markers(parser: ReasoningParser) -> dict[int, str]:

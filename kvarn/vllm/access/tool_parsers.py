@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvarn.vllm.access.output_parsers import is_engine_based, misfits
+
 if TYPE_CHECKING:
     from vllm.entrypoints.generate.base.protocol import DeltaMessage
     from vllm.tool_parsers import ToolParser
@@ -43,11 +45,8 @@ def check_tool_parser(name: str, tokenizer: Any) -> None:
         ValueError: vLLM has no parser of this name, or it does not fit.
     """
     parser_class = find_tool_parser(name)
-    try:
+    with misfits(f"tool_parser {name}"):
         parser_class(tokenizer, None)
-    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        detail = str(error) or type(error).__name__
-        raise ValueError(f"tool_parser {name} does not fit the model: {detail}") from error
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class WholeToolCalls(_ToolCalls):
         except Exception:
             logger.exception("the tool parser failed on an output, which is returned as text")
             return ParsedOutput(text)
-        if not found.tools_called and not _is_engine_based(self._parser):
+        if not found.tools_called and not is_engine_based(self._parser):
             return ParsedOutput(text)
         calls = [
             ParsedCall(index, call.function.arguments or "{}", call.id, call.function.name)
@@ -136,18 +135,13 @@ class StreamedToolCalls(_ToolCalls):
 
     def finish(self) -> ParsedOutput:
         """Return what the parser has held back at the end of the output."""
-        if _is_engine_based(self._parser):
+        if is_engine_based(self._parser):
             return _parsed(self._parser.finish_streaming())
         if self._last_call is not None:
             rest = self._parser.get_remaining_unstreamed_args()
             return ParsedOutput(calls=[ParsedCall(self._last_call, rest)] if rest else [])
         is_prefix = self._text.startswith(self._content)  # else the parser has changed the content
         return ParsedOutput(self._text[len(self._content) :] if is_prefix else "")
-
-
-def _is_engine_based(parser: ToolParser) -> bool:
-    """Whether the parser reads text by itself, whatever its tokens; it must then be told that the output has ended."""
-    return bool(getattr(parser, "engine_based_streaming", False)) and hasattr(parser, "finish_streaming")
 
 
 def _parsed(delta: DeltaMessage | None) -> ParsedOutput:

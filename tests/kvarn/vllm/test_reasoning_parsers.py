@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from kvarn.vllm.access.parser_tokenizer import with_cached_vocabulary
+from kvarn.vllm.access.output_parsers import with_cached_vocabulary
 from kvarn.vllm.access.reasoning_parsers import (
     StreamedReasoning,
     check_reasoning_parser,
