@@ -25,9 +25,8 @@ class ServerProcess:
 
     def cpu_s(self) -> float:
         """Return the user and system CPU time of the process so far, of all its threads, to the nanosecond."""
-        return time.clock_gettime(
-            (~self.pid << 3) | 2
-        )  # CPUCLOCK_SCHED of another process, see clock_getres(2)
+        clock = (~self.pid << 3) | 2  # CPUCLOCK_SCHED of another process, see clock_getres(2)
+        return time.clock_gettime(clock)
 
 
 @contextmanager

@@ -77,9 +77,8 @@ class _Move:
         """Return a copy of `schema` without annotations."""
         if isinstance(schema, list):
             return [self.schema(one) for one in schema]
-        if (
-            not isinstance(schema, dict) or "$id" in schema
-        ):  # references in the latter count from its own root
+        # References inside a schema with an id of its own count from its root.
+        if not isinstance(schema, dict) or "$id" in schema:
             return schema
         return {
             keyword: self._value(keyword, value)

@@ -132,9 +132,8 @@ def _usable(
 
 
 def _check_tool_parser(name: str, tokenizer: Any) -> None:
-    from kvarn.vllm.access.tool_parsers import (
-        check_tool_parser,  # imports vLLM's parsers, which takes seconds
-    )
+    # The check imports vLLM's parsers, which takes seconds.
+    from kvarn.vllm.access.tool_parsers import check_tool_parser
 
     check_tool_parser(name, tokenizer)
 

@@ -41,8 +41,8 @@ async def test_unknown_paths_say_what_is_served(front: Running, path: str) -> No
     assert answer.status_code == 404
     error = answer.json()["error"]
     assert error["message"].startswith(f"POST {path}: Not Found. Served are ")
-    told = set(re.findall(r"([A-Z]+) (/[^\s,]*[^\s,.])", error["message"].partition("Served are")[2]))
-    assert told == {(method.upper(), path) for path, methods in described.items() for method in methods}
+    named = set(re.findall(r"([A-Z]+) (/[^\s,]*[^\s,.])", error["message"].partition("Served are")[2]))
+    assert named == {(method.upper(), path) for path, methods in described.items() for method in methods}
 
 
 async def test_no_web_page_may_call_by_default(front: Running) -> None:
