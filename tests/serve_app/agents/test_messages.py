@@ -44,11 +44,6 @@ EVENT: TypeAdapter[RawMessageStreamEvent] = TypeAdapter(RawMessageStreamEvent)
 
 
 @pytest.fixture(scope="module")
-def encoder(model_dir: Path) -> PromptEncoder:
-    return PromptEncoder(model_dir)
-
-
-@pytest.fixture(scope="module")
 def thinking_encoder(thinking_model_dir: Path) -> PromptEncoder:
     return PromptEncoder(thinking_model_dir)
 

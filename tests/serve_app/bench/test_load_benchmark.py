@@ -23,11 +23,6 @@ from serve_app.request.request_errors import CapacityError
 from tests.support.gateway_servers import CACHED, HOST, Running, running_servers
 
 
-@pytest.fixture(scope="module")
-def encoder(model_dir: Path) -> PromptEncoder:
-    return PromptEncoder(model_dir)
-
-
 @pytest.fixture
 async def front(encoder: PromptEncoder) -> AsyncIterator[Running]:
     async with running_servers(encoder) as running:

@@ -39,11 +39,6 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def encoder(model_dir: Path) -> PromptEncoder:
-    return PromptEncoder(model_dir)
-
-
-@pytest.fixture(scope="module")
 async def front(encoder: PromptEncoder) -> AsyncIterator[Running]:
     async with running_servers(encoder, limits=LIMITS) as running:
         yield running

@@ -15,11 +15,6 @@ from tests.support.gateway_servers import MAX_MODEL_LEN, MODEL, Running, running
 PAGE = "https://pages.example:8443"
 
 
-@pytest.fixture(scope="module")
-def encoder(model_dir: Path) -> PromptEncoder:
-    return PromptEncoder(model_dir)
-
-
 @pytest.fixture
 async def front(encoder: PromptEncoder) -> AsyncIterator[Running]:
     async with running_servers(encoder) as running:

@@ -25,11 +25,6 @@ LARGEST = BODY_BYTES - 4096
 
 
 @pytest.fixture(scope="module")
-def encoder(model_dir: Any) -> PromptEncoder:
-    return PromptEncoder(model_dir)
-
-
-@pytest.fixture(scope="module")
 async def front(encoder: PromptEncoder) -> AsyncIterator[Running]:
     async with running_servers(encoder, max_message_bytes=BODY_BYTES) as running:
         yield running

@@ -11,7 +11,6 @@ import math
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -49,11 +48,6 @@ WEATHER = {
 }
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 CALLS = [{"name": "weather", "parameters": {"city": "Paris"}}, {"name": "clock", "parameters": {}}]
-
-
-@pytest.fixture(scope="module")
-def encoder(model_dir: Path) -> PromptEncoder:
-    return PromptEncoder(model_dir)
 
 
 @pytest.fixture

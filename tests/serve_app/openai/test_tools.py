@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -40,11 +39,6 @@ DATA = {
     "properties": {"$ref": {"enum": ["#/$defs/X"]}, "title": {"const": {"$ref": "#"}}},
     "required": ["title"],
 }
-
-
-@pytest.fixture(scope="module")
-def encoder(model_dir: Path) -> PromptEncoder:
-    return PromptEncoder(model_dir)
 
 
 @pytest.fixture(scope="module")

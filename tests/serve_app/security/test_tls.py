@@ -78,11 +78,6 @@ def files(tmp_path: Path) -> Files:
 
 
 @pytest.fixture(scope="module")
-def encoder(model_dir: Path) -> PromptEncoder:
-    return PromptEncoder(model_dir)
-
-
-@pytest.fixture(scope="module")
 def ca() -> trustme.CA:
     return trustme.CA()
 
