@@ -26,7 +26,7 @@ class DeviceBackend(NamedTuple):
 
 
 def device_backend() -> DeviceBackend:
-    """Return this platform's device backend: Triton kernels on a GPU, torch on a CPU."""
+    """Return this platform's device backend: Triton kernels on an NVIDIA GPU, torch on a CPU."""
     if current_platform.is_cuda():
         from kvarn.vllm.triton_backend import TritonLayer
         from kvarn.vllm.triton_plan import TritonMetadataBuilder

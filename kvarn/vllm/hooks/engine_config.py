@@ -30,6 +30,7 @@ def install() -> None:
             return stock_create(self, *args, **kwargs)
         preset = _preset(self)
         _refuse_untested(self)
+        _refuse_other_devices(self)
         _refuse_other_backends(self)
         _set_defaults(self, preset)
         config = stock_create(self, *args, **kwargs)
@@ -74,6 +75,17 @@ def _refuse_untested(args: Any) -> None:
 
     if (refusal := untested()) and not KVarNConfig.of(args).allow_untested_vllm:
         raise refusal
+
+
+def _refuse_other_devices(args: Any) -> None:
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cuda() or current_platform.is_cpu()):
+        device = getattr(current_platform, "device_name", None) or "no device that it knows"
+        raise RefusalError(
+            f"kv_cache_dtype={args.kv_cache_dtype!r} runs on NVIDIA GPUs and on CPUs, and this vLLM runs on {device}; "
+            "use kv_cache_dtype='auto' on this machine."
+        )
 
 
 def _refuse_other_backends(args: Any) -> None:

@@ -275,6 +275,19 @@ def test_many_query_heads_per_kv_head_are_refused_on_a_gpu(
         configure(model)
 
 
+@pytest.mark.parametrize("device", ["rocm", "xpu", "tpu"])
+def test_devices_without_a_backend_are_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """They are neither sent to the CPU's backend nor to the GPU's kernels."""
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(type(current_platform), "device_name", device)
+    with pytest.raises(
+        RefusalError, match=f"on NVIDIA GPUs and on CPUs, and this vLLM runs on {device}; use"
+    ):
+        configure(model)
+
+
 def test_sleep_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(current_platform), "is_sleep_mode_available", lambda self: True)
     with pytest.raises(ValueError, match="leave enable_sleep_mode out"):
