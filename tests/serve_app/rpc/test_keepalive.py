@@ -83,6 +83,37 @@ async def test_a_client_notices_that_its_gateway_hangs() -> None:
                     await anext(events)
 
 
+async def _is_disconnected(ping_every_ms: int, within_s: float) -> bool:
+    """Whether a server disconnects a channel without calls that pings at this rate."""
+    server, address = await started(Gateway())
+    options = [
+        ("grpc.keepalive_time_ms", ping_every_ms),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+    try:
+        async with grpc.aio.insecure_channel(address, options) as channel:
+            await channel.channel_ready()
+            async with asyncio.timeout(within_s):
+                await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+    except TimeoutError:
+        return False
+    finally:
+        await server.stop(0)
+    return True
+
+
+@pytest.mark.slow
+async def test_an_idle_client_may_ping() -> None:
+    # Two pings too many are forgiven, and the next one disconnects.
+    assert not await _is_disconnected(ping_every_ms=6_000, within_s=30)
+
+
+@pytest.mark.slow
+async def test_a_client_that_pings_too_often_is_disconnected() -> None:
+    assert await _is_disconnected(ping_every_ms=1_000, within_s=LONGEST_S)
+
+
 _CLIENT = """
 import asyncio, sys
 from serve_app.client import AsyncClient, UnavailableError
