@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -11,9 +12,11 @@ from kvarn.v1 import inference_pb2
 from serve_app.openai.requests import numbered
 from serve_app.openai.tools import CallDelta
 from serve_app.request.handler import RequestHandler
+from serve_app.request.request_errors import CapacityError
 from serve_app.routing import Caller
 
 MAX_WAITING = 16  # unread pieces before back-pressure pauses the generations
+MAX_UNBEGUN = 32  # generations of one request that wait for a replica or its first token at once
 
 Piece = tuple[int, inference_pb2.GenerateResponse]
 
@@ -83,26 +86,91 @@ async def generate_all(
     Raises:
         RequestError: with the sentence for the caller.
     """
-    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(MAX_WAITING)
-
-    async def follow(index: int, request: inference_pb2.GenerateRequest) -> None:
-        try:
-            async with aclosing(dispatcher.generate(request, None, caller)) as pieces:
-                async for piece in pieces:
-                    await queue.put((index, piece))
-        except Exception as error:
-            await queue.put(error)
-        else:
-            await queue.put(None)
-
-    tasks = [asyncio.create_task(follow(*each)) for each in enumerate(numbered(requests, choices))]
+    generations = _Generations(dispatcher, enumerate(numbered(requests, choices)), caller)
     try:
-        async for piece in _until_all_ended(queue, len(tasks)):
+        generations.start()
+        async for piece in _until_all_ended(generations.queue, len(requests) * choices):
             yield piece
     finally:
+        await generations.cancel()
+
+
+class _Generations:
+    """The running generations of one request, and those that still have to start.
+
+    Few of them wait for a replica at once, so that they neither fill the gateway's queue nor time out in it behind
+    each other. One that finds no room while others run starts again once they make room.
+
+    Args:
+        dispatcher: generates the outputs.
+        numbered_requests: a request per choice, with the index of the choice.
+        caller: the caller's tenant and priority.
+
+    Attributes:
+        queue: the pieces of all choices, errors, and None for each choice that has ended.
+    """
+
+    def __init__(
+        self,
+        dispatcher: RequestHandler,
+        numbered_requests: Iterator[tuple[int, inference_pb2.GenerateRequest]],
+        caller: Caller,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._unstarted = numbered_requests
+        self._caller = caller
+        self._refused: deque[tuple[int, inference_pb2.GenerateRequest]] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._running = 0
+        self._unbegun = 0  # of the running ones
+        self._max_unbegun = MAX_UNBEGUN
+        self.queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(MAX_WAITING)
+
+    def start(self) -> None:
+        """Start as many generations as may wait."""
+        while self._unbegun < self._max_unbegun and (following := self._next()):
+            self._running += 1
+            self._unbegun += 1
+            task = asyncio.create_task(self._run(*following))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def cancel(self) -> None:
+        """Cancel all generations, and wait for their end."""
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _next(self) -> tuple[int, inference_pb2.GenerateRequest] | None:
+        return self._refused.popleft() if self._refused else next(self._unstarted, None)
+
+    async def _run(self, index: int, request: inference_pb2.GenerateRequest) -> None:
+        has_begun = False
+        try:
+            async with aclosing(self._dispatcher.generate(request, None, self._caller)) as pieces:
+                async for piece in pieces:
+                    if not has_begun:
+                        has_begun = True
+                        self._unbegun -= 1
+                        self.start()
+                    await self.queue.put((index, piece))
+        except Exception as error:
+            if isinstance(error, CapacityError) and not has_begun and self._running > 1:
+                self._wait_for_others(index, request)
+            else:
+                await self.queue.put(error)
+        else:
+            self._running -= 1
+            self.start()
+            await self.queue.put(None)
+
+    def _wait_for_others(self, index: int, request: inference_pb2.GenerateRequest) -> None:
+        """Put a generation back that found no room; from now on, one at a time looks for it."""
+        self._running -= 1
+        self._unbegun -= 1
+        self._max_unbegun = 1
+        self._refused.append((index, request))
 
 
 async def encode_once(

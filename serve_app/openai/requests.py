@@ -10,6 +10,7 @@ from pydantic import JsonValue
 
 from kvarn.v1 import inference_pb2, sampling_pb2
 from serve_app.openai.schema import (
+    MAX_GENERATIONS,
     MAX_PROMPTS,
     ChatCompletionRequest,
     CompletionRequest,
@@ -52,6 +53,11 @@ def completion_prompts(request: CompletionRequest) -> list[inference_pb2.Prompt]
     prompts = request.prompts
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise BadRequestError(f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(prompts)}.")
+    if request.generations > MAX_GENERATIONS:
+        raise BadRequestError(
+            f"{len(prompts)} prompts with n={request.n} are {request.generations} generations, more than the "
+            f"{MAX_GENERATIONS} that a request may have: lower n or send fewer prompts."
+        )
     return [inference_pb2.Prompt(text=one) if isinstance(one, str) else _token_ids(one) for one in prompts]
 
 
@@ -125,9 +131,8 @@ def one_per_prompt(
 
 def numbered(
     requests: Sequence[inference_pb2.GenerateRequest], choices: int
-) -> list[inference_pb2.GenerateRequest]:
-    """Return `choices` requests for each of `requests`, in OpenAI's order and with distinct ids."""
-    made = []
+) -> Iterator[inference_pb2.GenerateRequest]:
+    """Yield `choices` requests for each of `requests`, in OpenAI's order and with distinct ids."""
     for index in range(len(requests) * choices):
         one = inference_pb2.GenerateRequest()
         one.CopyFrom(requests[index // choices])
@@ -135,8 +140,7 @@ def numbered(
             one.request_id = f"{one.request_id}-{index}"
         if one.sampling_params.HasField("seed"):  # choices must differ: seeds count up, as in vLLM
             one.sampling_params.seed = min(one.sampling_params.seed + index % choices, 2**63 - 1)
-        made.append(one)
-    return made
+        yield one
 
 
 def _sampling(request: Sampling) -> sampling_pb2.SamplingParams:

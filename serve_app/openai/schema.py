@@ -29,6 +29,7 @@ from serve_app.request.prompts import MAX_MESSAGES
 from serve_app.request.structured_outputs import MAX_OPTIONS
 
 MAX_CHOICES = 16
+MAX_GENERATIONS = 512  # choices of all prompts
 MAX_BIASES = 1024
 MAX_IDS = 1 << 20  # more than any context holds
 MAX_PARTS = 128  # per message
