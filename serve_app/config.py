@@ -73,7 +73,7 @@ class EngineConfig(StrictSettings):
     cpus_per_replica: float = Field(
         default=1, ge=0, description="CPUs that Ray reserves; on device cpu, rounded up, also compute threads"
     )
-    dtype: str = "auto"
+    dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] = "auto"
     kv_cache_dtype: str = "kvarn_k4v2_g128"
     kv_cache_memory_gib: float | None = Field(
         default=None, gt=0, description="cache size; None, on cuda only: all remaining memory"

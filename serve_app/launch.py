@@ -11,8 +11,10 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,16 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from kvarn.dtypes import check_cache_dtype
 from kvarn.engine_limits import EngineLimits, engine_limits
 from kvarn.errors import KVarNError
-from kvarn.model import KvShape, context_limit, read_config, resolve_model
+from kvarn.model import KvShape, check_files, context_limit, read_config, resolve_model
 from kvarn.plan.model_shape import ModelShape
 from kvarn.presets import PRESETS
 from kvarn.vllm.cache_settings import KVarNConfig
+from kvarn.worker import take_standard_output
 from serve_app.config import GIB, AppConfig, EngineConfig
+from serve_app.request.parser_choice import NONE, parsers_of
 
 LOOPBACK = "127.0.0.1"
 BUILDER = "serve_app.app:build"
@@ -132,14 +137,48 @@ def check_model(app: App) -> Path:
     """Check the application's model against the engines' settings; return the model's directory.
 
     Raises:
-        ModelError: there is no such model, or its config is not JSON.
-        LaunchError: engine.max_model_len exceeds the model's context limit.
+        ModelError: there is no such model, or it lacks a file or has one that cannot be read.
+        LaunchError: engine.max_model_len exceeds the model's context limit, or vLLM does not know
+            engine.kv_cache_dtype.
     """
     directory = resolve_model(app.config.model)
     limit, asked = context_limit(read_config(directory)), app.config.engine.max_model_len
+    check_files(directory)
     if limit is not None and asked is not None and asked > limit:
         raise LaunchError(f"engine.max_model_len is {asked}: this model holds 1 to {limit} tokens")
+    cache_dtype = app.config.engine.kv_cache_dtype
+    if cache_dtype not in PRESETS:
+        _check_in_another_process("args.engine.kv_cache_dtype", check_cache_dtype, cache_dtype)
     return directory
+
+
+def check_parsers(app: App, model_dir: Path) -> None:
+    """Check the parsers that are set for the model's output.
+
+    Raises:
+        LaunchError: vLLM has no such parser, or it does not fit the model.
+    """
+    gateway = app.config.gateway
+    if not {gateway.tool_parser, gateway.reasoning_parser} <= {None, NONE}:
+        _check_in_another_process(
+            "args.gateway", parsers_of, model_dir, gateway.tool_parser, gateway.reasoning_parser
+        )
+
+
+def _check_in_another_process(place: str, check: Callable[..., object], *arguments: object) -> None:
+    """Run a check that imports vLLM, which this process would hold in memory for as long as it serves."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_quiet) as pool:
+        try:
+            pool.submit(check, *arguments).result()
+        except ValueError as error:
+            raise LaunchError(f"{place}: {error}") from None
+
+
+def _quiet() -> None:
+    """Keep vLLM's log out of the command's outputs, and leave interrupts to the command."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    take_standard_output()
 
 
 def _check_cpus(engine: EngineConfig) -> None:

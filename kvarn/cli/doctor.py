@@ -105,18 +105,11 @@ def examine(limits: EngineLimits | None = None, parsers: Sequence[Check] = ()) -
 
 def check_parsers(app: App) -> Check:
     """Check that the parsers of an application's output exist and fit its model; say which they are."""
-    from transformers import AutoTokenizer
+    from serve_app.request.parser_choice import parsers_of
 
-    from serve_app.request.parser_choice import choose_parsers
-
-    model_dir, gateway = resolve_model(app.config.model), app.config.gateway
+    gateway = app.config.gateway
     try:
-        chosen = choose_parsers(
-            model_dir,
-            gateway.tool_parser,
-            gateway.reasoning_parser,
-            lambda: AutoTokenizer.from_pretrained(model_dir),
-        )
+        chosen = parsers_of(resolve_model(app.config.model), gateway.tool_parser, gateway.reasoning_parser)
     except ValueError as error:
         return Check("gateway", ok=False, detail=str(error))
     return Check("gateway", ok=True, detail=str(chosen))

@@ -52,7 +52,7 @@ def serve(
     with reporter.errors(), serving_errors(), _stopped_by_sigterm():
         with missing_packages():
             from serve_app.client import Client
-            from serve_app.launch import check_machine, check_model, read_app, running
+            from serve_app.launch import check_machine, check_model, check_parsers, read_app, running
         launched = read_app(config)
         check_machine(launched)
         reachable = launched.lets_in(api_key)
@@ -61,6 +61,7 @@ def serve(
                 "--say cannot be answered: the gateways have TLS or require an API key; use `kvarn chat` later"
             )
         model_dir = check_model(launched)
+        check_parsers(launched, model_dir)
         with ExitStack() as stack:
             state = None
             with _start_progress() as progress:

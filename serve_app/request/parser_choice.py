@@ -115,6 +115,15 @@ def choose_parsers(
     )
 
 
+def parsers_of(model_dir: Path, tool_parser: str | None, reasoning_parser: str | None) -> ParserChoice:
+    """Return what `choose_parsers` does, with the tokenizer in the model's directory."""
+    from transformers import AutoTokenizer
+
+    return choose_parsers(
+        model_dir, tool_parser, reasoning_parser, lambda: AutoTokenizer.from_pretrained(model_dir)
+    )
+
+
 def _usable(
     name: str | None, is_set: bool, check: Callable[[str, Any], None], tokenizer: Callable[[], Any]
 ) -> str | None:

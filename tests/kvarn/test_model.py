@@ -1,6 +1,7 @@
 """The default model matches its GGUF, and is prepared once and atomically, also by concurrent processes."""
 
 import json
+import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,9 +107,36 @@ def test_failed_conversion_leaves_nothing(cache, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(model, "_convert", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ModelError, match="disk full"):
         resolve_model(DEFAULT_MODEL)
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("writable_bytes", [0, 1 << 20])
+def test_a_failing_write_is_one_sentence(tmp_path, monkeypatch, writable_bytes):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (writable_bytes, limits[1]))
+    try:
+        with pytest.raises(ModelError, match=r"cannot be prepared in .*File too large.* set XDG_CACHE_HOME"):
+            resolve_model(DEFAULT_MODEL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(model.cache_directory().iterdir()) == []
+
+
+def test_a_full_cache_directory_is_one_sentence(cache, monkeypatch):
+    monkeypatch.setattr(model, "_PREPARED_BYTES", 1 << 60)
+    with pytest.raises(ModelError, match=r"cannot be prepared in .* MiB are free"):
+        resolve_model(DEFAULT_MODEL)
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["/proc/self", "/dev/null"])
+def test_a_cache_directory_that_cannot_be_made_is_one_sentence(monkeypatch, place):
+    monkeypatch.setenv("XDG_CACHE_HOME", place)
+    with pytest.raises(ModelError, match=rf"cannot be prepared in {place}/.* set XDG_CACHE_HOME"):
+        resolve_model(DEFAULT_MODEL)
 
 
 def test_other_source_is_refused(cache, monkeypatch, tmp_path):

@@ -1,5 +1,7 @@
 """Settings: validation, and derived values."""
 
+from typing import get_args
+
 import pytest
 from pydantic import ValidationError
 
@@ -128,3 +130,10 @@ def test_open_hosts_require_authentication(host: str, where: str, security: dict
         {"allow_insecure": True},
     ):
         GatewayConfig.model_validate({**listener, "security": enough})
+
+
+def test_dtypes_are_those_of_vllm() -> None:
+    pytest.importorskip("vllm")
+    from vllm.config.model import ModelDType
+
+    assert set(get_args(EngineConfig.model_fields["dtype"].annotation)) == set(get_args(ModelDType))

@@ -1,6 +1,9 @@
 """`kvarn serve` without a cluster: its text output, its log, and the settings that it rejects."""
 
+from pathlib import Path
+
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from kvarn import cli
@@ -58,6 +61,8 @@ def test_a_log_shows_start_progress():
             {"kv_cache_memory_gib": 1 << 20},
             "the engines' caches need 1048576.0 GiB and this machine has",
         ),
+        ({"dtype": "float8"}, "args.engine.dtype: Input should be 'auto', "),
+        ({"kv_cache_dtype": "fp8x"}, "args.engine.kv_cache_dtype: unknown cache dtype 'fp8x'"),
         ({"max_length": 1}, "args.engine.max_length: there is no such setting"),
         ({"kv_cache_dtype": "kvarn_k9v9"}, "args.engine.kv_cache_dtype: unknown KVarN preset 'kvarn_k9v9'"),
     ],
@@ -66,3 +71,33 @@ def test_what_this_machine_cannot_run_is_rejected_before_anything_starts(tmp_pat
     result = CliRunner().invoke(cli.app, ["serve", str(write_app(tmp_path / "app.yaml", **engine))])
     assert result.exit_code == 1
     assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_serve_and_doctor_refuse_a_model_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").touch()
+    path = _write(tmp_path, model=str(tmp_path))
+    for command in ("serve", "doctor"):
+        result = CliRunner().invoke(cli.app, [command, str(path)])
+        assert result.exit_code == 1
+        assert "has no weights" in result.stderr
+
+
+@pytest.mark.parametrize("setting", ["tool_parser", "reasoning_parser"])
+def test_serve_refuses_an_unknown_parser(tmp_path, model_dir, setting):
+    path = _write(tmp_path, model=str(model_dir), gateway={setting: "hermess"})
+    result = CliRunner().invoke(cli.app, ["serve", str(path)])
+    assert result.exit_code == 1
+    assert f"args.gateway: {setting} is 'hermess', expected one of " in result.stderr
+
+
+def _write(directory: Path, gateway: dict[str, object] | None = None, **arguments: object) -> Path:
+    """Write an application on free ports with other arguments."""
+    path = write_app(directory / "app.yaml")
+    content = yaml.safe_load(path.read_text())
+    args = content["applications"][0]["args"]
+    args.update(arguments)
+    args["gateway"].update(gateway or {})
+    path.write_text(yaml.safe_dump(content))
+    return path
