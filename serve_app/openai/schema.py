@@ -61,7 +61,7 @@ def _check_ids(ids: list[int]) -> list[int]:
     return ids
 
 
-def _at_most(count: int, what: str) -> BeforeValidator:
+def at_most(count: int, what: str) -> BeforeValidator:
     """Bound a dictionary before its entries are validated: pydantic itself does so afterwards."""
 
     def check(value: Any) -> Any:
@@ -135,7 +135,7 @@ class Sampling(Model):
     frequency_penalty: float | None = None
     seed: Int64 | None = None
     stop: Stop = None
-    logit_bias: Annotated[dict[TokenKey, float], _at_most(MAX_BIASES, "tokens")] | None = None
+    logit_bias: Annotated[dict[TokenKey, float], at_most(MAX_BIASES, "tokens")] | None = None
 
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: float | None = None
@@ -251,6 +251,7 @@ class MessageToolCall(Model):
     type: Literal["function"] | None = "function"
     function: CalledFunction
     index: Ignored = None
+    provider_specific_fields: Ignored = None
 
 
 class Message(Model):
@@ -266,6 +267,8 @@ class Message(Model):
     tool_call_id: str | None = None
     refusal: Ignored = None
     annotations: Ignored = None
+    provider_specific_fields: Ignored = None
+    thinking_blocks: Ignored = None
     audio: Unsupported = None
     function_call: Unsupported = None
 

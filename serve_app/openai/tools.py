@@ -86,17 +86,31 @@ class RequiredReader:
 
 
 class StreamReader:
-    """Passes the output to one of vLLM's tool parsers piece by piece."""
+    """Passes the output to one of vLLM's tool parsers piece by piece.
+
+    White space before a call is left out: clients take the first text of a stream as the beginning of the answer.
+    """
 
     def __init__(self, calls: StreamedToolCalls) -> None:
         self._calls = calls
+        self._blank: str | None = ""  # until text or a call begins
 
     def read(self, text: str, token_ids: Sequence[int], is_last: bool) -> Found:
         found = _found(self._calls.feed(text, token_ids))
-        if not is_last:
-            return found
-        held = _found(self._calls.finish())
-        return Found(found.content + held.content, (*found.calls, *held.calls))
+        if is_last:
+            held = _found(self._calls.finish())
+            found = Found(found.content + held.content, (*found.calls, *held.calls))
+        return (
+            found if self._blank is None else self._after_blank(self._blank + found.content, found, is_last)
+        )
+
+    def _after_blank(self, content: str, found: Found, is_last: bool) -> Found:
+        is_blank = not content.strip()
+        if is_blank and not found.calls and not is_last:
+            self._blank = content
+            return Found()
+        self._blank = None
+        return Found("" if is_blank and found.calls else content, found.calls)
 
 
 class WholeReader:

@@ -64,11 +64,18 @@ async def test_choices_are_numbered(script: Script) -> None:
 
 
 async def test_calls(script: Script) -> None:
-    script.answer = '</think>\n<tool_call>\n{"name": "clock", "arguments": {"zone": "UTC"}}\n</tool_call>'
+    script.answer = '</think>\n\n<tool_call>\n{"name": "clock", "arguments": {"zone": "UTC"}}\n</tool_call>'
     found = await deltas(script, tools=[CLOCK])
+    assert not "".join(delta.content for delta in found)  # the white space before the call is not the answer
     calls = [call for delta in found for call in delta.calls]
     assert (calls[0].name, "".join(call.arguments for call in calls)) == ("clock", '{"zone": "UTC"}')
     assert found[-1].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("answer", ["\n\nHello!\n", "\n\n"])
+async def test_white_space_of_text_is_kept_with_tools(script: Script, answer: str) -> None:
+    script.answer = f"</think>{answer}"
+    assert "".join(delta.content for delta in await deltas(script, tools=[CLOCK])) == answer
 
 
 @pytest.mark.parametrize(

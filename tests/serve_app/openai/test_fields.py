@@ -63,6 +63,7 @@ async def rendered(front: Running, **body: Any) -> str:
     [
         [ASK, {**ANSWERED, "reasoning_content": "y"}, ASK],
         [ASK, {**ANSWERED, "reasoning": "y", "reasoning_details": [{"type": "reasoning.text"}]}, ASK],
+        [ASK, {**ANSWERED, "provider_specific_fields": {"refusal": None}, "thinking_blocks": None}, ASK],
         [ASK, {**ANSWERED, "reasoning": None, "reasoning_content": None}, ASK],
         [ASK, {**ANSWERED, "refusal": None, "audio": None, "function_call": None, "tool_calls": None}, ASK],
         [
