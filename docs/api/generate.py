@@ -144,12 +144,14 @@ def pages() -> dict[str, str]:
 
 def _openapi() -> str:
     from serve_app.agents.messages_api import messages_api
+    from serve_app.agents.responses_api import responses_api
     from serve_app.http.asgi_app import http_app, probes
     from serve_app.openai.api import openai_api
 
     openai = openai_api("", None, None, None, None)  # type: ignore[arg-type]  # never called
     messages = messages_api("", None, None)  # type: ignore[arg-type]
-    app = http_app([probes(lambda: True), openai, messages])
+    responses = responses_api("", None, None)  # type: ignore[arg-type]
+    app = http_app([probes(lambda: True), openai, responses, messages])
     return json.dumps(app.openapi(), indent=1, sort_keys=True) + "\n"
 
 

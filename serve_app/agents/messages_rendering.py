@@ -12,7 +12,7 @@ from kvarn.v1 import inference_pb2
 from serve_app.agents.answering import event_text
 from serve_app.agents.messages_errors import message_error_body
 from serve_app.agents.messages_requests import MessagesRequest
-from serve_app.agents.output_blocks import Block, OutputBlocks
+from serve_app.agents.output_blocks import Block, Logprobs, OutputBlocks
 from serve_app.openai.choices import ChatDelta
 from serve_app.openai.responses import Head
 from serve_app.request.request_errors import RequestError
@@ -77,7 +77,7 @@ class MessageEvents:
         if not block.index:
             self._add("ping")
 
-    def grew(self, block: Block, text: str) -> None:
+    def grew(self, block: Block, text: str, logprobs: Logprobs) -> None:
         """Render more text of a block."""
         kind, name = _DELTAS[block.kind]
         self._add("content_block_delta", index=block.index, delta={"type": kind, name: text})

@@ -6,34 +6,14 @@ and what changes the answer and is not supported is refused by name.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue
+from pydantic import Field, JsonValue
 
+from serve_app.agents.supported_types import supported_only
 from serve_app.openai.schema import FunctionName, Ignored, Model, Unsupported
 
 MAX_BLOCKS = 1024  # per message
-
-
-def supported_only(what: str, supported: tuple[str, ...], default: str | None = None) -> BeforeValidator:
-    """Refuse what has another `type` than the `supported` ones by name.
-
-    Args:
-        what: plural noun of what has the type.
-        supported: the types.
-        default: the type of what names none.
-    """
-    expected = " and ".join(filter(None, [", ".join(supported[:-1]), supported[-1]]))
-
-    def check(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        kind = value.get("type") or default
-        if isinstance(kind, str) and kind not in supported:
-            raise ValueError(f"{what} of type {kind[:64]!r} are not supported, only {expected}")
-        return value if value.get("type") else {**value, "type": kind}
-
-    return BeforeValidator(check)
 
 
 class TextBlock(Model):

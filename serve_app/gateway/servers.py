@@ -10,6 +10,7 @@ from starlette.types import ASGIApp
 
 from kvarn.v1 import cluster_pb2_grpc, inference_pb2_grpc
 from serve_app.agents.messages_api import MessagesService, messages_api
+from serve_app.agents.responses_api import ResponsesService, responses_api
 from serve_app.config import GatewayConfig
 from serve_app.gateway.services import SERVICE_NAMES, ClusterService, FleetFeed, InferenceService
 from serve_app.http.asgi_app import http_app, probes, with_cors
@@ -78,7 +79,8 @@ class GatewayServers:
         completions = CompletionService(dispatcher, encoder, on_rejection)
         openai = openai_api(model_name, max_model_len, chat, completions, access)
         messages = messages_api(model_name, MessagesService(chat, max_model_len), access)
-        app = http_app([probes(is_ready), openai, messages, *routers], on_rejection)
+        responses = responses_api(model_name, ResponsesService(chat), access)
+        app = http_app([probes(is_ready), openai, responses, messages, *routers], on_rejection)
         guard = HttpGuard(app, access, config.limits, config.max_message_bytes, on_rejection)
         self._http = self._http_server(with_cors(guard, config.cors_origins), tls)
 

@@ -31,6 +31,7 @@ class Script:
 
     encoder: PromptEncoder
     answer: str = "Paris is the capital."
+    answers: list[str] = field(default_factory=list)  # of the next requests, before `answer`
     error_after: tuple[int, Exception] | None = None
     wait: asyncio.Event | None = None  # awaited before the second token of every answer
     pieces: int | None = None  # number of pieces of `padding` to send instead of the answer
@@ -51,8 +52,9 @@ class Script:
         self.requests.append(request)
         self.callers.append(caller)
         self.running += 1
+        answer = self.answers.pop(0) if self.answers else self.answer
         try:
-            for index, (token_ids, text, is_last) in enumerate(self._pieces()):
+            for index, (token_ids, text, is_last) in enumerate(self._pieces(answer)):
                 if self.error_after is not None and index == self.error_after[0]:
                     raise self.error_after[1]
                 if index == 1 and self.wait is not None:
@@ -76,10 +78,10 @@ class Script:
         self.explained.append(request)
         return cluster_pb2.ExplainRouteResponse()
 
-    def _pieces(self) -> list[tuple[list[int], str, bool]]:
+    def _pieces(self, answer: str) -> list[tuple[list[int], str, bool]]:
         if self.pieces is not None:
             return [([0], self.padding, index == self.pieces - 1) for index in range(self.pieces)]
-        token_ids = self.encoder.tokenizer.encode(self.answer)
+        token_ids = self.encoder.tokenizer.encode(answer)
         return [
             ([token_id], self.encoder.token_text(token_id), index == len(token_ids) - 1)
             for index, token_id in enumerate(token_ids)
