@@ -9,9 +9,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from serve_app.http.error_shapes import failed_at, invalid_at, rejected_at
+from serve_app.http.head_requests import HeadAsGet
 from serve_app.observability.tracing import TraceContext
 from serve_app.openai.bodies import InvalidBodyError
 from serve_app.openai.schema import problem
@@ -28,6 +30,7 @@ def http_app(
         on_rejection: called with the reason of each body rejected before a route sees it.
     """
     app = FastAPI(title="KVarN serving", openapi_url="/openapi.json", docs_url=None, redoc_url=None)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(TraceContext)
     app.state.on_rejection = on_rejection
     for router in routers:
@@ -92,14 +95,28 @@ async def _invalid_body(request: Request, error: Exception) -> Response:
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
-    """Respond to unknown paths and methods."""
+    """Respond to unknown paths and methods, and to OPTIONS."""
     assert isinstance(error, HTTPException)
+    allow = {"allow": ", ".join(_methods_at(request))} if error.status_code == 405 else {}
+    if allow and request.method == "OPTIONS":
+        return Response(status_code=204, headers=allow)
     found = f"{request.method} {request.url.path[:128]}: {error.detail}."
     if error.status_code == 404:
         found += f" Served are {_served(request.app)}."
     response = invalid_at(request.url.path, found, error.status_code)
-    response.headers.update(error.headers or {})
+    response.headers.update({**(error.headers or {}), **allow})
     return response
+
+
+def _methods_at(request: Request) -> list[str]:
+    """Return the methods of a path, which has at least one route."""
+    methods = {"OPTIONS"}
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    if "GET" in methods:
+        methods.add("HEAD")
+    return sorted(methods)
 
 
 def _served(app: FastAPI) -> str:

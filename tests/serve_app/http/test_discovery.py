@@ -40,6 +40,43 @@ async def test_unknown_paths_say_what_is_served(front: Running, path: str) -> No
     assert named == {(method.upper(), path) for path, methods in described.items() for method in methods}
 
 
+async def test_head_has_the_headers_of_get_and_no_body(front: Running) -> None:
+    async with httpx.AsyncClient(base_url=front.url) as http:
+        described = (await http.get("/openapi.json")).json()["paths"]
+        paths = [path.format(name=MODEL) for path, methods in described.items() if "get" in methods]
+        assert len(paths) >= 4
+        for path in [*paths, "/openapi.json", "/v1/models/another", "/nothing", "/v1/chat/completions"]:
+            got = await http.get(path)
+            # On the same connection, the next response would begin with a body that was sent.
+            head = await http.head(path)
+            assert head.status_code == got.status_code, path
+            assert without_request(head.headers) == without_request(got.headers), path
+            assert head.content == b""
+
+
+def without_request(headers: httpx.Headers) -> dict[str, str]:
+    """Return a response's headers except those that name the request or its time."""
+    return {name: value for name, value in headers.items() if name not in ("date", "x-request-id")}
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/models", "GET, HEAD, OPTIONS"),
+        ("/openapi.json", "GET, HEAD, OPTIONS"),
+        ("/v1/chat/completions", "OPTIONS, POST"),
+    ],
+)
+async def test_options_and_refusals_say_which_methods_are_allowed(
+    front: Running, path: str, allowed: str
+) -> None:
+    async with httpx.AsyncClient(base_url=front.url) as http:
+        asked, refused = await http.options(path), await http.delete(path)
+        assert (asked.status_code, asked.headers["allow"], asked.content) == (204, allowed, b"")
+        assert (refused.status_code, refused.headers["allow"]) == (405, allowed)
+        assert (await http.options("/nothing")).status_code == 404
+
+
 async def test_no_web_page_may_call_by_default(front: Running) -> None:
     async with httpx.AsyncClient(base_url=front.url, headers={"origin": PAGE}) as http:
         for answer in (

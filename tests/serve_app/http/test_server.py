@@ -105,3 +105,31 @@ async def test_stopping_cuts_off_what_outlasts_the_grace() -> None:
     await http.stop()
     with pytest.raises(httpx.RemoteProtocolError):
         await answer
+
+
+@pytest.mark.timeout(30)
+async def test_head_ends_a_response_that_would_stream_forever() -> None:
+    router, has_ended = APIRouter(), asyncio.Event()
+
+    @router.get("/forever")
+    async def forever() -> StreamingResponse:
+        async def body() -> AsyncIterator[str]:
+            try:
+                while True:
+                    yield "more "
+                    await asyncio.sleep(0)
+            finally:
+                has_ended.set()
+
+        return StreamingResponse(body(), headers={"x-kind": "endless"})
+
+    http = server([router])
+    port = http.start()
+    try:
+        async with httpx.AsyncClient() as client:
+            for _ in range(2):
+                answer = await client.head(f"http://{HOST}:{port}/forever")
+                assert (answer.status_code, answer.headers["x-kind"]) == (200, "endless")
+        await has_ended.wait()
+    finally:
+        await http.stop()
