@@ -14,6 +14,7 @@ from kvarn.presets import get_preset
 Host = Annotated[str, Field(min_length=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 GIB = 1 << 30
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 
 
@@ -179,11 +180,32 @@ class SecurityConfig(StrictSettings):
     allow_insecure: bool = Field(
         default=False, description="listen beyond loopback without TLS and authentication"
     )
+    allowed_hosts: list[str] = Field(
+        default=[],
+        description="without API keys and client_ca: names by which clients may address the HTTP server, besides "
+        "localhost, the machine's name and IP addresses; * for any name",
+    )
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _names(cls, hosts: list[str]) -> list[str]:
+        for host in hosts:
+            if host != "*" and not _HOST_NAME.fullmatch(host):
+                raise ValueError(
+                    f"{host!r} is not a host name: give it without scheme and port, e.g. kvarn.example.com, or '*' "
+                    "for any"
+                )
+        return hosts
+
+    @property
+    def requires_credentials(self) -> bool:
+        """Whether callers need an API key or a certificate."""
+        return self.api_keys is not None or (self.tls is not None and self.tls.client_ca is not None)
 
     @property
     def knows_callers(self) -> bool:
         """Whether callers are authenticated and their traffic is encrypted."""
-        return self.tls is not None and (self.api_keys is not None or self.tls.client_ca is not None)
+        return self.tls is not None and self.requires_credentials
 
 
 class LimitsConfig(StrictSettings):

@@ -16,6 +16,7 @@ _KINDS: dict[type[request_errors.RequestError], tuple[int, str]] = {
     request_errors.TooSlowError: (408, "timeout_error"),
     request_errors.BadRequestError: (400, "invalid_request_error"),
     request_errors.AuthenticationError: (401, "authentication_error"),
+    request_errors.ForbiddenError: (403, "permission_error"),
     request_errors.ModelNotFoundError: (404, "not_found_error"),
     request_errors.RateLimitError: (429, "rate_limit_error"),
     request_errors.CapacityError: (OVERLOADED, "overloaded_error"),

@@ -28,6 +28,7 @@ from serve_app.rpc.grpc_server import GrpcServer
 from serve_app.security.access import Access
 from serve_app.security.tenant_salts import TenantSalts
 from serve_app.security.tls import ServerTls
+from serve_app.security.web_pages import WebPages
 
 
 class GatewayServers:
@@ -81,7 +82,9 @@ class GatewayServers:
         messages = messages_api(model_name, MessagesService(chat, max_model_len), access)
         responses = responses_api(model_name, ResponsesService(chat), access)
         app = http_app([probes(is_ready), openai, responses, messages, *routers], on_rejection)
-        guard = HttpGuard(app, access, config.limits, config.max_message_bytes, on_rejection)
+        guard = HttpGuard(
+            app, access, config.limits, config.max_message_bytes, on_rejection, _web_pages(config)
+        )
         self._http = self._http_server(with_cors(guard, config.cors_origins), tls)
 
     async def start(self) -> tuple[int, int]:
@@ -123,3 +126,10 @@ class GatewayServers:
             limits=config.limits,
             tls=tls.ssl_context() if tls else None,
         )
+
+
+def _web_pages(config: GatewayConfig) -> WebPages | None:
+    """Return what keeps web pages out where callers show nothing that a page lacks."""
+    if config.security.requires_credentials:
+        return None
+    return WebPages([config.http.host, *config.security.allowed_hosts], config.cors_origins)

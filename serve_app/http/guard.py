@@ -1,4 +1,4 @@
-"""Middleware in front of every HTTP route: request ids, API keys, and limits on bodies."""
+"""Middleware in front of every HTTP route: request ids, callers, and limits on bodies."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from serve_app.config import LimitsConfig
 from serve_app.http.error_shapes import rejected_at
 from serve_app.request.request_errors import RequestError, TooLargeError, TooSlowError, counting_rejections
 from serve_app.security.access import Access
+from serve_app.security.web_pages import WebPages
 
 OPEN_PATHS = frozenset({"/livez", "/readyz"})  # probes send no keys
 REQUEST_ID = "x-request-id"
@@ -28,7 +29,8 @@ class HttpGuard:
         access: authenticates callers by their API keys.
         limits: sets the time for a body.
         max_body_bytes: largest body.
-        on_rejection: called with the reason of each rejection of a body.
+        on_rejection: called with the reason of each rejection of a body or a web page.
+        pages: rejects calls from web pages; None lets all pass.
     """
 
     def __init__(
@@ -38,12 +40,14 @@ class HttpGuard:
         limits: LimitsConfig,
         max_body_bytes: int,
         on_rejection: Callable[[str], None] = lambda reason: None,
+        pages: WebPages | None = None,
     ) -> None:
         self._app = app
         self._access = access
         self._limits = limits
         self._max_body_bytes = max_body_bytes
         self._on_rejection = on_rejection
+        self._pages = pages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -72,6 +76,8 @@ class HttpGuard:
         if scope["path"] not in OPEN_PATHS:
             await self._access.check(headers)
         with counting_rejections(self._on_rejection):
+            if self._pages is not None and scope["path"] not in OPEN_PATHS:
+                self._pages.check(headers)
             if int(headers.get("content-length", "0")) > self._max_body_bytes:
                 raise self._too_large()
             return await self._read_in_time(receive)

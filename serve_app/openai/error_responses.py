@@ -45,6 +45,7 @@ _KINDS: dict[type[request_errors.RequestError], ErrorKind] = {
     request_errors.TooSlowError: ErrorKind(408, "invalid_request_error"),
     request_errors.BadRequestError: _INVALID,
     request_errors.AuthenticationError: ErrorKind(401, "invalid_request_error", "invalid_api_key"),
+    request_errors.ForbiddenError: ErrorKind(403, "invalid_request_error", "forbidden"),
     request_errors.ModelNotFoundError: ErrorKind(404, "invalid_request_error", "model_not_found"),
     request_errors.RateLimitError: ErrorKind(429, "requests", "rate_limit_exceeded"),
     request_errors.CapacityError: ErrorKind(429, "server_error", "no_room"),

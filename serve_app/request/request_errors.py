@@ -63,6 +63,13 @@ class AuthenticationError(RequestError):
     reason = "unauthenticated"
 
 
+class ForbiddenError(RequestError):
+    """The call comes from a web page that may not make it."""
+
+    status = grpc.StatusCode.PERMISSION_DENIED
+    reason = "forbidden"
+
+
 class RateLimitError(RequestError):
     """The API key has exceeded its rate limit."""
 

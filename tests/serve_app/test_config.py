@@ -137,3 +137,15 @@ def test_dtypes_are_those_of_vllm() -> None:
     from vllm.config.model import ModelDType
 
     assert set(get_args(EngineConfig.model_fields["dtype"].annotation)) == set(get_args(ModelDType))
+
+
+@pytest.mark.parametrize("host", ["http://a.example", "a.example:80", "*.example", "", "a..example", "a/b"])
+def test_allowed_hosts_are_names(host: str) -> None:
+    with pytest.raises(ValidationError, match="is not a host name: give it without scheme and port"):
+        GatewayConfig.model_validate({"security": {"allowed_hosts": ["kvarn.internal", host]}})
+
+
+def test_any_host_may_be_allowed() -> None:
+    assert GatewayConfig.model_validate({"security": {"allowed_hosts": ["*"]}}).security.allowed_hosts == [
+        "*"
+    ]
