@@ -127,7 +127,7 @@ class Dispatcher:
             if self._scale_from_zero is not None:
                 await self._scale_from_zero.wait(None)
             context_tokens = self._context_tokens()
-            ids = await self._ids(request)
+            ids = await self._ids(request, context_tokens)
             if len(ids) > context_tokens:
                 raise ContextLengthError(
                     f"The prompt has {len(ids)} tokens, more than the context of {context_tokens} tokens: "
@@ -148,7 +148,7 @@ class Dispatcher:
         """
         context_tokens = self._context_tokens()
         check_sampling(request.sampling_params, self._encoder.vocab_size)
-        ids = await self._encoder.encode(request.prompt)
+        ids = await self._encoder.encode(request.prompt, context_tokens)
         sampling = self._with_max_tokens(request.sampling_params, context_tokens - len(ids))
         need = self._router.need(len(ids), sampling.max_tokens)
         decision = self._router.choose(need, Prompt(token_array(ids), request.cache_salt), time.monotonic())
@@ -250,7 +250,7 @@ class Dispatcher:
 
     async def _generation(self, request: Request, deadline_s: float, caller: Caller) -> Generation:
         context_tokens = self._context_tokens()
-        ids = await self._ids(request)
+        ids = await self._ids(request, context_tokens)
         output: list[int] = []
         if isinstance(request, inference_pb2.GenerateRequest):
             output = list(request.resume_token_ids)
@@ -270,9 +270,9 @@ class Dispatcher:
             output=output,
         )
 
-    async def _ids(self, request: Request) -> list[int]:
+    async def _ids(self, request: Request, context_tokens: int) -> list[int]:
         self._check(request)
-        return await self._encoder.encode(request.prompt)
+        return await self._encoder.encode(request.prompt, context_tokens)
 
     def _context_tokens(self) -> int:
         """Return the longest context of any replica."""

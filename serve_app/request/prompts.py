@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 
 from kvarn.v1 import inference_pb2
 from serve_app.request.chat_templates import json_object, template_kwargs
-from serve_app.request.request_errors import BadRequestError
+from serve_app.request.request_errors import BadRequestError, ContextLengthError
 from serve_app.request.sampling import check_token_ids
 from serve_app.request.token_texts import TokenTexts
 
@@ -18,6 +18,9 @@ MAX_MESSAGES = 4096
 # From here on, rendering and tokenizing take milliseconds: a thread costs less than a blocked event loop.
 LONG_PROMPT_BYTES = 8192
 LONG_CHAT_MESSAGES = 32
+# Of a text with more characters than this per token of the context, so many are tokenized first: natural text has
+# about four per token.
+CHARACTERS_PER_TOKEN = 16
 # What a template raises on values that it does not expect, besides its own errors.
 _TEMPLATE_ERRORS = (
     TemplateError,
@@ -46,13 +49,18 @@ class PromptEncoder:
         self.vocab_size: int = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
         self._tokens = TokenTexts(self.tokenizer)
 
-    async def encode(self, prompt: inference_pb2.Prompt) -> list[int]:
+    async def encode(self, prompt: inference_pb2.Prompt, context_tokens: int | None = None) -> list[int]:
         """Return the token ids of a prompt.
 
+        Args:
+            prompt: text, token ids or chat messages.
+            context_tokens: context of the model. A text that exceeds it many times is rejected by its beginning; other
+                prompts may exceed it.
+
         Raises:
-            BadRequestError: the prompt is empty, or not valid for the model.
+            BadRequestError: the prompt is empty, far too long, or not valid for the model.
         """
-        ids = await self._ids(prompt)
+        ids = await self._ids(prompt, context_tokens)
         if not ids:
             raise BadRequestError("The prompt is empty: send text, token ids or chat messages.")
         return ids
@@ -65,7 +73,7 @@ class PromptEncoder:
         """Return the bytes of one token; None for an incomplete character of an unknown kind of vocabulary."""
         return self._tokens.token_bytes(token_id)
 
-    async def _ids(self, prompt: inference_pb2.Prompt) -> list[int]:
+    async def _ids(self, prompt: inference_pb2.Prompt, context_tokens: int | None) -> list[int]:
         match prompt.WhichOneof("content"):
             case "token_ids":
                 check_token_ids(prompt.token_ids.ids, self.vocab_size, "prompt.token_ids")
@@ -73,18 +81,35 @@ class PromptEncoder:
             case "chat":
                 _check_messages(prompt.chat)
         if _is_long(prompt):
-            return await asyncio.to_thread(self._tokenize, prompt)
-        return self._tokenize(prompt)
+            return await asyncio.to_thread(self._tokenize, prompt, context_tokens)
+        return self._tokenize(prompt, context_tokens)
 
-    def _tokenize(self, prompt: inference_pb2.Prompt) -> list[int]:
+    def _tokenize(self, prompt: inference_pb2.Prompt, context_tokens: int | None) -> list[int]:
         is_chat = prompt.HasField("chat")
         text = self._render(prompt.chat) if is_chat else prompt.text
         if not text:
             return []
         if not text.isascii():
             _check_unicode(text)
+        if context_tokens is not None:
+            self._check_beginning(text, context_tokens)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=not is_chat)
         return ids
+
+    def _check_beginning(self, text: str, context_tokens: int) -> None:
+        """Reject a text whose beginning alone is too long: tokenizing megabytes takes seconds.
+
+        The end of the beginning may be tokenized otherwise than within the text, hence the factor of two.
+        """
+        characters = CHARACTERS_PER_TOKEN * context_tokens
+        if len(text) <= characters:
+            return
+        tokens = len(self.tokenizer.encode(text[:characters], add_special_tokens=False))
+        if tokens > 2 * context_tokens:
+            raise ContextLengthError(
+                f"The first {characters} of the prompt's {len(text)} characters have {tokens} tokens, more than the "
+                f"context of {context_tokens} tokens: shorten the prompt."
+            )
 
     def _render(self, chat: inference_pb2.Chat) -> str:
         if not chat.messages:

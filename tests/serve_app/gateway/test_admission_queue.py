@@ -235,7 +235,7 @@ class Encoder:
 
     vocab_size = 50_000
 
-    async def encode(self, prompt: inference_pb2.Prompt) -> list[int]:
+    async def encode(self, prompt: inference_pb2.Prompt, context_tokens: int) -> list[int]:
         return list(prompt.token_ids.ids)
 
 

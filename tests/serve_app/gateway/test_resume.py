@@ -120,7 +120,7 @@ class Encoder:
 
     vocab_size = 1000
 
-    async def encode(self, prompt: inference_pb2.Prompt) -> list[int]:
+    async def encode(self, prompt: inference_pb2.Prompt, context_tokens: int) -> list[int]:
         return list(prompt.token_ids.ids)
 
 
