@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue
 
 from serve_app.agents.supported_types import supported_only
-from serve_app.openai.schema import FunctionName, Ignored, Model, Unsupported
+from serve_app.openai.schema import FunctionName, Ignored, Model, OnlyFalse, Unsupported
 
 MAX_BLOCKS = 1024  # per message
 
@@ -88,19 +88,19 @@ class InputMessage(Model):
 class CustomTool(Model):
     """A tool that the caller runs; `input_schema` is the JSON schema of its input."""
 
-    type: Literal["custom"]
+    type: Literal["custom"] | None = "custom"
     name: FunctionName
     description: str | None = None
     input_schema: dict[str, JsonValue]
     strict: bool | None = None
-    defer_loading: Literal[False] | None = None
+    defer_loading: OnlyFalse | None = None
     input_examples: Unsupported = Field(default=None, description="not supported: use the description")
     allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=8, fail_fast=True)] | None = None
     cache_control: Ignored = None
     eager_input_streaming: Ignored = None
 
 
-AnyTool = Annotated[CustomTool, supported_only("tools", ("custom",), default="custom")]
+AnyTool = Annotated[CustomTool, supported_only("tools", ("custom",))]
 
 
 class MessagesToolChoice(Model):

@@ -32,6 +32,7 @@ from serve_app.openai.schema import (
     Model,
     NamedFunction,
     NamedToolChoice,
+    OnlyFalse,
     ResponseFormat,
     Stop,
     Tool,
@@ -103,7 +104,7 @@ class ResponsesRequest(Model):
     metadata: Annotated[dict[str, str], at_most(MAX_METADATA, "entries")] | None = None
     truncation: Literal["disabled", "auto"] | None = Field(default=None, description="auto is not supported")
     previous_response_id: str | None = Field(default=None, description="not supported: no response is kept")
-    background: Literal[False] | None = Field(default=None, description="true is not supported")
+    background: OnlyFalse | None = Field(default=None, description="true is not supported")
     conversation: Unsupported = Field(default=None, description="not supported")
     prompt: Unsupported = Field(default=None, description="not supported")
     context_management: Unsupported = Field(default=None, description="not supported")

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue, model_validator
 
 from serve_app.agents.supported_types import supported_only
-from serve_app.openai.schema import FunctionName, Ignored, JsonSchema, Model
+from serve_app.openai.schema import FunctionName, Ignored, JsonSchema, Model, OnlyFalse
 
 MAX_PARTS = 1024  # per item
 _ENCODED = "kvarn1."  # begins what `encoded_reasoning` returns
@@ -56,7 +56,7 @@ def shown(content: Content) -> list[str]:
 class MessageItem(Model):
     """A message."""
 
-    type: Literal["message"]
+    type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
     id: Ignored = None
@@ -139,7 +139,7 @@ class FlatFunction(Model):
     description: str | None = None
     parameters: dict[str, JsonValue] | None = None
     strict: bool | None = None
-    defer_loading: Literal[False] | None = None
+    defer_loading: OnlyFalse | None = None
     allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=8, fail_fast=True)] | None = None
     output_schema: Ignored = None
 

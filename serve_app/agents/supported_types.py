@@ -13,16 +13,16 @@ def supported_only(what: str, supported: tuple[str, ...], default: str | None = 
     Args:
         what: plural noun of what has the type.
         supported: the types.
-        default: the type of what names none.
+        default: the type of what names none; pydantic's unions take no default of a discriminator.
     """
     expected = " and ".join(filter(None, [", ".join(supported[:-1]), supported[-1]]))
 
     def check(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        kind = value.get("type") or default
+        kind = value.get("type")
         if isinstance(kind, str) and kind not in supported:
             raise ValueError(f"{what} of type {kind[:64]!r} are not supported, only {expected}")
-        return value if value.get("type") else {**value, "type": kind}
+        return {"type": default, **value} if default else value
 
     return BeforeValidator(check)

@@ -72,6 +72,13 @@ def at_most(count: int, what: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _check_false(value: Any) -> Any:
+    """Refuse 0, which equals false."""
+    if value is not False:
+        raise ValueError("Input should be false")
+    return value
+
+
 _UNSUPPORTED = _or("not supported; omit this field")
 _USE_TOOLS = _or("not supported: use tools and tool_choice instead")
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
@@ -87,6 +94,7 @@ FunctionName = Annotated[
     Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$"),
     _or("a name must have 1 to 64 characters: letters, digits, '_', '.' and '-'"),
 ]
+OnlyFalse = Annotated[Literal[False], BeforeValidator(_check_false)]
 Unsupported = Annotated[None, _UNSUPPORTED]
 Stop = str | Annotated[list[str], Field(max_length=64, fail_fast=True)] | None
 Place = tuple[str | int, ...]
@@ -183,7 +191,7 @@ class CompletionRequest(Sampling):
     )
     max_tokens: MaxTokens | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Annotated[Literal[False] | None, _UNSUPPORTED] = Field(default=None, description="not supported")
+    echo: Annotated[OnlyFalse | None, _UNSUPPORTED] = Field(default=None, description="not supported")
     suffix: Unsupported = Field(default=None, description="not supported")
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
         default=None, description="must equal n"
