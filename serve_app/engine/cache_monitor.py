@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from kvarn.vllm.access.telemetry import CacheState
@@ -49,9 +49,10 @@ class CacheMonitor:
     """Publishes the state of one engine's cache.
 
     Reads the engine at most every 50 ms while it is active and once per second while it is idle. Each state
-    that differs from the last gets the next sequence number, and so does at least one state per second,
-    unless the engine has not answered for longer than a step may take: watchers can distinguish an idle
-    engine from a hanging one.
+    that differs from the last in more than measured speeds gets the next sequence number, and so does at
+    least one state per second, unless the engine has not answered for longer than a step may take: watchers
+    can distinguish an idle engine from a hanging one. Speeds alone are no news, since each token changes them
+    a little, and an update costs a gateway as much as many tokens.
 
     Args:
         read: reads the engine's state.
@@ -134,7 +135,7 @@ class CacheMonitor:
 
     def _publish(self, load: CacheLoad) -> None:
         now_s = time.monotonic()
-        is_news = (load, self._draining) != (self.snapshot.load, self.snapshot.draining)
+        is_news = (_counts(load), self._draining) != (_counts(self.snapshot.load), self.snapshot.draining)
         if is_news or now_s - self._published_s >= IDLE_INTERVAL_S:
             self._published_s = now_s
             self.snapshot = self.snapshot.advanced(self.snapshot.sequence + 1, load, self._draining)
@@ -149,6 +150,10 @@ class CacheMonitor:
             prefill_tokens_per_s=self.prefill_tokens_per_s.value,
             inter_token_latency_s=self.inter_token_latency_s.value,
         )
+
+
+def _counts(load: CacheLoad) -> CacheLoad:
+    return replace(load, prefill_tokens_per_s=0.0, inter_token_latency_s=0.0)
 
 
 def _capacity(state: CacheState) -> CacheCapacity:

@@ -17,6 +17,11 @@ class Feed(Generic[T]):
         self._snapshot = snapshot
         self._watchers: set[asyncio.Queue[T | None]] = set()
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether anyone would get a change."""
+        return bool(self._watchers)
+
     def publish(self, change: T) -> None:
         """Publish `change`; a watcher too far behind gets a snapshot instead of all pending changes."""
         for queue in self._watchers:

@@ -101,6 +101,33 @@ async def test_the_monitor_numbers_each_different_state() -> None:
     assert second.capacity == first.capacity
 
 
+async def test_measured_speeds_alone_are_no_news_to_the_watchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token changes them a little, and an update costs a gateway as much as many tokens."""
+    monkeypatch.setattr(cache_monitor, "MIN_INTERVAL_S", 0.001)
+    reads = 0
+
+    async def read() -> CacheState:
+        nonlocal reads
+        reads += 1
+        monitor.inter_token_latency_s.add(0.01 * reads)
+        monitor.prefill_tokens_per_s.add(100 * reads, 1)
+        monitor.touch()
+        return cache_state(used=1 if reads < 50 else 2)
+
+    monitor = CacheMonitor(read)
+    await monitor.start()
+    monkeypatch.setattr(
+        monitor, "_published_s", float("inf")
+    )  # the update per second of an idle engine is not due
+    running = asyncio.create_task(monitor.run())
+    async with aclosing(monitor.watch()) as states:
+        first, second = await anext(states), await anext(states)
+    running.cancel()
+    assert (first.sequence, second.sequence) == (1, 2)
+    assert second.load.used_blocks == 2
+    assert second.load.inter_token_latency_s > first.load.inter_token_latency_s
+
+
 async def test_a_busy_engine_is_distinguished_from_a_hanging_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_monitor, "IDLE_INTERVAL_S", 0.02)
     answers = [cache_state(1)]
