@@ -26,7 +26,7 @@ class MetricKind(Enum):
     HISTOGRAM = "histogram"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: its fields would take as long as the rest of a record
 class Metric:
     """One metric; names end in their unit, and `boundaries` are the upper bounds of a histogram's buckets."""
 

@@ -76,8 +76,9 @@ class PromptEncoder:
     async def _ids(self, prompt: inference_pb2.Prompt, context_tokens: int | None) -> list[int]:
         match prompt.WhichOneof("content"):
             case "token_ids":
-                check_token_ids(prompt.token_ids.ids, self.vocab_size, "prompt.token_ids")
-                return list(prompt.token_ids.ids)
+                ids = list(prompt.token_ids.ids)
+                check_token_ids(ids, self.vocab_size, "prompt.token_ids")
+                return ids
             case "chat":
                 _check_messages(prompt.chat)
         if _is_long(prompt):
