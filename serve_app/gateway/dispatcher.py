@@ -13,10 +13,12 @@ from kvarn.v1 import cluster_pb2, engine_pb2, inference_pb2, sampling_pb2
 from serve_app.config import RoutingConfig
 from serve_app.gateway.admission_queue import AdmissionQueue
 from serve_app.gateway.engine_call import EngineCall, ReplicaError
+from serve_app.gateway.engine_stream import Relayed
 from serve_app.gateway.fleet import Fleet
 from serve_app.gateway.generation import Generation, new_key
 from serve_app.gateway.observation import Observation, Observer
 from serve_app.gateway.scale_from_zero import ScaleFromZero
+from serve_app.request.handler import Relay
 from serve_app.request.prompts import PromptEncoder
 from serve_app.request.request_errors import (
     NOT_READY,
@@ -80,8 +82,13 @@ class Dispatcher:
         self._random = Random(gateway_id)
         self._retries = RetryBudget(config.retry_share)
 
-    async def generate(self, request: Request, timeout_s: float | None, caller: Caller) -> Responses:
+    async def generate(
+        self, request: Request, timeout_s: float | None, caller: Caller, relay: Relay | None = None
+    ) -> Responses:
         """Yield the output of `request` from `caller`, whose deadline is `timeout_s` seconds away.
+
+        With a `relay`, what it takes is not yielded. It gets nothing before the first delta of each replica has been
+        sent, which names the replica to the caller, and no log probabilities.
 
         Raises:
             RequestError: with the sentence for the caller.
@@ -94,13 +101,19 @@ class Dispatcher:
             observation.tokenized(generation.prompt_token_ids, generation.cache_salt)
             self._retries.earn()
             tried: list[str] = []
+            if generation.sampling.HasField("logprobs"):
+                relay = None
             while True:
                 generation.begin(self._router)
                 emitted = len(generation.output)
                 try:
                     with self._closing(await self._call(generation, tried, observation)) as call:
+                        first = True
                         async for delta in call:
                             yield self._response(generation, call.replica_id, delta, observation)
+                            if first and relay is not None:
+                                call.relay_to(self._relaying(relay, generation, observation))
+                            first = False
                     return
                 except ReplicaError as error:
                     progressed = len(generation.output) > emitted
@@ -184,6 +197,23 @@ class Dispatcher:
         if delta.finish_reason:
             self._router.lengths.observe(generation.sampling.max_tokens, len(generation.output))
         return response
+
+    def _relaying(self, relay: Relay, generation: Generation, observation: Observation) -> Relayed:
+        """Return a function that passes a delta to `relay`, and accounts for it; it runs for every token."""
+        key, output, grow, pass_on = generation.key, generation.output, self._router.grow, relay.take
+        count = observation.count_relayed
+
+        def take(delta: engine_pb2.EngineDelta) -> bool:
+            token_ids = delta.token_ids
+            tokens = len(token_ids)
+            if not pass_on(delta, len(output) + tokens):
+                return False
+            output.extend(token_ids)
+            count(tokens)
+            grow(key, tokens, math.nan)  # the time counts for the first token only
+            return True
+
+        return take
 
     async def _hedged(self, generation: Generation, call: EngineCall, after_s: float) -> EngineCall:
         """Return the call that answers first: `call`, or a hedge to another replica, sent after `after_s` seconds."""

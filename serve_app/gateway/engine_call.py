@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import grpc
 
 from kvarn.v1 import engine_pb2, inference_pb2
-from serve_app.gateway.engine_stream import CallError
+from serve_app.gateway.engine_stream import CallError, Relayed
 from serve_app.gateway.fleet import Fleet
 from serve_app.request.request_errors import BadRequestError, DeadlineError
 from serve_app.routing import Router
@@ -91,6 +91,13 @@ class EngineCall:
         has_answered, other_has_answered = _has_answered(mine), _has_answered(theirs)
         other_has_failed = theirs.done() and not other_has_answered
         return (self, other) if has_answered or other_has_failed else (other, self)
+
+    def relay_to(self, relay: Relayed) -> None:
+        """Pass deltas to `relay` while the reader waits; those that it does not take are read as before.
+
+        `relay` accounts for what it takes in the router.
+        """
+        self._call.relay = relay
 
     def close(self) -> None:
         """Cancel the call and release its reservation; the engine frees its blocks."""

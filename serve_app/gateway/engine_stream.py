@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +13,9 @@ import grpc
 
 from kvarn.v1 import engine_pb2, engine_pb2_grpc
 
+logger = logging.getLogger(__name__)
+
+Relayed = Callable[[engine_pb2.EngineDelta], bool]
 MAX_UNREAD = 64  # unread deltas of a call; from here on, its engine is asked to pause
 
 
@@ -32,9 +36,16 @@ class CallError(Exception):
 
 
 class StreamedCall:
-    """One call on a stream. At most one task may read it."""
+    """One call on a stream. At most one task may read it.
+
+    Attributes:
+        relay: takes deltas other than the last while the reader waits, and so has dealt with all earlier ones, in the
+            turn of the event loop in which they arrive; returns False to leave a delta to the reader. None: the
+            reader gets all.
+    """
 
     def __init__(self, stream: EngineStream, number: int, timeout_s: float | None) -> None:
+        self.relay: Relayed | None = None
         self._stream = stream
         self._number = number
         self._unread: deque[engine_pb2.EngineDelta] = deque()
@@ -51,32 +62,52 @@ class StreamedCall:
         Raises:
             CallError: the call failed; deltas received before the failure are returned first.
         """
-        if not self._unread and self._error is None:
+        self._relay_unread()
+        while not self._unread and self._error is None:
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
+            self._relay_unread()
         if not self._unread:
             assert self._error is not None
             raise self._error
         delta = self._unread.popleft()
+        self._resume_if_read()
+        return delta
+
+    def _relay_unread(self) -> None:
+        """Relay what was buffered while the reader was busy, as long as the relay takes it."""
+        if self.relay is None:
+            return
+        unread = self._unread
+        while unread and not unread[0].finish_reason and self.relay(unread[0]):
+            unread.popleft()
+        self._resume_if_read()
+
+    def _resume_if_read(self) -> None:
         if self._is_paused and not self._unread:
             self._is_paused = False
             self._stream.resume(self._number)
-        return delta
 
     def cancel(self) -> None:
         """Cancel the call at the engine, unless it has ended."""
         if self._stream.cancel(self._number):
             self.fail(CallError(grpc.StatusCode.CANCELLED, "The call was cancelled."))
 
-    def take(self, delta: engine_pb2.EngineDelta) -> None:
-        """Buffer `delta` until it is read."""
+    def take(self, delta: engine_pb2.EngineDelta) -> bool:
+        """Relay `delta`, or buffer it until it is read; return whether it is the last."""
+        is_last = bool(delta.finish_reason)
+        if not is_last and self.relay is not None:
+            reader = self._reader
+            if reader is not None and not reader.done() and self.relay(delta):
+                return False
         self._unread.append(delta)
-        if delta.finish_reason:
+        if is_last:
             self._stop_timer()
         elif len(self._unread) == MAX_UNREAD and not self._is_paused:
             self._is_paused = True
             self._stream.pause(self._number)
         self._wake()
+        return is_last
 
     def fail(self, error: CallError) -> None:
         """End the call with `error`, after the deltas that are buffered."""
@@ -191,7 +222,11 @@ class EngineStream:
         try:
             while (response := await self._rpc.read()) is not grpc.aio.EOF:
                 for output in response.outputs:
-                    self._take(output)
+                    try:
+                        self._take(output)
+                    except Exception:
+                        logger.exception("an output could not be taken")
+                        self._abandon(output.number)
         except grpc.aio.AioRpcError as error:
             reason = error.details() or error.code().name
         except asyncio.CancelledError:  # of the stream, by either side, not of this task
@@ -209,6 +244,12 @@ class EngineStream:
                     )
                 )
 
+    def _abandon(self, number: int) -> None:
+        """Fail one call, whose relay failed, instead of all."""
+        call = self._calls.get(number)
+        if call is not None and self.cancel(number):
+            call.fail(CallError(grpc.StatusCode.INTERNAL, "Its output could not be passed on."))
+
     def _take(self, output: engine_pb2.EngineOutput) -> None:
         call = self._calls.get(output.number)
         if call is None:  # cancelled
@@ -216,10 +257,8 @@ class EngineStream:
         if output.HasField("error"):
             status = _STATUSES.get(output.error.code, grpc.StatusCode.UNKNOWN)
             call.fail(CallError(status, output.error.message))
-        else:
-            call.take(output.delta)
-            if not output.delta.finish_reason:
-                return
+        elif not call.take(output.delta):
+            return
         del self._calls[output.number]
         if self._is_closing:
             self._write_due.set()

@@ -77,6 +77,7 @@ class Observation:
         self._last = 0.0
         self._first_token_s: float | None = None
         self._response = inference_pb2.GenerateResponse()
+        self._relayed_tokens = 0  # since that response
         self._prefix: str | None = None
         self._span = observer.tracer.start_span("generate", kind=SpanKind.SERVER)
 
@@ -98,7 +99,10 @@ class Observation:
     @property
     def usage(self) -> inference_pb2.Usage:
         """Token counts so far."""
-        return self._response.usage
+        counted = inference_pb2.Usage()
+        counted.CopyFrom(self._response.usage)
+        counted.completion_tokens += self._relayed_tokens
+        return counted
 
     @property
     def age_s(self) -> float:
@@ -152,12 +156,21 @@ class Observation:
         now = time.perf_counter()
         tokens = len(response.token_ids)
         self._response = response
+        self._relayed_tokens = 0
         if tokens and self._first_token_s is None:
             self._first_token_s = now - self._start
             self._recorder.observe(metrics.TTFT, self._first_token_s)
             self._observer.first_tokens.add(self._first_token_s)
             self._span.add_event("first token")
         elif tokens:
+            self._recorder.observe(metrics.ITL, (now - self._last) / tokens)
+        self._last = now
+
+    def count_relayed(self, tokens: int) -> None:
+        """Account for `tokens` tokens, not the first ones, that were relayed to the caller."""
+        now = time.perf_counter()
+        self._relayed_tokens += tokens
+        if tokens:
             self._recorder.observe(metrics.ITL, (now - self._last) / tokens)
         self._last = now
 

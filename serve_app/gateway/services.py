@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -12,11 +11,11 @@ import grpc
 from kvarn.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 from serve_app.gateway.admission_queue import AdmissionQueue
 from serve_app.request.handler import RequestHandler
-from serve_app.request.request_errors import DeadlineError
 from serve_app.routing import Router
 from serve_app.rpc import wire
 from serve_app.rpc.feed import Feed
 from serve_app.rpc.grpc_server import headers_of
+from serve_app.rpc.response_writer import ResponseWriter
 from serve_app.security.access import Access
 
 SERVICE_NAMES = [
@@ -38,10 +37,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         """Stream each delta as it arrives from the engine."""
         with self._access.admitted(headers_of(context.invocation_metadata())) as caller:
-            responses = self._dispatcher.generate(request, context.time_remaining(), caller)
-            async with aclosing(responses):
-                async for response in responses:
-                    await self._write(context, response)
+            async with ResponseWriter(context, self._write_timeout_s) as writer:
+                responses = self._dispatcher.generate(request, context.time_remaining(), caller, writer)
+                async with aclosing(responses):
+                    async for response in responses:
+                        await writer.write(response)
 
     async def GenerateOnce(  # noqa: N802
         self, request: inference_pb2.GenerateOnceRequest, context: grpc.aio.ServicerContext
@@ -59,18 +59,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                         merged.MergeFrom(response)  # appends token_ids and logprobs, replaces everything else
         assert merged is not None
         return _once(merged, "".join(text))
-
-    async def _write(
-        self, context: grpc.aio.ServicerContext, response: inference_pb2.GenerateResponse
-    ) -> None:
-        """Write with a timeout: a client that does not read would keep its cache blocks forever."""
-        try:
-            async with asyncio.timeout(self._write_timeout_s):
-                await context.write(response)
-        except TimeoutError:
-            raise DeadlineError(
-                f"The client has read nothing for {self._write_timeout_s:g} seconds: read the stream as it comes."
-            ) from None
 
 
 class FleetFeed:
@@ -93,7 +81,8 @@ class FleetFeed:
     def report_change(self, replica_id: str) -> None:
         """Publish that a replica changed or was removed."""
         self._sequence += 1
-        self._feed.publish(self._change(replica_id))
+        if self._feed.is_watched:
+            self._feed.publish(self._change(replica_id))
 
     def state(self) -> cluster_pb2.GetCacheStateResponse:
         """Return all replicas and the queue."""

@@ -10,10 +10,13 @@ from http import HTTPStatus
 from typing import Any, NoReturn
 
 import h11
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serve_app.config import LimitsConfig
+from serve_app.http.chunk_writer import ChunkWriter
 from serve_app.openai.error_responses import body
+from serve_app.request.event_relay import WRITE_CHUNK
 
 # Each chunk costs microseconds, whatever its size. Of chunks smaller than this on average, this many are taken.
 MIN_CHUNK_BYTES = 64
@@ -93,6 +96,14 @@ class GuardedProtocol(H11Protocol):
         self.conn: _Connection = _Connection(limits.max_header_bytes)
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._wrapped = self.app
+        self.app = self._with_writer
+
+    async def _with_writer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application; its scope has the `WRITE_CHUNK` extension if the response can be chunked."""
+        if ChunkWriter.fits(scope):
+            scope["extensions"] = {WRITE_CHUNK: ChunkWriter(self.cycle, self.flow).write}
+        await self._wrapped(scope, receive, send)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

@@ -24,6 +24,7 @@ from serve_app.openai.completions import CompletionService
 from serve_app.openai.error_responses import FAILED, ErrorResponse, body, error_body
 from serve_app.openai.responses import Head
 from serve_app.openai.schema import ChatCompletionRequest, CompletionRequest, Sampling
+from serve_app.request.event_relay import WRITE_CHUNK, EventRelay, event_text
 from serve_app.request.request_errors import ModelNotFoundError, RequestError
 from serve_app.routing import Caller
 from serve_app.security.access import Access
@@ -42,8 +43,10 @@ class Service(Protocol[RequestT]):
     async def complete(self, request: RequestT, head: Head, caller: Caller) -> BaseModel:
         """Return the whole response."""
 
-    def stream(self, request: RequestT, head: Head, caller: Caller) -> AsyncGenerator[BaseModel, None]:
-        """Yield the response in chunks."""
+    def stream(
+        self, request: RequestT, head: Head, caller: Caller, relay: EventRelay | None
+    ) -> AsyncGenerator[str, None]:
+        """Yield the response in chunks, as JSON, except for those that `relay` writes."""
 
 
 def openai_api(
@@ -111,7 +114,7 @@ async def _answer(
     service: Service[RequestT], request: Request, wanted: RequestT, head: Head, access: Access
 ) -> Response:
     if wanted.stream:
-        stream = partial(service.stream, wanted, head)
+        stream = partial(service.stream, wanted, head, relay=_relay(request))
         chunks = admitted_stream(access, request, wanted.generations, stream)
         first = await unless_gone(request, anext(chunks))  # a rejection still gets its HTTP status
         return EventStream(_events(first, chunks)) if first is not None else gone()
@@ -120,6 +123,11 @@ async def _answer(
     if answer is None:
         return gone()
     return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+
+
+def _relay(request: Request) -> EventRelay | None:
+    write = request.scope.get("extensions", {}).get(WRITE_CHUNK)
+    return None if write is None else EventRelay(write)
 
 
 async def admitted(
@@ -148,27 +156,19 @@ async def admitted_stream(
                 yield item
 
 
-async def _events(first: BaseModel, rest: AsyncGenerator[BaseModel, None]) -> AsyncGenerator[str, None]:
+async def _events(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
     """Yield all chunks as server-sent events; once a stream has begun, an error is an event too."""
     async with aclosing(rest):
-        yield _event(first)
+        yield event_text(first)
         try:
             async for chunk in rest:
-                yield _event(chunk)
+                yield event_text(chunk)
         except RequestError as error:
-            yield _event_text(json.dumps(error_body(error)))
+            yield event_text(json.dumps(error_body(error)))
         except Exception:
             logger.exception("a request failed")
-            yield _event_text(json.dumps(body(FAILED, "server_error")))
+            yield event_text(json.dumps(body(FAILED, "server_error")))
         yield _DONE
-
-
-def _event(chunk: BaseModel) -> str:
-    return _event_text(chunk.model_dump_json(exclude_unset=True))
-
-
-def _event_text(data: str) -> str:
-    return f"data: {data}\n\n"
 
 
 async def unless_gone(request: Request, answer: Awaitable[T]) -> T | None:

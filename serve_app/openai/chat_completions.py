@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs
 from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob
 
@@ -18,7 +18,8 @@ from serve_app.openai.requests import chat_prompt, chat_sampling, one_per_prompt
 from serve_app.openai.responses import ChatState, ChoiceReader, Head
 from serve_app.openai.schema import ChatCompletionRequest
 from serve_app.openai.tools import ToolParsers
-from serve_app.request.handler import RequestHandler
+from serve_app.request.event_relay import EventRelay
+from serve_app.request.handler import Relay, RequestHandler
 from serve_app.request.request_errors import counting_rejections
 from serve_app.request.structured_outputs import place_constraint
 from serve_app.routing import Caller
@@ -62,25 +63,28 @@ class ChatService:
         return responses.chat_completion(head, states, _counted(state.usage for state in states))
 
     async def stream(
-        self, request: ChatCompletionRequest, head: Head, caller: Caller
-    ) -> AsyncGenerator[ChatCompletionChunk, None]:
-        """Yield the response in chunks.
+        self, request: ChatCompletionRequest, head: Head, caller: Caller, relay: EventRelay | None
+    ) -> AsyncGenerator[str, None]:
+        """Yield the response in chunks, as JSON; a `relay` writes plain ones.
 
         Raises:
             RequestError: with the sentence for the caller.
         """
         usages: dict[int, inference_pb2.Usage] = {}
-        async with aclosing(self.deltas(request, head, caller)) as deltas:
+        chunks = responses.ChatChunks(head)
+        if relay is not None:
+            relay.template = chunks.text(0)
+        async with aclosing(self.deltas(request, head, caller, relay=relay)) as deltas:
             async for delta in deltas:
                 if delta.index not in usages:
-                    yield responses.first_chunk(head, delta.index)
+                    yield chunks.first(delta.index)
                 usages[delta.index] = delta.usage
                 logprobs = self.logprobs(request, delta.logprobs)
                 shown = ChoiceLogprobs(content=logprobs, refusal=None) if logprobs else None
-                if made := responses.chunk(head, delta, shown):
+                if made := chunks.next(delta, shown):
                     yield made
         if request.stream_options and request.stream_options.include_usage:
-            yield responses.usage_chunk(head, _counted(usages[index] for index in sorted(usages)))
+            yield chunks.usage(_counted(usages[index] for index in sorted(usages)))
 
     async def deltas(
         self,
@@ -88,6 +92,7 @@ class ChatService:
         head: Head,
         caller: Caller,
         context_tokens: Callable[[], int] | None = None,
+        relay: Relay | None = None,
     ) -> AsyncGenerator[ChatDelta, None]:
         """Yield what the output of all choices adds, for any protocol to render.
 
@@ -97,6 +102,7 @@ class ChatService:
             caller: the caller's tenant and priority.
             context_tokens: returns the context of the model, and max_tokens is lowered to what the prompt leaves of
                 it; with None, a request that exceeds the context is rejected.
+            relay: takes plain deltas of a single choice, which are then not yielded.
 
         Raises:
             RequestError: with the sentence for the caller.
@@ -107,7 +113,9 @@ class ChatService:
         if context_tokens is not None:
             _limit(requests[0], context_tokens())
         readers = self._readers(request, requests[0].prompt.token_ids.ids)
-        async with aclosing(generate_all(self._dispatcher, requests, len(readers), caller)) as pieces:
+        if not readers[0].is_plain:
+            relay = None
+        async with aclosing(generate_all(self._dispatcher, requests, len(readers), caller, relay)) as pieces:
             async for index, piece in pieces:
                 yield readers[index].read(piece)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from kvarn.v1 import inference_pb2
 from serve_app.openai.requests import numbered
 from serve_app.openai.tools import CallDelta
-from serve_app.request.handler import RequestHandler
+from serve_app.request.handler import Relay, RequestHandler
 from serve_app.request.request_errors import CapacityError
 from serve_app.routing import Caller
 
@@ -72,6 +72,7 @@ async def generate_all(
     requests: Sequence[inference_pb2.GenerateRequest],
     choices: int,
     caller: Caller,
+    relay: Relay | None = None,
 ) -> AsyncGenerator[Piece, None]:
     """Yield the pieces of all choices as they arrive, each with the index of its choice.
 
@@ -82,10 +83,16 @@ async def generate_all(
         requests: one per prompt, encoded (`encode_once`) if there are several choices.
         choices: number of choices per prompt.
         caller: the caller's tenant and priority.
+        relay: takes plain pieces of a single choice, which are then not yielded.
 
     Raises:
         RequestError: with the sentence for the caller.
     """
+    if len(requests) * choices == 1:
+        async with aclosing(dispatcher.generate(requests[0], None, caller, relay)) as only:
+            async for response in only:
+                yield 0, response
+        return
     generations = _Generations(dispatcher, enumerate(numbered(requests, choices)), caller)
     try:
         generations.start()

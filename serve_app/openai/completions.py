@@ -16,6 +16,7 @@ from serve_app.openai.logprobs import TextLogprobs, Vocabulary
 from serve_app.openai.requests import completion_prompts, completion_sampling, one_per_prompt, valid_unicode
 from serve_app.openai.responses import Head
 from serve_app.openai.schema import CompletionRequest
+from serve_app.request.event_relay import EventRelay
 from serve_app.request.handler import RequestHandler
 from serve_app.request.request_errors import counting_rejections
 from serve_app.routing import Caller
@@ -67,24 +68,27 @@ class CompletionService:
         return responses.completion(head, made, _counted(request, states))
 
     async def stream(
-        self, request: CompletionRequest, head: Head, caller: Caller
-    ) -> AsyncGenerator[Completion, None]:
-        """Yield all choices in chunks.
+        self, request: CompletionRequest, head: Head, caller: Caller, relay: EventRelay | None
+    ) -> AsyncGenerator[str, None]:
+        """Yield all choices in chunks, as JSON; a `relay` writes plain ones.
 
         Raises:
             RequestError: with the sentence for the caller.
         """
         requests, choices = await self._requests(request, head, caller), request.n or 1
         states = [TextState(TextLogprobs(self._vocabulary)) for _ in range(len(requests) * choices)]
-        async with aclosing(generate_all(self._dispatcher, requests, choices, caller)) as pieces:
+        chunks = responses.CompletionChunks(head)
+        if relay is not None and request.logprobs is None:
+            relay.template = chunks.text(0)
+        async with aclosing(generate_all(self._dispatcher, requests, choices, caller, relay)) as pieces:
             async for index, piece in pieces:
-                states[index].usage = piece.usage
+                state = states[index]
+                state.usage = piece.usage
                 if piece.text or piece.finish_reason or piece.logprobs:
-                    yield responses.completion(
-                        head, [self._piece(request, index, states[index], piece)], None
-                    )
+                    logprobs = self._logprobs(request, state, list(piece.logprobs))
+                    yield chunks.next(index, piece.text, piece.finish_reason, logprobs)
         if request.stream_options and request.stream_options.include_usage:
-            yield responses.completion(head, [], _counted(request, states))
+            yield chunks.usage(_counted(request, states))
 
     async def _requests(
         self, request: CompletionRequest, head: Head, caller: Caller
@@ -99,12 +103,6 @@ class CompletionService:
     def _choice(self, request: CompletionRequest, index: int, state: TextState) -> CompletionChoice:
         logprobs = self._logprobs(request, state, state.logprobs)
         return responses.completion_choice(index, "".join(state.text), state.finish_reason, logprobs)
-
-    def _piece(
-        self, request: CompletionRequest, index: int, state: TextState, piece: inference_pb2.GenerateResponse
-    ) -> CompletionChoice:
-        logprobs = self._logprobs(request, state, list(piece.logprobs))
-        return responses.completion_choice(index, piece.text, piece.finish_reason, logprobs)
 
     def _logprobs(
         self, request: CompletionRequest, state: TextState, positions: list[inference_pb2.PositionLogprobs]

@@ -25,10 +25,12 @@ from openai.types.chat.chat_completion_message_function_tool_call import (
 from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob
 from openai.types.completion_choice import Logprobs
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
+from pydantic import BaseModel
 
 from kvarn.v1 import inference_pb2
 from serve_app.openai.choices import ChatDelta, Usage
-from serve_app.openai.tools import CallDelta, Reader
+from serve_app.openai.tools import CallDelta, PlainReader, Reader
+from serve_app.request.event_relay import PLACE, TextTemplate
 
 _REASONS: dict[int, Any] = {
     inference_pb2.FINISH_REASON_STOP: "stop",
@@ -60,6 +62,11 @@ class ChoiceReader:
         self._reader = reader
         self._reasoning_tokens = 0
         self._has_calls = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all output is text of the answer."""
+        return isinstance(self._reader, PlainReader)
 
     def read(self, piece: inference_pb2.GenerateResponse) -> ChatDelta:
         """Return what the next piece of the output adds."""
@@ -157,6 +164,92 @@ def usage_chunk(head: Head, counted: Usage) -> ChatCompletionChunk:
     return made
 
 
+class ChatChunks:
+    """Chunks of one streamed chat, as JSON.
+
+    Args:
+        head: fields that all chunks share.
+    """
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+        self._texts: dict[int, TextTemplate] = {}
+        self._reasonings: dict[int, TextTemplate] = {}
+
+    def first(self, index: int) -> str:
+        """Return the chunk that opens a choice."""
+        return _json(first_chunk(self._head, index))
+
+    def next(self, delta: ChatDelta, logprobs: ChunkLogprobs | None) -> str | None:
+        """Return the chunk for a delta; None if it would be empty."""
+        if not (delta.calls or delta.finish_reason or logprobs):
+            if not delta.reasoning:
+                return self.text(delta.index).render(delta.content) if delta.content else None
+            if not delta.content:
+                return self._reasoning(delta.index).render(delta.reasoning)
+        made = chunk(self._head, delta, logprobs)
+        return None if made is None else _json(made)
+
+    def usage(self, counted: Usage) -> str:
+        """Return the last chunk of a stream with `include_usage`."""
+        return _json(usage_chunk(self._head, counted))
+
+    def text(self, index: int) -> TextTemplate:
+        """Return the template of a choice's chunks that have text only."""
+        if index not in self._texts:
+            self._texts[index] = self._template(index, content=PLACE)
+        return self._texts[index]
+
+    def _reasoning(self, index: int) -> TextTemplate:
+        if index not in self._reasonings:
+            self._reasonings[index] = self._template(index, reasoning=PLACE)
+        return self._reasonings[index]
+
+    def _template(self, index: int, content: str = "", reasoning: str = "") -> TextTemplate:
+        delta = ChatDelta(
+            index=index,
+            content=content,
+            reasoning=reasoning,
+            calls=(),
+            finish_reason=None,
+            stop_reason=None,
+            logprobs=(),
+            usage=inference_pb2.Usage(),
+        )
+        made = chunk(self._head, delta, None)
+        assert made is not None
+        return TextTemplate(_json(made))
+
+
+class CompletionChunks:
+    """Chunks of one streamed text completion, as JSON.
+
+    Args:
+        head: fields that all chunks share.
+    """
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+        self._texts: dict[int, TextTemplate] = {}
+
+    def next(self, index: int, text: str, finish_reason: int, logprobs: Logprobs | None) -> str:
+        """Return the chunk for a piece."""
+        if not finish_reason and logprobs is None:
+            return self.text(index).render(text)
+        return _json(completion(self._head, [completion_choice(index, text, finish_reason, logprobs)], None))
+
+    def usage(self, counted: Usage) -> str:
+        """Return the last chunk of a stream with `include_usage`."""
+        return _json(completion(self._head, [], counted))
+
+    def text(self, index: int) -> TextTemplate:
+        """Return the template of a choice's chunks that have text only."""
+        if index not in self._texts:
+            choice = completion_choice(index, PLACE, inference_pb2.FINISH_REASON_UNSPECIFIED, None)
+            self._texts[index] = TextTemplate(_json(completion(self._head, [choice], None)))
+        return self._texts[index]
+
+
 def completion(head: Head, choices: Sequence[CompletionChoice], counted: Usage | None) -> Completion:
     """Return a whole text completion, or one chunk of its stream."""
     made = Completion(
@@ -175,6 +268,10 @@ def completion_choice(
     return CompletionChoice.model_construct(
         index=index, text=text, finish_reason=_REASONS.get(finish_reason), logprobs=logprobs
     )
+
+
+def _json(made: BaseModel) -> str:
+    return made.model_dump_json(exclude_unset=True)
 
 
 def _chunk(head: Head, *choices: ChunkChoice) -> ChatCompletionChunk:

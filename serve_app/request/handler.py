@@ -5,19 +5,33 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from kvarn.v1 import cluster_pb2, inference_pb2
+from kvarn.v1 import cluster_pb2, engine_pb2, inference_pb2
 from serve_app.routing import Caller
 
 Request = inference_pb2.GenerateRequest | inference_pb2.GenerateOnceRequest
+
+
+class Relay(Protocol):
+    """Sends plain deltas to the caller in the turn of the event loop in which they arrive."""
+
+    def take(self, delta: engine_pb2.EngineDelta, completion_tokens: int) -> bool:
+        """Send `delta`, after which the output has `completion_tokens` tokens; return False if that is not possible.
+
+        A delta that is not taken is yielded by `generate` instead, and so are the first one of each replica, those
+        after it until they have been dealt with, and the last one.
+        """
 
 
 class RequestHandler(Protocol):
     """The dispatcher, or a wrapper around it."""
 
     def generate(
-        self, request: Request, timeout_s: float | None, caller: Caller
+        self, request: Request, timeout_s: float | None, caller: Caller, relay: Relay | None = None
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """Yield the output of `request` from `caller`, whose deadline is `timeout_s` seconds away.
+
+        With a `relay`, what it takes is not yielded. Asking for the next response means that all of the last one has
+        been sent.
 
         Raises:
             RequestError: with the sentence for the caller.

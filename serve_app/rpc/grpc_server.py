@@ -40,9 +40,14 @@ def _guarded(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         return handler
     if handler.response_streaming:
         guarded = _guard(handler.unary_stream, handler.request_deserializer)
-        return grpc.unary_stream_rpc_method_handler(guarded, None, handler.response_serializer)
+        return grpc.unary_stream_rpc_method_handler(guarded, None, _unless_bytes(handler.response_serializer))
     guarded = _guard(handler.unary_unary, handler.request_deserializer)
     return grpc.unary_unary_rpc_method_handler(guarded, None, handler.response_serializer)
+
+
+def _unless_bytes(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """Return a serializer that lets methods write messages which are serialized already."""
+    return lambda message: message if isinstance(message, bytes) else serialize(message)
 
 
 def _guard(method: Handler, parse: Callable[[bytes], Any]) -> Handler:

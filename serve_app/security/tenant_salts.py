@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import AsyncGenerator
 
 from kvarn.v1 import cluster_pb2, inference_pb2
-from serve_app.request.handler import Request, RequestHandler
+from serve_app.request.handler import Relay, Request, RequestHandler
 from serve_app.routing import Caller
 
 
@@ -21,11 +21,11 @@ class TenantSalts:
         self._dispatcher = dispatcher
 
     def generate(
-        self, request: Request, timeout_s: float | None, caller: Caller
+        self, request: Request, timeout_s: float | None, caller: Caller, relay: Relay | None = None
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """Generate as the dispatcher does; the request's own salt separates requests within the tenant."""
         request.cache_salt = tenant_salt(caller.tenant, request.cache_salt)
-        return self._dispatcher.generate(request, timeout_s, caller)
+        return self._dispatcher.generate(request, timeout_s, caller, relay)
 
     async def encode(self, request: Request, caller: Caller) -> list[int]:
         """Encode as the dispatcher does: token ids are the same for every tenant."""

@@ -46,7 +46,7 @@ class Script:
     running: int = 0
 
     async def generate(
-        self, request: Any, timeout_s: float | None, caller: Caller
+        self, request: Any, timeout_s: float | None, caller: Caller, relay: Any = None
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         prompt = await self.encode(request, caller)
         self.requests.append(request)
