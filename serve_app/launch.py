@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import logging
+import json
 import os
 import re
 import signal
 import socket
-import sys
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -32,14 +31,12 @@ from kvarn.presets import PRESETS
 from kvarn.vllm.cache_settings import KVarNConfig
 from kvarn.worker import take_standard_output
 from serve_app.config import GIB, AppConfig, EngineConfig
+from serve_app.local_ray import STOP_TIMEOUT_S, adopt_orphans, end_descendants
+from serve_app.local_ray import start as start_ray
 from serve_app.request.parser_choice import NONE, parsers_of
 
-LOOPBACK = "127.0.0.1"
 BUILDER = "serve_app.app:build"
 POLL_S = 0.5
-PR_SET_CHILD_SUBREAPER = 36  # option of Linux's prctl(2)
-GRACE_S = 5  # for Ray's processes to exit by themselves
-OBJECT_STORE_BYTES = 128 << 20  # small: requests travel over gRPC, not through Ray's object store
 _EXCEPTION = re.compile(r"^(?:ray\.exceptions\.)?[A-Za-z_][\w.]*(?:Error|Exception)(?:\(\w+\))?: (.+)$")
 
 
@@ -249,10 +246,32 @@ class Dashboard:
         return f"{mode}serve deploy -a {self.url} FILE"
 
 
+@dataclass(frozen=True)
+class RunningApp:
+    """An application that runs on this machine's Ray.
+
+    Attributes:
+        dashboard: Ray's dashboard.
+        ray: the process that owns Ray.
+    """
+
+    dashboard: Dashboard
+    ray: subprocess.Popen[str]
+
+    def wait(self) -> NoReturn:
+        """Wait for an interrupt.
+
+        Raises:
+            LaunchError: Ray has stopped by itself.
+        """
+        self.ray.wait()
+        raise LaunchError("Ray has stopped: its logs in /tmp/ray/session_latest/logs show why")
+
+
 @contextmanager
 def running(
     app: App, on_progress: Callable[[list[Deployment]], None], timeout_s: float
-) -> Iterator[Dashboard]:
+) -> Iterator[RunningApp]:
     """Run the application on a new Ray cluster that listens on loopback only; leaving the block stops both.
 
     Args:
@@ -261,79 +280,40 @@ def running(
         timeout_s: maximum seconds for the start.
 
     Raises:
-        LaunchError: an engine or gateway fails to start, or the start takes too long.
+        LaunchError: Ray, an engine or a gateway fails to start, or the start takes too long.
     """
-    # Ray reads these on import. Without the first, a single-node cluster listens on every interface.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-    from ray import serve
-
-    _adopt_orphans()
+    ray = None
+    adopt_orphans()
     try:
-        with _signals_held_back(), _interrupted_by_ray():
-            context = ray.init(
-                address="local",
-                _node_ip_address=LOOPBACK,
-                dashboard_host=LOOPBACK,
-                include_dashboard=True,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        # By default, `ray.init` creates a token and sets the mode in its own environment only.
-        dashboard = Dashboard(
-            f"http://{context.dashboard_url}", os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
-        )
+        ray = start_ray()
+        dashboard = _dashboard(ray)
         _deploy(app, dashboard.url, on_progress, timeout_s)
+        yield RunningApp(dashboard, ray)
+    finally:
         try:
-            yield dashboard
-        finally:
-            serve.shutdown()
-    finally:
-        ray.shutdown()
-        _end_descendants()
+            if ray is not None:
+                _stop(ray)
+        finally:  # also if an interrupt comes while a failed start is cleaned up
+            end_descendants(0)
 
 
-def _adopt_orphans() -> None:
-    """Make this process the parent of its descendants' orphans, so that `_end_descendants` finds them."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+def _stop(ray: subprocess.Popen[str]) -> None:
+    """Ask the process that owns Ray to stop it, and wait until it has."""
+    assert ray.stdin is not None
+    ray.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
+        ray.wait(STOP_TIMEOUT_S)
 
 
-def _end_descendants() -> None:
-    """Kill what is left of a Ray that was stopped during its start: agents that outlive their raylet."""
-    for _ in range(3):  # killed processes may leave orphans in turn
-        _, left = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=GRACE_S)
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-
-
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Defer SIGINT and SIGTERM until the block is left: a half-started Ray cannot be shut down."""
-    received: list[int] = []
-    handled = (signal.SIGINT, signal.SIGTERM)
-    previous = {
-        number: signal.signal(number, lambda number, _: received.append(number)) for number in handled
-    }
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if received:
-            signal.raise_signal(received[0])
-
-
-@contextmanager
-def _interrupted_by_ray() -> Iterator[None]:
-    """Turn Ray's exit into an interrupt: a starting Ray handles SIGTERM by ending its processes and exiting."""
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
+def _dashboard(ray: subprocess.Popen[str]) -> Dashboard:
+    """Wait for Ray's start; return its dashboard."""
+    assert ray.stdout is not None
+    started = json.loads(ray.stdout.readline() or '{"error": "its process has ended"}')
+    if "error" in started:
+        raise LaunchError(f"Ray failed to start: {_sentence(started['error'])}")
+    if started["needs_token"]:
+        os.environ["RAY_AUTH_MODE"] = "token"  # Ray's client reads it
+    return Dashboard(**started)
 
 
 def _deploy(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
+import psutil
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from kvarn.v1 import cluster_pb2
     from serve_app.launch import App, Dashboard, Deployment
 
+ONE_REQUEST_S = 1.0  # signals within this time ask once
+
 
 def serve(
     config: Annotated[Path, typer.Argument(help="Serve YAML, e.g. cluster/app.yaml.")],
@@ -47,36 +51,42 @@ def serve(
         bool, typer.Option("--json", help="Print events as JSON lines: answer, ready, stopped or error.")
     ] = False,
 ) -> None:
-    """Start Ray on this machine and serve the application of a Serve YAML until Ctrl-C."""
+    """Start Ray on this machine and serve the application of a Serve YAML until Ctrl-C or SIGTERM."""
     reporter: Reporter = JsonReporter() if as_json else TextReporter()
-    with reporter.errors(), serving_errors(), _stopped_by_sigterm():
-        with missing_packages():
-            from serve_app.client import Client
-            from serve_app.launch import check_machine, check_model, check_parsers, read_app, running
-        launched = read_app(config)
-        check_machine(launched)
-        reachable = launched.lets_in(api_key)
-        if say is not None and not reachable:
-            fail(
-                "--say cannot be answered: the gateways have TLS or require an API key; use `kvarn chat` later"
-            )
-        model_dir = check_model(launched)
-        check_parsers(launched, model_dir)
-        with ExitStack() as stack:
-            state = None
-            with _start_progress() as progress:
-                dashboard = stack.enter_context(running(launched, progress, timeout_s))
-                if reachable:
-                    client = stack.enter_context(Client(launched.address, api_key=api_key))
-                    client.wait_ready(timeout_s)
-                    state = client.cache_state()
-            if say is not None:
-                reporter.asked(say)
-                messages = [{"role": "user", "content": say}]
-                reporter.answered(stream_answer(client, messages, reporter.console, max_tokens))
-            reporter.ready(launched, Started(state, model_dir, dashboard))
-            _wait_for_interrupt()
+    with reporter.errors(), serving_errors(), _interrupted_by_signals():
+        with suppress(KeyboardInterrupt):
+            _serve(config, reporter, say, max_tokens, timeout_s, api_key)
         reporter.stopped()
+
+
+def _serve(
+    config: Path, reporter: Reporter, say: str | None, max_tokens: int, timeout_s: float, api_key: str
+) -> None:
+    """Check and start the application, report it, and wait for an interrupt."""
+    with missing_packages():
+        from serve_app.client import Client
+        from serve_app.launch import check_machine, check_model, check_parsers, read_app, running
+    launched = read_app(config)
+    check_machine(launched)
+    reachable = launched.lets_in(api_key)
+    if say is not None and not reachable:
+        fail("--say cannot be answered: the gateways have TLS or require an API key; use `kvarn chat` later")
+    model_dir = check_model(launched)
+    check_parsers(launched, model_dir)
+    with ExitStack() as stack:
+        state = None
+        with _start_progress() as progress:
+            app = stack.enter_context(running(launched, progress, timeout_s))
+            if reachable:
+                client = stack.enter_context(Client(launched.address, api_key=api_key))
+                client.wait_ready(timeout_s)
+                state = client.cache_state()
+        if say is not None:
+            reporter.asked(say)
+            messages = [{"role": "user", "content": say}]
+            reporter.answered(stream_answer(client, messages, reporter.console, max_tokens))
+        reporter.ready(launched, Started(state, model_dir, app.dashboard))
+        app.wait()
 
 
 @dataclass(frozen=True)
@@ -201,16 +211,31 @@ def _emit(event: str, **content: Any) -> None:
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C; a second signal, while stopping, kills the process."""
+def _interrupted_by_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt on the first signal that asks to stop.
+
+    Later ones change nothing, since timeout(1) and systemd send several, except Ctrl-C, which forces the end.
+    """
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup(1)
+        signals.append(signal.SIGHUP)
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda *_: os._exit(130))
+        for name in signals:
+            signal.signal(name, signal.SIG_IGN)
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        asked_s = time.monotonic()
+
+        def force(number: int, frame: FrameType | None) -> None:
+            if time.monotonic() > asked_s + ONE_REQUEST_S:
+                _kill_children()
+
+        signal.signal(signal.SIGINT, force)
         err.print("\nstopping; press Ctrl-C again to force it")
         raise KeyboardInterrupt
 
-    previous = {name: signal.signal(name, interrupt) for name in (signal.SIGINT, signal.SIGTERM)}
+    previous = {name: signal.signal(name, interrupt) for name in signals}
     try:
         yield
     finally:
@@ -218,12 +243,19 @@ def _stopped_by_sigterm() -> Iterator[None]:
             signal.signal(name, handler)
 
 
-def _wait_for_interrupt() -> None:
-    try:
-        while True:
-            signal.pause()
-    except KeyboardInterrupt:
-        return
+def _kill_children() -> None:
+    """Kill Ray's owner and its descendants: what waits for them continues, and ends what they leave behind."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _leave_terminal() -> None:
+    """Discard what would be written to a terminal that has been closed: every write would fail."""
+    for stream in (1, 2):
+        if os.isatty(stream):
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream)
 
 
 @contextmanager

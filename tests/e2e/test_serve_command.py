@@ -93,11 +93,12 @@ def test_serves_until_ctrl_c(tmp_path, kvarn):
 
 
 def test_sigterm_interrupts_a_start(tmp_path, kvarn):
-    process = kvarn("serve", write_app(tmp_path / "app.yaml"))
+    process = kvarn("serve", "--json", write_app(tmp_path / "app.yaml"))
     children = wait_for_child(process, "raylet")
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert output == '{"event": "stopped"}\n'
     assert "Traceback" not in errors
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive

@@ -1,0 +1,120 @@
+"""Every way to stop `kvarn serve` ends all of its processes; a requested stop succeeds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from kvarn.cli.serve import ONE_REQUEST_S
+from tests.support.live import write_app
+from tests.support.models import cut_model
+
+Stop = Callable[[psutil.Process, list[psutil.Process]], None]
+STOP_TIMEOUT_S = 50  # less than the minute after which Ray's client gives up on a GCS that is gone
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    """The YAML of an application with one engine of one layer."""
+    directory = tmp_path_factory.mktemp("app")
+    path = write_app(directory / "app.yaml")
+    content = yaml.safe_load(path.read_text())
+    content["applications"][0]["args"]["model"] = str(cut_model(model_dir, directory / "model", 1))
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def served(app: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command in a session of its own, as systemd starts it; what a failed test leaves running is killed."""
+    command = [sys.executable, "-m", "kvarn.cli", "serve", "--json", str(app)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    family: list[psutil.Process] = []
+    try:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["event"] == "ready", process.communicate()[1]
+        family += psutil.Process(process.pid).children(recursive=True)
+        yield process
+    finally:
+        for member in [*family, process]:
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                member.kill()
+        process.communicate()
+
+
+def to_the_command(command: psutil.Process, family: list[psutil.Process]) -> None:
+    command.send_signal(signal.SIGTERM)
+
+
+def interrupt(command: psutil.Process, family: list[psutil.Process]) -> None:
+    """As Ctrl-C in a terminal does."""
+    os.killpg(command.pid, signal.SIGINT)
+
+
+def interrupt_twice(command: psutil.Process, family: list[psutil.Process]) -> None:
+    """As an impatient user does."""
+    os.killpg(command.pid, signal.SIGINT)
+    time.sleep(1.5 * ONE_REQUEST_S)
+    with suppress(ProcessLookupError):
+        os.killpg(command.pid, signal.SIGINT)
+
+
+def to_the_group(command: psutil.Process, family: list[psutil.Process]) -> None:
+    """As timeout(1) does: to the command, and again to its group."""
+    command.send_signal(signal.SIGTERM)
+    os.killpg(command.pid, signal.SIGTERM)
+
+
+def to_all(command: psutil.Process, family: list[psutil.Process]) -> None:
+    """As systemd does by default."""
+    for process in [*family, command]:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
+
+
+def hangup(command: psutil.Process, family: list[psutil.Process]) -> None:
+    """As when a terminal is closed."""
+    os.killpg(command.pid, signal.SIGHUP)
+
+
+def kill(command: psutil.Process, family: list[psutil.Process]) -> None:
+    command.kill()
+
+
+@pytest.mark.parametrize(
+    ("stop", "exit_code"),
+    [
+        (to_the_command, 0),
+        (to_the_group, 0),
+        (interrupt, 0),
+        (interrupt_twice, 0),
+        (to_all, 0),
+        (hangup, 0),
+        (kill, -signal.SIGKILL),
+    ],
+)
+def test_a_stop_leaves_no_process(served: subprocess.Popen[str], stop: Stop, exit_code: int) -> None:
+    command = psutil.Process(served.pid)
+    family = command.children(recursive=True)
+    names = {process.name() for process in family}
+    assert {"raylet", "gcs_server", "VLLM::EngineCore"} <= {name[:16] for name in names}
+    stop(command, family)
+    output, errors = served.communicate(timeout=STOP_TIMEOUT_S)
+    assert served.returncode == exit_code, errors
+    assert output == ('{"event": "stopped"}\n' if exit_code == 0 else "")
+    assert "Traceback" not in errors
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
