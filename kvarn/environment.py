@@ -2,6 +2,7 @@
 
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import psutil
@@ -24,6 +25,16 @@ def machine() -> dict[str, str]:
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "gpu": ", ".join(_gpu_names()) or "none",
     }
+
+
+def ray_worker_niceness() -> int:
+    """Return by how much the nicest worker of a Ray on this machine is nicer than this process; 0 without Ray."""
+    own, found = psutil.Process().nice(), [0]
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, IndexError):
+            if process.cmdline()[0].startswith("ray::"):
+                found.append(process.nice() - own)
+    return max(found)
 
 
 def _version(package: str) -> str | None:

@@ -32,6 +32,8 @@ SHUTDOWN_TIMEOUT_S = 45.0  # of Serve, which gives replicas half a minute to fin
 # Of this process, once it has started Ray. If Ray hangs while it starts, this process is killed after that time.
 STOP_TIMEOUT_S = SHUTDOWN_TIMEOUT_S + (1 + KILL_ROUNDS) * GRACE_S + 5
 OBJECT_STORE_BYTES = 128 << 20  # small: requests travel over gRPC, not through Ray's object store
+# By default Ray runs workers at niceness 15: beside any other work, engines would get a small share of the CPUs.
+SYSTEM_CONFIG = {"worker_niceness": 0}
 CORE_PROCESSES = ("gcs_server", "raylet")
 
 
@@ -101,6 +103,7 @@ def _start_ray() -> dict[str, object]:
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
         logging_level=logging.ERROR,
+        _system_config=SYSTEM_CONFIG,
     )
     # By default, `ray.init` creates a token and sets the mode in its own environment only.
     needs_token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from kvarn.cli.connection import serving_errors
 from kvarn.cli.output import AsJson, err, missing_packages, out, quiet_vllm
 from kvarn.engine_limits import EngineLimits, limits_table
-from kvarn.environment import machine, versions
+from kvarn.environment import machine, ray_worker_niceness, versions
 from kvarn.model import resolve_model
 from kvarn.presets import PRESETS, Preset
 
@@ -76,7 +76,7 @@ class Check:
 class Diagnosis:
     """All findings of `kvarn doctor`; a version is None if the package is missing.
 
-    Without a YAML, `limits` is None and `parsers` is empty.
+    Without a YAML, `limits` is None and `parsers` is empty. `warnings` do not make a check fail.
     """
 
     versions: dict[str, str | None]
@@ -85,6 +85,7 @@ class Diagnosis:
     self_test: list[Check]
     limits: EngineLimits | None = None
     parsers: list[Check] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -100,7 +101,19 @@ def examine(limits: EngineLimits | None = None, parsers: Sequence[Check] = ()) -
         parsers: checks of their parsers, if known.
     """
     tests = [self_test(preset) for preset in PRESETS.values()]
-    return Diagnosis(versions(), machine(), check_hooks(), tests, limits, list(parsers))
+    return Diagnosis(versions(), machine(), check_hooks(), tests, limits, list(parsers), warnings())
+
+
+def warnings() -> list[str]:
+    """Return one sentence for each setting of this machine that slows applications down."""
+    niceness = ray_worker_niceness()
+    if niceness <= 0:
+        return []
+    return [
+        f"Ray's workers on this machine, engines included, run at niceness {niceness} above this command's: beside "
+        "other work they get little of the CPUs. Start Ray with RAY_worker_niceness=0 in its environment, as "
+        "`kvarn serve` does"
+    ]
 
 
 def check_parsers(app: App) -> Check:
@@ -153,6 +166,7 @@ def render(report: Diagnosis) -> RenderableType:
         _checks_table("self-test", report.self_test),
         *([_checks_table("output parsers", report.parsers)] if report.parsers else []),
         *([limits_table(report.limits)] if report.limits else []),
+        *(f"[yellow]warning:[/] {warning}" for warning in report.warnings),
     )
 
 

@@ -118,3 +118,10 @@ def test_a_stop_leaves_no_process(served: subprocess.Popen[str], stop: Stop, exi
     assert "Traceback" not in errors
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
+
+
+def test_engines_run_at_the_priority_of_the_command(served: subprocess.Popen[str]) -> None:
+    command = psutil.Process(served.pid)
+    priorities = {process.name(): process.nice() for process in command.children(recursive=True)}
+    assert any(name.startswith("VLLM::EngineCor") for name in priorities)  # Linux keeps 15 characters
+    assert set(priorities.values()) == {command.nice()}

@@ -1,10 +1,14 @@
 """`kvarn doctor` passes on a sound installation and fails on wrong arithmetic or a hook that does not fit."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kvarn.cli import doctor
+from kvarn.cli.output import out
 from kvarn.cpu import decode, prefill, store
 from kvarn.presets import PRESETS, get_preset
 from serve_app.config import AppConfig
@@ -65,3 +69,26 @@ def test_parsers_of_a_yaml_are_shown_or_refused(
     check = doctor.check_parsers(App("kvarn", config, {}))
     assert check.ok == ok
     assert check.detail.startswith(detail)
+
+
+@pytest.mark.parametrize(("niceness", "is_warned"), [(0, False), (3, True)])
+def test_nice_workers_of_ray_are_a_warning(
+    monkeypatch: pytest.MonkeyPatch, niceness: int, is_warned: bool
+) -> None:
+    # Other Rays of the machine are left out.
+    monkeypatch.setattr(psutil, "process_iter", lambda: psutil.Process().children(recursive=True))
+    program = "import time; print(flush=True); time.sleep(1000)"
+    command = ["nice", f"-n{niceness}", "bash", "-c", f"exec -a ray::IDLE '{sys.executable}' -c '{program}'"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as worker:
+        assert worker.stdout is not None
+        worker.stdout.readline()
+        try:
+            found = doctor.warnings()
+        finally:
+            worker.kill()
+    assert [f"niceness {niceness}" in warning for warning in found] == [True] * is_warned
+    report = doctor.Diagnosis({}, {}, [], [], warnings=found)
+    assert report.ok
+    with out.capture() as shown:
+        out.print(doctor.render(report))
+    assert ("warning: " in shown.get()) == is_warned
