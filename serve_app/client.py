@@ -159,6 +159,7 @@ class Client(_ClientBase):
         *,
         model: str = "",
         request_id: str = "",
+        session_id: str = "",
         timeout_s: float | None = None,
         **sampling: Any,
     ) -> Iterator[inference_pb2.GenerateResponse]:
@@ -167,7 +168,7 @@ class Client(_ClientBase):
         Raises:
             ServingError: the subclass for the status of the call.
         """
-        request = _request(inference_pb2.GenerateRequest, prompt, model, request_id, sampling)
+        request = _request(inference_pb2.GenerateRequest, prompt, model, request_id, session_id, sampling)
         attempts = self._attempts(timeout_s)
         while True:
             call = self._inference.Generate(request, timeout=attempts.left_s)
@@ -190,11 +191,12 @@ class Client(_ClientBase):
         *,
         model: str = "",
         request_id: str = "",
+        session_id: str = "",
         timeout_s: float | None = None,
         **sampling: Any,
     ) -> inference_pb2.GenerateOnceResponse:
         """Return the whole output. Raises as `generate` does."""
-        request = _request(inference_pb2.GenerateOnceRequest, prompt, model, request_id, sampling)
+        request = _request(inference_pb2.GenerateOnceRequest, prompt, model, request_id, session_id, sampling)
         attempts = self._attempts(timeout_s)
         while True:
             try:
@@ -220,10 +222,16 @@ class Client(_ClientBase):
             call.cancel()
 
     def explain_route(
-        self, prompt: Prompt, *, cache_salt: str = "", timeout_s: float | None = 10, **sampling: Any
+        self,
+        prompt: Prompt,
+        *,
+        cache_salt: str = "",
+        session_id: str = "",
+        timeout_s: float | None = 10,
+        **sampling: Any,
     ) -> cluster_pb2.ExplainRouteResponse:
         """Return which replica a request would go to now, and every replica's terms."""
-        request = _explain_request(prompt, cache_salt, sampling)
+        request = _explain_request(prompt, cache_salt, session_id, sampling)
         with _errors():
             return self._cluster.ExplainRoute(request, timeout=timeout_s)
 
@@ -269,6 +277,7 @@ class AsyncClient(_ClientBase):
         *,
         model: str = "",
         request_id: str = "",
+        session_id: str = "",
         timeout_s: float | None = None,
         **sampling: Any,
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
@@ -277,7 +286,7 @@ class AsyncClient(_ClientBase):
         Raises:
             ServingError: the subclass for the status of the call.
         """
-        request = _request(inference_pb2.GenerateRequest, prompt, model, request_id, sampling)
+        request = _request(inference_pb2.GenerateRequest, prompt, model, request_id, session_id, sampling)
         attempts = self._attempts(timeout_s)
         while True:
             call = self._inference.Generate(request, timeout=attempts.left_s)
@@ -300,11 +309,12 @@ class AsyncClient(_ClientBase):
         *,
         model: str = "",
         request_id: str = "",
+        session_id: str = "",
         timeout_s: float | None = None,
         **sampling: Any,
     ) -> inference_pb2.GenerateOnceResponse:
         """Return the whole output. Raises as `generate` does."""
-        request = _request(inference_pb2.GenerateOnceRequest, prompt, model, request_id, sampling)
+        request = _request(inference_pb2.GenerateOnceRequest, prompt, model, request_id, session_id, sampling)
         attempts = self._attempts(timeout_s)
         while True:
             try:
@@ -333,10 +343,16 @@ class AsyncClient(_ClientBase):
             call.cancel()
 
     async def explain_route(
-        self, prompt: Prompt, *, cache_salt: str = "", timeout_s: float | None = 10, **sampling: Any
+        self,
+        prompt: Prompt,
+        *,
+        cache_salt: str = "",
+        session_id: str = "",
+        timeout_s: float | None = 10,
+        **sampling: Any,
     ) -> cluster_pb2.ExplainRouteResponse:
         """Return which replica a request would go to now, and every replica's terms."""
-        request = _explain_request(prompt, cache_salt, sampling)
+        request = _explain_request(prompt, cache_salt, session_id, sampling)
         with _errors():
             return await self._cluster.ExplainRoute(request, timeout=timeout_s)
 
@@ -439,18 +455,30 @@ def _retry_after_s(error: grpc.RpcError) -> float | None:
 
 
 def _request(
-    kind: type[_RequestT], prompt: Prompt, model: str, request_id: str, sampling: dict[str, Any]
+    kind: type[_RequestT],
+    prompt: Prompt,
+    model: str,
+    request_id: str,
+    session_id: str,
+    sampling: dict[str, Any],
 ) -> _RequestT:
     return kind(
-        model=model, request_id=request_id, prompt=_prompt(prompt), sampling_params=_sampling(sampling)
+        model=model,
+        request_id=request_id,
+        session_id=session_id,
+        prompt=_prompt(prompt),
+        sampling_params=_sampling(sampling),
     )
 
 
 def _explain_request(
-    prompt: Prompt, cache_salt: str, sampling: dict[str, Any]
+    prompt: Prompt, cache_salt: str, session_id: str, sampling: dict[str, Any]
 ) -> cluster_pb2.ExplainRouteRequest:
     return cluster_pb2.ExplainRouteRequest(
-        prompt=_prompt(prompt), sampling_params=_sampling(sampling), cache_salt=cache_salt
+        prompt=_prompt(prompt),
+        sampling_params=_sampling(sampling),
+        cache_salt=cache_salt,
+        session_id=session_id,
     )
 
 

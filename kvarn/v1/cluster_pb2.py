@@ -27,17 +27,17 @@ from kvarn.v1 import inference_pb2 as kvarn_dot_v1_dot_inference__pb2
 from kvarn.v1 import sampling_pb2 as kvarn_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvarn/v1/cluster.proto\x12\x08kvarn.v1\x1a\x14kvarn/v1/cache.proto\x1a\x18kvarn/v1/inference.proto\x1a\x17kvarn/v1/sampling.proto\"\x16\n\x14GetCacheStateRequest\"u\n\x15GetCacheStateResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x08replicas\x18\x02 \x03(\x0b\x32\x16.kvarn.v1.ReplicaCache\x12#\n\x05queue\x18\x03 \x01(\x0b\x32\x14.kvarn.v1.QueueState\".\n\nQueueState\x12\x10\n\x08requests\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\"\x9c\x01\n\x0cReplicaCache\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.kvarn.v1.ReplicaStatus\x12&\n\x05\x63\x61\x63he\x18\x03 \x01(\x0b\x32\x17.kvarn.v1.CacheSnapshot\x12\'\n\x07\x62reaker\x18\x04 \x01(\x0e\x32\x16.kvarn.v1.BreakerState\"\x13\n\x11WatchCacheRequest\"\xd9\x01\n\x12WatchCacheResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12+\n\x08snapshot\x18\x03 \x01(\x0b\x32\x17.kvarn.v1.FleetSnapshotH\x00\x12)\n\x07updated\x18\x04 \x01(\x0b\x32\x16.kvarn.v1.ReplicaCacheH\x00\x12\x1c\n\x12removed_replica_id\x18\x05 \x01(\tH\x00\x12#\n\x05queue\x18\x06 \x01(\x0b\x32\x14.kvarn.v1.QueueStateB\x07\n\x05\x65vent\"9\n\rFleetSnapshot\x12(\n\x08replicas\x18\x01 \x03(\x0b\x32\x16.kvarn.v1.ReplicaCache\"~\n\x13\x45xplainRouteRequest\x12 \n\x06prompt\x18\x01 \x01(\x0b\x32\x10.kvarn.v1.Prompt\x12\x31\n\x0fsampling_params\x18\x02 \x01(\x0b\x32\x18.kvarn.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x03 \x01(\t\"\xb6\x01\n\x14\x45xplainRouteResponse\x12\x19\n\x11\x63hosen_replica_id\x18\x01 \x01(\t\x12,\n\ncandidates\x18\x02 \x03(\x0b\x32\x18.kvarn.v1.RouteCandidate\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x17\n\x0f\x65xpected_tokens\x18\x04 \x01(\r\x12\x0c\n\x04near\x18\x05 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x06 \x01(\r\"\xac\x02\n\x0eRouteCandidate\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07refusal\x18\x02 \x01(\t\x12\x14\n\x0c\x63\x61\x63hed_tiles\x18\x03 \x01(\r\x12\x17\n\x0funcached_tokens\x18\x04 \x01(\r\x12\x0e\n\x06\x62locks\x18\x05 \x01(\r\x12\x17\n\x0foccupancy_after\x18\x06 \x01(\x01\x12\x15\n\revicted_tiles\x18\x07 \x01(\r\x12\x15\n\rfirst_token_s\x18\x08 \x01(\x01\x12\x13\n\x0boccupancy_s\x18\t \x01(\x01\x12\x12\n\neviction_s\x18\n \x01(\x01\x12\x11\n\tpenalty_s\x18\x0b \x01(\x01\x12\x0f\n\x07price_s\x18\x0c \x01(\x01\x12\x11\n\tsharing_s\x18\r \x01(\x01\x12\x0f\n\x07\x64\x65lay_s\x18\x0e \x01(\x01*|\n\x0c\x42reakerState\x12\x1d\n\x19\x42REAKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42REAKER_STATE_CLOSED\x10\x01\x12\x1b\n\x17\x42REAKER_STATE_HALF_OPEN\x10\x02\x12\x16\n\x12\x42REAKER_STATE_OPEN\x10\x03*\x86\x01\n\rReplicaStatus\x12\x1e\n\x1aREPLICA_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14REPLICA_STATUS_READY\x10\x01\x12\x1b\n\x17REPLICA_STATUS_DRAINING\x10\x02\x12\x1e\n\x1aREPLICA_STATUS_UNREACHABLE\x10\x03\x32\xf5\x01\n\x07\x43luster\x12P\n\rGetCacheState\x12\x1e.kvarn.v1.GetCacheStateRequest\x1a\x1f.kvarn.v1.GetCacheStateResponse\x12I\n\nWatchCache\x12\x1b.kvarn.v1.WatchCacheRequest\x1a\x1c.kvarn.v1.WatchCacheResponse0\x01\x12M\n\x0c\x45xplainRoute\x12\x1d.kvarn.v1.ExplainRouteRequest\x1a\x1e.kvarn.v1.ExplainRouteResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvarn/v1/cluster.proto\x12\x08kvarn.v1\x1a\x14kvarn/v1/cache.proto\x1a\x18kvarn/v1/inference.proto\x1a\x17kvarn/v1/sampling.proto\"\x16\n\x14GetCacheStateRequest\"u\n\x15GetCacheStateResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x08replicas\x18\x02 \x03(\x0b\x32\x16.kvarn.v1.ReplicaCache\x12#\n\x05queue\x18\x03 \x01(\x0b\x32\x14.kvarn.v1.QueueState\".\n\nQueueState\x12\x10\n\x08requests\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\"\x9c\x01\n\x0cReplicaCache\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.kvarn.v1.ReplicaStatus\x12&\n\x05\x63\x61\x63he\x18\x03 \x01(\x0b\x32\x17.kvarn.v1.CacheSnapshot\x12\'\n\x07\x62reaker\x18\x04 \x01(\x0e\x32\x16.kvarn.v1.BreakerState\"\x13\n\x11WatchCacheRequest\"\xd9\x01\n\x12WatchCacheResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12+\n\x08snapshot\x18\x03 \x01(\x0b\x32\x17.kvarn.v1.FleetSnapshotH\x00\x12)\n\x07updated\x18\x04 \x01(\x0b\x32\x16.kvarn.v1.ReplicaCacheH\x00\x12\x1c\n\x12removed_replica_id\x18\x05 \x01(\tH\x00\x12#\n\x05queue\x18\x06 \x01(\x0b\x32\x14.kvarn.v1.QueueStateB\x07\n\x05\x65vent\"9\n\rFleetSnapshot\x12(\n\x08replicas\x18\x01 \x03(\x0b\x32\x16.kvarn.v1.ReplicaCache\"\x92\x01\n\x13\x45xplainRouteRequest\x12 \n\x06prompt\x18\x01 \x01(\x0b\x32\x10.kvarn.v1.Prompt\x12\x31\n\x0fsampling_params\x18\x02 \x01(\x0b\x32\x18.kvarn.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x03 \x01(\t\x12\x12\n\nsession_id\x18\x04 \x01(\t\"\xb6\x01\n\x14\x45xplainRouteResponse\x12\x19\n\x11\x63hosen_replica_id\x18\x01 \x01(\t\x12,\n\ncandidates\x18\x02 \x03(\x0b\x32\x18.kvarn.v1.RouteCandidate\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x17\n\x0f\x65xpected_tokens\x18\x04 \x01(\r\x12\x0c\n\x04near\x18\x05 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x06 \x01(\r\"\xbf\x02\n\x0eRouteCandidate\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07refusal\x18\x02 \x01(\t\x12\x14\n\x0c\x63\x61\x63hed_tiles\x18\x03 \x01(\r\x12\x17\n\x0funcached_tokens\x18\x04 \x01(\r\x12\x0e\n\x06\x62locks\x18\x05 \x01(\r\x12\x17\n\x0foccupancy_after\x18\x06 \x01(\x01\x12\x15\n\revicted_tiles\x18\x07 \x01(\r\x12\x15\n\rfirst_token_s\x18\x08 \x01(\x01\x12\x13\n\x0boccupancy_s\x18\t \x01(\x01\x12\x12\n\neviction_s\x18\n \x01(\x01\x12\x11\n\tpenalty_s\x18\x0b \x01(\x01\x12\x0f\n\x07price_s\x18\x0c \x01(\x01\x12\x11\n\tsharing_s\x18\r \x01(\x01\x12\x0f\n\x07\x64\x65lay_s\x18\x0e \x01(\x01\x12\x11\n\tsession_s\x18\x0f \x01(\x01*|\n\x0c\x42reakerState\x12\x1d\n\x19\x42REAKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42REAKER_STATE_CLOSED\x10\x01\x12\x1b\n\x17\x42REAKER_STATE_HALF_OPEN\x10\x02\x12\x16\n\x12\x42REAKER_STATE_OPEN\x10\x03*\x86\x01\n\rReplicaStatus\x12\x1e\n\x1aREPLICA_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14REPLICA_STATUS_READY\x10\x01\x12\x1b\n\x17REPLICA_STATUS_DRAINING\x10\x02\x12\x1e\n\x1aREPLICA_STATUS_UNREACHABLE\x10\x03\x32\xf5\x01\n\x07\x43luster\x12P\n\rGetCacheState\x12\x1e.kvarn.v1.GetCacheStateRequest\x1a\x1f.kvarn.v1.GetCacheStateResponse\x12I\n\nWatchCache\x12\x1b.kvarn.v1.WatchCacheRequest\x1a\x1c.kvarn.v1.WatchCacheResponse0\x01\x12M\n\x0c\x45xplainRoute\x12\x1d.kvarn.v1.ExplainRouteRequest\x1a\x1e.kvarn.v1.ExplainRouteResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvarn.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BREAKERSTATE']._serialized_start=1375
-  _globals['_BREAKERSTATE']._serialized_end=1499
-  _globals['_REPLICASTATUS']._serialized_start=1502
-  _globals['_REPLICASTATUS']._serialized_end=1636
+  _globals['_BREAKERSTATE']._serialized_start=1415
+  _globals['_BREAKERSTATE']._serialized_end=1539
+  _globals['_REPLICASTATUS']._serialized_start=1542
+  _globals['_REPLICASTATUS']._serialized_end=1676
   _globals['_GETCACHESTATEREQUEST']._serialized_start=109
   _globals['_GETCACHESTATEREQUEST']._serialized_end=131
   _globals['_GETCACHESTATERESPONSE']._serialized_start=133
@@ -52,12 +52,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHCACHERESPONSE']._serialized_end=698
   _globals['_FLEETSNAPSHOT']._serialized_start=700
   _globals['_FLEETSNAPSHOT']._serialized_end=757
-  _globals['_EXPLAINROUTEREQUEST']._serialized_start=759
-  _globals['_EXPLAINROUTEREQUEST']._serialized_end=885
-  _globals['_EXPLAINROUTERESPONSE']._serialized_start=888
-  _globals['_EXPLAINROUTERESPONSE']._serialized_end=1070
-  _globals['_ROUTECANDIDATE']._serialized_start=1073
-  _globals['_ROUTECANDIDATE']._serialized_end=1373
-  _globals['_CLUSTER']._serialized_start=1639
-  _globals['_CLUSTER']._serialized_end=1884
+  _globals['_EXPLAINROUTEREQUEST']._serialized_start=760
+  _globals['_EXPLAINROUTEREQUEST']._serialized_end=906
+  _globals['_EXPLAINROUTERESPONSE']._serialized_start=909
+  _globals['_EXPLAINROUTERESPONSE']._serialized_end=1091
+  _globals['_ROUTECANDIDATE']._serialized_start=1094
+  _globals['_ROUTECANDIDATE']._serialized_end=1413
+  _globals['_CLUSTER']._serialized_start=1679
+  _globals['_CLUSTER']._serialized_end=1924
 # @@protoc_insertion_point(module_scope)

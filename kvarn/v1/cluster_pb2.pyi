@@ -93,14 +93,16 @@ class FleetSnapshot(_message.Message):
     def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaCache, _Mapping]]] = ...) -> None: ...
 
 class ExplainRouteRequest(_message.Message):
-    __slots__ = ("prompt", "sampling_params", "cache_salt")
+    __slots__ = ("prompt", "sampling_params", "cache_salt", "session_id")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     prompt: _inference_pb2.Prompt
     sampling_params: _sampling_pb2.SamplingParams
     cache_salt: str
-    def __init__(self, prompt: _Optional[_Union[_inference_pb2.Prompt, _Mapping]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    session_id: str
+    def __init__(self, prompt: _Optional[_Union[_inference_pb2.Prompt, _Mapping]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., session_id: _Optional[str] = ...) -> None: ...
 
 class ExplainRouteResponse(_message.Message):
     __slots__ = ("chosen_replica_id", "candidates", "prompt_tokens", "expected_tokens", "near", "queued_requests")
@@ -119,7 +121,7 @@ class ExplainRouteResponse(_message.Message):
     def __init__(self, chosen_replica_id: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., near: _Optional[int] = ..., queued_requests: _Optional[int] = ...) -> None: ...
 
 class RouteCandidate(_message.Message):
-    __slots__ = ("replica_id", "refusal", "cached_tiles", "uncached_tokens", "blocks", "occupancy_after", "evicted_tiles", "first_token_s", "occupancy_s", "eviction_s", "penalty_s", "price_s", "sharing_s", "delay_s")
+    __slots__ = ("replica_id", "refusal", "cached_tiles", "uncached_tokens", "blocks", "occupancy_after", "evicted_tiles", "first_token_s", "occupancy_s", "eviction_s", "penalty_s", "price_s", "sharing_s", "delay_s", "session_s")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     CACHED_TILES_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +136,7 @@ class RouteCandidate(_message.Message):
     PRICE_S_FIELD_NUMBER: _ClassVar[int]
     SHARING_S_FIELD_NUMBER: _ClassVar[int]
     DELAY_S_FIELD_NUMBER: _ClassVar[int]
+    SESSION_S_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     refusal: str
     cached_tiles: int
@@ -148,4 +151,5 @@ class RouteCandidate(_message.Message):
     price_s: float
     sharing_s: float
     delay_s: float
-    def __init__(self, replica_id: _Optional[str] = ..., refusal: _Optional[str] = ..., cached_tiles: _Optional[int] = ..., uncached_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., occupancy_after: _Optional[float] = ..., evicted_tiles: _Optional[int] = ..., first_token_s: _Optional[float] = ..., occupancy_s: _Optional[float] = ..., eviction_s: _Optional[float] = ..., penalty_s: _Optional[float] = ..., price_s: _Optional[float] = ..., sharing_s: _Optional[float] = ..., delay_s: _Optional[float] = ...) -> None: ...
+    session_s: float
+    def __init__(self, replica_id: _Optional[str] = ..., refusal: _Optional[str] = ..., cached_tiles: _Optional[int] = ..., uncached_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., occupancy_after: _Optional[float] = ..., evicted_tiles: _Optional[int] = ..., first_token_s: _Optional[float] = ..., occupancy_s: _Optional[float] = ..., eviction_s: _Optional[float] = ..., penalty_s: _Optional[float] = ..., price_s: _Optional[float] = ..., sharing_s: _Optional[float] = ..., delay_s: _Optional[float] = ..., session_s: _Optional[float] = ...) -> None: ...

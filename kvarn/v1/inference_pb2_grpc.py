@@ -30,7 +30,8 @@ class InferenceStub:
     INVALID_ARGUMENT for a request that can never succeed, NOT_FOUND for a model that is not served,
     RESOURCE_EXHAUSTED for an oversized message or when no replica has capacity in time (google.rpc.RetryInfo in the
     status details then gives the time to retry after), UNAVAILABLE when no replica is ready or can take over.
-    Call metadata: x-kvarn-tenant names the tenant, x-kvarn-priority is an integer, lower first, 0 by default.
+    Call metadata: x-kvarn-tenant names the tenant, x-kvarn-priority is an integer, lower first, 0 by default,
+    x-session-id names the session.
     """
 
     def __init__(self, channel):
@@ -56,7 +57,8 @@ class InferenceServicer:
     INVALID_ARGUMENT for a request that can never succeed, NOT_FOUND for a model that is not served,
     RESOURCE_EXHAUSTED for an oversized message or when no replica has capacity in time (google.rpc.RetryInfo in the
     status details then gives the time to retry after), UNAVAILABLE when no replica is ready or can take over.
-    Call metadata: x-kvarn-tenant names the tenant, x-kvarn-priority is an integer, lower first, 0 by default.
+    Call metadata: x-kvarn-tenant names the tenant, x-kvarn-priority is an integer, lower first, 0 by default,
+    x-session-id names the session.
     """
 
     def Generate(self, request, context):
@@ -99,7 +101,8 @@ class Inference:
     INVALID_ARGUMENT for a request that can never succeed, NOT_FOUND for a model that is not served,
     RESOURCE_EXHAUSTED for an oversized message or when no replica has capacity in time (google.rpc.RetryInfo in the
     status details then gives the time to retry after), UNAVAILABLE when no replica is ready or can take over.
-    Call metadata: x-kvarn-tenant names the tenant, x-kvarn-priority is an integer, lower first, 0 by default.
+    Call metadata: x-kvarn-tenant names the tenant, x-kvarn-priority is an integer, lower first, 0 by default,
+    x-session-id names the session.
     """
 
     @staticmethod

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import partial
 
 from serve_app.config import RoutingConfig
 from serve_app.gateway.generation import Generation
@@ -145,9 +146,17 @@ class AdmissionQueue:
         """Ask the router for a replica not in `tried`, then for any: one that failed before may have recovered."""
         start = time.perf_counter()
         now_s = time.monotonic()
-        decision = self._router.admit(generation.key, generation.need, generation.prompt, now_s, tried)
+        admit = partial(
+            self._router.admit,
+            generation.key,
+            generation.need,
+            generation.prompt,
+            now_s,
+            caller=generation.caller,
+        )
+        decision = admit(tried)
         if decision.chosen is None and tried:
-            decision = self._router.admit(generation.key, generation.need, generation.prompt, now_s)
+            decision = admit()
         generation.decision_s = time.perf_counter() - start
         return decision
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from random import Random
 
 from kvarn.v1 import cluster_pb2, engine_pb2, inference_pb2, sampling_pb2
@@ -18,7 +19,7 @@ from serve_app.gateway.fleet import Fleet
 from serve_app.gateway.generation import Generation, new_key
 from serve_app.gateway.observation import Observation, Observer
 from serve_app.gateway.scale_from_zero import ScaleFromZero
-from serve_app.request.handler import Relay
+from serve_app.request.handler import MAX_NAME_CHARACTERS, Relay
 from serve_app.request.prompts import PromptEncoder
 from serve_app.request.request_errors import (
     NOT_READY,
@@ -33,7 +34,6 @@ from serve_app.request.structured_outputs import place_constraint
 from serve_app.routing import Caller, Candidate, Prompt, RetryBudget, Router, pause_s, token_array
 from serve_app.rpc import wire
 
-MAX_NAME_CHARACTERS = 128
 MAX_ATTEMPTS = 5  # consecutive failures of a request at replicas, without a token in between
 Responses = AsyncGenerator[inference_pb2.GenerateResponse, None]
 Request = inference_pb2.GenerateRequest | inference_pb2.GenerateOnceRequest
@@ -154,7 +154,7 @@ class Dispatcher:
     async def explain(
         self, request: cluster_pb2.ExplainRouteRequest, caller: Caller
     ) -> cluster_pb2.ExplainRouteResponse:
-        """Return where a request of any caller would go now, and the cost terms of every replica.
+        """Return where a request of `caller` would go now, and the cost terms of every replica.
 
         Raises:
             RequestError: with the sentence for the caller.
@@ -164,7 +164,9 @@ class Dispatcher:
         ids = await self._encoder.encode(request.prompt, context_tokens)
         sampling = self._with_max_tokens(request.sampling_params, context_tokens - len(ids))
         need = self._router.need(len(ids), sampling.max_tokens)
-        decision = self._router.choose(need, Prompt(token_array(ids), request.cache_salt), time.monotonic())
+        prompt = Prompt(token_array(ids), request.cache_salt)
+        caller = _with_session(caller, request)
+        decision = self._router.choose(need, prompt, time.monotonic(), caller=caller)
         return cluster_pb2.ExplainRouteResponse(
             chosen_replica_id=decision.chosen.replica_id if decision.chosen else "",
             candidates=[wire.candidate_to_proto(candidate) for candidate in sorted(decision.explain())],
@@ -223,7 +225,12 @@ class Dispatcher:
                 return call
             key = new_key()
             decision = self._router.admit(
-                key, generation.need, generation.prompt, time.monotonic(), [call.replica_id]
+                key,
+                generation.need,
+                generation.prompt,
+                time.monotonic(),
+                [call.replica_id],
+                generation.caller,
             )
             if decision.chosen is None:
                 return call
@@ -292,7 +299,7 @@ class Dispatcher:
             )
         return Generation(
             request_id=request.request_id or f"{self._random.getrandbits(128):032x}",
-            caller=caller,
+            caller=_with_session(caller, request),
             prompt_token_ids=ids,
             sampling=sampling,
             cache_salt=request.cache_salt,
@@ -312,7 +319,7 @@ class Dispatcher:
         return tokens
 
     def _check(self, request: Request) -> None:
-        for name in ("request_id", "cache_salt"):
+        for name in ("request_id", "cache_salt", "session_id"):
             length = len(getattr(request, name))
             if length > MAX_NAME_CHARACTERS:
                 raise BadRequestError(
@@ -340,6 +347,13 @@ class Dispatcher:
             default = max(self._default_max_tokens, sampling.min_tokens)
             sampling.max_tokens = max(1, min(default, room_tokens))
         return sampling
+
+
+def _with_session(caller: Caller, request: Request | cluster_pb2.ExplainRouteRequest) -> Caller:
+    """Return the caller with the request's session, unless the metadata name one."""
+    if caller.session or not request.session_id:
+        return caller
+    return replace(caller, session=request.session_id)
 
 
 _LOST = (

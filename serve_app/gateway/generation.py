@@ -22,7 +22,7 @@ class Generation:
 
     Attributes:
         request_id: id from the caller, or a random one.
-        caller: tenant and priority.
+        caller: tenant, priority and session.
         prompt_token_ids: token ids of the prompt.
         sampling: sampling parameters; max_tokens is set.
         cache_salt: separates its cached prefixes from those of requests with other salts.

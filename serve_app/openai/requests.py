@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 
 from pydantic import JsonValue
 
@@ -20,6 +21,7 @@ from serve_app.openai.schema import (
     StructuredOutputs,
     Tool,
 )
+from serve_app.request.handler import MAX_NAME_CHARACTERS
 from serve_app.request.prompts import LONE_SURROGATE
 from serve_app.request.request_errors import BadRequestError
 
@@ -124,9 +126,18 @@ def one_per_prompt(
             sampling_params=params,
             request_id=request_id,
             cache_salt=request.cache_salt or "",
+            session_id=session_id(request),
         )
         for prompt in prompts
     ]
+
+
+def session_id(request: Sampling) -> str:
+    """Return the name of the request's session, from the most to the least specific field; "" if it names none."""
+    metadata = request.metadata if isinstance(request.metadata, dict) else {}
+    names = (request.prompt_cache_key, metadata.get("session_id"), request.user)
+    name = next((name for name in names if isinstance(name, str) and name), "")
+    return name if len(name) <= MAX_NAME_CHARACTERS else sha256(name.encode()).hexdigest()
 
 
 def numbered(

@@ -99,6 +99,7 @@ Unsupported = Annotated[None, _UNSUPPORTED]
 Stop = str | Annotated[list[str], Field(max_length=64, fail_fast=True)] | None
 Place = tuple[str | int, ...]
 Ignored = Annotated[Any, Field(description="accepted and ignored")]
+NamesSession = Annotated[Any, Field(description="text names the session, for routing; else ignored")]
 
 
 class Model(BaseModel):
@@ -159,12 +160,12 @@ class Sampling(Model):
         default="", description="cached prefixes are shared only between requests with equal salts"
     )
 
-    user: Ignored = None
-    metadata: Ignored = None
+    user: NamesSession = None
+    metadata: Annotated[Any, Field(description="text in session_id names the session; else ignored")] = None
     store: Ignored = None
     service_tier: Ignored = None
     safety_identifier: Ignored = None
-    prompt_cache_key: Ignored = None
+    prompt_cache_key: NamesSession = None
     prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
 

@@ -8,6 +8,7 @@ from typing import Protocol
 from kvarn.v1 import cluster_pb2, engine_pb2, inference_pb2
 from serve_app.routing import Caller
 
+MAX_NAME_CHARACTERS = 128  # of request_id, cache_salt and session_id
 Request = inference_pb2.GenerateRequest | inference_pb2.GenerateOnceRequest
 
 

@@ -11,6 +11,7 @@ from serve_app.routing.queue import FairQueue, QueuedRequest
 from serve_app.routing.reservations import Reservations
 from serve_app.routing.retry import RetryBudget, pause_s
 from serve_app.routing.router import Router
+from serve_app.routing.sessions import SessionHomes
 from serve_app.routing.types import (
     BreakerState,
     CacheCapacity,
@@ -48,6 +49,7 @@ __all__ = [
     "Reservations",
     "RetryBudget",
     "Router",
+    "SessionHomes",
     "TileChange",
     "chain",
     "choose",

@@ -69,7 +69,7 @@ class Candidate(NamedTuple):
     """One replica considered for one request: the blocks it takes there, its price, and any rejection.
 
     `blocks` are reserved beyond the `cached_tiles` found; `evicted_tiles` are cached prefixes they displace. The
-    six terms from `first_token_s` to `staleness_s` are seconds and add up to `price_s`.
+    seven terms from `first_token_s` to `session_s` are seconds and add up to `price_s`.
     """
 
     replica_id: str
@@ -84,6 +84,7 @@ class Candidate(NamedTuple):
     occupancy_s: float = 0.0
     eviction_s: float = 0.0
     staleness_s: float = 0.0
+    session_s: float = 0.0
     price_s: float = 0.0
     rejection: Rejection | None = None
 
@@ -105,11 +106,24 @@ class Pricer:
     Args:
         need: what the request takes.
         weights: how much the terms weigh.
+        home: the replica that served the request's session last, if any.
     """
 
-    __slots__ = ("_full_cache_s", "_likely_tokens", "_occupancy_power", "_prompt_tokens", "_total_tokens")
+    __slots__ = (
+        "_full_cache_s",
+        "_home",
+        "_likely_tokens",
+        "_occupancy_power",
+        "_prompt_tokens",
+        "_session_s",
+        "_session_share",
+        "_total_tokens",
+    )
 
-    def __init__(self, need: RequestNeed, weights: CostWeights) -> None:
+    def __init__(self, need: RequestNeed, weights: CostWeights, home: str | None = None) -> None:
+        self._home = home
+        self._session_s = weights.session_s
+        self._session_share = weights.session_share
         self._prompt_tokens = need.prompt_tokens
         self._total_tokens = need.total_tokens
         self._likely_tokens = need.likely_tokens
@@ -158,6 +172,10 @@ class Pricer:
         occupancy_s = self._full_cache_s * occupancy**self._occupancy_power if occupancy > 0 else 0.0
         eviction_s = evicted_tiles * replica.evict_tile_s
         price_s = first_token_s + delay_s + replica.sharing_s + occupancy_s + eviction_s + replica.staleness_s
+        session_s = 0.0
+        if replica.replica_id == self._home:
+            session_s = -min(self._session_s, self._session_share * price_s)
+            price_s += session_s
         if not explain:
             return price_s, rejection
         return Candidate(
@@ -173,6 +191,7 @@ class Pricer:
             occupancy_s=occupancy_s,
             eviction_s=eviction_s,
             staleness_s=replica.staleness_s,
+            session_s=session_s,
             price_s=price_s,
             rejection=rejection,
         )

@@ -38,11 +38,13 @@ def choose(
     weights: CostWeights,
     key: int = 0,
     excluded: Collection[str] = (),
+    home: str | None = None,
 ) -> Decision:
     """Choose the replica with the least price among those that can hold `need`.
 
-    Prices close to the least count as equal; among those, rendezvous hashing of `key` decides. Gateways that do not
-    yet know of each other's requests thus send the same new prefix to the same replica, and never to a busy one.
+    Prices close to the least count as equal; among those, `home` is chosen, else rendezvous hashing of `key` decides.
+    Gateways that do not yet know of each other's requests thus send the same new prefix to the same replica, and never
+    to a busy one.
 
     Args:
         need: what the request takes.
@@ -51,12 +53,13 @@ def choose(
         weights: how much the terms of a price weigh.
         key: the hash of the shortest prefix that no replica holds.
         excluded: replicas that must not be chosen.
+        home: the replica that served the request's session last, if any.
     """
     if excluded:
         replicas = [
             _excluding(replica) if replica.replica_id in excluded else replica for replica in replicas
         ]
-    pricer = Pricer(need, weights)
+    pricer = Pricer(need, weights, home)
     price, depth_of = pricer.price, cached_tiles.get
     willing: list[tuple[float, Headroom]] = []
     rejections: list[Rejection] = []
@@ -75,7 +78,7 @@ def choose(
         return Decision(None, rejections, explain)
     limit_s = weights.near(least_s)
     near = [replica for price_s, replica in willing if price_s <= limit_s]
-    best = near[0] if len(near) == 1 else max(near, key=lambda replica: _rank(replica.replica_id, key))
+    best = near[0] if len(near) == 1 else max(near, key=lambda replica: _rank(replica.replica_id, key, home))
     (chosen,) = _explain(pricer, [best], cached_tiles)
     return Decision(chosen, rejections, explain, len(near))
 
@@ -90,5 +93,5 @@ def _explain(
     return [pricer.price(replica, cached_tiles.get(replica.replica_id, 0), True) for replica in replicas]
 
 
-def _rank(replica_id: str, key: int) -> tuple[int, str]:
-    return xxh3_64_intdigest(replica_id.encode(), key), replica_id
+def _rank(replica_id: str, key: int, home: str | None) -> tuple[bool, int, str]:
+    return replica_id == home, xxh3_64_intdigest(replica_id.encode(), key), replica_id

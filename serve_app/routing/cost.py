@@ -18,6 +18,8 @@ class CostWeights:
             requests wait as long for it.
         occupancy_s: price of a completely full cache.
         occupancy_power: exponent of that price over occupancy; the higher, the later it rises.
+        session_s: discount of the replica that served the request's session last...
+        session_share: ...but at most this share of its price.
         near_s: prices within this of the least count as equal...
         near_share: ...or within this share of it.
     """
@@ -26,6 +28,8 @@ class CostWeights:
     delay: float = 2.0
     occupancy_s: float = 0.5
     occupancy_power: int = 4
+    session_s: float = 0.2
+    session_share: float = 0.1
     near_s: float = 0.005
     near_share: float = 0.02
 

@@ -13,7 +13,8 @@ from serve_app.routing.hashing import Namespace, Prompt
 from serve_app.routing.index import PrefixIndex
 from serve_app.routing.lengths import OutputLengths
 from serve_app.routing.reservations import Reservations
-from serve_app.routing.types import CacheSnapshot, ReplicaState, RequestNeed
+from serve_app.routing.sessions import SessionHomes
+from serve_app.routing.types import CacheSnapshot, Caller, ReplicaState, RequestNeed
 
 LATE_S = 2.5  # silence beyond this costs a replica traffic; replicas report every second
 SLOWNESS_WEIGHT = 0.1
@@ -21,6 +22,7 @@ SLOWNESS_HALF_LIFE_S = 10.0  # gives a replica that gets no traffic for being sl
 NEVER_SLOW_S = 0.5  # a first token within this is on time, however short the prediction
 MAX_SLOWNESS = 8.0
 TileKind = tuple[str, int]
+ANYONE = Caller()
 
 
 @dataclass(slots=True)
@@ -81,6 +83,7 @@ class Router:
         self._roots: dict[TileKind, int] = {}
         self._kinds: set[TileKind] = set()
         self._max_model_len = 0
+        self._homes = SessionHomes()
         self.index = PrefixIndex(max_tiles)
         self.lengths = OutputLengths(output_quantile)
 
@@ -148,9 +151,10 @@ class Router:
         prompt: Prompt | None,
         now_s: float,
         excluded: Collection[str] = (),
+        caller: Caller = ANYONE,
     ) -> Decision:
         """Choose a replica for a request without reserving anything."""
-        return self._decide(need, self._chains(prompt), now_s, excluded)
+        return self._decide(need, self._chains(prompt), now_s, excluded, caller)
 
     def admit(
         self,
@@ -159,6 +163,7 @@ class Router:
         prompt: Prompt | None,
         now_s: float,
         excluded: Collection[str] = (),
+        caller: Caller = ANYONE,
     ) -> Decision:
         """Choose a replica and reserve the request's blocks there in the same step.
 
@@ -168,9 +173,10 @@ class Router:
             prompt: its tokens; None to look up no prefix.
             now_s: the time.
             excluded: replicas that must not be chosen.
+            caller: whose session it belongs to, if any.
         """
         chains = self._chains(prompt)
-        decision = self._decide(need, chains, now_s, excluded)
+        decision = self._decide(need, chains, now_s, excluded, caller)
         chosen = decision.chosen
         if chosen is None:
             return decision
@@ -181,6 +187,7 @@ class Router:
         self._reservations.hold(request_id, replica_id, need, kind[1], chosen.blocks, chosen.uncached_tokens)
         self._requests[request_id] = _Sent(replica_id, now_s, chosen.first_token_s)
         self.index.reserve(request_id, replica_id, chains.get(kind, ())[chosen.cached_tiles :])
+        self._homes.remember(caller, replica_id)
         replica.breaker.sent()
         replica.headroom = None
         return decision
@@ -239,6 +246,7 @@ class Router:
         chains: Mapping[TileKind, list[int]],
         now_s: float,
         excluded: Collection[str],
+        caller: Caller,
     ) -> Decision:
         depths: dict[str, int] = {}
         key = 0
@@ -253,7 +261,7 @@ class Router:
             else self._refresh(replica_id, replica, now_s)
             for replica_id, replica in self._replicas.items()
         ]
-        return choose(need, headrooms, depths, self._weights, key, excluded)
+        return choose(need, headrooms, depths, self._weights, key, excluded, self._homes.find(caller))
 
     def _refresh(self, replica_id: str, replica: _Replica, now_s: float) -> Headroom:
         replica.headroom_until_s = replica.heard_s + LATE_S if replica.breaker.is_closed else now_s

@@ -119,10 +119,14 @@ class ReplicaState(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who sends a request: the queue is fair between tenants; lower `priority` goes first, as in vLLM."""
+    """Who sends a request: the queue is fair between tenants; lower `priority` goes first, as in vLLM.
+
+    `session` names one of the tenant's conversations, whose requests share prefixes; empty if there is none.
+    """
 
     tenant: str = ""
     priority: int = 0
+    session: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import grpc
 
 TENANT_KEY = "x-kvarn-tenant"
 PRIORITY_KEY = "x-kvarn-priority"
+SESSION_KEY = "x-session-id"
 # Options of channels and servers. A peer that hangs may keep its connection: only unanswered pings reveal it.
 KEEPALIVE = [
     ("grpc.keepalive_time_ms", 10_000),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from serve_app.request.request_errors import AuthenticationError, BadRequestError, counting_rejections
 from serve_app.routing import Caller
-from serve_app.rpc.channels import PRIORITY_KEY, TENANT_KEY
+from serve_app.rpc.channels import PRIORITY_KEY, SESSION_KEY, TENANT_KEY
 from serve_app.security.api_keys import ApiKey, KeyFile, read_keys
 from serve_app.security.rate_limits import RateLimits
 from serve_app.security.reloaded_files import Reloaded
@@ -27,7 +27,8 @@ class Access:
     """Authenticates callers and applies the rate limits of their API keys.
 
     With API keys, a call's tenant and priority are those of its key; `x-kvarn-priority` can only lower the
-    priority. Without, both come from the headers `x-kvarn-tenant` and `x-kvarn-priority`.
+    priority. Without, both come from the headers `x-kvarn-tenant` and `x-kvarn-priority`. `x-session-id` names a
+    session of the tenant's.
 
     Args:
         api_keys: the file of keys, read again when it changes; None lets everyone in.
@@ -74,11 +75,12 @@ class Access:
 
     def _admit(self, headers: Headers, generations: int, held: ExitStack) -> Caller:
         key = self._key(headers)
-        priority = _priority(headers)
+        priority, session = _priority(headers), headers.get(SESSION_KEY, "")
         if key is None:
-            return Caller(_tenant(headers), priority or 0)
+            return Caller(_tenant(headers), priority or 0, session)
         held.enter_context(self._limits.admitted(key, generations))
-        return Caller(key.tenant, key.priority if priority is None else max(key.priority, priority))
+        priority = key.priority if priority is None else max(key.priority, priority)
+        return Caller(key.tenant, priority, session)
 
     def _key(self, headers: Headers) -> ApiKey | None:
         if self._keys is None:

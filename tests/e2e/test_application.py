@@ -431,7 +431,7 @@ def test_an_explained_route_lists_the_cost_terms_of_every_replica(client: Client
     for candidate in route.candidates:
         to_itself = candidate.first_token_s + candidate.sharing_s + candidate.penalty_s
         to_others = candidate.delay_s + candidate.occupancy_s + candidate.eviction_s
-        assert candidate.price_s == pytest.approx(to_itself + to_others)
+        assert candidate.price_s == pytest.approx(to_itself + to_others + candidate.session_s)
         assert not candidate.refusal
 
 

@@ -15,8 +15,9 @@ from serve_app.client import AsyncClient, InvalidRequestError
 from serve_app.openai import schema
 from serve_app.openai.schema import ChatCompletionRequest, CompletionRequest
 from serve_app.request.chat_templates import MAX_TEMPLATE_KWARGS_CHARACTERS
+from serve_app.request.handler import MAX_NAME_CHARACTERS
 from serve_app.request.prompts import PromptEncoder
-from tests.support.gateway_servers import Running, running_servers
+from tests.support.gateway_servers import MODEL, Running, running_servers
 
 ASK: dict[str, Any] = {"role": "user", "content": "hi"}
 ANSWERED: dict[str, Any] = {"role": "assistant", "content": "x"}
@@ -109,10 +110,42 @@ async def test_fields_that_clients_send_unasked(front: Running, name: str, value
     assert answer.status_code == 200, answer.text
 
 
-def test_fields_for_routing_stay_on_the_request() -> None:
-    sent = {"prompt_cache_key": "k", "user": "u", "metadata": {"session_id": "s"}}
-    request = ChatCompletionRequest.model_validate({"messages": [ASK], **sent})
-    assert {name: getattr(request, name) for name in sent} == sent
+@pytest.mark.parametrize(
+    ("fields", "session"),
+    [
+        ({}, ""),
+        ({"user": None, "metadata": None, "prompt_cache_key": ""}, ""),
+        ({"user": "u"}, "u"),
+        ({"user": "u", "metadata": {"session_id": "s"}}, "s"),
+        ({"user": "u", "metadata": {"session_id": "s"}, "prompt_cache_key": "k"}, "k"),
+        ({"user": {"id": 1}, "metadata": ["s"], "prompt_cache_key": 7}, ""),
+        ({"user": "u", "metadata": {"session_id": {}}}, "u"),
+    ],
+)
+async def test_fields_that_name_a_session(front: Running, fields: dict[str, Any], session: str) -> None:
+    assert (await chat(front, n=2, **fields)).status_code == 200
+    assert [request.session_id for request in front.script.requests[-2:]] == [session] * 2
+
+
+async def test_sessions_with_long_names_are_told_apart(front: Running) -> None:
+    for last in "ab":
+        assert (await chat(front, prompt_cache_key="x" * 1000 + last)).status_code == 200
+    first, second = (request.session_id for request in front.script.requests[-2:])
+    assert first != second
+    assert max(len(first), len(second)) <= MAX_NAME_CHARACTERS
+
+
+async def test_a_header_names_a_session_on_every_api(front: Running) -> None:
+    async with httpx.AsyncClient(base_url=front.url, headers={"x-session-id": "s" * 200}) as http:
+        for path, body in (
+            ("/v1/chat/completions", {"messages": [ASK]}),
+            ("/v1/completions", {"prompt": "Hi"}),
+            ("/v1/messages", {"model": MODEL, "max_tokens": 9, "messages": [ASK]}),
+            ("/v1/responses", {"model": MODEL, "input": "Hi", "store": False}),
+        ):
+            answer = await http.post(path, json=body)
+            assert answer.status_code == 200, answer.text
+            assert front.script.callers[-1].session == "s" * 200
 
 
 @pytest.mark.parametrize(

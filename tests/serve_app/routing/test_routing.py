@@ -31,6 +31,7 @@ from serve_app.routing import (
     Reservations,
     RetryBudget,
     Router,
+    SessionHomes,
     choose,
     pause_s,
     token_array,
@@ -107,7 +108,8 @@ def decide(
 
 def sum_of_prices(candidate: Candidate) -> float:
     shared = candidate.first_token_s + candidate.delay_s + candidate.sharing_s
-    return shared + candidate.occupancy_s + candidate.eviction_s + candidate.staleness_s
+    others = candidate.occupancy_s + candidate.eviction_s + candidate.staleness_s
+    return shared + others + candidate.session_s
 
 
 @given(needs, st.sampled_from([1, 16, 64, 128]))
@@ -133,6 +135,7 @@ def test_the_choice_can_hold_the_request_at_the_least_price(
             candidate.occupancy_s,
             candidate.eviction_s,
             candidate.staleness_s,
+            candidate.session_s,
         )
         assert candidate.price_s == sum(parts)
         assert candidate.cached_tiles <= cached[candidate.replica_id]
@@ -147,6 +150,75 @@ def test_the_choice_can_hold_the_request_at_the_least_price(
         room = load.free_blocks + load.evictable_blocks - chosen.reserved_blocks
         assert decision.chosen.blocks <= room
         assert decision.chosen.price_s <= WEIGHTS.near(min(c.price_s for c in willing))
+
+
+@given(needs, st.lists(replicas(), min_size=1, max_size=8), st.data())
+def test_a_session_never_beats_a_clearly_cheaper_replica(
+    need: RequestNeed, states: list[ReplicaState], data: st.DataObject
+) -> None:
+    ids = [state.replica_id for state in states]
+    cached = {replica_id: data.draw(st.integers(0, 40)) for replica_id in ids}
+    home = data.draw(st.sampled_from(ids))
+    without = choose(need, headrooms(states), cached, WEIGHTS).explain()
+    decision = choose(need, headrooms(states), cached, WEIGHTS, home=home)
+    for plain, candidate in zip(without, decision.explain(), strict=True):
+        discount_s = -candidate.session_s
+        assert (discount_s > 0) == (candidate.replica_id == home and plain.price_s > 0)
+        assert discount_s <= min(WEIGHTS.session_s, WEIGHTS.session_share * plain.price_s)
+        assert math.isclose(candidate.price_s, sum_of_prices(candidate))
+        if candidate == decision.chosen:
+            least_s = min(other.price_s for other in without if other.rejection is None)
+            assert plain.price_s <= WEIGHTS.near(least_s) + discount_s
+
+
+def test_a_session_returns_to_its_replica_until_another_is_clearly_cheaper() -> None:
+    router = Router(GATEWAY)
+    for replica in "abcd":
+        router.update(replica, snapshot(10_000), NOW_S)
+    homes = {}
+    for number in range(64):
+        caller = Caller("tenant", session=f"session {number}")
+        prompt = Prompt(token_array([number] * 256))
+        homes[caller] = router.admit("first", RequestNeed(256, 1), prompt, NOW_S, caller=caller).chosen[0]
+        router.release("first")
+    assert set(homes.values()) == set("abcd")
+    need, compacted = (
+        RequestNeed(512, 1),
+        Prompt(token_array([1000] * 512)),
+    )  # shares no prefix with the first
+
+    def replica_of(caller: Caller) -> str:
+        return router.choose(need, compacted, NOW_S, caller=caller).chosen.replica_id
+
+    assert {caller: replica_of(caller) for caller in homes} == homes
+    anyone = replica_of(Caller("tenant"))
+    assert {replica_of(Caller("another", session=caller.session)) for caller in homes} == {anyone}
+    for replica in "bcd":
+        router.update(replica, snapshot(10_000, running=200, sequence=2), NOW_S)
+    assert {replica_of(caller) for caller in homes} == {"a"}
+    router.remove("a")
+    assert {replica_of(caller) for caller in homes} == set("bcd")
+
+
+def test_sessions_are_bounded_and_a_tenant_forgets_its_own_first() -> None:
+    homes = SessionHomes(total=6, per_tenant=4)
+
+    def known(tenant: str, count: int) -> list[int]:
+        return [n for n in range(count) if homes.find(Caller(tenant, session=str(n))) is not None]
+
+    homes.remember(Caller("flood"), "a")
+    assert (len(homes), homes.find(Caller("flood"))) == (0, None)
+    for number in (0, 1):
+        homes.remember(Caller("small", session=str(number)), "a")
+    for number in range(100):
+        homes.remember(Caller("flood", session=str(number)), "b")
+    assert (known("small", 2), known("flood", 100)) == ([0, 1], [96, 97, 98, 99])
+    homes.remember(Caller("flood", session="96"), "c")
+    for number in range(3):  # the least recent tenant makes room: "small", and then "flood"
+        homes.remember(Caller("new", session=str(number)), "c")
+    assert len(homes) == 6
+    assert (known("small", 2), known("flood", 100), known("new", 3)) == ([], [96, 98, 99], [0, 1, 2])
+    assert homes.find(Caller("flood", session="96")) == "c"
 
 
 @given(needs, st.lists(replicas(), max_size=8), st.randoms(), st.integers(0, 1 << 63))
