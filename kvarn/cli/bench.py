@@ -12,7 +12,7 @@ from kvarn.bench.kernels.kernel_settings import (
     KernelBench,
     PrefillBench,
     QuantizeBench,
-    Repeats,
+    TuneBench,
 )
 from kvarn.bench.prefix_order import SchedulerBench
 from kvarn.bench.sinks import SinksBench
@@ -25,7 +25,6 @@ from kvarn.cli.output import (
     counting_progress,
     fail,
     missing_packages,
-    one_sentence_errors,
     out,
 )
 from kvarn.model import resolve_model
@@ -154,19 +153,20 @@ def bench_prefill(bench: PrefillBench, json_path: JsonOption = None, plot_path: 
 
 
 @bench_app.command("tune")
-def bench_tune(repeats: Repeats = KernelBench.repeats, json_path: JsonOption = None) -> None:
-    """Time the kernels' launch settings on this GPU and print the line that makes the best its default."""
-    with one_sentence_errors():
-        from kvarn.bench.kernels import tune
+@options_of(TuneBench)
+def bench_tune(bench: TuneBench, json_path: JsonOption = None) -> None:
+    """Time launch settings by preset, head size and query rows on this GPU and print those that make the best its
+    default."""
+    from kvarn.bench.kernels import tune
 
-        check_directory("--json", json_path)
-        with counting_progress("measured") as progress:
-            tuning = tune.run(progress, repeats)
-        out.print(tune.table(tuning))
-        out.print("To use the best, put this line into TUNED of kvarn/kernels/launch_settings.py:")
-        out.print(tuning.line, markup=False, highlight=False, soft_wrap=True)
-        if json_path is not None:
-            tune.write(json_path, tuning)
+    check_directory("--json", json_path)
+    with counting_progress("measured") as progress:
+        tuning = tune.run(bench, progress)
+    out.print(tune.table(tuning))
+    out.print("To use the best, put this entry into TUNED of kvarn/kernels/launch_settings.py:")
+    out.print(tuning.entry, markup=False, highlight=False, soft_wrap=True)
+    if json_path is not None:
+        tune.write(json_path, tuning)
 
 
 def _bench_kernels(bench: KernelBench, json_path: Path | None, plot_path: Path | None) -> None:

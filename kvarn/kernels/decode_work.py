@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import check_packed, check_queries
-from kvarn.kernels.launch_settings import FEW_ROWS, decode_launch
+from kvarn.kernels.launch_settings import FEW_ROWS, DecodeLaunch, decode_launch
 from kvarn.tile import TileLayout
 
 MAX_HEADS = 16  # query heads per KV head
@@ -277,12 +277,12 @@ class DecodeShape:
         layout: TileLayout,
         queries: int,
         device: torch.device,
-        programs_per_processor: int | None = None,
+        launch: DecodeLaunch | None = None,
     ) -> DecodeShape:
         """Return the launch for a batch of up to `queries` tokens per request.
 
         Args:
-            programs_per_processor: overrides the setting tuned for the device.
+            launch: overrides the settings tuned for the device.
 
         Raises:
             ValueError: if there are more than 16 query heads per KV head.
@@ -293,7 +293,7 @@ class DecodeShape:
         blocks = triton.cdiv(queries, max_rows(layout.head_dim) // per_head)
         block_tokens = triton.cdiv(queries, blocks)
         columns = max(8, triton.next_power_of_2(per_head * block_tokens))
-        launch = decode_launch(device, layout.head_dim, columns)
+        launch = launch or decode_launch(device, layout, columns)
         return cls(
             kv_heads,
             per_head,
@@ -303,7 +303,7 @@ class DecodeShape:
             columns,
             launch.warps,
             min(launch.piece, layout.group),
-            processors(device) * (programs_per_processor or launch.programs),
+            processors(device) * launch.programs,
         )
 
     @property

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
+
+from kvarn.tile import TileLayout
 
 FEW_ROWS = 16  # query heads x query tokens for which one or two warps keep everything in registers
 
 
-@dataclass(frozen=True)
-class LaunchSettings:
-    """Settings that depend on the GPU model.
+class DecodeKey(NamedTuple):
+    """What the registers of the decode kernel depend on.
 
     Attributes:
-        decode_parts: warps of decode programs per multiprocessor, at head_dim 128.
-        quantize_registers: maximum registers per thread of the kernel that quantizes tiles.
+        preset: name of the cache format.
+        head_dim: channels per head.
+        columns: query rows of a program, a power of two.
     """
 
-    decode_parts: int
-    quantize_registers: int
+    preset: str
+    head_dim: int
+    columns: int
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,41 @@ class DecodeLaunch:
     piece: int
 
 
-SAFE = LaunchSettings(decode_parts=8, quantize_registers=128)  # fit a multiprocessor of 65 536 registers
-TUNED = {"NVIDIA H200": LaunchSettings(decode_parts=8, quantize_registers=128)}
+@dataclass(frozen=True)
+class LaunchSettings:
+    """Settings that depend on the GPU model.
+
+    Attributes:
+        quantize_registers: maximum registers per thread of the kernel that quantizes tiles.
+        decode: launches of the decode kernel that are faster than `safe_decode_launch`.
+    """
+
+    quantize_registers: int = 128
+    decode: Mapping[DecodeKey, DecodeLaunch] = field(default_factory=dict)
+
+
+def safe_decode_launch(head_dim: int, columns: int) -> DecodeLaunch:
+    """Return a launch whose programs all run at once on a multiprocessor of 65 536 registers: 8 warps of 255 each."""
+    if columns > FEW_ROWS:
+        return DecodeLaunch(programs=2, warps=4, piece=64)
+    if head_dim > 128:
+        return DecodeLaunch(programs=4, warps=2, piece=32)
+    return DecodeLaunch(programs=8, warps=1, piece=32)
+
+
+# At head_dim 64, records of 128 tokens take 168 registers per thread, and records of 64 tokens 192.
+_HOPPER = LaunchSettings(
+    quantize_registers=128,
+    decode={
+        DecodeKey("kvarn_k4v2_g128", 64, 8): DecodeLaunch(programs=12, warps=1, piece=32),
+        DecodeKey("kvarn_k4v4_g128", 64, 8): DecodeLaunch(programs=12, warps=1, piece=32),
+        DecodeKey("kvarn_k2v2_g128", 64, 8): DecodeLaunch(programs=12, warps=1, piece=32),
+        DecodeKey("kvarn_k4v2_g64", 64, 8): DecodeLaunch(programs=10, warps=1, piece=32),
+        DecodeKey("kvarn_k4v4_g64", 64, 8): DecodeLaunch(programs=10, warps=1, piece=32),
+    },
+)
+SAFE = LaunchSettings()
+TUNED = {"NVIDIA H200": _HOPPER, "NVIDIA H100 80GB HBM3": _HOPPER}
 
 
 @lru_cache
@@ -48,12 +86,7 @@ def settings_for(device: torch.device) -> LaunchSettings:
     return TUNED.get(torch.cuda.get_device_name(device), SAFE) if device.type == "cuda" else SAFE
 
 
-def decode_launch(device: torch.device, head_dim: int, columns: int) -> DecodeLaunch:
+def decode_launch(device: torch.device, layout: TileLayout, columns: int) -> DecodeLaunch:
     """Return the settings of the decode kernel for `columns` query rows per program."""
-    parts = settings_for(device).decode_parts
-    if columns > FEW_ROWS:
-        return DecodeLaunch(programs=max(parts // 4, 1), warps=4, piece=64)
-    if head_dim > 128:
-        return DecodeLaunch(programs=max(parts // 2, 1), warps=2, piece=32)
-    narrow = head_dim <= 64 and columns == 8
-    return DecodeLaunch(programs=parts * 3 // 2 if narrow else parts, warps=1, piece=32)
+    key = DecodeKey(layout.preset.name, layout.head_dim, columns)
+    return settings_for(device).decode.get(key) or safe_decode_launch(layout.head_dim, columns)

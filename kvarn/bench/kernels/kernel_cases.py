@@ -29,6 +29,7 @@ from kvarn.bench.kernels.kernel_settings import (
 )
 from kvarn.bench.kernels.rivals import RIVALS, Rival
 from kvarn.kernels import decode, decode_work, pages, prefill, quantize, rotate
+from kvarn.kernels.launch_settings import DecodeLaunch
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
 
@@ -39,7 +40,8 @@ DISTINCT_TILES = 64  # random tiles that a cache repeats
 def cases(bench: KernelBench, device: torch.device) -> list[Case]:
     """The cases of a benchmark; only `Contender.prepare` allocates memory on `device`."""
     if isinstance(bench, DecodeBench):
-        return [DecodeCase(bench, batch, device).case() for batch in bench.cases]
+        variants = bench.variants()
+        return [DecodeCase(of, batch, device, name).case() for name, of in variants for batch in of.cases]
     if isinstance(bench, PrefillBench):
         return [PrefillCase(bench, start, device).case() for start in bench.starts]
     assert isinstance(bench, QuantizeBench)
@@ -127,13 +129,22 @@ class QuantizeCase:
 class DecodeCase:
     """Attention of the new tokens of each sequence of a batch.
 
+    Args:
+        bench: the settings.
+        batch: the batch.
+        device: device of the tensors.
+        variant: what a sweep changes in the settings, for the label.
+
     Attributes:
         lengths: tokens of each sequence.
         tiles: tiles of each sequence; the first is in a sink slot, the last in a tail slot.
     """
 
-    def __init__(self, bench: DecodeBench, batch: BatchShape, device: torch.device) -> None:
-        self._bench, self._batch, self._device = bench, batch, device
+    def __init__(
+        self, bench: DecodeBench, batch: BatchShape, device: torch.device, variant: str = ""
+    ) -> None:
+        self._bench, self._device = bench, device
+        self._label = f"{batch}, {variant}" if variant else batch.label
         self._layout = layout_of(bench)
         self._queries = len(batch.lengths) * bench.query_tokens
         self.lengths = [
@@ -144,7 +155,7 @@ class DecodeCase:
     def case(self) -> Case:
         fp16, fp8 = self.flash_bytes(FLOAT16_BYTES), self.flash_bytes(FP8_BYTES)
         return Case(
-            self._batch.label,
+            self._label,
             [
                 Contender(BASELINE, fp16, fp16, partial(self.prepare_flash, torch.float16)),
                 Contender(FP8_RIVAL, fp8, fp8, partial(self.prepare_flash, torch.float8_e4m3fn)),
@@ -175,8 +186,8 @@ class DecodeCase:
             prepare = partial(self.prepare_rival, rival)
             yield Contender(rival.name, cached + queries, cached + queries, prepare)
 
-    def prepare_ours(self, programs_per_processor: int | None = None) -> Launch:
-        """Our kernels; see `DecodeShape.of` for `programs_per_processor`."""
+    def prepare_ours(self, decode_launch: DecodeLaunch | None = None) -> Launch:
+        """Our kernels, with the launch tuned for the device unless `decode_launch` is given."""
         bench, layout, requests, device = self._bench, self._layout, len(self.lengths), self._device
         tiles, of_tiles = self._tiles()
         order = _shuffled(len(of_tiles), device)
@@ -189,7 +200,7 @@ class DecodeCase:
         kept = torch.cat([last, last - own_tile, last - own_tile + first_tile])
         tail_slots = torch.arange(requests, dtype=torch.int32, device=device)
         shape = decode_work.DecodeShape.of(
-            bench.query_heads, bench.kv_heads, layout, bench.query_tokens, device, programs_per_processor
+            bench.query_heads, bench.kv_heads, layout, bench.query_tokens, device, decode_launch
         )
         work = decode_work.DecodeWork(requests, shape, device)
         seq_lens = lengths.int()

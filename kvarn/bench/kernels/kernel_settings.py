@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Annotated, ClassVar
 
 from typer import Option
@@ -10,7 +11,12 @@ from typer import Option
 from kvarn.bench.batch_lengths import BATCHES, BatchShape, parse_batches
 from kvarn.bench.bench_settings import BenchError, check_at_least, check_preset, whole_numbers
 from kvarn.checks import MAX_QUERIES
-from kvarn.presets import get_preset
+from kvarn.dtypes import comma_separated
+from kvarn.presets import PRESETS, get_preset
+
+HEAD_DIMS = (64, 128, 256)
+SWEEPS = ("gqa", "formats", "query-tokens")
+GQA = (3, 5, 6, 7, 12, 16)  # query heads per KV head besides 1, 2, 4 and 8
 
 Repeats = Annotated[int, Option(help="Timed replays; the median is reported.")]
 
@@ -39,7 +45,7 @@ class KernelBench:
 
     def __post_init__(self) -> None:
         check_preset(self.preset)
-        if self.head_dim not in (64, 128, 256):
+        if self.head_dim not in HEAD_DIMS:
             raise BenchError(f"head_dim is {self.head_dim}: give 64, 128 or 256")
         check_at_least("kv_heads", self.kv_heads, 1)
         check_at_least("repeats", self.repeats, 1)
@@ -80,6 +86,19 @@ class AttentionBench(KernelBench):
             )
 
 
+def parse_sweeps(text: str) -> tuple[str, ...]:
+    """`"gqa,formats"` -> ("gqa", "formats").
+
+    Raises:
+        BenchError: an entry is not one of `SWEEPS`.
+    """
+    names = comma_separated(text)
+    for name in names:
+        if name not in SWEEPS:
+            raise BenchError(f"sweep {name!r} is not known: give one or more of {', '.join(SWEEPS)}")
+    return tuple(names)
+
+
 @dataclass(frozen=True)
 class DecodeBench(AttentionBench):
     """Decode attention: the newest tokens of each request attend to its context.
@@ -103,6 +122,35 @@ class DecodeBench(AttentionBench):
     query_tokens: Annotated[
         int, Option(help=f"New tokens per request; a speculative step has up to {MAX_QUERIES}.")
     ] = 1
+    sweep: Annotated[
+        tuple[str, ...],
+        Option(
+            parser=parse_sweeps,
+            help="Comma-separated sweeps to run instead of the settings alone, each over all batches: gqa (3, 5, 6, 7, "
+            "12, 16 query heads per KV head, and one KV head), formats (every preset and head_dim), query-tokens "
+            "(2, 4, 8, 16).",
+        ),
+    ] = ()
+
+    def variants(self) -> list[tuple[str, DecodeBench]]:
+        """Return the settings of each case with a name of what the sweeps change in them."""
+        base = replace(self, sweep=())
+        variants: list[tuple[str, DecodeBench]] = []
+        if "gqa" in self.sweep:
+            heads = [(of * self.kv_heads, self.kv_heads) for of in GQA] + [(8, 1)]
+            variants += [
+                (f"{query}/{kv} heads", replace(base, query_heads=query, kv_heads=kv)) for query, kv in heads
+            ]
+        if "formats" in self.sweep:
+            variants += [
+                (f"{preset}, head_dim {head_dim}", replace(base, preset=preset, head_dim=head_dim))
+                for preset, head_dim in product(PRESETS, HEAD_DIMS)
+            ]
+        if "query-tokens" in self.sweep:
+            variants += [
+                (f"{tokens} query tokens", replace(base, query_tokens=tokens)) for tokens in (2, 4, 8, 16)
+            ]
+        return variants or [("", base)]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,6 +164,44 @@ class DecodeBench(AttentionBench):
                     f"case {batch} has a sequence of {min(batch.lengths)} tokens: give at least query_tokens "
                     f"({self.query_tokens})"
                 )
+
+
+def parse_head_dims(text: str) -> tuple[int, ...]:
+    """`"64,128"` -> (64, 128); raise BenchError if an entry is not a whole number."""
+    return whole_numbers(text, "head_dim", "64, 128 or 256")
+
+
+@dataclass(frozen=True)
+class TuneBench:
+    """What to tune: the decode kernel of each preset, head size and number of query rows, and quantization.
+
+    Raises:
+        BenchError: a value is out of range.
+    """
+
+    presets: Annotated[
+        tuple[str, ...], Option(parser=comma_separated, help="Comma-separated cache formats to tune for.")
+    ] = tuple(PRESETS)
+    head_dims: Annotated[
+        tuple[int, ...], Option(parser=parse_head_dims, help="Comma-separated head dimensions to tune for.")
+    ] = HEAD_DIMS
+    cases: Annotated[
+        tuple[BatchShape, ...],
+        Option(
+            "--lengths", parser=parse_batches, help="Comma-separated batches, as `bench decode` takes them."
+        ),
+    ] = parse_batches("8x32768,256x2048,lognormal")
+    repeats: Repeats = KernelBench.repeats
+
+    def __post_init__(self) -> None:
+        for preset in self.presets:
+            check_preset(preset)
+        if unknown := set(self.head_dims) - set(HEAD_DIMS):
+            raise BenchError(f"head_dim is {min(unknown)}: give 64, 128 or 256")
+        for name in ("presets", "head_dims", "cases"):
+            if not getattr(self, name):
+                raise BenchError(f"{name} is empty: name at least one")
+        check_at_least("repeats", self.repeats, 1)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -15,15 +17,41 @@ from kvarn.bench.bench_settings import BenchError, Progress
 from kvarn.bench.kernels.clock import Clock
 from kvarn.bench.kernels.contenders import Launch
 from kvarn.bench.kernels.kernel_cases import DecodeCase, QuantizeCase
-from kvarn.bench.kernels.kernel_settings import DecodeBench, QuantizeBench
+from kvarn.bench.kernels.kernel_settings import DecodeBench, QuantizeBench, TuneBench
 from kvarn.environment import machine, versions
-from kvarn.kernels.launch_settings import LaunchSettings, settings_for
+from kvarn.kernels.decode_work import max_rows
+from kvarn.kernels.launch_settings import (
+    DecodeKey,
+    DecodeLaunch,
+    LaunchSettings,
+    safe_decode_launch,
+    settings_for,
+)
 from kvarn.result_files import write_results
 
-CANDIDATES: dict[str, tuple[int, ...]] = {
-    "decode_parts": (4, 6, 8, 10, 12, 16),
-    "quantize_registers": (96, 128, 168, 255),
-}
+REGISTERS = (96, 128, 168, 255)
+WARPS = (4, 6, 8, 10, 12, 16)  # of decode programs per multiprocessor
+PER_HEAD = 4  # query heads per KV head
+WORTHWHILE = 0.98  # of the safe launch's time; a smaller gain is within noise
+
+Setting = DecodeKey | None  # None: the registers of the kernel that quantizes tiles
+Value = DecodeLaunch | int
+Candidate = tuple[Setting, Value, list[Callable[[], Launch]]]
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """Time of one value of one setting.
+
+    Attributes:
+        key: the decode kernel's shape, or None for `LaunchSettings.quantize_registers`.
+        value: launch of the decode kernel, or registers.
+        us: microseconds, the geometric mean over several cases.
+    """
+
+    key: Setting
+    value: Value
+    us: float
 
 
 @dataclass(frozen=True)
@@ -33,35 +61,66 @@ class Tuning:
     Attributes:
         gpu: name of the GPU, the key of `kvarn.kernels.launch_settings.TUNED`.
         current: its launch settings now.
-        times_us: for each setting, microseconds by value; the geometric mean over several cases.
+        results: one per candidate.
     """
 
     gpu: str
     current: LaunchSettings
-    times_us: dict[str, dict[int, float]]
+    results: list[TuningResult]
 
     @property
     def best(self) -> LaunchSettings:
-        """The fastest value of each setting."""
-        return LaunchSettings(
-            **{name: min(times, key=times.__getitem__) for name, times in self.times_us.items()}
-        )
+        """The fastest registers, and the launches that are faster than the safe ones."""
+        times: dict[Setting, dict[Value, float]] = {}
+        for result in self.results:
+            times.setdefault(result.key, {})[result.value] = result.us
+        fastest = {key: min(of, key=of.__getitem__) for key, of in times.items()}
+        registers = fastest.pop(None, self.current.quantize_registers)
+        assert isinstance(registers, int)
+        decode = {}
+        for key, launch in fastest.items():
+            assert key is not None
+            assert isinstance(launch, DecodeLaunch)
+            if times[key][launch] < WORTHWHILE * times[key][safe_decode_launch(key.head_dim, key.columns)]:
+                decode[key] = launch
+        return LaunchSettings(registers, decode)
+
+    def in_use(self, result: TuningResult) -> bool:
+        """Whether the GPU uses this value now."""
+        return result.value == _value(self.current, result.key)
+
+    def is_best(self, result: TuningResult) -> bool:
+        """Whether `best` has this value."""
+        return result.value == _value(self.best, result.key)
 
     @property
-    def line(self) -> str:
+    def entry(self) -> str:
         """The entry of `kvarn.kernels.launch_settings.TUNED` that makes the best settings this GPU's default."""
-        values = ", ".join(
-            f"{field.name}={getattr(self.best, field.name)}" for field in fields(LaunchSettings)
+        lines = [
+            f'DecodeKey("{key.preset}", {key.head_dim}, {key.columns}): {launch!r},'
+            for key, launch in self.best.decode.items()
+        ]
+        decode = "".join(f"\n            {line}" for line in lines) + ("\n        " if lines else "")
+        return (
+            f'"{self.gpu}": LaunchSettings(\n'
+            f"        quantize_registers={self.best.quantize_registers},\n"
+            f"        decode={{{decode}}},\n"
+            "    ),"
         )
-        return f'"{self.gpu}": LaunchSettings({values}),'
 
 
-def run(progress: Progress, repeats: int = 20) -> Tuning:
+def _value(settings: LaunchSettings, key: Setting) -> Value:
+    if key is None:
+        return settings.quantize_registers
+    return settings.decode.get(key) or safe_decode_launch(key.head_dim, key.columns)
+
+
+def run(bench: TuneBench, progress: Progress) -> Tuning:
     """Measure every candidate on the current CUDA device.
 
     Args:
-        progress: called with (setting, candidates measured, candidates to measure).
-        repeats: timed replays, of which the median counts.
+        bench: the settings.
+        progress: called with (what runs, candidates measured, candidates to measure).
 
     Raises:
         BenchError: there is no CUDA device.
@@ -69,51 +128,87 @@ def run(progress: Progress, repeats: int = 20) -> Tuning:
     if not torch.cuda.is_available():
         raise BenchError(f"`kvarn bench tune` needs a CUDA GPU, and torch {torch.__version__} finds none")
     device = torch.device("cuda", torch.cuda.current_device())
-    times = measure(
-        launches(device, DecodeBench(), QuantizeBench()), Clock(device, repeats).median_us, progress
-    )
-    return Tuning(torch.cuda.get_device_name(device), settings_for(device), times)
+    results = measure(list(candidates(bench, device)), Clock(device, bench.repeats).median_us, progress)
+    return Tuning(torch.cuda.get_device_name(device), settings_for(device), results)
 
 
-def launches(
-    device: torch.device, decode_bench: DecodeBench, quantize_bench: QuantizeBench
-) -> dict[str, Callable[[int], list[Callable[[], Launch]]]]:
-    """For each setting, a function from a value to what prepares its launches, one per case."""
-    cases = [DecodeCase(decode_bench, batch, device) for batch in decode_bench.cases]
-    quantize = QuantizeCase(quantize_bench, device)
-    return {
-        "decode_parts": lambda value: [partial(case.prepare_ours, value) for case in cases],
-        "quantize_registers": lambda value: [partial(quantize.prepare_ours, value)],
-    }
+def decode_keys(bench: TuneBench) -> list[DecodeKey]:
+    """Return every shape of the decode kernel that a model of these presets and head sizes may launch."""
+    return [
+        DecodeKey(preset, head_dim, columns)
+        for preset, head_dim in product(bench.presets, bench.head_dims)
+        for columns in (8, 16, 32, 64)
+        if columns <= max_rows(head_dim)
+    ]
+
+
+def candidates(bench: TuneBench, device: torch.device) -> Iterator[Candidate]:
+    """Yield each setting and value with what prepares its launches, one per case."""
+    quantize = QuantizeCase(QuantizeBench(preset=bench.presets[0], head_dim=bench.head_dims[0]), device)
+    for registers in REGISTERS:
+        yield None, registers, [partial(quantize.prepare_ours, registers)]
+    for key in decode_keys(bench):
+        decode = DecodeBench(
+            preset=key.preset,
+            head_dim=key.head_dim,
+            query_heads=PER_HEAD * DecodeBench.kv_heads,
+            query_tokens=1 if key.columns == 8 else key.columns // PER_HEAD,
+            cases=bench.cases,
+        )
+        cases = [DecodeCase(decode, batch, device) for batch in decode.cases]
+        safe = safe_decode_launch(key.head_dim, key.columns)
+        for programs in sorted({max(warps // safe.warps, 1) for warps in WARPS} | {safe.programs}):
+            launch = replace(safe, programs=programs)
+            yield key, launch, [partial(case.prepare_ours, launch) for case in cases]
 
 
 def measure(
-    of_settings: dict[str, Callable[[int], list[Callable[[], Launch]]]],
-    median_us: Callable[[Launch], float],
-    progress: Progress,
-) -> dict[str, dict[int, float]]:
-    """Compute `Tuning.times_us` from `launches`; see `run` for `progress`."""
-    times: dict[str, dict[int, float]] = {}
-    for name, prepare in of_settings.items():
-        candidates, times[name] = CANDIDATES[name], {}
-        for done, value in enumerate(candidates):
-            progress(name, done, len(candidates))
-            measured = [median_us(make()) for make in prepare(value)]
-            times[name][value] = prod(measured) ** (1 / len(measured))
-        progress(name, len(candidates), len(candidates))
-    return times
+    of_candidates: list[Candidate], median_us: Callable[[Launch], float], progress: Progress
+) -> list[TuningResult]:
+    """Time each of the `candidates`; see `run` for `progress`."""
+    results = []
+    for done, (key, value, prepare) in enumerate(of_candidates):
+        progress(_name(key), done, len(of_candidates))
+        measured = [median_us(make()) for make in prepare]
+        results.append(TuningResult(key, value, prod(measured) ** (1 / len(measured))))
+    progress("tuned", len(of_candidates), len(of_candidates))
+    return results
 
 
 def write(path: Path, tuning: Tuning) -> None:
     """Write all measurements as JSON; raise ResultFileError if that fails."""
     record = {
         "benchmark": "tune",
-        **asdict(tuning),
-        "best": asdict(tuning.best),
+        "gpu": tuning.gpu,
+        "current": _settings(tuning.current),
+        "best": _settings(tuning.best),
+        "results": [
+            {
+                **(
+                    {"setting": "quantize_registers", "value": result.value}
+                    if isinstance(result.value, int)
+                    else {"setting": "decode", "value": asdict(result.value)}
+                ),
+                **({} if result.key is None else result.key._asdict()),
+                "us": result.us,
+            }
+            for result in tuning.results
+        ],
         "versions": versions(),
         "machine": machine(),
     }
     write_results(path, record)
+
+
+def _settings(settings: LaunchSettings) -> dict[str, Any]:
+    return {
+        "quantize_registers": settings.quantize_registers,
+        "decode": [{**key._asdict(), **asdict(launch)} for key, launch in settings.decode.items()],
+    }
+
+
+def _name(key: Setting) -> str:
+    return "quantize" if key is None else f"decode {key.preset}, head_dim {key.head_dim}, {key.columns} rows"
 
 
 def table(tuning: Tuning) -> Table:
@@ -121,13 +216,11 @@ def table(tuning: Tuning) -> Table:
     made = Table(title=tuning.gpu)
     for heading in ("setting", "value", "us", ""):
         made.add_column(heading, justify="left" if heading in ("setting", "") else "right")
-    for name, times in tuning.times_us.items():
-        for value, us in times.items():
-            marks = [
-                mark
-                for mark, of in (("in use", tuning.current), ("best", tuning.best))
-                if getattr(of, name) == value
-            ]
-            made.add_row(name, str(value), f"{us:.1f}", ", ".join(marks))
-        made.add_section()
+    for result in tuning.results:
+        value = result.value
+        shown = f"{value} registers" if isinstance(value, int) else f"{value.programs} x {value.warps} warps"
+        marks = [
+            mark for mark, of in (("in use", tuning.in_use(result)), ("best", tuning.is_best(result))) if of
+        ]
+        made.add_row(_name(result.key), shown, f"{result.us:.1f}", ", ".join(marks))
     return made

@@ -3,7 +3,7 @@
 import json
 import sys
 import types
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,17 +22,31 @@ from kvarn.bench.kernels.contenders import (
     OURS_WITHOUT_FLASH,
     Case,
     Contender,
+    Launch,
 )
 from kvarn.bench.kernels.kernel_settings import (
+    HEAD_DIMS,
     DecodeBench,
     KernelBench,
     PrefillBench,
     QuantizeBench,
+    TuneBench,
     parse_starts,
+    parse_sweeps,
 )
 from kvarn.bench.kernels.rivals import RIVALS
 from kvarn.cli import app
-from kvarn.kernels.launch_settings import SAFE, LaunchSettings, settings_for
+from kvarn.kernels import launch_settings
+from kvarn.kernels.decode_work import DecodeShape, processors
+from kvarn.kernels.launch_settings import (
+    SAFE,
+    DecodeKey,
+    DecodeLaunch,
+    LaunchSettings,
+    safe_decode_launch,
+    settings_for,
+)
+from kvarn.presets import get_preset
 from kvarn.reference import codec, hadamard
 from kvarn.tile import TileLayout
 
@@ -314,6 +328,10 @@ class TestSettings:
                 r"case 2x9\+1x3 has a sequence of 3 tokens: give at least query_tokens \(4\)",
             ),
             (lambda: QuantizeBench(tiles=0), "tiles is 0"),
+            (lambda: parse_sweeps("gqa,heads"), "sweep 'heads' is not known: give one or more of gqa"),
+            (lambda: TuneBench(presets=()), "presets is empty"),
+            (lambda: TuneBench(presets=("kvarn",)), "unknown KVarN preset 'kvarn'"),
+            (lambda: TuneBench(head_dims=(96,)), "head_dim is 96: give 64, 128 or 256"),
             (lambda: PrefillBench(starts=(100,)), "a start is 100: give a multiple of 128"),
         ],
     )
@@ -338,26 +356,123 @@ def test_the_commands_refuse_options_in_one_sentence() -> None:
         assert "case 'many' is not understood" in result.output
 
 
-def test_tuning_measures_every_candidate_and_names_the_best(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(tune, "CANDIDATES", {"decode_parts": (4, 6), "quantize_registers": (128, 168)})
-    decode_bench = DecodeBench(**TINY, query_heads=2, cases=parse_batches("1x100,2x100"))
-    prepared = tune.launches(DEVICE, decode_bench, QuantizeBench(**TINY, tiles=1))
+def tuning_of(times: dict[DecodeKey, dict[int, float]]) -> tune.Tuning:
+    """A tuning from the microseconds of each number of programs."""
+    results = [
+        tune.TuningResult(key, replace(safe_decode_launch(key.head_dim, key.columns), programs=programs), us)
+        for key, of in times.items()
+        for programs, us in of.items()
+    ]
+    results += [tune.TuningResult(None, registers, us) for registers, us in ((128, 7.0), (168, 3.0))]
+    return tune.Tuning("NVIDIA Test", SAFE, results)
+
+
+def test_tuning_measures_every_case_of_every_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "REGISTERS", (128,))
+    monkeypatch.setattr(tune, "WARPS", (4, 8))
+    for case in (kernel_cases.QuantizeCase, kernel_cases.DecodeCase):
+        monkeypatch.setattr(case, "prepare_ours", lambda self, value: lambda: (self, value))
+    bench = TuneBench(("kvarn_k4v4_g64",), (64, 256), parse_batches("1x100,2x100"))
+    candidates = list(tune.candidates(bench, DEVICE))
     seen: list[tuple[str, int, int]] = []
-    us = iter([9.0, 9.0, 4.0, 1.0, 7.0, 3.0])
-    times = tune.measure(prepared, lambda launch: next(us), lambda *done: seen.append(done))
-    assert {name: tuple(of) for name, of in times.items()} == tune.CANDIDATES
-    assert times["decode_parts"][6] == 2.0  # the geometric mean of 4 and 1
-    tuning = tune.Tuning("NVIDIA Test", SAFE, times)
-    assert tuning.best == LaunchSettings(decode_parts=6, quantize_registers=168)
-    assert tuning.line == '"NVIDIA Test": LaunchSettings(decode_parts=6, quantize_registers=168),'
-    assert seen[-1] == ("quantize_registers", 2, 2)
-    assert tune.table(tuning).row_count == 4
+    us = iter([9.0, *(float(4 ** (case % 2)) for case in range(2 * len(candidates) - 2))])
+    launched: list[tuple[object, object]] = []
+
+    def launched_us(launch: Launch) -> float:
+        launched.append(launch())
+        return next(us)
+
+    results = tune.measure(candidates, launched_us, lambda *done: seen.append(done))
+    assert results[0] == tune.TuningResult(None, 128, 9.0)
+    assert all(of.us == 2.0 for of in results[1:])  # the geometric mean of 1 and 4
+    programs = {
+        (key.head_dim, key.columns): [of.value.programs for of in results if of.key == key]
+        for key in tune.decode_keys(bench)
+    }
+    narrow = {(64, columns): of for columns, of in ((8, [4, 8]), (16, [4, 8]), (32, [1, 2]), (64, [1, 2]))}
+    assert programs == {**narrow, (256, 8): [2, 4], (256, 16): [2, 4]}
+    assert [value for _, value in launched[1::2]] == [of.value for of in results[1:]]
+    cases = {key: prepare[0].func.__self__ for key, _, prepare in candidates[1:]}
+    shapes = {
+        key: DecodeShape.of(
+            case._bench.query_heads, case._bench.kv_heads, case._layout, case._bench.query_tokens, DEVICE
+        )
+        for key, case in cases.items()
+    }
+    assert {key.columns for key in shapes} == {8, 16, 32, 64}
+    assert all(shape.columns == key.columns for key, shape in shapes.items())
+    assert seen[-1] == ("tuned", len(candidates), len(candidates))
+
+
+def test_a_candidate_decides_the_launch() -> None:
+    bench = DecodeBench(**TINY, query_heads=2, cases=parse_batches("1x70"))
+    launch = kernel_cases.DecodeCase(bench, bench.cases[0], DEVICE).prepare_ours(DecodeLaunch(3, 2, 64))
+    shape = launch.keywords["shape"]
+    assert shape.programs == 3 * processors(DEVICE)
+    assert (shape.warps, shape.piece) == (2, 64)
+
+
+def test_tuning_names_the_launches_that_beat_the_safe_ones(tmp_path: Path) -> None:
+    faster, same = DecodeKey("kvarn_k4v4_g64", 64, 8), DecodeKey("kvarn_k4v2_g128", 256, 8)
+    tuning = tuning_of({faster: {8: 10.0, 10: 9.0, 12: 11.0}, same: {4: 10.0, 6: 9.9}})
+    assert tuning.best == LaunchSettings(168, {faster: DecodeLaunch(programs=10, warps=1, piece=32)})
+    names = {of.__name__: of for of in (DecodeKey, DecodeLaunch, LaunchSettings)}
+    assert eval(f"{{{tuning.entry}}}", names) == {"NVIDIA Test": tuning.best}
+    assert tune.table(tuning).row_count == len(tuning.results)
+    marked = [(of.key, of.value) for of in tuning.results if tuning.is_best(of)]
+    assert [key for key, _ in marked] == [faster, same, None]
     tune.write(tmp_path / "tuning.json", tuning)
     written = json.loads((tmp_path / "tuning.json").read_text())
-    assert written["best"] == asdict(tuning.best)
-    assert written["times_us"]["decode_parts"].keys() == {"4", "6"}
+    assert written["best"]["decode"] == [{**faster._asdict(), "programs": 10, "warps": 1, "piece": 32}]
+    assert written["results"][0] == {
+        "setting": "decode",
+        "value": {"programs": 8, "warps": 1, "piece": 32},
+        **faster._asdict(),
+        "us": 10.0,
+    }
+
+
+def test_sweeps_cover_heads_formats_and_query_tokens() -> None:
+    bench = DecodeBench(cases=parse_batches("1x200,1x300"), sweep=parse_sweeps("gqa, formats,query-tokens"))
+    labels = [case.label for case in kernel_cases.cases(bench, DEVICE)]
+    assert len(labels) == len(set(labels)) == 2 * (7 + 15 + 4)
+    assert labels[:2] == ["1x200, 24/8 heads", "1x300, 24/8 heads"]
+    assert {"1x200, 8/1 heads", "1x300, kvarn_k2v2_g128, head_dim 256", "1x300, 16 query tokens"} < set(
+        labels
+    )
+    variants = dict(bench.variants())
+    assert (variants["8/1 heads"].query_heads, variants["8/1 heads"].kv_heads) == (8, 1)
+    assert variants["16 query tokens"].query_tokens == 16
+    assert kernel_cases.cases(replace(bench, sweep=()), DEVICE)[0].label == "1x200"
+
+
+@pytest.mark.parametrize("kind", ["7/1 heads", "2 query tokens"])
+def test_what_a_sweep_changes_is_launched(kind: str) -> None:
+    bench = DecodeBench(**TINY, query_heads=2, cases=parse_batches("1x70"), sweep=("gqa", "query-tokens"))
+    variant = dict(bench.variants())[kind]
+    launch = kernel_cases.DecodeCase(variant, variant.cases[0], DEVICE, kind).prepare_ours()
+    launch()
+    assert launch.keywords["out"].isfinite().all()
+    shape = launch.keywords["shape"]
+    assert (shape.per_head, shape.queries) == ((7, 1) if "heads" in kind else (2, 2))
+
+
+def test_launches_that_are_not_measured_fit_any_supported_gpu() -> None:
+    for head_dim in HEAD_DIMS:
+        for columns in (8, 16, 32, 64):
+            launch = safe_decode_launch(head_dim, columns)
+            assert launch.programs * launch.warps * 32 * 255 <= 65536
+
+
+def test_a_tuned_launch_is_used_for_its_preset_head_size_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = TileLayout(get_preset("kvarn_k4v2_g64"), 64)
+    tuned = DecodeLaunch(programs=5, warps=1, piece=32)
+    settings = LaunchSettings(decode={DecodeKey("kvarn_k4v2_g64", 64, 16): tuned})
+    monkeypatch.setattr(launch_settings, "settings_for", lambda device: settings)
+    assert launch_settings.decode_launch(DEVICE, layout, 16) == tuned
+    assert launch_settings.decode_launch(DEVICE, layout, 8) == safe_decode_launch(64, 8)
+    other = TileLayout(get_preset("kvarn_k4v2_g128"), 64)
+    assert launch_settings.decode_launch(DEVICE, other, 16) == safe_decode_launch(64, 16)
 
 
 def test_a_gpu_nobody_tuned_gets_safe_settings(monkeypatch: pytest.MonkeyPatch) -> None:
