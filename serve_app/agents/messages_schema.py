@@ -23,6 +23,7 @@ class TextBlock(Model):
     text: str
     cache_control: Ignored = None
     citations: Ignored = None
+    parsed_output: Ignored = None
 
 
 class ThinkingBlock(Model):
@@ -51,6 +52,7 @@ class ToolUseBlock(Model):
     input: dict[str, JsonValue]
     cache_control: Ignored = None
     caller: Ignored = None
+    toolset_name: Ignored = None
 
 
 ResultBlock = Annotated[TextBlock, supported_only("blocks in tool results", ("text",))]
@@ -66,6 +68,7 @@ class ToolResultBlock(Model):
         default=None, description="the content must say so too: models see only that"
     )
     cache_control: Ignored = None
+    toolset_name: Ignored = None
 
 
 AnyBlock = Annotated[

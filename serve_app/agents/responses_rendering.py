@@ -33,6 +33,7 @@ class ResponseObjects:
     def __init__(self, head: Head, wanted: ResponsesRequest, logprobs: ShowLogprobs) -> None:
         self._head = head
         self._wanted = wanted
+        self._functions = wanted.functions
         self.logprobs = logprobs
 
     def response(
@@ -66,7 +67,7 @@ class ResponseObjects:
             "temperature": wanted.temperature,
             "text": _text(wanted),
             "tool_choice": _tool_choice(wanted),
-            "tools": [tool.model_dump(exclude_none=True) for tool in wanted.tools or ()],
+            "tools": [tool.model_dump(by_alias=True, exclude_none=True) for tool in wanted.tools or ()],
             "top_logprobs": wanted.top_logprobs or 0,
             "top_p": wanted.top_p,
             "truncation": "disabled",
@@ -90,7 +91,7 @@ class ResponseObjects:
                 made |= {"type": "message", "role": "assistant", "content": [self.part(block)]}
             case "call":
                 arguments = block.text or _NO_ARGUMENTS
-                made |= {"type": "function_call", "arguments": arguments, **_named(block)}
+                made |= {"type": "function_call", "arguments": arguments, **self.named(block)}
         return made
 
     def opened_item(self, block: Block) -> dict[str, Any]:
@@ -102,8 +103,14 @@ class ResponseObjects:
             case "text":
                 made |= {"type": "message", "role": "assistant", "content": []}
             case "call":
-                made |= {"type": "function_call", "arguments": "", **_named(block)}
+                made |= {"type": "function_call", "arguments": "", **self.named(block)}
         return made
+
+    def named(self, block: Block) -> dict[str, str]:
+        """Return which function a block calls."""
+        namespace, function = self._functions.get(block.name, (None, None))
+        names = {"name": function.name if function else block.name}
+        return {"call_id": block.call_id, **names, **({"namespace": namespace} if namespace else {})}
 
     def part(self, block: Block) -> dict[str, Any]:
         """Return the one part of the content of a message or of reasoning."""
@@ -176,7 +183,7 @@ class ResponseEvents:
             self._add(
                 "response.function_call_arguments.done",
                 **self._place(block),
-                name=block.name,
+                name=item["name"],
                 arguments=item["arguments"],
             )
         else:
@@ -221,10 +228,6 @@ def response_usage(usage: inference_pb2.Usage) -> dict[str, Any]:
         "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
-
-
-def _named(block: Block) -> dict[str, str]:
-    return {"call_id": block.call_id, "name": block.name}
 
 
 def _text(wanted: ResponsesRequest) -> dict[str, Any]:

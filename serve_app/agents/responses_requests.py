@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, PrivateAttr, ValidationError, field_validator, model_validator
 
 from serve_app.agents.responses_schema import (
-    AnyFunction,
     AnyItem,
+    AnyTool,
     AnyToolChoice,
+    FlatFunction,
     FlatToolChoice,
     FunctionCallItem,
     FunctionOutputItem,
     MessageItem,
+    Namespace,
     ReasoningConfig,
     ReasoningItem,
     ResponsesStreamOptions,
     TextConfig,
     TextFormat,
+    flat_name,
     shown,
 )
 from serve_app.agents.turns import Turns
@@ -77,7 +81,7 @@ class ResponsesRequest(Model):
     stream_options: ResponsesStreamOptions | None = None
     temperature: float | None = None
     top_p: float | None = None
-    tools: Annotated[list[AnyFunction], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: AnyToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
@@ -105,6 +109,7 @@ class ResponsesRequest(Model):
     truncation: Literal["disabled", "auto"] | None = Field(default=None, description="auto is not supported")
     previous_response_id: str | None = Field(default=None, description="not supported: no response is kept")
     background: OnlyFalse | None = Field(default=None, description="true is not supported")
+    background_options: Unsupported = Field(default=None, description="not supported")
     conversation: Unsupported = Field(default=None, description="not supported")
     prompt: Unsupported = Field(default=None, description="not supported")
     context_management: Unsupported = Field(default=None, description="not supported")
@@ -145,6 +150,11 @@ class ResponsesRequest(Model):
         """Return whether the answer is to include `what`."""
         return what in (self.include or ())
 
+    @property
+    def functions(self) -> dict[str, tuple[str | None, FlatFunction]]:
+        """Namespace and function by the name that the model calls."""
+        return {flat_name(namespace, one.name): (namespace, one) for namespace, one in self._functions()}
+
     @field_validator("previous_response_id")
     @classmethod
     def _keeps_no_responses(cls, value: str | None) -> str | None:
@@ -168,15 +178,23 @@ class ResponsesRequest(Model):
             raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
         return self
 
+    def _functions(self) -> Iterator[tuple[str | None, FlatFunction]]:
+        for tool in self.tools or ():
+            if isinstance(tool, Namespace):
+                yield from ((tool.name, one) for one in tool.tools)
+            else:
+                yield None, tool
+
     def _translated(self) -> ChatCompletionRequest:
         same: dict[str, Any] = {name: getattr(self, name) for name in _SAME_NAME}
         with_logprobs = bool(self.top_logprobs) or self.includes(LOGPROBS)
+        tools = [_tool(flat_name(namespace, one.name), one) for namespace, one in self._functions()]
         return ChatCompletionRequest(
             **same,
             messages=_turns(self).messages(),
             max_completion_tokens=self.max_output_tokens,
-            tools=[_tool(tool) for tool in self.tools] if self.tools else None,
-            tool_choice=_choice(self.tool_choice, bool(self.tools)),
+            tools=tools or None,
+            tool_choice=_choice(self.tool_choice, bool(tools)),
             response_format=_format(self.text.format if self.text else None),
             reasoning_effort=self.reasoning.effort if self.reasoning else None,
             logprobs=with_logprobs or None,
@@ -188,6 +206,9 @@ def _turns(request: ResponsesRequest) -> Turns:
     turns = Turns()
     if request.instructions:
         turns.add_text("system", request.instructions)
+    for tool in request.tools or ():
+        if isinstance(tool, Namespace) and tool.description:
+            turns.add_text("system", f"{tool.name}: {tool.description}")
     if isinstance(request.input, str):
         turns.add_text("user", request.input)
         return turns
@@ -200,15 +221,15 @@ def _turns(request: ResponsesRequest) -> Turns:
             case ReasoningItem():
                 turns.add_reasoning(item.text)
             case FunctionCallItem():
-                turns.add_call(item.call_id, item.name, item.arguments)
+                turns.add_call(item.call_id, flat_name(item.namespace, item.name), item.arguments)
             case FunctionOutputItem():
                 turns.add_result(item.call_id, shown(item.output))
     return turns
 
 
-def _tool(tool: AnyFunction) -> Tool:
+def _tool(name: str, tool: FlatFunction) -> Tool:
     function = Function(
-        name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
+        name=name, description=tool.description, parameters=tool.parameters, strict=tool.strict
     )
     return Tool(type="function", function=function)
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue, model_validator
 
 from serve_app.agents.supported_types import supported_only
-from serve_app.openai.schema import FunctionName, Ignored, JsonSchema, Model, OnlyFalse
+from serve_app.openai.schema import MAX_TOOLS, FunctionName, Ignored, JsonSchema, Model, OnlyFalse
 
 MAX_PARTS = 1024  # per item
 _ENCODED = "kvarn1."  # begins what `encoded_reasoning` returns
@@ -72,10 +72,11 @@ class FunctionCallItem(Model):
     name: str
     arguments: str
     parsed_arguments: Ignored = None
+    async_: Ignored = Field(default=None, alias="async")
     id: Ignored = None
     status: Ignored = None
     caller: Ignored = None
-    namespace: Ignored = None
+    namespace: str | None = None
 
 
 class FunctionOutputItem(Model):
@@ -142,9 +143,32 @@ class FlatFunction(Model):
     defer_loading: OnlyFalse | None = None
     allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=8, fail_fast=True)] | None = None
     output_schema: Ignored = None
+    async_: OnlyFalse | None = Field(default=None, alias="async", description="true is not supported")
 
 
-AnyFunction = Annotated[FlatFunction, supported_only("tools", ("function",))]
+class Namespace(Model):
+    """Functions under a common name, as Codex sends those of an MCP server."""
+
+    type: Literal["namespace"]
+    name: FunctionName
+    description: str | None = None
+    tools: Annotated[
+        list[Annotated[FlatFunction, supported_only("tools in namespaces", ("function",))]],
+        Field(max_length=MAX_TOOLS, fail_fast=True),
+    ]
+
+
+AnyTool = Annotated[
+    Annotated[FlatFunction | Namespace, Field(discriminator="type")],
+    supported_only("tools", ("function", "namespace")),
+]
+
+
+def flat_name(namespace: str | None, name: str) -> str:
+    """Return the name by which the model calls a function; Codex ends the names of its namespaces in "__"."""
+    if not namespace:
+        return name
+    return f"{namespace}{name}" if namespace.endswith("__") else f"{namespace}__{name}"
 
 
 class FlatToolChoice(Model):

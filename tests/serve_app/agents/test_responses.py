@@ -31,6 +31,12 @@ WEATHER: Any = {
     "strict": False,
 }
 CLOCK: Any = {"type": "function", "name": "clock", "parameters": {"type": "object"}}
+NAMESPACE: Any = {
+    "type": "namespace",
+    "name": "mcp__home",
+    "description": "Tools of a home.",
+    "tools": [CLOCK, {**WEATHER, "defer_loading": False}],
+}
 TWO_CALLS = (
     'Let me look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
     '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
@@ -433,7 +439,7 @@ async def test_the_request_of_codex(thinker: Running) -> None:
             },
             {"type": "function_call_output", "call_id": "call_1", "output": "noon"},
         ],
-        "tools": [CLOCK, {**WEATHER, "strict": False}],
+        "tools": [CLOCK, {**WEATHER, "strict": False}, NAMESPACE],
         "tool_choice": "auto",
         "parallel_tool_calls": False,
         "reasoning": {"effort": "medium", "summary": "auto"},
@@ -452,7 +458,37 @@ async def test_the_request_of_codex(thinker: Running) -> None:
     assert completed["output"][0]["encrypted_content"]
     assert completed["prompt_cache_key"] == "0199-session"
     assert completed["usage"].keys() >= {"input_tokens", "output_tokens", "total_tokens"}
-    assert conversation(thinker)[0] == ("system", "You are an agent.\nSandboxed.")
+    assert conversation(thinker)[0] == (
+        "system",
+        "You are an agent.\nmcp__home: Tools of a home.\nSandboxed.",
+    )
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_functions_of_namespaces(front: Running, client: AsyncOpenAI, is_streamed: bool) -> None:
+    front.script.answer = '<tool_call>\n{"name": "mcp__home__clock", "arguments": {}}\n</tool_call>'
+    response = await ask(client, is_streamed, tools=[NAMESPACE, CLOCK])
+    (call,) = response.output
+    assert call.type == "function_call"
+    assert (call.namespace, call.name) == ("mcp__home", "clock")
+    assert [tool.name for tool in front.script.chats[-1].tools] == [
+        "mcp__home__clock",
+        "mcp__home__weather",
+        "clock",
+    ]
+    assert conversation(front)[0] == ("system", "mcp__home: Tools of a home.")
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "noon"}
+    await ask(client, is_streamed, tools=[NAMESPACE, CLOCK], input=[call.to_dict(), result])
+    (returned,) = front.script.chats[-1].messages[1].tool_calls
+    assert returned.name == "mcp__home__clock"
+
+
+async def test_names_of_functions_of_a_stream(front: Running) -> None:
+    front.script.answer = '<tool_call>\n{"name": "mcp__home__clock", "arguments": {}}\n</tool_call>'
+    made = await events(front, tools=[{**NAMESPACE, "name": "mcp__home__"}])
+    named = [event.get("item", event) for event in made if "name" in event.get("item", event)]
+    assert [one["name"] for one in named] == ["clock"] * 3
+    assert {one["namespace"] for one in named if one["type"] == "function_call"} == {"mcp__home__"}
 
 
 async def test_tools_may_be_empty(front: Running, client: AsyncOpenAI) -> None:
