@@ -14,9 +14,9 @@ from serve_app.agents.responses_schema import (
     FlatFunction,
     FlatToolChoice,
     FunctionCallItem,
+    FunctionNamespace,
     FunctionOutputItem,
     MessageItem,
-    Namespace,
     ReasoningConfig,
     ReasoningItem,
     ResponsesStreamOptions,
@@ -152,7 +152,7 @@ class ResponsesRequest(Model):
 
     @property
     def functions(self) -> dict[str, tuple[str | None, FlatFunction]]:
-        """Namespace and function by the name that the model calls."""
+        """FunctionNamespace and function by the name that the model calls."""
         return {flat_name(namespace, one.name): (namespace, one) for namespace, one in self._functions()}
 
     @field_validator("previous_response_id")
@@ -180,7 +180,7 @@ class ResponsesRequest(Model):
 
     def _functions(self) -> Iterator[tuple[str | None, FlatFunction]]:
         for tool in self.tools or ():
-            if isinstance(tool, Namespace):
+            if isinstance(tool, FunctionNamespace):
                 yield from ((tool.name, one) for one in tool.tools)
             else:
                 yield None, tool
@@ -207,7 +207,7 @@ def _turns(request: ResponsesRequest) -> Turns:
     if request.instructions:
         turns.add_text("system", request.instructions)
     for tool in request.tools or ():
-        if isinstance(tool, Namespace) and tool.description:
+        if isinstance(tool, FunctionNamespace) and tool.description:
             turns.add_text("system", f"{tool.name}: {tool.description}")
     if isinstance(request.input, str):
         turns.add_text("user", request.input)

@@ -146,7 +146,7 @@ class FlatFunction(Model):
     async_: OnlyFalse | None = Field(default=None, alias="async", description="true is not supported")
 
 
-class Namespace(Model):
+class FunctionNamespace(Model):
     """Functions under a common name, as Codex sends those of an MCP server."""
 
     type: Literal["namespace"]
@@ -159,7 +159,7 @@ class Namespace(Model):
 
 
 AnyTool = Annotated[
-    Annotated[FlatFunction | Namespace, Field(discriminator="type")],
+    Annotated[FlatFunction | FunctionNamespace, Field(discriminator="type")],
     supported_only("tools", ("function", "namespace")),
 ]
 

@@ -54,7 +54,7 @@ SENT: list[tuple[Any, type[BaseModel]]] = [
     (responses.response_input_item_param.FunctionCallOutput, responses_schema.FunctionOutputItem),
     (responses.ResponseReasoningItemParam, responses_schema.ReasoningItem),
     (responses.FunctionToolParam, responses_schema.FlatFunction),
-    (responses.NamespaceToolParam, responses_schema.Namespace),
+    (responses.NamespaceToolParam, responses_schema.FunctionNamespace),
     (responses.ToolChoiceFunctionParam, responses_schema.FlatToolChoice),
     (responses.ResponseFormatTextJSONSchemaConfigParam, responses_schema.TextFormat),
     (responses.ResponseTextConfigParam, responses_schema.TextConfig),
