@@ -29,7 +29,6 @@ from kvarn.model import KvShape, check_files, context_limit, read_config, resolv
 from kvarn.plan.model_shape import ModelShape
 from kvarn.presets import PRESETS
 from kvarn.vllm.cache_settings import KVarNConfig
-from kvarn.worker import take_standard_output
 from serve_app.config import GIB, AppConfig, EngineConfig
 from serve_app.local_ray import STOP_TIMEOUT_S, adopt_orphans, end_descendants
 from serve_app.local_ray import start as start_ray
@@ -174,8 +173,9 @@ def _check_in_another_process(place: str, check: Callable[..., object], *argumen
 def _quiet() -> None:
     """Keep vLLM's log out of the command's outputs, and leave interrupts to the command."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-    take_standard_output()
+    with open(os.devnull, "w") as nowhere:
+        for output in (1, 2):
+            os.dup2(nowhere.fileno(), output)
 
 
 def _check_cpus(engine: EngineConfig) -> None:

@@ -67,11 +67,12 @@ def test_a_log_shows_start_progress():
         ({"kv_cache_dtype": "kvarn_k9v9"}, "args.engine.kv_cache_dtype: unknown KVarN preset 'kvarn_k9v9'"),
     ],
 )
-def test_what_this_machine_cannot_run_is_rejected_before_anything_starts(tmp_path, engine, words):
+def test_what_this_machine_cannot_run_is_rejected_before_anything_starts(tmp_path, capfd, engine, words):
     result = CliRunner().invoke(cli.app, ["serve", str(write_app(tmp_path / "app.yaml", **engine))])
     assert result.exit_code == 1
     assert words in result.stderr
     assert len(result.stderr.splitlines()) == 1
+    assert capfd.readouterr() == ("", "")  # of other processes
 
 
 def test_serve_and_doctor_refuse_a_model_without_weights(tmp_path):
