@@ -127,6 +127,24 @@ async def test_fields_that_name_a_session(front: Running, fields: dict[str, Any]
     assert [request.session_id for request in front.script.requests[-2:]] == [session] * 2
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "Hi", "prompt_cache_key": "s"}),
+        ("/v1/messages", {"max_tokens": 9, "messages": [ASK], "metadata": {"user_id": "s"}}),
+        ("/v1/responses", {"input": "Hi", "store": False, "prompt_cache_key": "s"}),
+        ("/v1/responses", {"input": "Hi", "store": False, "metadata": {"session_id": "s"}}),
+    ],
+)
+async def test_every_api_has_fields_that_name_a_session(
+    front: Running, path: str, body: dict[str, Any]
+) -> None:
+    async with httpx.AsyncClient(base_url=front.url) as http:
+        answer = await http.post(path, json={"model": MODEL, **body})
+    assert answer.status_code == 200, answer.text
+    assert front.script.requests[-1].session_id == "s"
+
+
 async def test_sessions_with_long_names_are_told_apart(front: Running) -> None:
     for last in "ab":
         assert (await chat(front, prompt_cache_key="x" * 1000 + last)).status_code == 200
