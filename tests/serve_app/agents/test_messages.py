@@ -494,6 +494,34 @@ async def test_refusals(front: Running, wanted: dict[str, Any], sentence: str) -
     assert front.rejections == ["invalid_request"]
 
 
+TODO_WRITE: Any = {
+    "name": "TodoWrite",
+    "description": "Create and manage a structured list of tasks for the current session. " * 60,
+    "input_schema": {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "properties": {
+            "todos": {
+                "description": "The updated list",
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "content": {"type": "string", "minLength": 1},
+                        "status": {"type": "string", "enum": ["pending", "in_progress", "completed"]},
+                        "activeForm": {"type": "string", "minLength": 1},
+                    },
+                    "required": ["content", "status", "activeForm"],
+                    "additionalProperties": False,
+                },
+            }
+        },
+        "required": ["todos"],
+        "additionalProperties": False,
+    },
+}
+
+
 async def test_the_request_of_claude_code(front: Running, client: AsyncAnthropic) -> None:
     """Its fields as the command-line client sends them."""
     body = {
@@ -518,13 +546,40 @@ async def test_the_request_of_claude_code(front: Running, client: AsyncAnthropic
                 "role": "user",
                 "content": [
                     {"type": "text", "text": "<system-reminder>...</system-reminder>"},
-                    {"type": "text", "text": "Fix it.", "cache_control": {"type": "ephemeral"}},
+                    {"type": "text", "text": "Fix it."},
                 ],
-            }
+            },
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "I look.", "signature": "EqQB"},
+                    {"type": "redacted_thinking", "data": "EmwK"},
+                    {
+                        "type": "tool_use",
+                        "id": "toolu_1",
+                        "name": "TodoWrite",
+                        "input": {"todos": []},
+                        "caller": {"type": "direct"},
+                    },
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {
+                        "type": "tool_result",
+                        "tool_use_id": "toolu_1",
+                        "content": [{"type": "text", "text": "InputValidationError"}],
+                        "is_error": True,
+                        "cache_control": {"type": "ephemeral", "ttl": "1h", "scope": "global"},
+                    }
+                ],
+            },
         ],
         "tools": [
             {**WEATHER, "eager_input_streaming": True},
             {**CLOCK, "cache_control": {"type": "ephemeral"}},
+            TODO_WRITE,
         ],
         "thinking": {"type": "adaptive"},
         "output_config": {"effort": "medium"},
@@ -541,3 +596,13 @@ async def test_the_request_of_claude_code(front: Running, client: AsyncAnthropic
     assert answer.status_code == 200, answer.text
     assert answer.text.count("event: content_block_start") == 3
     assert answer.text.endswith('event: message_stop\ndata: {"type":"message_stop"}\n\n')
+    (sent,), (chat,) = front.script.requests, front.script.chats
+    assert sent.session_id == "user_1_account__session_2"
+    assert [(m.role, m.content) for m in chat.messages] == [
+        ("system", "You are an agent."),
+        ("user", "<system-reminder>...</system-reminder>\nFix it."),
+        ("assistant", ""),
+        ("tool", "InputValidationError"),
+    ]
+    assert chat.messages[2].reasoning == "I look."
+    assert json.loads(chat.tools[-1].parameters) == TODO_WRITE["input_schema"]

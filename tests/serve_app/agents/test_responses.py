@@ -456,7 +456,7 @@ async def test_the_request_of_codex(thinker: Running) -> None:
     assert done == ["reasoning", "function_call"]
     completed = made[-1]["response"]
     assert completed["output"][0]["encrypted_content"]
-    assert completed["prompt_cache_key"] == "0199-session"
+    assert completed["prompt_cache_key"] == thinker.script.requests[0].session_id == "0199-session"
     assert completed["usage"].keys() >= {"input_tokens", "output_tokens", "total_tokens"}
     assert conversation(thinker)[0] == (
         "system",
