@@ -15,6 +15,7 @@ from serve_app.agents.messages_requests import MessagesRequest
 from serve_app.agents.output_blocks import Block, Logprobs, OutputBlocks
 from serve_app.openai.choices import ChatDelta
 from serve_app.openai.responses import Head
+from serve_app.request.event_relay import PLACE, TextTemplate
 from serve_app.request.request_errors import RequestError
 
 # Nothing is shown while a parser holds output back; a ping then shows clients and proxies that the stream lives.
@@ -50,6 +51,7 @@ class MessageEvents:
         self._now_s = now_s
         self._shown_s = now_s()
         self._blocks = OutputBlocks(self)
+        self._grown = TextTemplate("")  # of the open block
         self._events: list[str] = []
         self._has_begun = False
 
@@ -74,13 +76,13 @@ class MessageEvents:
     def opened(self, block: Block) -> None:
         """Render the beginning of a block."""
         self._add("content_block_start", index=block.index, content_block=_opened(block))
+        self._grown = _template(block)
         if not block.index:
             self._add("ping")
 
     def grew(self, block: Block, text: str, logprobs: Logprobs) -> None:
         """Render more text of a block."""
-        kind, name = _DELTAS[block.kind]
-        self._add("content_block_delta", index=block.index, delta={"type": kind, name: text})
+        self._events.append(self._grown.render(text))
 
     def closed(self, block: Block) -> None:
         """Render the end of a block."""
@@ -103,6 +105,12 @@ class MessageEvents:
         self._shown_s = self._now_s()
         events, self._events = self._events, []
         return "".join(events)
+
+
+def _template(block: Block) -> TextTemplate:
+    kind, name = _DELTAS[block.kind]
+    grown = {"type": "content_block_delta", "index": block.index, "delta": {"type": kind, name: PLACE}}
+    return TextTemplate(event_text("content_block_delta", grown))
 
 
 def whole_message(

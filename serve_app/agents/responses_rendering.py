@@ -6,16 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 from kvarn.v1 import inference_pb2
-from serve_app.agents.answering import event_text
+from serve_app.agents.answering import compact_json, event_text
 from serve_app.agents.output_blocks import Block, Logprobs, OutputBlocks
 from serve_app.agents.responses_requests import ENCRYPTED_REASONING, ResponsesRequest
 from serve_app.agents.responses_schema import encoded_reasoning
 from serve_app.openai.choices import ChatDelta
 from serve_app.openai.error_responses import FAILED
 from serve_app.openai.responses import Head
+from serve_app.request.event_relay import PLACE, TextTemplate
 from serve_app.request.request_errors import BadRequestError, RateLimitError, RequestError
 
 _PREFIXES = {"reasoning": "rs", "text": "msg", "call": "fc"}
+_DELTAS = {
+    "reasoning": "response.reasoning_text.delta",
+    "text": "response.output_text.delta",
+    "call": "response.function_call_arguments.delta",
+}
 _NO_ARGUMENTS = "{}"
 
 ShowLogprobs = Callable[[Logprobs], list[dict[str, Any]]]
@@ -133,6 +139,7 @@ class ResponseEvents:
         self._items: list[dict[str, Any]] = []
         self._events: list[str] = []
         self._number = 0
+        self._grown_head, self._grown = "", TextTemplate("")  # of the open block
         self._is_cut = False
 
     def add(self, delta: ChatDelta) -> str:
@@ -159,19 +166,18 @@ class ResponseEvents:
         self._add(
             "response.output_item.added", output_index=block.index, item=self._objects.opened_item(block)
         )
+        self._prepare(block)
         if block.kind != "call":
             self._add("response.content_part.added", **self._place(block), part=self._objects.part(block))
 
     def grew(self, block: Block, text: str, logprobs: Logprobs) -> None:
         """Render more text of a block."""
-        match block.kind:
-            case "reasoning":
-                self._add("response.reasoning_text.delta", **self._place(block), delta=text)
-            case "text":
-                shown = self._objects.logprobs(logprobs)
-                self._add("response.output_text.delta", **self._place(block), delta=text, logprobs=shown)
-            case "call":
-                self._add("response.function_call_arguments.delta", **self._place(block), delta=text)
+        if logprobs:
+            shown = self._objects.logprobs(logprobs)
+            self._add(_DELTAS[block.kind], **self._place(block), delta=text, logprobs=shown)
+            return
+        self._events.append(f"{self._grown_head}{self._number},{self._grown.render(text)}")
+        self._number += 1
 
     def closed(self, block: Block) -> None:
         """Render the end of a block."""
@@ -193,6 +199,13 @@ class ResponseEvents:
             self._add("response.content_part.done", **self._place(block), part=part)
         self._items.append(item)
         self._add("response.output_item.done", output_index=block.index, item=item)
+
+    def _prepare(self, block: Block) -> None:
+        """Prepare the events of more text, which differ in their number and text."""
+        kind = _DELTAS[block.kind]
+        grown = {**self._place(block), "delta": PLACE, **({"logprobs": []} if block.kind == "text" else {})}
+        self._grown_head = f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":'
+        self._grown = TextTemplate(f"{compact_json(grown).removeprefix('{')}\n\n")
 
     def _place(self, block: Block) -> dict[str, Any]:
         place: dict[str, Any] = {"item_id": self._objects.item_id(block), "output_index": block.index}

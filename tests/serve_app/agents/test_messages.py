@@ -135,6 +135,12 @@ async def test_an_answer(front: Running, client: AsyncAnthropic, is_streamed: bo
     assert message.usage.output_tokens == len(front.script.encoder.tokenizer.encode(ANSWER))
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_text_that_json_escapes(front: Running, client: AsyncAnthropic, is_streamed: bool) -> None:
+    front.script.answer = 'A "quote", a \\ and\n\ta line of \x01 and é.'
+    assert (await ask(client, is_streamed)).content[0].text == front.script.answer
+
+
 async def test_events_come_in_the_official_order(front: Running) -> None:
     made = await events(front)
     names = [name for name, _ in made]

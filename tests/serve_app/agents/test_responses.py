@@ -149,6 +149,12 @@ async def test_a_response(front: Running, client: AsyncOpenAI, is_streamed: bool
     assert response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_text_that_json_escapes(front: Running, client: AsyncOpenAI, is_streamed: bool) -> None:
+    front.script.answer = 'A "quote", a \\ and\n\ta line of \x01 and é.'
+    assert (await ask(client, is_streamed)).output_text == front.script.answer
+
+
 async def test_events_come_in_the_official_order(front: Running) -> None:
     made = await events(front)
     assert in_short(made) == [
