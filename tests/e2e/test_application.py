@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import grpc
 import httpx
 import openai
@@ -65,6 +66,13 @@ START_S = 300
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 TOKENS = 200  # per stream that should still be open when an update begins
 LONG: dict[str, Any] = {"max_tokens": 900, "ignore_eos": True}
+RULES = "Answer every question truthfully. " * 40  # more than a tile
+LOCATION = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}, "big": {"type": "boolean"}},
+    "required": ["city", "big"],
+    "additionalProperties": False,
+}
 
 
 def settings(
@@ -151,6 +159,13 @@ async def aclient(app: App) -> AsyncIterator[AsyncClient]:
 @pytest.fixture
 def openai_client(app: App) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"http://127.0.0.1:{app.http_port}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def anthropic_client(app: App) -> Iterator[anthropic.Anthropic]:
+    url = f"http://127.0.0.1:{app.http_port}"
+    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
         yield client
 
 
@@ -555,21 +570,15 @@ def test_openai_completions_report_stops_choices_and_cached_tokens(openai_client
 
 @pytest.mark.usefixtures("nothing_left")
 def test_openai_answers_conform_to_a_schema_and_call_tools(openai_client: OpenAI) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"city": {"enum": ["Paris", "Rome"]}, "big": {"type": "boolean"}},
-        "required": ["city", "big"],
-        "additionalProperties": False,
-    }
     answer = openai_client.chat.completions.create(
         model="",
         messages=QUESTION,
         temperature=0,
         max_tokens=60,
-        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": LOCATION}},
     )
     assert set(json.loads(answer.choices[0].message.content)) == {"city", "big"}
-    tools = [{"type": "function", "function": {"name": "locate", "parameters": schema}}]
+    tools = [{"type": "function", "function": {"name": "locate", "parameters": LOCATION}}]
     called = openai_client.chat.completions.create(
         model="",
         messages=QUESTION,
@@ -582,6 +591,110 @@ def test_openai_answers_conform_to_a_schema_and_call_tools(openai_client: OpenAI
     (call,) = called.choices[0].message.tool_calls
     assert (call.function.name, called.choices[0].finish_reason) == ("locate", "tool_calls")
     assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
+
+
+def message_of(client: anthropic.Anthropic, is_streamed: bool, **wanted: Any) -> anthropic.types.Message:
+    greedy = {"extra_body": {"temperature": 0}}  # the client has no argument for it
+    wanted = {"model": "", "messages": QUESTION, "max_tokens": 24, **greedy, **wanted}
+    if not is_streamed:
+        made: anthropic.types.Message = client.messages.create(**wanted)
+        return made
+    with client.messages.stream(**wanted) as stream:
+        return stream.get_final_message()
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_messages(anthropic_client: anthropic.Anthropic, client: Client, is_streamed: bool) -> None:
+    by_grpc = client.generate_once(QUESTION, max_tokens=24, temperature=0)
+    message = message_of(anthropic_client, is_streamed)
+    assert [block.text for block in message.content] == [by_grpc.text]
+    assert message.usage.output_tokens == by_grpc.usage.completion_tokens
+    prompt_tokens = message.usage.input_tokens + message.usage.cache_read_input_tokens
+    assert prompt_tokens == by_grpc.usage.prompt_tokens
+    counted = anthropic_client.messages.count_tokens(model="", messages=QUESTION)
+    assert counted.input_tokens == prompt_tokens
+    stopped = message_of(anthropic_client, is_streamed, stop_sequences=["Paris"])
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "Paris")
+    assert message_of(anthropic_client, is_streamed, max_tokens=2).stop_reason == "max_tokens"
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_messages_call_tools_and_read_the_cache(
+    anthropic_client: anthropic.Anthropic, is_streamed: bool
+) -> None:
+    tools = [{"name": "locate", "description": "Locate a city.", "input_schema": LOCATION}]
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    wanted = {"system": RULES, "tools": tools, "tool_choice": choice, "max_tokens": 200}
+    called = [message_of(anthropic_client, is_streamed, **wanted) for _ in range(REPLICAS + 1)][-1]
+    (block,) = called.content
+    assert (block.type, block.name, called.stop_reason) == ("tool_use", "locate", "tool_use")
+    assert block.input["city"] in ("Paris", "Rome")
+    assert called.usage.cache_read_input_tokens >= 128  # a whole tile
+    result = {"type": "tool_result", "tool_use_id": block.id, "content": "48.9 N"}
+    history = [
+        *QUESTION,
+        {"role": "assistant", "content": called.content},
+        {"role": "user", "content": [result]},
+    ]
+    after = {"messages": history, "tools": tools, "tool_choice": {"type": "none"}}
+    answered = message_of(anthropic_client, is_streamed, **after)
+    assert answered.usage.output_tokens > 0
+
+
+def response_of(client: OpenAI, is_streamed: bool, **wanted: Any) -> openai.types.responses.Response:
+    wanted = {"model": "", "input": QUESTION, "temperature": 0, "max_output_tokens": 24, **wanted}
+    if not is_streamed:
+        return client.responses.create(**wanted)
+    with client.responses.stream(**wanted) as stream:
+        events = list(stream)
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    made: openai.types.responses.Response = events[-1].response
+    return made
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_responses(openai_client: OpenAI, client: Client, is_streamed: bool) -> None:
+    by_grpc = client.generate_once(QUESTION, max_tokens=24, temperature=0)
+    response = response_of(openai_client, is_streamed)
+    assert response.output_text == by_grpc.text
+    assert response.usage.output_tokens == by_grpc.usage.completion_tokens
+    assert response.usage.input_tokens == by_grpc.usage.prompt_tokens
+    assert response.usage.output_tokens_details.reasoning_tokens == 0
+    cut = response_of(openai_client, is_streamed, max_output_tokens=16, extra_body={"min_p": 0.1})
+    assert (cut.status == "incomplete") == (by_grpc.usage.completion_tokens > 16)
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_responses_call_tools_and_conform_to_a_schema(openai_client: OpenAI, is_streamed: bool) -> None:
+    text = {"format": {"type": "json_schema", "name": "x", "schema": LOCATION}}
+    answered = response_of(openai_client, is_streamed, text=text, max_output_tokens=60)
+    assert set(json.loads(answered.output_text)) == {"city", "big"}
+    tool = {
+        "type": "function",
+        "name": "locate",
+        "description": "Locate a city.",
+        "parameters": LOCATION,
+        "strict": True,
+    }
+    wanted = {
+        "instructions": RULES,
+        "tools": [tool],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_output_tokens": 200,
+    }
+    called = [response_of(openai_client, is_streamed, **wanted) for _ in range(REPLICAS + 1)][-1]
+    (call,) = called.output
+    assert (call.type, call.name) == ("function_call", "locate")
+    assert json.loads(call.arguments)["city"] in ("Paris", "Rome")
+    assert called.usage.input_tokens_details.cached_tokens >= 128  # a whole tile
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "48.9 N"}
+    after = {"input": [*QUESTION, call.to_dict(), result], "tools": [tool], "tool_choice": "none"}
+    assert response_of(openai_client, is_streamed, **after).usage.output_tokens > 0
 
 
 @pytest.mark.usefixtures("nothing_left")
