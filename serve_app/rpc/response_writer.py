@@ -28,10 +28,8 @@ class ResponseWriter:
         self._context = context
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
-        self._fixed: bytes | None = None
-        self._usage = inference_pb2.Usage()
-        self._token_ids: list[int] = []
-        self._texts: list[str] = []
+        self._next: inference_pb2.GenerateResponse | None = None
+        self._merged = 0  # deltas in it
         self._wake: asyncio.Future[None] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -65,22 +63,24 @@ class ResponseWriter:
     async def write(self, response: inference_pb2.GenerateResponse) -> None:
         """Write `response` after all that was taken before; later deltas belong to the same replica."""
         await self._idle.wait()
-        self._usage.CopyFrom(response.usage)
-        self._fixed = inference_pb2.GenerateResponse(
+        self._next = inference_pb2.GenerateResponse(
             request_id=response.request_id,
             replica_id=response.replica_id,
+            usage=response.usage,
             resumptions=response.resumptions,
             inexact_because=response.inexact_because,
-        ).SerializeToString()
+        )
         await self._send(response.SerializeToString())
 
     def take(self, delta: engine_pb2.EngineDelta, completion_tokens: int) -> bool:
         """Add `delta` to the next message; return False if too much waits to be written."""
-        if self._fixed is None or len(self._texts) >= MAX_MERGED:
+        response = self._next
+        if response is None or self._merged >= MAX_MERGED:
             return False
-        self._token_ids += delta.token_ids
-        self._texts.append(delta.text)
-        self._usage.completion_tokens = completion_tokens
+        response.token_ids.extend(delta.token_ids)
+        response.text += delta.text
+        response.usage.completion_tokens = completion_tokens
+        self._merged += 1
         self._idle.clear()
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
@@ -89,21 +89,23 @@ class ResponseWriter:
     async def _pump(self) -> None:
         try:
             while True:
-                while not self._texts:
+                while not self._merged:
                     self._idle.set()
                     self._wake = self._loop.create_future()
                     await self._wake
-                await self._send(self._merged())
+                await self._send(self._serialized())
         except Exception as error:
             self._fail(error)
 
-    def _merged(self) -> bytes:
-        assert self._fixed is not None
-        response = inference_pb2.GenerateResponse(
-            token_ids=self._token_ids, text="".join(self._texts), usage=self._usage
-        )
-        self._token_ids, self._texts = [], []
-        return self._fixed + response.SerializeToString()
+    def _serialized(self) -> bytes:
+        """Return the next message; the one after it reuses its object, which takes a third of the time."""
+        response = self._next
+        assert response is not None
+        message = response.SerializeToString()
+        del response.token_ids[:]
+        response.text = ""
+        self._merged = 0
+        return message
 
     async def _send(self, message: bytes) -> None:
         self._since_s = self._loop.time()
