@@ -260,12 +260,17 @@ def completion(head: Head, choices: Sequence[CompletionChoice], counted: Usage |
     return made
 
 
+class _CompletionPart(CompletionChoice):
+    """A choice or a part of it: parts before the last have no reason, which OpenAI's type does not allow."""
+
+    finish_reason: Any = None
+
+
 def completion_choice(
     index: int, text: str, finish_reason: int, logprobs: Logprobs | None
 ) -> CompletionChoice:
     """Return one choice of a text completion, or a part of it."""
-    # Before the last chunk there is no reason yet, which OpenAI's type does not allow.
-    return CompletionChoice.model_construct(
+    return _CompletionPart(
         index=index, text=text, finish_reason=_REASONS.get(finish_reason), logprobs=logprobs
     )
 
