@@ -15,7 +15,7 @@ from serve_app.bench.bench_gateway import MODEL_NAME
 
 GENERATE = f"/{inference_pb2.DESCRIPTOR.services_by_name['Inference'].full_name}/Generate"
 _END = b"0\r\n\r\n"
-_EVENT = b"data: "
+EVENT = b"data: "
 
 
 @dataclass
@@ -97,7 +97,7 @@ class HttpStream:
         await connection.is_done
 
     def text(self, parts: Sequence[bytes]) -> str:
-        events = b"".join(parts).split(_EVENT)[1:]
+        events = b"".join(parts).split(EVENT)[1:]
         assert events[-1].startswith(b"[DONE]"), events[-1]
         return "".join(_text_of(json.loads(event[: event.rindex(b"}") + 1])) for event in events[:-1])
 
