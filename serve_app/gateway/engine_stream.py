@@ -76,12 +76,25 @@ class StreamedCall:
 
     def _relay_unread(self) -> None:
         """Relay what was buffered while the reader was busy, as long as the relay takes it."""
-        if self.relay is None:
-            return
         unread = self._unread
-        while unread and not unread[0].finish_reason and self.relay(unread[0]):
-            unread.popleft()
+        while self.relay is not None and unread and not unread[0].finish_reason:
+            delta = unread.popleft()
+            if not self._is_relayed(delta, self.relay):
+                unread.appendleft(delta)
+                break
         self._resume_if_read()
+
+    def _is_relayed(self, delta: engine_pb2.EngineDelta, relay: Relayed) -> bool:
+        """Whether `relay` took `delta`; if it raises, this call fails after what was relayed before."""
+        try:
+            return relay(delta)
+        except Exception:
+            logger.exception("a delta could not be relayed")
+            self.relay = None
+            self._unread.clear()
+            self._stream.cancel(self._number)
+            self.fail(CallError(grpc.StatusCode.INTERNAL, "Its output could not be passed on."))
+            return True
 
     def _resume_if_read(self) -> None:
         if self._is_paused and not self._unread:
@@ -98,7 +111,7 @@ class StreamedCall:
         is_last = bool(delta.finish_reason)
         if not is_last and self.relay is not None:
             reader = self._reader
-            if reader is not None and not reader.done() and self.relay(delta):
+            if reader is not None and not reader.done() and self._is_relayed(delta, self.relay):
                 return False
         self._unread.append(delta)
         if is_last:
@@ -222,11 +235,7 @@ class EngineStream:
         try:
             while (response := await self._rpc.read()) is not grpc.aio.EOF:
                 for output in response.outputs:
-                    try:
-                        self._take(output)
-                    except Exception:
-                        logger.exception("an output could not be taken")
-                        self._abandon(output.number)
+                    self._take(output)
         except grpc.aio.AioRpcError as error:
             reason = error.details() or error.code().name
         except asyncio.CancelledError:  # of the stream, by either side, not of this task
@@ -243,12 +252,6 @@ class EngineStream:
                         is_silence=self._is_silent,
                     )
                 )
-
-    def _abandon(self, number: int) -> None:
-        """Fail one call, whose relay failed, instead of all."""
-        call = self._calls.get(number)
-        if call is not None and self.cancel(number):
-            call.fail(CallError(grpc.StatusCode.INTERNAL, "Its output could not be passed on."))
 
     def _take(self, output: engine_pb2.EngineOutput) -> None:
         call = self._calls.get(output.number)
