@@ -94,7 +94,8 @@ class SteppedEngine(engine_pb2_grpc.EngineServicer):
                 if len(ids) % TILE == 0:
                     self._store(ids)
                 self._used_blocks += len(ids) % TILE == 1
-                self._monitor.touch()
+                if not position:
+                    self._monitor.touch()
         finally:
             self._running -= 1
             self._monitor.reservations.release(reserved)

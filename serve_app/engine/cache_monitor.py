@@ -13,6 +13,7 @@ from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Reservati
 from serve_app.rpc.feed import Feed
 
 MIN_INTERVAL_S = 0.05
+PROGRESS_INTERVAL_S = 0.25
 IDLE_INTERVAL_S = 1.0
 
 
@@ -48,11 +49,12 @@ class Speed:
 class CacheMonitor:
     """Publishes the state of one engine's cache.
 
-    Reads the engine at most every 50 ms while it is active and once per second while it is idle. Each state
-    that differs from the last in more than measured speeds gets the next sequence number, and so does at
-    least one state per second, unless the engine has not answered for longer than a step may take: watchers
-    can distinguish an idle engine from a hanging one. Speeds alone are no news, since each token changes them
-    a little, and an update costs a gateway as much as many tokens.
+    Reads the engine within 50 ms after a request starts, gets its first token or ends, every 250 ms while
+    requests run, and once per second while none does: further tokens take blocks that are reserved for them,
+    so that no gateway's headroom changes, and a gateway spends as much on an update as on many tokens. Each
+    state that differs from the last in more than measured speeds, which every token changes a little, gets
+    the next sequence number, and so does at least one state per second, unless the engine has not answered
+    for longer than a step may take: watchers can distinguish an idle engine from a hanging one.
 
     Args:
         read: reads the engine's state.
@@ -93,7 +95,7 @@ class CacheMonitor:
             await asyncio.sleep(MIN_INTERVAL_S)
 
     def touch(self) -> None:
-        """Signal that the engine's state may have changed."""
+        """Have the engine's state read soon: it may have changed by more than another token."""
         self._changed.set()
 
     def headroom_blocks(self) -> int:
@@ -127,8 +129,9 @@ class CacheMonitor:
             reading.cancel()
 
     async def _wait_for_change(self) -> None:
+        interval_s = PROGRESS_INTERVAL_S if self.reservations.owners() else IDLE_INTERVAL_S
         try:
-            await asyncio.wait_for(self._changed.wait(), IDLE_INTERVAL_S)
+            await asyncio.wait_for(self._changed.wait(), interval_s)
         except TimeoutError:
             return
         self._changed.clear()

@@ -206,11 +206,11 @@ class _Meter:
             self._monitor.inter_token_latency_s.add((now - self._last_s) / max(tokens, 1))
         else:
             self._count_prefill(output)
+            self._monitor.touch()
         self._last_s = now
         self._metrics.generated(tokens)
         self._count_blocks(tokens)
         self._monitor.reservations.grow(self._reservation, tokens)
-        self._monitor.touch()
 
     def _count_blocks(self, tokens: int) -> None:
         """Count the blocks filled since the last output; the newest token is not in the cache yet."""

@@ -128,6 +128,36 @@ async def test_measured_speeds_alone_are_no_news_to_the_watchers(monkeypatch: py
     assert second.load.inter_token_latency_s > first.load.inter_token_latency_s
 
 
+async def test_the_engine_is_read_while_requests_run_without_a_signal_for_each_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache_monitor, "MIN_INTERVAL_S", 0)
+    monkeypatch.setattr(cache_monitor, "PROGRESS_INTERVAL_S", 0.001)
+    monkeypatch.setattr(cache_monitor, "IDLE_INTERVAL_S", 3600)
+    used = 0
+
+    async def read() -> CacheState:
+        nonlocal used
+        used += 1
+        return cache_state(used)
+
+    monitor = CacheMonitor(read)
+    await monitor.start()
+    running = asyncio.create_task(monitor.run())
+    monitor.reservations.hold("request", "gateway", RequestNeed(3, 3), 128, blocks=1, pending_tokens=3)
+    monitor.touch()
+    async with aclosing(monitor.watch()) as states:
+        seen = [(await anext(states)).load.used_blocks for _ in range(5)]
+        assert seen == [1, 2, 3, 4, 5]
+        monitor.reservations.release("request")
+        monitor.touch()
+        await asyncio.sleep(0.05)
+        last = monitor.snapshot.sequence
+        await asyncio.sleep(0.05)
+        assert monitor.snapshot.sequence == last, "an engine without requests is read rarely"
+    running.cancel()
+
+
 async def test_a_busy_engine_is_distinguished_from_a_hanging_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_monitor, "IDLE_INTERVAL_S", 0.02)
     answers = [cache_state(1)]
