@@ -25,13 +25,15 @@ from kvarn.kernels.decode_work import (
     UNSEEN,
     DecodeShape,
     DecodeWork,
+    next_unit,
+    pair_parts,
+    part_index,
     plan_work,
     program_share,
     query_block,
     raw_piece,
     row_pointers,
     segment,
-    units_per_program,
 )
 from kvarn.kernels.launch_settings import FEW_ROWS
 from kvarn.kernels.records import (
@@ -195,6 +197,7 @@ def _decode_part(
     TOKENS: tl.constexpr,  # of a block
     N: tl.constexpr,
     PIECE: tl.constexpr,
+    SPLIT: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
     KEY_BITS: tl.constexpr,
@@ -205,7 +208,7 @@ def _decode_part(
     BY_TOKEN: tl.constexpr,
 ):
     ROWS: tl.constexpr = TOKENS * PER_HEAD
-    unit, end, row = program_share(UnitStarts, FirstRows, rows, programs, H)
+    unit, end, row = program_share(UnitStarts, FirstRows, rows, programs, H, SPLIT)
 
     lane_rows = tl.arange(0, N // 8)[:, None, None, None] * 8 + tl.arange(0, 8)[None, :, None, None]
     channels = lane_channels(D)
@@ -220,7 +223,7 @@ def _decode_part(
 
     while unit < end:  # one segment per iteration
         request, head, bounds, tokens, span, request_len, sink_slot = segment(
-            QueryStart, SeqLens, SinkSlots, UnitStarts, row, unit, end, H, BLOCKS, TOKENS, G, PIECE
+            QueryStart, SeqLens, SinkSlots, UnitStarts, row, unit, end, H, BLOCKS, TOKENS, G, PIECE, SPLIT
         )
         first_unit, count, raw_units, first_tile = bounds
         q_rows, has_query = row_pointers(Query, tokens[0], tokens[1], head, lane_rows, H, PER_HEAD, D)
@@ -269,11 +272,11 @@ def _decode_part(
             )
 
         query_row = tl.arange(0, N)
-        at = (tl.program_id(0) + row * H + head).to(tl.int64) * ROWS + query_row
+        at = part_index(unit, row, head, H, SPLIT) * ROWS + query_row
         tl.store(M + at, m, mask=query_row < ROWS)
         tl.store(L + at, l, mask=query_row < ROWS)
         tl.store(Acc + at[None, :] * D + tl.arange(0, D)[:, None], acc, mask=query_row[None, :] < ROWS)
-        unit += count
+        unit = next_unit(unit, count, SPLIT)
         row += (unit >= tl.load(UnitStarts + row + 1) * H).to(tl.int32)
 
 
@@ -296,6 +299,7 @@ def _combine_parts(
     PER_HEAD: tl.constexpr,
     BLOCKS: tl.constexpr,
     TOKENS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     D: tl.constexpr,
@@ -315,12 +319,7 @@ def _combine_parts(
         if QueryStart is None:  # a row that pads the batch of a CUDA graph
             tl.store(out, tl.zeros([BLOCK_ROWS, D], Out.dtype.element_ty), mask=has_query[:, None])
         return
-    share = units_per_program(tl.load(UnitStarts + rows) * H, programs)
-    start = tl.load(UnitStarts + row)
-    count = tl.load(UnitStarts + row + 1) - start
-    first_unit = start * H + head * count
-    first_part = (first_unit // share + pair).to(tl.int64)
-    parts = (first_unit + count - 1) // share - first_unit // share + 1
+    first_part, parts = pair_parts(UnitStarts, pair, rows, programs, H, SPLIT)
 
     m = tl.full([BLOCK_ROWS], NOTHING, tl.float32)
     l = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -422,14 +421,19 @@ def decode(
     check_packed("cache", cache, (None, heads, layout.nbytes), torch.uint8)
     check_packed("pool", pool, (None, 2, heads, layout.group, head_dim), torch.float16)
     check_packed("out", out, tuple(query.shape), *MODEL_DTYPES)
-    if shape.parts(requests) * shape.rows > parts.m.shape[0]:
-        raise ValueError(
-            f"parts has room for {parts.m.shape[0]} rows: expected {shape.parts(requests) * shape.rows}"
-        )
+    needed = shape.parts(requests, layout, block_table.shape[1]) * shape.rows
+    if needed > parts.m.shape[0]:
+        raise ValueError(f"parts has room for {parts.m.shape[0]} rows: expected {needed}")
     if not requests:
         return
     rows, unit_starts = requests * shape.blocks, work.unit_starts
-    constants = {"H": heads, "PER_HEAD": per_head, "BLOCKS": shape.blocks, "TOKENS": shape.block_tokens}
+    constants = {
+        "H": heads,
+        "PER_HEAD": per_head,
+        "BLOCKS": shape.blocks,
+        "TOKENS": shape.block_tokens,
+        "SPLIT": shape.split,
+    }
     kernel = _decode_part if shape.columns <= FEW_ROWS else decode_rows
     kernel[(shape.programs,)](
         query,
@@ -457,8 +461,8 @@ def decode(
         num_warps=shape.warps,
         num_stages=NUM_STAGES,
     )
-    # A float32 dot needs more shared memory than there is.
-    single = shape.programs > FEW_PARTS * rows * heads or out.dtype == torch.float32
+    # A float32 dot needs more shared memory than there is. With a fixed split, the batch may not decide.
+    single = shape.split > 0 or shape.programs > FEW_PARTS * rows * heads or out.dtype == torch.float32
     block_rows = 1 if single else min(16, max(4, triton.next_power_of_2(shape.rows)))
     _combine_parts[(rows * heads * triton.cdiv(shape.rows, block_rows),)](
         parts.m,
@@ -480,7 +484,12 @@ def decode(
 
 
 def warm_up(
-    pool: Tensor, query_heads: int, dtype: torch.dtype, layout: TileLayout, query_counts: list[int]
+    pool: Tensor,
+    query_heads: int,
+    dtype: torch.dtype,
+    layout: TileLayout,
+    query_counts: list[int],
+    split: int = 0,
 ) -> None:
     """Compile every variant of `decode` that a model needs, by launching it on requests without tokens.
 
@@ -490,12 +499,13 @@ def warm_up(
         dtype: dtype of `out`.
         layout: the records' layout.
         query_counts: values of `DecodeShape.queries`.
+        split: `DecodeShape.split`.
     """
     heads, device = pool.shape[2], pool.device
     cache = torch.zeros(1, heads, layout.nbytes, dtype=torch.uint8, device=device)
     query = torch.zeros(1, query_heads, layout.head_dim, dtype=torch.float16, device=device)
     for queries in query_counts:
-        shape = DecodeShape.of(query_heads, heads, layout, queries, device)
+        shape = DecodeShape.of(query_heads, heads, layout, queries, device, split=split)
         many = shape.programs // (FEW_PARTS * shape.blocks * heads) + 1
         for requests in (1, many):  # the two variants of `_combine_parts`
             zeros = torch.zeros(requests, dtype=torch.int32, device=device)
@@ -517,7 +527,7 @@ def warm_up(
                 layout,
                 shape,
                 work,
-                Parts(shape.parts(requests) * shape.rows, layout.head_dim, device),
+                Parts(shape.parts(requests, layout, 1) * shape.rows, layout.head_dim, device),
                 torch.zeros_like(batch, dtype=dtype),
                 start,
             )

@@ -13,6 +13,8 @@ import triton.language as tl
 from kvarn.kernels.decode_work import (
     NOTHING,
     UNSEEN,
+    next_unit,
+    part_index,
     program_share,
     raw_piece,
     row_pointers,
@@ -162,6 +164,7 @@ def decode_rows(
     TOKENS: tl.constexpr,  # of a block
     N: tl.constexpr,
     PIECE: tl.constexpr,
+    SPLIT: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
     KEY_BITS: tl.constexpr,
@@ -172,13 +175,13 @@ def decode_rows(
     BY_TOKEN: tl.constexpr,
 ):
     ROWS: tl.constexpr = TOKENS * PER_HEAD
-    unit, end, row = program_share(UnitStarts, FirstRows, rows, programs, H)
+    unit, end, row = program_share(UnitStarts, FirstRows, rows, programs, H, SPLIT)
     query_row = tl.arange(0, N)
     channel = contracted_index(tl.arange(0, D))
 
     while unit < end:  # one segment per iteration
         request, head, bounds, tokens, span, request_len, sink_slot = segment(
-            QueryStart, SeqLens, SinkSlots, UnitStarts, row, unit, end, H, BLOCKS, TOKENS, G, PIECE
+            QueryStart, SeqLens, SinkSlots, UnitStarts, row, unit, end, H, BLOCKS, TOKENS, G, PIECE, SPLIT
         )
         first_unit, count, raw_units, first_tile = bounds
         q_rows, has_query = row_pointers(Query, tokens[0], tokens[1], head, query_row, H, PER_HEAD, D)
@@ -233,9 +236,9 @@ def decode_rows(
                 BY_TOKEN,
             )
 
-        at = (tl.program_id(0) + row * H + head).to(tl.int64) * ROWS + query_row
+        at = part_index(unit, row, head, H, SPLIT) * ROWS + query_row
         tl.store(M + at, m, mask=query_row < ROWS)
         tl.store(L + at, l, mask=query_row < ROWS)
         tl.store(Acc + at[:, None] * D + tl.arange(0, D)[None, :], acc, mask=query_row[:, None] < ROWS)
-        unit += count
+        unit = next_unit(unit, count, SPLIT)
         row += (unit >= tl.load(UnitStarts + row + 1) * H).to(tl.int32)

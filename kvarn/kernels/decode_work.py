@@ -4,6 +4,10 @@ A row is one block of a request's query tokens; a pair is a row and a KV head. A
 work: pieces of its raw tiles first, then its records. The units of all pairs, in order, are cut into equal shares, one
 per program, so that one CUDA graph serves every batch. A share covers segments of one or more pairs; the segment of
 `program` in `pair` has index `program + pair`, which grows along the cuts and so is unique.
+
+With a fixed split, a pair is cut every SPLIT of its own units whatever the rest of the batch, so that a row is summed
+in the same order in every step: the units of a pair are padded to a multiple of SPLIT, programs share whole segments,
+and a segment's index is its first unit divided by SPLIT. SPLIT is 0 otherwise.
 """
 
 from __future__ import annotations
@@ -120,9 +124,42 @@ def raw_piece(
 
 
 @triton.jit
-def units_per_program(total, programs):
+def units_per_program(total, programs, SPLIT: tl.constexpr):
     """Return the units of a program's share, of `total` units."""
+    if SPLIT:
+        return tl.maximum(tl.cdiv(total // SPLIT, programs), 1) * SPLIT
     return tl.maximum(tl.cdiv(total, programs), 1)
+
+
+@triton.jit
+def part_index(unit, row, head, H: tl.constexpr, SPLIT: tl.constexpr):
+    """Return the index of this program's segment that begins at `unit`, int64."""
+    if SPLIT:
+        return (unit // SPLIT).to(tl.int64)
+    return (tl.program_id(0) + row * H + head).to(tl.int64)
+
+
+@triton.jit
+def next_unit(unit, count, SPLIT: tl.constexpr):
+    """Return the unit after a segment of `count` units that begins at `unit`."""
+    if SPLIT:
+        return unit + SPLIT
+    return unit + count
+
+
+@triton.jit
+def pair_parts(UnitStarts, pair, rows, programs, H: tl.constexpr, SPLIT: tl.constexpr):
+    """Return the index of a pair's first segment, int64, and its number of segments."""
+    row, head = pair // H, pair % H
+    start = tl.load(UnitStarts + row)
+    count = tl.load(UnitStarts + row + 1) - start
+    first_unit = start * H + head * count
+    if SPLIT:
+        return (first_unit // SPLIT).to(tl.int64), count // SPLIT
+    share = units_per_program(tl.load(UnitStarts + rows) * H, programs, SPLIT)
+    first_program = first_unit // share
+    parts = (first_unit + count - 1) // share - first_program + 1
+    return (first_program + pair).to(tl.int64), parts
 
 
 @triton.jit
@@ -136,10 +173,10 @@ def pair_units(UnitStarts, row, unit, end, H: tl.constexpr):
 
 
 @triton.jit
-def program_share(UnitStarts, FirstRows, rows, programs, H: tl.constexpr):
+def program_share(UnitStarts, FirstRows, rows, programs, H: tl.constexpr, SPLIT: tl.constexpr):
     """Return the first unit of this program's share, the end of its units, and the row of its first unit."""
     total = tl.load(UnitStarts + rows) * H
-    share = units_per_program(total, programs)
+    share = units_per_program(total, programs, SPLIT)
     unit = tl.program_id(0) * share
     return unit, tl.minimum(unit + share, total), tl.load(FirstRows + tl.program_id(0))
 
@@ -158,6 +195,7 @@ def segment(
     TOKENS: tl.constexpr,
     G: tl.constexpr,
     PIECE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Locate the segment that begins at `unit`, of a share that ends at `end`.
 
@@ -174,6 +212,9 @@ def segment(
     own, sink, earlier = raw_pieces(seq_len, position, sink_slot, G, PIECE)
     raw_units = own + sink + earlier
     first_tile = (sink > 0).to(tl.int32)
+    if SPLIT:
+        units = raw_units + tl.maximum(seq_len - 1, 0) // G - first_tile
+        count = tl.minimum(SPLIT, units - first_unit)
     bounds = first_unit, count, raw_units, first_tile
     return request, head, bounds, (first, queries), (seq_len, position), request_len, sink_slot
 
@@ -189,8 +230,9 @@ def _units_of_rows(
     TOKENS: tl.constexpr,
     G: tl.constexpr,
     PIECE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """Return the units of each `row` for one KV head."""
+    """Return the units of each `row` for one KV head, with a fixed split those that pad it as well."""
     is_row = row < rows
     request = tl.where(is_row, row // BLOCKS, 0)
     _first, _count, seq_len, position = query_block(
@@ -198,7 +240,10 @@ def _units_of_rows(
     )
     own, sink, earlier = raw_pieces(seq_len, position, tl.load(SinkSlots + request), G, PIECE)
     records = tl.maximum(seq_len - 1, 0) // G - (sink > 0).to(tl.int32)
-    return tl.where(is_row & (seq_len > 0), own + sink + earlier + records, 0)
+    units = own + sink + earlier + records
+    if SPLIT:
+        units = tl.cdiv(units, SPLIT) * SPLIT
+    return tl.where(is_row & (seq_len > 0), units, 0)
 
 
 @triton.jit(
@@ -218,24 +263,25 @@ def _plan_work(
     TOKENS: tl.constexpr,
     G: tl.constexpr,
     PIECE: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     total = 0
     for block in range(0, rows, BLOCK):
         row = block + tl.arange(0, BLOCK)
-        units = _units_of_rows(QueryStart, SeqLens, SinkSlots, row, rows, BLOCKS, TOKENS, G, PIECE)
+        units = _units_of_rows(QueryStart, SeqLens, SinkSlots, row, rows, BLOCKS, TOKENS, G, PIECE, SPLIT)
         if tl.program_id(0) == 0:
             tl.store(UnitStarts + row + 1, total + tl.cumsum(units, 0), mask=row < rows)
         total += tl.sum(units, 0)
     if tl.program_id(0) == 0:
         tl.store(UnitStarts, 0)
     program = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first_unit = program * units_per_program(total * H, programs)
+    first_unit = program * units_per_program(total * H, programs, SPLIT)
     first_row = tl.zeros([BLOCK], tl.int32)
     before = 0
     for block in range(0, rows, BLOCK):  # a row is before a unit if all of its units are
         row = block + tl.arange(0, BLOCK)
-        units = _units_of_rows(QueryStart, SeqLens, SinkSlots, row, rows, BLOCKS, TOKENS, G, PIECE)
+        units = _units_of_rows(QueryStart, SeqLens, SinkSlots, row, rows, BLOCKS, TOKENS, G, PIECE, SPLIT)
         ends = (before + tl.cumsum(units, 0)) * H
         is_before = (ends[None, :] <= first_unit[:, None]) & (row < rows)[None, :]
         first_row += tl.sum(is_before.to(tl.int32), 1)
@@ -257,6 +303,7 @@ class DecodeShape:
         warps: warps of a program.
         piece: rows of a raw tile that are one unit of work.
         programs: size of the grid.
+        split: units of work after which a pair is cut whatever the rest of the batch; 0 for equal shares.
     """
 
     kv_heads: int
@@ -268,6 +315,7 @@ class DecodeShape:
     warps: int
     piece: int
     programs: int
+    split: int = 0
 
     @classmethod
     def of(
@@ -278,11 +326,13 @@ class DecodeShape:
         queries: int,
         device: torch.device,
         launch: DecodeLaunch | None = None,
+        split: int = 0,
     ) -> DecodeShape:
         """Return the launch for a batch of up to `queries` tokens per request.
 
         Args:
             launch: overrides the settings tuned for the device.
+            split: see the attribute.
 
         Raises:
             ValueError: if there are more than 16 query heads per KV head.
@@ -304,6 +354,7 @@ class DecodeShape:
             launch.warps,
             min(launch.piece, layout.group),
             processors(device) * launch.programs,
+            split,
         )
 
     @property
@@ -311,9 +362,13 @@ class DecodeShape:
         """Query rows of a part."""
         return self.per_head * self.block_tokens
 
-    def parts(self, requests: int) -> int:
-        """Return room for the parts of a batch of `requests`, more than the last segment's index."""
-        return self.programs + requests * self.blocks * self.kv_heads
+    def parts(self, requests: int, layout: TileLayout, tiles: int) -> int:
+        """Return room for the parts of a batch of `requests` of up to `tiles` tiles, more than the last segment's
+        index."""
+        pairs = requests * self.blocks * self.kv_heads
+        if self.split:
+            return pairs * triton.cdiv(tiles + 3 * (layout.group // self.piece), self.split)
+        return self.programs + pairs
 
 
 class DecodeWork:
@@ -374,6 +429,7 @@ def plan_work(
             TOKENS=shape.block_tokens,
             G=group,
             PIECE=shape.piece,
+            SPLIT=shape.split,
             BLOCK=_BLOCK,
         )
 

@@ -26,6 +26,8 @@ class KVarNConfig:
         raw_chunks: whether a prompt's chunk reads all of its own tiles raw instead of each token's own tile
             only: slightly more accurate, but what a token reads then depends on where chunks and the cached
             prefix end.
+        split_tiles: on GPUs, tiles after which decode cuts a sequence whatever the rest of the batch, so that a
+            row's attention has the same bits in every batch. None: the work of a step is divided equally.
         side_pool_gib: maximum memory of the side pool on one rank, over all its layers, in GiB. None: two
             slots for each of `max_num_seqs`, and the retained sinks. With less, requests wait until slots are
             free.
@@ -41,6 +43,7 @@ class KVarNConfig:
 
     retained_sinks: int | None = None
     raw_chunks: bool = False
+    split_tiles: int | None = None
     side_pool_gib: float | None = None
     order: str = "prefix"
     window: int = 256
@@ -52,6 +55,7 @@ class KVarNConfig:
         self._check("retained_sinks", _is_count, "a number of slots >= 0")
         for switch in ("raw_chunks", "allow_untested_vllm"):
             self._check(switch, lambda x: isinstance(x, bool), "true or false")
+        self._check("split_tiles", lambda x: _is_count(x) and x > 0, "a number of tiles > 0")
         self._check("side_pool_gib", lambda x: _is_number(x) and 0 < x < math.inf, "a size in GiB > 0")
         self._check("order", lambda x: x in ORDERS, f"one of {', '.join(ORDERS)}")
         self._check("window", lambda x: _is_count(x) and x > 0, "a number of requests > 0")

@@ -25,10 +25,12 @@ class KVarNLayer(AttentionImpl[Any]):
         slot_map: the worker's block -> slot map, one object for all layers of a model.
         pool: [slots, 2, KV heads, group, head_dim] float16 side pool of rotated raw tiles (keys, values).
         supports_raw_chunks: whether the device backend supports `KVarNConfig.raw_chunks`.
+        supports_split_tiles: whether the device backend supports `KVarNConfig.split_tiles`.
         max_heads_per_kv_head: maximum number of query heads that share a KV head.
     """
 
     supports_raw_chunks: ClassVar[bool] = False
+    supports_split_tiles: ClassVar[bool] = False
     max_heads_per_kv_head: ClassVar[float] = math.inf
 
     def __init__(

@@ -17,6 +17,7 @@ from kvarn.kernels import decode, decode_plan, pages, prefill, quantize, rotate
 from kvarn.kernels.decode_work import MAX_HEADS, DecodeShape
 from kvarn.kernels.prefill_plan import PrefillWave
 from kvarn.tile import TileLayout
+from kvarn.vllm.cache_settings import KVarNConfig
 from kvarn.vllm.layer import KVarNLayer
 from kvarn.vllm.triton_plan import DecodeBatch, TritonMetadata, max_requests_in_step
 from kvarn.vllm.versions import records_of
@@ -57,12 +58,16 @@ class Workspace:
         )
         self.is_new = True
         self.query_counts = sorted({1, 1 + vllm_config.num_speculative_tokens})
+        split = KVarNConfig.of(vllm_config).split_tiles or 0
         shapes = [
-            DecodeShape.of(num_heads, num_kv_heads, layout, queries, device) for queries in self.query_counts
+            DecodeShape.of(num_heads, num_kv_heads, layout, queries, device, split=split)
+            for queries in self.query_counts
         ]
+        tiles = cdiv(vllm_config.model_config.max_model_len, group)
         self.parts = decode.Parts(
             max(
-                shape.parts(max_requests_in_step(vllm_config, shape.queries)) * shape.rows for shape in shapes
+                shape.parts(max_requests_in_step(vllm_config, shape.queries), layout, tiles) * shape.rows
+                for shape in shapes
             ),
             head_dim,
             device,
@@ -78,6 +83,7 @@ class TritonLayer(KVarNLayer):
 
     workspace: Workspace
     supports_raw_chunks = True
+    supports_split_tiles = True
     max_heads_per_kv_head = MAX_HEADS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -106,7 +112,8 @@ class TritonLayer(KVarNLayer):
         if self._attend is _attend_with_triton:  # FlashAttention comes compiled
             prefill.warm_up(work.rotated, work.pages)
         decode_plan.warm_up(layout.group, work.query_counts, self.pool.device)
-        decode.warm_up(self.pool, self.num_heads, dtype, layout, work.query_counts)
+        split = KVarNConfig.of(self._vllm_config).split_tiles or 0
+        decode.warm_up(self.pool, self.num_heads, dtype, layout, work.query_counts, split)
 
     def forward(
         self,

@@ -90,13 +90,16 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
         impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
         self._slot_map: SlotMap = impl.slot_map
         self._page_count: int = impl.workspace.pages.shape[1]
-        self._raw_chunks = KVarNConfig.of(vllm_config).raw_chunks
+        config = KVarNConfig.of(vllm_config)
+        self._raw_chunks, self._split = config.raw_chunks, config.split_tiles or 0
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._token_rows = torch.full((2, tokens), NO_SLOT, dtype=torch.int32, device=device)
         requests = max_requests_in_step(vllm_config)
         self._of_requests = torch.full((4, requests), NO_SLOT, dtype=torch.int32, device=device)
         self._shapes = {
-            queries: DecodeShape.of(impl.num_heads, impl.num_kv_heads, impl.layout, queries, device)
+            queries: DecodeShape.of(
+                impl.num_heads, impl.num_kv_heads, impl.layout, queries, device, split=self._split
+            )
             for queries in {1, self.reorder_batch_threshold}
         }
         self._work = {queries: DecodeWork(requests, shape, device) for queries, shape in self._shapes.items()}
@@ -122,7 +125,9 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
         self, common: CommonAttentionMetadata, offsets: np.ndarray, slot_of: Tensor
     ) -> DecodeBatch:
         requests = len(offsets) - 1
-        queries = self.reorder_batch_threshold if np.diff(offsets).max() > 1 else 1
+        # With a fixed split, the kernel of a row may not depend on whether other rows have drafts.
+        several = self._split or np.diff(offsets).max() > 1
+        queries = self.reorder_batch_threshold if several else 1
         batch = DecodeBatch(
             int(offsets[-1]),
             self._shapes[queries],

@@ -54,7 +54,7 @@ def test_decode_over_a_million_tokens_in_a_cache_beyond_32_bits() -> None:
         LAYOUT,
         shape,
         work,
-        decode.Parts(shape.parts(1) * shape.rows, head_dim, device),
+        decode.Parts(shape.parts(1, LAYOUT, CONTEXT // group) * shape.rows, head_dim, device),
         out,
     )
 

@@ -200,7 +200,13 @@ class DecodeCase:
         kept = torch.cat([last, last - own_tile, last - own_tile + first_tile])
         tail_slots = torch.arange(requests, dtype=torch.int32, device=device)
         shape = decode_work.DecodeShape.of(
-            bench.query_heads, bench.kv_heads, layout, bench.query_tokens, device, decode_launch
+            bench.query_heads,
+            bench.kv_heads,
+            layout,
+            bench.query_tokens,
+            device,
+            decode_launch,
+            bench.split_tiles,
         )
         work = decode_work.DecodeWork(requests, shape, device)
         seq_lens = lengths.int()
@@ -221,7 +227,9 @@ class DecodeCase:
             layout=layout,
             shape=shape,
             work=work,
-            parts=decode.Parts(shape.parts(requests) * shape.rows, bench.head_dim, device),
+            parts=decode.Parts(
+                shape.parts(requests, layout, max(self.tiles)) * shape.rows, bench.head_dim, device
+            ),
             out=torch.empty_like(query, dtype=torch.bfloat16),
             query_start=starts,
         )

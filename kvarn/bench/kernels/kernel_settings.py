@@ -122,6 +122,9 @@ class DecodeBench(AttentionBench):
     query_tokens: Annotated[
         int, Option(help=f"New tokens per request; a speculative step has up to {MAX_QUERIES}.")
     ] = 1
+    split_tiles: Annotated[
+        int, Option(help="Cut every sequence after this many tiles, as `kvarn.split_tiles` does; 0: do not.")
+    ] = 0
     sweep: Annotated[
         tuple[str, ...],
         Option(
@@ -156,6 +159,7 @@ class DecodeBench(AttentionBench):
         super().__post_init__()
         if self.query_tokens not in range(1, MAX_QUERIES + 1):
             raise BenchError(f"query_tokens is {self.query_tokens}: give 1 to {MAX_QUERIES}")
+        check_at_least("split_tiles", self.split_tiles, 0)
         if not self.cases:
             raise BenchError("no case is given: name at least one, e.g. 8x32768")
         for batch in self.cases:

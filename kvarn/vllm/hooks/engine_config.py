@@ -184,6 +184,8 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield "does not support returning routed experts; leave enable_return_routed_experts out."
     if KVarNConfig.of(config).raw_chunks and not device_backend().layer.supports_raw_chunks:
         yield "has raw_chunks on GPUs only; leave kvarn.raw_chunks out of additional_config."
+    if KVarNConfig.of(config).split_tiles and not device_backend().layer.supports_split_tiles:
+        yield "has split_tiles on GPUs only; leave kvarn.split_tiles out of additional_config."
     if _has_own_scheduler(config) and not _plans_slots(config):
         yield (
             f"needs a scheduler that plans its slots, not {config.scheduler_config.scheduler_cls}; "

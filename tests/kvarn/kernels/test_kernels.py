@@ -260,6 +260,7 @@ def decoded(
     dtype: torch.dtype = torch.float32,
     padding: int = 1,
     queries: int = 1,
+    split: int = 0,
 ) -> Tensor:
     """Decode the newest tokens of each sequence with `programs`, in one batch padded with empty rows."""
     layout = sequences[0].layout
@@ -277,7 +278,8 @@ def decoded(
     out = torch.full(query.shape, torch.nan, dtype=dtype, device=DEVICE)
     no_slots = [NO_SLOT] * padding
     shape = replace(
-        decode_work.DecodeShape.of(query_heads, heads, layout, queries, DEVICE), programs=programs
+        decode_work.DecodeShape.of(query_heads, heads, layout, queries, DEVICE, split=split),
+        programs=programs,
     )
     work = decode_work.DecodeWork(batch, shape, DEVICE)
     lengths = int32([s.tokens for s in sequences] + [0] * padding)
@@ -297,7 +299,7 @@ def decoded(
         layout,
         shape,
         work,
-        decode.Parts(shape.parts(batch) * shape.rows, layout.head_dim, DEVICE),
+        decode.Parts(shape.parts(batch, layout, width) * shape.rows, layout.head_dim, DEVICE),
         out,
         query_start,
     )
@@ -338,6 +340,24 @@ class TestDecode:
         """Uneven lengths, padding, and more programs than units: the parts join to what one program computes."""
         sequences = [Sequence(SMALL, tokens, 2, 4, sink=True, seed=tokens) for tokens in (64, 900, 1, 333)]
         assert_near(decoded(sequences, programs), decoded(sequences, 1), 1e-3)
+
+    @pytest.mark.parametrize(("queries", "per_head"), [(1, 4), (2, 2), (8, 4)])
+    def test_a_fixed_split_gives_a_row_the_same_bits_in_every_batch(
+        self, queries: int, per_head: int
+    ) -> None:
+        one = Sequence(SMALL, 700, 1, per_head, sink=True, queries=queries)
+        others = [Sequence(SMALL, tokens, 1, per_head, sink=False, queries=queries) for tokens in (64, 333)]
+        rows = slice(queries, 2 * queries)
+
+        def alone_and_in_batch(split: int) -> tuple[Tensor, Tensor]:
+            batch = [others[0], one, others[1]]
+            alone = decoded([one], 3, queries=queries, split=split)
+            return alone, decoded(batch, 5, padding=3, queries=queries, split=split)[rows]
+
+        alone, in_batch = alone_and_in_batch(split=2)
+        assert torch.equal(alone, in_batch)
+        assert_near(alone, one.expected(one.positions), 6e-3)
+        assert not torch.equal(*alone_and_in_batch(split=0))  # equal shares cut it elsewhere
 
     @pytest.mark.parametrize(("queries", "per_head"), [(2, 1), (2, 3), (5, 1), (5, 4), (16, 3), (16, 4)])
     def test_tokens_of_a_speculative_step(self, queries: int, per_head: int) -> None:
@@ -439,6 +459,22 @@ class TestWork:
         assert [b - a for a, b in itertools.pairwise(starts)] == expected
         share = -(-2 * starts[-1] // 23)
         for program, row in enumerate(first_rows):
+            unit = program * share
+            assert unit >= 2 * starts[-1] or 2 * starts[row] <= unit < 2 * starts[row + 1]
+
+    @pytest.mark.parametrize("programs", [1, 4, 23, 1000])
+    def test_a_fixed_split_cuts_every_pair_alike(self, programs: int) -> None:
+        shape = replace(decode_work.DecodeShape.of(4, 2, SMALL, 1, DEVICE, split=3), programs=programs)
+        lengths = [5, 0, 64, 65, 3000, 130]
+        work = decode_work.DecodeWork(len(lengths), shape, DEVICE)
+        decode_work.plan_work(int32(lengths), int32([NO_SLOT] * len(lengths)), 64, shape, work)
+        starts = work.unit_starts.tolist()
+        raw = [-(-((tokens - 1) % 64 + 1) // shape.piece) if tokens else 0 for tokens in lengths]
+        units = [of + max(tokens - 1, 0) // 64 for of, tokens in zip(raw, lengths, strict=True)]
+        assert [b - a for a, b in itertools.pairwise(starts)] == [-(-of // 3) * 3 for of in units]
+        assert shape.parts(len(lengths), SMALL, 47) >= 2 * starts[-1] // 3
+        share = -(-2 * starts[-1] // 3 // programs) * 3  # whole segments
+        for program, row in enumerate(work.first_rows.tolist()):
             unit = program * share
             assert unit >= 2 * starts[-1] or 2 * starts[row] <= unit < 2 * starts[row + 1]
 

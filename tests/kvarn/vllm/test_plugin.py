@@ -150,6 +150,8 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
         ),
         ({"additional_config": {"kvarn": {"raw_chunks": "yes"}}}, "give true or false"),
         ({"additional_config": {"kvarn": {"raw_chunks": True}}}, "has raw_chunks on GPUs only"),
+        ({"additional_config": {"kvarn": {"split_tiles": 0}}}, "give a number of tiles > 0"),
+        ({"additional_config": {"kvarn": {"split_tiles": 8}}}, "has split_tiles on GPUs only"),
         ({"additional_config": {"kvarn": {"retained_sinks": -1}}}, "give a number of slots >= 0"),
         (
             {"additional_config": {"kvarn": {"order": "lifo"}}},
