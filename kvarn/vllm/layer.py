@@ -84,6 +84,17 @@ class KVarNLayer(AttentionImpl[Any]):
         )
 
 
+def refuse_noncausal(causal: bool | torch.Tensor) -> None:
+    """Refuse a step that lets tokens read later ones, which layers may ask for after they were created."""
+    if causal is not True:
+        refuse(
+            RefusalError(
+                "This model's attention is not plainly causal, which KVarN does not support; "
+                "use kv_cache_dtype='auto' for it."
+            )
+        )
+
+
 def _refuse_features(kv_cache_dtype: str, features: dict[str, bool]) -> None:
     if wanted := [name for name, used in features.items() if used]:
         refuse(

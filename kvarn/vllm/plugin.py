@@ -8,6 +8,7 @@ from kvarn.vllm.hooks import (
     Hook,
     HookError,
     attention_backend,
+    attention_layers,
     cache_dtype,
     engine_config,
     misfit,
@@ -22,6 +23,7 @@ from kvarn.vllm.hooks import (
 HOOKS: tuple[Hook, ...] = (
     cache_dtype.HOOK,
     attention_backend.HOOK,
+    attention_layers.HOOK,
     page_size.HOOK,
     slot_plan.HOOK,
     utilities.CACHE_STATE,

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionLayer, AttentionMetadataBuilder, 
 
 from kvarn.cpu import decode, prefill, store
 from kvarn.cpu.decode import DecodePlan, plan_decode
-from kvarn.vllm.layer import KVarNLayer
+from kvarn.vllm.layer import KVarNLayer, refuse_noncausal
 from kvarn.vllm.slot_map import NO_SLOT, SlotMap
 from kvarn.vllm.spec import KVarNSpec
 from kvarn.vllm.versions import records_of
@@ -97,6 +97,7 @@ class TorchMetadataBuilder(AttentionMetadataBuilder[TorchMetadata]):
         fast_build: bool = False,
     ) -> TorchMetadata:
         common = common_attn_metadata
+        refuse_noncausal(common.causal)
         batch = _Batch(common, self._group, self._slot_map)
         return TorchMetadata(
             num_actual_tokens=common.num_actual_tokens,

@@ -19,6 +19,7 @@ from kvarn.kernels import decode_plan, prefill_plan
 from kvarn.kernels.decode_work import DecodeShape, DecodeWork, plan_work
 from kvarn.kernels.prefill_plan import PrefillWave
 from kvarn.vllm.cache_settings import KVarNConfig
+from kvarn.vllm.layer import refuse_noncausal
 from kvarn.vllm.slot_map import NO_SLOT, SlotMap
 from kvarn.vllm.spec import KVarNSpec
 
@@ -108,6 +109,7 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> TritonMetadata:
         common = common_attn_metadata
+        refuse_noncausal(common.causal)
         offsets = common.query_start_loc_cpu.numpy().astype(np.int64)
         longer = np.flatnonzero(np.diff(offsets) > self.reorder_batch_threshold)
         decodes = int(longer[0]) if len(longer) else len(offsets) - 1

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import BloomConfig, BloomForCausalLM
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.engine.protocol import StreamingInput
 from vllm.exceptions import VLLMValidationError
@@ -20,8 +18,9 @@ from kvarn.vllm.hooks import HookError, RefusalError
 from kvarn.vllm.scheduler import KVarNScheduler
 from tests.support.engines import PRESET, engine, make_llama
 
-ALIBI = (
-    f"This model needs ALiBi, which the {PRESET} cache does not support; use kv_cache_dtype='auto' for it."
+ENCODER = (
+    f"kv_cache_dtype={PRESET!r} does not fit this model's attention: attention type AttentionType.ENCODER_ONLY not "
+    "supported; use kv_cache_dtype='auto' for it."
 )
 SMALL: dict[str, Any] = {"kv_cache_dtype": PRESET, "skip_tokenizer_init": True, "max_num_seqs": 2}
 ASYNC: dict[str, Any] = {
@@ -40,44 +39,39 @@ class UnpausableScheduler(KVarNScheduler):
 
 
 @pytest.fixture(scope="module")
-def alibi_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose configuration does not say what its layers refuse."""
-    torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("bloom")
-    BloomForCausalLM(
-        BloomConfig(vocab_size=512, hidden_size=128, n_layer=1, n_head=2, seq_length=2048)
-    ).save_pretrained(directory)
-    return directory
+def encoder_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose layers alone are asked for what the cache does not support."""
+    return make_llama(tmp_path_factory.mktemp("encoder"), is_causal=False)
 
 
 @pytest.mark.parametrize("in_process", [True, False], ids=["in process", "core process"])
 def test_a_layers_refusal_reaches_the_caller(
-    monkeypatch: pytest.MonkeyPatch, alibi_model: Path, in_process: bool
+    monkeypatch: pytest.MonkeyPatch, encoder_model: Path, in_process: bool
 ) -> None:
-    with pytest.raises(RefusalError) as raised, engine(monkeypatch, alibi_model, in_process, **SMALL):
+    with pytest.raises(RefusalError) as raised, engine(monkeypatch, encoder_model, in_process, **SMALL):
         pass
-    assert str(raised.value) == ALIBI
+    assert str(raised.value) == ENCODER
 
 
 @pytest.mark.parametrize("in_process", [True, False], ids=["in process", "core process"])
 def test_a_workers_refusal_reaches_the_caller(
-    monkeypatch: pytest.MonkeyPatch, alibi_model: Path, in_process: bool
+    monkeypatch: pytest.MonkeyPatch, encoder_model: Path, in_process: bool
 ) -> None:
     cores = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
     parallel = {**SMALL, "tensor_parallel_size": 2}
-    with pytest.raises(RefusalError) as raised, engine(monkeypatch, alibi_model, in_process, **parallel):
+    with pytest.raises(RefusalError) as raised, engine(monkeypatch, encoder_model, in_process, **parallel):
         pass
-    assert str(raised.value) == ALIBI
+    assert str(raised.value) == ENCODER
 
 
 def test_a_refusal_reaches_the_caller_of_an_async_engine(
-    monkeypatch: pytest.MonkeyPatch, alibi_model: Path
+    monkeypatch: pytest.MonkeyPatch, encoder_model: Path
 ) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with pytest.raises(RefusalError) as raised:
-        AsyncLLM.from_engine_args(AsyncEngineArgs(str(alibi_model), **ASYNC))
-    assert str(raised.value) == ALIBI
+        AsyncLLM.from_engine_args(AsyncEngineArgs(str(encoder_model), **ASYNC))
+    assert str(raised.value) == ENCODER
 
 
 @pytest.mark.parametrize("in_process", [True, False], ids=["in process", "core process"])
@@ -105,14 +99,14 @@ def test_an_error_of_vllm_stays_its_own(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_a_refusal_reaches_the_caller_whatever_was_configured_since(
-    monkeypatch: pytest.MonkeyPatch, alibi_model: Path
+    monkeypatch: pytest.MonkeyPatch, encoder_model: Path
 ) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    config = AsyncEngineArgs(str(alibi_model), **ASYNC).create_engine_config()
-    AsyncEngineArgs(str(alibi_model), **{**ASYNC, "kv_cache_dtype": "auto"}).create_engine_config()
+    config = AsyncEngineArgs(str(encoder_model), **ASYNC).create_engine_config()
+    AsyncEngineArgs(str(encoder_model), **{**ASYNC, "kv_cache_dtype": "auto"}).create_engine_config()
     with pytest.raises(RefusalError) as raised:
         AsyncLLM.from_vllm_config(config)
-    assert str(raised.value) == ALIBI
+    assert str(raised.value) == ENCODER
 
 
 async def test_a_prompt_streamed_in_parts_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

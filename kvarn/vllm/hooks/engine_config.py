@@ -11,6 +11,7 @@ from kvarn.checks import MAX_QUERIES
 from kvarn.presets import Preset, get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.hooks import Hook, HookError, RefusalError, untested
+from kvarn.vllm.hooks.attention_layers import is_idle
 from kvarn.vllm.hooks.engine_probe import doctor_probe
 from kvarn.vllm.versions import bypasses_workers, returns_routed_experts
 
@@ -35,6 +36,7 @@ def install() -> None:
         _set_defaults(self, preset)
         config = stock_create(self, *args, **kwargs)
         _refuse_unsupported(config, preset)
+        config.cache_config.sliding_window = None  # what passed is never less than a sequence
         _set_scheduler(config)
         _log_limits(config)
         return config
@@ -136,8 +138,10 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield f"does not support multi-head latent attention; {use_auto}"
     if model.is_hybrid or model.is_attention_free:
         yield f"needs every layer to be full attention, and this model has other layers; {use_auto}"
-    if model.get_sliding_window() is not None or _has_local_layers(model):
-        yield f"does not support sliding-window attention; {use_auto}"
+    if not (model.is_hybrid or model.is_attention_free) and (local := _local_attention(model)):
+        yield f"{local}, or {use_auto}"
+    if model.uses_alibi:
+        yield f"does not support ALiBi; {use_auto}"
     if getattr(model.hf_text_config, "attn_logit_softcapping", None):
         yield f"does not support logit soft-capping; {use_auto}"
     if getattr(model.hf_text_config, "num_kv_shared_layers", None):
@@ -198,9 +202,18 @@ def _heads_per_kv_head(config: Any) -> int:
     return int(model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel))
 
 
-def _has_local_layers(model: Any) -> bool:
-    layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
-    return any(kind != "full_attention" for kind in layer_types)
+def _local_attention(model: Any) -> str | None:
+    """What to change where some layer's window is less than a sequence; None where no window ever is."""
+    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    window = getattr(model.hf_text_config, "sliding_window", None)
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        return f"does not support layers of type {min(other)}; give a model without them"
+    has_window = model.get_sliding_window() is not None or "sliding_attention" in kinds
+    if not has_window or is_idle(window, model):
+        return None
+    return (
+        f"serves a sliding window as full attention, up to its length; set max_model_len to {window} or less"
+    )
 
 
 def _has_own_scheduler(config: Any) -> bool:

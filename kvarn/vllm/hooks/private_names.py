@@ -120,6 +120,7 @@ HOOK = Hook(
         "vllm.v1.attention.backend:AttentionMetadataBuilder._init_reorder_batch_threshold",
         "vllm.v1.attention.backend:AttentionType.DECODER",
         "vllm.v1.attention.backend:CommonAttentionMetadata.block_table_tensor",
+        "vllm.v1.attention.backend:CommonAttentionMetadata.causal",
         "vllm.v1.attention.backend:CommonAttentionMetadata.num_actual_tokens",
         "vllm.v1.attention.backend:CommonAttentionMetadata.query_start_loc",
         "vllm.v1.attention.backend:CommonAttentionMetadata.query_start_loc_cpu",

@@ -232,8 +232,13 @@ PALIGEMMA = {
         ({"head_dim": 96}, "head_dim"),
         (
             {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 512},
-            "does not support sliding-window attention; use kv_cache_dtype='auto'",
+            "set max_model_len to 512 or less, or use kv_cache_dtype='auto'",
         ),
+        (
+            {"layer_types": ["full_attention", "linear_attention"]},
+            "layers of type linear_attention; give a model without them, or use kv_cache_dtype='auto'",
+        ),
+        ({"alibi": True}, "does not support ALiBi; use kv_cache_dtype='auto'"),
         ({"architectures": ["BertModel"], "model_type": "bert"}, "decoder-only generation"),
         (
             {
@@ -254,6 +259,8 @@ PALIGEMMA = {
     ids=[
         "head_dim",
         "sliding window",
+        "linear attention",
+        "ALiBi",
         "encoder",
         "MLA",
         "soft-capping",

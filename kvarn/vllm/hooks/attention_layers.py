@@ -1,0 +1,114 @@
+"""Checks every quantized attention layer when a model creates it, and completes it once weights are loaded."""
+
+from __future__ import annotations
+
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+from kvarn.presets import PRESETS
+from kvarn.vllm.hooks import Hook, RefusalError
+from kvarn.vllm.hooks.refusals import refuse
+
+_WINDOW = "per_layer_sliding_window"
+
+
+def install() -> None:
+    """Wrap the constructor of vLLM's decoder layers, and the loading of a model."""
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    stock_init, stock_load = Attention.__init__, BaseModelLoader.load_model
+
+    @wraps(stock_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        config = get_current_vllm_config()
+        if config.cache_config.cache_dtype in PRESETS and is_idle(kwargs.get(_WINDOW), config.model_config):
+            del kwargs[_WINDOW]
+        stock_init(self, *args, **kwargs)
+        if self.kv_cache_dtype in PRESETS:
+            refuse_unlike(self, config.compilation_config.static_forward_context.values())
+
+    @wraps(stock_load)
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = stock_load(self, *args, **kwargs)
+        complete_layers(kwargs.get("vllm_config") or args[0])
+        return model
+
+    Attention.__init__ = init
+    BaseModelLoader.load_model = load_model
+
+
+def is_idle(window: Any, model: Any) -> bool:
+    """Whether a window of so many tokens reaches over the longest sequence, so that it is full attention."""
+    return isinstance(window, int) and window >= model.max_model_len
+
+
+def refuse_unlike(layer: Any, layers: Any) -> None:
+    """Refuse a layer whose attention is not plainly causal, or whose shape is not that of the first of `layers`.
+
+    Such a layer is made with a backend that wraps ours and changes what each step reads.
+
+    Raises:
+        RefusalError: the cache does not support the layer.
+    """
+    from kvarn.vllm.backend import BACKENDS
+
+    dtype = layer.kv_cache_dtype
+    if layer.attn_backend is not BACKENDS[dtype]:
+        refuse(
+            RefusalError(
+                f"This model's attention is not plainly causal ({layer.attn_backend.__name__}), which the {dtype} "
+                "cache does not support; use kv_cache_dtype='auto' for it."
+            )
+        )
+    first = next(x for x in layers if getattr(x, "kv_cache_dtype", None) == dtype)
+    for other in (first, layer):
+        if other.head_size_v != other.head_size:
+            refuse(_unlike(dtype, "keys and values", other.head_size, other.head_size_v, "channels per head"))
+    for attribute, unit in (
+        ("head_size", "channels per head"),
+        ("num_kv_heads", "KV heads"),
+        ("num_heads", "query heads"),
+    ):
+        if (mine := getattr(layer, attribute)) != (theirs := getattr(first, attribute)):
+            refuse(_unlike(dtype, "layers", theirs, mine, unit))
+
+
+def _unlike(dtype: str, parts: str, one: int, other: int, unit: str) -> RefusalError:
+    return RefusalError(
+        f"The {parts} of this model have {one} and {other} {unit}, and the {dtype} cache needs them equal; "
+        "use kv_cache_dtype='auto' for it."
+    )
+
+
+def complete_layers(vllm_config: Any) -> None:
+    """Finish layers that are not among the model's modules, as on the Transformers backend before vLLM 0.30."""
+    from kvarn.vllm.layer import KVarNLayer
+
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        impl = getattr(layer, "impl", None)
+        if isinstance(impl, KVarNLayer) and not hasattr(impl, "pool"):
+            impl.process_weights_after_loading(vllm_config.model_config.dtype)
+
+
+def probe() -> str | None:
+    """Check that layers take their window under the name that the hook knows."""
+    from vllm.model_executor.layers.attention import Attention
+
+    if _WINDOW not in signature(Attention.__init__).parameters:
+        return f"its attention layers take no {_WINDOW}"
+    return None
+
+
+HOOK = Hook(
+    "attention layers",
+    (
+        "vllm.model_executor.layers.attention:Attention.__init__",
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model",
+        "vllm.config:get_current_vllm_config",
+    ),
+    install,
+    probe,
+)
