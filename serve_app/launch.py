@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -168,6 +168,10 @@ def _check_in_another_process(place: str, check: Callable[..., object], *argumen
             pool.submit(check, *arguments).result()
         except ValueError as error:
             raise LaunchError(f"{place}: {error}") from None
+        except KeyboardInterrupt:
+            for process in active_children():  # leaving the block waits for them
+                process.kill()
+            raise
 
 
 def _quiet() -> None:

@@ -120,6 +120,25 @@ def test_a_stop_leaves_no_process(served: subprocess.Popen[str], stop: Stop, exi
     assert not alive
 
 
+def test_a_stop_during_a_check_in_another_process_leaves_none(tmp_path: Path, app: Path) -> None:
+    content = yaml.safe_load(app.read_text())
+    content["applications"][0]["args"]["gateway"]["tool_parser"] = "hermes"
+    path = tmp_path / "app.yaml"
+    path.write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "kvarn.cli", "serve", "--json", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        checking: list[psutil.Process] = []
+        while not any("spawn_main" in " ".join(child.cmdline()) for child in checking):
+            assert process.poll() is None
+            checking = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=STOP_TIMEOUT_S)
+    assert (process.returncode, output) == (0, '{"event": "stopped"}\n'), errors
+    assert "Traceback" not in errors
+    _, alive = psutil.wait_procs(checking, timeout=30)
+    assert not alive
+
+
 def test_engines_run_at_the_priority_of_the_command(served: subprocess.Popen[str]) -> None:
     command = psutil.Process(served.pid)
     priorities = {process.name(): process.nice() for process in command.children(recursive=True)}
