@@ -448,8 +448,8 @@ async def test_a_request_that_stops_waiting_leaves_nothing_behind() -> None:
             queue = setup.gateways[0].queue
             await until(lambda: len(queue) == 1)
             waiting.cancel()
-            await holder.aclose()
             await until(lambda: not len(queue))
+            await holder.aclose()
             await assert_nothing_held(setup)
         assert len(setup.sent) == 1
 
