@@ -446,10 +446,18 @@ def _leads(step: str | int, value: Any) -> bool:
 
 def _said(errors: Sequence[Any]) -> str:
     """Merge the errors at one place; for a union, use the branch whose type fits, else list all its types."""
-    said = [
-        f"{_EXPECTED}a JSON object" if error["type"] in _OBJECT_TYPES else error["msg"] for error in errors
-    ]
+    said = [_message(error) for error in errors]
     if fitting := [one for one in said if not one.startswith(_EXPECTED)]:
         return fitting[0].removeprefix("Value error, ")
     expected = [one.removeprefix(_EXPECTED) for one in said]
     return _EXPECTED + " or ".join(dict.fromkeys(expected))
+
+
+def _message(error: Any) -> str:
+    """Return pydantic's message, without values of any length from the request."""
+    if error["type"] in _OBJECT_TYPES:
+        return f"{_EXPECTED}a JSON object"
+    if error["type"] == "union_tag_invalid":
+        return f"{error['ctx']['discriminator']} should be one of {error['ctx']['expected_tags']}"
+    message: str = error["msg"]
+    return message
