@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +19,13 @@ from serve_app.request.prompts import PromptEncoder
 from serve_app.request.request_errors import ContextLengthError, ModelNotFoundError
 from serve_app.request.sampling import check_sampling
 from serve_app.routing import Caller, Router
+from tests.support.loop_watch import watching_loop
 
 HOST = "127.0.0.1"
 MODEL = "small"
 CACHED = 2
 MAX_MODEL_LEN = 8192
+_SERVES = ContextVar("serves", default=False)
 
 
 @dataclass
@@ -126,7 +129,7 @@ class Running:
 
 @asynccontextmanager
 async def running_servers(encoder: PromptEncoder, **config: Any) -> AsyncIterator[Running]:
-    """Run both servers on free ports."""
+    """Run both servers on free ports; no HTTP request may hold the loop for longer than `loop_watch.BOUND_S`."""
     script = Script(encoder)
     settings = GatewayConfig.model_validate(
         {"port": 0, "http": {"port": 0}, "drain_grace_s": 0, "max_message_bytes": 1 << 18, **config}
@@ -145,10 +148,15 @@ async def running_servers(encoder: PromptEncoder, **config: Any) -> AsyncIterato
         is_ready=lambda: True,
         on_rejection=rejections.append,
     )
+    token = _SERVES.set(
+        True
+    )  # for everything that the HTTP server starts, and not for the clients of the tests
     grpc_port, http_port = await servers.start()
+    _SERVES.reset(token)
     await servers.set_serving(True)
     try:
-        yield Running(grpc_port, http_port, script, rejections)
+        with watching_loop(_SERVES):
+            yield Running(grpc_port, http_port, script, rejections)
     finally:
         feed.close()
         await servers.stop()

@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 BOUND_S = 0.05
+_active: list[LoopWatch] = []
 
 
 @dataclass
@@ -26,13 +28,26 @@ class LoopWatch:
         assert longest_s <= BOUND_S, f"{longest_s * 1e3:.0f} ms in {self.callback} {str(request)[:300]}"
 
 
+def check_all(request: object) -> None:
+    """Fail if a watched callback exceeded the bound since the last check."""
+    for watch in _active:
+        watch.check(request)
+
+
 @contextmanager
-def watching_loop() -> Iterator[LoopWatch]:
-    """Watch the callbacks of this thread's loop. Objects that exist are hidden from the collector, as in a gateway."""
+def watching_loop(only: ContextVar[bool] | None = None) -> Iterator[LoopWatch]:
+    """Watch the callbacks of this thread's loop. Objects that exist are hidden from the collector, as in a gateway.
+
+    Args:
+        only: watch only callbacks in whose context this is true.
+    """
     watch, thread = LoopWatch(), threading.get_ident()
     run = asyncio.Handle._run
 
     def timed(handle: asyncio.Handle) -> None:
+        if only is not None and not handle._context.get(only, False):  # type: ignore[attr-defined]
+            run(handle)
+            return
         start_s = time.thread_time()
         run(handle)
         took_s = time.thread_time() - start_s
@@ -42,9 +57,12 @@ def watching_loop() -> Iterator[LoopWatch]:
     gc.collect()
     gc.freeze()
     asyncio.Handle._run = timed  # type: ignore[method-assign]
+    _active.append(watch)
     try:
         yield watch
     finally:
+        _active.remove(watch)
         asyncio.Handle._run = run  # type: ignore[method-assign]
-        gc.unfreeze()
+        if not _active:
+            gc.unfreeze()
     watch.check()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,14 +13,12 @@ import httpx
 import psutil
 import pytest
 from google.rpc import error_details_pb2, status_pb2
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from kvarn.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
+from kvarn.v1 import inference_pb2, inference_pb2_grpc
 from serve_app.client import AsyncClient, NoRoomError, UnauthenticatedError
 from serve_app.request.prompts import PromptEncoder
 from serve_app.security.api_keys import create_key
-from tests.support.gateway_servers import HOST, MODEL, Running, running_servers, settled
+from tests.support.gateway_servers import HOST, Running, running_servers, settled
 
 LIMITS = {
     "max_connections": 200,
@@ -34,8 +31,6 @@ LIMITS = {
 BODY_LIMIT = 1 << 18
 CHAT = b'{"messages": [{"role": "user", "content": "Hi"}]}'
 STREAMED = CHAT[:-1] + b', "stream": true}'
-REFUSALS = [400, 404, 405, 413]  # also of bodies that the schema forbids
-FUZZ_S = 8  # seconds of each fuzzer
 MIB = 1 << 20
 
 
@@ -348,100 +343,6 @@ async def test_grpc_metadata_and_messages_that_are_too_large(front: Running) -> 
 
 def request() -> inference_pb2.GenerateRequest:
     return inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(text="Hi"))
-
-
-EXPECTED = {
-    grpc.StatusCode.OK,
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.NOT_FOUND,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-}
-VALID = inference_pb2.GenerateRequest(
-    model=MODEL,
-    prompt=inference_pb2.Prompt(
-        chat=inference_pb2.Chat(
-            messages=[inference_pb2.ChatMessage(role="user", content="Hi")],
-            tools=[inference_pb2.Tool(name="f", parameters="{}")],
-        )
-    ),
-    sampling_params=sampling_pb2.SamplingParams(
-        temperature=0.5, stop=["x"], logit_bias={1: 2.0}, structured_outputs={"regex": "a"}
-    ),
-    request_id="r",
-).SerializeToString()
-
-
-@st.composite
-def mutated(draw: st.DrawFn) -> bytes:
-    """Draw a valid message with some of its bytes changed, repeated or removed."""
-    message = bytearray(VALID)
-    for _ in range(draw(st.integers(1, 6))):
-        at = draw(st.integers(0, len(message)))
-        message[at : at + draw(st.integers(0, 8))] = draw(st.binary(max_size=8))
-    return bytes(message)
-
-
-async def test_protobuf_fuzzing_never_fails_the_server(front: Running) -> None:
-    codes = await fuzzed(st.binary(max_size=200) | mutated(), lambda data: generate_raw(front, data))
-    assert set(codes) <= EXPECTED
-    assert {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT} <= set(codes)
-
-
-async def generate_raw(front: Running, message: bytes) -> grpc.StatusCode:
-    async with grpc.aio.insecure_channel(front.address) as channel:
-        call = channel.unary_stream("/kvarn.v1.Inference/Generate")(message, timeout=20)
-        try:
-            async for _ in call:
-                pass
-        except grpc.aio.AioRpcError as error:
-            return error.code()
-        return grpc.StatusCode.OK
-
-
-@pytest.mark.slow
-async def test_http_fuzzing_never_fails_the_server(front: Running) -> None:
-    valid = post(len(CHAT), connection="close") + CHAT
-    cut = st.tuples(st.integers(0, len(valid)), st.binary(max_size=8)).map(
-        lambda drawn: valid[: drawn[0]] + drawn[1] + valid[drawn[0] + len(drawn[1]) :]
-    )
-    answers = await fuzzed(cut, lambda data: answer_to(front, data))
-    assert {status_of(answer) for answer in answers if answer} <= {200, 400, 403, 404, 405, 408, 413, 431}
-
-
-async def fuzzed(strategy: Any, call: Any) -> list[Any]:
-    """Return the results of `call` on examples of `strategy`; Hypothesis runs in a thread, the calls in this loop."""
-    loop, results = asyncio.get_running_loop(), []
-    deadline = loop.time() + FUZZ_S
-
-    @given(strategy)
-    @settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    def run(data: bytes) -> None:
-        if loop.time() < deadline:
-            results.append(asyncio.run_coroutine_threadsafe(call(data), loop).result(30))
-
-    await asyncio.to_thread(run)
-    return results
-
-
-@pytest.mark.slow
-async def test_schemathesis_finds_nothing_against_the_openapi_document(
-    front: Running, tmp_path: Path
-) -> None:
-    config = tmp_path / "schemathesis.toml"
-    config.write_text(f"[checks.negative_data_rejection]\nexpected-statuses = {REFUSALS}\n")
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "schemathesis.cli", f"--config-file={config}"),
-        *("run", f"{front.url}/openapi.json", "--no-color"),
-        *("--max-time", "20", "--max-examples", "20", "--generation-deterministic"),
-        # Constraints between fields are not in the document.
-        *("--exclude-checks", "positive_data_acceptance"),
-        *("--continue-on-failure", "--warnings", "off", "--request-timeout", "20"),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        cwd=tmp_path,  # it leaves a cache
-    )
-    said, _ = await process.communicate()
-    assert process.returncode == 0, said.decode()
 
 
 async def test_keys_guard_everything_but_probes(encoder: PromptEncoder, tmp_path: Path) -> None:
