@@ -2,7 +2,7 @@
 
 Same units of work and the same parts as `kvarn.kernels.decode`, for programs of more than 16 query rows (query heads x
 query tokens): the rows are the left operand of both dots, `scores = q K^T` and `out = p V`, and several warps decode a
-record once, into shared memory, for all of them.
+record once, as float16 numbers in shared memory, for all of them.
 """
 
 from __future__ import annotations
@@ -20,34 +20,41 @@ from kvarn.kernels.decode_work import (
     row_pointers,
     segment,
 )
-from kvarn.kernels.records import (
-    code_words,
-    codes,
-    column_weights,
-    contracted_index,
-    contracted_place,
-    contracted_view,
-    from_e4m3,
-    row_place,
-    step_weights,
+from kvarn.kernels.record_values import (
+    channel_pairs,
+    channels_twice,
+    code_pairs,
+    in_shared_order,
+    load_words,
+    scaled,
+    shared_index,
+    sixteenths,
+    token_pairs,
+    tokens_twice,
 )
 
 
 @triton.jit
-def _softmax_step(score, sees, m, l):
-    """Update an online softmax, in base 2, with the scores [M, T] of T more tokens, in the rows that `sees` them.
+def _softmax_step(score, row_scale, sees, m, l):
+    """Update an online softmax, in base 2, with the scores [M, T] of T more tokens.
+
+    Args:
+        row_scale: [M], factors > 0 of the scores, or None for 1.
+        sees: [M] bool, the rows that see these tokens, or None for all.
 
     Returns:
         p [M, T] = exp2(score - new m), alpha [M] = exp2(m - new m), the new m and the new l.
     """
     score_max = tl.max(score, 1)
-    if sees is None:
-        m_new = tl.maximum(m, score_max)
-        base = m_new
-    else:
-        m_new = tl.maximum(m, tl.where(sees, score_max, UNSEEN))
-        base = tl.where(sees, m_new, -UNSEEN)  # weights of 0
-    p, alpha = tl.exp2(score - base[:, None]), tl.exp2(m - m_new)
+    if row_scale is not None:
+        score_max *= row_scale
+    if sees is not None:
+        score_max = tl.where(sees, score_max, UNSEEN)
+    m_new = tl.maximum(m, score_max)
+    base = m_new if sees is None else tl.where(sees, m_new, -UNSEEN)  # weights of 0
+    exponent = score if row_scale is None else score * row_scale[:, None]
+    p = tl.exp2(exponent - base[:, None])
+    alpha = tl.exp2(m - m_new)
     return p, alpha, m_new, l * alpha + tl.sum(p, 1)
 
 
@@ -57,7 +64,7 @@ def _attend_raw_piece(
     start,
     filled,
     visible,  # [M, 1] int32, or a scalar
-    q,  # [M, D] float16 in `contracted_view` order
+    q,  # [M, D] float16 in `shared_index` order
     row_scale,
     m,
     l,
@@ -70,18 +77,47 @@ def _attend_raw_piece(
     """Attend rows `start` to `start + PIECE` of a raw tile, up to `filled`; a query row sees the first `visible`."""
     rows = start + tl.arange(0, PIECE)
     at = rows[:, None] * D + tl.arange(0, D)[None, :]
-    key = tl.load(raw + at, mask=rows[:, None] < filled, other=0.0)
-    score = tl.dot(q, contracted_view(tl.trans(key), D, PIECE)) * row_scale[:, None]
+    key = in_shared_order(tl.load(raw + at, mask=rows[:, None] < filled), PIECE, D)
+    key = tl.where(rows[:, None] < filled, key, 0.0)
+    score = tl.dot(q, tl.trans(key)) * row_scale[:, None]
     score = tl.where((rows[None, :] < visible) & (rows < filled)[None, :], score, UNSEEN)
-    p, alpha, m, l = _softmax_step(score, None, m, l)
+    p, alpha, m, l = _softmax_step(score, None, None, m, l)
     value = tl.load(raw + H * G * D + at, mask=rows[:, None] < filled, other=0.0)
     return m, l, tl.dot(p.to(tl.float16), value, acc * alpha[:, None])
 
 
 @triton.jit
-def _attend_record(
+def _load_record(
     record,
-    q,  # [M, D] float16 in `contracted_view` order
+    D: tl.constexpr,
+    G: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    VALUE_CODES: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+):
+    """Load a record: words, scale, zero and factor of its keys, then of its values."""
+    by_channel = (record + BY_CHANNEL).to(tl.pointer_type(tl.int64))
+    channel_factor = (record + BY_CHANNEL).to(tl.pointer_type(tl.int16)) + 2 * D
+    by_token = (record + BY_TOKEN).to(tl.pointer_type(tl.int32))
+    return (
+        load_words(record, KEY_BITS, D, G),
+        channel_pairs(by_channel, D),
+        channel_pairs(by_channel + D // 4, D),
+        tokens_twice(record + BY_TOKEN, G),
+        load_words(record + VALUE_CODES, VALUE_BITS, G, D),
+        token_pairs(by_token + G // 4, G),
+        token_pairs(by_token + G // 2, G),
+        channels_twice(channel_factor, D),
+    )
+
+
+@triton.jit
+def _attend_record(
+    loaded,  # by `_load_record`
+    next_record,
+    q,  # [M, D] float16 in `shared_index` order
     row_scale,
     sees,  # [M] bool, the query rows that see this tile, or None for all
     m,
@@ -94,37 +130,34 @@ def _attend_record(
     BY_CHANNEL: tl.constexpr,
     BY_TOKEN: tl.constexpr,
 ):
-    """Attend the tile of one record."""
+    """Attend the tile of one record, and load the next.
+
+    Returns:
+        m, l, acc, and the next record's `_load_record`.
+    """
     D: tl.constexpr = acc.shape[1]
-    key_words = code_words(record.to(tl.pointer_type(tl.int16)), KEY_BITS, D, G)
-    value_words = code_words((record + VALUE_CODES).to(tl.pointer_type(tl.int16)), VALUE_BITS, G, D)
-    by_channel = (record + BY_CHANNEL).to(tl.pointer_type(tl.float16))
-    by_token = record + BY_TOKEN
-
-    channel = contracted_index(tl.arange(0, D))
-    key_scale = tl.load(by_channel + contracted_place(channel, D))
-    key_zero = tl.load(by_channel + D + contracted_place(channel, D))
-    token = contracted_index(tl.arange(0, G))
-    token_place = row_place(token, G)
-    key_token_scale = from_e4m3(tl.load(by_token + token_place))
-    value_scale = from_e4m3(tl.load(by_token + G + token_place))
-    value_zero = from_e4m3(tl.load(by_token + 2 * G + token_place))
-    out_channel = tl.arange(0, D)
-    factor = tl.load(by_channel + 2 * D + row_place(out_channel, D)).to(tl.float32)
-
-    weighted = (q * key_scale[None, :]) * step_weights(channel, KEY_BITS, D, G).to(tl.float16)[None, :]
-    bias = tl.sum(q.to(tl.float32) * key_zero.to(tl.float32)[None, :], 1)
-    key = contracted_view(codes(key_words, KEY_BITS, D, G), G, D)
-    score = tl.dot(weighted, tl.trans(key)) * column_weights(token, KEY_BITS, D, G)[None, :] + bias[:, None]
-    score = score * key_token_scale[None, :] * row_scale[:, None]
-    p, alpha, m, l = _softmax_step(score, sees, m, l)
-
-    bias = tl.sum(p * value_zero[None, :], 1)
-    weights = (p * (value_scale * step_weights(token, VALUE_BITS, G, D))[None, :]).to(tl.float16)
-    out = tl.dot(weights, tl.trans(codes(value_words, VALUE_BITS, G, D)))
-    factor_weighted = factor * column_weights(out_channel, VALUE_BITS, G, D)
-    acc = acc * alpha[:, None] + bias[:, None] * factor[None, :]
-    return m, l, acc + out * factor_weighted[None, :]
+    key_words, key_scale, key_zero, key_factor, value_words, value_scale, value_zero, value_factor = loaded
+    # A sixteenth of the keys: 15 * scale + zero is finite in float16.
+    key = scaled(
+        code_pairs(key_words, KEY_BITS, -4, D, G, True),
+        key_scale[None, :],
+        sixteenths(key_zero)[None, :],
+        key_factor[:, None],
+        G,
+        D,
+    )
+    p, alpha, m, l = _softmax_step(tl.dot(q, tl.trans(key)), row_scale * 16.0, sees, m, l)
+    value = scaled(
+        code_pairs(value_words, VALUE_BITS, 0, G, D, False),
+        value_scale[None, :],
+        value_zero[None, :],
+        value_factor[:, None],
+        D,
+        G,
+    )
+    # Here the loads are issued after the last memory barrier, which would wait for them, and overlap with the dot.
+    loaded = _load_record(next_record, D, G, KEY_BITS, VALUE_BITS, VALUE_CODES, BY_CHANNEL, BY_TOKEN)
+    return m, l, tl.dot(p.to(tl.float16), tl.trans(value), acc * alpha[:, None]), loaded
 
 
 @triton.jit(
@@ -177,7 +210,7 @@ def decode_rows(
     ROWS: tl.constexpr = TOKENS * PER_HEAD
     unit, end, row = program_share(UnitStarts, FirstRows, rows, programs, H, SPLIT)
     query_row = tl.arange(0, N)
-    channel = contracted_index(tl.arange(0, D))
+    channel = shared_index(tl.arange(0, D))
 
     while unit < end:  # one segment per iteration
         request, head, bounds, tokens, span, request_len, sink_slot = segment(
@@ -217,14 +250,22 @@ def decode_rows(
 
         table = BlockTable + request * table_stride
         tiles = first_tile - raw_units  # the tile of unit u is u + tiles
-        for tile in range(tl.maximum(first_unit, raw_units) + tiles, first_unit + count + tiles):
-            record = Cache + (tl.load(table + tile).to(tl.int64) * H + head) * RECORD
-            sees = None if QueryStart is None else tile < row_tile
-            m, l, acc = _attend_record(
-                record,
+        first = tl.maximum(first_unit, raw_units) + tiles
+        end_tile = first_unit + count + tiles
+        last = tl.maximum(end_tile - 1, 0)  # what is loaded ahead of it is not used
+        block = tl.load(table + tl.minimum(first, last))
+        record = Cache + (block.to(tl.int64) * H + head) * RECORD
+        loaded = _load_record(record, D, G, KEY_BITS, VALUE_BITS, VALUE_CODES, BY_CHANNEL, BY_TOKEN)
+        block = tl.load(table + tl.minimum(first + 1, last))
+        for tile in range(first, end_tile):
+            next_record = Cache + (block.to(tl.int64) * H + head) * RECORD
+            block = tl.load(table + tl.minimum(tile + 2, last))
+            m, l, acc, loaded = _attend_record(
+                loaded,
+                next_record,
                 q,
                 row_scale,
-                sees,
+                None if QueryStart is None else tile < row_tile,
                 m,
                 l,
                 acc,

@@ -342,7 +342,9 @@ class DecodeShape:
             raise ValueError(f"query has {per_head} heads per KV head: expected at most {MAX_HEADS}")
         blocks = triton.cdiv(queries, max_rows(layout.head_dim) // per_head)
         block_tokens = triton.cdiv(queries, blocks)
-        columns = max(8, triton.next_power_of_2(per_head * block_tokens))
+        rows = per_head * block_tokens
+        # Dots of a warp group have 64 rows.
+        columns = max(8, triton.next_power_of_2(rows)) if rows <= FEW_ROWS else max_rows(layout.head_dim)
         launch = launch or decode_launch(device, layout, columns)
         return cls(
             kv_heads,

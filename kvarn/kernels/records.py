@@ -43,7 +43,7 @@ def record_constants(layout: TileLayout) -> dict[str, Any]:
 
 
 @triton.constexpr_function
-def _split_sizes(bits: int, contracted: int, free: int) -> tuple[int, ...]:
+def split_sizes(bits: int, contracted: int, free: int) -> tuple[int, ...]:
     """Return the (step, column) sizes of lane_slot, quad and rep, flat; see `CodeOrder`."""
     return tuple(size for pair in CodeOrder(bits, contracted, free).splits for size in pair)
 
@@ -120,7 +120,7 @@ def codes(
 ):
     """Return codes [FREE, CONTRACTED] float16 as code * 2^(offset - 24), with the contracted index in `contracted_view`
     order, for an MMA operand, or in natural order."""
-    SIZES: tl.constexpr = _split_sizes(BITS, CONTRACTED, FREE)
+    SIZES: tl.constexpr = split_sizes(BITS, CONTRACTED, FREE)
     if BITS == 4:
         c0, c1, c2, c3 = _cut_nibbles(words)
         x = tl.join(tl.join(c0, c2), tl.join(c1, c3))
@@ -157,7 +157,7 @@ def _power_of_two(exponent):
 @triton.jit
 def step_weights(contracted, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
     """Return the factors of `codes` at the given natural contracted indices: float32, powers of two."""
-    SIZES: tl.constexpr = _split_sizes(BITS, CONTRACTED, FREE)
+    SIZES: tl.constexpr = split_sizes(BITS, CONTRACTED, FREE)
     lane_slot = contracted // (CONTRACTED // SIZES[0]) * SIZES[1]
     return _power_of_two(-(lane_slot % (8 // BITS)) * BITS)
 
@@ -165,7 +165,7 @@ def step_weights(contracted, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE:
 @triton.jit
 def column_weights(free, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
     """Return the factors of sums over `codes` at the given natural free indices: float32, powers of two."""
-    SIZES: tl.constexpr = _split_sizes(BITS, CONTRACTED, FREE)
+    SIZES: tl.constexpr = split_sizes(BITS, CONTRACTED, FREE)
     lane_slot = free // (FREE // SIZES[1])
     return _power_of_two(-(lane_slot % (8 // BITS)) * BITS) * CODE_UNIT
 
@@ -173,7 +173,7 @@ def column_weights(free, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.
 @triton.jit
 def bias_rows(bias, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr, N: tl.constexpr):
     """Return bias [N] as the initial value [FREE, N] of a sum over `codes` that `column_weights` will multiply."""
-    SIZES: tl.constexpr = _split_sizes(BITS, CONTRACTED, FREE)
+    SIZES: tl.constexpr = split_sizes(BITS, CONTRACTED, FREE)
     if SIZES[1] == 1:  # all rows have one weight
         rows = tl.broadcast_to(bias[None, :] / CODE_UNIT, [FREE, N])
     else:
@@ -257,7 +257,7 @@ def lane_slot_indices(
     LANE_SLOT: tl.constexpr, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr
 ):
     """Return the natural free [FREE // columns] and contracted [CONTRACTED // steps] indices of a lane_slot's codes."""
-    SIZES: tl.constexpr = _split_sizes(BITS, CONTRACTED, FREE)
+    SIZES: tl.constexpr = split_sizes(BITS, CONTRACTED, FREE)
     free = LANE_SLOT % SIZES[1] * (FREE // SIZES[1]) + tl.arange(0, FREE // SIZES[1])
     contracted = LANE_SLOT // SIZES[1] * (CONTRACTED // SIZES[0]) + tl.arange(0, CONTRACTED // SIZES[0])
     return free, contracted
@@ -266,14 +266,14 @@ def lane_slot_indices(
 @triton.jit
 def no_words(BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
     """Return words of 0, to add codes to: int32 [FREE // columns, CONTRACTED // steps]."""
-    SIZES: tl.constexpr = _split_sizes(BITS, CONTRACTED, FREE)
+    SIZES: tl.constexpr = split_sizes(BITS, CONTRACTED, FREE)
     return tl.zeros([FREE // SIZES[1], CONTRACTED // SIZES[0]], tl.int32)
 
 
 @triton.jit
 def in_record_order(words, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
     """Reorder words int32 [FREE // columns, CONTRACTED // steps] from natural order to a record's: int16, flat."""
-    SIZES: tl.constexpr = _split_sizes(BITS, CONTRACTED, FREE)
+    SIZES: tl.constexpr = split_sizes(BITS, CONTRACTED, FREE)
     # [column_quad, column_rep, lane_n, step_quad, step_rep, half, lane_k, pair]
     words = tl.reshape(words.to(tl.int16), [SIZES[3], SIZES[5], 8, SIZES[2], SIZES[4], 2, 4, 2])
     return tl.reshape(tl.permute(words, [4, 1, 2, 6, 3, 0, 5, 7]), [CONTRACTED * FREE * BITS // 16])

@@ -137,7 +137,7 @@ def decode_keys(bench: TuneBench) -> list[DecodeKey]:
     return [
         DecodeKey(preset, head_dim, columns)
         for preset, head_dim in product(bench.presets, bench.head_dims)
-        for columns in (8, 16, 32, 64)
+        for columns in (8, 16, 64)
         if columns <= max_rows(head_dim)
     ]
 
