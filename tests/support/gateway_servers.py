@@ -60,6 +60,7 @@ class Script:
             for index, (token_ids, text, is_last) in enumerate(self._pieces(answer)):
                 if self.error_after is not None and index == self.error_after[0]:
                     raise self.error_after[1]
+                await asyncio.sleep(0)  # an engine's pieces arrive in turns of the loop
                 if index == 1 and self.wait is not None:
                     await self.wait.wait()
                 yield self._piece(request, index, token_ids, text, is_last, len(prompt))
