@@ -18,8 +18,8 @@ MAX_MESSAGES = 4096
 # From here on, rendering and tokenizing take milliseconds: a thread costs less than a blocked event loop.
 LONG_PROMPT_BYTES = 8192
 LONG_CHAT_MESSAGES = 32
-# Of a text with more characters than this per token of the context, so many are tokenized first: natural text has
-# about four per token.
+# A text with more characters per token of the context than this is first judged by its beginning of that length:
+# natural text has about four per token.
 CHARACTERS_PER_TOKEN = 16
 # What a template raises on values that it does not expect, besides its own errors.
 _TEMPLATE_ERRORS = (

@@ -41,7 +41,7 @@ def install() -> None:
 
 
 def is_idle(window: Any, model: Any) -> bool:
-    """Whether a window of so many tokens reaches over the longest sequence, so that it is full attention."""
+    """Return whether a window, in tokens, covers the longest sequence, so that the layer has full attention."""
     return isinstance(window, int) and window >= model.max_model_len
 
 
