@@ -17,6 +17,7 @@ from serve_app.request.token_texts import TokenTexts
 MAX_MESSAGES = 4096
 # From here on, rendering and tokenizing take milliseconds: a thread costs less than a blocked event loop.
 LONG_PROMPT_BYTES = 8192
+LONG_PROMPT_IDS = 1 << 16
 LONG_CHAT_MESSAGES = 32
 # A text with more characters per token of the context than this is first judged by its beginning of that length:
 # natural text has about four per token.
@@ -74,18 +75,17 @@ class PromptEncoder:
         return self._tokens.token_bytes(token_id)
 
     async def _ids(self, prompt: inference_pb2.Prompt, context_tokens: int | None) -> list[int]:
-        match prompt.WhichOneof("content"):
-            case "token_ids":
-                ids = list(prompt.token_ids.ids)
-                check_token_ids(ids, self.vocab_size, "prompt.token_ids")
-                return ids
-            case "chat":
-                _check_messages(prompt.chat)
+        if prompt.HasField("chat"):
+            _check_messages(prompt.chat)
         if _is_long(prompt):
             return await asyncio.to_thread(self._tokenize, prompt, context_tokens)
         return self._tokenize(prompt, context_tokens)
 
     def _tokenize(self, prompt: inference_pb2.Prompt, context_tokens: int | None) -> list[int]:
+        if prompt.HasField("token_ids"):
+            ids = list(prompt.token_ids.ids)
+            check_token_ids(ids, self.vocab_size, "prompt.token_ids")
+            return ids
         is_chat = prompt.HasField("chat")
         text = self._render(prompt.chat) if is_chat else prompt.text
         if not text:
@@ -94,8 +94,8 @@ class PromptEncoder:
             _check_unicode(text)
         if context_tokens is not None:
             self._check_beginning(text, context_tokens)
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=not is_chat)
-        return ids
+        tokenized: list[int] = self.tokenizer.encode(text, add_special_tokens=not is_chat)
+        return tokenized
 
     def _check_beginning(self, text: str, context_tokens: int) -> None:
         """Reject a text whose beginning alone is too long: tokenizing megabytes takes seconds.
@@ -164,6 +164,9 @@ def _continues(chat: inference_pb2.Chat) -> bool:
 
 
 def _is_long(prompt: inference_pb2.Prompt) -> bool:
+    """Return whether the conversion of a prompt takes milliseconds, and so belongs in a thread."""
+    if prompt.HasField("token_ids"):
+        return len(prompt.token_ids.ids) > LONG_PROMPT_IDS
     return len(prompt.chat.messages) > LONG_CHAT_MESSAGES or prompt.ByteSize() >= LONG_PROMPT_BYTES
 
 
