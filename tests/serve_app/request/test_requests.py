@@ -147,7 +147,7 @@ def test_a_value_that_cannot_be_encoded_fails_in_the_client(
     prompt: object, sampling: dict[str, object]
 ) -> None:
     with pytest.raises(InvalidRequestError):
-        _request(inference_pb2.GenerateRequest, prompt, "", "", sampling)
+        _request(inference_pb2.GenerateRequest, prompt, "", "", "", sampling)
 
 
 @pytest.mark.parametrize(
