@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, JsonValue
 
 from serve_app.agents.messages_schema import (
     MAX_BLOCKS,
@@ -24,6 +24,7 @@ from serve_app.agents.messages_schema import (
     ToolResultBlock,
     ToolUseBlock,
 )
+from serve_app.agents.translated_request import TranslatedRequest
 from serve_app.agents.turns import Turns
 from serve_app.openai.schema import (
     MAX_TOOLS,
@@ -32,7 +33,6 @@ from serve_app.openai.schema import (
     Ignored,
     JsonSchema,
     MaxTokens,
-    Model,
     NamedFunction,
     NamedToolChoice,
     ResponseFormat,
@@ -51,7 +51,7 @@ _ALLOWED = {
 _CHOICES: dict[str, Literal["auto", "required", "none"]] = {"auto": "auto", "any": "required", "none": "none"}
 
 
-class CountTokensRequest(Model):
+class CountTokensRequest(TranslatedRequest):
     """A request for the number of tokens of a prompt."""
 
     model: str
@@ -76,26 +76,11 @@ class CountTokensRequest(Model):
     chat_template_kwargs: dict[str, JsonValue] | None = Field(
         default=None, description="further arguments of the chat template"
     )
-    _chat: ChatCompletionRequest = PrivateAttr()
-
-    @property
-    def chat(self) -> ChatCompletionRequest:
-        """The same request as a chat completion."""
-        return self._chat
 
     @property
     def shows_thinking(self) -> bool:
         """Whether the answer holds the model's reasoning."""
         return self._thinks and self.thinking is not None and self.thinking.display != "omitted"
-
-    @model_validator(mode="after")
-    def _translate(self) -> Self:
-        """Translate here, since large bodies are validated in a thread."""
-        try:
-            self._chat = self._translated()
-        except ValidationError as error:
-            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-        return self
 
     @property
     def _thinks(self) -> bool:

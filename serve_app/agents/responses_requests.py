@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator
 
 from serve_app.agents.responses_schema import (
     AnyItem,
@@ -25,6 +25,7 @@ from serve_app.agents.responses_schema import (
     flat_name,
     shown,
 )
+from serve_app.agents.translated_request import TranslatedRequest
 from serve_app.agents.turns import Turns
 from serve_app.openai.schema import (
     MAX_TOOLS,
@@ -33,7 +34,6 @@ from serve_app.openai.schema import (
     Ignored,
     Int64,
     MaxTokens,
-    Model,
     NamedFunction,
     NamedToolChoice,
     OnlyFalse,
@@ -70,7 +70,7 @@ _SAME_NAME = (
 )
 
 
-class ResponsesRequest(Model):
+class ResponsesRequest(TranslatedRequest):
     """A request for a response."""
 
     model: str | None = ""
@@ -139,12 +139,6 @@ class ResponsesRequest(Model):
     chat_template_kwargs: dict[str, JsonValue] | None = Field(
         default=None, description="further arguments of the chat template"
     )
-    _chat: ChatCompletionRequest = PrivateAttr()
-
-    @property
-    def chat(self) -> ChatCompletionRequest:
-        """The same request as a chat completion."""
-        return self._chat
 
     def includes(self, what: str) -> bool:
         """Return whether the answer is to include `what`."""
@@ -168,15 +162,6 @@ class ResponsesRequest(Model):
         if value == "auto":
             raise ValueError("'auto' is not supported: shorten the input yourself")
         return value
-
-    @model_validator(mode="after")
-    def _translate(self) -> Self:
-        """Translate here, since large bodies are validated in a thread."""
-        try:
-            self._chat = self._translated()
-        except ValidationError as error:
-            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-        return self
 
     def _functions(self) -> Iterator[tuple[str | None, FlatFunction]]:
         for tool in self.tools or ():
