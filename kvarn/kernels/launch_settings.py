@@ -55,6 +55,10 @@ class LaunchSettings:
     quantize_registers: int = 128
     decode: Mapping[DecodeKey, DecodeLaunch] = field(default_factory=dict)
 
+    def decode_launch(self, key: DecodeKey) -> DecodeLaunch:
+        """Return the launch for `key`, the safe one unless a faster one is known."""
+        return self.decode.get(key) or safe_decode_launch(key.head_dim, key.columns)
+
 
 def safe_decode_launch(head_dim: int, columns: int) -> DecodeLaunch:
     """Return a launch whose programs all run at once on a multiprocessor of 65 536 registers: 8 warps of 255 each."""
@@ -88,5 +92,4 @@ def settings_for(device: torch.device) -> LaunchSettings:
 
 def decode_launch(device: torch.device, layout: TileLayout, columns: int) -> DecodeLaunch:
     """Return the settings of the decode kernel for `columns` query rows per program."""
-    key = DecodeKey(layout.preset.name, layout.head_dim, columns)
-    return settings_for(device).decode.get(key) or safe_decode_launch(layout.head_dim, columns)
+    return settings_for(device).decode_launch(DecodeKey(layout.preset.name, layout.head_dim, columns))

@@ -13,8 +13,8 @@ from kvarn.bench.bench_settings import BenchError, check_at_least, check_preset,
 from kvarn.checks import MAX_QUERIES
 from kvarn.dtypes import comma_separated
 from kvarn.presets import PRESETS, get_preset
+from kvarn.tile import HEAD_DIMS
 
-HEAD_DIMS = (64, 128, 256)
 SWEEPS = ("gqa", "formats", "query-tokens")
 GQA = (3, 5, 6, 7, 12, 16)  # query heads per KV head besides 1, 2, 4 and 8
 

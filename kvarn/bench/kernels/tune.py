@@ -110,9 +110,7 @@ class Tuning:
 
 
 def _value(settings: LaunchSettings, key: Setting) -> Value:
-    if key is None:
-        return settings.quantize_registers
-    return settings.decode.get(key) or safe_decode_launch(key.head_dim, key.columns)
+    return settings.quantize_registers if key is None else settings.decode_launch(key)
 
 
 def run(bench: TuneBench, progress: Progress) -> Tuning:
