@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
-from kvarn.kernels.records import INTERPRETED, from_e4m3, row_place, split_sizes
+from kvarn.kernels.records import INTERPRETED, from_e4m3, join_lane_slots, row_place, split_sizes
 
 
 @triton.jit
@@ -90,12 +90,7 @@ def _lane_slots(words, BITS: tl.constexpr, EXPONENT: tl.constexpr):
         x = ()
         for slot in tl.static_range(16 // BITS):
             x = (*x, _plain_codes(words, slot, BITS, EXPONENT))
-    if BITS == 4:
-        joined = tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3]))
-    else:
-        even = tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6]))
-        joined = tl.join(even, tl.join(tl.join(x[1], x[5]), tl.join(x[3], x[7])))
-    return joined
+    return join_lane_slots(x, BITS)
 
 
 @triton.jit
@@ -129,12 +124,16 @@ def code_pairs(
 
 
 @triton.jit
+def _lanes_in_shared_order(x, N: tl.constexpr):
+    """Reorder pairs [lane_k, (step, half)] of N numbers to `shared_index` order: [N // 2]."""
+    return tl.reshape(tl.permute(tl.reshape(x, [4, N // 64, 8]), [1, 0, 2]), [N // 2])
+
+
+@triton.jit
 def channel_pairs(ptr, N: tl.constexpr):
     """Load float16 factors of a contracted index at `ptr` (int64 pointer): int32 [N // 2], in pairs."""
     x = tl.load(ptr + tl.arange(0, 4)[:, None] * (N // 16) + tl.arange(0, N // 16)[None, :])
-    x = tl.join(x.to(tl.int32), (x >> 32).to(tl.int32))
-    x = tl.reshape(x, [4, N // 64, 8])  # lane_k, step_high, (step_low, half)
-    return tl.reshape(tl.permute(x, [1, 0, 2]), [N // 2])
+    return _lanes_in_shared_order(tl.join(x.to(tl.int32), (x >> 32).to(tl.int32)), N)
 
 
 @triton.jit
@@ -209,9 +208,7 @@ def token_pairs(ptr, N: tl.constexpr):
     else:
         x0, x1 = _plain_e4m3(words, others, 0), _plain_e4m3(words, others, 1)
         x2, x3 = _plain_e4m3(words, others, 2), _plain_e4m3(words, others, 3)
-    x = tl.join(tl.join(x0, x2), tl.join(x1, x3))
-    x = tl.reshape(x, [4, N // 64, 8])  # lane_k, step_high, (step_low, half)
-    return tl.reshape(tl.permute(x, [1, 0, 2]), [N // 2])
+    return _lanes_in_shared_order(tl.join(tl.join(x0, x2), tl.join(x1, x3)), N)
 
 
 @triton.jit

@@ -109,6 +109,17 @@ def _cut_pairs(words):
 
 
 @triton.jit
+def join_lane_slots(x, BITS: tl.constexpr):
+    """Join one tensor per lane_slot along new last axes of 2, the slot's highest bit first."""
+    if BITS == 4:
+        joined = tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3]))
+    else:
+        even = tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6]))
+        joined = tl.join(even, tl.join(tl.join(x[1], x[5]), tl.join(x[3], x[7])))
+    return joined
+
+
+@triton.jit
 def code_words(ptr, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
     """Load the int16 words of a matrix of codes at `ptr` (int16 pointer)."""
     return tl.load(ptr + tl.arange(0, CONTRACTED * FREE * BITS // 16))
@@ -121,13 +132,7 @@ def codes(
     """Return codes [FREE, CONTRACTED] float16 as code * 2^(offset - 24), with the contracted index in `contracted_view`
     order, for an MMA operand, or in natural order."""
     SIZES: tl.constexpr = split_sizes(BITS, CONTRACTED, FREE)
-    if BITS == 4:
-        c0, c1, c2, c3 = _cut_nibbles(words)
-        x = tl.join(tl.join(c0, c2), tl.join(c1, c3))
-    else:
-        c0, c1, c2, c3, c4, c5, c6, c7 = _cut_pairs(words)
-        even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
-        x = tl.join(even, tl.join(tl.join(c1, c5), tl.join(c3, c7)))
+    x = join_lane_slots(_cut_nibbles(words) if BITS == 4 else _cut_pairs(words), BITS)
     # [step_rep, column_rep, lane_n, lane_k, step_quad, column_quad, half, pair, step_lane_slot, column_lane_slot]
     x = tl.reshape(x, [SIZES[4], SIZES[5], 8, 4, SIZES[2], SIZES[3], 2, 2, SIZES[0], SIZES[1]])
     half_and_lane: tl.constexpr = (6, 3) if NATURAL else (3, 6)
