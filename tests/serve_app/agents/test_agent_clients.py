@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import agents
@@ -29,14 +28,9 @@ TELLING = "It is sunny.\n</think>\n\nSunny!"
 PROTOCOLS = ["chat", "responses", "messages"]
 
 
-@pytest.fixture(scope="module")
-def encoder(thinking_model_dir: Path) -> PromptEncoder:
-    return PromptEncoder(thinking_model_dir)
-
-
 @pytest.fixture
-async def front(encoder: PromptEncoder) -> AsyncIterator[Running]:
-    async with running_servers(encoder, reasoning_parser="qwen3", tool_parser="hermes") as running:
+async def front(thinking_encoder: PromptEncoder) -> AsyncIterator[Running]:
+    async with running_servers(thinking_encoder, reasoning_parser="qwen3", tool_parser="hermes") as running:
         running.script.answers = [CALLING, TELLING]
         yield running
 

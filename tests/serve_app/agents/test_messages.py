@@ -24,11 +24,11 @@ from serve_app.request.request_errors import (
     RequestError,
 )
 from serve_app.security.api_keys import create_key
+from tests.support.agent_answers import THOUGHT, TWO_CALLS
 from tests.support.gateway_servers import CACHED, MAX_MODEL_LEN, MODEL, Running, running_servers
 
 ASK: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
 ANSWER = "Paris is the capital."
-THOUGHT = "They greet me.\n"
 ON: Any = {"type": "enabled", "budget_tokens": 1024}
 WEATHER: Any = {
     "name": "weather",
@@ -36,29 +36,7 @@ WEATHER: Any = {
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
 CLOCK: Any = {"name": "clock", "input_schema": {"type": "object"}}
-TWO_CALLS = (
-    'Let me look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
-    '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
-)
 EVENT: TypeAdapter[RawMessageStreamEvent] = TypeAdapter(RawMessageStreamEvent)
-
-
-@pytest.fixture(scope="module")
-def thinking_encoder(thinking_model_dir: Path) -> PromptEncoder:
-    return PromptEncoder(thinking_model_dir)
-
-
-@pytest.fixture
-async def front(encoder: PromptEncoder) -> AsyncIterator[Running]:
-    async with running_servers(encoder, tool_parser="hermes") as running:
-        yield running
-
-
-@pytest.fixture
-async def thinker(thinking_encoder: PromptEncoder) -> AsyncIterator[Running]:
-    async with running_servers(thinking_encoder, reasoning_parser="qwen3", tool_parser="hermes") as running:
-        running.script.answer = f"{THOUGHT}</think>\n\nHello!"
-        yield running
 
 
 def connected(front: Running, key: str = "none") -> AsyncAnthropic:

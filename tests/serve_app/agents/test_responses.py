@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,13 +15,12 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from kvarn.v1 import inference_pb2
-from serve_app.request.prompts import PromptEncoder
 from serve_app.request.request_errors import BadRequestError, CapacityError, RateLimitError
-from tests.support.gateway_servers import CACHED, MODEL, Running, running_servers
+from tests.support.agent_answers import THOUGHT, TWO_CALLS
+from tests.support.gateway_servers import CACHED, MODEL, Running
 
 ASK = "What is the weather in Paris?"
 ANSWER = "Paris is the capital."
-THOUGHT = "They greet me.\n"
 WEATHER: Any = {
     "type": "function",
     "name": "weather",
@@ -37,34 +35,7 @@ NAMESPACE: Any = {
     "description": "Tools of a home.",
     "tools": [CLOCK, {**WEATHER, "defer_loading": False}],
 }
-TWO_CALLS = (
-    'Let me look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
-    '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
-)
 EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
-
-
-@pytest.fixture(scope="module")
-def encoder(model_dir: Path) -> PromptEncoder:
-    return PromptEncoder(model_dir)
-
-
-@pytest.fixture(scope="module")
-def thinking_encoder(thinking_model_dir: Path) -> PromptEncoder:
-    return PromptEncoder(thinking_model_dir)
-
-
-@pytest.fixture
-async def front(encoder: PromptEncoder) -> AsyncIterator[Running]:
-    async with running_servers(encoder, tool_parser="hermes") as running:
-        yield running
-
-
-@pytest.fixture
-async def thinker(thinking_encoder: PromptEncoder) -> AsyncIterator[Running]:
-    async with running_servers(thinking_encoder, reasoning_parser="qwen3", tool_parser="hermes") as running:
-        running.script.answer = f"{THOUGHT}</think>\n\nHello!"
-        yield running
 
 
 def connected(front: Running) -> AsyncOpenAI:

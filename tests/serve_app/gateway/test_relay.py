@@ -12,7 +12,6 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -189,11 +188,6 @@ class Relays:
     """How often something was relayed, by kind of front end."""
 
     counts: dict[str, int] = field(default_factory=lambda: {"http": 0, "grpc": 0})
-
-
-@pytest.fixture(scope="module")
-def encoder(model_dir: Path) -> PromptEncoder:
-    return PromptEncoder(model_dir)
 
 
 @pytest.fixture
