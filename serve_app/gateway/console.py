@@ -17,6 +17,7 @@ from serve_app.gateway.admission_queue import AdmissionQueue
 from serve_app.gateway.hot_prefixes import HotPrefix
 from serve_app.gateway.observation import Observation, Observer
 from serve_app.observability.metrics import waiting_for
+from serve_app.request.event_relay import event_text
 from serve_app.routing import ReplicaState
 from serve_app.rpc.wire import replica_status
 
@@ -68,7 +69,7 @@ async def _events(view: Callable[[], dict[str, Any]], watch: Watch) -> AsyncGene
     following = asyncio.create_task(_follow(watch, changed))
     try:
         while not following.done():
-            yield f"data: {json.dumps(view(), separators=(',', ':'))}\n\n"
+            yield event_text(json.dumps(view(), separators=(",", ":")))
             changed.clear()
             await asyncio.sleep(MIN_INTERVAL_S)
             with suppress(TimeoutError):

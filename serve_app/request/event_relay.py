@@ -47,7 +47,7 @@ class EventRelay:
         if self.template is None:
             return False
         text = delta.text
-        return not text or self._write(f"data: {self.template.render(text)}\n\n".encode())
+        return not text or self._write(event_text(self.template.render(text)).encode())
 
 
 def event_text(data: str) -> str:
