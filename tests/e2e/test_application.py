@@ -54,7 +54,7 @@ from serve_app.security.api_keys import create_key
 from serve_app.security.engine_access import TOKEN_KEY
 from tests.support import live
 from tests.support.browser import chromium_page
-from tests.support.live import free_port, ready, serving, wait_for
+from tests.support.live import engine_cores, free_port, ready, serving, wait_for
 from tests.support.observing import Collector, Samples, otlp_collector, scraped, total
 
 pytestmark = pytest.mark.timeout(900)
@@ -793,8 +793,7 @@ def test_a_stream_resumes_when_its_engine_dies_and_the_replica_is_replaced(clien
     deltas = [next(stream)]
     served_by = deltas[0].replica_id
     pid = in_replica(served_by, lambda engine: os.getpid())
-    core = psutil.Process(pid).children()
-    kill_all(process for process in core if "EngineCore" in process.name())
+    kill_all(engine_cores(psutil.Process(pid).children()))
     deltas += stream
     (other,) = before - {served_by}
     assert (deltas[-1].replica_id, deltas[-1].resumptions, deltas[-1].inexact_because) == (other, 1, "")

@@ -21,7 +21,7 @@ from kvarn.v1 import inference_pb2
 from serve_app.client import AsyncClient, Client
 from serve_app.config import AppConfig
 from tests.e2e.test_application import START_S, is_idle
-from tests.support.live import deploy, free_port, ready, serving, wait_for
+from tests.support.live import deploy, engine_cores, free_port, ready, serving, wait_for
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -131,8 +131,7 @@ def replicas_of(deployment: str) -> list[psutil.Process]:
 
 async def kill_core(random: Random) -> None:
     replica = random.choice(replicas_of("Engine"))
-    cores = [child for child in replica.children() if "EngineCore" in child.name()]
-    for process in cores:
+    for process in engine_cores(replica.children()):
         process.kill()
 
 

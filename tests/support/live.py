@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,12 @@ def ready(client: Client) -> set[str]:
     except UnavailableError:
         return set()
     return {r.replica_id for r in replicas if r.status == cluster_pb2.REPLICA_STATUS_READY}
+
+
+def engine_cores(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Return those of `processes` in which vLLM runs an engine."""
+    # Linux keeps 15 characters of a name, and the command line with the rest cannot always be read.
+    return [process for process in processes if process.name().startswith("VLLM::EngineCor")]
 
 
 def in_replica(app: str, replica_id: str, function: Callable[[Any], Any]) -> Any:
