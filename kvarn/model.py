@@ -91,8 +91,8 @@ def resolve_model(name_or_dir: str) -> Path:
     return directory.resolve()
 
 
-def check_files(model_dir: Path) -> None:
-    """Check that a model's directory has weights and a tokenizer.
+def check_weights(model_dir: Path) -> None:
+    """Check that a model's directory has weights.
 
     Raises:
         ModelError: a file is missing; the message names it.
@@ -113,6 +113,15 @@ def check_files(model_dir: Path) -> None:
         raise ModelError(
             f"model directory {str(model_dir)!r} has no weights: expected *.safetensors, *.bin or *.pt"
         )
+
+
+def check_tokenizer(model_dir: Path) -> None:
+    """Check that a model's directory has a tokenizer.
+
+    Raises:
+        ModelError: it has none.
+    """
+    present = {path.name for path in model_dir.iterdir()}
     if not any(name.startswith(_TOKENIZER_FILES) or name.endswith(".tiktoken") for name in present):
         raise ModelError(
             f"model directory {str(model_dir)!r} has no tokenizer: expected tokenizer.json or another of "

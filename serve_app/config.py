@@ -75,6 +75,9 @@ class EngineConfig(StrictSettings):
         default=1, ge=0, description="CPUs that Ray reserves; on device cpu, rounded up, also compute threads"
     )
     dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] = "auto"
+    load_format: Literal["auto", "dummy"] = Field(
+        default="auto", description="dummy: random weights, for benchmarks of a config.json without weights"
+    )
     kv_cache_dtype: str = "kvarn_k4v2_g128"
     kv_cache_memory_gib: float | None = Field(
         default=None, gt=0, description="cache size; None, on cuda only: all remaining memory"

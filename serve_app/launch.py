@@ -25,7 +25,14 @@ from pydantic import ValidationError
 from kvarn.dtypes import check_cache_dtype
 from kvarn.engine_limits import EngineLimits, engine_limits
 from kvarn.errors import KVarNError
-from kvarn.model import KvShape, check_files, context_limit, read_config, resolve_model
+from kvarn.model import (
+    KvShape,
+    check_tokenizer,
+    check_weights,
+    context_limit,
+    read_config,
+    resolve_model,
+)
 from kvarn.plan.model_shape import ModelShape
 from kvarn.presets import PRESETS
 from kvarn.vllm.cache_settings import KVarNConfig
@@ -139,7 +146,9 @@ def check_model(app: App) -> Path:
     """
     directory = resolve_model(app.config.model)
     limit, asked = context_limit(read_config(directory)), app.config.engine.max_model_len
-    check_files(directory)
+    if app.config.engine.load_format != "dummy":
+        check_weights(directory)
+    check_tokenizer(directory)
     if limit is not None and asked is not None and asked > limit:
         raise LaunchError(f"engine.max_model_len is {asked}: this model holds 1 to {limit} tokens")
     cache_dtype = app.config.engine.kv_cache_dtype

@@ -140,6 +140,7 @@ def engine_args(model: str, config: EngineConfig, reasoning_parser: str | None =
         model=str(model_dir),
         reasoning_parser=parsers.reasoning_parser or "",
         dtype=config.dtype,
+        load_format=config.load_format,
         kv_cache_dtype=config.kv_cache_dtype,
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
         gpu_memory_utilization=config.gpu_memory_utilization,

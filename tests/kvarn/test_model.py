@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import gguf
@@ -12,7 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from kvarn import model
-from kvarn.model import DEFAULT_MODEL, ModelError, check_files, context_limit, resolve_model
+from kvarn.model import (
+    DEFAULT_MODEL,
+    ModelError,
+    check_tokenizer,
+    check_weights,
+    context_limit,
+    resolve_model,
+)
 
 
 @pytest.fixture(scope="module")
@@ -166,11 +174,9 @@ INDEX = json.dumps({"weight_map": {"a": WEIGHTS, "b": "model-00002-of-00002.safe
 def test_a_directory_without_a_needed_file_is_refused(tmp_path, files, problem):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    if problem is None:
-        check_files(tmp_path)
-    else:
-        with pytest.raises(ModelError, match=problem):
-            check_files(tmp_path)
+    with nullcontext() if problem is None else pytest.raises(ModelError, match=problem):
+        check_weights(tmp_path)
+        check_tokenizer(tmp_path)
 
 
 def test_other_source_is_refused(cache, monkeypatch, tmp_path):
