@@ -28,6 +28,7 @@ from kvarn.cli.output import (
     out,
 )
 from kvarn.model import resolve_model
+from serve_app.bench.agents.agents_settings import AgentsBench
 from serve_app.bench.load_settings import ServeBench
 from serve_app.bench.route_settings import RouteBench
 
@@ -53,6 +54,40 @@ def bench_serve(
         report.write(json_path, plot_path)
         if not report.summary.answered:
             fail(f"no request was answered: {report.reasons()}")
+
+
+@bench_app.command("agents")
+@options_of(AgentsBench, Credentials)
+def bench_agents(
+    bench: AgentsBench,
+    credentials: Credentials,
+    json_path: JsonOption = None,
+    plot_path: PlotOption = None,
+) -> None:
+    """Measure agents in a closed loop, on a running server or on several that are started here and compared.
+
+    --json is rewritten after each run; a failure or Ctrl-C still prints the results so far.
+    """
+    with serving_errors():
+        with missing_packages():
+            from serve_app.bench.agents import agents_benchmark
+        _check_outputs(json_path, plot_path)
+        report = None
+        try:
+            with counting_progress("turns") as progress:
+                reports = agents_benchmark.measure_agents(
+                    bench, credentials.tls(), credentials.api_key, progress
+                )
+                for report in reports:
+                    if json_path is not None:
+                        report.write(json_path)
+        finally:
+            if report is not None:
+                out.print(report.render())
+        if report is None or not report.answered:
+            fail("no turn was answered")
+        if plot_path is not None:
+            report.plot(plot_path)
 
 
 @bench_app.command("route")

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from kvarn.bench.bench_settings import BenchError, Progress
-from serve_app.bench.targets import RefusedError, Target
+from serve_app.bench.targets import LoadPrompt, RefusedError, Target
 from serve_app.bench.workload import Work
 
 
@@ -93,7 +93,7 @@ async def run(target: Target, works: Sequence[Work], timeout_s: float, on_progre
 
     async def one(work: Work) -> CallOutcome:
         nonlocal answered
-        outcome = await _send(target, work, start + work.at_s, timeout_s)
+        outcome = await send(target, work.prompt, work.output_tokens, start + work.at_s, timeout_s)
         answered += 1
         on_progress("answered", answered, len(works))
         return outcome
@@ -107,10 +107,16 @@ async def run(target: Target, works: Sequence[Work], timeout_s: float, on_progre
     return LoadRun([task.result() for task in tasks], time.perf_counter() - start)
 
 
-async def _send(target: Target, work: Work, due_s: float, timeout_s: float) -> CallOutcome:
+async def send(
+    target: Target, prompt: LoadPrompt, output_tokens: int, due_s: float, timeout_s: float
+) -> CallOutcome:
+    """Send one request that was due at `due_s` of `time.perf_counter`, and record when its output arrives."""
     outcome = CallOutcome(late_s=time.perf_counter() - due_s)
     try:
-        async with asyncio.timeout(timeout_s), aclosing(target.send(work, timeout_s)) as pieces:
+        async with (
+            asyncio.timeout(timeout_s),
+            aclosing(target.send(prompt, output_tokens, timeout_s)) as pieces,
+        ):
             async for counts in pieces:
                 if counts.has_output:
                     outcome.token_times_s.append(time.perf_counter() - due_s)

@@ -34,13 +34,11 @@ class Objectives:
 
 
 @dataclass(frozen=True)
-class ServeBench:
-    """An open-loop load: a slow server gets the same requests at the same times as a fast one.
-
-    Output lengths are exact where the server supports `ignore_eos`. A `trace` replaces rate, arrivals and lengths.
+class ServedModel:
+    """A served model under load.
 
     Raises:
-        BenchError: a number is out of range, or the target is not an address.
+        BenchError: the target is not an address.
     """
 
     target: Annotated[
@@ -49,6 +47,30 @@ class ServeBench:
     model: Annotated[
         str, Option(help="Model name as the server knows it; by default the only model it serves.")
     ] = ""
+
+    @property
+    def protocol(self) -> Protocol:
+        """OpenAI's HTTP API for a URL, else a gateway's gRPC."""
+        return "openai" if "://" in self.target else "grpc"
+
+    def __post_init__(self) -> None:
+        if not (is_address(self.target) if self.protocol == "grpc" else _is_url(self.target)):
+            raise BenchError(
+                f"the target is {self.target}, expected host:port of a gateway, "
+                "or the URL of an OpenAI API such as http://127.0.0.1:8000/v1"
+            )
+
+
+@dataclass(frozen=True)
+class ServeBench(ServedModel):
+    """An open-loop load: a slow server gets the same requests at the same times as a fast one.
+
+    Output lengths are exact where the server supports `ignore_eos`. A `trace` replaces rate, arrivals and lengths.
+
+    Raises:
+        BenchError: a number is out of range, or the target is not an address.
+    """
+
     rate_per_s: Annotated[
         float, Option("--rate", help="Requests per second; inf sends all requests at once.")
     ] = 2.0
@@ -73,11 +95,6 @@ class ServeBench:
     timeout_s: Annotated[float, Option(help="Seconds after which a request counts as failed.")] = 600
     objectives: Objectives = field(default_factory=Objectives)
 
-    @property
-    def protocol(self) -> Protocol:
-        """OpenAI's HTTP API for a URL, else a gateway's gRPC."""
-        return "openai" if "://" in self.target else "grpc"
-
     def __post_init__(self) -> None:
         for name in ("requests", "input_tokens", "output_tokens", "prefix_groups"):
             if getattr(self, name) < 1:
@@ -90,13 +107,14 @@ class ServeBench:
             )
         if not self.rate_per_s > 0:
             raise BenchError(f"rate is {self.rate_per_s:g}, expected above 0; inf sends all at once")
-        if not (self.timeout_s > 0 and math.isfinite(self.timeout_s)):
-            raise BenchError(f"timeout is {self.timeout_s:g}, expected a time above 0 in seconds")
-        if not (is_address(self.target) if self.protocol == "grpc" else _is_url(self.target)):
-            raise BenchError(
-                f"the target is {self.target}, expected host:port of a gateway, "
-                "or the URL of an OpenAI API such as http://127.0.0.1:8000/v1"
-            )
+        check_timeout(self.timeout_s)
+        super().__post_init__()
+
+
+def check_timeout(timeout_s: float) -> None:
+    """Raise BenchError unless `timeout_s` is a finite time above 0."""
+    if not (timeout_s > 0 and math.isfinite(timeout_s)):
+        raise BenchError(f"timeout is {timeout_s:g}, expected a time above 0 in seconds")
 
 
 def _is_url(target: str) -> bool:

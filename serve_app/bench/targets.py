@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
 import httpx
 
 from kvarn.bench.bench_settings import BenchError
-from serve_app.bench.load_settings import ServeBench
-from serve_app.bench.workload import Work
+from serve_app.bench.load_settings import ServedModel
 from serve_app.client import AsyncClient, ServingError
 from serve_app.rpc.channels import Tls, caller_headers
 
 READY_S = 10
+LoadPrompt = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, token IDs, or a chat's messages
+
 SAID_LENGTH = 300  # maximum characters of an error message; a proxy may answer with a page
 
 
@@ -64,8 +65,13 @@ class Target(Protocol):
             BenchError: it does not.
         """
 
-    def send(self, work: Work, timeout_s: float) -> AsyncGenerator[Counts, None]:
+    def send(self, prompt: LoadPrompt, output_tokens: int, timeout_s: float) -> AsyncGenerator[Counts, None]:
         """Send one request and yield the counts after each message of the answer.
+
+        Args:
+            prompt: the prompt.
+            output_tokens: tokens to generate.
+            timeout_s: maximum seconds for the answer.
 
         Raises:
             RefusedError: the request failed.
@@ -75,10 +81,10 @@ class Target(Protocol):
 class GrpcTarget:
     """A KVarN gateway over gRPC."""
 
-    def __init__(self, bench: ServeBench, tls: Tls | None, api_key: str) -> None:
-        self._target = bench.target
-        self._model = bench.model
-        self._client = AsyncClient(bench.target, tls=tls, api_key=api_key)
+    def __init__(self, served: ServedModel, tls: Tls | None, api_key: str) -> None:
+        self._target = served.target
+        self._model = served.model
+        self._client = AsyncClient(served.target, tls=tls, api_key=api_key)
 
     async def __aenter__(self) -> Self:
         return self
@@ -94,11 +100,13 @@ class GrpcTarget:
         if not await self._client.is_ready(READY_S):
             raise BenchError(f"{self._target}: no replica is ready yet; `kvarn status` shows them")
 
-    async def send(self, work: Work, timeout_s: float) -> AsyncGenerator[Counts, None]:
+    async def send(
+        self, prompt: LoadPrompt, output_tokens: int, timeout_s: float
+    ) -> AsyncGenerator[Counts, None]:
         deltas = self._client.generate(
-            work.prompt,
+            prompt,
             model=self._model,
-            max_tokens=work.output_tokens,
+            max_tokens=output_tokens,
             ignore_eos=True,
             temperature=0,
             timeout_s=timeout_s,
@@ -113,14 +121,14 @@ class GrpcTarget:
 
 
 class OpenAiTarget:
-    """Any server of an OpenAI-compatible API, by its text completions.
+    """Any server of an OpenAI-compatible API, by its chat completions for chats, else by its text completions.
 
     Each chunk counts as one token until the server reports usage, which the request asks for.
     """
 
-    def __init__(self, bench: ServeBench, tls: Tls | None, api_key: str) -> None:
-        self._model = bench.model
-        self._url = bench.target.rstrip("/")
+    def __init__(self, served: ServedModel, tls: Tls | None, api_key: str) -> None:
+        self._model = served.model
+        self._url = served.target.rstrip("/")
         self._client = httpx.AsyncClient(
             base_url=self._url,
             headers=caller_headers(api_key),
@@ -152,11 +160,15 @@ class OpenAiTarget:
             raise BenchError(f"the server at {url} is not an OpenAI API: it lists no models") from None
         self._model = self._model or next(iter(models), "")
 
-    async def send(self, work: Work, timeout_s: float) -> AsyncGenerator[Counts, None]:
+    async def send(
+        self, prompt: LoadPrompt, output_tokens: int, timeout_s: float
+    ) -> AsyncGenerator[Counts, None]:
+        is_chat = not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
+        path, field = ("/chat/completions", "messages") if is_chat else ("/completions", "prompt")
         body = {
             "model": self._model,
-            "prompt": work.prompt,
-            "max_tokens": work.output_tokens,
+            field: prompt,
+            "max_tokens": output_tokens,
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
@@ -164,12 +176,12 @@ class OpenAiTarget:
         }
         tokens = 0
         try:
-            async with self._client.stream("POST", "/completions", json=body, timeout=timeout_s) as answer:
+            async with self._client.stream("POST", path, json=body, timeout=timeout_s) as answer:
                 if answer.status_code != httpx.codes.OK:
                     await answer.aread()
                     raise RefusedError(f"HTTP {answer.status_code}", _said(answer))
                 async for event in _events(answer):
-                    has_output = bool(event.get("choices"))  # the last event has only usage
+                    has_output = any(map(_has_output, event.get("choices") or ()))
                     tokens += has_output
                     yield Counts(*_usage(event, tokens), has_output)
         except httpx.TimeoutException:
@@ -178,16 +190,16 @@ class OpenAiTarget:
             raise RefusedError(type(error).__name__, _one_line(str(error))) from error
 
 
-def target(bench: ServeBench, tls: Tls | None, api_key: str) -> Target:
+def target(served: ServedModel, tls: Tls | None, api_key: str) -> Target:
     """The target of a load.
 
     Args:
-        bench: settings with the target.
+        served: the target and its model.
         tls: files for TLS; None for plaintext over gRPC, and for the system's CAs over HTTPS.
         api_key: API key, for servers that require one.
     """
-    kind = GrpcTarget if bench.protocol == "grpc" else OpenAiTarget
-    return kind(bench, tls, api_key)
+    kind = GrpcTarget if served.protocol == "grpc" else OpenAiTarget
+    return kind(served, tls, api_key)
 
 
 async def _events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
@@ -204,6 +216,14 @@ async def _events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
         if event.get("error"):
             raise RefusedError("error in stream", _message(event))
         yield event
+
+
+def _has_output(choice: dict[str, Any]) -> bool:
+    """Whether a choice carries output; a chat's first may carry only the role, and the last event has no choices."""
+    delta = choice.get("delta")
+    if delta is None:
+        return True
+    return bool(choice.get("finish_reason")) or any(value for name, value in delta.items() if name != "role")
 
 
 def _said(answer: httpx.Response) -> str:

@@ -17,7 +17,7 @@ from serve_app.bench.load import CallOutcome, LoadRun
 from serve_app.bench.load_settings import Objectives, ServeBench
 from serve_app.bench.summary import summarize
 from serve_app.bench.targets import target
-from serve_app.bench.workload import Work, make, warmup
+from serve_app.bench.workload import make, warmup
 from serve_app.request.prompts import PromptEncoder
 from serve_app.request.request_errors import CapacityError
 from tests.support.gateway_servers import CACHED, HOST, Running, running_servers
@@ -214,7 +214,7 @@ async def test_chunks_of_several_tokens_and_servers_without_usage_are_counted() 
     bench = ServeBench(url)
     async with server, target(bench, None, "") as openai:
         await openai.prepare()
-        counts = [count async for count in openai.send(Work(0, "Hi", 4), 10)]
+        counts = [count async for count in openai.send("Hi", 4, 10)]
     assert counts == [
         (1, 0, 0, True),
         (2, 0, 0, True),

@@ -1,0 +1,1 @@
+"""Closed-loop load of agents: `kvarn bench agents`."""

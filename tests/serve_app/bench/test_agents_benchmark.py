@@ -1,0 +1,254 @@
+"""`kvarn bench agents`: the conversations, the closed loop against a gateway's real servers, and its results."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from kvarn import cli
+from kvarn.bench.bench_settings import BenchError
+from kvarn.v1 import inference_pb2
+from serve_app.bench.agents.agent_sessions import IDS, PromptWriter, make_sessions, warm_up_session
+from serve_app.bench.agents.agents_load import AgentsRun, TurnOutcome
+from serve_app.bench.agents.agents_settings import WORKLOADS, AgentsBench
+from serve_app.bench.agents.agents_summary import summarize_agents
+from serve_app.bench.agents.compared_servers import CompareSettings, parse_servers
+from serve_app.bench.load import CallOutcome
+from serve_app.request.prompts import PromptEncoder
+from serve_app.request.request_errors import CapacityError
+from tests.support.gateway_servers import CACHED, Running, running_servers
+
+SMALL = ("--turns", 3, "--system-tokens", 20, "--first-tokens", 10, "--turn-tokens", 5, "--output-tokens", 4)
+QUICK = (*SMALL, "--pause-s", 0.01, "--agents", 2)
+
+
+@pytest.fixture
+async def front(encoder: PromptEncoder) -> AsyncIterator[Running]:
+    async with running_servers(encoder) as running:
+        yield running
+
+
+async def kvarn(*arguments: object) -> Result:
+    """The command in a thread: this loop serves it."""
+    return await asyncio.to_thread(CliRunner().invoke, cli.app, ["bench", "agents", *map(str, arguments)])
+
+
+def small(**settings: object) -> AgentsBench:
+    return AgentsBench(turns=3, system_tokens=20, first_tokens=10, turn_tokens=5, output_tokens=4, **settings)
+
+
+def test_the_same_seed_makes_the_same_conversations() -> None:
+    assert make_sessions(small(seed=3), 4) == make_sessions(small(seed=3), 4)
+    assert make_sessions(small(seed=3), 4) != make_sessions(small(seed=4), 4)
+    turn = make_sessions(small(), 1)[0][0]
+    assert PromptWriter("text", 3).write(turn) == PromptWriter("text", 3).write(turn)
+    assert PromptWriter("text", 3).write(turn) != PromptWriter("text", 4).write(turn)
+
+
+def test_each_turn_extends_the_one_before_and_agents_share_the_system_prompt_only() -> None:
+    sessions = make_sessions(small(content="ids"), 3)
+    writer = PromptWriter("ids", 0)
+    prompts = [[list(map(int, writer.write(turn))) for turn in session] for session in sessions]
+    assert [[len(prompt) for prompt in own] for own in prompts] == [[30, 39, 48]] * 3
+    for own in prompts:
+        assert own[1][:30] == own[0]
+        assert own[2][:39] == own[1]
+    assert len({tuple(own[0][:20]) for own in prompts}) == 1
+    assert len({tuple(own[0][20:]) for own in prompts}) == 3
+    assert all(token in IDS for own in prompts for token in own[-1])
+    assert small().shape.longest_tokens == 48 + 4
+
+
+def test_runs_of_different_numbers_of_agents_share_nothing_but_the_system_prompt() -> None:
+    writer = PromptWriter("text", 0)
+    first, second = (str(writer.write(make_sessions(small(), agents)[0][0])).split() for agents in (2, 3))
+    assert first[:20] == second[:20]
+    assert first[20:] != second[20:]
+
+
+def test_text_has_as_many_words_as_tokens_and_chats_have_roles() -> None:
+    (session,) = make_sessions(small(), 1)
+    assert len(str(PromptWriter("text", 0).write(session[2])).split()) == 48
+    chat = PromptWriter("chat", 0).write(session[1])
+    assert [message["role"] for message in chat] == ["system", "user", "assistant", "user"]
+    assert [len(message["content"].split()) for message in chat] == [20, 10, 4, 5]
+
+
+def test_pauses_are_exponential_about_their_mean() -> None:
+    sessions = make_sessions(AgentsBench(pause_s=2.0), 400)
+    pauses = [turn.pause_s for session in sessions for turn in session]
+    assert sum(pauses) / len(pauses) == pytest.approx(2.0, rel=0.05)
+    assert sum(pause > 2 for pause in pauses) / len(pauses) == pytest.approx(0.368, abs=0.03)  # e^-1
+    assert {turn.pause_s for session in make_sessions(AgentsBench(pause_s=0), 2) for turn in session} == {0}
+
+
+def test_a_warm_up_is_as_long_as_a_first_turn_and_shares_no_start_with_any() -> None:
+    writer = PromptWriter("text", 0)
+    first = str(writer.write(make_sessions(small(), 1)[0][0])).split()
+    warming = [str(writer.write(warm_up_session(small(), number)[0])).split() for number in range(2)]
+    assert [len(words) for words in warming] == [30, 30]
+    assert len({tuple(words[:10]) for words in (first, *warming)}) == 3
+
+
+def test_a_trace_is_replayed_by_conversation(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    lines = [
+        {"input_length": 1500, "output_length": 7, "hash_ids": [0, 1, 2]},
+        {"input_length": 1100, "output_length": 1, "hash_ids": [0, 8, 9]},  # shares the system prompt only
+        {"input_length": 2100, "output_length": 9, "hash_ids": [0, 1, 3, 4, 5]},  # continues the first
+        {"input_length": 2200, "output_length": 0, "hash_ids": [0, 1, 3, 4, 6]},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    (session,) = make_sessions(AgentsBench(trace=path, pause_s=0), 1)
+    assert [sum(block.tokens for block in turn.blocks) for turn in session] == [1500, 2100, 2200]
+    assert [turn.output_tokens for turn in session] == [7, 9, 1]
+    writer = PromptWriter("text", 0)
+    words = [str(writer.write(turn)).split() for turn in session]
+    assert words[1][:1024] == words[0][:1024]
+    assert words[2][:2048] == words[1][:2048]
+    with pytest.raises(BenchError, match="has 1 conversations of two turns or more: give --agents at most"):
+        make_sessions(AgentsBench(trace=path), 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [("{}", "line 1: expected JSON with input_length"), ("nonsense", "line 1"), ("\xff", "not UTF-8")],
+)
+def test_an_invalid_trace_is_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(BenchError, match=sentence):
+        make_sessions(AgentsBench(trace=path), 1)
+    with pytest.raises(BenchError, match="cannot be read: No such file"):
+        make_sessions(AgentsBench(trace=tmp_path / "none"), 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"workload": "gaming"}, "workload is 'gaming', expected coding, research, chat"),
+        ({"turns": 0}, "turns is 0"),
+        ({"system_tokens": -1}, "system_tokens is -1"),
+        ({"pause_s": -1.0}, "pause_s is -1: give a time of at least 0"),
+        ({"agents": ()}, "agents must be at least 1"),
+        ({"agents": (4, 0)}, "agents must be at least 1"),
+        ({"trace": Path("x"), "turns": 3}, "--trace has its own lengths: leave out turns"),
+        ({"trace": Path("x"), "content": "ids"}, "leave out --content ids"),
+        ({"timeout_s": 0.0}, "timeout is 0"),
+        ({"target": "nowhere"}, "the target is nowhere"),
+    ],
+)
+def test_settings_out_of_range_are_one_sentence(settings: dict[str, object], sentence: str) -> None:
+    with pytest.raises(BenchError, match=sentence):
+        AgentsBench(**settings)
+
+
+def test_servers_are_read_and_refused_by_name() -> None:
+    servers = parse_servers("kvarn:kvarn_k4v2_g128, vllm:auto")
+    assert [str(spec) for spec in servers] == ["kvarn:kvarn_k4v2_g128", "vllm:auto"]
+    for text, sentence in (("sglang:auto", "'sglang:auto' is not understood"), ("vllm", "e.g. vllm:auto")):
+        with pytest.raises(BenchError, match=sentence):
+            parse_servers(text)
+    with pytest.raises(BenchError, match="kvarn_k9"):
+        parse_servers("kvarn:kvarn_k9")
+    with pytest.raises(BenchError, match="replicas is 0"):
+        CompareSettings(replicas=0)
+
+
+def test_named_workloads_are_those_of_the_documents() -> None:
+    coding = WORKLOADS["coding"]
+    assert coding.turn_tokens + coding.output_tokens == 1650
+    assert coding.longest_tokens == 3000 + 4000 + 11 * 1650 + 150
+
+
+def test_a_summary_counts_what_was_answered() -> None:
+    calls = [
+        CallOutcome(0.0, [0.2, 0.5], 2, 100, 60),
+        CallOutcome(0.0, [1.0, 2.0], 2, 100, 0),
+        CallOutcome(failure="timeout"),
+    ]
+    run = AgentsRun(3, [TurnOutcome(agent, 0, 1.0, call) for agent, call in enumerate(calls)], 4.0)
+    summary = summarize_agents("here", None, run)
+    assert (summary.answered, summary.failed, summary.failures) == (2, 1, {"timeout": 1})
+    assert (summary.turns_per_s, summary.output_tokens_per_s, summary.cached_share) == (0.5, 1.0, 0.3)
+    assert summary.ttft_ms is not None
+    assert summary.turn_ms is not None
+    assert summary.ttft_ms.percentiles["p50"] == pytest.approx(600)
+    assert summary.turn_ms.percentiles["p50"] == pytest.approx(1250)
+    assert [turn.end_s for turn in run.turns] == [1.5, 3.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "content"),
+    [
+        ("grpc", "text"),
+        ("grpc", "ids"),
+        ("grpc", "chat"),
+        ("openai", "text"),
+        ("openai", "ids"),
+        ("openai", "chat"),
+    ],
+)
+async def test_agents_over_both_protocols(
+    front: Running, tmp_path: Path, protocol: str, content: str
+) -> None:
+    target = front.address if protocol == "grpc" else f"{front.url}/v1"
+    files = {"--json": tmp_path / "out.json", "--plot": tmp_path / "out.svg"}
+    options = [part for item in files.items() for part in item]
+    result = await kvarn(target, *QUICK, "--content", content, "--agents", "1,2", *options)
+    assert result.exit_code == 0, result.output
+    assert "all 9 turns were answered" in result.stdout
+    written = json.loads(files["--json"].read_text())
+    assert [(each["summary"]["agents"], each["summary"]["answered"]) for each in written["results"]] == [
+        (1, 3),
+        (2, 6),
+    ]
+    for each in written["results"]:
+        assert each["summary"]["cached_tokens"] == len(each["turns"]) * CACHED
+        order = [(turn["agent"], turn["turn"]) for turn in each["turns"]]
+        for agent in range(each["summary"]["agents"]):
+            assert [turn for own, turn in order if own == agent] == [0, 1, 2]  # one after another
+    assert written["settings"]["shape"]["turns"] == 3
+    assert b"<svg" in files["--plot"].read_bytes()
+    requests = front.script.requests
+    assert len(requests) == 2 + 9  # the warm-up first
+    assert {request.sampling_params.max_tokens for request in requests} == {4}
+    assert all(request.sampling_params.ignore_eos for request in requests)
+    if content == "chat":
+        assert [len(chat.messages) for chat in front.script.chats[2:5]] == [2, 4, 6]
+
+
+async def test_an_agent_waits_for_its_answer_before_its_next_turn(front: Running) -> None:
+    running = 0
+
+    class Counted(list[inference_pb2.GenerateRequest]):
+        def append(self, request: inference_pb2.GenerateRequest) -> None:
+            nonlocal running
+            running = max(running, front.script.running + 1)
+            super().append(request)
+
+    front.script.requests = Counted()
+    result = await kvarn(front.address, *QUICK, "--warmup", 0, "--agents", 3)
+    assert result.exit_code == 0, result.output
+    assert len(front.script.requests) == 9
+    assert 1 <= running <= 3
+
+
+async def test_failed_turns_are_counted_with_their_reasons_and_agents_go_on(front: Running) -> None:
+    front.script.error_after = (0, CapacityError("Full."))
+    result = await kvarn(front.address, *QUICK, "--warmup", 0)
+    assert result.exit_code == 1
+    assert "6 of 6 turns of 2 agents" in " ".join(result.stdout.split())
+    assert "RESOURCE_EXHAUSTED" in result.stdout
+    assert "no turn was answered" in result.stderr
+
+
+async def test_a_wrong_setting_is_reported_before_the_load(front: Running) -> None:
+    result = await kvarn(front.address, *QUICK, "--model", "large")
+    assert result.exit_code == 1
+    assert "was not answered: NOT_FOUND" in result.stderr
