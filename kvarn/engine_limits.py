@@ -75,11 +75,11 @@ def engine_limits(
         settings: cache settings; None for the defaults.
 
     Raises:
-        ValueError: the side pool is too small for one request.
+        ValueError: the side pool is too small for one request, or the heads do not fit a record.
     """
-    layout = TileLayout(get_preset(cache_dtype), shape.head_dim)
+    layout = TileLayout.of_heads(get_preset(cache_dtype), shape.head_dim)
     heads = max(shape.kv_heads // tensor_parallel_size, 1) * shape.layers
-    slot = tile_bytes(layout.group, shape.head_dim, heads)
+    slot = tile_bytes(layout.group, layout.head_dim, heads)
     slots = slots_within(settings or KVarNConfig(), max_num_seqs, slot)
     in_slots = slots // MIN_SLOTS
     at_once = min(max_num_seqs, in_slots)

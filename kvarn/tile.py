@@ -44,6 +44,21 @@ BYTES_PER_LANE_HALF = 8  # words [half, pair] of one (rep, lane, quad): the unit
 PLANE_ELEMENTS = 1 << 17
 
 
+def padded_head_dim(head_size: int) -> int:
+    """Return the least head_dim of a record that has `head_size` channels.
+
+    Raises:
+        ValueError: if head_size is more than 256.
+    """
+    for head_dim in HEAD_DIMS:
+        if head_size <= head_dim:
+            return head_dim
+    raise ValueError(
+        f"heads of {head_size} channels do not fit a KVarN record: use a model with at most {HEAD_DIMS[-1]} "
+        "channels per head"
+    )
+
+
 class Tile(NamedTuple):
     """Codes and scales of tiles with any leading dims `...` (D = head_dim, G = group)."""
 
@@ -210,11 +225,20 @@ class TileLayout:
     """Sizes and byte offsets of the records of `preset` at `head_dim`.
 
     Raises:
-        ValueError: if head_dim is not 64, 128 or 256.
+        ValueError: if head_dim is not 64, 128 or 256; `of_heads` takes other sizes.
     """
 
     preset: Preset
     head_dim: int
+
+    @classmethod
+    def of_heads(cls, preset: Preset, head_size: int) -> "TileLayout":
+        """Return the layout for heads of `head_size` channels, padded with zeros to the next head_dim.
+
+        Raises:
+            ValueError: if head_size is more than 256.
+        """
+        return cls(preset, padded_head_dim(head_size))
 
     def __post_init__(self) -> None:
         if self.head_dim not in HEAD_DIMS:

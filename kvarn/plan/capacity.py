@@ -12,7 +12,7 @@ from rich.table import Table
 from kvarn.plan.hardware import ATTENTION_OF_COPY, COPY_PART, GPUS, WEIGHTS_OF_COPY, Gpu
 from kvarn.plan.model_shape import ModelShape, PlanError
 from kvarn.presets import PRESETS, get_preset
-from kvarn.tile import TileLayout
+from kvarn.tile import TileLayout, padded_head_dim
 
 BLOCK_TOKENS = 16  # vLLM's default block size
 SLOTS_PER_SEQUENCE = 3  # tail, sink and a retained sink, see kvarn.vllm.cache_settings
@@ -196,18 +196,18 @@ class _Planner:
     def _block(self, dtype: str) -> tuple[int, int]:
         """(tokens per block, bytes per block and KV head)."""
         if dtype in PRESETS:
-            layout = TileLayout(get_preset(dtype), self.shape.head_dim)
+            layout = TileLayout.of_heads(get_preset(dtype), self.shape.head_dim)
             return layout.group, layout.nbytes
         element_bytes = 1 if dtype == "fp8" else self.shape.dtype_bytes
         return BLOCK_TOKENS, 2 * element_bytes * BLOCK_TOKENS * self.shape.head_dim
 
     def _slot_bytes(self, group: int) -> int:
-        return PAGE_BYTES * self.shape.layers * self.kv_heads * group * self.shape.head_dim
+        return PAGE_BYTES * self.shape.layers * self.kv_heads * group * padded_head_dim(self.shape.head_dim)
 
     def _page_bytes(self, group: int) -> int:
         """Prefill pages of one sequence and one step, shared by all layers."""
         tokens = (ceil(self.context / group) + ceil(STEP_TOKENS / group)) * group
-        return PAGE_BYTES * tokens * self.kv_heads * self.shape.head_dim
+        return PAGE_BYTES * tokens * self.kv_heads * padded_head_dim(self.shape.head_dim)
 
     def _times_s(self, dtype: str, bytes_per_token: float, slot_bytes: float) -> tuple[float, float]:
         """Seconds to read the weights, and to read one sequence's cache with its sink and half a tail."""

@@ -63,7 +63,9 @@ class KVarNBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> KVarNSpec:
         """Return the spec of a layer whose blocks are tiles, in place of the one that vLLM made for it."""
-        return KVarNSpec.of(TileLayout(get_preset(cls.preset_name), spec.head_size), spec.num_kv_heads)
+        return KVarNSpec.of(
+            TileLayout.of_heads(get_preset(cls.preset_name), spec.head_size), spec.num_kv_heads
+        )
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
@@ -82,7 +84,7 @@ class KVarNBackend(AttentionBackend):
         cache_dtype_str: str = "auto",
     ) -> tuple[int, ...]:
         """[blocks, KV heads, bytes of one record], uint8; vLLM before 0.29 asks for it."""
-        return num_blocks, num_kv_heads, TileLayout(get_preset(cls.preset_name), head_size).nbytes
+        return num_blocks, num_kv_heads, TileLayout.of_heads(get_preset(cls.preset_name), head_size).nbytes
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from kvarn.tile import padded_head_dim
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -98,7 +100,8 @@ def slot_bytes(vllm_config: VllmConfig) -> int:
     """Bytes of one slot on one rank."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     heads_and_layers = model.get_num_kv_heads(parallel) * model.get_num_layers(parallel)
-    return tile_bytes(vllm_config.cache_config.block_size, model.get_head_size(), heads_and_layers)
+    head_dim = padded_head_dim(model.get_head_size())
+    return tile_bytes(vllm_config.cache_config.block_size, head_dim, heads_and_layers)
 
 
 def side_pool_slots(vllm_config: VllmConfig) -> int:

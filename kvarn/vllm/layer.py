@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionImpl, AttentionType
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
@@ -16,6 +19,7 @@ from kvarn.vllm.cache_settings import side_pool_slots
 from kvarn.vllm.hooks import RefusalError
 from kvarn.vllm.hooks.refusals import refuse
 from kvarn.vllm.slot_map import SlotMap, find_slot_map
+from kvarn.vllm.versions import records_of
 
 
 class KVarNLayer(AttentionImpl[Any]):
@@ -63,7 +67,10 @@ class KVarNLayer(AttentionImpl[Any]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.layout = TileLayout(get_preset(kv_cache_dtype), head_size)
+        try:
+            self.layout = TileLayout.of_heads(get_preset(kv_cache_dtype), head_size)
+        except ValueError as error:
+            refuse(RefusalError(f"The {kv_cache_dtype} cache cannot hold this layer: {error}."))
         vllm_config = get_current_vllm_config()
         self._num_slots = side_pool_slots(vllm_config)
         self.slot_map = find_slot_map(vllm_config) or SlotMap()
@@ -82,6 +89,55 @@ class KVarNLayer(AttentionImpl[Any]):
             dtype=torch.float16,
             device=current_platform.device_type,
         )
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Fill `output` [N, heads, value size] from `query` [N, heads, size], `key` and `value` [N, KV heads, ...].
+
+        Heads that are smaller than the layout's are padded with zeros: neither their inner products nor, after the
+        rotation back, their values change.
+        """
+        head_dim = self.layout.head_dim
+        if self.head_size == output.shape[-1] == head_dim:
+            self._fill(query, key, value, kv_cache, attn_metadata, output)
+            return output
+        # Also without a step, so that vLLM's memory profile counts what padding takes.
+        query, key, value = (pad(x, (0, head_dim - x.shape[-1])) for x in (query, key, value))
+        padded = torch.empty_like(query)
+        self._fill(query, key, value, kv_cache, attn_metadata, padded)
+        return output.copy_(padded[..., : output.shape[-1]])
+
+    def _fill(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any, output: Tensor
+    ) -> None:
+        if attn_metadata is None:  # vLLM profiles memory without a batch
+            output.zero_()
+        else:
+            self.attend(query, key, value, records_of(kv_cache), attn_metadata, output)
+
+    @abstractmethod
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, records: Tensor, attn_metadata: Any, output: Tensor
+    ) -> None:
+        """Store keys and values, and attend.
+
+        Args:
+            query: [N, heads, head_dim] of the layout, in the model's dtype.
+            key, value: [N, KV heads, head_dim].
+            records: [blocks, KV heads, record bytes] uint8; written.
+            attn_metadata: the step, as the device backend's builder planned it.
+            output: as query; written.
+        """
 
 
 def refuse_noncausal(causal: bool | torch.Tensor) -> None:

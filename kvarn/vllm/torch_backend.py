@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from vllm.v1.attention.backend import AttentionLayer, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 
 from kvarn.cpu import decode, prefill, store
 from kvarn.cpu.decode import DecodePlan, plan_decode
 from kvarn.vllm.layer import KVarNLayer, refuse_noncausal
 from kvarn.vllm.slot_map import NO_SLOT, SlotMap
 from kvarn.vllm.spec import KVarNSpec
-from kvarn.vllm.versions import records_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -182,28 +181,20 @@ class _Batch:
 class TorchLayer(KVarNLayer):
     """One layer on a CPU."""
 
-    def forward(
+    def attend(
         self,
-        layer: AttentionLayer,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: TorchMetadata | None,
+        records: torch.Tensor,
+        attn_metadata: TorchMetadata,
         output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Fill `output`, shaped as `query` [N, heads, head_dim], from `key` and `value` [N, KV heads, head_dim]."""
-        if attn_metadata is None:  # vLLM profiles memory without a batch
-            return output.zero_()
+    ) -> None:
         num_tokens = attn_metadata.num_actual_tokens
         rotated_key, rotated_value = store.rotate(key[:num_tokens]), store.rotate(value[:num_tokens])
-        kv_cache = records_of(kv_cache)
-        self._store(rotated_key, rotated_value, kv_cache, attn_metadata)
-        self._decode(query, kv_cache, attn_metadata, output)
-        self._prefill(query, rotated_key, rotated_value, kv_cache, attn_metadata, output)
-        return output
+        self._store(rotated_key, rotated_value, records, attn_metadata)
+        self._decode(query, records, attn_metadata, output)
+        self._prefill(query, rotated_key, rotated_value, records, attn_metadata, output)
 
     def _store(
         self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: TorchMetadata

@@ -11,7 +11,6 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
-from vllm.v1.attention.backend import AttentionLayer
 
 from kvarn.kernels import decode, decode_plan, pages, prefill, quantize, rotate
 from kvarn.kernels.decode_work import MAX_HEADS, DecodeShape
@@ -20,7 +19,6 @@ from kvarn.tile import TileLayout
 from kvarn.vllm.cache_settings import KVarNConfig
 from kvarn.vllm.layer import KVarNLayer
 from kvarn.vllm.triton_plan import DecodeBatch, TritonMetadata, max_requests_in_step
-from kvarn.vllm.versions import records_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -115,34 +113,26 @@ class TritonLayer(KVarNLayer):
         split = KVarNConfig.of(self._vllm_config).split_tiles or 0
         decode.warm_up(self.pool, self.num_heads, dtype, layout, work.query_counts, split)
 
-    def forward(
+    def attend(
         self,
-        layer: AttentionLayer,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: TritonMetadata | None,
+        records: Tensor,
+        attn_metadata: TritonMetadata,
         output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """Fill `output`, shaped as `query` [N, heads, head_dim], from `key` and `value` [N, KV heads, head_dim]."""
-        if attn_metadata is None:  # vLLM profiles memory without a batch
-            return output.zero_()
-        kv_cache = records_of(kv_cache)
+    ) -> None:
         waves = attn_metadata.prefill
         starts = [0, *(wave.first for wave in waves[1:])]
         for start, wave in zip_longest(starts, waves):
             end = attn_metadata.num_actual_tokens if wave is None else wave.last
-            self._store(query, key, value, kv_cache, attn_metadata, slice(start, end), wave)
+            self._store(query, key, value, records, attn_metadata, slice(start, end), wave)
         if attn_metadata.decode is not None:
-            self._decode(attn_metadata.decode, kv_cache, output)
+            self._decode(attn_metadata.decode, records, output)
         for wave in waves:
             if len(waves) > 1:  # the pages hold the tiles of the last wave
-                self._store(query, key, value, kv_cache, attn_metadata, slice(wave.first, wave.last), wave)
-            self._prefill(wave, kv_cache, output)
-        return output
+                self._store(query, key, value, records, attn_metadata, slice(wave.first, wave.last), wave)
+            self._prefill(wave, records, output)
 
     def _store(
         self,

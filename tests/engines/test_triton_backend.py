@@ -102,6 +102,17 @@ def test_raw_chunks_read_a_whole_prompt_raw(model: Path, monkeypatch: pytest.Mon
             ask_cold(llm, given, max_tokens=1).assert_same(answer, tolerance=0.01)
 
 
+def test_padded_heads_answer_as_on_the_cpu_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    padded = make_llama(tmp_path, heads=3, kv_heads=1, head_dim=48)
+    answers = []
+    for _ in range(2):
+        with engine(monkeypatch, padded, max_num_batched_tokens=96, **SETTINGS) as llm:
+            answers.append([ask_cold(llm, given, max_tokens=TOKENS) for given in PROMPTS[1:3]])
+        use_triton_backend(monkeypatch)
+    for expected, answer in zip(*answers, strict=True):
+        answer.assert_same(expected, TOLERANCE)
+
+
 @pytest.fixture(scope="module")
 def undrafted(model: Path) -> list[Answer]:
     """Answers of the CPU backend, one token per step."""

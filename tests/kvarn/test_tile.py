@@ -63,6 +63,21 @@ def test_unsupported_head_dim_is_rejected(head_dim: int) -> None:
         TileLayout(get_preset("kvarn_k4v2_g128"), head_dim)
 
 
+@pytest.mark.parametrize(
+    ("head_size", "head_dim"),
+    [(32, 64), (64, 64), (80, 128), (96, 128), (112, 128), (128, 128), (192, 256), (256, 256)],
+)
+def test_other_heads_get_the_next_larger_record(head_size: int, head_dim: int) -> None:
+    preset = get_preset("kvarn_k4v2_g128")
+    assert TileLayout.of_heads(preset, head_size) == TileLayout(preset, head_dim)
+
+
+@pytest.mark.parametrize("head_size", [257, 512])
+def test_heads_that_no_record_holds_are_rejected(head_size: int) -> None:
+    with pytest.raises(ValueError, match=f"heads of {head_size} channels .* at most 256 channels"):
+        TileLayout.of_heads(get_preset("kvarn_k4v2_g128"), head_size)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (0, 2)], ids=str)
 def test_pack_round_trips_exactly(layout: TileLayout, lead: tuple[int, ...]) -> None:

@@ -7,6 +7,7 @@ from inspect import signature
 from typing import Any
 
 from kvarn.presets import PRESETS
+from kvarn.tile import padded_head_dim
 from kvarn.vllm.hooks import Hook, RefusalError
 from kvarn.vllm.hooks.refusals import refuse
 
@@ -64,21 +65,25 @@ def refuse_unlike(layer: Any, layers: Any) -> None:
             )
         )
     first = next(x for x in layers if getattr(x, "kv_cache_dtype", None) == dtype)
-    for other in (first, layer):
-        if other.head_size_v != other.head_size:
-            refuse(_unlike(dtype, "keys and values", other.head_size, other.head_size_v, "channels per head"))
+    if layer.head_size_v > (held := padded_head_dim(layer.head_size)):
+        refuse(
+            RefusalError(
+                f"The values of this model have {layer.head_size_v} channels per head, and the {dtype} cache's records "
+                f"for its keys of {layer.head_size} hold {held}; use kv_cache_dtype='auto' for it."
+            )
+        )
     for attribute, unit in (
         ("head_size", "channels per head"),
         ("num_kv_heads", "KV heads"),
         ("num_heads", "query heads"),
     ):
         if (mine := getattr(layer, attribute)) != (theirs := getattr(first, attribute)):
-            refuse(_unlike(dtype, "layers", theirs, mine, unit))
+            refuse(_unlike(dtype, theirs, mine, unit))
 
 
-def _unlike(dtype: str, parts: str, one: int, other: int, unit: str) -> RefusalError:
+def _unlike(dtype: str, one: int, other: int, unit: str) -> RefusalError:
     return RefusalError(
-        f"The {parts} of this model have {one} and {other} {unit}, and the {dtype} cache needs them equal; "
+        f"The layers of this model have {one} and {other} {unit}, and the {dtype} cache needs them equal; "
         "use kv_cache_dtype='auto' for it."
     )
 

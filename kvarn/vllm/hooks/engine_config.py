@@ -151,7 +151,7 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
     if (heads := _heads_per_kv_head(config)) > (limit := device_backend().layer.max_heads_per_kv_head):
         yield f"serves at most {limit} query heads per KV head, and this model has {heads}; {use_auto}"
     try:
-        TileLayout(preset, model.get_head_size())
+        TileLayout.of_heads(preset, model.get_head_size())
     except ValueError as error:
         yield f"cannot hold this model: {error}"
     if config.cache_config.kv_cache_dtype_skip_layers:

@@ -61,7 +61,7 @@ def _scheduler_difference(config: Any, preset: Preset) -> str | None:
     from kvarn.vllm.spec import KVarNSpec
 
     config.cache_config.num_gpu_blocks = _BLOCKS
-    spec = KVarNSpec.of(TileLayout(preset, config.model_config.get_head_size()), num_kv_heads=1)
+    spec = KVarNSpec.of(TileLayout.of_heads(preset, config.model_config.get_head_size()), num_kv_heads=1)
     scheduler = config.scheduler_config.get_scheduler_cls()(
         vllm_config=config,
         kv_cache_config=KVCacheConfig(_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)]),

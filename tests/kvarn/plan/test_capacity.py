@@ -114,10 +114,21 @@ def test_other_attention_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_head_dim_that_kvarn_lacks_is_a_row_that_says_so(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "head_dim": 96}))
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "head_dim": 512}))
     planned = rows(model=str(tmp_path), gpu="h200")
-    assert "head_dim 96" in planned["kvarn_k4v2_g128"].refused
+    assert "heads of 512 channels" in planned["kvarn_k4v2_g128"].refused
     assert planned["auto"].tokens > 0
+
+
+def test_heads_are_planned_at_the_size_of_their_record(tmp_path: Path) -> None:
+    planned = []
+    for head_dim in (96, 128):
+        (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "head_dim": head_dim}))
+        planned.append(rows(model=str(tmp_path), gpu="h200", max_num_seqs=64, cache_gib=8.0))
+    padded, native = planned
+    assert padded["kvarn_k4v2_g128"].bytes_per_token == native["kvarn_k4v2_g128"].bytes_per_token
+    assert padded["auto"].bytes_per_token < native["auto"].bytes_per_token
+    assert padded["kvarn_k4v2_g128"].tokens == native["kvarn_k4v2_g128"].tokens
 
 
 def test_the_command_prints_a_table_or_json(llama_8b: str) -> None:

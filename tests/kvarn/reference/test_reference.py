@@ -138,6 +138,28 @@ def test_error_falls_with_bits(head_dim: int) -> None:
         assert four_bits < two_bits / 3
 
 
+@pytest.mark.parametrize("head_size", [80, 96, 112, 192])
+def test_padded_heads_lose_less_than_heads_that_fill_a_record(head_size: int) -> None:
+    """The error spreads over the record's channels, of which only the head's remain after the rotation back."""
+    layout = TileLayout.of_heads(get_preset("kvarn_k4v4_g128"), head_size)
+    tiles = [x[..., :head_size] for x in normal_tiles(layout, 8)]
+    padding = (0, layout.head_dim - head_size)
+    rotated = [hadamard.rotate(torch.nn.functional.pad(x, padding)) for x in tiles]
+    back = codec.dequantize(codec.quantize(*rotated, layout), layout)
+    full = normal_tiles(layout, 8)
+    full_back = codec.dequantize(codec.quantize(*full, layout), layout)
+    for x, rebuilt, y, y_rebuilt in zip(tiles, back, full, full_back, strict=True):
+        error = relative_error(x, hadamard.rotate(rebuilt)[..., :head_size])
+        expected = math.sqrt(head_size / layout.head_dim)
+        assert error / relative_error(y, y_rebuilt) == pytest.approx(expected, rel=0.05)
+
+
+def test_heads_of_half_a_record_lose_no_more_than_heads_that_fill_it() -> None:
+    """Their rotation is written twice, so that both halves have the same error."""
+    rotated = hadamard.rotate(torch.nn.functional.pad(torch.randn(4, 32), (0, 32)))
+    assert torch.equal(rotated[:, :32], rotated[:, 32:])
+
+
 def test_normalization_helps_tiles_with_uneven_tokens_and_channels() -> None:
     key, value = normal_tiles(K4V2, 8)
     uneven = torch.randn(128, 1, generator=torch.Generator().manual_seed(1)).exp()
