@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
+from traceback import format_exc
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from vllm.model_executor.layers.attention import Attention, PrefillPrefixLMAttention
 from vllm.model_executor.models import llama
 
@@ -29,55 +32,63 @@ from tests.support.engines import (
     make_matmuls_row_invariant,
     prompt_of,
 )
+from tests.support.families import FAMILIES, MAX_MODEL_LEN, make_model
 
 LENGTH = 3 * TILE + 40
-MAX_MODEL_LEN = 1024
-COMMON: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.08,
-    "pad_token_id": 0,
-}
-# The configuration's class, what differs from COMMON in it, and the engine's settings.
-FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "Llama on Transformers": ("LlamaConfig", {}, {"model_impl": "transformers"}),
-    "SmolLM3": ("SmolLM3Config", {}, {}),
-    "OLMo 2 on Transformers": ("Olmo2Config", {}, {"model_impl": "transformers"}),
-    "Mistral 0.1 in its window": ("MistralConfig", {"sliding_window": MAX_MODEL_LEN}, {}),
-    "Mistral 0.1 in its window, on Transformers": (
-        "MistralConfig",
-        {"sliding_window": MAX_MODEL_LEN},
-        {"model_impl": "transformers"},
-    ),
-    "Phi-3 in its window": ("Phi3Config", {"sliding_window": 2047}, {}),
-    "Gemma 3 in its window": ("Gemma3TextConfig", {"head_dim": 64, "sliding_window": 4096}, {}),
-}
 
 
-def make_model(directory: Path, config: str, changes: dict[str, Any]) -> Path:
-    """Save a model of the class `config` with random float32 weights, without a tokenizer."""
-    torch.manual_seed(0)
-    settings = getattr(transformers, config)(**{**COMMON, **changes})
-    AutoModelForCausalLM.from_config(settings).save_pretrained(directory)
-    return directory
+class Processes:
+    """A process that serves families one after the other, and another one once it is spoiled."""
+
+    def __init__(self) -> None:
+        self._process: ProcessPoolExecutor | None = None
+
+    def run(self, work: Callable[..., None], *args: Any, spoils: bool) -> None:
+        """Run `work` there, and fail as it did; `spoils` is whether no other can follow."""
+        self._process = self._process or ProcessPoolExecutor(1, get_context("spawn"))
+        try:
+            failure = self._process.submit(failure_of, work, *args).result()
+        except BrokenProcessPool:
+            failure, spoils = "the process died", True
+        if spoils:
+            self.stop()
+        assert failure is None, failure
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.shutdown()
+            self._process = None
+
+
+def failure_of(work: Callable[..., None], *args: Any) -> str | None:
+    """Call `work` and return its traceback if it fails: not every exception travels between processes."""
+    try:
+        work(*args)
+    except Exception:
+        return format_exc()
+    return None
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    made = Processes()
+    yield made
+    made.stop()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_answers_alike_however_it_is_served(tmp_path: Path, family: str) -> None:
-    """Each family has a process of its own: what vLLM registers for one must not reach the next."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        process.submit(serve_alike, tmp_path, family).result()
+def test_a_family_answers_alike_however_it_is_served(
+    processes: Processes, tmp_path: Path, family: str, long_mode: bool
+) -> None:
+    if FAMILIES[family].long and not long_mode:
+        pytest.skip("runs with --long")
+    processes.run(serve_alike, tmp_path, family, spoils=FAMILIES[family].spoils_process)
 
 
 def serve_alike(directory: Path, family: str) -> None:
-    config, changes, settings = FAMILIES[family]
-    model = make_model(directory, config, changes)
-    settings = {"skip_tokenizer_init": True, "max_model_len": MAX_MODEL_LEN, **settings}
+    made = FAMILIES[family]
+    model = make_model(directory, made.config, made.changes)
+    settings = {"skip_tokenizer_init": True, "max_model_len": MAX_MODEL_LEN, **made.settings}
     prompt = prompt_of(LENGTH)
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_matmuls_row_invariant(monkeypatch)
@@ -114,13 +125,53 @@ class UnevenAttention(Attention):
         super().__init__(*args, **kwargs)
 
 
+class WideValues(Attention):
+    """Layers whose values do not fit the record of their keys."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, head_size_v=80, **kwargs)
+
+
+VALUE_SIZE = 48
+
+
+class NarrowValues(Attention):
+    """A layer whose heads have values of 48 channels and keys of 64."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, head_size_v=VALUE_SIZE, **kwargs)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
+        value = value.unflatten(-1, (self.num_kv_heads, -1))[..., :VALUE_SIZE].flatten(-2)
+        attended = super().forward(query, key, value, *args).unflatten(-1, (self.num_heads, -1))
+        return torch.nn.functional.pad(attended, (0, self.head_size - VALUE_SIZE)).flatten(-2)
+
+
+def test_values_may_be_smaller_than_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Values cut to their first channels are like values whose other channels are zero, and are not read."""
+    weights = load_file(make_llama(tmp_path) / "model.safetensors")
+    for name, weight in weights.items():
+        if "v_proj" in name:
+            weight.unflatten(0, (-1, 64))[:, VALUE_SIZE:] = 0
+        if "o_proj" in name:  # a rounding error is also in channels that are zero
+            weight.unflatten(1, (-1, 64))[:, :, VALUE_SIZE:] = 0
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    answers = []
+    for attention in (Attention, NarrowValues):
+        monkeypatch.setattr(llama, "Attention", attention)
+        with engine(monkeypatch, tmp_path, kv_cache_dtype=PRESET, skip_tokenizer_init=True) as llm:
+            answers.append(ask_cold(llm, prompt_of(LENGTH)))
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize(
     ("attention", "sentence"),
     [
         (PrefillPrefixLMAttention, "attention is not plainly causal"),
         (UnevenAttention, "layers of this model have 2 and 4 KV heads"),
+        (WideValues, "values of this model have 80 channels per head, .* for its keys of 64 hold 64"),
     ],
-    ids=["prefix LM", "uneven layers"],
+    ids=["prefix LM", "uneven layers", "wide values"],
 )
 def test_layers_that_would_answer_wrongly_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, attention: type[Attention], sentence: str

@@ -15,11 +15,12 @@ import pytest
 import torch
 import vllm._custom_ops as vllm_ops
 from llvmlite.binding import ffi
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 from vllm import LLM, SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from kvarn.vllm import backend, triton_backend, triton_plan
+from tests.support.families import save_model
 
 MIB = 2**20
 PRESET, TILE = "kvarn_k4v2_g128", 128
@@ -58,7 +59,7 @@ def make_llama(directory: Path, heads: int = 4, kv_heads: int = 2, head_dim: int
         initializer_range=0.08,
         **config,
     )
-    LlamaForCausalLM(settings).save_pretrained(directory)
+    save_model(settings, directory)
     return directory
 
 
