@@ -39,7 +39,12 @@ class KVarNSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[KVarNSpec]) -> KVarNSpec:
-        """Merge the specs of one KV cache group, which must be equal."""
+        """Merge the specs of one KV cache group, which must be equal.
+
+        Raises:
+            AssertionError: they differ. vLLM catches it to ask whether they are specs of one type that share a
+                block table, with pages of their own size; so a draft model's layers are in the target's group.
+        """
         if any(spec != specs[0] for spec in specs):
-            raise ValueError(f"Layers of one KV cache group need equal kvarn specs, got {set(specs)}.")
+            raise AssertionError(f"Layers of one KV cache group need equal kvarn specs, got {set(specs)}.")
         return replace(specs[0])

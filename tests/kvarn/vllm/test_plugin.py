@@ -23,6 +23,7 @@ from vllm.v1.attention import selector
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
@@ -30,11 +31,13 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
 from kvarn.cli import doctor
 from kvarn.errors import KVarNError
-from kvarn.presets import PRESETS
+from kvarn.presets import PRESETS, get_preset
+from kvarn.tile import TileLayout
 from kvarn.vllm import backend, hooks, plugin, spec, versions
 from kvarn.vllm.access.cache_events import CACHE_EVENTS_METHOD
 from kvarn.vllm.access.telemetry import CACHE_STATE_METHOD
@@ -92,6 +95,19 @@ def test_side_pool_stays_within_its_memory_cap(model: Path) -> None:
     slot_bytes = 2 * 2 * 2 * 2 * 128 * 64  # keys and values, fp16, layers, heads, tokens, channels
     settings = {"kvarn": {"side_pool_gib": 7.5 * slot_bytes / 2**30}}
     assert side_pool_slots(configure(model, max_num_seqs=10, additional_config=settings)) == 7
+
+
+def test_layers_of_other_shapes_share_one_group_and_its_block_table(model: Path) -> None:
+    """As the layers of a draft model do, quantized or not."""
+    config = configure(model)
+    quantized = [
+        spec.KVarNSpec.of(TileLayout(get_preset(PRESET), dim), heads) for dim, heads in ((64, 2), (128, 1))
+    ]
+    plain = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=torch.float32)
+    for layers in (quantized, [quantized[0], plain], [plain, quantized[0]]):
+        named = {f"layer{number}": layer for number, layer in enumerate(layers)}
+        (group,) = get_kv_cache_groups(config, named)
+        assert set(group.layer_names) == set(named)
 
 
 def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pytest.LogCaptureFixture) -> None:
@@ -229,7 +245,7 @@ PALIGEMMA = {
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"head_dim": 512}, "heads of 512 channels .* use a model with at most 256 channels per head"),
+        ({"head_dim": 96}, "head_dim"),
         (
             {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 512},
             "set max_model_len to 512 or less, or use kv_cache_dtype='auto'",
