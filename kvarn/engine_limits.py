@@ -9,7 +9,8 @@ from rich.table import Table
 from kvarn.model import KvShape
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
-from kvarn.vllm.cache_settings import MIN_SLOTS, KVarNConfig, slots_within, tile_bytes
+from kvarn.vllm.cache_settings import KVarNConfig, slots_within, tile_bytes
+from kvarn.vllm.slots import NO_DRAFTS, Speculation, most_tail_slots
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class EngineLimits:
         max_num_seqs: maximum concurrent requests.
         slots: raw tiles that the side pool holds.
         side_pool_bytes: memory of the side pool per rank.
-        requests_in_slots: concurrent requests that the slots always suffice for; a request holds up to `MIN_SLOTS`.
+        requests_in_slots: concurrent requests that the slots always suffice for.
         blocks: tiles, of all layers and heads, that the cache holds.
         cache_tokens: tokens in those blocks.
         max_model_len: maximum request length, in tokens.
@@ -64,6 +65,7 @@ def engine_limits(
     cache_bytes: int | None,
     tensor_parallel_size: int = 1,
     settings: KVarNConfig | None = None,
+    speculation: Speculation = NO_DRAFTS,
 ) -> EngineLimits:
     """Compute the limits of an engine with a quantized cache.
 
@@ -73,6 +75,7 @@ def engine_limits(
         max_num_seqs, max_model_len, tensor_parallel_size: vLLM's engine arguments.
         cache_bytes: cache memory per rank; None if the cache takes the remaining memory.
         settings: cache settings; None for the defaults.
+        speculation: what a step may compute beyond the tokens it keeps.
 
     Raises:
         ValueError: the side pool is too small for one request, or the heads do not fit a record.
@@ -80,8 +83,9 @@ def engine_limits(
     layout = TileLayout.of_heads(get_preset(cache_dtype), shape.head_dim)
     heads = max(shape.kv_heads // tensor_parallel_size, 1) * shape.layers
     slot = tile_bytes(layout.group, layout.head_dim, heads)
-    slots = slots_within(settings or KVarNConfig(), max_num_seqs, slot)
-    in_slots = slots // MIN_SLOTS
+    tails = most_tail_slots(layout.group, speculation)
+    slots = slots_within(settings or KVarNConfig(), max_num_seqs, slot, tails)
+    in_slots = slots // (1 + tails)  # its first tile, and those it fills
     at_once = min(max_num_seqs, in_slots)
     first = "max_num_seqs" if max_num_seqs <= in_slots else "side pool"
     blocks = longest = tokens_each = None

@@ -7,15 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from kvarn.presets import PRESETS
 from kvarn.tile import padded_head_dim
+from kvarn.vllm.slots import Speculation, most_tail_slots
+from kvarn.vllm.versions import lookahead_tokens
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 GIB = 2**30
 ORDERS = ("prefix", "fcfs")
-MIN_SLOTS = 3  # one request: its first tile, a tile that fills, and the next tile in the same step
+DRAFT_MODEL_METHODS = ("draft_model", "eagle", "eagle3", "mtp")
+"""Methods of vLLM's speculative decoding whose drafter has layers with a cache."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class KVarNConfig:
         split_tiles: on GPUs, tiles after which decode cuts a sequence whatever the rest of the batch, so that a
             row's attention has the same bits in every batch. None: the work of a step is divided equally.
         side_pool_gib: maximum memory of the side pool on one rank, over all its layers, in GiB. None: two
-            slots for each of `max_num_seqs`, and the retained sinks. With less, requests wait until slots are
-            free.
+            slots for each of `max_num_seqs`, three with a draft model, and the retained sinks. With less,
+            requests wait until slots are free.
         order: admission order of waiting requests. "prefix": longest cached prefix first; "fcfs": vLLM's
             order.
         window: number of oldest waiting requests that the prefix order considers.
@@ -97,39 +101,62 @@ def tile_bytes(group: int, head_dim: int, heads_and_layers: int) -> int:
 
 
 def slot_bytes(vllm_config: VllmConfig) -> int:
-    """Bytes of one slot on one rank."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    """Bytes of one slot on one rank, over the layers of the model and of its drafter."""
+    block_size = vllm_config.cache_config.block_size
+    return sum(_slot_bytes(block_size, *model) for model in _quantized_models(vllm_config))
+
+
+def _slot_bytes(block_size: int, model: ModelConfig, parallel: ParallelConfig) -> int:
     heads_and_layers = model.get_num_kv_heads(parallel) * model.get_num_layers(parallel)
-    head_dim = padded_head_dim(model.get_head_size())
-    return tile_bytes(vllm_config.cache_config.block_size, head_dim, heads_and_layers)
+    return tile_bytes(block_size, padded_head_dim(model.get_head_size()), heads_and_layers)
+
+
+def _quantized_models(vllm_config: VllmConfig) -> list[tuple[ModelConfig, ParallelConfig]]:
+    """The models whose layers have slots: the target, also while vLLM configures its drafter, and the drafter."""
+    drafter = vllm_config.speculative_config
+    if drafter is None:
+        return [(vllm_config.model_config, vllm_config.parallel_config)]
+    models = [(drafter.target_model_config, drafter.target_parallel_config)]
+    if drafter.method in DRAFT_MODEL_METHODS and drafter.kv_cache_dtype in (None, *PRESETS):
+        models.append((drafter.draft_model_config, drafter.draft_parallel_config))
+    return models
+
+
+def speculation_of(vllm_config: VllmConfig) -> Speculation:
+    """Tokens that a step of this engine may compute or write beyond those that it keeps."""
+    in_flight = 2 if vllm_config.scheduler_config.async_scheduling else 1
+    return Speculation(vllm_config.num_speculative_tokens * in_flight, lookahead_tokens(vllm_config))
 
 
 def side_pool_slots(vllm_config: VllmConfig) -> int:
     """Number of slots of the side pool; see `slots_within`."""
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-    return slots_within(KVarNConfig.of(vllm_config), max_num_seqs, slot_bytes(vllm_config))
+    tails = most_tail_slots(vllm_config.cache_config.block_size, speculation_of(vllm_config))
+    return slots_within(KVarNConfig.of(vllm_config), max_num_seqs, slot_bytes(vllm_config), tails)
 
 
-def slots_within(config: KVarNConfig, max_num_seqs: int, one_slot: int) -> int:
-    """Slots of the side pool: two per running request plus the retained sinks, within the memory cap.
+def slots_within(config: KVarNConfig, max_num_seqs: int, one_slot: int, tails: int) -> int:
+    """Slots of the side pool: the tails of all running requests plus the retained sinks, within the memory cap.
 
     Args:
         config: the cache's settings.
         max_num_seqs: maximum number of running requests.
         one_slot: bytes of a slot on one rank.
+        tails: maximum slots for tiles that one request fills at once, without its first tile.
 
     Raises:
         ValueError: if the cap does not hold one request.
     """
     retained = max_num_seqs if config.retained_sinks is None else config.retained_sinks
-    wanted = max(MIN_SLOTS, 2 * max_num_seqs + retained)
+    one_request = 1 + tails
+    wanted = max(one_request, tails * max_num_seqs + retained)
     if config.side_pool_gib is None:
         return wanted
     held = int(config.side_pool_gib * GIB // one_slot)
-    if held < MIN_SLOTS:
-        needed = MIN_SLOTS * one_slot / GIB
+    if held < one_request:
+        needed = one_request * one_slot / GIB
         raise ValueError(
             f"kvarn.side_pool_gib is {config.side_pool_gib!r}, which holds {held} slots of this model, and one request "
-            f"may need {MIN_SLOTS}; give at least {needed:.4f}."
+            f"may need {one_request}; give at least {needed:.4f}."
         )
     return min(wanted, held)

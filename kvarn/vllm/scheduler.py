@@ -18,7 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from kvarn.vllm.admission_order import PrefixOrder, WaitingRequest, hold_sharers
-from kvarn.vllm.cache_settings import KVarNConfig, side_pool_slots
+from kvarn.vllm.cache_settings import KVarNConfig, side_pool_slots, speculation_of
 from kvarn.vllm.hooks.private_names import check_scheduler
 from kvarn.vllm.slots import SLOT_PLAN, ScheduledTokens, SlotPlan, SlotTable, tail_slots
 from kvarn.vllm.versions import max_active_requests
@@ -63,6 +63,7 @@ class SlotPlanning(VllmScheduler):
 
     Attributes:
         slots: owners of the side pool's slots.
+        speculation: what a step may compute beyond the tokens it keeps.
         preemptions: requests preempted since the engine started.
         wait_counts: reasons why requests wait.
     """
@@ -71,6 +72,7 @@ class SlotPlanning(VllmScheduler):
         super().__init__(*args, **kwargs)
         check_scheduler(self)
         self.slots = SlotTable(side_pool_slots(self.vllm_config), self.block_size)
+        self.speculation = speculation_of(self.vllm_config)
         self.preemptions = 0
         self.wait_counts = WaitCounts()
         self._last_hashes: dict[str, Hashable | None] = {}  # of the first blocks of requests that departed
@@ -109,10 +111,9 @@ class SlotPlanning(VllmScheduler):
         return False
 
     def _tail_slots(self, request: Request) -> int:
-        drafts = self.num_spec_tokens  # vLLM drafts past a request's end too
-        total = request.num_prompt_tokens + request.max_tokens + drafts
+        total = request.num_prompt_tokens + request.max_tokens
         uncomputed = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
-        return tail_slots(total, uncomputed + drafts, self.block_size)
+        return tail_slots(total, uncomputed, self.block_size, self.speculation)
 
     def _blocks_of_requests(self) -> dict[str, list[KVCacheBlock]]:
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
@@ -167,11 +168,23 @@ class SlotPlanning(VllmScheduler):
         return self.slots.step(scheduled, departed, block_hash, pool.evict_blocks)
 
     def _scheduled_tokens(self, request_id: str, num_tokens: int, drafts: int) -> ScheduledTokens:
-        end = self.requests[request_id].num_computed_tokens
-        start, group = end - num_tokens, self.block_size
+        """The tokens of a step from the first position that it may compute to the last that it may write.
+
+        Under asynchronous scheduling vLLM counts all drafts of the step in flight as accepted; each that is
+        rejected moves this step back by one position. Behind the step, draft layers write `lookahead` positions.
+        """
+        request, group = self.requests[request_id], self.block_size
+        end = request.num_computed_tokens
+        in_flight = request.num_output_placeholders
+        if in_flight and not request.is_prefill_chunk:
+            in_flight -= 1 + drafts  # this step's own
+        unsure = max(0, in_flight - 1)
+        start = end - num_tokens - unsure
+        ahead = max(end, min(end + self.speculation.lookahead, self.max_model_len)) - end
         blocks = self._blocks_of_requests()[request_id]
-        touched = [block.block_id for block in blocks[start // group : -(-end // group)]]
-        return ScheduledTokens(request_id, start, end, blocks[0].block_id, touched, drafts)
+        touched = [block.block_id for block in blocks[start // group : -(-(end + ahead) // group)]]
+        undecided = unsure + drafts + ahead
+        return ScheduledTokens(request_id, start, end + ahead, blocks[0].block_id, touched, undecided)
 
 
 class GrowthReservation(SlotPlanning):
@@ -204,7 +217,7 @@ class GrowthReservation(SlotPlanning):
     def _expected_blocks(self, request: Request) -> int:
         """Blocks at the expected final length of `request`; beyond that length, one tile more than now."""
         expected = max(int(self._output_tokens), request.num_output_tokens + self.block_size)
-        total = request.num_prompt_tokens + min(request.max_tokens, expected)
+        total = request.num_prompt_tokens + min(request.max_tokens, expected) + self.speculation.lookahead
         return -(-min(total, self.max_model_len) // self.block_size)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:

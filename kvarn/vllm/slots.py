@@ -19,7 +19,8 @@ class ScheduledTokens:
     """Token positions `start:end` of one request that a step computes.
 
     `sink` is the block of the request's first tile, `blocks` are the blocks of the tiles that `start:end`
-    touches. The last `drafts` tokens are speculative: the step may reject them.
+    touches. The last `drafts` tokens are undecided: drafts that a step may reject, and positions that only
+    drafters write.
     """
 
     request_id: str
@@ -43,18 +44,54 @@ class SlotPlan:
     assigned: list[tuple[int, int]] = field(default_factory=list)
 
 
-def tail_slots(total_tokens: int, uncomputed_tokens: int, group: int) -> int:
+@dataclass(frozen=True)
+class Speculation:
+    """What a step may compute or write beyond the tokens that it surely keeps.
+
+    Attributes:
+        drafts: maximum draft tokens of one request that are undecided while a step runs: its own and, with
+            asynchronous scheduling, those of the step before, whose outcome the scheduler does not know yet.
+        lookahead: positions behind a step's last token that the layers of a draft model write.
+    """
+
+    drafts: int = 0
+    lookahead: int = 0
+
+
+NO_DRAFTS = Speculation()
+
+
+def tail_slots(
+    total_tokens: int, uncomputed_tokens: int, group: int, speculation: Speculation = NO_DRAFTS
+) -> int:
     """Maximum number of tail slots that a request holds at once.
 
+    A step of several tokens may end one tile and begin the next, and a tile that fills keeps its slot for that
+    step; so do all tiles that only drafts have reached.
+
     Args:
-        total_tokens: maximum length of the sequence.
-        uncomputed_tokens: maximum tokens that one step may compute. A step of several tokens may end one tile
-            and begin the next, and a tile that fills keeps its slot for that step.
+        total_tokens: maximum length of the sequence, without drafts.
+        uncomputed_tokens: maximum tokens that one step may compute, without drafts; several belong to a prompt,
+            in whose steps nothing but the lookahead is undecided.
         group: tokens per tile.
+        speculation: tokens beyond those.
     """
-    if total_tokens <= group:
+    undecided = speculation.drafts + speculation.lookahead
+    if total_tokens + undecided <= group:
         return 0
-    return 2 if uncomputed_tokens > 1 else 1
+    decoding = 1 + _ceil(undecided, group)
+    if uncomputed_tokens <= 1:
+        return decoding
+    return max(decoding, 1 + _ceil(group - 1 + speculation.lookahead, group))
+
+
+def most_tail_slots(group: int, speculation: Speculation = NO_DRAFTS) -> int:
+    """Maximum number of tail slots that any request holds at once."""
+    return tail_slots(2 * group, 2, group, speculation)
+
+
+def _ceil(tokens: int, group: int) -> int:
+    return -(-tokens // group)
 
 
 @dataclass
@@ -200,8 +237,12 @@ class SlotTable:
         self._live[block].uses += 1
 
     def _pass_tiles(self, tokens: ScheduledTokens, plan: SlotPlan) -> None:
+        """Release tails behind the step, and those that only a drafter has written and the step computes wholly."""
+        group = self._group
+        begun = tokens.start // group
+        whole = range(-(-tokens.start // group), tokens.sure_end // group)
         tails = self._tails_of.get(tokens.request_id, {})
-        for tile in [tile for tile in tails if tile < tokens.start // self._group]:
+        for tile in [tile for tile in tails if tile < begun or tile in whole]:
             self._release(tails.pop(tile), plan)
 
     def _place_tiles(

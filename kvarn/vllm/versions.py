@@ -154,6 +154,16 @@ def bypasses_workers(vllm_config: VllmConfig) -> bool:
     return uses_ray and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)
 
 
+def lookahead_tokens(vllm_config: VllmConfig) -> int:
+    """Positions behind a step's tokens that draft layers write; before 0.28, only vLLM's scheduler knows them."""
+    known: int | None = getattr(vllm_config, "num_lookahead_tokens", None)
+    if known is not None:
+        return known
+    drafter = vllm_config.speculative_config
+    writes = drafter is not None and (drafter.use_eagle() or drafter.uses_draft_model())
+    return drafter.num_speculative_tokens if writes else 0
+
+
 def layer_cache_shape(backend: Any, spec: Any, num_blocks: int) -> tuple[int, ...]:
     """Shape of the bytes that vLLM passes to a layer with `spec` as its cache of `num_blocks` blocks."""
     from vllm.v1 import kv_cache_interface

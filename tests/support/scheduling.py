@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from vllm import SamplingParams
-from vllm.config import VllmConfig
+from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import xxhash
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_request_block_hasher, init_none_hash
@@ -64,12 +64,14 @@ def make_scheduler(
     block_size: int = GROUP,
     scheduler_cls: type[KVarNScheduler] | None = None,
     drafts: int = 0,
+    method: str = "ngram",
     v2_runner: bool = False,
     **kvarn: Any,
 ) -> KVarNScheduler | KVarNAsyncScheduler:
     """Make a scheduler; a step has at most `chunk` tokens (0: no limit) and `drafts` draft tokens per request.
 
-    vLLM's second model runner gets resumed requests as if they were new.
+    `method` is vLLM's method of speculative decoding. vLLM's second model runner gets resumed requests as if they
+    were new.
     """
     config = copy.deepcopy(_base_config())
     config.cache_config.block_size = block_size
@@ -77,20 +79,30 @@ def make_scheduler(
     config.scheduler_config.max_num_seqs = max_running
     config.scheduler_config.policy = policy
     config.scheduler_config.long_prefill_token_threshold = chunk
+    config.scheduler_config.async_scheduling = asynchronous
     config.additional_config = {"kvarn": kvarn}
+    if drafts:
+        config.speculative_config = SpeculativeConfig(
+            method="ngram",
+            num_speculative_tokens=drafts,
+            prompt_lookup_max=2,
+            target_model_config=config.model_config,
+            target_parallel_config=config.parallel_config,
+        )
+        config.speculative_config.method = method  # others need a model's files
     spec = FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.float32)
     cache_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
     chosen = scheduler_cls or (KVarNAsyncScheduler if asynchronous else KVarNScheduler)
     scheduler = chosen(config, cache_config, StructuredOutputManager(config), block_size)
-    scheduler.num_spec_tokens = drafts
     scheduler.use_v2_model_runner = v2_runner
     return scheduler
 
 
 @cache
-def _hasher(block_size: int) -> Any:
+def _hasher(block_size: int, lookahead: int = 0) -> Any:
+    """A hasher as an engine makes it; from 0.33 on, with some drafters, a hash also covers `lookahead` more tokens."""
     init_none_hash(xxhash)
-    return get_request_block_hasher(block_size, xxhash)
+    return get_request_block_hasher(block_size, xxhash, *([lookahead] if lookahead else []))
 
 
 def make_request(
@@ -100,6 +112,7 @@ def make_request(
     priority: int = 0,
     block_size: int = GROUP,
     arrival_time: float | None = None,
+    hash_lookahead: int = 0,
 ) -> Request:
     sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     return Request(
@@ -108,7 +121,7 @@ def make_request(
         sampling,
         None,
         priority=priority,
-        block_hasher=_hasher(block_size),
+        block_hasher=_hasher(block_size, hash_lookahead),
         arrival_time=arrival_time,
     )
 
@@ -130,24 +143,139 @@ def continuation(prompt: list[int], length: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-class Worker:
-    """A worker that handles hashes as a device backend handles keys and values."""
+class _Cache:
+    """The rows and records of one model's layers; each row is the hash of the tokens that it depends on.
 
-    def __init__(self) -> None:
+    With `shift` 1 a row also depends on the next token. A request that hits a tile may have another one behind it, so a
+    record is known by its last row but one, as is a first tile.
+    """
+
+    def __init__(self, slot_map: SlotMap, shift: int = 0) -> None:
+        self._slot_map = slot_map
+        self.shift = shift
+        self.raw: dict[int, list[int | None]] = {}
+        self.record: dict[int, int] = {}
+
+    def slot(self, block: int) -> int | None:
+        return self._slot_map._slot_of.get(block)
+
+    def write(self, blocks: list[int], contents: list[int], start: int, end: int) -> None:
+        for position in range(start, end):
+            slot = self.slot(blocks[position // GROUP])
+            if slot is not None:
+                rows = self.raw.setdefault(slot, [None] * GROUP)
+                rows[position % GROUP] = contents[position]
+
+    def quantize(self, blocks: list[int], contents: list[int], start: int, end: int) -> None:
+        for tile in range(start // GROUP, end // GROUP):
+            if tile * GROUP < start:
+                self.expect_raw(blocks, contents, tile, GROUP)
+            self.record[blocks[tile]] = self.record_of(contents, tile)
+
+    def record_of(self, contents: list[int], tile: int) -> int:
+        return contents[(tile + 1) * GROUP - 1 - self.shift]
+
+    def read(self, blocks: list[int], contents: list[int], start: int, end: int) -> None:
+        """Check what queries at `start:end` read: their own and the first tile raw, all others from records."""
+        self.expect_raw(blocks, contents, start // GROUP, start % GROUP)
+        for tile in range((end - 1) // GROUP):
+            assert self.record.get(blocks[tile]) == self.record_of(contents, tile), "wrong record"
+        if end > GROUP:
+            self.expect_raw(blocks, contents, 0, GROUP - self.shift)
+
+    def expect_raw(self, blocks: list[int], contents: list[int], tile: int, rows: int) -> None:
+        """Assert that the first `rows` rows of a tile are in its slot."""
+        if rows:
+            slot = self.slot(blocks[tile])
+            assert slot is not None, "a raw tile has no slot"
+            expected = contents[tile * GROUP : tile * GROUP + rows]
+            assert self.raw.get(slot, [None] * GROUP)[:rows] == expected, "wrong raw tile"
+
+
+class Drafter:
+    """Layers of a draft model, which share the target's blocks and slots.
+
+    Attributes:
+        drafts: tokens that it proposes per step.
+        shift: 0 for a model of its own; 1 for one that reads the target's hidden states, whose row of a position
+            also depends on the next token.
+    """
+
+    def __init__(self, slot_map: SlotMap, drafts: int, shift: int) -> None:
+        self.cache = _Cache(slot_map, shift)
+        self.drafts = drafts
+        self.shift = shift
+
+    def contents(self, tokens: list[int]) -> list[int]:
+        """Contents of the positions that `tokens` determine."""
+        return contents_of(tokens)[self.shift :]
+
+    def run(self, blocks: list[int], tokens: list[int], start: int, end: int, drafts: list[int]) -> None:
+        """Compute the passes after the target's step over `start:end`.
+
+        The first pass has as many queries as that step, or one more for a model of its own, those of rejected
+        drafts at its end; each further pass has one.
+
+        Args:
+            tokens: those of the sequence that are known after the step.
+            drafts: the tokens it will have proposed.
+        """
+        first_end = end + 1 - self.shift
+        last = min(len(tokens) - 1, end) - self.shift
+        padding = [-1 - position for position in range(last + 1, first_end)]
+        contents = self.contents(tokens[: last + 1 + self.shift]) + padding
+        self._pass(blocks, contents, start, first_end)
+        self.cache.read(blocks, contents, start, last + 1)
+        for place in range(self.drafts - 1):
+            position = last + 1 + place
+            contents = self.contents([*tokens[: last + 1 + self.shift], *drafts[: place + 1]])
+            self._pass(blocks, contents, position, position + 1)
+            self.cache.read(blocks, contents, position, position + 1)
+
+    def _pass(self, blocks: list[int], contents: list[int], start: int, end: int) -> None:
+        for tile in range(start // GROUP, -(-end // GROUP)):
+            whole = start <= tile * GROUP and (tile + 1) * GROUP <= end
+            assert whole or self.cache.slot(blocks[tile]) is not None, (
+                "a draft pass writes to a tile without slot"
+            )
+        self.cache.write(blocks, contents, start, end)
+        self.cache.quantize(blocks, contents, start, end)
+
+
+class Worker:
+    """A worker that handles hashes as a device backend handles keys and values.
+
+    Attributes:
+        right: how many of the drafts that it proposes are correct.
+        drafter: the layers of its draft model, if it has one.
+    """
+
+    def __init__(self, drafts: int = 0, shift: int | None = None) -> None:
         self.slot_map = SlotMap()
+        self.cache = _Cache(self.slot_map)
+        self.drafts = drafts
+        self.drafter = None if shift is None else Drafter(self.slot_map, drafts, shift)
+        self.right = 0
+        self.proposed: dict[str, list[int]] = {}
         self.tokens: dict[str, list[int]] = {}
         self.contents: dict[str, list[int]] = {}
         self.blocks: dict[str, list[int]] = {}
-        self.raw: dict[int, list[int | None]] = {}
-        self.record: dict[int, int] = {}
+
+    @classmethod
+    def of(cls, scheduler: KVarNScheduler | KVarNAsyncScheduler) -> Worker:
+        """The worker of a scheduler's engine."""
+        drafter = scheduler.vllm_config.speculative_config
+        if drafter is None or drafter.method == "ngram":
+            return cls(scheduler.num_spec_tokens)
+        return cls(scheduler.num_spec_tokens, shift=int(drafter.method != "draft_model"))
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         self.slot_map.apply(output)
         for request_id in output.finished_req_ids:
             self.tokens.pop(request_id, None)
         starts = self._take_requests(output)
+        drafts = {r: self._drafts(r, given) for r, given in output.scheduled_spec_decode_tokens.items()}
         spans = [(r, starts[r], starts[r] + n) for r, n in output.num_scheduled_tokens.items()]
-        drafts = output.scheduled_spec_decode_tokens
         for span in spans:
             with_drafts = [*self.tokens[span[0]], *drafts.get(span[0], ())]
             self.contents[span[0]] = contents_of(with_drafts[: span[2]])
@@ -157,6 +285,8 @@ class Worker:
         for span in spans:
             self.read(*span)
         sampled = [self._sample(request_id, end, drafts.get(request_id, [])) for request_id, _, end in spans]
+        for span in spans:
+            self._propose(*span)
         ids = [request_id for request_id, _, _ in spans]
         return ModelRunnerOutput(ids, {r: i for i, r in enumerate(ids)}, sampled_token_ids=sampled)
 
@@ -166,6 +296,7 @@ class Worker:
             starts[new.req_id] = new.num_computed_tokens
             self.tokens[new.req_id] = list(new.prefill_token_ids or new.prompt_token_ids or [])
             self.blocks[new.req_id] = list(new.block_ids[0])
+            self.proposed.pop(new.req_id, None)
         cached = output.scheduled_cached_reqs
         for request_id, computed, blocks in zip(
             cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
@@ -173,10 +304,17 @@ class Worker:
             starts[request_id] = computed
             if request_id in cached.resumed_req_ids:
                 self.blocks[request_id] = []
+                self.proposed.pop(request_id, None)
             if request_id in cached.all_token_ids:
                 self.tokens[request_id] = list(cached.all_token_ids[request_id])
             self.blocks[request_id] += blocks[0] if blocks else []
-        return starts
+        # Asynchronous scheduling counts the drafts of the step in flight as accepted; the worker knows better.
+        return {r: min(start, len(self.tokens[r]) - 1) for r, start in starts.items()}
+
+    def _drafts(self, request_id: str, given: list[int]) -> list[int]:
+        """The drafts of a step: as given, or in place of placeholders as proposed here."""
+        proposed = self.proposed.get(request_id, [])
+        return proposed[: len(given)] if given[0] == -1 and proposed else given
 
     def _sample(self, request_id: str, end: int, drafts: list[int]) -> list[int]:
         """Sample the token after the last non-draft token, and one more after each accepted draft."""
@@ -193,38 +331,27 @@ class Worker:
         tokens += sampled
         return sampled
 
+    def _propose(self, request_id: str, start: int, end: int) -> None:
+        if not self.drafts:
+            return
+        tokens = self.tokens[request_id]
+        future = continuation(tokens, self.drafts)
+        wrong = [(token + 1) % VOCABULARY for token in future[self.right :]]
+        self.proposed[request_id] = [*future[: self.right], *wrong]
+        if self.drafter is not None:
+            self.drafter.run(self.blocks[request_id], tokens, start, end, self.proposed[request_id])
+
     def slot(self, block: int) -> int | None:
-        return self.slot_map._slot_of.get(block)
+        return self.cache.slot(block)
 
     def write(self, request_id: str, start: int, end: int) -> None:
-        for position in range(start, end):
-            slot = self.slot(self.blocks[request_id][position // GROUP])
-            if slot is not None:
-                rows = self.raw.setdefault(slot, [None] * GROUP)
-                rows[position % GROUP] = self.contents[request_id][position]
+        self.cache.write(self.blocks[request_id], self.contents[request_id], start, end)
 
     def quantize(self, request_id: str, start: int, end: int) -> None:
-        for tile in range(start // GROUP, end // GROUP):
-            if tile * GROUP < start:
-                self.expect_raw(request_id, tile, GROUP)
-            self.record[self.blocks[request_id][tile]] = self.contents[request_id][(tile + 1) * GROUP - 1]
+        self.cache.quantize(self.blocks[request_id], self.contents[request_id], start, end)
 
     def read(self, request_id: str, start: int, end: int) -> None:
-        """Check what queries at `start:end` read: their own and the first tile raw, all others from records."""
-        self.expect_raw(request_id, start // GROUP, start % GROUP)
-        for tile in range((end - 1) // GROUP):
-            block = self.blocks[request_id][tile]
-            assert self.record.get(block) == self.contents[request_id][(tile + 1) * GROUP - 1], "wrong record"
-        if end > GROUP:
-            self.expect_raw(request_id, 0, GROUP)
-
-    def expect_raw(self, request_id: str, tile: int, rows: int) -> None:
-        """Assert that the first `rows` rows of a tile are in its slot."""
-        if rows:
-            slot = self.slot(self.blocks[request_id][tile])
-            assert slot is not None, "a raw tile has no slot"
-            expected = self.contents[request_id][tile * GROUP : tile * GROUP + rows]
-            assert self.raw.get(slot, [None] * GROUP)[:rows] == expected, "wrong raw tile"
+        self.cache.read(self.blocks[request_id], self.contents[request_id], start, end)
 
 
 class World:
@@ -232,7 +359,7 @@ class World:
 
     def __init__(self, scheduler: KVarNScheduler | KVarNAsyncScheduler, worker: Worker | None = None) -> None:
         self.scheduler = scheduler
-        self.worker = worker or Worker()
+        self.worker = worker or Worker.of(scheduler)
         self.pool = scheduler.kv_cache_manager.block_pool
         self.prompts: dict[str, tuple[list[int], int]] = {}
         self.answers: dict[str, list[int]] = {}
@@ -243,6 +370,7 @@ class World:
         self.taken: list[Any] = []
         self.submitted = self.hits = 0
         self.sound = True  # until a check fails
+        self.is_asynchronous = isinstance(scheduler, KVarNAsyncScheduler)
         evictable_blocks(self.pool)
 
     def submit(self, prompt: list[int], max_tokens: int, priority: int = 0, blocked: bool = False) -> Request:
@@ -252,7 +380,10 @@ class World:
         self.prompts[request_id] = (prompt, max_tokens)
         self.answers[request_id] = []
         arrival = float(self.submitted)
-        request = make_request(request_id, prompt, max_tokens, priority, arrival_time=arrival)
+        lookahead = getattr(self.scheduler.vllm_config, "num_hash_lookahead_tokens", 0)
+        request = make_request(
+            request_id, prompt, max_tokens, priority, arrival_time=arrival, hash_lookahead=lookahead
+        )
         self.requests[request_id] = request
         if blocked:
             request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
@@ -269,14 +400,20 @@ class World:
         result = self.worker.execute(output)
         if output.total_num_scheduled_tokens:
             self.in_flight.append((output, result))
-        depth = 2 if isinstance(self.scheduler, KVarNAsyncScheduler) else 1
+        depth = 2 if self.is_asynchronous else 1
         if len(self.in_flight) == depth or not output.total_num_scheduled_tokens:
             self._deliver()
         self.check()
         self.sound = True
 
     def draft(self, right: int) -> None:
-        """Draft tokens for all requests that decode; the first `right` drafts are correct."""
+        """Draft tokens for all requests that decode; the first `right` drafts are correct.
+
+        With asynchronous scheduling, the worker keeps the drafts of its next steps to itself.
+        """
+        self.worker.right = right
+        if self.is_asynchronous:
+            return
         for request in self.scheduler.running:
             if request.num_computed_tokens + 1 == request.num_tokens:
                 future = continuation(list(request.all_token_ids), self.scheduler.num_spec_tokens)
@@ -359,26 +496,39 @@ class World:
         assert evictable_blocks(self.pool) == evictable
 
     def _check_cached_blocks(self) -> None:
-        """Check that every cached block has its record, and every cached first tile also its raw rows."""
+        """Check that every cached block has its record, and every cached first tile also its raw rows.
+
+        The same holds in a draft model's layers.
+        """
+        drafter = self.worker.drafter
+        models = [self.worker.cache, *([drafter.cache] if drafter else [])]
         for block in self.pool.blocks:
             if block.block_hash is None:
                 continue
             tile, rows = self.known[get_block_hash(block.block_hash)]
-            assert self.worker.record.get(block.block_id) == rows[-1], "a cached block has no valid record"
-            if tile == 0:
-                slot = self.worker.slot(block.block_id)
-                assert slot is not None, "a cached first tile has no sink slot"
-                assert self.worker.raw[slot] == rows, "a sink slot holds something else"
+            for model in models:
+                assert model.record.get(block.block_id) == rows[-1], "a cached block has no valid record"
+                if tile == 0:
+                    slot = model.slot(block.block_id)
+                    assert slot is not None, "a cached first tile has no sink slot"
+                    kept = GROUP - model.shift
+                    assert model.raw[slot][:kept] == rows[model.shift :], "a sink slot holds something else"
 
     def _check_tails(self) -> None:
         """Check that a running request's partial tile has a slot with its raw rows and completed tiles have none."""
+        undecided = (1 + self.scheduler.num_spec_tokens) * (1 + self.is_asynchronous)
         for request in self.scheduler.running:
             computed = request.num_computed_tokens
             tails = self.scheduler.slots._tails_of.get(request.request_id, ())
-            assert all(tile >= computed // GROUP - 1 for tile in tails), "a completed tile keeps its slot"
+            passed = (computed - undecided) // GROUP
+            assert all(tile >= passed for tile in tails), "a completed tile keeps its slot"
             contents = self.worker.contents.get(request.request_id)
-            if contents is not None and computed and len(contents) >= computed:
-                self.worker.expect_raw(request.request_id, computed // GROUP, computed % GROUP)
+            if contents is None:
+                continue
+            computed = min(computed, len(self.worker.tokens[request.request_id]) - 1)
+            if computed and len(contents) >= computed:
+                blocks = self.worker.blocks[request.request_id]
+                self.worker.cache.expect_raw(blocks, contents, computed // GROUP, computed % GROUP)
 
     def _check_slots(self) -> None:
         table, slots = self.scheduler.slots, self.worker.slot_map._slot_of

@@ -23,7 +23,6 @@ SCHEDULER_ATTRIBUTES = (
     "kv_event_publisher",
     "max_model_len",
     "max_num_running_reqs",
-    "num_spec_tokens",
     "policy",
     "requests",
     "running",

@@ -245,7 +245,7 @@ PALIGEMMA = {
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"head_dim": 96}, "head_dim"),
+        ({"head_dim": 512}, "heads of 512 channels .* use a model with at most 256 channels per head"),
         (
             {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 512},
             "set max_model_len to 512 or less, or use kv_cache_dtype='auto'",

@@ -19,10 +19,11 @@ from hypothesis.stateful import (
 )
 from vllm.v1.request import RequestStatus
 
+from kvarn.vllm import scheduler as kvarn_scheduler
 from kvarn.vllm.access.telemetry import waiting_by_reason
 from kvarn.vllm.cache_settings import GIB, slot_bytes
 from kvarn.vllm.scheduler import SlotPlanning
-from kvarn.vllm.slots import ScheduledTokens, SlotPlan, SlotTable
+from kvarn.vllm.slots import ScheduledTokens, SlotPlan, SlotTable, tail_slots
 from kvarn.vllm.versions import waiting_requests
 from tests.support.scheduling import GROUP, VOCABULARY, Worker, World, continuation, make_scheduler
 
@@ -47,13 +48,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         order=st.sampled_from(["prefix", "prefix", "fcfs"]),
         max_overtakes=st.sampled_from([0, 2, 100]),
         expected_output_tokens=st.sampled_from([None, 1]),
-        # As in a real engine, a request's tokens in a step touch at most two tiles.
-        drafts=st.sampled_from([0, 1, GROUP - 1]),
+        drafts=st.sampled_from([0, 1, 2, GROUP - 1]),
+        method=st.sampled_from(["ngram", "draft_model", "eagle"]),
         v2_runner=st.booleans(),
     )
     def start(self, drafts: int, **settings: Any) -> None:
-        if settings["asynchronous"]:  # ngram drafts are synchronous
-            drafts = 0
         if settings["chunk"]:  # an engine refuses more drafts
             drafts = min(drafts, settings["chunk"] - 1)
         self.world = World(make_scheduler(drafts=drafts, **settings))
@@ -246,6 +245,32 @@ def admit_without_asking_for_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SlotPlanning, "_admits", lambda self, request, hit: True)
 
 
+def plan_without_lookahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = SlotPlanning._scheduled_tokens
+
+    def mutant(self: SlotPlanning, *args: Any) -> ScheduledTokens:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self, "speculation", replace(self.speculation, lookahead=0))
+            return plan(self, *args)
+
+    monkeypatch.setattr(SlotPlanning, "_scheduled_tokens", mutant)
+
+
+def take_drafts_in_flight_as_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = SlotPlanning._scheduled_tokens
+
+    def mutant(self: SlotPlanning, request_id: str, *args: Any) -> ScheduledTokens:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.requests[request_id], "num_output_placeholders", 0)
+            return plan(self, request_id, *args)
+
+    monkeypatch.setattr(SlotPlanning, "_scheduled_tokens", mutant)
+
+
+def reserve_no_slot_for_the_lookahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvarn_scheduler, "tail_slots", lambda *args: tail_slots(*args[:3]))
+
+
 @pytest.mark.parametrize(
     "mutate",
     [
@@ -261,6 +286,9 @@ def admit_without_asking_for_slots(monkeypatch: pytest.MonkeyPatch) -> None:
         drop_a_sink_but_not_its_cached_block,
         forget_hashes_that_came_late,
         admit_without_asking_for_slots,
+        plan_without_lookahead,
+        take_drafts_in_flight_as_accepted,
+        reserve_no_slot_for_the_lookahead,
     ],
 )
 def test_the_machine_catches(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
-from kvarn.vllm.slots import ScheduledTokens, SlotTable, tail_slots
+from kvarn.vllm.slots import ScheduledTokens, SlotTable, Speculation, most_tail_slots, tail_slots
 
 GROUP = 4
 
@@ -115,10 +117,53 @@ def test_a_tail_without_a_slot_takes_a_live_sinks_slot_and_evicts_its_cached_blo
 
 
 @pytest.mark.parametrize(
-    ("total", "uncomputed", "slots"), [(4, 4, 0), (5, 4, 2), (100, 1, 1), (100, 2, 2), (100, 0, 1)]
+    ("total", "uncomputed", "drafts", "lookahead", "slots"),
+    [
+        (4, 4, 0, 0, 0),
+        (5, 4, 0, 0, 2),
+        (100, 1, 0, 0, 1),
+        (100, 2, 0, 0, 2),
+        (100, 0, 0, 0, 1),
+        (4, 1, 1, 0, 2),
+        (100, 1, 4, 0, 2),
+        (100, 1, 5, 0, 3),
+        (100, 2, 1, 0, 2),
+        (100, 1, 1, 1, 2),
+        (100, 2, 1, 1, 2),
+        (100, 2, 2, 2, 3),
+    ],
 )
-def test_tail_slots_of_a_request(total: int, uncomputed: int, slots: int) -> None:
-    assert tail_slots(total, uncomputed, GROUP) == slots
+def test_tail_slots_of_a_request(
+    total: int, uncomputed: int, drafts: int, lookahead: int, slots: int
+) -> None:
+    assert tail_slots(total, uncomputed, GROUP, Speculation(drafts, lookahead)) == slots
+
+
+@pytest.mark.parametrize(
+    "speculation", [Speculation(3), Speculation(3, 3), Speculation(6, 3), Speculation(2, 1)]
+)
+def test_a_request_never_holds_more_slots_than_it_reserves(speculation: Speculation) -> None:
+    """Chunks of every length up to every prompt, then steps with drafts, of which none is accepted."""
+    reserved = most_tail_slots(GROUP, speculation)
+    for chunk in range(2, 5 * GROUP):
+        for prompt in range(1, 4 * GROUP):
+            worker, end = Worker(99), 0
+            ends = [*range(chunk, prompt, chunk), prompt, *range(prompt + 1, prompt + 3 * GROUP)]
+            for start, end in itertools.pairwise([0, *ends]):
+                undecided = speculation.lookahead + (speculation.drafts if end > prompt else 0)
+                last = end + undecided
+                blocks = range(start // GROUP, -(-last // GROUP))
+                worker.step(ScheduledTokens("a", start, last, 0, blocks, undecided))
+                assert worker.table.num_tails <= reserved
+
+
+def test_a_tile_that_only_a_drafter_wrote_is_free_in_the_step_that_computes_it() -> None:
+    worker = Worker(4)
+    worker.step(ScheduledTokens("a", 0, 9, 1, [1, 2, 3], drafts=2))
+    assert set(worker.slot_of) == {1, 2, 3}
+    worker.step(ScheduledTokens("a", 7, 17, 1, [2, 3, 4, 5], drafts=2))
+    assert set(worker.slot_of) == {1, 2, 4, 5}
+    assert not worker.evicted
 
 
 def test_a_sink_shared_by_two_requests_outlives_the_first() -> None:
