@@ -15,7 +15,7 @@ from serve_app.routing import Router
 from serve_app.rpc import wire
 from serve_app.rpc.feed import Feed
 from serve_app.rpc.grpc_server import headers_of
-from serve_app.rpc.response_writer import ResponseWriter
+from serve_app.rpc.response_writer import ResponseWriter, WritePacer
 from serve_app.security.access import Access
 
 SERVICE_NAMES = [
@@ -31,13 +31,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._dispatcher = dispatcher
         self._access = access
         self._write_timeout_s = write_timeout_s
+        self._pacer = WritePacer()
 
     async def Generate(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         """Stream each delta as it arrives from the engine."""
         with self._access.admitted(headers_of(context.invocation_metadata())) as caller:
-            async with ResponseWriter(context, self._write_timeout_s) as writer:
+            async with ResponseWriter(context, self._write_timeout_s, self._pacer) as writer:
                 responses = self._dispatcher.generate(request, context.time_remaining(), caller, writer)
                 async with aclosing(responses):
                     async for response in responses:

@@ -37,7 +37,7 @@ from serve_app.request.parser_choice import ParserChoice
 from serve_app.request.prompts import PromptEncoder
 from serve_app.request.request_errors import BadRequestError, ReplicaUnavailableError
 from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Router
-from serve_app.rpc import wire
+from serve_app.rpc import response_writer, wire
 from serve_app.rpc.grpc_server import GrpcServer
 from serve_app.rpc.response_writer import MAX_MERGED, ResponseWriter
 from serve_app.security.engine_access import Address
@@ -385,10 +385,16 @@ async def responses_of(front: Front, **sampling: Any) -> list[Any]:
     return merged(received)
 
 
+@pytest.mark.parametrize("loaded_streams", [1, 32], ids=["under load", "alone"])
 @pytest.mark.parametrize("sampling", [{}, {"logprobs": 1}], ids=["plain", "log probabilities"])
 async def test_responses_are_those_of_the_usual_path(
-    front: Front, relays: Relays, sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    front: Front,
+    relays: Relays,
+    sampling: dict[str, Any],
+    loaded_streams: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(response_writer, "LOADED_STREAMS", loaded_streams)
     relayed, usual = {}, {}
     for name, pieces in SCRIPTS.items():
         front.engine.script = playing(pieces)
@@ -400,6 +406,85 @@ async def test_responses_are_those_of_the_usual_path(
         usual[name] = await responses_of(front, **sampling)
     assert relayed == usual
     await settled(lambda: not front.observer.open)
+
+
+@asynccontextmanager
+async def generating(front: Front, max_tokens: int = 100_000) -> AsyncIterator[Any]:
+    asked = inference_pb2.GenerateRequest(
+        prompt={"token_ids": {"ids": PROMPT}}, sampling_params={"max_tokens": max_tokens}
+    )
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{front.grpc_port}") as channel, asyncio.timeout(20):
+        call = inference_pb2_grpc.InferenceStub(channel).Generate(asked)
+        yield call
+        call.cancel()
+
+
+def gated(pieces: Sequence[engine_pb2.EngineDelta], gates: dict[int, asyncio.Event]) -> Script:
+    """Return a script that waits for the gate of a position before it sends the piece there."""
+
+    async def script(request: engine_pb2.EngineRequest, write: Write) -> None:
+        for position, one in enumerate(pieces):
+            if position in gates:
+                await gates[position].wait()
+            await write(one)
+            await asyncio.sleep(0.002)
+        await asyncio.Event().wait()
+
+    return script
+
+
+async def test_under_load_the_first_and_the_last_response_wait_for_nothing(
+    front: Front, relays: Relays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(response_writer, "LOADED_STREAMS", 1)
+    monkeypatch.setattr(response_writer, "HOLD_S", 3600)
+    gate = asyncio.Event()
+    front.engine.script = gated(
+        [piece(f" {n}", n) for n in range(6)] + [piece(" end", finish_reason=LAST)], {1: gate}
+    )
+    async with generating(front) as call:
+        assert list((await call.read()).token_ids) == [0]
+        gate.set()
+        rest = [await call.read(), await call.read()]
+    assert [list(response.token_ids) for response in rest] == [[1, 2, 3, 4, 5], [9]]
+    assert "".join(response.text for response in rest) == " 1 2 3 4 5 end"
+    assert relays.counts["grpc"] == 5
+
+
+async def test_under_load_deltas_wait_for_a_bounded_time_and_number(
+    front: Front, relays: Relays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(response_writer, "LOADED_STREAMS", 1)
+    front.engine.script = gated([piece(" a", 1), piece(" b", 2)], {})
+    async with generating(front) as call:
+        assert [list((await call.read()).token_ids) for _ in range(2)] == [[1], [2]]
+    monkeypatch.setattr(response_writer, "HOLD_S", 3600)
+    front.engine.script = gated([piece(" x", n) for n in range(1 + MAX_MERGED)], {})
+    async with generating(front) as call:
+        assert [len((await call.read()).token_ids) for _ in range(2)] == [1, MAX_MERGED]
+
+
+async def test_few_streams_wait_for_nothing(
+    front: Front, relays: Relays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after many have ended in whatever way."""
+    monkeypatch.setattr(response_writer, "LOADED_STREAMS", 3)
+    monkeypatch.setattr(response_writer, "HOLD_S", 3600)
+    front.engine.script = playing(SCRIPTS["an error"])
+    for _ in range(3):
+        await responses_of(front)
+    front.engine.script = endless()
+    for _ in range(3):
+        await leave_grpc(front, 1)
+    await settled(lambda: not front.observer.open)
+    front.engine.script = gated([piece(" a", 1), piece(" b", 2), piece(" c", 3)], {})
+    async with generating(front, 64) as first, generating(front, 64) as second:
+        for call in (first, second):
+            seen: list[int] = []
+            while len(seen) < 3:
+                seen += (await call.read()).token_ids
+            assert seen == [1, 2, 3]
+    assert relays.counts["grpc"] > 3
 
 
 async def test_relayed_tokens_are_counted_like_others(
@@ -455,14 +540,9 @@ async def leave_http(front: Front, after: int) -> None:
 
 
 async def leave_grpc(front: Front, after: int) -> None:
-    asked = inference_pb2.GenerateRequest(
-        prompt={"token_ids": {"ids": PROMPT}}, sampling_params={"max_tokens": 100_000}
-    )
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{front.grpc_port}") as channel:
-        call = inference_pb2_grpc.InferenceStub(channel).Generate(asked)
+    async with generating(front) as call:
         for _ in range(after):
             await call.read()
-        call.cancel()
 
 
 def numbers(text: str) -> Iterator[int]:
