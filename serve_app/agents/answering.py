@@ -14,6 +14,7 @@ from fastapi import Request, Response
 from serve_app.openai.api import EventStream, admitted, admitted_stream, gone, unless_gone
 from serve_app.openai.choices import ChatDelta
 from serve_app.openai.responses import Head
+from serve_app.request.event_relay import EventRelay, WriteChunk
 from serve_app.request.request_errors import RequestError
 from serve_app.routing import Caller
 from serve_app.security.access import Access
@@ -28,8 +29,10 @@ class AgentService(Protocol[RequestT]):
     async def complete(self, wanted: RequestT, head: Head, caller: Caller) -> dict[str, Any]:
         """Return the whole answer."""
 
-    def events(self, wanted: RequestT, head: Head, caller: Caller) -> AsyncGenerator[str, None]:
-        """Yield the answer as server-sent events."""
+    def events(
+        self, wanted: RequestT, head: Head, caller: Caller, relay: EventRelay | None
+    ) -> AsyncGenerator[str, None]:
+        """Yield the answer as server-sent events, except for those that `relay` writes."""
 
 
 class EventRendering(Protocol):
@@ -37,6 +40,9 @@ class EventRendering(Protocol):
 
     def add(self, delta: ChatDelta) -> str:
         """Return the events for the next delta; "" if there are none."""
+
+    def render_to(self, text: str, write: WriteChunk) -> bool:
+        """Write the event for more text of an open text block; return False if there is none, or `write` does."""
 
     def failed(self, error: RequestError | None) -> str:
         """Return the events for a failure of an answer that has begun; None means that the server failed."""
@@ -48,7 +54,8 @@ async def answer(
     """Return the response to `wanted`, which the client gets unless it disconnects first."""
     response: Response
     if wanted.stream:
-        events = admitted_stream(access, request, 1, partial(service.events, wanted, head))
+        stream = partial(service.events, wanted, head, relay=EventRelay.of(request.scope))
+        events = admitted_stream(access, request, 1, stream)
         first = await unless_gone(request, anext(events))  # a rejection still gets its HTTP status
         if first is None:
             return gone()

@@ -17,6 +17,7 @@ from serve_app.agents.output_blocks import OutputBlocks
 from serve_app.openai.bodies import BodyRoute
 from serve_app.openai.chat_completions import ChatService
 from serve_app.openai.responses import Head
+from serve_app.request.event_relay import EventRelay
 from serve_app.routing import Caller
 from serve_app.security.access import Access
 
@@ -52,14 +53,18 @@ class MessagesService:
                 output.take(delta)
         return whole_message(head, wanted, output.blocks, delta, self._context_tokens)
 
-    def events(self, wanted: MessagesRequest, head: Head, caller: Caller) -> AsyncGenerator[str, None]:
-        """Yield the message as server-sent events.
+    def events(
+        self, wanted: MessagesRequest, head: Head, caller: Caller, relay: EventRelay | None
+    ) -> AsyncGenerator[str, None]:
+        """Yield the message as server-sent events, except for those that `relay` writes.
 
         Raises:
             RequestError: with the sentence for the caller.
         """
-        deltas = self._chat.deltas(wanted.chat, head, caller, self._context_tokens)
-        return rendered(deltas, MessageEvents(head, wanted, self._context_tokens))
+        rendering = MessageEvents(head, wanted, self._context_tokens)
+        if relay is not None:
+            relay.render_to = rendering.render_to
+        return rendered(self._chat.deltas(wanted.chat, head, caller, self._context_tokens, relay), rendering)
 
     async def count(self, wanted: CountTokensRequest, head: Head, caller: Caller) -> int:
         """Return the number of tokens of a prompt.

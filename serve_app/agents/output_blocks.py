@@ -71,6 +71,11 @@ class OutputBlocks:
         self._held_logprobs: list[inference_pb2.PositionLogprobs] = []
         self.blocks: list[Block] = []
 
+    @property
+    def open_text(self) -> Block | None:
+        """The open block, if it is a text, which any further text continues."""
+        return self._open if self._open is not None and self._open.kind == "text" else None
+
     def take(self, delta: ChatDelta) -> None:
         """Add what `delta` adds; the delta with a finish_reason closes the last block."""
         if delta.reasoning:

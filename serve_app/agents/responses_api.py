@@ -17,6 +17,7 @@ from serve_app.openai.bodies import BodyRoute
 from serve_app.openai.chat_completions import ChatService
 from serve_app.openai.error_responses import ErrorResponse
 from serve_app.openai.responses import Head
+from serve_app.request.event_relay import EventRelay
 from serve_app.routing import Caller
 from serve_app.security.access import Access
 
@@ -49,14 +50,18 @@ class ResponsesService:
                 output.take(delta)
         return whole_response(self._objects(wanted, head), output.blocks, delta)
 
-    def events(self, wanted: ResponsesRequest, head: Head, caller: Caller) -> AsyncGenerator[str, None]:
-        """Yield the response as server-sent events.
+    def events(
+        self, wanted: ResponsesRequest, head: Head, caller: Caller, relay: EventRelay | None
+    ) -> AsyncGenerator[str, None]:
+        """Yield the response as server-sent events, except for those that `relay` writes.
 
         Raises:
             RequestError: with the sentence for the caller.
         """
         rendering = ResponseEvents(self._objects(wanted, head))
-        return rendered(self._chat.deltas(wanted.chat, head, caller), rendering)
+        if relay is not None:
+            relay.render_to = rendering.render_to
+        return rendered(self._chat.deltas(wanted.chat, head, caller, relay=relay), rendering)
 
     def _objects(self, wanted: ResponsesRequest, head: Head) -> ResponseObjects:
         def logprobs(positions: Logprobs) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from serve_app.openai.completions import CompletionService
 from serve_app.openai.error_responses import FAILED, ErrorResponse, body, error_body
 from serve_app.openai.responses import Head
 from serve_app.openai.schema import ChatCompletionRequest, CompletionRequest, Sampling
-from serve_app.request.event_relay import WRITE_CHUNK, EventRelay, event_text
+from serve_app.request.event_relay import EventRelay, event_text
 from serve_app.request.request_errors import ModelNotFoundError, RequestError
 from serve_app.routing import Caller
 from serve_app.security.access import Access
@@ -114,7 +114,7 @@ async def _answer(
     service: Service[RequestT], request: Request, wanted: RequestT, head: Head, access: Access
 ) -> Response:
     if wanted.stream:
-        stream = partial(service.stream, wanted, head, relay=_relay(request))
+        stream = partial(service.stream, wanted, head, relay=EventRelay.of(request.scope))
         chunks = admitted_stream(access, request, wanted.generations, stream)
         first = await unless_gone(request, anext(chunks))  # a rejection still gets its HTTP status
         return EventStream(_events(first, chunks)) if first is not None else gone()
@@ -123,11 +123,6 @@ async def _answer(
     if answer is None:
         return gone()
     return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
-
-
-def _relay(request: Request) -> EventRelay | None:
-    write = request.scope.get("extensions", {}).get(WRITE_CHUNK)
-    return None if write is None else EventRelay(write)
 
 
 async def admitted(

@@ -18,7 +18,7 @@ from serve_app.openai.requests import chat_prompt, chat_sampling, one_per_prompt
 from serve_app.openai.responses import ChatState, ChoiceReader, Head
 from serve_app.openai.schema import ChatCompletionRequest
 from serve_app.openai.tools import ToolParsers
-from serve_app.request.event_relay import EventRelay
+from serve_app.request.event_relay import EventRelay, data_relayed_by
 from serve_app.request.handler import Relay, RequestHandler
 from serve_app.request.request_errors import counting_rejections
 from serve_app.request.structured_outputs import place_constraint
@@ -73,7 +73,7 @@ class ChatService:
         usages: dict[int, inference_pb2.Usage] = {}
         chunks = responses.ChatChunks(head)
         if relay is not None:
-            relay.template = chunks.text(0)
+            relay.render_to = data_relayed_by(chunks.text(0))
         async with aclosing(self.deltas(request, head, caller, relay=relay)) as deltas:
             async for delta in deltas:
                 if delta.index not in usages:

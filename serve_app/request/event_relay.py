@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from json.encoder import encode_basestring
 
+from starlette.types import Scope
+
 from kvarn.v1 import engine_pb2
 
 # Entry of an ASGI scope's `extensions`: writes a chunk of the response body at once, or returns False.
@@ -35,19 +37,32 @@ class EventRelay:
         write: writes a chunk of the response body at once, or returns False.
 
     Attributes:
-        template: the data of an event; without one, nothing is taken.
+        render_to: renders the event of a text and writes it with its second argument, or returns False, after which
+            the text takes the usual path; set by the front end once it can do so.
     """
 
     def __init__(self, write: WriteChunk) -> None:
         self._write = write
-        self.template: TextTemplate | None = None
+        self.render_to: Callable[[str, WriteChunk], bool] | None = None
+
+    @classmethod
+    def of(cls, scope: Scope) -> EventRelay | None:
+        """Return a relay for the response to a request; None if the connection allows none."""
+        write = scope.get("extensions", {}).get(WRITE_CHUNK)
+        return None if write is None else cls(write)
 
     def take(self, delta: engine_pb2.EngineDelta, completion_tokens: int) -> bool:
-        """Write the event of `delta`, if it has text; return False if that is not possible now."""
-        if self.template is None:
-            return False
-        text = delta.text
-        return not text or self._write(event_text(self.template.render(text)).encode())
+        """Write the event of `delta`; return False if that is not possible now."""
+        return self.render_to is not None and self.render_to(delta.text, self._write)
+
+
+def data_relayed_by(template: TextTemplate) -> Callable[[str, WriteChunk], bool]:
+    """Return a `render_to` of events whose data is `template`; a delta without text needs no event."""
+
+    def render_to(text: str, write: WriteChunk) -> bool:
+        return not text or write(event_text(template.render(text)).encode())
+
+    return render_to
 
 
 def event_text(data: str) -> str:

@@ -124,6 +124,18 @@ BODIES: dict[str, dict[str, Any]] = {
     "chat, two choices": {"messages": [{"role": "user", "content": "Hi"}], "n": 2},
     "chat with tools": {"messages": [{"role": "user", "content": "Hi"}], "tools": [TOOL]},
     "chat, log probabilities": {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True},
+    "Messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 64},
+    "Messages with tools": {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 64,
+        "tools": [{"name": "clock", "input_schema": {"type": "object"}}],
+    },
+    "Responses": {"input": "Hi"},
+    "Responses with tools": {
+        "input": "Hi",
+        "tools": [{"type": "function", "name": "clock", "parameters": {}}],
+    },
+    "Responses, log probabilities": {"input": "Hi", "include": ["message.output_text.logprobs"]},
 }
 
 
@@ -292,9 +304,16 @@ def playing(pieces: Sequence[engine_pb2.EngineDelta | Exception], at_once: bool 
     return script
 
 
+def path_of(body: dict[str, Any]) -> str:
+    """Return the path of a request, which its fields reveal."""
+    if "messages" not in body:
+        return "/v1/responses" if "input" in body else "/v1/completions"
+    return "/v1/messages" if "max_tokens" in body else "/v1/chat/completions"
+
+
 async def sent(front: Front, body: dict[str, Any]) -> bytes:
     """Return a streamed answer as it was sent, with the framing of its chunks."""
-    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    path = path_of(body)
     content = json.dumps({"model": MODEL, "stream": True, **body}).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
     reader, writer = await asyncio.open_connection("127.0.0.1", front.http_port)
@@ -307,7 +326,8 @@ async def sent(front: Front, body: dict[str, Any]) -> bytes:
 def frames(answer: bytes) -> list[bytes]:
     """Return the status and the frames of an answer, without what differs between equal requests."""
     head, _, content = answer.partition(b"\r\n\r\n")
-    without_ids = re.sub(rb'"(id":"(?:[a-z]+-)+|created":)[^",}]+', rb'"\1', content)
+    named = rb'((?:id|signature)":"(?:[a-z]+[-_])+|created(?:_at)?":)'
+    without_ids = re.sub(named + rb"[0-9a-f]+", rb"\1", content)
     return [head.split(b"\r\n")[0], *without_ids.split(b"\n\n\r\n")]
 
 
@@ -327,7 +347,10 @@ async def test_bytes_are_those_of_the_usual_path(
     for name, pieces in SCRIPTS.items():
         front.engine.script = playing(pieces)
         relayed[name] = frames(await sent(front, body))
-    is_plain = not {"n", "logprobs", "tools"} & body.keys() and body.get("prompt") != [PROMPT, PROMPT]
+    is_plain = not {"n", "logprobs", "tools", "include"} & body.keys() and body.get("prompt") != [
+        PROMPT,
+        PROMPT,
+    ]
     assert (relays.counts["http"] > 20) if is_plain else not relays.counts["http"]
     monkeypatch.setattr(ChunkWriter, "fits", lambda scope: False)
     before = relays.counts["http"]
