@@ -16,6 +16,7 @@ from serve_app.bench.bench_gateway import MODEL_NAME
 GENERATE = f"/{inference_pb2.DESCRIPTOR.services_by_name['Inference'].full_name}/Generate"
 _END = b"0\r\n\r\n"
 EVENT = b"data: "
+_LAST_EVENTS = ("message_stop", "response.incomplete")
 
 
 @dataclass
@@ -66,7 +67,7 @@ class _HttpConnection(asyncio.Protocol):
 
 
 class HttpStream:
-    """Streams over OpenAI's HTTP API.
+    """Streams over an HTTP API.
 
     Args:
         port: of the server.
@@ -98,8 +99,13 @@ class HttpStream:
 
     def text(self, parts: Sequence[bytes]) -> str:
         events = b"".join(parts).split(EVENT)[1:]
-        assert events[-1].startswith(b"[DONE]"), events[-1]
-        return "".join(_text_of(json.loads(event[: event.rindex(b"}") + 1])) for event in events[:-1])
+        if not events:  # all of it came before this tail
+            return ""
+        if events[-1].startswith(b"[DONE]"):
+            events.pop()
+        else:
+            assert json.loads(_data(events[-1]))["type"] in _LAST_EVENTS, events[-1]
+        return "".join(_text_of(json.loads(_data(event))) for event in events)
 
     async def close(self) -> None:
         self._connection.transport.close()
@@ -111,14 +117,31 @@ def completion_body(prompt: Sequence[int], tokens: int) -> dict[str, Any]:
 
 
 def chat_body(prompt: Sequence[int], tokens: int) -> dict[str, Any]:
-    """Return a chat request; its prompt is text of about the same length."""
+    """Return a request for a chat or a message; its prompt is text of about the same length."""
     messages = [{"role": "user", "content": " one" * len(prompt)}]
     return {"model": MODEL_NAME, "messages": messages, "max_tokens": tokens, "stream": True}
 
 
+def response_body(prompt: Sequence[int], tokens: int) -> dict[str, Any]:
+    """Return a request for a response, of the same prompt as `chat_body`."""
+    return {"model": MODEL_NAME, "input": " one" * len(prompt), "max_output_tokens": tokens, "stream": True}
+
+
+def _data(event: bytes) -> bytes:
+    """Return the JSON at the beginning of `event`, which the framing of a chunk or the next event follows."""
+    return event[: event.rindex(b"}") + 1]
+
+
 def _text_of(chunk: dict[str, Any]) -> str:
-    if "error" in chunk:
+    if chunk.get("error"):
         raise RuntimeError(chunk["error"]["message"])
+    match chunk.get("type"):
+        case "content_block_delta":
+            return str(chunk["delta"]["text"])
+        case "response.output_text.delta":
+            return str(chunk["delta"])
+        case str():
+            return ""
     (choice,) = chunk["choices"]
     return choice["text"] if "text" in choice else choice["delta"].get("content", "")
 

@@ -34,6 +34,7 @@ from serve_app.bench.token_clients import (
     TokenStream,
     chat_body,
     completion_body,
+    response_body,
 )
 from serve_app.gateway.engine_stream import EngineStream
 
@@ -115,6 +116,8 @@ def _paths(gateway: ServerProcess, writes: ServerProcess, grpc_writes: ServerPro
     grpc_port, http_port = gateway.started
     completions = partial(HttpStream, http_port, "/v1/completions", completion_body)
     chat = partial(HttpStream, http_port, "/v1/chat/completions", chat_body)
+    messages = partial(HttpStream, http_port, "/v1/messages", chat_body)
+    responses = partial(HttpStream, http_port, "/v1/responses", response_body)
     write = partial(HttpStream, writes.started, "/", completion_body)
     grpc_write = partial(GrpcStream, grpc_writes.started)
     rpc = partial(GrpcStream, grpc_port)
@@ -128,10 +131,13 @@ def _paths(gateway: ServerProcess, writes: ServerProcess, grpc_writes: ServerPro
             _Path(f"HTTP chat{suffix}", gateway, chat, streams, floor),
             _Path(f"gRPC{suffix}", gateway, rpc, streams, grpc_floor),
         ]
+    floor = "bare transport.write"
     agents = partial(_Path, server=gateway, streams=AGENTS, is_agents=True)
     return [
         *made,
-        agents("agents over HTTP", client=completions, floor="bare transport.write"),
+        _Path("HTTP Messages", gateway, messages, floor=floor),
+        _Path("HTTP Responses", gateway, responses, floor=floor),
+        agents("agents over HTTP", client=completions, floor=floor),
         agents("agents over gRPC", client=rpc, floor="raw grpc.aio"),
     ]
 
