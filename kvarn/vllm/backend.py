@@ -63,9 +63,8 @@ class KVarNBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> KVarNSpec:
         """Return the spec of a layer whose blocks are tiles, in place of the one that vLLM made for it."""
-        return KVarNSpec.of(
-            TileLayout.of_heads(get_preset(cls.preset_name), spec.head_size), spec.num_kv_heads
-        )
+        layout = TileLayout.of_heads(get_preset(cls.preset_name), spec.head_size)
+        return KVarNSpec.of(layout, spec.num_kv_heads, spec.page_size_padded)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:

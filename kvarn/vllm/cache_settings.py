@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvarn.presets import PRESETS
 from kvarn.tile import padded_head_dim
+from kvarn.vllm.mixed_layers import num_quantized_layers
 from kvarn.vllm.slots import Speculation, most_tail_slots
 from kvarn.vllm.versions import lookahead_tokens
 
@@ -107,7 +108,7 @@ def slot_bytes(vllm_config: VllmConfig) -> int:
 
 
 def _slot_bytes(block_size: int, model: ModelConfig, parallel: ParallelConfig) -> int:
-    heads_and_layers = model.get_num_kv_heads(parallel) * model.get_num_layers(parallel)
+    heads_and_layers = model.get_num_kv_heads(parallel) * num_quantized_layers(model, parallel)
     return tile_bytes(block_size, padded_head_dim(model.get_head_size()), heads_and_layers)
 
 

@@ -30,11 +30,13 @@ class KVarNLayer(AttentionImpl[Any]):
         pool: [slots, 2, KV heads, group, head_dim] float16 side pool of rotated raw tiles (keys, values).
         supports_raw_chunks: whether the device backend supports `KVarNConfig.raw_chunks`.
         supports_split_tiles: whether the device backend supports `KVarNConfig.split_tiles`.
+        supports_shared_pages: whether the device backend reads records in pages that are larger than they.
         max_heads_per_kv_head: maximum number of query heads that share a KV head.
     """
 
     supports_raw_chunks: ClassVar[bool] = False
     supports_split_tiles: ClassVar[bool] = False
+    supports_shared_pages: ClassVar[bool] = False
     max_heads_per_kv_head: ClassVar[float] = math.inf
 
     def __init__(

@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-from vllm.v1.core.kv_cache_utils import KVCacheBlock, make_block_hash_with_group_id
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, make_block_hash_with_group_id, resolve_block_hashes
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue, SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.request import Request, RequestStatus
 
 from kvarn.vllm.admission_order import PrefixOrder, WaitingRequest, hold_sharers
 from kvarn.vllm.cache_settings import KVarNConfig, side_pool_slots, speculation_of
+from kvarn.vllm.hooks import RefusalError
 from kvarn.vllm.hooks.private_names import check_scheduler
+from kvarn.vllm.hooks.refusals import refuse
+from kvarn.vllm.mixed_layers import quantized_group
 from kvarn.vllm.slots import SLOT_PLAN, ScheduledTokens, SlotPlan, SlotTable, tail_slots
 from kvarn.vllm.versions import max_active_requests
 
@@ -62,6 +66,8 @@ class SlotPlanning(VllmScheduler):
     they fill, and that attaches a `SlotPlan` to every SchedulerOutput.
 
     Attributes:
+        cache_group: index of the quantized layers among vLLM's cache groups.
+        tile_tokens: tokens per tile, which a block of that group holds.
         slots: owners of the side pool's slots.
         speculation: what a step may compute beyond the tokens it keeps.
         preemptions: requests preempted since the engine started.
@@ -71,13 +77,29 @@ class SlotPlanning(VllmScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_scheduler(self)
-        self.slots = SlotTable(side_pool_slots(self.vllm_config), self.block_size)
+        groups = self.kv_cache_config.kv_cache_groups
+        try:
+            self.cache_group = quantized_group(groups)
+        except ValueError as error:
+            refuse(RefusalError(str(error)))
+        self._clear_reused_blocks()
+        self.tile_tokens: int = groups[self.cache_group].kv_cache_spec.block_size
+        self.slots = SlotTable(side_pool_slots(self.vllm_config), self.tile_tokens)
         self.speculation = speculation_of(self.vllm_config)
         self.preemptions = 0
         self.wait_counts = WaitCounts()
         self._last_hashes: dict[str, Hashable | None] = {}  # of the first blocks of requests that departed
         self._allocate = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_if_admitted
+
+    def _clear_reused_blocks(self) -> None:
+        """Let workers clear the new blocks of every group with attention, as vLLM does from 0.28 on.
+
+        A tile's bytes may be NaN to a layer that reads them as floats, and a masked token's weight of 0 keeps a NaN.
+        """
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            if isinstance(manager.kv_cache_spec, AttentionSpec):
+                manager._record_new_block_ids = self.kv_cache_config.needs_kv_cache_zeroing
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.wait_counts.lacking = ""
@@ -89,7 +111,7 @@ class SlotPlanning(VllmScheduler):
         """Allocate as vLLM's `allocate_slots` does; a request that does not run yet must be admitted first."""
         if request.status != RequestStatus.RUNNING:
             hit = kwargs.get("new_computed_blocks")
-            if not self._admits(request, hit.blocks[0] if hit is not None else ()):
+            if not self._admits(request, hit.blocks[self.cache_group] if hit is not None else ()):
                 return None
         allocated = self._allocate(request, *args, **kwargs)
         if allocated is None and request.status != RequestStatus.RUNNING:
@@ -113,10 +135,11 @@ class SlotPlanning(VllmScheduler):
     def _tail_slots(self, request: Request) -> int:
         total = request.num_prompt_tokens + request.max_tokens
         uncomputed = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
-        return tail_slots(total, uncomputed, self.block_size, self.speculation)
+        return tail_slots(total, uncomputed, self.tile_tokens, self.speculation)
 
     def _blocks_of_requests(self) -> dict[str, list[KVCacheBlock]]:
-        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        """The blocks of each request's tiles."""
+        manager = self.kv_cache_manager.coordinator.single_type_managers[self.cache_group]
         blocks: dict[str, list[KVCacheBlock]] = manager.req_to_blocks
         return blocks
 
@@ -125,14 +148,15 @@ class SlotPlanning(VllmScheduler):
         return {request_id: blocks for request_id, blocks in self._blocks_of_requests().items() if blocks}
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Preempt as vLLM does, and evict from the prefix cache the tiles that will not be computed.
+        """Preempt as vLLM does, and evict from the prefix cache the blocks that will not be computed.
 
         vLLM hashes a block when it schedules it; under its priority policy the request may be preempted in
         that same step, and a later request would hit a block that was never written.
         """
-        blocks = self._blocks_of_requests().get(request.request_id, [])
-        first_uncomputed = request.num_computed_tokens // self.block_size
-        self.kv_cache_manager.block_pool.evict_blocks({b.block_id for b in blocks[first_uncomputed:]})
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            blocks = manager.req_to_blocks.get(request.request_id, [])
+            uncomputed = blocks[request.num_computed_tokens // manager.block_size :]
+            self.kv_cache_manager.block_pool.evict_blocks({b.block_id for b in uncomputed if not b.is_null})
         self._note_last_hash(request)
         super()._preempt_request(request, *args, **kwargs)
 
@@ -173,7 +197,7 @@ class SlotPlanning(VllmScheduler):
         Under asynchronous scheduling vLLM counts all drafts of the step in flight as accepted; each that is
         rejected moves this step back by one position. Behind the step, draft layers write `lookahead` positions.
         """
-        request, group = self.requests[request_id], self.block_size
+        request, group = self.requests[request_id], self.tile_tokens
         end = request.num_computed_tokens
         in_flight = request.num_output_placeholders
         if in_flight and not request.is_prefill_chunk:
@@ -193,7 +217,7 @@ class GrowthReservation(SlotPlanning):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._config = KVarNConfig.of(self.vllm_config)
-        self._output_tokens = float(self._config.expected_output_tokens or self.block_size)
+        self._output_tokens = float(self._config.expected_output_tokens or self.tile_tokens)
 
     def _admits(self, request: Request, hit: Sequence[KVCacheBlock]) -> bool:
         """Whether slots suffice, and blocks for the expected growth of `request` and of all that hold blocks."""
@@ -203,10 +227,8 @@ class GrowthReservation(SlotPlanning):
         holders.pop(request.request_id, None)
         if not holders:
             return True
-        reserved = sum(
-            max(0, self._expected_blocks(self.requests[r]) - len(blocks)) for r, blocks in holders.items()
-        )
-        needed = self._expected_blocks(request) - sum(block.ref_cnt > 0 for block in hit)
+        reserved = sum(self._growth(self.requests[r]) for r in holders)
+        needed = sum(self._expected_blocks(request)) - sum(block.ref_cnt > 0 for block in hit)
         if reserved + needed <= self.kv_cache_manager.block_pool.get_num_free_blocks():
             return True
         self.wait_counts.blocks += 1
@@ -214,11 +236,33 @@ class GrowthReservation(SlotPlanning):
         logger.info_once(BLOCKS_LACK, self.kv_cache_manager.block_pool.num_gpu_blocks - 1)
         return False
 
-    def _expected_blocks(self, request: Request) -> int:
-        """Blocks at the expected final length of `request`; beyond that length, one tile more than now."""
-        expected = max(int(self._output_tokens), request.num_output_tokens + self.block_size)
+    def _growth(self, request: Request) -> int:
+        """Blocks that `request` is expected to need beside those it holds."""
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        computed, grown = request.num_computed_tokens, 0
+        for manager, expected in zip(managers, self._expected_blocks(request), strict=True):
+            blocks = len(manager.req_to_blocks.get(request.request_id, ()))
+            held = max(0, blocks - manager.get_num_skipped_tokens(computed) // manager.block_size)
+            grown += max(0, expected - held)
+        return grown
+
+    def _expected_blocks(self, request: Request) -> list[int]:
+        """Blocks of each cache group at the expected final length of `request`, or at the end of its prompt if more.
+
+        Beyond the expected length, it is one tile more than now. Layers with a window hold the blocks that the next
+        step reads or writes, so that a prompt's last chunk may need more than a later token.
+        """
+        expected = max(int(self._output_tokens), request.num_output_tokens + self.tile_tokens)
         total = request.num_prompt_tokens + min(request.max_tokens, expected) + self.speculation.lookahead
-        return -(-min(total, self.max_model_len) // self.block_size)
+        uncomputed = request.num_tokens - request.num_computed_tokens
+        chunk = max(1, min(uncomputed, self.max_num_scheduled_tokens))
+        return [
+            max(
+                _blocks_in_step(manager, min(total, self.max_model_len), 1),
+                _blocks_in_step(manager, request.num_tokens, chunk),
+            )
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+        ]
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         learns = self._config.expected_output_tokens is None
@@ -228,6 +272,12 @@ class GrowthReservation(SlotPlanning):
         ):
             self._output_tokens += (request.num_output_tokens - self._output_tokens) / 16
         return super()._free_request(request, *args, **kwargs)
+
+
+def _blocks_in_step(manager: Any, tokens: int, chunk: int) -> int:
+    """Blocks of one cache group that a step needs which computes the last `chunk` of `tokens`."""
+    skipped = manager.get_num_skipped_tokens(max(0, tokens - chunk))
+    return int(-(-tokens // manager.block_size) - skipped // manager.block_size)
 
 
 class CheapestPreemption(SlotPlanning):
@@ -248,14 +298,15 @@ class CheapestPreemption(SlotPlanning):
         """
         if self._by_priority or len(self.running) < 2:
             return
-        if self.kv_cache_manager.block_pool.get_num_free_blocks() < len(self.running):
+        groups = len(self.kv_cache_config.kv_cache_groups)
+        if self.kv_cache_manager.block_pool.get_num_free_blocks() < groups * len(self.running):
             self.running.sort(key=self._redo_tokens, reverse=True)
 
     def _redo_tokens(self, request: Request) -> int:
         """Tokens to recompute after a preemption: all but those in blocks that other running requests hold."""
         blocks = self._blocks_of_requests()[request.request_id]
         shared = sum(block.ref_cnt > 1 for block in blocks)
-        return request.num_computed_tokens - shared * self.block_size
+        return request.num_computed_tokens - shared * self.tile_tokens
 
 
 class PrefixScheduling(GrowthReservation, CheapestPreemption):
@@ -317,9 +368,9 @@ class PrefixScheduling(GrowthReservation, CheapestPreemption):
         for request in self.running:
             if request.is_prefill_chunk:
                 in_progress.update(
-                    self._keys(request)[(request.num_computed_tokens + chunk) // self.block_size :]
+                    self._keys(request)[(request.num_computed_tokens + chunk) // self.tile_tokens :]
                 )
-        held = hold_sharers(ordered, in_progress, self._may_not_wait, chunk // self.block_size)
+        held = hold_sharers(ordered, in_progress, self._may_not_wait, chunk // self.tile_tokens)
         self.wait_counts.prefix += sum(held)
         return held
 
@@ -340,8 +391,9 @@ class PrefixScheduling(GrowthReservation, CheapestPreemption):
     def _keys(self, request: Request) -> list[Hashable]:
         if not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             return []
-        full_tiles = request.block_hashes[: (request.num_tokens - 1) // self.block_size]
-        return [make_block_hash_with_group_id(block_hash, 0) for block_hash in full_tiles]
+        hashes = resolve_block_hashes(request.block_hashes, self.hash_block_size, self.tile_tokens)
+        full_tiles = hashes[: (request.num_tokens - 1) // self.tile_tokens]
+        return [make_block_hash_with_group_id(block_hash, self.cache_group) for block_hash in full_tiles]
 
     def _is_cached(self, key: Hashable) -> bool:
         cache = self.kv_cache_manager.block_pool.cached_block_hash_to_block

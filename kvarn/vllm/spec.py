@@ -18,14 +18,21 @@ class KVarNSpec(FullAttentionSpec):
     tile_bytes: int
 
     @classmethod
-    def of(cls, layout: TileLayout, num_kv_heads: int) -> KVarNSpec:
-        """The spec of a layer with `num_kv_heads` KV heads on this rank."""
+    def of(cls, layout: TileLayout, num_kv_heads: int, page_bytes: int | None = None) -> KVarNSpec:
+        """The spec of a layer with `num_kv_heads` KV heads on this rank.
+
+        Args:
+            layout: the layer's records.
+            num_kv_heads: KV heads on this rank.
+            page_bytes: distance between blocks, where other layers need larger pages.
+        """
         return cls(
             block_size=layout.preset.group,
             num_kv_heads=num_kv_heads,
             head_size=layout.head_dim,
             dtype=torch.uint8,
             tile_bytes=layout.nbytes,
+            page_size_padded=page_bytes,
             **packed_page_fields(layout.preset.group, num_kv_heads, layout.nbytes),
         )
 
@@ -43,7 +50,8 @@ class KVarNSpec(FullAttentionSpec):
 
         Raises:
             AssertionError: they differ. vLLM catches it to ask whether they are specs of one type that share a
-                block table, with pages of their own size; so a draft model's layers are in the target's group.
+                block table, with pages of their own size, so that a draft model's layers are in the target's group;
+                layers with a window get other groups.
         """
         if any(spec != specs[0] for spec in specs):
             raise AssertionError(f"Layers of one KV cache group need equal kvarn specs, got {set(specs)}.")

@@ -181,6 +181,8 @@ class _Batch:
 class TorchLayer(KVarNLayer):
     """One layer on a CPU."""
 
+    supports_shared_pages = True
+
     def attend(
         self,
         query: torch.Tensor,

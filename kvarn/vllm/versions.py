@@ -37,6 +37,9 @@ CACHE_LAYOUT = (
     "vllm.v1.kv_cache_layout:KVCacheLayout.LBHNC "
     "or vllm.v1.attention.backend:AttentionBackend.get_kv_cache_stride_order"
 )
+CACHE_GROUPS = (
+    "vllm.v1.core.kv_cache_planning:get_kv_cache_groups or vllm.v1.core.kv_cache_utils:get_kv_cache_groups"
+)
 ROUTED_EXPERTS = (
     "vllm.config:VllmConfig.aux_output_config or vllm.config:ModelConfig.enable_return_routed_experts"
 )
@@ -162,6 +165,16 @@ def lookahead_tokens(vllm_config: VllmConfig) -> int:
     drafter = vllm_config.speculative_config
     writes = drafter is not None and (drafter.use_eagle() or drafter.uses_draft_model())
     return drafter.num_speculative_tokens if writes else 0
+
+
+def cache_groups(vllm_config: VllmConfig, specs: dict[str, Any]) -> list[Any]:
+    """vLLM's cache groups of layers with `specs`, by name; their module moved in 0.33."""
+    try:
+        from vllm.v1.core.kv_cache_planning import get_kv_cache_groups
+    except ImportError:
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+    groups: list[Any] = get_kv_cache_groups(vllm_config, specs)
+    return groups
 
 
 def layer_cache_shape(backend: Any, spec: Any, num_blocks: int) -> tuple[int, ...]:

@@ -26,6 +26,12 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+WINDOWS: dict[str, Any] = {
+    "sliding_window": 96,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+}
+
 
 @dataclass(frozen=True)
 class Family:
@@ -75,6 +81,9 @@ FAMILIES: dict[str, Family] = {
     "Mistral 0.1 in its window": Family("MistralConfig", {"sliding_window": MAX_MODEL_LEN}, long=False),
     "Phi-3 in its window": Family("Phi3Config", {"sliding_window": 2047}, long=False),
     "Gemma 3 in its window": Family("Gemma3TextConfig", {"head_dim": 64, "sliding_window": 4096}, long=False),
+    "Gemma 3": Family("Gemma3TextConfig", {"head_dim": 256, **WINDOWS}, long=False),
+    "OLMo 3": Family("Olmo3Config", WINDOWS, long=False),
+    "Ministral": Family("MinistralConfig", {"head_dim": 64, **WINDOWS}),
 }
 
 

@@ -21,7 +21,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import xxhash
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -29,6 +29,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from kvarn.vllm.access.block_count import evictable_blocks
 from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
 from kvarn.vllm.slot_map import SlotMap
+from kvarn.vllm.spec import KVarNSpec
 
 GROUP = 4
 VOCABULARY = 3
@@ -90,7 +91,7 @@ def make_scheduler(
             target_parallel_config=config.parallel_config,
         )
         config.speculative_config.method = method  # others need a model's files
-    spec = FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    spec = KVarNSpec(block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.uint8, tile_bytes=64)
     cache_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
     chosen = scheduler_cls or (KVarNAsyncScheduler if asynchronous else KVarNScheduler)
     scheduler = chosen(config, cache_config, StructuredOutputManager(config), block_size)

@@ -56,7 +56,10 @@ def cache_events(core: EngineCore) -> list[tuple[Any, ...]]:
         log = scheduler.kv_event_publisher = _EventLog()
     events, log.events = log.events, []
     events += scheduler.kv_cache_manager.take_events() or ()  # from outside a step, such as a reset
-    changes = [_change(event, scheduler) for event in events if not getattr(event, "group_idx", None)]
+    group = getattr(scheduler, "cache_group", 0)
+    changes = [
+        _change(event, scheduler) for event in events if getattr(event, "group_idx", None) in (None, group)
+    ]
     return [tuple(vars(change).values()) for change in changes]  # astuple would copy every token id
 
 
@@ -72,7 +75,7 @@ def _change(event: Any, scheduler: Scheduler) -> CacheEvent:
     kind = type(event).__name__
     if kind == "BlockRemoved":
         return CacheEvent(removed=list(event.block_hashes))
-    if kind == "BlockStored" and event.block_size == scheduler.block_size:
+    if kind == "BlockStored" and event.block_size == getattr(scheduler, "tile_tokens", scheduler.block_size):
         adapter = event.lora_name or ""
         return CacheEvent(
             stored=list(event.block_hashes),

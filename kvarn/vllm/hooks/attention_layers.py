@@ -1,7 +1,8 @@
-"""Checks every quantized attention layer when a model creates it, and completes it once weights are loaded."""
+"""Decides which attention layers are quantized, checks these, and completes them once weights are loaded."""
 
 from __future__ import annotations
 
+from copy import copy
 from functools import wraps
 from inspect import signature
 from typing import Any
@@ -10,26 +11,34 @@ from kvarn.presets import PRESETS
 from kvarn.tile import padded_head_dim
 from kvarn.vllm.hooks import Hook, RefusalError
 from kvarn.vllm.hooks.refusals import refuse
+from kvarn.vllm.mixed_layers import is_idle, is_quantized
 
-_WINDOW = "per_layer_sliding_window"
+_WINDOW, _CACHE = "per_layer_sliding_window", "cache_config"
 
 
 def install() -> None:
-    """Wrap the constructor of vLLM's decoder layers, and the loading of a model."""
+    """Wrap the constructors of vLLM's decoder layers, and the loading of a model."""
     from vllm.config import get_current_vllm_config
-    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     stock_init, stock_load = Attention.__init__, BaseModelLoader.load_model
+    stock_chunked = ChunkedLocalAttention.__init__
 
     @wraps(stock_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         config = get_current_vllm_config()
         if config.cache_config.cache_dtype in PRESETS and is_idle(kwargs.get(_WINDOW), config.model_config):
             del kwargs[_WINDOW]
+        if kwargs.get(_WINDOW) is not None:
+            kwargs.update(_unquantized(kwargs))
         stock_init(self, *args, **kwargs)
         if self.kv_cache_dtype in PRESETS:
             refuse_unlike(self, config.compilation_config.static_forward_context.values())
+
+    @wraps(stock_chunked)
+    def init_chunked(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock_chunked(self, *args, **{**kwargs, **_unquantized(kwargs)})
 
     @wraps(stock_load)
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,12 +47,18 @@ def install() -> None:
         return model
 
     Attention.__init__ = init
+    ChunkedLocalAttention.__init__ = init_chunked
     BaseModelLoader.load_model = load_model
 
 
-def is_idle(window: Any, model: Any) -> bool:
-    """Return whether a window, in tokens, covers the longest sequence, so that the layer has full attention."""
-    return isinstance(window, int) and window >= model.max_model_len
+def _unquantized(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The cache configuration among a layer's arguments, with vLLM's own cache in place of a preset."""
+    cache: Any = kwargs.get(_CACHE)
+    if getattr(cache, "cache_dtype", None) not in PRESETS:
+        return {}
+    own = copy(cache)
+    own.cache_dtype = "auto"
+    return {_CACHE: own}
 
 
 def refuse_unlike(layer: Any, layers: Any) -> None:
@@ -64,7 +79,7 @@ def refuse_unlike(layer: Any, layers: Any) -> None:
                 "cache does not support; use kv_cache_dtype='auto' for it."
             )
         )
-    first = next(x for x in layers if getattr(x, "kv_cache_dtype", None) == dtype)
+    first = next(filter(is_quantized, layers))
     if layer.head_size_v > (held := padded_head_dim(layer.head_size)):
         refuse(
             RefusalError(
@@ -99,11 +114,12 @@ def complete_layers(vllm_config: Any) -> None:
 
 
 def probe() -> str | None:
-    """Check that layers take their window under the name that the hook knows."""
-    from vllm.model_executor.layers.attention import Attention
+    """Check that layers take their window and their cache under the names that the hook knows."""
+    from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
-    if _WINDOW not in signature(Attention.__init__).parameters:
-        return f"its attention layers take no {_WINDOW}"
+    for layer, names in ((Attention, (_WINDOW, _CACHE)), (ChunkedLocalAttention, (_CACHE,))):
+        if missing := set(names) - signature(layer.__init__).parameters.keys():
+            return f"{layer.__name__} takes no {min(missing)}"
     return None
 
 
@@ -111,6 +127,7 @@ HOOK = Hook(
     "attention layers",
     (
         "vllm.model_executor.layers.attention:Attention.__init__",
+        "vllm.model_executor.layers.attention:ChunkedLocalAttention.__init__",
         "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model",
         "vllm.config:get_current_vllm_config",
     ),

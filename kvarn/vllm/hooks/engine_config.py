@@ -11,8 +11,16 @@ from kvarn.checks import MAX_QUERIES
 from kvarn.presets import Preset, get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.hooks import Hook, HookError, RefusalError, untested
-from kvarn.vllm.hooks.attention_layers import is_idle
 from kvarn.vllm.hooks.engine_probe import doctor_probe
+from kvarn.vllm.mixed_layers import (
+    CHUNKED,
+    KINDS,
+    SLIDING,
+    has_local_layers,
+    is_idle,
+    layer_kinds,
+    splits_quantized,
+)
 from kvarn.vllm.versions import bypasses_workers, returns_routed_experts
 
 TARGET = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
@@ -33,10 +41,15 @@ def install() -> None:
         _refuse_untested(self)
         _refuse_other_devices(self)
         _refuse_other_backends(self)
+        _refuse_one_group(self)
         _set_defaults(self, preset)
         config = stock_create(self, *args, **kwargs)
         _refuse_unsupported(config, preset)
-        config.cache_config.sliding_window = None  # what passed is never less than a sequence
+        config.cache_config.sliding_window = None  # what passed is idle, or some layers' own
+        if has_local_layers(
+            config.model_config
+        ):  # by default, vLLM has one group for chunks and full attention
+            config.scheduler_config.disable_hybrid_kv_cache_manager = False
         _set_scheduler(config)
         _log_limits(config)
         return config
@@ -103,6 +116,14 @@ def _refuse_other_backends(args: Any) -> None:
         raise RefusalError(
             f"kv_cache_dtype={args.kv_cache_dtype!r} brings its own attention backend; leave "
             "attention_config's backend_per_kind out."
+        )
+
+
+def _refuse_one_group(args: Any) -> None:
+    if args.disable_hybrid_kv_cache_manager:
+        raise RefusalError(
+            f"kv_cache_dtype={args.kv_cache_dtype!r} keeps layers with windows in cache groups of their own; leave "
+            "disable_hybrid_kv_cache_manager out."
         )
 
 
@@ -186,6 +207,8 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield "passes no slots through vLLM's first Ray executor; leave VLLM_USE_RAY_V2_EXECUTOR_BACKEND out."
     if returns_routed_experts(config):
         yield "does not support returning routed experts; leave enable_return_routed_experts out."
+    if has_local_layers(model) and not device_backend().layer.supports_shared_pages:
+        yield f"serves layers with windows on CPUs only; {use_auto}"
     if KVarNConfig.of(config).raw_chunks and not device_backend().layer.supports_raw_chunks:
         yield "has raw_chunks on GPUs only; leave kvarn.raw_chunks out of additional_config."
     if KVarNConfig.of(config).split_tiles and not device_backend().layer.supports_split_tiles:
@@ -203,12 +226,20 @@ def _heads_per_kv_head(config: Any) -> int:
 
 
 def _local_attention(model: Any) -> str | None:
-    """What to change where some layer's window is less than a sequence; None where no window ever is."""
-    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    """What to change where layers that read less than the sequence are not supported, None where they are."""
+    kinds = set(layer_kinds(model))
     window = getattr(model.hf_text_config, "sliding_window", None)
-    if other := kinds - {"full_attention", "sliding_attention"}:
+    if other := kinds - KINDS:
         return f"does not support layers of type {min(other)}; give a model without them"
-    has_window = model.get_sliding_window() is not None or "sliding_attention" in kinds
+    if has_local_layers(model):
+        if splits_quantized(model):
+            return (
+                "needs as many layers with a window as full-attention layers, or more; give a model with them"
+            )
+        return None
+    if CHUNKED in kinds:
+        return "needs full-attention layers; give a model with them"
+    has_window = model.get_sliding_window() is not None or SLIDING in kinds
     if not has_window or is_idle(window, model):
         return None
     return (

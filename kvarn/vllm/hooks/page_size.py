@@ -1,21 +1,25 @@
-"""Passes the size of a tile record to vLLM's memory accounting."""
+"""Passes the sizes of pages to vLLM's memory accounting: of tile records, and of layers that share blocks with them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
-from kvarn.presets import PRESETS
+from kvarn.presets import PRESETS, get_preset
 from kvarn.tile import HEAD_DIMS, TileLayout
 from kvarn.vllm.hooks import Hook
 from kvarn.vllm.hooks.stand_ins import attention_layer, default_config
+from kvarn.vllm.mixed_layers import LocalLayers, SharedPages, block_sizes, is_quantized, share_pages
 from kvarn.vllm.versions import (
+    CACHE_GROUPS,
     CACHE_LAYOUT,
     CACHE_SHAPE,
     PAGE_SIZE,
     SPEC_CUSTOMIZATION,
     backends_customize_specs,
+    cache_groups,
     layer_cache_shape,
     records_of,
 )
@@ -24,28 +28,78 @@ _BLOCKS, _KV_HEADS = 5, 3  # of the probe's layer
 
 
 def install() -> None:
-    """Wrap the layer's cache spec, unless vLLM asks the backend for it."""
-    if backends_customize_specs():
-        return
-    from vllm.model_executor.layers.attention import Attention
+    """Wrap the cache specs of vLLM's decoder layers."""
+    from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
+    for layers in (Attention, ChunkedLocalAttention):
+        layers.get_kv_cache_spec = _sharing_pages(layers.get_kv_cache_spec)
+
+
+def _sharing_pages(stock_spec: Any) -> Any:
     from kvarn.vllm.backend import BACKENDS
-
-    stock_spec = Attention.get_kv_cache_spec
 
     @wraps(stock_spec)
     def get_kv_cache_spec(self: Any, *args: Any, **kwargs: Any) -> Any:
         spec = stock_spec(self, *args, **kwargs)
+        pages = next((found for x in (*args, *kwargs.values()) if (found := _pages_of(x)) is not None), None)
         ours = BACKENDS.get(getattr(self, "kv_cache_dtype", ""))
-        return spec if ours is None else ours.customize_spec(spec)
+        if pages is not None and spec is not None:
+            block = spec.block_size if ours is not None else pages.block_tokens
+            spec = replace(spec, block_size=block, page_size_padded=pages.nbytes)
+        return spec if ours is None or backends_customize_specs() else ours.customize_spec(spec)
 
-    Attention.get_kv_cache_spec = get_kv_cache_spec
+    return get_kv_cache_spec
+
+
+def _pages_of(vllm_config: Any) -> SharedPages | None:
+    """The pages that the layers of a model share; None if all are quantized, or none is."""
+    compilation = getattr(vllm_config, "compilation_config", None)
+    layers = list(getattr(compilation, "static_forward_context", {}).values())
+    quantized = [layer for layer in layers if is_quantized(layer)]
+    local = [layer for layer in layers if hasattr(layer, "kv_cache_dtype") and not is_quantized(layer)]
+    if not quantized or not local:
+        return None
+    layout = TileLayout.of_heads(get_preset(quantized[0].kv_cache_dtype), quantized[0].head_size)
+    return share_pages(
+        tile_bytes=quantized[0].num_kv_heads * layout.nbytes,
+        group=layout.group,
+        quantized_layers=len(quantized),
+        local=LocalLayers(
+            layers=len(local),
+            token_bytes=max(map(_token_bytes, local)),
+            reach=max(map(_reach, local)),
+            block_sizes=_block_sizes(local, layout.group),
+        ),
+        max_tokens=vllm_config.model_config.max_model_len,
+    )
+
+
+def _token_bytes(layer: Any) -> int:
+    return int(
+        layer.num_kv_heads * (layer.head_size + layer.head_size_v) * layer.kv_cache_torch_dtype.itemsize
+    )
+
+
+def _reach(layer: Any) -> int:
+    return int(getattr(layer, "attention_chunk_size", None) or layer.sliding_window - 1)
+
+
+def _block_sizes(local: list[Any], group: int) -> list[int]:
+    """Tokens per block that the backends of all `local` layers support."""
+    from vllm.platforms import current_platform
+
+    # Before vLLM 0.29, CPU kernels were chosen by the tiles' block, and those for its size take multiples of 32.
+    smallest = 32 if current_platform.is_cpu() else 16
+    backends = {layer.attn_backend for layer in local}
+    accepted = [block_sizes(b.get_supported_kernel_block_sizes(), group, smallest) for b in backends]
+    return [size for size in accepted[0] if all(size in sizes for sizes in accepted)]
 
 
 def probe() -> str | None:
-    """Check the pages and the tensor that both of vLLM's model runners make for a layer."""
-    layouts = (TileLayout(preset, head_dim) for preset in PRESETS.values() for head_dim in HEAD_DIMS)
-    return next((found for layout in layouts if (found := _difference(layout))), None)
+    """Check the pages and the tensor that both of vLLM's model runners make for a layer, and for a model that mixes."""
+    layouts = [TileLayout(preset, head_dim) for preset in PRESETS.values() for head_dim in HEAD_DIMS]
+    found = next((found for layout in layouts if (found := _difference(layout))), None)
+    return found or _mixed_difference(layouts[0])
 
 
 def _difference(layout: TileLayout) -> str | None:
@@ -56,7 +110,8 @@ def _difference(layout: TileLayout) -> str | None:
     name = layout.preset.name
     layer = attention_layer(name, BACKENDS[name], _KV_HEADS, layout.head_dim)
     expected = (_BLOCKS, _KV_HEADS, layout.nbytes)
-    for runner, spec in _specs(layer, default_config(name, layout.group)).items():
+    for runner, specs in _specs([layer], default_config(name, layout.group)).items():
+        spec = specs["0"]
         made = f"its {runner} makes pages of"
         if spec.block_size != layout.group:
             return f"{made} {spec.block_size} tokens for {name} instead of {layout.group}"
@@ -69,16 +124,41 @@ def _difference(layout: TileLayout) -> str | None:
     return None
 
 
-def _specs(layer: Any, config: Any) -> dict[str, Any]:
-    """The layer's cache spec as each model runner asks for it."""
+def _mixed_difference(layout: TileLayout) -> str | None:
+    """What differs for a model of one quantized layer and two with a window."""
+    import torch
+    from vllm.v1.attention.backend import AttentionBackend
+
+    from kvarn.vllm.backend import BACKENDS
+
+    name, group = layout.preset.name, layout.group
+    full = attention_layer(name, BACKENDS[name], _KV_HEADS, layout.head_dim)
+    local = [attention_layer("auto", AttentionBackend, _KV_HEADS, layout.head_dim) for _ in range(2)]
+    for layer in local:
+        layer.__dict__.update(sliding_window=4 * group, kv_cache_torch_dtype=torch.bfloat16)
+    config = default_config(name, group)
+    config.model_config = SimpleNamespace(max_model_len=64 * group)
+    config.cache_config.kv_cache_layout = "LBHNC"
+    for runner, specs in _specs([full, *local], config).items():
+        blocks, pages = {s.block_size for s in specs.values()}, {s.page_size_bytes for s in specs.values()}
+        if len(pages) > 1 or any(group % block for block in blocks) or max(blocks) != group:
+            return f"its {runner} makes blocks of {blocks} tokens and pages of {pages} bytes for layers that share them"
+        layers = [group.layer_names for group in cache_groups(config, specs)]
+        if sorted(layers) != [["0"], ["1"], ["2"]]:
+            return f"it puts layers with and without a window into the cache groups {layers}"
+    return None
+
+
+def _specs(layers: list[Any], config: Any) -> dict[str, dict[str, Any]]:
+    """The layers' cache specs, by number, as each model runner asks for them."""
     from vllm.v1.worker.gpu import attn_utils
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    config.compilation_config.static_forward_context = {"layer": layer}
+    config.compilation_config.static_forward_context = {str(i): layer for i, layer in enumerate(layers)}
     first: Any = SimpleNamespace(vllm_config=config, shared_kv_cache_layers={})
     return {
-        "model runner V1": GPUModelRunner.get_kv_cache_spec(first)["layer"],
-        "model runner V2": attn_utils.get_kv_cache_spec(config)["layer"],
+        "model runner V1": GPUModelRunner.get_kv_cache_spec(first),
+        "model runner V2": attn_utils.get_kv_cache_spec(config),
     }
 
 
@@ -89,6 +169,9 @@ HOOK = Hook(
         PAGE_SIZE,
         CACHE_SHAPE,
         CACHE_LAYOUT,
+        CACHE_GROUPS,
+        "vllm.model_executor.layers.attention:Attention.get_kv_cache_spec",
+        "vllm.model_executor.layers.attention:ChunkedLocalAttention.get_kv_cache_spec",
         "vllm.v1.worker.gpu.attn_utils:get_kv_cache_spec",
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_kv_cache_spec",
     ),

@@ -15,7 +15,9 @@ _NAME = "private names"
 SCHEDULER_ATTRIBUTES = (
     "_pause_state",
     "block_size",
+    "hash_block_size",
     "kv_cache_config.kv_cache_groups",
+    "kv_cache_config.needs_kv_cache_zeroing",
     "kv_cache_manager.block_pool.blocks",
     "kv_cache_manager.block_pool.cached_block_hash_to_block",
     "kv_cache_manager.block_pool.num_gpu_blocks",
@@ -23,6 +25,7 @@ SCHEDULER_ATTRIBUTES = (
     "kv_event_publisher",
     "max_model_len",
     "max_num_running_reqs",
+    "max_num_scheduled_tokens",
     "policy",
     "requests",
     "running",
@@ -30,6 +33,13 @@ SCHEDULER_ATTRIBUTES = (
     "vllm_config",
     "waiting",
     SET_ASIDE_QUEUE,
+)
+MANAGER_ATTRIBUTES = (
+    "_record_new_block_ids",
+    "block_size",
+    "get_num_skipped_tokens",
+    "kv_cache_spec",
+    "req_to_blocks",
 )
 REQUEST_ATTRIBUTES = (
     "arrival_time",
@@ -56,7 +66,7 @@ def check_scheduler(scheduler: Any) -> None:
 
     _check("Scheduler", scheduler, SCHEDULER_ATTRIBUTES)
     for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
-        _check(type(manager).__name__, manager, ("req_to_blocks",))
+        _check(type(manager).__name__, manager, MANAGER_ATTRIBUTES)
     _check("Request", Request("probe", [0], SamplingParams(max_tokens=1), None), REQUEST_ATTRIBUTES)
 
 
@@ -139,6 +149,7 @@ HOOK = Hook(
         "vllm.v1.core.kv_cache_utils:KVCacheBlock.is_null",
         "vllm.v1.core.kv_cache_utils:KVCacheBlock.ref_cnt",
         "vllm.v1.core.kv_cache_utils:make_block_hash_with_group_id",
+        "vllm.v1.core.kv_cache_utils:resolve_block_hashes",
         "vllm.v1.core.sched.interface:PauseState.UNPAUSED",
         "vllm.v1.core.sched.output:SchedulerOutput.finished_req_ids",
         "vllm.v1.core.sched.output:SchedulerOutput.num_scheduled_tokens",
@@ -149,6 +160,8 @@ HOOK = Hook(
         "vllm.v1.core.sched.request_queue:SchedulingPolicy.PRIORITY",
         "vllm.v1.engine.core_client:AsyncMPClient.call_utility_async",
         "vllm.v1.engine.detokenizer:IncrementalDetokenizer.from_new_request",
+        "vllm.v1.core.sched.output:SchedulerOutput.new_block_ids_to_zero",
+        "vllm.v1.kv_cache_interface:AttentionSpec.page_size_padded",
         "vllm.v1.kv_cache_interface:KVCacheGroupSpec.kv_cache_spec",
         "vllm.v1.kv_cache_interface:KVCacheGroupSpec.layer_names",
         "vllm.v1.kv_cache_interface:KVCacheSpec.page_size_bytes",

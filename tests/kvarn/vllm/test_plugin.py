@@ -41,8 +41,9 @@ from kvarn.tile import TileLayout
 from kvarn.vllm import backend, hooks, plugin, spec, versions
 from kvarn.vllm.access.cache_events import CACHE_EVENTS_METHOD
 from kvarn.vllm.access.telemetry import CACHE_STATE_METHOD
-from kvarn.vllm.cache_settings import side_pool_slots
+from kvarn.vllm.cache_settings import side_pool_slots, slot_bytes
 from kvarn.vllm.hooks import HookError, RefusalError, engine_config, page_size, private_names
+from kvarn.vllm.mixed_layers import has_local_layers
 from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
 from tests.support.engines import use_triton_backend
 from tests.support.scheduling import MODEL_CONFIG, make_scheduler
@@ -240,6 +241,11 @@ PALIGEMMA = {
     "projection_dim": 256,
     "image_token_index": 511,
 }
+WINDOWED: dict[str, Any] = {
+    "architectures": ["Olmo3ForCausalLM"],
+    "model_type": "olmo3",
+    "sliding_window": 512,
+}
 
 
 @pytest.mark.parametrize(
@@ -253,6 +259,18 @@ PALIGEMMA = {
         (
             {"layer_types": ["full_attention", "linear_attention"]},
             "layers of type linear_attention; give a model without them, or use kv_cache_dtype='auto'",
+        ),
+        (
+            {
+                **WINDOWED,
+                "num_hidden_layers": 3,
+                "layer_types": ["full_attention"] * 2 + ["sliding_attention"],
+            },
+            "as many layers with a window as full-attention layers, or more; give a model with them, or use",
+        ),
+        (
+            {**WINDOWED, "layer_types": ["chunked_attention"] * 2},
+            "needs full-attention layers; give a model with them, or use kv_cache_dtype='auto'",
         ),
         ({"alibi": True}, "does not support ALiBi; use kv_cache_dtype='auto'"),
         ({"architectures": ["BertModel"], "model_type": "bert"}, "decoder-only generation"),
@@ -276,6 +294,8 @@ PALIGEMMA = {
         "head_dim",
         "sliding window",
         "linear attention",
+        "few windows",
+        "chunks alone",
         "ALiBi",
         "encoder",
         "MLA",
@@ -287,6 +307,31 @@ PALIGEMMA = {
 def test_unsupported_models_are_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     model = write_config(tmp_path, **changes)
     with pytest.raises(RefusalError, match=sentence):
+        configure(model)
+
+
+def test_quantized_layers_alone_have_slots(tmp_path: Path) -> None:
+    """Layers with a window keep vLLM's own cache."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    model = write_config(tmp_path, **WINDOWED, num_hidden_layers=3, layer_types=kinds)
+    mixed, full = configure(model), configure(model, max_model_len=512)
+    assert slot_bytes(full) == 3 * slot_bytes(mixed)
+    assert has_local_layers(mixed.model_config)
+    assert not has_local_layers(full.model_config)
+    assert mixed.scheduler_config.disable_hybrid_kv_cache_manager is False
+
+
+def test_one_cache_group_for_layers_with_and_without_windows_is_refused(model: Path) -> None:
+    with pytest.raises(RefusalError, match="leave disable_hybrid_kv_cache_manager out"):
+        configure(model, disable_hybrid_kv_cache_manager=True)
+
+
+def test_windows_are_refused_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_config(tmp_path, **WINDOWED, layer_types=["sliding_attention", "full_attention"])
+    use_triton_backend(monkeypatch)
+    with pytest.raises(
+        RefusalError, match="serves layers with windows on CPUs only; use kv_cache_dtype='auto'"
+    ):
         configure(model)
 
 
