@@ -300,7 +300,7 @@ class Dispatcher:
         return Generation(
             request_id=request.request_id or f"{self._random.getrandbits(128):032x}",
             caller=_with_session(caller, request),
-            prompt_token_ids=ids,
+            prompt_token_ids=token_array(ids),
             sampling=sampling,
             cache_salt=request.cache_salt,
             deadline_s=deadline_s,

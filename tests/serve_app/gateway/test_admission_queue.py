@@ -34,6 +34,7 @@ from serve_app.routing import (
     QueuedRequest,
     RequestNeed,
     Router,
+    token_array,
 )
 from serve_app.rpc import wire
 from tests.support.observing import Remembered
@@ -50,7 +51,7 @@ def generation_of(router: Router, prompt_tokens: int = 1280, deadline_s: float =
     generation = Generation(
         request_id="request",
         caller=Caller("tenant"),
-        prompt_token_ids=list(range(prompt_tokens)),
+        prompt_token_ids=token_array(range(prompt_tokens)),
         sampling=sampling_pb2.SamplingParams(max_tokens=10),
         cache_salt="",
         deadline_s=deadline_s,

@@ -26,7 +26,15 @@ from serve_app.http.asgi_app import http_app
 from serve_app.http.guard import HttpGuard
 from serve_app.http.server import HttpServer
 from serve_app.observability.tracing import Tracing
-from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, Caller, RequestNeed, Router
+from serve_app.routing import (
+    CacheCapacity,
+    CacheLoad,
+    CacheSnapshot,
+    Caller,
+    RequestNeed,
+    Router,
+    token_array,
+)
 from serve_app.security.access import Access
 from serve_app.security.api_keys import create_key
 from tests.support.browser import Seen, chromium_page
@@ -80,7 +88,7 @@ class Fleet:
         generation = Generation(
             request_id="large",
             caller=Caller(),
-            prompt_token_ids=[5] * 8000,
+            prompt_token_ids=token_array([5] * 8000),
             sampling=SamplingParams(max_tokens=192),
             cache_salt="",
             deadline_s=math.inf,

@@ -37,6 +37,7 @@ from serve_app.routing import (
     Rejection,
     RequestNeed,
     Router,
+    token_array,
 )
 from serve_app.rpc.grpc_server import GrpcServer
 from tests.support.observing import Remembered, through
@@ -202,7 +203,7 @@ def generation_of(router: Router) -> Generation:
     generation = Generation(
         request_id="mine",
         caller=Caller(),
-        prompt_token_ids=[5] * 300,
+        prompt_token_ids=token_array([5] * 300),
         sampling=SamplingParams(max_tokens=84),
         cache_salt="",
         deadline_s=math.inf,
