@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,26 @@ def misfits(parser: str) -> Iterator[None]:
         yield
     except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{parser} does not fit the model: {str(error) or type(error).__name__}") from error
+
+
+def check_reads_output(parser: str, read_nothing: Callable[[], object]) -> None:
+    """Check that `parser`, a setting and its value, reads output itself; some only stand for their notation.
+
+    Args:
+        parser: the setting and its value.
+        read_nothing: lets the parser read an empty piece of output, which some cannot, for various reasons.
+
+    Raises:
+        ValueError: vLLM reads this notation with code of its own server.
+    """
+    try:
+        read_nothing()
+    except NotImplementedError:
+        raise ValueError(
+            f"{parser} cannot be used here: vLLM reads this notation with code of its own server; set another or none"
+        ) from None
+    except Exception:
+        return
 
 
 def is_engine_based(parser: Any) -> bool:

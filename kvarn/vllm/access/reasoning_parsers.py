@@ -6,27 +6,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvarn.vllm.access.output_parsers import is_engine_based, misfits
+from kvarn.vllm.access.output_parsers import check_reads_output, is_engine_based, misfits
 
 if TYPE_CHECKING:
     from vllm.reasoning import ReasoningParser
 
-# Parsers that only find the end of reasoning; vLLM reads such output with code of its server.
-_WITHOUT_TEXT = frozenset({"openai_gptoss"})
-
 
 def reasoning_parser_names() -> list[str]:
-    """Return the names of the installed vLLM's parsers that can be used here; importing them takes seconds."""
+    """Return the names of the installed vLLM's parsers; importing them takes seconds."""
     from vllm.reasoning import ReasoningParserManager
 
-    return [name for name in ReasoningParserManager.list_registered() if name not in _WITHOUT_TEXT]
+    return ReasoningParserManager.list_registered()
 
 
 def find_reasoning_parser(name: str) -> type[ReasoningParser]:
     """Return the class of a reasoning parser; importing vLLM's parsers takes seconds.
 
     Raises:
-        ValueError: vLLM has no usable parser of this name; the message lists the known names.
+        ValueError: vLLM has no parser of this name; the message lists the known names.
     """
     from vllm.reasoning import ReasoningParserManager
 
@@ -42,9 +39,10 @@ def check_reasoning_parser(name: str, tokenizer: Any) -> None:
     Raises:
         ValueError: vLLM has no usable parser of this name, or it does not fit.
     """
-    parser_class = find_reasoning_parser(name)
-    with misfits(f"reasoning_parser {name}"):
-        parser_class(tokenizer)
+    parser_class, setting = find_reasoning_parser(name), f"reasoning_parser {name}"
+    with misfits(setting):
+        parser = parser_class(tokenizer)
+    check_reads_output(setting, lambda: parser.extract_reasoning_streaming("", "", "", [], [], []))
 
 
 def shows_special_tokens(parser_class: type[ReasoningParser], tokenizer: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvarn.vllm.access.output_parsers import is_engine_based, misfits
+from kvarn.vllm.access.output_parsers import check_reads_output, is_engine_based, misfits
 
 if TYPE_CHECKING:
     from vllm.entrypoints.generate.base.protocol import DeltaMessage
@@ -42,11 +42,15 @@ def check_tool_parser(name: str, tokenizer: Any) -> None:
     """Check that a parser can read the output of the model with `tokenizer`.
 
     Raises:
-        ValueError: vLLM has no parser of this name, or it does not fit.
+        ValueError: vLLM has no usable parser of this name, or it does not fit.
     """
-    parser_class = find_tool_parser(name)
-    with misfits(f"tool_parser {name}"):
-        parser_class(tokenizer, None)
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    parser_class, setting = find_tool_parser(name), f"tool_parser {name}"
+    with misfits(setting):
+        parser = parser_class(tokenizer, None)
+    request = ChatCompletionRequest(messages=[])
+    check_reads_output(setting, lambda: parser.extract_tool_calls_streaming("", "", "", [], [], [], request))
 
 
 @dataclass(frozen=True)

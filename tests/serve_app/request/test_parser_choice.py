@@ -121,6 +121,8 @@ def test_parsers_that_do_not_fit_are_refused_if_set_and_left_out_if_chosen(
         choose_parsers(directory, None, "deepseek_r1", lambda: plain)
     with pytest.raises(ValueError, match=r"tool_parser is 'x', expected one of .*hermes.* or none"):
         choose_parsers(directory, "x", None, lambda: plain)
+    with pytest.raises(ValueError, match="tool_parser openai cannot be used here: vLLM reads this notation"):
+        choose_parsers(directory, "openai", None, lambda: plain)
 
 
 def test_all_parsers_of_families_exist() -> None:
