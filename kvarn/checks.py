@@ -6,11 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvarn.presets import MAX_QUERIES
 from kvarn.tile import TileLayout
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Query tokens per request in a decode step: fewer than a tile has, so they span at most two tiles.
-MAX_QUERIES = 16
 
 
 def check_shape(name: str, x: Tensor | np.ndarray, shape: tuple[int | None, ...]) -> None:

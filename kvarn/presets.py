@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 # Other groups need multiples of BLOCK in kvarn/kernels/prefill.py, an entry in kvarn/reference/rtn.py, and tests.
 GROUPS = (64, 128)
+# Query tokens per request in a decode step: fewer than a tile has, so they span at most two tiles.
+MAX_QUERIES = 16
 
 
 @dataclass(frozen=True)

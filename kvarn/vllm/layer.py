@@ -13,7 +13,7 @@ from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from kvarn.presets import get_preset
+from kvarn.presets import MAX_QUERIES, get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.cache_settings import side_pool_slots
 from kvarn.vllm.hooks import RefusalError
@@ -31,13 +31,19 @@ class KVarNLayer(AttentionImpl[Any]):
         supports_raw_chunks: whether the device backend supports `KVarNConfig.raw_chunks`.
         supports_split_tiles: whether the device backend supports `KVarNConfig.split_tiles`.
         supports_shared_pages: whether the device backend reads records in pages that are larger than they.
+        max_queries: maximum tokens per request that a step with drafts may have.
+        limits_draft_passes: whether `max_queries` also limits the passes of a draft model.
+        is_drafter: whether the layer is one of a draft model.
         max_heads_per_kv_head: maximum number of query heads that share a KV head.
     """
 
     supports_raw_chunks: ClassVar[bool] = False
     supports_split_tiles: ClassVar[bool] = False
     supports_shared_pages: ClassVar[bool] = False
+    max_queries: ClassVar[int] = MAX_QUERIES
+    limits_draft_passes: ClassVar[bool] = False
     max_heads_per_kv_head: ClassVar[float] = math.inf
+    is_drafter: bool = False
 
     def __init__(
         self,

@@ -72,6 +72,7 @@ class SlotPlanning(VllmScheduler):
         speculation: what a step may compute beyond the tokens it keeps.
         preemptions: requests preempted since the engine started.
         wait_counts: reasons why requests wait.
+        drafts_proposed, drafts_accepted: draft tokens verified since the engine started, and those that were right.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -88,6 +89,7 @@ class SlotPlanning(VllmScheduler):
         self.speculation = speculation_of(self.vllm_config)
         self.preemptions = 0
         self.wait_counts = WaitCounts()
+        self.drafts_proposed = self.drafts_accepted = 0
         self._last_hashes: dict[str, Hashable | None] = {}  # of the first blocks of requests that departed
         self._allocate = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_if_admitted
@@ -173,6 +175,11 @@ class SlotPlanning(VllmScheduler):
         blocks = self._blocks_of_requests().get(request.request_id)
         if blocks:
             self._last_hashes[request.request_id] = blocks[0].block_hash
+
+    def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> Any:
+        self.drafts_proposed += kwargs["num_draft_tokens"]
+        self.drafts_accepted += kwargs["num_accepted_tokens"]
+        return super().make_spec_decoding_stats(*args, **kwargs)
 
     def _plan_slots(self, output: SchedulerOutput) -> SlotPlan:
         preempted = output.preempted_req_ids or set()

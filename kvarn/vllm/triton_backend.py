@@ -18,22 +18,28 @@ from kvarn.kernels.prefill_plan import PrefillWave
 from kvarn.tile import TileLayout
 from kvarn.vllm.cache_settings import KVarNConfig
 from kvarn.vllm.layer import KVarNLayer
-from kvarn.vllm.triton_plan import DecodeBatch, TritonMetadata, max_requests_in_step
+from kvarn.vllm.triton_plan import (
+    DecodeBatch,
+    TritonMetadata,
+    max_requests_in_step,
+    max_tokens_in_pass,
+    query_counts,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
 class Workspace:
-    """Buffers that all layers of a model share, allocated with the weights so that vLLM's memory profile counts them.
+    """Buffers that all layers of one shape share, allocated with the weights so that vLLM's memory profile counts them.
 
     Attributes:
+        shape: query heads, KV heads and channels per head of those layers.
         rotated: [tokens, query heads, head_dim] float16, a step's rotated queries.
         attended: as `rotated`, the output of prefill attention before it is un-rotated.
         pages: [2, P, group, KV heads, head_dim] float16, tiles of the prompts that a step prefills.
         parts: partial results of the decode kernel.
-        query_counts: query tokens per request that the decode kernel is compiled for: 1, and those of a speculative
-            step.
+        query_counts: query tokens per request that the decode kernel is compiled for.
         is_new: whether the kernels have yet to be compiled.
     """
 
@@ -45,8 +51,8 @@ class Workspace:
         num_kv_heads: int,
         device: torch.device,
     ) -> None:
-        scheduler = vllm_config.scheduler_config
-        tokens, group, head_dim = scheduler.max_num_batched_tokens, layout.group, layout.head_dim
+        tokens, group, head_dim = max_tokens_in_pass(vllm_config), layout.group, layout.head_dim
+        self.shape = (num_heads, num_kv_heads, head_dim)
         # The longest sequence from records, and a step's own tiles raw: two more where a chunk begins and ends.
         page_count = cdiv(vllm_config.model_config.max_model_len, group) + cdiv(tokens, group) + 2
         self.rotated = torch.zeros(tokens, num_heads, head_dim, dtype=torch.float16, device=device)
@@ -55,7 +61,7 @@ class Workspace:
             2, page_count, group, num_kv_heads, head_dim, dtype=torch.float16, device=device
         )
         self.is_new = True
-        self.query_counts = sorted({1, 1 + vllm_config.num_speculative_tokens})
+        self.query_counts = query_counts(vllm_config)
         split = KVarNConfig.of(vllm_config).split_tiles or 0
         shapes = [
             DecodeShape.of(num_heads, num_kv_heads, layout, queries, device, split=split)
@@ -76,12 +82,13 @@ class TritonLayer(KVarNLayer):
     """One layer on a GPU.
 
     Attributes:
-        workspace: one object for all layers of a model.
+        workspace: one object for all layers of this shape.
     """
 
     workspace: Workspace
     supports_raw_chunks = True
     supports_split_tiles = True
+    limits_draft_passes = True
     max_heads_per_kv_head = MAX_HEADS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -93,7 +100,9 @@ class TritonLayer(KVarNLayer):
         device = torch.device(current_platform.device_type)
         layers = self._vllm_config.compilation_config.static_forward_context.values()
         shared = (getattr(getattr(layer, "impl", None), "workspace", None) for layer in layers)
-        self.workspace = next((found for found in shared if found is not None), None) or Workspace(
+        shape = (self.num_heads, self.num_kv_heads, self.layout.head_dim)
+        alike = (found for found in shared if found is not None and found.shape == shape)
+        self.workspace = next(alike, None) or Workspace(
             self._vllm_config, self.layout, self.num_heads, self.num_kv_heads, device
         )
         self._attend = _page_attention(self.layout.head_dim)

@@ -6,8 +6,8 @@ step is one CUDA graph. The host plans prefill chunks, whose lengths it knows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from kvarn.kernels import decode_plan, prefill_plan
 from kvarn.kernels.decode_work import DecodeShape, DecodeWork, plan_work
 from kvarn.kernels.prefill_plan import PrefillWave
 from kvarn.vllm.cache_settings import KVarNConfig
+from kvarn.vllm.hooks import RefusalError
+from kvarn.vllm.hooks.refusals import refuse
 from kvarn.vllm.layer import refuse_noncausal
 from kvarn.vllm.slot_map import NO_SLOT, SlotMap
 from kvarn.vllm.spec import KVarNSpec
@@ -31,6 +33,24 @@ def max_requests_in_step(vllm_config: VllmConfig, queries: int = 1) -> int:
     """Return how many requests of `queries` tokens a step may decode, including those that pad a CUDA graph."""
     captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     return max(vllm_config.scheduler_config.max_num_seqs, cdiv(captured, queries))
+
+
+def max_tokens_in_pass(vllm_config: VllmConfig) -> int:
+    """Return how many tokens a pass may have; the first one of a draft model has one more per request than a step."""
+    scheduler = vllm_config.scheduler_config
+    return scheduler.max_num_batched_tokens + _more_queries(vllm_config) * scheduler.max_num_seqs
+
+
+def query_counts(vllm_config: VllmConfig) -> list[int]:
+    """Return the maximum query tokens per request that the decode kernel is compiled for, in order: one, those of a
+    step with drafts, and those of a draft model's first pass."""
+    step = 1 + vllm_config.num_speculative_tokens
+    return sorted({1, step, step + _more_queries(vllm_config)})
+
+
+def _more_queries(vllm_config: VllmConfig) -> int:
+    drafter = vllm_config.speculative_config
+    return int(drafter is not None and drafter.method == "draft_model")
 
 
 @dataclass
@@ -76,6 +96,17 @@ class TritonMetadata:
     prefill: list[PrefillWave]
 
 
+def _refuse_other_heads(layers: list[Any]) -> None:
+    """Refuse layers that share a plan but not its launch: vLLM before 0.30 groups them by their cache alone."""
+    if len({layer.num_heads for layer in layers}) > 1:
+        refuse(
+            RefusalError(
+                "The drafter's layers have as many KV heads as the target's but other query heads, which this vLLM "
+                "cannot plan apart; set speculative_config's kv_cache_dtype to 'auto'."
+            )
+        )
+
+
 class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
     """Plan a step into tensors that stay in place, without waiting for the device."""
 
@@ -88,20 +119,25 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self._group = kv_cache_spec.block_size
-        impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
+        layers = [vllm_config.compilation_config.static_forward_context[name].impl for name in layer_names]
+        impl = layers[0]
+        _refuse_other_heads(layers)
+        self._follows_a_sample = impl.is_drafter and bool(_more_queries(vllm_config))
+        self._most_queries = self.reorder_batch_threshold + self._follows_a_sample
         self._slot_map: SlotMap = impl.slot_map
         self._page_count: int = impl.workspace.pages.shape[1]
         config = KVarNConfig.of(vllm_config)
         self._raw_chunks, self._split = config.raw_chunks, config.split_tiles or 0
-        tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self._token_rows = torch.full((2, tokens), NO_SLOT, dtype=torch.int32, device=device)
         requests = max_requests_in_step(vllm_config)
+        tokens = max(max_tokens_in_pass(vllm_config), requests * self._most_queries)
+        self._token_rows = torch.full((2, tokens), NO_SLOT, dtype=torch.int32, device=device)
         self._of_requests = torch.full((4, requests), NO_SLOT, dtype=torch.int32, device=device)
         self._shapes = {
             queries: DecodeShape.of(
                 impl.num_heads, impl.num_kv_heads, impl.layout, queries, device, split=self._split
             )
-            for queries in {1, self.reorder_batch_threshold}
+            for queries in query_counts(vllm_config)
+            if queries <= self._most_queries
         }
         self._work = {queries: DecodeWork(requests, shape, device) for queries, shape in self._shapes.items()}
 
@@ -111,7 +147,7 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
         common = common_attn_metadata
         refuse_noncausal(common.causal)
         offsets = common.query_start_loc_cpu.numpy().astype(np.int64)
-        longer = np.flatnonzero(np.diff(offsets) > self.reorder_batch_threshold)
+        longer = np.flatnonzero(np.diff(offsets) > self._most_queries)
         decodes = int(longer[0]) if len(longer) else len(offsets) - 1
         tokens = int(offsets[-1])
         slot_of = self._slot_map.on_device(self.device)
@@ -123,13 +159,24 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
             prefill=self._plan_prefill(common, decodes, offsets, slot_of) if len(longer) else [],
         )
 
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> TritonMetadata:
+        """Plan a pass of a drafter; vLLM counts the sampled token in a draft model's first pass on the device only."""
+        common = common_attn_metadata
+        lengths = common.seq_lens_cpu_upper_bound
+        if self._follows_a_sample and draft_index == 0 and lengths is not None:
+            missing = common.max_seq_len - int(lengths.max())
+            common = replace(common, seq_lens_cpu_upper_bound=lengths + min(max(missing, 0), 1))
+        return self.build(0, common, fast_build=True)
+
     def _plan_decode(
         self, common: CommonAttentionMetadata, offsets: np.ndarray, slot_of: Tensor
     ) -> DecodeBatch:
         requests = len(offsets) - 1
         # With a fixed split, the kernel of a row may not depend on whether other rows have drafts.
-        several = self._split or np.diff(offsets).max() > 1
-        queries = self.reorder_batch_threshold if several else 1
+        most = self._most_queries if self._split else np.diff(offsets).max()
+        queries = next(count for count in sorted(self._shapes) if count >= most)
         batch = DecodeBatch(
             int(offsets[-1]),
             self._shapes[queries],

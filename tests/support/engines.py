@@ -224,13 +224,15 @@ def ask_and_preempt(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list
     """Return greedy answers; every request is preempted once after its second output token."""
     scheduler, schedule = scheduler_of(llm), scheduler_of(llm).schedule
     preempted: set[str] = set()
+    # A request may run again in the same step: vLLM then drops the output of one in flight, which comes too late.
+    in_flight = {"drop_stale_output": True} if scheduler.scheduler_config.async_scheduling else {}
 
     def schedule_after_preemption(*args: bool) -> object:
-        for request in [r for r in scheduler.running if r.num_output_tokens == 2]:
+        for request in [r for r in scheduler.running if r.num_output_tokens >= 2]:
             if request.request_id not in preempted:
                 preempted.add(request.request_id)
                 scheduler.running.remove(request)
-                scheduler._preempt_request(request, time.monotonic())
+                scheduler._preempt_request(request, time.monotonic(), **in_flight)
                 scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
         return schedule(*args)
 

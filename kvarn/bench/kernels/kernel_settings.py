@@ -10,9 +10,8 @@ from typer import Option
 
 from kvarn.bench.batch_lengths import BATCHES, BatchShape, parse_batches
 from kvarn.bench.bench_settings import BenchError, check_at_least, check_preset, whole_numbers
-from kvarn.checks import MAX_QUERIES
 from kvarn.dtypes import comma_separated
-from kvarn.presets import PRESETS, get_preset
+from kvarn.presets import MAX_QUERIES, PRESETS, get_preset
 from kvarn.tile import HEAD_DIMS
 
 SWEEPS = ("gqa", "formats", "query-tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from copy import copy
 from functools import wraps
 from inspect import signature
@@ -14,6 +15,8 @@ from kvarn.vllm.hooks.refusals import refuse
 from kvarn.vllm.mixed_layers import is_idle, is_quantized
 
 _WINDOW, _CACHE = "per_layer_sliding_window", "cache_config"
+_loaded_before: ContextVar[frozenset[str]] = ContextVar("loaded_before", default=frozenset())
+"""Names of the layers that existed when the loading of this model began: the target's, while a drafter is loaded."""
 
 
 def install() -> None:
@@ -34,7 +37,9 @@ def install() -> None:
             kwargs.update(_unquantized(kwargs))
         stock_init(self, *args, **kwargs)
         if self.kv_cache_dtype in PRESETS:
-            refuse_unlike(self, config.compilation_config.static_forward_context.values())
+            layers, target = config.compilation_config.static_forward_context, _loaded_before.get()
+            refuse_unlike(self, [layer for name, layer in layers.items() if name not in target])
+            self.impl.is_drafter = bool(target)
 
     @wraps(stock_chunked)
     def init_chunked(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -42,8 +47,13 @@ def install() -> None:
 
     @wraps(stock_load)
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        model = stock_load(self, *args, **kwargs)
-        complete_layers(kwargs.get("vllm_config") or args[0])
+        config = kwargs.get("vllm_config") or args[0]
+        token = _loaded_before.set(frozenset(config.compilation_config.static_forward_context))
+        try:
+            model = stock_load(self, *args, **kwargs)
+        finally:
+            _loaded_before.reset(token)
+        complete_layers(config)
         return model
 
     Attention.__init__ = init

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
-from kvarn.checks import MAX_QUERIES
-from kvarn.presets import Preset, get_preset
+from kvarn.presets import PRESETS, Preset, get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.hooks import Hook, HookError, RefusalError, untested
 from kvarn.vllm.hooks.engine_probe import doctor_probe
@@ -25,6 +25,8 @@ from kvarn.vllm.versions import bypasses_workers, returns_routed_experts
 
 TARGET = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
 DEFAULT_MAX_NUM_SEQS = 64
+DRAFTS_OF_TEXT = ("ngram", "suffix", "custom_class")  # methods whose drafter has no cache
+USE_AUTO = "use kv_cache_dtype='auto' for this model."
 
 
 def install() -> None:
@@ -36,6 +38,7 @@ def install() -> None:
     @wraps(stock_create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not names_preset(self):
+            _refuse_quantized_drafter(self)
             return stock_create(self, *args, **kwargs)
         preset = _preset(self)
         _refuse_untested(self)
@@ -83,6 +86,17 @@ def _preset(args: Any) -> Preset:
         return get_preset(args.kv_cache_dtype)
     except ValueError as error:
         raise RefusalError(str(error)) from None
+
+
+def _refuse_quantized_drafter(args: Any) -> None:
+    """Refuse a preset for a drafter only: without one for the target, no scheduler plans its slots."""
+    drafter = getattr(args, "speculative_config", None) or {}
+    cache_dtype = drafter.get("kv_cache_dtype") if isinstance(drafter, dict) else None
+    if str(cache_dtype).startswith("kvarn"):
+        raise RefusalError(
+            f"speculative_config's kv_cache_dtype={cache_dtype!r} needs a target with the same; set kv_cache_dtype to "
+            "it too, or leave it out of speculative_config."
+        )
 
 
 def _refuse_untested(args: Any) -> None:
@@ -152,8 +166,8 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
     from kvarn.vllm.cache_settings import KVarNConfig
 
     model, parallel = config.model_config, config.parallel_config
-    use_auto = "use kv_cache_dtype='auto' for this model."
-    if model.is_encoder_decoder or model.runner_type != "generate":
+    use_auto = USE_AUTO
+    if model.is_encoder_decoder or model.runner_type not in ("generate", "draft"):
         yield f"serves decoder-only generation, not a model of runner type {model.runner_type!r}; {use_auto}"
     if model.use_mla:
         yield f"does not support multi-head latent attention; {use_auto}"
@@ -179,16 +193,8 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield "quantizes every layer; leave kv_cache_dtype_skip_layers out."
     if config.kv_transfer_config is not None:
         yield "does not support KV connectors; leave kv_transfer_config out."
-    if config.speculative_config is not None and config.speculative_config.method != "ngram":
-        yield (
-            "supports speculative decoding with drafts from the prompt only, not with method "
-            f"{config.speculative_config.method!r}; set speculative_config's method to 'ngram', or leave it out."
-        )
-    if config.num_speculative_tokens >= MAX_QUERIES:
-        yield (
-            f"decodes at most {MAX_QUERIES} tokens per request and step; set speculative_config's "
-            f"num_speculative_tokens to {MAX_QUERIES - 1} or less."
-        )
+    if config.speculative_config is not None:
+        yield from _speculation_problems(config, preset)
     if 0 < config.scheduler_config.long_prefill_token_threshold <= config.num_speculative_tokens:
         # vLLM pads a new request's step with drafts, then cuts the step to the threshold, but not the drafts.
         yield (
@@ -218,6 +224,60 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
             f"needs a scheduler that plans its slots, not {config.scheduler_config.scheduler_cls}; "
             "derive yours from kvarn.vllm.scheduler.SlotPlanning."
         )
+
+
+def _speculation_problems(config: Any, preset: Preset) -> Iterator[str]:
+    """Yield each unsupported part of a speculative configuration, as `_problems` does."""
+    from kvarn.vllm.backend import device_backend
+    from kvarn.vllm.cache_settings import DRAFT_MODEL_METHODS
+
+    drafter = config.speculative_config
+    supported = (*DRAFT_MODEL_METHODS, *DRAFTS_OF_TEXT)
+    if drafter.method not in supported:
+        yield (
+            f"does not support speculative_config's method {drafter.method!r}; "
+            f"use one of {', '.join(supported)}, or leave speculative_config out."
+        )
+    if drafter.parallel_drafting:
+        yield "does not support drafting in parallel; leave speculative_config's parallel_drafting out."
+    limit = device_backend().layer.max_queries - 1
+    if drafter.method == "draft_model" and device_backend().layer.limits_draft_passes:
+        limit -= 1  # its first pass has one token more than a step with drafts
+    if drafter.num_speculative_tokens > limit:
+        yield (
+            f"decodes at most {limit + 1} tokens per request and step; set speculative_config's "
+            f"num_speculative_tokens to {limit} or less."
+        )
+    if drafter.method in DRAFT_MODEL_METHODS:
+        yield from _drafter_problems(config, preset)
+
+
+def _drafter_problems(config: Any, preset: Preset) -> Iterator[str]:
+    """Yield what a draft model's layers need that the cache does not have; they share the target's block table."""
+    drafter = config.speculative_config
+    model, cache_dtype = drafter.draft_model_config, drafter.kv_cache_dtype
+    if drafter.use_gemma4_mtp():
+        yield "does not support a drafter that reads the target's keys and values; use another method."
+    if has_local_layers(config.model_config):
+        yield (
+            "supports drafts of the text alone for a model that mixes kinds of attention; set speculative_config's "
+            "method to 'ngram'."
+        )
+    others = model.use_mla or model.is_hybrid or model.is_attention_free
+    if others or has_local_layers(model) or _local_attention(model):
+        yield f"needs every layer of the drafter {model.model!r} to be full attention; use another drafter."
+    if cache_dtype in PRESETS and cache_dtype != preset.name:
+        yield (
+            f"cannot share blocks with speculative_config's kv_cache_dtype={cache_dtype!r}; set that to 'auto', or "
+            "leave it out."
+        )
+    if cache_dtype in (None, preset.name):
+        view = copy(config)
+        view.model_config, view.parallel_config = model, drafter.draft_parallel_config
+        view.speculative_config = None
+        for problem in _problems(view, preset):
+            remedy = problem.replace(USE_AUTO, "set speculative_config's kv_cache_dtype to 'auto'.")
+            yield f"does not fit the drafter {model.model!r}: it {remedy}"
 
 
 def _heads_per_kv_head(config: Any) -> int:

@@ -133,10 +133,6 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
         ({"kv_cache_dtype_skip_layers": ["0"]}, "leave kv_cache_dtype_skip_layers out"),
         ({"scheduler_cls": Scheduler}, "derive yours from kvarn.vllm.scheduler.SlotPlanning"),
         (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 16, "prompt_lookup_max": 2}},
-            "num_speculative_tokens to 15 or less",
-        ),
-        (
             {
                 "speculative_config": {
                     "method": "ngram",
@@ -146,16 +142,6 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
                 "long_prefill_token_threshold": 4,
             },
             "raise long_prefill_token_threshold from 4 to 5 or more",
-        ),
-        (
-            {
-                "speculative_config": {
-                    "method": "ngram_gpu",
-                    "num_speculative_tokens": 2,
-                    "prompt_lookup_max": 2,
-                }
-            },
-            "set speculative_config's method to 'ngram', or leave it out",
         ),
         (
             {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
