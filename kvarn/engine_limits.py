@@ -66,6 +66,7 @@ def engine_limits(
     tensor_parallel_size: int = 1,
     settings: KVarNConfig | None = None,
     speculation: Speculation = NO_DRAFTS,
+    drafter: KvShape | None = None,
 ) -> EngineLimits:
     """Compute the limits of an engine with a quantized cache.
 
@@ -76,23 +77,28 @@ def engine_limits(
         cache_bytes: cache memory per rank; None if the cache takes the remaining memory.
         settings: cache settings; None for the defaults.
         speculation: what a step may compute beyond the tokens it keeps.
+        drafter: shape of the quantized layers of a draft model, None if it has none.
 
     Raises:
         ValueError: the side pool is too small for one request, or the heads do not fit a record.
     """
-    layout = TileLayout.of_heads(get_preset(cache_dtype), shape.head_dim)
-    heads = max(shape.kv_heads // tensor_parallel_size, 1) * shape.layers
-    slot = tile_bytes(layout.group, layout.head_dim, heads)
-    tails = most_tail_slots(layout.group, speculation)
+    group = get_preset(cache_dtype).group
+    slot = block = 0
+    for model in filter(None, (shape, drafter)):
+        layout = TileLayout.of_heads(get_preset(cache_dtype), model.head_dim)
+        heads = max(model.kv_heads // tensor_parallel_size, 1) * model.layers
+        slot += tile_bytes(group, layout.head_dim, heads)
+        block += heads * layout.nbytes
+    tails = most_tail_slots(group, speculation)
     slots = slots_within(settings or KVarNConfig(), max_num_seqs, slot, tails)
     in_slots = slots // (1 + tails)  # its first tile, and those it fills
     at_once = min(max_num_seqs, in_slots)
     first = "max_num_seqs" if max_num_seqs <= in_slots else "side pool"
     blocks = longest = tokens_each = None
     if cache_bytes is not None:
-        blocks = max(cache_bytes // (heads * layout.nbytes) - 1, 0)  # vLLM reserves the null block
-        longest = blocks // -(-max_model_len // layout.group)
-        tokens_each = blocks // at_once * layout.group
+        blocks = max(cache_bytes // block - 1, 0)  # vLLM reserves the null block
+        longest = blocks // -(-max_model_len // group)
+        tokens_each = blocks // at_once * group
         first = "blocks" if longest < at_once else first
     return EngineLimits(
         max_num_seqs=max_num_seqs,
@@ -100,7 +106,7 @@ def engine_limits(
         side_pool_bytes=slots * slot,
         requests_in_slots=in_slots,
         blocks=blocks,
-        cache_tokens=None if blocks is None else blocks * layout.group,
+        cache_tokens=None if blocks is None else blocks * group,
         max_model_len=max_model_len,
         longest_requests=longest,
         requests_at_once=at_once,

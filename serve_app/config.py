@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from ipaddress import ip_address
 from pathlib import Path, PurePath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from kvarn.presets import get_preset
+from kvarn.presets import MAX_QUERIES, get_preset
+from kvarn.vllm.slots import Speculation
 
 Host = Annotated[str, Field(min_length=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 GIB = 1 << 30
+MAX_DRAFTS = MAX_QUERIES - 1
+TEXT_METHODS = ("ngram", "suffix")  # of speculative decoding: without a drafter
+NGRAM_LENGTHS = {"prompt_lookup_min": 2, "prompt_lookup_max": 4}  # vLLM matches 5 tokens, which is rare
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 
@@ -65,6 +69,54 @@ class AutoscalingConfig(StrictSettings):
         return self
 
 
+class SpeculativeConfig(StrictSettings):
+    """Speculative decoding: a drafter proposes tokens that the model verifies several at a time."""
+
+    method: Literal["ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp"]
+    model: str | None = Field(
+        default=None,
+        description="the drafter, a name or directory as for model; mtp without it: the model itself",
+    )
+    num_drafts: int = Field(ge=1, le=MAX_DRAFTS, description="maximum draft tokens per request and step")
+    kv_cache_dtype: Literal["auto"] | None = Field(
+        default=None,
+        description="auto: the drafter's own cache is not quantized; None: it is, as the engine's",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.method in ("draft_model", "eagle", "eagle3") and self.model is None:
+            raise ValueError(f"method {self.method} needs a drafter: set model to its name or directory")
+        if self.method in TEXT_METHODS and self.model is not None:
+            raise ValueError(f"method {self.method} drafts from the text alone: leave model out")
+        return self
+
+    def vllm_settings(self, drafter: Path | None) -> dict[str, Any]:
+        """vLLM's `speculative_config`; `drafter` is the directory of `model`."""
+        settings = {
+            "method": self.method,
+            "num_speculative_tokens": self.num_drafts,
+            "model": None if drafter is None else str(drafter),
+            "kv_cache_dtype": self.kv_cache_dtype,
+            **(NGRAM_LENGTHS if self.method == "ngram" else {}),
+        }
+        return {name: value for name, value in settings.items() if value is not None}
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether the drafter is a model, whose layers have a cache."""
+        return self.method not in TEXT_METHODS
+
+    @property
+    def speculation(self) -> Speculation:
+        """The most that a step may compute or write beyond the tokens it keeps; vLLM schedules models ahead."""
+        return (
+            Speculation(2 * self.num_drafts, self.num_drafts)
+            if self.has_layers
+            else Speculation(self.num_drafts)
+        )
+
+
 class EngineConfig(StrictSettings):
     """Settings of the engine replicas. Fields that vLLM also has keep its names and meanings."""
 
@@ -97,6 +149,9 @@ class EngineConfig(StrictSettings):
     tensor_parallel_size: int = Field(default=1, ge=1)
     distributed_executor_backend: Literal["mp", "ray", "uni"] = "mp"
     enforce_eager: bool = False
+    speculative: SpeculativeConfig | None = Field(
+        default=None, description="draft tokens, for fewer steps per answer; None: one token per step"
+    )
     allow_untested_vllm: bool = Field(
         default=False, description="start on a vLLM version that KVarN was not tested on"
     )

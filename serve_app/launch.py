@@ -36,6 +36,7 @@ from kvarn.model import (
 from kvarn.plan.model_shape import ModelShape
 from kvarn.presets import PRESETS
 from kvarn.vllm.cache_settings import KVarNConfig
+from kvarn.vllm.slots import NO_DRAFTS
 from serve_app.config import GIB, AppConfig, EngineConfig
 from serve_app.local_ray import STOP_TIMEOUT_S, adopt_orphans, end_descendants
 from serve_app.local_ray import start as start_ray
@@ -154,7 +155,20 @@ def check_model(app: App) -> Path:
     cache_dtype = app.config.engine.kv_cache_dtype
     if cache_dtype not in PRESETS:
         _check_in_another_process("args.engine.kv_cache_dtype", check_cache_dtype, cache_dtype)
+    if app.config.engine.speculative is not None:
+        _check_drafter(app.config)
     return directory
+
+
+def _check_drafter(config: AppConfig) -> None:
+    """Check the engines' drafter, and have vLLM check its configuration where the engines' device is present."""
+    drafter, engine = config.engine.speculative, config.engine
+    if drafter is not None and drafter.model is not None and engine.load_format != "dummy":
+        check_weights(resolve_model(drafter.model))
+    if engine.device == "cpu" or torch.cuda.device_count():
+        from serve_app.engine.engine_deployment import check_engine_config
+
+        _check_in_another_process("args.engine.speculative", check_engine_config, config.model, engine)
 
 
 def check_parsers(app: App, model_dir: Path) -> None:
@@ -235,9 +249,23 @@ def limits_of(app: App) -> EngineLimits | None:
             engine.kv_cache_memory_bytes,
             engine.tensor_parallel_size,
             KVarNConfig(**engine.kvarn_settings),  # type: ignore[arg-type]
+            NO_DRAFTS if engine.speculative is None else engine.speculative.speculation,
+            _drafter_shape(app.config, shape),
         )
     except ValueError as error:
         raise LaunchError(str(error)) from None
+
+
+def _drafter_shape(config: AppConfig, target: ModelShape) -> KvShape | None:
+    """Shape of the drafter's quantized layers; those of a model's own MTP heads have the model's shape."""
+    drafter = config.engine.speculative
+    if drafter is None or not drafter.has_layers or drafter.kv_cache_dtype is not None:
+        return None
+    if drafter.model is None:
+        layers = read_config(resolve_model(config.model)).get("num_nextn_predict_layers") or 1
+        return KvShape(layers, target.kv_heads, target.head_dim)
+    shape = ModelShape.read(drafter.model)
+    return KvShape(shape.layers, shape.kv_heads, shape.head_dim)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class CacheMonitor:
     Reads the engine within 50 ms after a request starts, gets its first token or ends, every 250 ms while
     requests run, and once per second while none does: further tokens take blocks that are reserved for them,
     so that no gateway's headroom changes, and a gateway spends as much on an update as on many tokens. Each
-    state that differs from the last in more than measured speeds, which every token changes a little, gets
+    state that differs from the last in more than measured speeds and drafts, which every token changes, gets
     the next sequence number, and so does at least one state per second, unless the engine has not answered
     for longer than a step may take: watchers can distinguish an idle engine from a hanging one.
 
@@ -156,7 +156,9 @@ class CacheMonitor:
 
 
 def _counts(load: CacheLoad) -> CacheLoad:
-    return replace(load, prefill_tokens_per_s=0.0, inter_token_latency_s=0.0)
+    return replace(
+        load, prefill_tokens_per_s=0.0, inter_token_latency_s=0.0, drafts_proposed=0, drafts_accepted=0
+    )
 
 
 def _capacity(state: CacheState) -> CacheCapacity:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import ray
+from pydantic import ValidationError
 from ray import serve
 
 from kvarn.model import kv_shape, resolve_model
@@ -150,11 +151,39 @@ def engine_args(model: str, config: EngineConfig, reasoning_parser: str | None =
         tensor_parallel_size=config.tensor_parallel_size,
         distributed_executor_backend=config.distributed_executor_backend,
         enforce_eager=config.enforce_eager,
+        speculative_config=speculative_settings(config),
         enable_prefix_caching=True,
         structured_outputs_config=StructuredOutputsConfig(backend=choose_backend(tokenizer)),
         additional_config={"kvarn": config.kvarn_settings},
         kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     )
+
+
+def speculative_settings(config: EngineConfig) -> dict[str, Any] | None:
+    """vLLM's `speculative_config` of the engines.
+
+    Raises:
+        ModelError: there is no such drafter.
+    """
+    drafts = config.speculative
+    if drafts is None:
+        return None
+    return drafts.vllm_settings(None if drafts.model is None else resolve_model(drafts.model))
+
+
+def check_engine_config(model: str, config: EngineConfig) -> None:
+    """Have vLLM check the engines' configuration, with its drafter and without loading either model.
+
+    Raises:
+        ModelError: there is no such model or drafter.
+        ValueError: vLLM or the quantized cache does not support the configuration.
+    """
+    try:
+        engine_args(model, config).create_engine_config()
+    except (ImportError, NotImplementedError) as error:  # a method that needs a package, or another model
+        raise ValueError(str(error)) from None
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
 def deployment(

@@ -22,6 +22,7 @@ class EngineMetrics:
         self._shape = shape
         self._preemptions = 0
         self._missing_sinks = 0
+        self._drafts = {"accepted": 0, "rejected": 0}
 
     def record(self, snapshot: CacheSnapshot) -> None:
         """Record one state of the cache."""
@@ -49,6 +50,10 @@ class EngineMetrics:
         record.add(metrics.PREEMPTIONS, load.preemptions - self._preemptions)
         record.add(metrics.MISSING_SINKS, load.sinks_missing - self._missing_sinks)
         self._preemptions, self._missing_sinks = load.preemptions, load.sinks_missing
+        rejected = load.drafts_proposed - load.drafts_accepted
+        for result, count in (("accepted", load.drafts_accepted), ("rejected", rejected)):
+            record.add(metrics.DRAFTS, count - self._drafts[result], result=result)
+            self._drafts[result] = count
 
     def started(self, prompt_tokens: int, cached_tokens: int) -> None:
         """Record that a request's prompt has been computed."""

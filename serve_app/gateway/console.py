@@ -128,6 +128,8 @@ def _replica(replica: ReplicaState) -> dict[str, Any]:
         "prefill_tokens_per_s": load.prefill_tokens_per_s,
         "inter_token_latency_s": load.inter_token_latency_s,
         "preemptions": load.preemptions,
+        "drafts_proposed": load.drafts_proposed,
+        "drafts_accepted": load.drafts_accepted,
     }
 
 

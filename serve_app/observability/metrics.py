@@ -95,6 +95,9 @@ QUANTIZED_TILES = _counter(
     "Tiles that requests filled, over all layers and KV heads; recomputing a preempted request is not counted.",
 )
 PREEMPTIONS = _counter("preemptions", "Requests preempted: the engine freed their cache before they ended.")
+DRAFTS = _counter(
+    "draft_tokens", "Draft tokens of speculative decoding by result: accepted or rejected.", "result"
+)
 MISSING_SINKS = _counter(
     "missing_sinks", "First tiles read from their quantized record because no slot was free."
 )
@@ -115,6 +118,7 @@ ENGINE_METRICS = (
     GENERATED_TOKENS,
     QUANTIZED_TILES,
     PREEMPTIONS,
+    DRAFTS,
     MISSING_SINKS,
 )
 

@@ -33,7 +33,8 @@ class CacheLoad:
     and do not use yet, and to their prompt tokens that are neither cached nor computed. Of the `waiting_requests`,
     `waiting_for_slots` and `waiting_for_blocks` are queued at or behind a request that lacks these,
     `waiting_for_prefix` are held back until another request has computed the prefix they share, and the rest wait
-    for their turn.
+    for their turn. Of the `drafts_proposed` tokens that speculative decoding verified since the engine started,
+    `drafts_accepted` were right.
     """
 
     free_blocks: int = 0
@@ -52,6 +53,8 @@ class CacheLoad:
     waiting_for_prefix: int = 0
     waiting_prefill_tokens: int = 0
     preemptions: int = 0
+    drafts_proposed: int = 0
+    drafts_accepted: int = 0
     prefill_tokens_per_s: float = 0.0
     inter_token_latency_s: float = 0.0
 

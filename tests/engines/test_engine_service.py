@@ -7,6 +7,7 @@ import json
 import re
 import threading
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,19 @@ class Replica:
 
 
 @pytest.fixture(scope="module")
-async def replica(
-    shallow_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Replica]:
+def thinking_dir(shallow_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return thinking_model(shallow_model_dir, tmp_path_factory.mktemp("engine") / "model")
+
+
+@pytest.fixture(scope="module")
+async def replica(thinking_dir: Path) -> AsyncIterator[Replica]:
+    async with serving(thinking_dir) as replica:
+        yield replica
+
+
+@asynccontextmanager
+async def serving(model_dir: Path, **settings: Any) -> AsyncIterator[Replica]:
+    """Run an engine and its service."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from serve_app.engine.service import SERVICE_NAME, EngineService
@@ -80,8 +91,8 @@ async def replica(
         max_num_seqs=4,
         max_num_batched_tokens=512,
         enforce_eager=True,
+        **settings,
     )
-    model_dir = thinking_model(shallow_model_dir, tmp_path_factory.mktemp("engine") / "model")
     engine = AsyncLLM.from_engine_args(engine_args(str(model_dir), config, "deepseek_r1"))
     log: list[TileLog] = []
 
@@ -413,3 +424,24 @@ async def test_reservations_beyond_capacity_are_rejected_and_cancelled_ones_rele
     async with asyncio.timeout(10):
         while replica.monitor.reservations.total_blocks or replica.monitor.snapshot.load.used_blocks:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+
+
+async def test_an_output_with_drafts_is_resumed_exactly_and_its_acceptance_is_published(
+    replica: Replica, thinking_dir: Path
+) -> None:
+    """The engine that takes over may draft or not."""
+    words = replica.tokenizer.encode("one two three four " * 12)
+    answer: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
+    undrafted = tokens_of(await replica.ask(words, **answer))
+    async with serving(thinking_dir, speculative={"method": "ngram", "num_drafts": 3}) as drafting:
+        whole = await assert_resumes(drafting, words, **answer)
+        assert tokens_of(whole) == undrafted
+        assert any(len(delta.token_ids) > 1 for delta in whole)
+        elsewhere = await replica.ask(words, undrafted[:5], **answer)
+        assert tokens_of(elsewhere) == undrafted[5:]
+        states = drafting.monitor.watch()
+        load = await anext(
+            s.load async for s in states if s.load.drafts_proposed and not s.load.running_requests
+        )
+        assert 0 < load.drafts_accepted <= load.drafts_proposed
+    assert not replica.monitor.snapshot.load.drafts_proposed

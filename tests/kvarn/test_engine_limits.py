@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,14 +11,16 @@ import yaml
 from kvarn.cli.doctor import Diagnosis, render
 from kvarn.cli.output import out
 from kvarn.engine_limits import EngineLimits, engine_limits
+from kvarn.errors import KVarNError
 from kvarn.model import KvShape
-from kvarn.vllm.cache_settings import GIB, KVarNConfig, side_pool_slots
-from serve_app.config import EngineConfig
+from kvarn.vllm.cache_settings import GIB, KVarNConfig, side_pool_slots, slot_bytes
+from serve_app.config import AppConfig, EngineConfig
 from serve_app.engine.engine_deployment import engine_args
-from serve_app.launch import LaunchError, limits_of, read_app
+from serve_app.launch import App, LaunchError, check_model, limits_of, read_app
 
 SHAPE = KvShape(layers=30, kv_heads=3, head_dim=64)
 SLOT = 2 * 2 * 30 * 3 * 64 * 128
+SMALL_ENGINE = {"kv_cache_memory_gib": 1, "max_num_seqs": 8, "dtype": "float32"}
 APP_YAML = Path(__file__).parents[2] / "cluster" / "app.yaml"
 
 
@@ -77,3 +80,39 @@ def test_the_engine_has_the_reported_slots(model_dir: Path, settings: dict[str, 
         settings=KVarNConfig(**config.kvarn_settings),  # type: ignore[arg-type]
     )
     assert side_pool_slots(made) == reported.slots
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "auto"])
+def test_the_engine_has_the_slots_reported_with_a_drafter(model_dir: Path, cache_dtype: str | None) -> None:
+    drafts = {
+        "method": "draft_model",
+        "model": str(model_dir),
+        "num_drafts": 3,
+        "kv_cache_dtype": cache_dtype,
+    }
+    app = {"model": str(model_dir), "engine": {**SMALL_ENGINE, "speculative": drafts}}
+    config = AppConfig.model_validate(app)
+    reported = limits_of(App("app", config, {}))
+    assert reported is not None
+    made = engine_args(str(model_dir), config.engine).create_engine_config()
+    assert (side_pool_slots(made), slot_bytes(made)) == (
+        reported.slots,
+        reported.side_pool_bytes // reported.slots,
+    )
+
+
+@pytest.mark.parametrize(
+    ("drafts", "sentence"),
+    [
+        ({"method": "suffix", "num_drafts": 3}, "args.engine.speculative: Arctic Inference is required"),
+        ({"method": "draft_model", "model": "gone", "num_drafts": 3}, "gone"),
+        ({"method": "mtp", "num_drafts": 3}, "args.engine.speculative: "),
+    ],
+)
+def test_a_drafter_is_checked_before_anything_starts(
+    model_dir: Path, drafts: dict[str, Any], sentence: str
+) -> None:
+    app = {"model": str(model_dir), "engine": {**SMALL_ENGINE, "speculative": drafts}}
+    with pytest.raises(KVarNError, match=sentence) as refused:
+        check_model(App("app", AppConfig.model_validate(app), {}))
+    assert "\n" not in str(refused.value)

@@ -1,12 +1,13 @@
 """Settings: validation, and derived values."""
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
 from kvarn.presets import PRESETS
-from serve_app.config import AppConfig, EngineConfig, GatewayConfig
+from serve_app.config import AppConfig, EngineConfig, GatewayConfig, SpeculativeConfig
 from serve_app.engine.placement import resources, thread_binding
 
 
@@ -61,6 +62,35 @@ def test_a_directory_is_served_under_its_last_part() -> None:
 def test_mistakes_are_rejected(values: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         AppConfig.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "sentence"),
+    [
+        ({"method": "medusa", "num_drafts": 3}, "ngram"),
+        ({"method": "ngram", "num_drafts": 16}, "less than or equal to 15"),
+        ({"method": "ngram"}, "num_drafts"),
+        ({"method": "eagle", "num_drafts": 3}, "method eagle needs a drafter: set model"),
+        (
+            {"method": "suffix", "model": "small", "num_drafts": 3},
+            "drafts from the text alone: leave model out",
+        ),
+    ],
+)
+def test_mistakes_in_drafts_are_rejected(drafts: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        EngineConfig.model_validate({"kv_cache_memory_gib": 1, "speculative": drafts})
+
+
+def test_drafts_are_passed_to_vllm_under_its_names() -> None:
+    drafts = SpeculativeConfig(method="draft_model", model="small", num_drafts=3, kv_cache_dtype="auto")
+    assert drafts.vllm_settings(Path("/models/small")) == {
+        "method": "draft_model",
+        "model": "/models/small",
+        "num_speculative_tokens": 3,
+        "kv_cache_dtype": "auto",
+    }
+    assert "model" not in SpeculativeConfig(method="mtp", num_drafts=1).vllm_settings(None)
 
 
 def test_set_engine_settings_are_passed_to_the_cache() -> None:

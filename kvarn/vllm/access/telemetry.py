@@ -27,7 +27,8 @@ class CacheState:
     side pool: a tail slot per tile being filled, a sink slot per first tile; both draw on `slots_total`. Of
     the `waiting_requests`, `for_slots` and `for_blocks` count the requests queued behind one that lacked
     these in the last step, and `for_prefix` the requests held back while another computes their prefix; the
-    rest wait their turn.
+    rest wait their turn. Of the `drafts_proposed` tokens that speculative decoding verified since the engine
+    started, `drafts_accepted` were right.
     """
 
     cache_dtype: str
@@ -51,6 +52,8 @@ class CacheState:
     waiting_for_slots: int = 0
     waiting_for_blocks: int = 0
     waiting_for_prefix: int = 0
+    drafts_proposed: int = 0
+    drafts_accepted: int = 0
 
 
 def cache_state(core: EngineCore) -> dict[str, int | str]:
@@ -82,6 +85,8 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
         waiting_requests=len(waiting),
         waiting_prefill_tokens=sum(r.num_tokens - r.num_computed_tokens for r in waiting),
         preemptions=getattr(scheduler, "preemptions", 0),
+        drafts_proposed=getattr(scheduler, "drafts_proposed", 0),
+        drafts_accepted=getattr(scheduler, "drafts_accepted", 0),
         **waiting_by_reason(scheduler, len(waiting)),
     )
     return asdict(state)
