@@ -44,10 +44,14 @@ class Resumption:
     def write_text(self, delta: engine_pb2.EngineDelta) -> None:
         """Set the text of `delta`, and its finish reason if a stop string is complete."""
         stopped = delta.finish_reason == inference_pb2.FINISH_REASON_STOP
-        stop = self._detokenizer.update(list(delta.token_ids), stop_terminated=stopped)
-        if stop is not None:
-            delta.finish_reason = inference_pb2.FINISH_REASON_STOP
-            delta.stop_reason.stop = stop
+        tokens = list(delta.token_ids)
+        for count, token in enumerate(tokens, start=1):
+            stop = self._detokenizer.update([token], stop_terminated=stopped and count == len(tokens))
+            if stop is not None:
+                delta.finish_reason = inference_pb2.FINISH_REASON_STOP
+                delta.stop_reason.stop = stop
+                del delta.token_ids[count:], delta.logprobs[count:]  # outputs that waited are one delta
+                break
         delta.text = self._detokenizer.get_next_output_text(bool(delta.finish_reason), delta=True)
 
     def ending(self) -> engine_pb2.EngineDelta:
