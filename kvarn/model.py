@@ -99,7 +99,7 @@ def check_weights(model_dir: Path) -> None:
     """
     present = {path.name for path in model_dir.iterdir()}
     lacking = {
-        index: sorted(set(_read_json(model_dir / index).get("weight_map", {}).values()) - present)
+        index: sorted(set(read_json(model_dir / index).get("weight_map", {}).values()) - present)
         for index in sorted(present)
         if index.endswith(_INDEX_SUFFIXES)
     }
@@ -135,10 +135,15 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     Raises:
         ModelError: the file cannot be read, or is not JSON.
     """
-    return _read_json(model_dir / "config.json")
+    return read_json(model_dir / "config.json")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file.
+
+    Raises:
+        ModelError: the file cannot be read, or is not JSON.
+    """
     try:
         return json.loads(path.read_text())
     except OSError as error:

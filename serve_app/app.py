@@ -28,4 +28,12 @@ def build(args: AppConfig) -> serve.Application:
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": 0},  # only engines reserve CPUs, which they are bound to
         graceful_shutdown_timeout_s=config.drain_grace_s + 10,
-    ).bind(args.model, args.model_name, config, args.observability, args.engine.autoscaling, engines)
+    ).bind(
+        args.model,
+        args.model_name,
+        config,
+        args.observability,
+        args.engine.autoscaling,
+        engines,
+        adapters=tuple(args.engine.lora),
+    )

@@ -225,13 +225,14 @@ class Client(_ClientBase):
         self,
         prompt: Prompt,
         *,
+        model: str = "",
         cache_salt: str = "",
         session_id: str = "",
         timeout_s: float | None = 10,
         **sampling: Any,
     ) -> cluster_pb2.ExplainRouteResponse:
         """Return which replica a request would go to now, and every replica's terms."""
-        request = _explain_request(prompt, cache_salt, session_id, sampling)
+        request = _explain_request(prompt, model, cache_salt, session_id, sampling)
         with _errors():
             return self._cluster.ExplainRoute(request, timeout=timeout_s)
 
@@ -346,13 +347,14 @@ class AsyncClient(_ClientBase):
         self,
         prompt: Prompt,
         *,
+        model: str = "",
         cache_salt: str = "",
         session_id: str = "",
         timeout_s: float | None = 10,
         **sampling: Any,
     ) -> cluster_pb2.ExplainRouteResponse:
         """Return which replica a request would go to now, and every replica's terms."""
-        request = _explain_request(prompt, cache_salt, session_id, sampling)
+        request = _explain_request(prompt, model, cache_salt, session_id, sampling)
         with _errors():
             return await self._cluster.ExplainRoute(request, timeout=timeout_s)
 
@@ -472,13 +474,14 @@ def _request(
 
 
 def _explain_request(
-    prompt: Prompt, cache_salt: str, session_id: str, sampling: dict[str, Any]
+    prompt: Prompt, model: str, cache_salt: str, session_id: str, sampling: dict[str, Any]
 ) -> cluster_pb2.ExplainRouteRequest:
     return cluster_pb2.ExplainRouteRequest(
         prompt=_prompt(prompt),
         sampling_params=_sampling(sampling),
         cache_salt=cache_salt,
         session_id=session_id,
+        model=model,
     )
 
 

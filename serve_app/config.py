@@ -13,6 +13,7 @@ from kvarn.presets import MAX_QUERIES, get_preset
 from kvarn.vllm.slots import Speculation
 
 Host = Annotated[str, Field(min_length=1)]
+AdapterName = Annotated[str, Field(min_length=1, max_length=128)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 GIB = 1 << 30
 MAX_DRAFTS = MAX_QUERIES - 1
@@ -145,6 +146,9 @@ class EngineConfig(StrictSettings):
         default=None,
         ge=0,
         description="raw first tiles to retain for unused prefixes; None: max_num_seqs",
+    )
+    lora: dict[AdapterName, str] = Field(
+        default={}, description="LoRA adapters: the name that requests give as model -> local directory"
     )
     tensor_parallel_size: int = Field(default=1, ge=1)
     distributed_executor_backend: Literal["mp", "ray", "uni"] = "mp"
@@ -410,6 +414,15 @@ class AppConfig(StrictSettings):
     engine: EngineConfig = EngineConfig(kv_cache_memory_gib=1)
     gateway: GatewayConfig = GatewayConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Self:
+        if self.model_name in self.engine.lora:
+            raise ValueError(
+                f"engine.lora has an adapter {self.model_name!r}, which is the model's own name: rename the "
+                "adapter, or set served_model_name"
+            )
+        return self
 
     @property
     def model_name(self) -> str:

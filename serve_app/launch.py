@@ -22,6 +22,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from kvarn.adapters import read_adapter
 from kvarn.dtypes import check_cache_dtype
 from kvarn.engine_limits import EngineLimits, engine_limits
 from kvarn.errors import KVarNError
@@ -141,7 +142,7 @@ def check_model(app: App) -> Path:
     """Check the application's model against the engines' settings; return the model's directory.
 
     Raises:
-        ModelError: there is no such model, or it lacks a file or has one that cannot be read.
+        ModelError: there is no such model or LoRA adapter, or it lacks a file or has one that cannot be read.
         LaunchError: engine.max_model_len exceeds the model's context limit, or vLLM does not know
             engine.kv_cache_dtype.
     """
@@ -150,6 +151,8 @@ def check_model(app: App) -> Path:
     if app.config.engine.load_format != "dummy":
         check_weights(directory)
     check_tokenizer(directory)
+    for name, path in app.config.engine.lora.items():
+        read_adapter(name, path)
     if limit is not None and asked is not None and asked > limit:
         raise LaunchError(f"engine.max_model_len is {asked}: this model holds 1 to {limit} tokens")
     cache_dtype = app.config.engine.kv_cache_dtype

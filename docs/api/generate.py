@@ -148,7 +148,7 @@ def _openapi() -> str:
     from serve_app.http.asgi_app import http_app, probes
     from serve_app.openai.api import openai_api
 
-    openai = openai_api("", None, None, None, None)  # type: ignore[arg-type]  # never called
+    openai = openai_api([""], None, None, None, None)  # type: ignore[arg-type]  # never called
     messages = messages_api("", None, None)  # type: ignore[arg-type]
     responses = responses_api("", None, None)  # type: ignore[arg-type]
     app = http_app([probes(lambda: True), openai, responses, messages])

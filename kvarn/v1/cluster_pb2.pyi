@@ -93,16 +93,18 @@ class FleetSnapshot(_message.Message):
     def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaCache, _Mapping]]] = ...) -> None: ...
 
 class ExplainRouteRequest(_message.Message):
-    __slots__ = ("prompt", "sampling_params", "cache_salt", "session_id")
+    __slots__ = ("prompt", "sampling_params", "cache_salt", "session_id", "model")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     prompt: _inference_pb2.Prompt
     sampling_params: _sampling_pb2.SamplingParams
     cache_salt: str
     session_id: str
-    def __init__(self, prompt: _Optional[_Union[_inference_pb2.Prompt, _Mapping]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., session_id: _Optional[str] = ...) -> None: ...
+    model: str
+    def __init__(self, prompt: _Optional[_Union[_inference_pb2.Prompt, _Mapping]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., session_id: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class ExplainRouteResponse(_message.Message):
     __slots__ = ("chosen_replica_id", "candidates", "prompt_tokens", "expected_tokens", "near", "queued_requests")

@@ -88,13 +88,17 @@ def messages_api(model_name: str, service: MessagesService, access: Access) -> A
     @router.post("", response_model=None, responses={**_STREAMED, **_ERRORS})
     async def create_message(request: Request, wanted: MessagesRequest) -> Response:
         """Create a message."""
-        return await answer(service, request, wanted, _head(request, model_name), access)
+        return await answer(service, request, wanted, _head(request, wanted.model or model_name), access)
 
     @router.post("/count_tokens", responses=_ERRORS)
     async def count_tokens(request: Request, wanted: CountTokensRequest) -> dict[str, int]:
         """Count the tokens of a prompt without answering it."""
         with access.admitted(request.headers) as caller:
-            return {"input_tokens": await service.count(wanted, _head(request, model_name), caller)}
+            return {
+                "input_tokens": await service.count(
+                    wanted, _head(request, wanted.model or model_name), caller
+                )
+            }
 
     return router
 

@@ -84,7 +84,7 @@ def responses_api(model_name: str, service: ResponsesService, access: Access) ->
     async def create_response(request: Request, wanted: ResponsesRequest) -> Response:
         """Create a response."""
         request_id = request.state.request_id
-        head = Head(request_id, f"resp_{request_id}", int(time.time()), model_name)
+        head = Head(request_id, f"resp_{request_id}", int(time.time()), wanted.model or model_name)
         return await answer(service, request, wanted, head, access)
 
     return router

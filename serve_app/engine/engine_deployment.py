@@ -11,6 +11,7 @@ import ray
 from pydantic import ValidationError
 from ray import serve
 
+from kvarn.adapters import read_adapter, reserved_rank
 from kvarn.model import kv_shape, resolve_model
 from kvarn.v1 import engine_pb2_grpc
 from kvarn.vllm.access.cache_events import read_cache_events
@@ -32,7 +33,10 @@ from serve_app.security.engine_access import EngineGuard
 
 if TYPE_CHECKING:
     from vllm import AsyncEngineArgs
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine.async_llm import AsyncLLM
 
+MAX_ADAPTERS_PER_STEP = 8  # on the device at once, where each takes the memory of the largest rank
 LAME_DUCK_S = 0.2  # between announcing that this replica drains and rejecting calls
 
 
@@ -63,6 +67,7 @@ class Engine:
         _bind_threads(config)
         with surfacing_core_errors():
             self._engine = AsyncLLM.from_engine_args(engine_args(model, config, reasoning_parser))
+        adapters = await load_adapters(self._engine, config)
         self._monitor = CacheMonitor(self._read_cache, config.longest_step_s)
         await self._monitor.start()
         capacity = self._monitor.snapshot.capacity
@@ -74,7 +79,7 @@ class Engine:
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._spans = Tracing("kvarn-engine", replica_id, observability.tracing)
         self._service = EngineService(
-            self._engine, self._monitor, self._tiles, metrics, self._spans, self._demands
+            self._engine, self._monitor, self._tiles, metrics, self._spans, self._demands, adapters
         )
         guard = EngineGuard(encrypted=not is_loopback(config.host))
         self._server = GrpcServer(
@@ -156,6 +161,7 @@ def engine_args(model: str, config: EngineConfig, reasoning_parser: str | None =
         structured_outputs_config=StructuredOutputsConfig(backend=choose_backend(tokenizer)),
         additional_config={"kvarn": config.kvarn_settings},
         kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
+        **_adapter_args(config),
     )
 
 
@@ -184,6 +190,32 @@ def check_engine_config(model: str, config: EngineConfig) -> None:
         raise ValueError(str(error)) from None
     except ValidationError as error:
         raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+
+def _adapter_args(config: EngineConfig) -> dict[str, Any]:
+    """Return vLLM's arguments for LoRA adapters: all of them in host memory, the latest on the device."""
+    if not config.lora:
+        return {}
+    adapters = [read_adapter(name, path) for name, path in config.lora.items()]
+    return {
+        "enable_lora": True,
+        "max_lora_rank": reserved_rank(adapters),
+        "max_loras": min(len(adapters), MAX_ADAPTERS_PER_STEP),
+        "max_cpu_loras": len(adapters),
+    }
+
+
+async def load_adapters(engine: AsyncLLM, config: EngineConfig) -> dict[str, LoRARequest]:
+    """Load every adapter, so that a bad one fails the start; return vLLM's handle of each by name."""
+    from vllm.lora.request import LoRARequest
+
+    adapters = {
+        name: LoRARequest(name, number, str(read_adapter(name, path).directory))
+        for number, (name, path) in enumerate(config.lora.items(), start=1)
+    }
+    for adapter in adapters.values():
+        await engine.add_lora(adapter)
+    return adapters
 
 
 def deployment(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -24,13 +25,19 @@ from serve_app.engine.tile_log import TileLog
 from serve_app.engine.watches import stream_cache, stream_tiles
 from serve_app.observability.demand import Demand, DemandBook
 from serve_app.observability.tracing import Tracing
-from serve_app.request.request_errors import BadRequestError, CapacityError, ReplicaUnavailableError
+from serve_app.request.request_errors import (
+    BadRequestError,
+    CapacityError,
+    ModelNotFoundError,
+    ReplicaUnavailableError,
+)
 from serve_app.request.sampling import to_vllm
 from serve_app.request.structured_outputs import engine_reasoning
 from serve_app.routing import RequestNeed
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, RequestOutput
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
 SERVICE_NAME = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
@@ -59,9 +66,11 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         metrics: EngineMetrics,
         spans: Tracing,
         demands: DemandBook,
+        adapters: Mapping[str, LoRARequest] = MappingProxyType({}),
     ) -> None:
         self._engine = engine
         self._demands = demands
+        self._adapters = adapters
         self._monitor = monitor
         self._tiles = tiles
         self._metrics = metrics
@@ -138,6 +147,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             tokens_input(prompt, cache_salt=salt),
             params,
             request.request_id,
+            lora_request=self._adapter(request.adapter),
             **engine_reasoning(request.sampling_params),
         )
         async with aclosing(outputs):
@@ -154,6 +164,18 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                 yield delta
                 if delta.finish_reason:
                     return  # a stop string that vLLM does not know of may end a resumed request
+
+    def _adapter(self, name: str) -> LoRARequest | None:
+        """Return vLLM's handle of a LoRA adapter; None for the model itself.
+
+        Raises:
+            ModelNotFoundError: this replica has no such adapter, as during a rolling update.
+        """
+        if not name:
+            return None
+        if name not in self._adapters:
+            raise ModelNotFoundError(f"This replica has no LoRA adapter {name!r}: send the request again.")
+        return self._adapters[name]
 
     @contextmanager
     def _reservation(self, request: engine_pb2.EngineRequest) -> Iterator[str]:

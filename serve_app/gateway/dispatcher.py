@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from random import Random
@@ -35,6 +35,7 @@ from serve_app.routing import Caller, Candidate, Prompt, RetryBudget, Router, pa
 from serve_app.rpc import wire
 
 MAX_ATTEMPTS = 5  # consecutive failures of a request at replicas, without a token in between
+MAX_NAMES_CHARACTERS = 512  # of all models' names in an error
 Responses = AsyncGenerator[inference_pb2.GenerateResponse, None]
 Request = inference_pb2.GenerateRequest | inference_pb2.GenerateOnceRequest
 
@@ -53,6 +54,7 @@ class Dispatcher:
         config: hedging and retries.
         default_max_tokens: for requests that set none.
         scale_from_zero: makes requests wait while there are no replicas; None rejects them.
+        adapters: names of LoRA adapters, which requests may give in place of the model's.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class Dispatcher:
         config: RoutingConfig,
         default_max_tokens: int,
         scale_from_zero: ScaleFromZero | None = None,
+        adapters: Sequence[str] = (),
     ) -> None:
         self._gateway_id = gateway_id
         self._model_name = model_name
+        self._adapters = adapters
         self._encoder = encoder
         self._router = router
         self._queue = queue
@@ -98,7 +102,7 @@ class Dispatcher:
             if self._scale_from_zero is not None:
                 await self._scale_from_zero.wait(timeout_s)
             generation = await self._generation(request, deadline_s, caller)
-            observation.tokenized(generation.prompt_token_ids, generation.cache_salt)
+            observation.tokenized(generation.prompt_token_ids, generation.adapter, generation.cache_salt)
             self._retries.earn()
             tried: list[str] = []
             if generation.sampling.HasField("logprobs"):
@@ -160,11 +164,12 @@ class Dispatcher:
             RequestError: with the sentence for the caller.
         """
         context_tokens = self._context_tokens()
+        adapter = self._adapter(request.model)
         check_sampling(request.sampling_params, self._encoder.vocab_size)
         ids = await self._encoder.encode(request.prompt, context_tokens)
         sampling = self._with_max_tokens(request.sampling_params, context_tokens - len(ids))
         need = self._router.need(len(ids), sampling.max_tokens)
-        prompt = Prompt(token_array(ids), request.cache_salt)
+        prompt = Prompt(token_array(ids), request.cache_salt, adapter)
         caller = _with_session(caller, request)
         decision = self._router.choose(need, prompt, time.monotonic(), caller=caller)
         return cluster_pb2.ExplainRouteResponse(
@@ -303,6 +308,7 @@ class Dispatcher:
             prompt_token_ids=token_array(ids),
             sampling=sampling,
             cache_salt=request.cache_salt,
+            adapter=self._adapter(request.model),
             deadline_s=deadline_s,
             output=output,
         )
@@ -327,16 +333,24 @@ class Dispatcher:
                 )
         if not request.request_id.isprintable():
             raise BadRequestError("request_id must hold printable characters only.")
-        if request.model and request.model != self._model_name:
-            name = request.model[
-                :MAX_NAME_CHARACTERS
-            ]  # gRPC statuses travel in headers, whose size is limited
-            raise ModelNotFoundError(f"The model {name!r} is not served here: use {self._model_name!r}.")
+        self._adapter(request.model)
         check_sampling(request.sampling_params, self._encoder.vocab_size)
         if isinstance(request, inference_pb2.GenerateRequest) and request.resume_token_ids:
             check_token_ids(request.resume_token_ids, self._encoder.vocab_size, "resume_token_ids")
             if request.sampling_params.HasField("structured_outputs"):
                 raise BadRequestError(_NOT_RESUMABLE)
+
+    def _adapter(self, model: str) -> str:
+        """Return the LoRA adapter that a request names as its model; "" for the model itself."""
+        if model in ("", self._model_name):
+            return ""
+        if model in self._adapters:
+            return model
+        served = " or ".join(repr(name) for name in (self._model_name, *self._adapters))
+        name = model[:MAX_NAME_CHARACTERS]  # gRPC statuses travel in headers, whose size is limited
+        raise ModelNotFoundError(
+            f"The model {name!r} is not served here: use {served[:MAX_NAMES_CHARACTERS]}."
+        )
 
     def _with_max_tokens(
         self, asked: sampling_pb2.SamplingParams, room_tokens: int

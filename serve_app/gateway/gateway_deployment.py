@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -104,6 +104,7 @@ def wire_gateway(
     config: GatewayConfig,
     observability: ObservabilityConfig,
     wake_engines: Callable[[], Awaitable[object]] | None,
+    adapters: Sequence[str] = (),
 ) -> GatewayParts:
     """Build the parts of a gateway bottom-up; a part is complete before another one can call it.
 
@@ -114,6 +115,7 @@ def wire_gateway(
         config: settings of the gateways.
         observability: where metrics, spans and the request log go.
         wake_engines: starts a replica if there is none; None if there always is one.
+        adapters: names of LoRA adapters, which requests may give in place of the model's.
 
     Raises:
         ValueError: certificates, API keys or a parser cannot be used.
@@ -156,6 +158,7 @@ def wire_gateway(
         config=routing,
         default_max_tokens=config.default_max_tokens,
         scale_from_zero=scale_from_zero,
+        adapters=adapters,
     )
     shown = lambda: view(model_name, router.replicas(time.monotonic()), observer, queue)  # noqa: E731
     servers = GatewayServers(
@@ -169,6 +172,7 @@ def wire_gateway(
         is_ready=readiness.is_ready,
         on_rejection=observer.count_rejection,
         routers=[console(shown, feed.watch)],
+        adapters=adapters,
     )
     return GatewayParts(router, spans, observer, queue, feed, readiness, fleet, servers)
 
@@ -183,6 +187,7 @@ class Gateway:
         observability: where metrics, spans and the request log go.
         autoscaling: of the engines.
         engines: handle of the engine deployment; lists its replicas, never carries requests.
+        adapters: names of LoRA adapters.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -193,6 +198,7 @@ class Gateway:
         observability: ObservabilityConfig,
         autoscaling: AutoscalingConfig | None,
         engines: DeploymentHandle,
+        adapters: Sequence[str] = (),
     ) -> None:
         gateway_id = serve.get_replica_context().replica_id.unique_id
         scales_to_zero = autoscaling is not None and autoscaling.min_replicas == 0
@@ -203,6 +209,7 @@ class Gateway:
             config=config,
             observability=observability,
             wake_engines=engines.wake.remote if scales_to_zero else None,
+            adapters=adapters,
         )
         membership.listen(engines, parts.fleet.set_members)
         # Clients may connect as soon as the port is shared: in a rolling update, those of the gateway replaced.

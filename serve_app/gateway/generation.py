@@ -27,6 +27,7 @@ class Generation:
         prompt_token_ids: token ids of the prompt, as an array: a list takes nine times the memory.
         sampling: sampling parameters; max_tokens is set.
         cache_salt: separates its cached prefixes from those of requests with other salts.
+        adapter: LoRA adapter that generates; "" for the model itself.
         deadline_s: deadline on the monotonic clock.
         output: token ids generated so far.
         key: id of its reservation in the router; new for every attempt.
@@ -47,6 +48,7 @@ class Generation:
     prompt_token_ids: array[int]
     sampling: sampling_pb2.SamplingParams
     cache_salt: str
+    adapter: str = ""
     deadline_s: float
     output: list[int] = field(default_factory=list)
     key: str = ""
@@ -70,7 +72,7 @@ class Generation:
         self.key = new_key()
         self.attempts += 1
         self.need = router.need(len(token_ids), max(left, 0))
-        self.prompt = Prompt(token_ids, self.cache_salt)
+        self.prompt = Prompt(token_ids, self.cache_salt, self.adapter)
         self.usage.prompt_tokens = len(self.prompt_token_ids)
         self.usage.completion_tokens = len(self.output)
         if self.output:
@@ -84,6 +86,7 @@ class Generation:
             prompt_token_ids=self.prompt_token_ids,
             sampling_params=self.sampling,
             cache_salt=self.cache_salt,
+            adapter=self.adapter,
             reserved_blocks=chosen.blocks,
             uncached_tokens=chosen.uncached_tokens,
             expected_tokens=self.need.expected_tokens,

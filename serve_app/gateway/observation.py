@@ -109,9 +109,9 @@ class Observation:
         """Seconds since the request arrived."""
         return time.perf_counter() - self._start
 
-    def tokenized(self, token_ids: Sequence[int], salt: str = "") -> None:
-        """Note the prompt and its cache salt; only an opaque name of the prompt's prefix is kept."""
-        self._prefix = prefix_id(token_ids, salt)
+    def tokenized(self, token_ids: Sequence[int], adapter: str = "", salt: str = "") -> None:
+        """Note the prompt, its LoRA adapter and its cache salt; only an opaque name of the prompt's prefix is kept."""
+        self._prefix = prefix_id(token_ids, f"{len(adapter)}:{adapter}{salt}")
 
     def queued(self, waited_s: float) -> None:
         """Record that the request left the queue, admitted or rejected, after `waited_s`; 0 if it did not wait."""

@@ -45,6 +45,7 @@ class GatewayServers:
         is_ready: whether requests are taken.
         on_rejection: called with the reason of each request rejected before it reaches the dispatcher.
         routers: additional HTTP routes.
+        adapters: names of LoRA adapters.
 
     Raises:
         ValueError: certificates, API keys or a parser cannot be used.
@@ -63,6 +64,7 @@ class GatewayServers:
         is_ready: Callable[[], bool],
         on_rejection: Callable[[str], None],
         routers: Sequence[APIRouter] = (),
+        adapters: Sequence[str] = (),
     ) -> None:
         self._config = config
         if config.security.salt_cache_by_tenant:
@@ -78,7 +80,7 @@ class GatewayServers:
         reasoning = ReasoningParsers(parsers.reasoning_parser, encoder.tokenizer)
         chat = ChatService(dispatcher, tools, reasoning, encoder, on_rejection)
         completions = CompletionService(dispatcher, encoder, on_rejection)
-        openai = openai_api(model_name, max_model_len, chat, completions, access)
+        openai = openai_api([model_name, *adapters], max_model_len, chat, completions, access)
         messages = messages_api(model_name, MessagesService(chat, max_model_len), access)
         responses = responses_api(model_name, ResponsesService(chat), access)
         app = http_app([probes(is_ready), openai, responses, messages, *routers], on_rejection)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -50,7 +50,7 @@ class Service(Protocol[RequestT]):
 
 
 def openai_api(
-    model_name: str,
+    model_names: Sequence[str],
     max_model_len: Callable[[], int],
     chat: ChatService,
     completions: CompletionService,
@@ -59,40 +59,43 @@ def openai_api(
     """Build the router of OpenAI's API.
 
     Args:
-        model_name: the served model.
+        model_names: the served model, then its LoRA adapters.
         max_model_len: returns the longest context of any replica in tokens, 0 while there is none.
         chat: handles chat completions.
         completions: handles text completions.
         access: authenticates callers and applies their rate limits.
     """
     router = APIRouter(prefix="/v1", tags=["openai"], route_class=BodyRoute)
-    model = Model(id=model_name, created=int(time.time()), object="model", owned_by="kvarn")
+    base, *adapters = model_names
+    created = int(time.time())
 
-    def described() -> dict[str, object]:
-        return {**model.to_dict(), "max_model_len": max_model_len() or None}
+    def described(name: str) -> dict[str, object]:
+        model = Model(id=name, created=created, object="model", owned_by="kvarn").to_dict()
+        parent = {"parent": base} if name in adapters else {}
+        return {**model, **parent, "max_model_len": max_model_len() or None}
 
     @router.get("/models", responses=_ERRORS)
     async def list_models() -> dict[str, Any]:
-        """List the one served model."""
-        return {"object": "list", "data": [described()]}
+        """List the served model and its LoRA adapters."""
+        return {"object": "list", "data": [described(name) for name in model_names]}
 
     @router.get("/models/{name:path}", responses=_ERRORS)
     async def retrieve_model(name: str) -> dict[str, object]:
-        """Describe the served model."""
-        if name != model_name:
-            raise ModelNotFoundError(f"The model {name[:128]!r} is not served here: use {model_name!r}.")
-        return described()
+        """Describe the served model or one of its LoRA adapters."""
+        if name not in model_names:
+            raise ModelNotFoundError(f"The model {name[:128]!r} is not served here: use {base!r}.")
+        return described(name)
 
     @router.post("/chat/completions", response_model=None, responses=_responses(ChatCompletion))
     async def create_chat_completion(request: Request, wanted: ChatCompletionRequest) -> Response:
         """Create a chat completion."""
-        head = _head("chatcmpl", request, model_name)
+        head = _head("chatcmpl", request, wanted.model or base)
         return await _answer(chat, request, wanted, head, access)
 
     @router.post("/completions", response_model=None, responses=_responses(Completion))
     async def create_completion(request: Request, wanted: CompletionRequest) -> Response:
         """Create text completions."""
-        head = _head("cmpl", request, model_name)
+        head = _head("cmpl", request, wanted.model or base)
         return await _answer(completions, request, wanted, head, access)
 
     return router

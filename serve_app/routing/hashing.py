@@ -53,13 +53,15 @@ class Prompt:
     Args:
         token_ids: the prompt.
         salt: separates its prefixes from those of prompts with another salt.
+        adapter: LoRA adapter whose cache contents the prompt can use; "" for the model's own.
     """
 
-    __slots__ = ("_chains", "salt", "token_ids")
+    __slots__ = ("_chains", "adapter", "salt", "token_ids")
 
-    def __init__(self, token_ids: array[int], salt: str = "") -> None:
+    def __init__(self, token_ids: array[int], salt: str = "", adapter: str = "") -> None:
         self.token_ids = token_ids
         self.salt = salt
+        self.adapter = adapter
         self._chains: dict[int, list[int]] = {}
 
     def __len__(self) -> int:

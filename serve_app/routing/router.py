@@ -294,7 +294,7 @@ class Router:
         """Return the prompt's chain for each kind of tile in the fleet."""
         if prompt is None:
             return {}
-        return {kind: prompt.chain(kind[1], self._root(kind, prompt.salt)) for kind in self._kinds}
+        return {kind: prompt.chain(kind[1], self._root(kind, prompt)) for kind in self._kinds}
 
     def _note_capacities(self) -> None:
         """Recompute what depends on the set of replicas, which changes far less often than requests come."""
@@ -302,9 +302,9 @@ class Router:
         lengths = (replica.snapshot.capacity.max_model_len for replica in self._replicas.values())
         self._max_model_len = max(lengths, default=0)
 
-    def _root(self, kind: TileKind, salt: str) -> int:
-        if salt:
-            return Namespace(self._model, *kind, salt=salt).root()
+    def _root(self, kind: TileKind, prompt: Prompt) -> int:
+        if prompt.salt or prompt.adapter:
+            return Namespace(self._model, *kind, adapter=prompt.adapter, salt=prompt.salt).root()
         if kind not in self._roots:
             self._roots[kind] = Namespace(self._model, *kind).root()
         return self._roots[kind]

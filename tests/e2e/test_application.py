@@ -53,6 +53,7 @@ from serve_app.rpc.channels import Tls
 from serve_app.security.api_keys import create_key
 from serve_app.security.engine_access import TOKEN_KEY
 from tests.support import live
+from tests.support.adapters import make_adapter
 from tests.support.browser import chromium_page
 from tests.support.live import engine_cores, free_port, ready, serving, wait_for
 from tests.support.observing import Collector, Samples, otlp_collector, scraped, total
@@ -78,6 +79,7 @@ LOCATION = {
 
 def settings(
     model: Path,
+    adapter: Path,
     port: int,
     http_port: int,
     otlp_endpoint: str,
@@ -88,6 +90,7 @@ def settings(
         {
             "model": str(model),
             "engine": {
+                "lora": {"tuned": str(adapter)},
                 "num_replicas": REPLICAS,
                 "kv_cache_memory_gib": 0.05,
                 "max_model_len": CONTEXT,
@@ -115,6 +118,7 @@ class App:
     """The running application, and what a client saw of it before its engines were ready."""
 
     model: Path
+    adapter: Path
     port: int
     http_port: int
     collector: Collector
@@ -134,15 +138,16 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
-def app(model_dir: Path, collector: Collector) -> Iterator[App]:
+def app(model_dir: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     port, http_port = free_port(), free_port()
+    adapter = make_adapter(tmp_path_factory.mktemp("adapters") / "tuned", model_dir, seed=1)
     with serving(num_cpus=REPLICAS):
-        deploy(settings(model_dir, port, http_port, collector.address))
+        deploy(settings(model_dir, adapter, port, http_port, collector.address))
         with Client(f"127.0.0.1:{port}") as client:
             early_error = first_gateway_error(client)
             early_health = client.is_ready()
             wait_for(lambda: len(ready(client)) == REPLICAS, START_S)
-        yield App(model_dir, port, http_port, collector, early_error, early_health)
+        yield App(model_dir, adapter, port, http_port, collector, early_error, early_health)
 
 
 @pytest.fixture
@@ -558,6 +563,30 @@ def test_openai_and_grpc_clients_get_the_same_answers(openai_client: OpenAI, cli
 
 
 @pytest.mark.usefixtures("nothing_left")
+def test_a_request_chooses_a_lora_adapter(openai_client: OpenAI, client: Client) -> None:
+    assert [model.id for model in openai_client.models.list()][1:] == ["tuned"]
+    prompt = [9 + (7 * i * i + 3 * i) % 900 for i in range(300)]
+
+    def answer(model: str) -> inference_pb2.GenerateOnceResponse:
+        return client.generate_once(prompt, model=model, max_tokens=8, temperature=0, ignore_eos=True)
+
+    first = {model: answer(model) for model in ("", "tuned")}
+    assert first[""].token_ids != first["tuned"].token_ids
+    assert {answer.usage.cached_tokens for answer in first.values()} == {0}
+
+    def cached(model: str) -> int:
+        return max(c.cached_tiles for c in client.explain_route(prompt, model=model).candidates)
+
+    wait_for(lambda: cached("tuned") == 2, 10)
+    for _ in range(REPLICAS):  # a slow replica's tiles may cost more than computing them at another
+        again = answer("tuned")
+        assert again.token_ids == first["tuned"].token_ids
+        if again.usage.cached_tokens:
+            break
+    assert again.usage.cached_tokens == 256
+
+
+@pytest.mark.usefixtures("nothing_left")
 def test_openai_completions_report_stops_choices_and_cached_tokens(openai_client: OpenAI) -> None:
     prompt = [9 + i % 40 for i in range(300)]
     for _ in range(REPLICAS + 1):
@@ -846,7 +875,8 @@ async def test_a_rolling_update_completes_open_streams_and_rejects_no_request(
     await asyncio.to_thread(wait_for, lambda: len(generated) == len(streams), START_S)
     app.max_num_seqs = 6
     await asyncio.to_thread(
-        deploy, settings(app.model, app.port, app.http_port, app.collector.address, app.max_num_seqs)
+        deploy,
+        settings(app.model, app.adapter, app.port, app.http_port, app.collector.address, app.max_num_seqs),
     )
     replaced = lambda: len(ready(client)) == REPLICAS and not ready(client) & before  # noqa: E731
     await asyncio.to_thread(wait_for, replaced, START_S)
@@ -872,7 +902,16 @@ def test_an_update_enables_tls_and_api_keys_and_leaks_no_key(
     files = {"certificate": tmp_path / "server.pem", "private_key": tmp_path / "server.key"}
     telemetry = app.collector.address
     deploy(
-        settings(app.model, app.port, app.http_port, telemetry, app.max_num_seqs, tls=files, api_keys=keys)
+        settings(
+            app.model,
+            app.adapter,
+            app.port,
+            app.http_port,
+            telemetry,
+            app.max_num_seqs,
+            tls=files,
+            api_keys=keys,
+        )
     )
     wait_for(lambda: serve.status().applications[APP].status == "DEPLOYING", 30)
     wait_for(lambda: serve.status().applications[APP].status == "RUNNING", START_S)

@@ -23,7 +23,7 @@ from kvarn.vllm.access.cache_events import read_cache_events
 from kvarn.vllm.access.telemetry import CacheState, read_cache_state
 from serve_app.config import EngineConfig
 from serve_app.engine.cache_monitor import CacheMonitor
-from serve_app.engine.engine_deployment import engine_args
+from serve_app.engine.engine_deployment import engine_args, load_adapters
 from serve_app.engine.engine_metrics import EngineMetrics
 from serve_app.engine.tile_log import TileLog
 from serve_app.gateway.engine_stream import CallError, EngineStream
@@ -31,6 +31,7 @@ from serve_app.observability.demand import DemandBook
 from serve_app.observability.tracing import Tracing
 from serve_app.routing import Namespace, PrefixIndex, chain, token_array
 from serve_app.rpc.grpc_server import GrpcServer
+from tests.support.adapters import make_adapter
 from tests.support.models import thinking_model
 from tests.support.observing import Remembered
 
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.timeout(600)
 
 PROMPT = "Count slowly: one, two, three, four, five, six, seven,"
 Delta = engine_pb2.EngineDelta
+ADAPTERS = ("one", "two")
 
 
 @dataclass
@@ -51,13 +53,16 @@ class Replica:
     tokenizer: Any
     model: str
 
-    async def ask(self, prompt: list[int], resume: list[int] | None = None, **sampling: Any) -> list[Delta]:
+    async def ask(
+        self, prompt: list[int], resume: list[int] | None = None, adapter: str = "", **sampling: Any
+    ) -> list[Delta]:
         request = engine_pb2.EngineRequest(
             request_id="test",
             gateway_id="gateway",
             prompt_token_ids=prompt,
             sampling_params=sampling,
             resume_token_ids=resume or [],
+            adapter=adapter,
         )
         call = self.stream.start(request)
         deltas = [await call.read()]
@@ -73,7 +78,10 @@ def thinking_dir(shallow_model_dir: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 async def replica(thinking_dir: Path) -> AsyncIterator[Replica]:
-    async with serving(thinking_dir) as replica:
+    made = (
+        make_adapter(thinking_dir.parent / name, thinking_dir, seed) for seed, name in enumerate(ADAPTERS)
+    )
+    async with serving(thinking_dir, lora={path.name: str(path) for path in made}) as replica:
         yield replica
 
 
@@ -94,6 +102,7 @@ async def serving(model_dir: Path, **settings: Any) -> AsyncIterator[Replica]:
         **settings,
     )
     engine = AsyncLLM.from_engine_args(engine_args(str(model_dir), config, "deepseek_r1"))
+    adapters = await load_adapters(engine, config)
     log: list[TileLog] = []
 
     async def read() -> CacheState:
@@ -109,7 +118,8 @@ async def serving(model_dir: Path, **settings: Any) -> AsyncIterator[Replica]:
     running = asyncio.create_task(monitor.run())
     server = GrpcServer("127.0.0.1:0", [SERVICE_NAME])
     metrics = EngineMetrics(Remembered(), kv_shape(model_dir))
-    service = EngineService(engine, monitor, log[0], metrics, Tracing("test", "one", None), DemandBook())
+    tracing = Tracing("test", "one", None)
+    service = EngineService(engine, monitor, log[0], metrics, tracing, DemandBook(), adapters)
     engine_pb2_grpc.add_EngineServicer_to_server(service, server)
     port = await server.start()
     address = f"127.0.0.1:{port}"
@@ -152,6 +162,18 @@ async def test_a_greedy_output_is_resumed_exactly(replica: Replica) -> None:
     prompt = replica.tokenizer.encode(PROMPT)
     whole = await assert_resumes(replica, prompt, temperature=0, max_tokens=12, ignore_eos=True, logprobs=1)
     assert len(tokens_of(whole)) == 12
+
+
+async def test_each_adapter_answers_and_resumes_by_itself(replica: Replica) -> None:
+    prompt = replica.tokenizer.encode(PROMPT)
+    answers = set()
+    for adapter in ("", *ADAPTERS):
+        options = {"adapter": adapter, "temperature": 0, "max_tokens": 8, "ignore_eos": True}
+        answers.add(tuple(tokens_of(await assert_resumes(replica, prompt, **options))))
+    assert len(answers) == 1 + len(ADAPTERS)
+    with pytest.raises(CallError, match="has no LoRA adapter 'three'") as raised:
+        await replica.ask(prompt, adapter="three", max_tokens=1)
+    assert raised.value.status == grpc.StatusCode.NOT_FOUND
 
 
 async def test_a_stop_string_across_the_break_is_found_and_held_back(replica: Replica) -> None:
@@ -352,20 +374,23 @@ async def test_the_tile_watch_agrees_with_the_engines_prefix_cache(replica: Repl
 
     following = asyncio.create_task(follow())
 
-    async def held(prompt: list[int]) -> int:
-        namespace = Namespace(replica.model, capacity.cache_dtype, capacity.tile_tokens)
+    async def held(prompt: list[int], adapter: str = "") -> int:
+        namespace = Namespace(replica.model, capacity.cache_dtype, capacity.tile_tokens, adapter)
         links = chain(token_array(prompt), capacity.tile_tokens, namespace.root())
         return index.match(links).get("r", 0)
 
-    async def until_held(prompt: list[int], tiles: int) -> None:
+    async def until_held(prompt: list[int], tiles: int, adapter: str = "") -> None:
         async with asyncio.timeout(20):
-            while await held(prompt) != tiles:
+            while await held(prompt, adapter) != tiles:
                 await changed.wait()
                 changed.clear()
 
     prompt = [5 + i % 70 for i in range(400)]
-    await replica.ask(prompt, temperature=0, max_tokens=1)
-    await until_held(prompt, 3)
+    for adapter in ("", ADAPTERS[1]):
+        (first,) = await replica.ask(prompt, adapter=adapter, temperature=0, max_tokens=1)
+        assert first.cached_tokens == 0
+        await until_held(prompt, 3, adapter)
+    assert await held(prompt, ADAPTERS[0]) == 0
     (again,) = await replica.ask(prompt, temperature=0, max_tokens=1)
     assert again.cached_tokens == 3 * capacity.tile_tokens
     for start in range(5):  # more than the cache holds: the first prompt is evicted

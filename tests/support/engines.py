@@ -17,6 +17,7 @@ import vllm._custom_ops as vllm_ops
 from llvmlite.binding import ffi
 from transformers import LlamaConfig
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from kvarn.vllm import backend, triton_backend, triton_plan
@@ -206,10 +207,18 @@ def matching_fraction(ours: Iterable[Sequence[int]], theirs: Iterable[Sequence[i
     return same / (same + different)
 
 
-def ask(llm: LLM, prompts: list[list[int]], max_tokens: int = 6, logprobs: int = 5) -> list[Answer]:
-    """Return greedy answers to prompts of token ids, submitted together."""
+def ask(
+    llm: LLM,
+    prompts: list[list[int]],
+    max_tokens: int = 6,
+    logprobs: int = 5,
+    lora: LoRARequest | None = None,
+) -> list[Answer]:
+    """Return greedy answers to prompts of token ids, submitted together; `lora` is their adapter."""
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=logprobs, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False, lora_request=lora
+    )
     return [
         Answer(
             tokens=tuple(output.outputs[0].token_ids),
@@ -220,7 +229,9 @@ def ask(llm: LLM, prompts: list[list[int]], max_tokens: int = 6, logprobs: int =
     ]
 
 
-def ask_and_preempt(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[Answer]:
+def ask_and_preempt(
+    llm: LLM, prompts: list[list[int]], max_tokens: int, lora: LoRARequest | None = None
+) -> list[Answer]:
     """Return greedy answers; every request is preempted once after its second output token."""
     scheduler, schedule = scheduler_of(llm), scheduler_of(llm).schedule
     preempted: set[str] = set()
@@ -238,7 +249,7 @@ def ask_and_preempt(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list
 
     scheduler.schedule = schedule_after_preemption  # type: ignore[method-assign]
     try:
-        answers = ask(llm, prompts, max_tokens)
+        answers = ask(llm, prompts, max_tokens, lora=lora)
     finally:
         del scheduler.schedule
     assert len(preempted) == len(prompts)

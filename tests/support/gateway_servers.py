@@ -23,6 +23,7 @@ from tests.support.loop_watch import watching_loop
 
 HOST = "127.0.0.1"
 MODEL = "small"
+ADAPTER = "tuned"
 CACHED = 2
 MAX_MODEL_LEN = 8192
 _SERVES = ContextVar("serves", default=False)
@@ -68,7 +69,7 @@ class Script:
             self.running -= 1
 
     async def encode(self, request: Any, caller: Caller) -> list[int]:
-        if request.model not in ("", MODEL):
+        if request.model not in ("", MODEL, ADAPTER):
             raise ModelNotFoundError(f"The model {request.model!r} is not served here: use {MODEL!r}.")
         check_sampling(request.sampling_params, self.encoder.vocab_size)
         if request.prompt.HasField("chat"):
@@ -148,6 +149,7 @@ async def running_servers(encoder: PromptEncoder, **config: Any) -> AsyncIterato
         max_model_len=lambda: MAX_MODEL_LEN,
         is_ready=lambda: True,
         on_rejection=rejections.append,
+        adapters=[ADAPTER],
     )
     token = _SERVES.set(
         True

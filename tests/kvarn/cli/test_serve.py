@@ -85,6 +85,47 @@ def test_serve_and_doctor_refuse_a_model_without_weights(tmp_path):
         assert "has no weights" in result.stderr
 
 
+def adapter(directory, config):
+    directory.mkdir()
+    (directory / "adapter_model.safetensors").touch()
+    if config is not None:
+        (directory / "adapter_config.json").write_text(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (None, "LoRA adapter 'tuned' has no adapter_config.json"),
+        ("{", "adapter_config.json is not JSON"),
+        ("[]", "LoRA adapter 'tuned' has rank None: vLLM serves whole ranks of 1 to 512"),
+        ('{"r": 513}', "has rank 513"),
+        ('{"r": 8, "rank_pattern": {"q_proj": 1024}}', "has rank 1024"),
+    ],
+)
+def test_serve_and_doctor_refuse_a_bad_adapter(tmp_path, model_dir, config, words):
+    adapter(tmp_path / "tuned", config)
+    path = write_app(tmp_path / "app.yaml", lora={"tuned": str(tmp_path / "tuned")})
+    for command in ("serve", "doctor"):
+        result = CliRunner().invoke(cli.app, [command, str(path)])
+        assert result.exit_code == 1
+        assert words in " ".join(result.stderr.split())
+
+
+def test_an_adapter_needs_a_directory_weights_and_a_name_of_its_own(tmp_path):
+    adapter(tmp_path / "tuned", '{"r": 8}')
+    (tmp_path / "tuned" / "adapter_model.safetensors").unlink()
+    for name, directory, words in (
+        ("tuned", "nowhere", "LoRA adapter 'tuned' has no directory"),
+        ("tuned", "tuned", "LoRA adapter 'tuned' has no weights"),
+        ("smollm2-135m-instruct", "tuned", "which is the model's own name"),
+        ("", "tuned", "at least 1 character"),
+    ):
+        path = write_app(tmp_path / "app.yaml", lora={name: str(tmp_path / directory)})
+        result = CliRunner().invoke(cli.app, ["serve", str(path)])
+        assert result.exit_code == 1
+        assert words in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize("setting", ["tool_parser", "reasoning_parser"])
 def test_serve_refuses_an_unknown_parser(tmp_path, model_dir, setting):
     path = _write(tmp_path, model=str(model_dir), gateway={setting: "hermess"})

@@ -34,7 +34,7 @@ async def test_requests_of_different_salts_count_apart() -> None:
     observer = Observer(Remembered(), Tracing("test", "one", None))
     for salt in ("acme", "acme", "globex"):
         observation = observer.begin("r", Caller(salt))
-        observation.tokenized(PROMPT, salt)
+        observation.tokenized(PROMPT, salt=salt)
         async for _ in through(observation, tokens("r", "replica")):
             pass
     assert [prefix.requests for prefix in observer.prefixes.hottest(8)] == [2]

@@ -18,7 +18,7 @@ import grpc
 import pytest
 
 from kvarn.v1 import cluster_pb2_grpc, engine_pb2, engine_pb2_grpc, inference_pb2, inference_pb2_grpc
-from serve_app.client import AsyncClient, NoRoomError, ServingError, UnavailableError
+from serve_app.client import AsyncClient, NoRoomError, ServingError, UnavailableError, UnknownModelError
 from serve_app.config import RoutingConfig
 from serve_app.engine.call_server import CallServer, Write
 from serve_app.gateway.admission_queue import AdmissionQueue
@@ -191,6 +191,7 @@ async def start_gateway(
         observer=observer,
         config=routing,
         default_max_tokens=64,
+        adapters=["adapter"],
     )
     made.server = GrpcServer(f"127.0.0.1:{port}", SERVICE_NAMES, reuse_port=True)
     inference = InferenceService(made.dispatcher, Access(None), 10)
@@ -273,6 +274,24 @@ async def test_a_stream_resumes_elsewhere(position: int, status: grpc.StatusCode
             [expected(PROMPT)[:position]] if position else []
         )
         await assert_nothing_held(setup)
+
+
+@pytest.mark.parametrize(("model", "adapter"), [("model", ""), ("adapter", "adapter"), ("", "")])
+async def test_a_resumed_stream_keeps_its_adapter(model: str, adapter: str) -> None:
+    script = breaking_at(5)
+    async with serving(Engine("a", script), Engine("b", script)) as setup:
+        assert_whole(await stream(setup.port, temperature=0, model=model))
+        assert [request.adapter for request in setup.sent] == [adapter, adapter]
+
+
+async def test_a_model_that_is_not_served_is_named_with_those_that_are() -> None:
+    async with serving(Engine("a")) as setup, AsyncClient(f"127.0.0.1:{setup.port}") as client:
+        for ask in (client.generate_once, client.explain_route):
+            with pytest.raises(
+                UnknownModelError, match="'other' is not served here: use 'model' or 'adapter'"
+            ):
+                await ask(PROMPT, model="other")
+        assert (await client.explain_route(PROMPT, model="adapter")).prompt_tokens == len(PROMPT)
 
 
 async def test_no_more_is_resumed_than_was_asked_for() -> None:

@@ -19,7 +19,7 @@ UNSUPPORTED = "not supported; omit this field."
 
 async def rejected(path: str, content: bytes) -> dict[str, Any]:
     """Return the error for a body that is rejected before it reaches a service."""
-    app = http_app([openai_api("small", None, None, None, None)])  # type: ignore[arg-type]  # never called
+    app = http_app([openai_api(["small"], None, None, None, None)])  # type: ignore[arg-type]  # never called
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://here/v1/") as http:
         answer = await http.post(path, content=content, headers={"content-type": "application/json"})

@@ -348,8 +348,13 @@ def test_replicas_with_other_tiles_and_dtypes_route_in_one_fleet() -> None:
     decision = router.choose(RequestNeed(512, 1), prompt, NOW_S)
     assert {c.replica_id: c.cached_tiles for c in decision.explain()} == {"a": 2, "b": 4, "c": 16}
     assert {c.uncached_tokens for c in decision.explain()} == {256}
-    salted = router.choose(RequestNeed(512, 1), Prompt(prompt.token_ids, salt="tenant"), NOW_S)
-    assert {c.cached_tiles for c in salted.explain()} == {0}
+    for apart in ({"salt": "tenant"}, {"adapter": "tuned"}):
+        other = Prompt(prompt.token_ids, **apart)
+        assert {c.cached_tiles for c in router.choose(RequestNeed(512, 1), other, NOW_S).explain()} == {0}
+    root = Namespace("model", "auto", 16, adapter="tuned").root()
+    router.index.replace("c", 1, 2, prompt.chain(16, root))
+    tuned = router.choose(RequestNeed(512, 1), Prompt(prompt.token_ids, adapter="tuned"), NOW_S)
+    assert {c.replica_id: c.cached_tiles for c in tuned.explain()} == {"a": 0, "b": 0, "c": 31}
 
 
 def test_a_dispatch_counts_as_cached_until_it_ends_without_an_event() -> None:
