@@ -11,6 +11,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from tests.support.quantized import METHODS, quantize_weights
+
 MAX_MODEL_LEN = 1024
 COMMON: dict[str, Any] = {
     "vocab_size": 512,
@@ -42,12 +44,14 @@ class Family:
         changes: what differs from `COMMON` in it.
         settings: further settings of the engine.
         long: whether only `--long` runs it.
+        weights: how its weights are quantized, one of `METHODS`; None: float32.
     """
 
     config: str
     changes: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     long: bool = True
+    weights: str | None = None
 
     @property
     def spoils_process(self) -> bool:
@@ -62,8 +66,45 @@ def heads(query: int, kv: int, head_dim: int, long: bool = True) -> Family:
     return Family("LlamaConfig", {"hidden_size": hidden, **changes}, long=long)
 
 
+def quantized(method: str) -> Family:
+    """A Llama with quantized weights, in the dtype that vLLM's kernels take."""
+    dtype = "float32" if method == "compressed-tensors W8A8" else "bfloat16"
+    return Family("LlamaConfig", settings={"dtype": dtype}, weights=method)
+
+
 ON_TRANSFORMERS = {"model_impl": "transformers"}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+ROUTED_EXPERTS = {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+GPT = {"n_embd": 256, "n_head": 4, "n_layer": 2, "n_positions": 2048}
+MULTIPLIER = {"attention_multiplier": 0.125}  # of scores; 1 makes a softmax over random keys a maximum
 FAMILIES: dict[str, Family] = {
+    "Apertus": Family("ApertusConfig"),
+    "Arcee": Family("ArceeConfig"),
+    "Cohere": Family("CohereConfig"),
+    "ERNIE 4.5": Family("Ernie4_5Config", {"head_dim": 64}),
+    "ERNIE 4.5 MoE": Family(
+        "Ernie4_5_MoeConfig",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 64},
+    ),
+    "EXAONE 4 without windows": Family(
+        "Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 2}
+    ),
+    "Falcon": Family("FalconConfig", {"num_kv_heads": 1, "alibi": False}),
+    "FlexOlmo": Family("FlexOlmoConfig", EXPERTS),
+    "Gemma": Family("GemmaConfig", {"head_dim": 64}),
+    "GLM": Family("GlmConfig", {"head_dim": 64}),
+    "GLM-4": Family("Glm4Config", {"head_dim": 64}),
+    "GLM-4 MoE": Family("Glm4MoeConfig", {"head_dim": 64, "first_k_dense_replace": 1, **ROUTED_EXPERTS}),
+    "GPT-2": Family("GPT2Config", GPT),
+    "GPT-J": Family("GPTJConfig", {**GPT, "rotary_dim": 32}),
+    "GPTBigCode": Family("GPTBigCodeConfig", {**GPT, "num_key_value_heads": 1}),
+    "Granite": Family("GraniteConfig", MULTIPLIER),
+    "Granite MoE": Family("GraniteMoeConfig", {**EXPERTS, **MULTIPLIER}),
+    "Granite MoE, shared experts": Family(
+        "GraniteMoeSharedConfig", {**EXPERTS, **MULTIPLIER, "shared_intermediate_size": 64}
+    ),
+    "Hunyuan": Family("HunYuanDenseV1Config", {"head_dim": 64}),
+    "Llama": Family("LlamaConfig"),
     "Llama, 4 heads of 32 over 1": heads(4, 1, 32),
     "Llama, 5 heads of 80 over 1": heads(5, 1, 80, long=False),
     "Llama, 6 heads of 96 over 2": heads(6, 2, 96),
@@ -73,18 +114,42 @@ FAMILIES: dict[str, Family] = {
     "Llama, 16 heads of 128 over 1": heads(16, 1, 128),
     "Llama, 12 heads of 64 over 1": heads(12, 1, 64),
     "Llama on Transformers": Family("LlamaConfig", settings=ON_TRANSFORMERS),
-    "SmolLM3": Family("SmolLM3Config", long=False),
-    "OLMo 2 on Transformers": Family("Olmo2Config", settings=ON_TRANSFORMERS, long=False),
+    "SmolLM3": Family("SmolLM3Config"),
+    "OLMo 2 on Transformers": Family("Olmo2Config", settings=ON_TRANSFORMERS),
+    "Mixtral": Family("MixtralConfig", {"sliding_window": None, **EXPERTS}),
+    "Nemotron": Family("NemotronConfig", {"initializer_range": 0.02}),
+    "OLMo": Family("OlmoConfig"),
+    "OLMo 2": Family("Olmo2Config"),
+    "OLMoE": Family("OlmoeConfig", EXPERTS),
+    "OPT": Family("OPTConfig", {"ffn_dim": 256, "word_embed_proj_dim": 256}),
+    "Phi": Family("PhiConfig"),
+    "Phi-3": Family("Phi3Config", {"sliding_window": None}),
+    "Qwen2": Family("Qwen2Config"),
+    "Qwen2-MoE": Family("Qwen2MoeConfig", {"shared_expert_intermediate_size": 64, **EXPERTS}),
+    "Qwen3": Family("Qwen3Config", {"head_dim": 64}),
+    "Qwen3-MoE": Family("Qwen3MoeConfig", {"head_dim": 64, **EXPERTS}, long=False),
+    "Seed-OSS": Family("SeedOssConfig", {"head_dim": 64}),
+    "StableLM": Family("StableLmConfig"),
+    "StarCoder 2": Family("Starcoder2Config", {"sliding_window": None}),
     "Mistral 0.1 in its window, on Transformers": Family(
         "MistralConfig", {"sliding_window": MAX_MODEL_LEN}, ON_TRANSFORMERS, long=False
     ),
     "Mistral 0.1 in its window": Family("MistralConfig", {"sliding_window": MAX_MODEL_LEN}, long=False),
-    "Phi-3 in its window": Family("Phi3Config", {"sliding_window": 2047}, long=False),
-    "Gemma 3 in its window": Family("Gemma3TextConfig", {"head_dim": 64, "sliding_window": 4096}, long=False),
+    **{f"Llama, {method}": quantized(method) for method in METHODS},
+    "Phi-3 in its window": Family("Phi3Config", {"sliding_window": 2047}),
+    "Gemma 3 in its window": Family("Gemma3TextConfig", {"head_dim": 64, "sliding_window": 4096}),
     "Gemma 3": Family("Gemma3TextConfig", {"head_dim": 256, **WINDOWS}, long=False),
     "OLMo 3": Family("Olmo3Config", WINDOWS, long=False),
     "Ministral": Family("MinistralConfig", {"head_dim": 64, **WINDOWS}),
 }
+
+
+def make_family(directory: Path, family: Family) -> Path:
+    """Save the model of a family."""
+    make_model(directory, family.config, family.changes)
+    if family.weights is not None:
+        quantize_weights(directory, family.weights)
+    return directory
 
 
 def make_model(directory: Path, config: str, changes: dict[str, Any]) -> Path:
