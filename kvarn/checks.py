@@ -43,6 +43,12 @@ def check_rows(name: str, x: Tensor, shape: tuple[int | None, ...], *dtypes: tor
         raise ValueError(f"{name} has strides {x.stride()}: expected all axes but the first to be contiguous")
 
 
+def check_sinks(sinks: Tensor | None, query: Tensor) -> None:
+    """Check that attention sinks are a logit per query head of query [N, Hq, D]."""
+    if sinks is not None:
+        check_tensor("sinks", sinks, (query.shape[1],), *MODEL_DTYPES)
+
+
 def check_queries(queries: int, query_start: Tensor | None, requests: int) -> Tensor | None:
     """Return `query_start` if requests may have several query tokens, else None.
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvarn.checks import check_attention_inputs, check_shape
+from kvarn.checks import check_attention_inputs, check_shape, check_sinks
 from kvarn.cpu.record_fields import RecordFields
 from kvarn.cpu.store import unrotate, widen
 from kvarn.reference import hadamard
@@ -94,7 +94,14 @@ def _int64(x: np.ndarray) -> Tensor:
 
 
 def decode(
-    query: Tensor, cache: Tensor, pool: Tensor, plan: DecodePlan, scale: float, layout: TileLayout
+    query: Tensor,
+    cache: Tensor,
+    pool: Tensor,
+    plan: DecodePlan,
+    scale: float,
+    layout: TileLayout,
+    sinks: Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     """Attend one new token per request.
 
@@ -105,6 +112,8 @@ def decode(
         plan: what the step reads.
         scale: softmax scale.
         layout: the records' layout.
+        sinks: [Hq] float, a logit per query head that takes its share of the softmax and has no value.
+        soft_cap: bound c of the scores, which become c * tanh(score / c); 0 for none.
 
     Returns:
         [R, Hq, D], the query's dtype, un-rotated.
@@ -113,6 +122,7 @@ def decode(
         ValueError: if a shape or dtype is not as above.
     """
     check_attention_inputs(query, cache, pool, layout)
+    check_sinks(sinks, query)
     requests, query_heads, head_dim = query.shape
     heads = cache.shape[1]
     if requests != plan.num_requests:
@@ -123,13 +133,13 @@ def decode(
     rotated = (hadamard.rotate(widen(query)) * scale).view(requests, heads, query_heads // heads, head_dim)
     by_tile = rotated.index_select(0, plan.requests)
     raw_query, record_query = by_tile.tensor_split([len(plan.raw_slots)])
-    partials = [_attend_slots(raw_query, pool, plan.raw_slots, plan.raw_written)]
+    partials = [_attend_slots(raw_query, pool, plan.raw_slots, plan.raw_written, soft_cap)]
     step = max(1, WORKSPACE_ELEMENTS // (heads * layout.group * head_dim))
     for start in range(0, len(plan.blocks), step):
         chunk = slice(start, start + step)
-        partials.append(_attend_records(record_query[chunk], cache, plan.blocks[chunk], layout))
+        partials.append(_attend_records(record_query[chunk], cache, plan.blocks[chunk], layout, soft_cap))
 
-    output = _combine(partials, plan.requests, requests)
+    output = _combine(partials, plan.requests, requests, sinks)
     return unrotate(output).view(requests, query_heads, head_dim).to(query.dtype)
 
 
@@ -141,19 +151,22 @@ class _Partial(NamedTuple):
     acc: Tensor  # [P, H, M, D] sum of exp(score - m) * value
 
 
-def _attend_slots(query: Tensor, pool: Tensor, slots: Tensor, written: Tensor) -> _Partial:
+def _attend_slots(query: Tensor, pool: Tensor, slots: Tensor, written: Tensor, soft_cap: float) -> _Partial:
     """Attend the rows of raw slots [S] that are `written` [S, F]; query [S, H, M, D] rotated and scaled."""
     key, value = pool.index_select(0, slots)[:, :, :, : written.shape[1]].unbind(1)
     # Rows not written yet may hold anything, NaN included. Clearing the bits of values is cheaper than a fill; keys may
     # stay as they are, since their scores are replaced.
     value = (value.view(torch.int16) & -written[:, None, :, None].to(torch.int16)).view(torch.float16)
     key, value = key.to(query.dtype), value.to(query.dtype)
-    scores = (query @ key.transpose(-1, -2)).masked_fill_(~written[:, None, None, :], -torch.inf)
+    scores = soft_capped_(query @ key.transpose(-1, -2), soft_cap)
+    scores = scores.masked_fill_(~written[:, None, None, :], -torch.inf)
     m, p, l = _softmax_parts(scores)
     return _Partial(m, l, p @ value)
 
 
-def _attend_records(query: Tensor, cache: Tensor, blocks: Tensor, layout: TileLayout) -> _Partial:
+def _attend_records(
+    query: Tensor, cache: Tensor, blocks: Tensor, layout: TileLayout, soft_cap: float
+) -> _Partial:
     """Attend whole records of `blocks` [P]; query [P, H, M, D] rotated and scaled.
 
     Nothing is dequantized: scales and zeros are folded into the query, the scores and the probabilities.
@@ -166,7 +179,7 @@ def _attend_records(query: Tensor, cache: Tensor, blocks: Tensor, layout: TileLa
 
     bias = query @ fields.key_zero[:, :, None]
     scores = layout.key_order.contract(query * fields.key_scale[:, None, :], fields.key_codes)
-    scores = scores.add_(bias).mul_(fields.key_token_scale[:, None, :])
+    scores = soft_capped_(scores.add_(bias).mul_(fields.key_token_scale[:, None, :]), soft_cap)
 
     m, p, l = _softmax_parts(scores)
     bias = p @ fields.value_zero[:, :, None]
@@ -177,6 +190,11 @@ def _attend_records(query: Tensor, cache: Tensor, blocks: Tensor, layout: TileLa
     )
 
 
+def soft_capped_(scores: Tensor, soft_cap: float) -> Tensor:
+    """Return `soft_cap * tanh(scores / soft_cap)`, in place; the scores as they are if `soft_cap` is 0."""
+    return scores.div_(soft_cap).tanh_().mul_(soft_cap) if soft_cap else scores
+
+
 def _softmax_parts(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (m, p, l): the maximum, exp(scores - m) and its sum over the last axis; overwrites `scores`."""
     m = scores.amax(-1)
@@ -184,8 +202,8 @@ def _softmax_parts(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return m, p, p.sum(-1)
 
 
-def _combine(partials: list[_Partial], requests: Tensor, count: int) -> Tensor:
-    """Combine the partial softmaxes of each of `count` requests: -> [count, H, M, D]."""
+def _combine(partials: list[_Partial], requests: Tensor, count: int, sinks: Tensor | None) -> Tensor:
+    """Combine the partial softmaxes of each of `count` requests and the sinks: -> [count, H, M, D]."""
     tile_m, tile_l, tile_acc = (torch.cat(field) for field in zip(*partials, strict=True))
     m = tile_m.new_full((count, *tile_m.shape[1:]), -torch.inf)
     m.scatter_reduce_(0, requests[:, None, None].expand_as(tile_m), tile_m, "amax")
@@ -193,6 +211,11 @@ def _combine(partials: list[_Partial], requests: Tensor, count: int) -> Tensor:
     l = torch.zeros_like(m).index_add_(0, requests, tile_l * alpha)
     acc = tile_acc.new_zeros(count, *tile_acc.shape[1:])
     acc.index_add_(0, requests, tile_acc.mul_(alpha[..., None]))
+    if sinks is not None:
+        sink = sinks.to(m.dtype).view(m.shape[1:]).expand_as(m)
+        top = torch.maximum(m, sink)
+        acc.mul_((m - top).exp_()[..., None])
+        l = l.mul_((m - top).exp_()).add_((sink - top).exp_())
     return acc.div_(l[..., None])
 
 

@@ -8,10 +8,13 @@ The read rule: a query reads its own tile raw (side pool or the current chunk), 
 every other tile from its record.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from kvarn.checks import check_attention_inputs, check_tensor
+from kvarn.checks import check_attention_inputs, check_sinks, check_tensor
+from kvarn.cpu.decode import soft_capped_
 from kvarn.cpu.record_fields import dequantize
 from kvarn.cpu.store import unrotate, widen
 from kvarn.reference import hadamard
@@ -32,6 +35,8 @@ def prefill(
     sink_slot: int,
     scale: float,
     layout: TileLayout,
+    sinks: Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     """Attend one request's chunk of N >= 0 tokens at positions start .. start + N - 1.
 
@@ -50,6 +55,8 @@ def prefill(
         sink_slot: slot of tile 0, or -1 to read its record. Ignored while the chunk or the tail holds tile 0.
         scale: softmax scale.
         layout: the records' layout.
+        sinks: [Hq] float, a logit per query head that takes its share of the softmax and has no value.
+        soft_cap: bound c of the scores, which become c * tanh(score / c); 0 for none.
 
     Returns:
         [N, Hq, D], the query's dtype, un-rotated.
@@ -58,6 +65,7 @@ def prefill(
         ValueError: if a shape, dtype or slot is not as above.
     """
     check_attention_inputs(query, cache, pool, layout)
+    check_sinks(sinks, query)
     tokens, query_heads, head_dim = query.shape
     heads, group = cache.shape[1], layout.group
     check_tensor("key", key, (tokens, heads, head_dim), torch.float16)
@@ -77,7 +85,7 @@ def prefill(
         hadamard.rotate(widen(query)).view(tokens, heads, per_head, head_dim).permute(1, 2, 0, 3).contiguous()
     )
     raw = _raw_tiles(key, value, pool, start % group, tail_slot).to(rotated.dtype)
-    attention = _attend_own_tiles(rotated, raw, start % group, scale)
+    attention = _attend_own_tiles(rotated, raw, start % group, _Scores(scale, soft_cap))
 
     first_tile, last_tile = start // group, (start + tokens - 1) // group
     step = max(1, CONTEXT_TOKENS // group)
@@ -91,23 +99,35 @@ def prefill(
         if inside < beyond:
             positions = torch.arange(start + inside, start + beyond)
             hidden = torch.arange(begin, end).repeat_interleave(group) >= (positions // group)[:, None]
-            attention.add(rotated, flat, slice(inside, beyond), hidden, scale)
+            attention.add(rotated, flat, slice(inside, beyond), hidden)
         if beyond < tokens:
-            attention.add(rotated, flat, slice(beyond, tokens), None, scale)
+            attention.add(rotated, flat, slice(beyond, tokens), None)
+    if sinks is not None:
+        sink = sinks.to(attention.lse.dtype).view(heads, per_head, 1)
+        attention.output.mul_((attention.lse - sink).sigmoid_()[..., None])
     output = unrotate(attention.output).permute(2, 0, 1, 3).reshape(tokens, query_heads, head_dim)
     return output.to(query.dtype)
+
+
+class _Scores(NamedTuple):
+    """How inner products become the scores of a softmax."""
+
+    scale: float
+    soft_cap: float  # 0 for none
 
 
 class _Attention:
     """Attention output of N tokens, accumulated over disjoint parts of their context by log-sum-exp."""
 
-    def __init__(self, output: Tensor, lse: Tensor) -> None:
+    def __init__(self, output: Tensor, lse: Tensor, scores: _Scores) -> None:
         self.output = output  # [H, M, N, D]
         self.lse = lse  # [H, M, N]
+        self._scores = scores
 
-    def add(self, query: Tensor, context: Tensor, rows: slice, hidden: Tensor | None, scale: float) -> None:
+    def add(self, query: Tensor, context: Tensor, rows: slice, hidden: Tensor | None) -> None:
         """Attend `context` [2, H, C, D] with the given rows of query [H, M, N, D]; hidden [rows, C] or None."""
-        output, lse = _flash(query[None, :, :, rows], context[0][None], context[1][None], hidden, scale)
+        key, value = context[0][None], context[1][None]
+        output, lse = _flash(query[None, :, :, rows], key, value, hidden, self._scores)
         joined = torch.logaddexp(self.lse[..., rows], lse[0])
         kept = (self.lse[..., rows] - joined).exp_()[..., None]
         added = (lse[0] - joined).exp_()[..., None]
@@ -116,7 +136,7 @@ class _Attention:
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scores: _Scores
 ) -> tuple[Tensor, Tensor]:
     """Return (output, log-sum-exp) of attention, with the M query heads of a KV head stacked as rows.
 
@@ -128,9 +148,16 @@ def _flash(
         mask = (
             torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -torch.inf).repeat(per_head, 1)
         )
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query.reshape(batch, heads, per_head * tokens, head_dim), key, value, attn_mask=mask, scale=scale
-    )
+    rows = query.reshape(batch, heads, per_head * tokens, head_dim)
+    if scores.soft_cap:  # which torch's attention does not have
+        capped = soft_capped_((rows @ key.transpose(-1, -2)).mul_(scores.scale), scores.soft_cap)
+        capped = capped if mask is None else capped.add_(mask)
+        lse = capped.logsumexp(-1)
+        output = capped.sub_(lse[..., None]).exp_() @ value
+    else:
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows, key, value, attn_mask=mask, scale=scores.scale
+        )
     return output.reshape(query.shape), lse.reshape(batch, heads, per_head, tokens)
 
 
@@ -150,7 +177,7 @@ def _raw_tiles(key: Tensor, value: Tensor, pool: Tensor, offset: int, tail_slot:
     return raw.view(2, tiles, group, heads, head_dim).transpose(2, 3).contiguous()
 
 
-def _attend_own_tiles(query: Tensor, raw: Tensor, offset: int, scale: float) -> _Attention:
+def _attend_own_tiles(query: Tensor, raw: Tensor, offset: int, scores: _Scores) -> _Attention:
     """Causal attention of query [H, M, N, D] within each token's own tile; raw [2, T, H, G, D]."""
     _, tiles, _, group, head_dim = raw.shape
     heads, per_head, tokens, _ = query.shape
@@ -158,8 +185,8 @@ def _attend_own_tiles(query: Tensor, raw: Tensor, offset: int, scale: float) -> 
     padded[:, :, offset : offset + tokens] = query
     padded = padded.view(heads, per_head, tiles, group, head_dim).permute(2, 0, 1, 3, 4)
     future = torch.ones(group, group, dtype=torch.bool).triu(1)
-    output, lse = _flash(padded, raw[0], raw[1], future, scale)
+    output, lse = _flash(padded, raw[0], raw[1], future, scores)
     output = output.permute(1, 2, 0, 3, 4).reshape(heads, per_head, tiles * group, head_dim)
     lse = lse.permute(1, 2, 0, 3).reshape(heads, per_head, tiles * group)
     rows = slice(offset, offset + tokens)
-    return _Attention(output[:, :, rows].contiguous(), lse[..., rows].contiguous())
+    return _Attention(output[:, :, rows].contiguous(), lse[..., rows].contiguous(), scores)

@@ -20,6 +20,8 @@ def attend(
     sink_kept: bool,
     scale: float,
     layout: TileLayout,
+    sinks: Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     """Attend queries anywhere in one sequence.
 
@@ -31,6 +33,8 @@ def attend(
         sink_kept: whether tile 0 is kept raw.
         scale: softmax scale.
         layout: the records' layout.
+        sinks: [Hq] float, a logit per query head that takes its share of the softmax and has no value.
+        soft_cap: bound c of the scores, which become c * tanh(score / c); 0 for none.
 
     Returns:
         [N, Hq, D] float32, un-rotated.
@@ -46,7 +50,14 @@ def attend(
     seen = torch.cat([is_past & is_raw, is_past & ~is_raw], -1)
     seen_key, seen_value = torch.cat([raw, recorded], dim=1)
     scores = torch.einsum("qhd,nhd->hqn", rotate(query), seen_key) * scale
-    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    if soft_cap:
+        scores = soft_cap * (scores / soft_cap).tanh()
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        column = sinks.float().view(-1, 1, 1).expand(-1, scores.shape[1], 1)
+        probabilities = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    else:
+        probabilities = scores.softmax(-1)
     return rotate(torch.einsum("hqn,nhd->qhd", probabilities, seen_value))
 
 

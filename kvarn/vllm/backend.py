@@ -86,6 +86,10 @@ class KVarNBackend(AttentionBackend):
         return num_blocks, num_kv_heads, TileLayout.of_heads(get_preset(cls.preset_name), head_size).nbytes
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return device_backend().layer.supports_score_terms
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
 

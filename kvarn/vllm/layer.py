@@ -31,15 +31,19 @@ class KVarNLayer(AttentionImpl[Any]):
         supports_raw_chunks: whether the device backend supports `KVarNConfig.raw_chunks`.
         supports_split_tiles: whether the device backend supports `KVarNConfig.split_tiles`.
         supports_shared_pages: whether the device backend reads records in pages that are larger than they.
+        supports_score_terms: whether the device backend supports learned attention sinks and soft-capped scores.
         max_queries: maximum tokens per request that a step with drafts may have.
         limits_draft_passes: whether `max_queries` also limits the passes of a draft model.
         is_drafter: whether the layer is one of a draft model.
         max_heads_per_kv_head: maximum number of query heads that share a KV head.
+        sinks: [heads], a logit per query head that takes its share of the softmax and has no value, or None.
+        soft_cap: bound of the scores, 0 for none.
     """
 
     supports_raw_chunks: ClassVar[bool] = False
     supports_split_tiles: ClassVar[bool] = False
     supports_shared_pages: ClassVar[bool] = False
+    supports_score_terms: ClassVar[bool] = False
     max_queries: ClassVar[int] = MAX_QUERIES
     limits_draft_passes: ClassVar[bool] = False
     max_heads_per_kv_head: ClassVar[float] = math.inf
@@ -57,6 +61,7 @@ class KVarNLayer(AttentionImpl[Any]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
         **extra: Any,
     ) -> None:
         _refuse_features(
@@ -64,7 +69,8 @@ class KVarNLayer(AttentionImpl[Any]):
             {
                 "ALiBi": alibi_slopes is not None,
                 "a sliding window": sliding_window is not None,
-                "logit soft-capping": bool(logits_soft_cap),
+                "logit soft-capping": bool(logits_soft_cap) and not self.supports_score_terms,
+                "attention sinks": sinks is not None and not self.supports_score_terms,
                 f"attention of type {attn_type!r}": attn_type != AttentionType.DECODER,
                 "KV sharing between layers": kv_sharing_target_layer_name is not None,
                 **{name: value is not None for name, value in extra.items()},
@@ -73,6 +79,8 @@ class KVarNLayer(AttentionImpl[Any]):
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
+        self.sinks = sinks
+        self.soft_cap = float(logits_soft_cap or 0.0)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         try:

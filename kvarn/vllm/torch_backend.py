@@ -182,6 +182,7 @@ class TorchLayer(KVarNLayer):
     """One layer on a CPU."""
 
     supports_shared_pages = True
+    supports_score_terms = True
 
     def attend(
         self,
@@ -217,7 +218,9 @@ class TorchLayer(KVarNLayer):
         if rows is None:
             return
         tokens = slice(metadata.num_actual_tokens) if rows.tokens is None else rows.tokens
-        output[tokens] = decode.decode(query[tokens], kv_cache, self.pool, rows.plan, self.scale, self.layout)
+        output[tokens] = decode.decode(
+            query[tokens], kv_cache, self.pool, rows.plan, self.scale, self.layout, self.sinks, self.soft_cap
+        )
 
     def _prefill(
         self,
@@ -242,4 +245,6 @@ class TorchLayer(KVarNLayer):
                 chunk.sink_slot,
                 self.scale,
                 self.layout,
+                self.sinks,
+                self.soft_cap,
             )

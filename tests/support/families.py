@@ -141,6 +141,12 @@ FAMILIES: dict[str, Family] = {
     "Gemma 3": Family("Gemma3TextConfig", {"head_dim": 256, **WINDOWS}, long=False),
     "OLMo 3": Family("Olmo3Config", WINDOWS, long=False),
     "Ministral": Family("MinistralConfig", {"head_dim": 64, **WINDOWS}),
+    "Cohere 2": Family("Cohere2Config", {"head_dim": 64, **WINDOWS}),
+    "EXAONE 4": Family("Exaone4Config", WINDOWS),
+    "Gemma 2": Family("Gemma2Config", {"head_dim": 64, **WINDOWS}, long=False),
+    "gpt-oss": Family(
+        "GptOssConfig", {"head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOWS}
+    ),
 }
 
 

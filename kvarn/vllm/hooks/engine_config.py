@@ -13,8 +13,7 @@ from kvarn.tile import TileLayout
 from kvarn.vllm.hooks import Hook, HookError, RefusalError, untested
 from kvarn.vllm.hooks.engine_probe import doctor_probe
 from kvarn.vllm.mixed_layers import (
-    CHUNKED,
-    KINDS,
+    FULL,
     SLIDING,
     has_local_layers,
     is_idle,
@@ -49,10 +48,6 @@ def install() -> None:
         config = stock_create(self, *args, **kwargs)
         _refuse_unsupported(config, preset)
         config.cache_config.sliding_window = None  # what passed is idle, or some layers' own
-        if has_local_layers(
-            config.model_config
-        ):  # by default, vLLM has one group for chunks and full attention
-            config.scheduler_config.disable_hybrid_kv_cache_manager = False
         _set_scheduler(config)
         _log_limits(config)
         return config
@@ -177,8 +172,9 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield f"{local}, or {use_auto}"
     if model.uses_alibi:
         yield f"does not support ALiBi; {use_auto}"
-    if getattr(model.hf_text_config, "attn_logit_softcapping", None):
-        yield f"does not support logit soft-capping; {use_auto}"
+    capped = getattr(model.hf_text_config, "attn_logit_softcapping", None)
+    if capped and not device_backend().layer.supports_score_terms:
+        yield f"supports soft-capped logits on CPUs only; {use_auto}"
     if getattr(model.hf_text_config, "num_kv_shared_layers", None):
         yield f"does not support KV sharing between layers; {use_auto}"
     if model.is_mm_prefix_lm:
@@ -289,7 +285,7 @@ def _local_attention(model: Any) -> str | None:
     """What to change where layers that read less than the sequence are not supported, None where they are."""
     kinds = set(layer_kinds(model))
     window = getattr(model.hf_text_config, "sliding_window", None)
-    if other := kinds - KINDS:
+    if other := kinds - {FULL, SLIDING}:
         return f"does not support layers of type {min(other)}; give a model without them"
     if has_local_layers(model):
         if splits_quantized(model):
@@ -297,8 +293,6 @@ def _local_attention(model: Any) -> str | None:
                 "needs as many layers with a window as full-attention layers, or more; give a model with them"
             )
         return None
-    if CHUNKED in kinds:
-        return "needs full-attention layers; give a model with them"
     has_window = model.get_sliding_window() is not None or SLIDING in kinds
     if not has_window or is_idle(window, model):
         return None

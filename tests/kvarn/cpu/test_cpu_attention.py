@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ class Sequence:
     sink: bool = True
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    terms: dict[str, Any] = field(default_factory=dict)  # sinks and soft cap
     query: Tensor = field(init=False)
     key: Tensor = field(init=False)
     value: Tensor = field(init=False)
@@ -73,7 +75,14 @@ class Sequence:
 
     def expected(self, positions: Tensor) -> Tensor:
         return attention.attend(
-            self.query[positions], self.key, self.value, positions, self.sink, self.scale, self.layout
+            self.query[positions],
+            self.key,
+            self.value,
+            positions,
+            self.sink,
+            self.scale,
+            self.layout,
+            **self.terms,
         )
 
     def write_tokens(self, start: int, end: int) -> None:
@@ -111,6 +120,7 @@ class Sequence:
             self.sink_slot,
             self.scale,
             self.layout,
+            **self.terms,
         )
         self.write_tokens(start, end)
         return output
@@ -158,6 +168,7 @@ def decode(sequences: list[Sequence]) -> Tensor:
         plan,
         first.scale,
         first.layout,
+        **first.terms,
     )
 
 
@@ -297,6 +308,25 @@ def test_head_ratios_and_dtypes(per_head: int, dtype: torch.dtype) -> None:
     assert_close(decode([s]), s.expected(torch.tensor([149])), dtype)
 
 
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"sinks": torch.tensor([-40.0, -1.0, 0.0, 2.0, 5.0, 300.0])},
+        {"soft_cap": 2.0},
+        {"sinks": torch.linspace(-2, 2, 6).bfloat16(), "soft_cap": 1.5},
+    ],
+    ids=["sinks", "soft cap", "both"],
+)
+def test_sinks_and_soft_caps(terms: dict[str, Any]) -> None:
+    s = Sequence(SMALL, 330, terms=terms)
+    plain = Sequence(SMALL, 330)
+    everywhere = torch.arange(330)
+    assert (s.expected(everywhere) - plain.expected(everywhere)).abs().max() > 0.1
+    assert_close(s.prefill_in_chunks([50, 64, 130]), s.expected(everywhere))
+    s.store()
+    assert_close(decode([s]), s.expected(torch.tensor([329])))
+
+
 @pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("name", ["kvarn_k4v2_g128", "kvarn_k4v2_g64", "kvarn_k2v2_g128"])
 def test_larger_head_dims(name: str, head_dim: int) -> None:
@@ -334,6 +364,7 @@ VALID_STEP = {
         ("cache", VALID.cache.to(torch.int8)),
         ("pool", VALID.pool.float()),
         ("pool", VALID.pool[:, :1]),
+        ("sinks", torch.zeros(2)),
         (
             "plan",
             cpu_decode.plan_decode(
@@ -378,6 +409,7 @@ def test_plan_decode_names_the_argument_that_is_wrong(name: str, wrong: np.ndarr
         ("block_table", VALID.block_table[None]),
         ("start", -1),
         ("tail_slot", -1),
+        ("sinks", torch.zeros(6, dtype=torch.int32)),
     ],
 )
 def test_prefill_names_the_argument_that_is_wrong(name: str, wrong: object) -> None:

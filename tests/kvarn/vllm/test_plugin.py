@@ -255,8 +255,8 @@ WINDOWED: dict[str, Any] = {
             "as many layers with a window as full-attention layers, or more; give a model with them, or use",
         ),
         (
-            {**WINDOWED, "layer_types": ["chunked_attention"] * 2},
-            "needs full-attention layers; give a model with them, or use kv_cache_dtype='auto'",
+            {**WINDOWED, "layer_types": ["chunked_attention", "full_attention"]},
+            "layers of type chunked_attention; give a model without them, or use kv_cache_dtype='auto'",
         ),
         ({"alibi": True}, "does not support ALiBi; use kv_cache_dtype='auto'"),
         ({"architectures": ["BertModel"], "model_type": "bert"}, "decoder-only generation"),
@@ -272,7 +272,6 @@ WINDOWED: dict[str, Any] = {
             },
             "multi-head latent attention; use kv_cache_dtype='auto'",
         ),
-        ({"attn_logit_softcapping": 50.0}, "logit soft-capping; use kv_cache_dtype='auto'"),
         ({"num_kv_shared_layers": 1}, "KV sharing between layers; use kv_cache_dtype='auto'"),
         (PALIGEMMA, "this model's images also to later ones; use kv_cache_dtype='auto'"),
     ],
@@ -281,11 +280,10 @@ WINDOWED: dict[str, Any] = {
         "sliding window",
         "linear attention",
         "few windows",
-        "chunks alone",
+        "chunks",
         "ALiBi",
         "encoder",
         "MLA",
-        "soft-capping",
         "KV sharing",
         "images read both ways",
     ],
@@ -304,7 +302,6 @@ def test_quantized_layers_alone_have_slots(tmp_path: Path) -> None:
     assert slot_bytes(full) == 3 * slot_bytes(mixed)
     assert has_local_layers(mixed.model_config)
     assert not has_local_layers(full.model_config)
-    assert mixed.scheduler_config.disable_hybrid_kv_cache_manager is False
 
 
 def test_one_cache_group_for_layers_with_and_without_windows_is_refused(model: Path) -> None:
@@ -312,13 +309,17 @@ def test_one_cache_group_for_layers_with_and_without_windows_is_refused(model: P
         configure(model, disable_hybrid_kv_cache_manager=True)
 
 
-def test_windows_are_refused_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_and_soft_caps_are_refused_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_config(tmp_path, **WINDOWED, layer_types=["sliding_attention", "full_attention"])
     use_triton_backend(monkeypatch)
     with pytest.raises(
         RefusalError, match="serves layers with windows on CPUs only; use kv_cache_dtype='auto'"
     ):
         configure(model)
+    with pytest.raises(
+        RefusalError, match="supports soft-capped logits on CPUs only; use kv_cache_dtype='auto'"
+    ):
+        configure(write_config(tmp_path, attn_logit_softcapping=50.0))
 
 
 def test_many_query_heads_per_kv_head_are_refused_on_a_gpu(
@@ -381,8 +382,11 @@ def test_probes_do_not_take_a_refused_environment_for_a_misfit(monkeypatch: pyte
         ("use_per_head_quant_scales", "per-head quant scales not supported"),
     ],
 )
-def test_a_layer_that_needs_more_is_refused(feature: str, sentence: str) -> None:
+def test_a_layer_that_needs_more_is_refused(
+    monkeypatch: pytest.MonkeyPatch, feature: str, sentence: str
+) -> None:
     plugin.register()
+    use_triton_backend(monkeypatch)  # CPUs have sinks
     plain = selector.AttentionSelectorConfig(128, torch.bfloat16, PRESET, 128)
     chosen = selector._cached_get_attn_backend(backend=None, attn_selector_config=plain, num_heads=8)
     assert chosen is backend.BACKENDS[PRESET]
