@@ -17,8 +17,7 @@ from kvarn.presets import PRESETS
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
 
-FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
-KINDS = {FULL, SLIDING, CHUNKED}
+FULL, SLIDING = "full_attention", "sliding_attention"
 PAGE_ALIGNMENT = 512  # bytes; vLLM 0.27 clears pages in steps of the largest power of two that divides them
 
 
@@ -36,7 +35,7 @@ def has_local_layers(model: ModelConfig) -> bool:
     """Whether some layers, beside full attention, read less than the whole sequence and keep vLLM's own cache."""
     kinds = set(layer_kinds(model))
     window = getattr(model.hf_text_config, "sliding_window", None)
-    return FULL in kinds and (CHUNKED in kinds or (SLIDING in kinds and not is_idle(window, model)))
+    return FULL in kinds and SLIDING in kinds and not is_idle(window, model)
 
 
 def splits_quantized(model: ModelConfig) -> bool:

@@ -20,13 +20,12 @@ _loaded_before: ContextVar[frozenset[str]] = ContextVar("loaded_before", default
 
 
 def install() -> None:
-    """Wrap the constructors of vLLM's decoder layers, and the loading of a model."""
+    """Wrap the constructor of vLLM's decoder layers, and the loading of a model."""
     from vllm.config import get_current_vllm_config
-    from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
+    from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     stock_init, stock_load = Attention.__init__, BaseModelLoader.load_model
-    stock_chunked = ChunkedLocalAttention.__init__
 
     @wraps(stock_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -41,10 +40,6 @@ def install() -> None:
             refuse_unlike(self, [layer for name, layer in layers.items() if name not in target])
             self.impl.is_drafter = bool(target)
 
-    @wraps(stock_chunked)
-    def init_chunked(self: Any, *args: Any, **kwargs: Any) -> None:
-        stock_chunked(self, *args, **{**kwargs, **_unquantized(kwargs)})
-
     @wraps(stock_load)
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("vllm_config") or args[0]
@@ -57,7 +52,6 @@ def install() -> None:
         return model
 
     Attention.__init__ = init
-    ChunkedLocalAttention.__init__ = init_chunked
     BaseModelLoader.load_model = load_model
 
 
@@ -125,11 +119,10 @@ def complete_layers(vllm_config: Any) -> None:
 
 def probe() -> str | None:
     """Check that layers take their window and their cache under the names that the hook knows."""
-    from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
+    from vllm.model_executor.layers.attention import Attention
 
-    for layer, names in ((Attention, (_WINDOW, _CACHE)), (ChunkedLocalAttention, (_CACHE,))):
-        if missing := set(names) - signature(layer.__init__).parameters.keys():
-            return f"{layer.__name__} takes no {min(missing)}"
+    if missing := {_WINDOW, _CACHE} - signature(Attention.__init__).parameters.keys():
+        return f"its attention layers take no {min(missing)}"
     return None
 
 
@@ -137,7 +130,6 @@ HOOK = Hook(
     "attention layers",
     (
         "vllm.model_executor.layers.attention:Attention.__init__",
-        "vllm.model_executor.layers.attention:ChunkedLocalAttention.__init__",
         "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model",
         "vllm.config:get_current_vllm_config",
     ),

@@ -28,15 +28,12 @@ _BLOCKS, _KV_HEADS = 5, 3  # of the probe's layer
 
 
 def install() -> None:
-    """Wrap the cache specs of vLLM's decoder layers."""
-    from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
+    """Wrap the cache spec of vLLM's decoder layers."""
+    from vllm.model_executor.layers.attention import Attention
 
-    for layers in (Attention, ChunkedLocalAttention):
-        layers.get_kv_cache_spec = _sharing_pages(layers.get_kv_cache_spec)
-
-
-def _sharing_pages(stock_spec: Any) -> Any:
     from kvarn.vllm.backend import BACKENDS
+
+    stock_spec = Attention.get_kv_cache_spec
 
     @wraps(stock_spec)
     def get_kv_cache_spec(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +45,7 @@ def _sharing_pages(stock_spec: Any) -> Any:
             spec = replace(spec, block_size=block, page_size_padded=pages.nbytes)
         return spec if ours is None or backends_customize_specs() else ours.customize_spec(spec)
 
-    return get_kv_cache_spec
+    Attention.get_kv_cache_spec = get_kv_cache_spec
 
 
 def _pages_of(vllm_config: Any) -> SharedPages | None:
@@ -67,7 +64,7 @@ def _pages_of(vllm_config: Any) -> SharedPages | None:
         local=LocalLayers(
             layers=len(local),
             token_bytes=max(map(_token_bytes, local)),
-            reach=max(map(_reach, local)),
+            reach=max(layer.sliding_window for layer in local) - 1,
             block_sizes=_block_sizes(local, layout.group),
         ),
         max_tokens=vllm_config.model_config.max_model_len,
@@ -78,10 +75,6 @@ def _token_bytes(layer: Any) -> int:
     return int(
         layer.num_kv_heads * (layer.head_size + layer.head_size_v) * layer.kv_cache_torch_dtype.itemsize
     )
-
-
-def _reach(layer: Any) -> int:
-    return int(getattr(layer, "attention_chunk_size", None) or layer.sliding_window - 1)
 
 
 def _block_sizes(local: list[Any], group: int) -> list[int]:
@@ -171,7 +164,6 @@ HOOK = Hook(
         CACHE_LAYOUT,
         CACHE_GROUPS,
         "vllm.model_executor.layers.attention:Attention.get_kv_cache_spec",
-        "vllm.model_executor.layers.attention:ChunkedLocalAttention.get_kv_cache_spec",
         "vllm.v1.worker.gpu.attn_utils:get_kv_cache_spec",
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_kv_cache_spec",
     ),

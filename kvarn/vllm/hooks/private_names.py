@@ -145,6 +145,7 @@ HOOK = Hook(
         "vllm.v1.core.kv_cache_manager:KVCacheManager.prefix_cache_lookup_enabled",
         "vllm.v1.core.kv_cache_manager:KVCacheManager.take_events",
         "vllm.v1.core.kv_cache_utils:KVCacheBlock.block_hash",
+        "vllm.v1.core.kv_cache_utils:KVCacheBlock.block_hash_num_tokens",
         "vllm.v1.core.kv_cache_utils:KVCacheBlock.block_id",
         "vllm.v1.core.kv_cache_utils:KVCacheBlock.is_null",
         "vllm.v1.core.kv_cache_utils:KVCacheBlock.ref_cnt",

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from vllm.v1.attention.backend import MultipleOf
 
 from kvarn.vllm.mixed_layers import (
-    CHUNKED,
     FULL,
     SLIDING,
     LocalLayers,
@@ -59,7 +58,6 @@ def test_blocks_are_powers_of_two_that_a_backend_takes() -> None:
         ({FULL: 1, SLIDING: 5}, False),
         ({FULL: 13, SLIDING: 12}, False),
         ({FULL: 3, SLIDING: 2}, True),
-        ({FULL: 2, SLIDING: 1, CHUNKED: 4}, True),
     ],
     ids=str,
 )
