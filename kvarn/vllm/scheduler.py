@@ -174,7 +174,17 @@ class SlotPlanning(VllmScheduler):
         """
         blocks = self._blocks_of_requests().get(request.request_id)
         if blocks:
-            self._last_hashes[request.request_id] = blocks[0].block_hash
+            self._last_hashes[request.request_id] = self._tile_hash(blocks[0])
+
+    def _tile_hash(self, block: KVCacheBlock) -> Hashable | None:
+        """The hash under which a block's whole tile is in the prefix cache.
+
+        Where cache groups have blocks of several sizes, vLLM also keeps the last tile of a prompt under the hash of a
+        part, which no request looks up.
+        """
+        covered = block.block_hash_num_tokens
+        found: Hashable | None = block.block_hash
+        return None if covered is not None and covered % self.tile_tokens else found
 
     def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> Any:
         self.drafts_proposed += kwargs["num_draft_tokens"]
@@ -187,8 +197,7 @@ class SlotPlanning(VllmScheduler):
         pool = self.kv_cache_manager.block_pool
 
         def block_hash(block_id: int) -> Hashable | None:
-            found: Hashable | None = pool.blocks[block_id].block_hash
-            return found
+            return self._tile_hash(pool.blocks[block_id])
 
         drafts = output.scheduled_spec_decode_tokens
         scheduled = [

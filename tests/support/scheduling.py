@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import json
 from collections import deque
+from collections.abc import Sequence
 from functools import cache
+from math import gcd
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,9 +21,14 @@ from vllm import SamplingParams
 from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import xxhash
-from vllm.v1.core.kv_cache_utils import get_block_hash, get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import (
+    get_block_hash,
+    get_group_id,
+    get_request_block_hasher,
+    init_none_hash,
+)
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -67,12 +74,15 @@ def make_scheduler(
     drafts: int = 0,
     method: str = "ngram",
     v2_runner: bool = False,
+    windows: Sequence[tuple[int, int]] = (),
+    retention: int | None = None,
     **kvarn: Any,
 ) -> KVarNScheduler | KVarNAsyncScheduler:
     """Make a scheduler; a step has at most `chunk` tokens (0: no limit) and `drafts` draft tokens per request.
 
     `method` is vLLM's method of speculative decoding. vLLM's second model runner gets resumed requests as if they
-    were new.
+    were new. `windows` are further cache groups, the first in front of the tiles' and the others behind it: tokens of
+    the window, and of a block. `retention` is the distance of the windows that vLLM keeps (None: all).
     """
     config = copy.deepcopy(_base_config())
     config.cache_config.block_size = block_size
@@ -92,11 +102,24 @@ def make_scheduler(
         )
         config.speculative_config.method = method  # others need a model's files
     spec = KVarNSpec(block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.uint8, tile_bytes=64)
-    cache_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+    groups = [KVCacheGroupSpec([f"window {i}"], _window_spec(*w)) for i, w in enumerate(windows)]
+    groups.insert(min(1, len(groups)), KVCacheGroupSpec(["layer"], spec))
+    cache_config = KVCacheConfig(num_blocks, [], groups)
+    if windows and hasattr(cache_config, "prefix_cache_retention_interval"):
+        cache_config.prefix_cache_retention_interval = retention
+    hashed = gcd(block_size, *(block for _, block in windows))
     chosen = scheduler_cls or (KVarNAsyncScheduler if asynchronous else KVarNScheduler)
-    scheduler = chosen(config, cache_config, StructuredOutputManager(config), block_size)
+    scheduler = chosen(
+        config, cache_config, StructuredOutputManager(config), block_size, hash_block_size=hashed
+    )
     scheduler.use_v2_model_runner = v2_runner
     return scheduler
+
+
+def _window_spec(window: int, block_size: int) -> SlidingWindowSpec:
+    return SlidingWindowSpec(
+        block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=window
+    )
 
 
 @cache
@@ -193,6 +216,31 @@ class _Cache:
             assert self.raw.get(slot, [None] * GROUP)[:rows] == expected, "wrong raw tile"
 
 
+class _Window:
+    """The rows of the layers of one cache group, of which a query reads the last `tokens`, its own included.
+
+    A block of them may have held a tile, whose bytes must be cleared, and the other way around.
+    """
+
+    def __init__(self, tokens: int, block_tokens: int, tiles: _Cache) -> None:
+        self.tokens = tokens
+        self.block_tokens = block_tokens
+        self._tiles = tiles
+        self.rows: dict[int, list[int | None]] = {}
+
+    def write(self, blocks: list[int], contents: list[int], start: int, end: int) -> None:
+        for position in range(start, end):
+            block = blocks[position // self.block_tokens]
+            assert block not in self._tiles.record, "a block with a window has the bytes of a tile"
+            rows = self.rows.setdefault(block, [None] * self.block_tokens)
+            rows[position % self.block_tokens] = contents[position]
+
+    def read(self, blocks: list[int], contents: list[int], start: int, end: int) -> None:
+        for position in range(max(0, start - self.tokens + 1), end):
+            rows = self.rows.get(blocks[position // self.block_tokens], [])
+            assert rows[position % self.block_tokens] == contents[position], "a window has something else"
+
+
 class Drafter:
     """Layers of a draft model, which share the target's blocks and slots.
 
@@ -261,17 +309,29 @@ class Worker:
         self.tokens: dict[str, list[int]] = {}
         self.contents: dict[str, list[int]] = {}
         self.blocks: dict[str, list[int]] = {}
+        self.tile_group = 0
+        self.windows: dict[int, _Window] = {}  # by cache group
+        self.window_blocks: dict[str, dict[int, list[int]]] = {}
 
     @classmethod
     def of(cls, scheduler: KVarNScheduler | KVarNAsyncScheduler) -> Worker:
         """The worker of a scheduler's engine."""
         drafter = scheduler.vllm_config.speculative_config
-        if drafter is None or drafter.method == "ngram":
-            return cls(scheduler.num_spec_tokens)
-        return cls(scheduler.num_spec_tokens, shift=int(drafter.method != "draft_model"))
+        shift = int(drafter.method != "draft_model") if drafter and drafter.method != "ngram" else None
+        made = cls(scheduler.num_spec_tokens, shift)
+        made.tile_group = scheduler.cache_group
+        for i, group in enumerate(scheduler.kv_cache_config.kv_cache_groups):
+            if i != made.tile_group:
+                spec = group.kv_cache_spec
+                made.windows[i] = _Window(spec.sliding_window, spec.block_size, made.cache)
+        return made
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         self.slot_map.apply(output)
+        for block in output.new_block_ids_to_zero or ():
+            self.cache.record.pop(block, None)
+            for window in self.windows.values():
+                window.rows.pop(block, None)
         for request_id in output.finished_req_ids:
             self.tokens.pop(request_id, None)
         starts = self._take_requests(output)
@@ -296,7 +356,8 @@ class Worker:
         for new in output.scheduled_new_reqs:
             starts[new.req_id] = new.num_computed_tokens
             self.tokens[new.req_id] = list(new.prefill_token_ids or new.prompt_token_ids or [])
-            self.blocks[new.req_id] = list(new.block_ids[0])
+            self.blocks[new.req_id] = list(new.block_ids[self.tile_group])
+            self.window_blocks[new.req_id] = {i: list(new.block_ids[i]) for i in self.windows}
             self.proposed.pop(new.req_id, None)
         cached = output.scheduled_cached_reqs
         for request_id, computed, blocks in zip(
@@ -305,10 +366,13 @@ class Worker:
             starts[request_id] = computed
             if request_id in cached.resumed_req_ids:
                 self.blocks[request_id] = []
+                self.window_blocks[request_id] = {i: [] for i in self.windows}
                 self.proposed.pop(request_id, None)
             if request_id in cached.all_token_ids:
                 self.tokens[request_id] = list(cached.all_token_ids[request_id])
-            self.blocks[request_id] += blocks[0] if blocks else []
+            self.blocks[request_id] += blocks[self.tile_group] if blocks else []
+            for i, held in self.window_blocks[request_id].items():
+                held += blocks[i] if blocks else []
         # Asynchronous scheduling counts the drafts of the step in flight as accepted; the worker knows better.
         return {r: min(start, len(self.tokens[r]) - 1) for r, start in starts.items()}
 
@@ -347,12 +411,16 @@ class Worker:
 
     def write(self, request_id: str, start: int, end: int) -> None:
         self.cache.write(self.blocks[request_id], self.contents[request_id], start, end)
+        for i, window in self.windows.items():
+            window.write(self.window_blocks[request_id][i], self.contents[request_id], start, end)
 
     def quantize(self, request_id: str, start: int, end: int) -> None:
         self.cache.quantize(self.blocks[request_id], self.contents[request_id], start, end)
 
     def read(self, request_id: str, start: int, end: int) -> None:
         self.cache.read(self.blocks[request_id], self.contents[request_id], start, end)
+        for i, window in self.windows.items():
+            window.read(self.window_blocks[request_id][i], self.contents[request_id], start, end)
 
 
 class World:
@@ -366,7 +434,7 @@ class World:
         self.answers: dict[str, list[int]] = {}
         self.answered: list[list[int]] = []  # prompts with their answers
         self.requests: dict[str, Request] = {}  # those that finish in a step included, until its end
-        self.known: dict[bytes, tuple[int, list[int]]] = {}  # block hash -> tile index and rows
+        self.known: dict[bytes, list[int]] = {}  # block hash -> contents of all tokens that it covers
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.taken: list[Any] = []
         self.submitted = self.hits = 0
@@ -383,7 +451,13 @@ class World:
         arrival = float(self.submitted)
         lookahead = getattr(self.scheduler.vllm_config, "num_hash_lookahead_tokens", 0)
         request = make_request(
-            request_id, prompt, max_tokens, priority, arrival_time=arrival, hash_lookahead=lookahead
+            request_id,
+            prompt,
+            max_tokens,
+            priority,
+            self.scheduler.hash_block_size,
+            arrival_time=arrival,
+            hash_lookahead=lookahead,
         )
         self.requests[request_id] = request
         if blocked:
@@ -484,8 +558,8 @@ class World:
             unknown = [h for h in request.block_hashes if h not in self.known]
             if unknown:
                 contents = contents_of(list(request.all_token_ids))
-                for tile, block_hash in enumerate(request.block_hashes):
-                    self.known[block_hash] = (tile, contents[tile * GROUP : (tile + 1) * GROUP])
+                for number, block_hash in enumerate(request.block_hashes, start=1):
+                    self.known[block_hash] = contents[: number * self.scheduler.hash_block_size]
         self.requests = {r: request for r, request in self.requests.items() if not request.is_finished()}
 
     def check(self) -> None:
@@ -506,7 +580,15 @@ class World:
         for block in self.pool.blocks:
             if block.block_hash is None:
                 continue
-            tile, rows = self.known[get_block_hash(block.block_hash)]
+            contents = self.known[get_block_hash(block.block_hash)]
+            window = self.worker.windows.get(get_group_id(block.block_hash))
+            if window is not None:
+                held = window.rows.get(block.block_id)
+                assert held == contents[-window.block_tokens :], "a cached window has something else"
+                continue
+            if len(contents) % GROUP:  # a part of a tile, which no request looks up
+                continue
+            tile, rows = len(contents) // GROUP - 1, contents[-GROUP:]
             for model in models:
                 assert model.record.get(block.block_id) == rows[-1], "a cached block has no valid record"
                 if tile == 0:

@@ -30,6 +30,8 @@ from tests.support.scheduling import GROUP, VOCABULARY, Worker, World, continuat
 MAX_REQUESTS = 10
 MAX_PROMPT = 26  # the smallest pool holds it and its answer
 EVENTS = 60  # per example
+# Cache groups of layers with a window: its tokens, and those of a block.
+WINDOWS: list[list[tuple[int, int]]] = [[], [], [(6, 2)], [(3, 2), (9, 4)], [(5, 2), (5, 2)]]
 logging.getLogger("vllm").setLevel(logging.ERROR)  # it logs every reset of the cache
 
 
@@ -51,10 +53,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         drafts=st.sampled_from([0, 1, 2, GROUP - 1]),
         method=st.sampled_from(["ngram", "draft_model", "eagle"]),
         v2_runner=st.booleans(),
+        windows=st.sampled_from(WINDOWS),
+        retention=st.sampled_from([None, 0, 2 * GROUP]),
     )
-    def start(self, drafts: int, **settings: Any) -> None:
+    def start(self, drafts: int, windows: list[tuple[int, int]], **settings: Any) -> None:
         if settings["chunk"]:  # an engine refuses more drafts
             drafts = min(drafts, settings["chunk"] - 1)
+        if windows:  # whose layers vLLM gives no drafter here
+            settings["method"] = "ngram"
+            settings["num_blocks"] *= 1 + 2 * len(windows)
+        settings["windows"] = windows
         self.world = World(make_scheduler(drafts=drafts, **settings))
 
     @precondition(lambda self: len(self.world.prompts) < MAX_REQUESTS)
@@ -271,9 +279,18 @@ def reserve_no_slot_for_the_lookahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kvarn_scheduler, "tail_slots", lambda *args: tail_slots(*args[:3]))
 
 
+def clear_no_reused_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mutant(self: SlotPlanning) -> None:
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            manager._record_new_block_ids = False
+
+    monkeypatch.setattr(SlotPlanning, "_clear_reused_blocks", mutant)
+
+
 @pytest.mark.parametrize(
     "mutate",
     [
+        clear_no_reused_blocks,
         drop_tails_not_scheduled,
         quantize_one_step_late,
         release_tails_as_they_fill,
