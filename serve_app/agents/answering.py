@@ -12,9 +12,10 @@ from typing import Any, Protocol, TypeVar
 from fastapi import Request, Response
 
 from serve_app.openai.api import EventStream, admitted, admitted_stream, gone, unless_gone
+from serve_app.openai.chat_completions import DeltaRendering
 from serve_app.openai.choices import ChatDelta
 from serve_app.openai.responses import Head
-from serve_app.request.event_relay import EventRelay, WriteChunk
+from serve_app.request.event_relay import EventRelay
 from serve_app.request.request_errors import RequestError
 from serve_app.routing import Caller
 from serve_app.security.access import Access
@@ -35,14 +36,8 @@ class AgentService(Protocol[RequestT]):
         """Yield the answer as server-sent events, except for those that `relay` writes."""
 
 
-class EventRendering(Protocol):
+class EventRendering(DeltaRendering, Protocol):
     """Renders one answer as server-sent events."""
-
-    def add(self, delta: ChatDelta) -> str:
-        """Return the events for the next delta; "" if there are none."""
-
-    def render_to(self, text: str, write: WriteChunk) -> bool:
-        """Write the event for more text of an open text block; return False if there is none, or `write` does."""
 
     def failed(self, error: RequestError | None) -> str:
         """Return the events for a failure of an answer that has begun; None means that the server failed."""

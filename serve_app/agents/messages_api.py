@@ -62,9 +62,8 @@ class MessagesService:
             RequestError: with the sentence for the caller.
         """
         rendering = MessageEvents(head, wanted, self._context_tokens)
-        if relay is not None:
-            relay.render_to = rendering.render_to
-        return rendered(self._chat.deltas(wanted.chat, head, caller, self._context_tokens, relay), rendering)
+        deltas = self._chat.deltas(wanted.chat, head, caller, self._context_tokens, relay, rendering)
+        return rendered(deltas, rendering)
 
     async def count(self, wanted: CountTokensRequest, head: Head, caller: Caller) -> int:
         """Return the number of tokens of a prompt.

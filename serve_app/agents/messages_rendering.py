@@ -15,7 +15,7 @@ from serve_app.agents.messages_requests import MessagesRequest
 from serve_app.agents.output_blocks import Block, Logprobs, OutputBlocks
 from serve_app.openai.choices import ChatDelta
 from serve_app.openai.responses import Head
-from serve_app.request.event_relay import PLACE, TextTemplate, WriteChunk
+from serve_app.request.event_relay import PLACE, TextTemplate
 from serve_app.request.request_errors import RequestError
 
 # Nothing is shown while a parser holds output back; a ping then shows clients and proxies that the stream lives.
@@ -69,14 +69,12 @@ class MessageEvents:
             self._add("ping")
         return self._drained()
 
-    def render_to(self, text: str, write: WriteChunk) -> bool:
-        """Write the event for more text of an open text block; return False if there is none, or `write` does."""
-        block = self._blocks.open_text
-        if not text or block is None or not write(self._grown.render(text).encode()):
-            return False
-        block.parts.append(text)
+    def continued(self, text: str) -> str | None:
+        """Return the event for more text of an open text block; None if there is none."""
+        if not self._blocks.continued(text):
+            return None
         self._shown_s = self._now_s()
-        return True
+        return self._grown.render(text)
 
     def failed(self, error: RequestError | None) -> str:
         """Return the event for a failure."""

@@ -71,10 +71,12 @@ class OutputBlocks:
         self._held_logprobs: list[inference_pb2.PositionLogprobs] = []
         self.blocks: list[Block] = []
 
-    @property
-    def open_text(self) -> Block | None:
-        """The open block, if it is a text, which any further text continues."""
-        return self._open if self._open is not None and self._open.kind == "text" else None
+    def continued(self, text: str) -> bool:
+        """Add `text`, which the caller renders, to the open block if that is a text; return False if not."""
+        if not text or self._open is None or self._open.kind != "text":
+            return False
+        self._open.parts.append(text)
+        return True
 
     def take(self, delta: ChatDelta) -> None:
         """Add what `delta` adds; the delta with a finish_reason closes the last block."""

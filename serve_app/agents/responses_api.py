@@ -59,9 +59,8 @@ class ResponsesService:
             RequestError: with the sentence for the caller.
         """
         rendering = ResponseEvents(self._objects(wanted, head))
-        if relay is not None:
-            relay.render_to = rendering.render_to
-        return rendered(self._chat.deltas(wanted.chat, head, caller, relay=relay), rendering)
+        deltas = self._chat.deltas(wanted.chat, head, caller, relay=relay, rendering=rendering)
+        return rendered(deltas, rendering)
 
     def _objects(self, wanted: ResponsesRequest, head: Head) -> ResponseObjects:
         def logprobs(positions: Logprobs) -> list[dict[str, Any]]:

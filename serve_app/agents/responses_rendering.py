@@ -13,7 +13,7 @@ from serve_app.agents.responses_schema import encoded_reasoning
 from serve_app.openai.choices import ChatDelta
 from serve_app.openai.error_responses import FAILED
 from serve_app.openai.responses import Head
-from serve_app.request.event_relay import PLACE, TextTemplate, WriteChunk
+from serve_app.request.event_relay import PLACE, TextTemplate
 from serve_app.request.request_errors import BadRequestError, RateLimitError, RequestError
 
 _PREFIXES = {"reasoning": "rs", "text": "msg", "call": "fc"}
@@ -155,14 +155,9 @@ class ResponseEvents:
             self._add(f"response.{status}", response=self._objects.response(status, self._items, delta.usage))
         return self._drained()
 
-    def render_to(self, text: str, write: WriteChunk) -> bool:
-        """Write the event for more text of an open text block; return False if there is none, or `write` does."""
-        block = self._output.open_text
-        if not text or block is None or not write(self._grown_event(text).encode()):
-            return False
-        block.parts.append(text)
-        self._number += 1
-        return True
+    def continued(self, text: str) -> str | None:
+        """Return the event for more text of an open text block; None if there is none."""
+        return self._grown_event(text) if self._output.continued(text) else None
 
     def failed(self, error: RequestError | None) -> str:
         """Return the event for a failure."""
@@ -186,7 +181,6 @@ class ResponseEvents:
             self._add(_DELTAS[block.kind], **self._place(block), delta=text, logprobs=shown)
             return
         self._events.append(self._grown_event(text))
-        self._number += 1
 
     def closed(self, block: Block) -> None:
         """Render the end of a block."""
@@ -217,7 +211,8 @@ class ResponseEvents:
         self._grown = TextTemplate(f"{compact_json(grown).removeprefix('{')}\n\n")
 
     def _grown_event(self, text: str) -> str:
-        return f"{self._grown_head}{self._number},{self._grown.render(text)}"
+        number, self._number = self._number, self._number + 1
+        return f"{self._grown_head}{number},{self._grown.render(text)}"
 
     def _place(self, block: Block) -> dict[str, Any]:
         place: dict[str, Any] = {"item_id": self._objects.item_id(block), "output_index": block.index}

@@ -27,21 +27,17 @@ class ChunkWriter:
         """Whether the response, if it is streamed, is chunked."""
         return scope["http_version"] == "1.1" and scope["method"] != "HEAD"
 
-    def write(self, data: bytes) -> bool:
-        """Write `data`, which is not empty, as one chunk.
-
-        Returns:
-            False, and nothing is written, before the response has begun, after its end, once the client has gone, and
-            while the client does not read.
-        """
+    def can_write(self) -> bool:
+        """Whether the response has begun and has not ended, and the client is there and reads."""
         cycle = self._cycle
-        if (
+        return not (
             self._flow.write_paused
             or cycle.disconnected
             or cycle.response_complete
             or not cycle.response_started
             or self._transport.is_closing()
-        ):
-            return False
+        )
+
+    def write(self, data: bytes) -> None:
+        """Write `data`, which is not empty, as one chunk; only possible while `can_write` is true."""
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        return True

@@ -102,7 +102,7 @@ class GuardedProtocol(H11Protocol):
     async def _with_writer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application; its scope has the `WRITE_CHUNK` extension if the response can be chunked."""
         if ChunkWriter.fits(scope):
-            scope["extensions"] = {WRITE_CHUNK: ChunkWriter(self.cycle, self.flow).write}
+            scope["extensions"] = {WRITE_CHUNK: ChunkWriter(self.cycle, self.flow)}
         await self._wrapped(scope, receive, send)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

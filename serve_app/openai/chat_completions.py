@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
+from typing import Protocol
 
 from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs
 from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob
 
-from kvarn.v1 import inference_pb2
+from kvarn.v1 import engine_pb2, inference_pb2
 from serve_app.openai import responses
 from serve_app.openai.choices import ChatDelta, Usage, encode_once, generate_all
 from serve_app.openai.logprobs import Vocabulary, chat_logprobs
@@ -18,11 +19,21 @@ from serve_app.openai.requests import chat_prompt, chat_sampling, one_per_prompt
 from serve_app.openai.responses import ChatState, ChoiceReader, Head
 from serve_app.openai.schema import ChatCompletionRequest
 from serve_app.openai.tools import ToolParsers
-from serve_app.request.event_relay import EventRelay, data_relayed_by
-from serve_app.request.handler import Relay, RequestHandler
+from serve_app.request.event_relay import EventRelay, event_text
+from serve_app.request.handler import RequestHandler
 from serve_app.request.request_errors import counting_rejections
 from serve_app.request.structured_outputs import place_constraint
 from serve_app.routing import Caller
+
+
+class DeltaRendering(Protocol):
+    """Renders the deltas of one choice as server-sent events."""
+
+    def add(self, delta: ChatDelta) -> str:
+        """Return the events for the next delta; "" if there are none."""
+
+    def continued(self, text: str) -> str | None:
+        """Do what `add` does for a delta of `text` alone, from a template; return None if that is not possible."""
 
 
 class ChatService:
@@ -72,9 +83,8 @@ class ChatService:
         """
         usages: dict[int, inference_pb2.Usage] = {}
         chunks = responses.ChatChunks(head)
-        if relay is not None:
-            relay.render_to = data_relayed_by(chunks.text(0))
-        async with aclosing(self.deltas(request, head, caller, relay=relay)) as deltas:
+        rendering = _ChunkEvents(chunks)
+        async with aclosing(self.deltas(request, head, caller, relay=relay, rendering=rendering)) as deltas:
             async for delta in deltas:
                 if delta.index not in usages:
                     yield chunks.first(delta.index)
@@ -92,7 +102,8 @@ class ChatService:
         head: Head,
         caller: Caller,
         context_tokens: Callable[[], int] | None = None,
-        relay: Relay | None = None,
+        relay: EventRelay | None = None,
+        rendering: DeltaRendering | None = None,
     ) -> AsyncGenerator[ChatDelta, None]:
         """Yield what the output of all choices adds, for any protocol to render.
 
@@ -102,7 +113,8 @@ class ChatService:
             caller: the caller's tenant and priority.
             context_tokens: returns the context of the model, and max_tokens is lowered to what the prompt leaves of
                 it; with None, a request that exceeds the context is rejected.
-            relay: takes plain deltas of a single choice, which are then not yielded.
+            relay: writes deltas of a single choice without log probabilities, which are then not yielded.
+            rendering: of what `relay` writes.
 
         Raises:
             RequestError: with the sentence for the caller.
@@ -113,10 +125,14 @@ class ChatService:
         if context_tokens is not None:
             _limit(requests[0], context_tokens())
         readers = self._readers(request, requests[0].prompt.token_ids.ids)
-        if not readers[0].is_plain:
-            relay = None
+        relayed = None
+        if relay is not None and rendering is not None:
+            relayed = _RelayedChoice(readers[0], rendering)
+            relay.render = relayed.render
         async with aclosing(generate_all(self._dispatcher, requests, len(readers), caller, relay)) as pieces:
             async for index, piece in pieces:
+                if relayed is not None and relayed.error is not None:
+                    raise relayed.error
                 yield readers[index].read(piece)
 
     async def count(self, request: ChatCompletionRequest, head: Head, caller: Caller) -> int:
@@ -148,6 +164,47 @@ class ChatService:
             prompt = chat_prompt(request)
             place_constraint(params, prompt)
             return one_per_prompt(head.request_id, request, [prompt], params)
+
+
+class _RelayedChoice:
+    """Reads and renders the deltas of a choice that are relayed.
+
+    Attributes:
+        error: why one of them could not be read, which the usual path raises; None as long as all could.
+    """
+
+    def __init__(self, reader: ChoiceReader, rendering: DeltaRendering) -> None:
+        self._reader = reader
+        self._rendering = rendering
+        self.error: Exception | None = None
+
+    def render(self, delta: engine_pb2.EngineDelta) -> str | None:
+        """Return the events of `delta`; None after an error."""
+        if self._reader.is_plain:
+            events = self._rendering.continued(delta.text)
+            if events is not None:
+                return events
+        if self.error is None:
+            try:
+                return self._rendering.add(self._reader.read_part(delta.text, delta.token_ids))
+            except Exception as error:
+                self.error = error
+        return None
+
+
+class _ChunkEvents:
+    """Renders the deltas of one choice as events of chunks."""
+
+    def __init__(self, chunks: responses.ChatChunks) -> None:
+        self._chunks = chunks
+        self._text = chunks.text(0)
+
+    def continued(self, text: str) -> str | None:
+        return event_text(self._text.render(text)) if text else ""
+
+    def add(self, delta: ChatDelta) -> str:
+        made = self._chunks.next(delta, None)
+        return "" if made is None else event_text(made)
 
 
 def _limit(request: inference_pb2.GenerateRequest, context_tokens: int) -> None:

@@ -16,7 +16,7 @@ from serve_app.openai.logprobs import TextLogprobs, Vocabulary
 from serve_app.openai.requests import completion_prompts, completion_sampling, one_per_prompt, valid_unicode
 from serve_app.openai.responses import Head
 from serve_app.openai.schema import CompletionRequest
-from serve_app.request.event_relay import EventRelay, data_relayed_by
+from serve_app.request.event_relay import EventRelay, event_text
 from serve_app.request.handler import RequestHandler
 from serve_app.request.request_errors import counting_rejections
 from serve_app.routing import Caller
@@ -79,7 +79,8 @@ class CompletionService:
         states = [TextState(TextLogprobs(self._vocabulary)) for _ in range(len(requests) * choices)]
         chunks = responses.CompletionChunks(head)
         if relay is not None and request.logprobs is None:
-            relay.render_to = data_relayed_by(chunks.text(0))
+            template = chunks.text(0)
+            relay.render = lambda delta: event_text(template.render(delta.text)) if delta.text else ""
         async with aclosing(generate_all(self._dispatcher, requests, choices, caller, relay)) as pieces:
             async for index, piece in pieces:
                 state = states[index]

@@ -29,7 +29,7 @@ from pydantic import BaseModel
 
 from kvarn.v1 import inference_pb2
 from serve_app.openai.choices import ChatDelta, Usage
-from serve_app.openai.tools import CallDelta, PlainReader, Reader
+from serve_app.openai.tools import CallDelta, Found, PlainReader, Reader
 from serve_app.request.event_relay import PLACE, TextTemplate
 
 _REASONS: dict[int, Any] = {
@@ -37,6 +37,9 @@ _REASONS: dict[int, Any] = {
     inference_pb2.FINISH_REASON_LENGTH: "length",
     inference_pb2.FINISH_REASON_REPETITION: "stop",
 }
+
+
+_NO_USAGE = inference_pb2.Usage()
 
 
 @dataclass(frozen=True)
@@ -55,25 +58,22 @@ class ChoiceReader:
     Args:
         index: number of the choice.
         reader: separates text, tool calls and reasoning.
+
+    Attributes:
+        is_plain: whether all output is text of the answer.
     """
 
     def __init__(self, index: int, reader: Reader) -> None:
+        self.is_plain = isinstance(reader, PlainReader)
         self._index = index
         self._reader = reader
         self._reasoning_tokens = 0
         self._has_calls = False
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether all output is text of the answer."""
-        return isinstance(self._reader, PlainReader)
-
     def read(self, piece: inference_pb2.GenerateResponse) -> ChatDelta:
         """Return what the next piece of the output adds."""
         reason = _REASONS.get(piece.finish_reason)
-        found = self._reader.read(piece.text, piece.token_ids, is_last=reason is not None)
-        self._has_calls = self._has_calls or bool(found.calls)
-        self._reasoning_tokens += found.reasoning_tokens
+        found = self._read(piece.text, piece.token_ids, is_last=reason is not None)
         piece.usage.reasoning_tokens = self._reasoning_tokens
         kind = piece.stop_reason.WhichOneof("matched")
         return ChatDelta(
@@ -86,6 +86,26 @@ class ChoiceReader:
             logprobs=piece.logprobs,
             usage=piece.usage,
         )
+
+    def read_part(self, text: str, token_ids: Sequence[int]) -> ChatDelta:
+        """Return what a piece adds that is not the last and has no log probabilities, without its usage."""
+        found = self._read(text, token_ids, is_last=False)
+        return ChatDelta(
+            index=self._index,
+            content=found.content,
+            reasoning=found.reasoning,
+            calls=found.calls,
+            finish_reason=None,
+            stop_reason=None,
+            logprobs=(),
+            usage=_NO_USAGE,
+        )
+
+    def _read(self, text: str, token_ids: Sequence[int], is_last: bool) -> Found:
+        found = self._reader.read(text, token_ids, is_last)
+        self._has_calls = self._has_calls or bool(found.calls)
+        self._reasoning_tokens += found.reasoning_tokens
+        return found
 
 
 @dataclass

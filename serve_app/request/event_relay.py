@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from json.encoder import encode_basestring
+from typing import Protocol
 
 from starlette.types import Scope
 
 from kvarn.v1 import engine_pb2
 
-# Entry of an ASGI scope's `extensions`: writes a chunk of the response body at once, or returns False.
-WRITE_CHUNK = "kvarn.write_chunk"
-WriteChunk = Callable[[bytes], bool]
+WRITE_CHUNK = "kvarn.write_chunk"  # entry of an ASGI scope's `extensions`: a `ChunkSink`
 PLACE = "\0text\0"  # stands for the text while a template is made; ids and model names have no NUL
 
 
@@ -30,39 +29,45 @@ class TextTemplate:
         return encode_basestring(text).join(self._parts)
 
 
+class ChunkSink(Protocol):
+    """Writes chunks of the body of one response at once."""
+
+    def can_write(self) -> bool:
+        """Whether `write` is possible now."""
+
+    def write(self, data: bytes) -> None:
+        """Write a chunk, which is not empty."""
+
+
 class EventRelay:
-    """Writes the text of plain deltas as server-sent events straight to the connection.
+    """Writes the server-sent events of deltas straight to the connection.
 
     Args:
-        write: writes a chunk of the response body at once, or returns False.
+        sink: of the response.
 
     Attributes:
-        render_to: renders the event of a text and writes it with its second argument, or returns False, after which
-            the text takes the usual path; set by the front end once it can do so.
+        render: returns the events of a delta, "" if it has none, or None to leave it to the usual path; only called if
+            the events can be written. Set by the front end once it can do so.
     """
 
-    def __init__(self, write: WriteChunk) -> None:
-        self._write = write
-        self.render_to: Callable[[str, WriteChunk], bool] | None = None
+    def __init__(self, sink: ChunkSink) -> None:
+        self._sink = sink
+        self.render: Callable[[engine_pb2.EngineDelta], str | None] | None = None
 
     @classmethod
     def of(cls, scope: Scope) -> EventRelay | None:
         """Return a relay for the response to a request; None if the connection allows none."""
-        write = scope.get("extensions", {}).get(WRITE_CHUNK)
-        return None if write is None else cls(write)
+        sink = scope.get("extensions", {}).get(WRITE_CHUNK)
+        return None if sink is None else cls(sink)
 
     def take(self, delta: engine_pb2.EngineDelta, completion_tokens: int) -> bool:
-        """Write the event of `delta`; return False if that is not possible now."""
-        return self.render_to is not None and self.render_to(delta.text, self._write)
-
-
-def data_relayed_by(template: TextTemplate) -> Callable[[str, WriteChunk], bool]:
-    """Return a `render_to` of events whose data is `template`; a delta without text needs no event."""
-
-    def render_to(text: str, write: WriteChunk) -> bool:
-        return not text or write(event_text(template.render(text)).encode())
-
-    return render_to
+        """Write the events of `delta`; return False if that is not possible now."""
+        if self.render is None or not self._sink.can_write():
+            return False
+        events = self.render(delta)
+        if events:
+            self._sink.write(events.encode())
+        return events is not None
 
 
 def event_text(data: str) -> str:

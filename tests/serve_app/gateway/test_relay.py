@@ -12,6 +12,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -33,6 +34,7 @@ from serve_app.gateway.services import FleetFeed
 from serve_app.http.chunk_writer import ChunkWriter
 from serve_app.observability import metrics
 from serve_app.observability.tracing import Tracing
+from serve_app.openai.tools import Found, StreamReader
 from serve_app.request.parser_choice import ParserChoice
 from serve_app.request.prompts import PromptEncoder
 from serve_app.request.request_errors import BadRequestError, ReplicaUnavailableError
@@ -216,17 +218,19 @@ def relays(monkeypatch: pytest.MonkeyPatch) -> Relays:
     return seen
 
 
-def counting(seen: Relays, kind: str, method: Callable[..., bool]) -> Callable[..., bool]:
-    def call(*args: Any) -> bool:
+def counting(seen: Relays, kind: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
         was_taken = method(*args)
-        seen.counts[kind] += was_taken
+        seen.counts[kind] += was_taken is not False
         return was_taken
 
     return call
 
 
 @asynccontextmanager
-async def gateway(encoder: PromptEncoder, **limits: Any) -> AsyncIterator[Front]:
+async def gateway(
+    encoder: PromptEncoder, reasoning_parser: str | None = None, **limits: Any
+) -> AsyncIterator[Front]:
     engine = Scripted()
     engine_server = GrpcServer("127.0.0.1:0", [])
     engine_pb2_grpc.add_EngineServicer_to_server(engine, engine_server)
@@ -256,7 +260,7 @@ async def gateway(encoder: PromptEncoder, **limits: Any) -> AsyncIterator[Front]
         MODEL,
         dispatcher=dispatcher,
         encoder=encoder,
-        parsers=ParserChoice("hermes", None, "as set"),
+        parsers=ParserChoice("hermes", reasoning_parser, "as set"),
         feed=feed,
         max_model_len=router.max_model_len,
         is_ready=router.is_ready,
@@ -347,20 +351,74 @@ async def test_bytes_are_those_of_the_usual_path(
     for name, pieces in SCRIPTS.items():
         front.engine.script = playing(pieces)
         relayed[name] = frames(await sent(front, body))
-    is_plain = not {"n", "logprobs", "tools", "include"} & body.keys() and body.get("prompt") != [
-        PROMPT,
-        PROMPT,
-    ]
-    assert (relays.counts["http"] > 20) if is_plain else not relays.counts["http"]
+    is_relayed = not {"n", "logprobs", "include"} & body.keys() and body.get("prompt") != [PROMPT, PROMPT]
+    assert (relays.counts["http"] > 20) if is_relayed else not relays.counts["http"]
     monkeypatch.setattr(ChunkWriter, "fits", lambda scope: False)
     before = relays.counts["http"]
     for name, pieces in SCRIPTS.items():
         front.engine.script = playing(pieces)
         usual[name] = frames(await sent(front, body))
     assert relays.counts["http"] == before
-    if not is_plain:  # several choices may overtake each other
+    if not is_relayed:  # several choices may overtake each other
         relayed, usual = ({name: sorted(made[name]) for name in made} for made in (relayed, usual))
     assert relayed == usual
+    await settled(lambda: not front.observer.open)
+
+
+async def both_paths(front: Front, relays: Relays, body: dict[str, Any]) -> list[list[bytes]]:
+    """Return the frames of an answer that is relayed, and of one that takes the usual path."""
+    relayed = frames(await sent(front, body))
+    with pytest.MonkeyPatch.context() as patched:
+        before = relays.counts["http"]
+        patched.setattr(ChunkWriter, "fits", lambda scope: False)
+        usual = frames(await sent(front, body))
+        assert relays.counts["http"] == before
+    return [relayed, usual]
+
+
+CALL = '<tool_call>\n{"name": "clock", "arguments": {"zone": "UTC"}}\n</tool_call>'
+WITH_TOOLS = [name for name in BODIES if "tools" in name]
+
+
+@pytest.mark.parametrize(
+    "answer", ["Hello world!", f"Well. {CALL}", CALL], ids=["text", "text and a call", "a call"]
+)
+@pytest.mark.parametrize("body", WITH_TOOLS)
+async def test_reasoning_and_calls_are_relayed_like_text(
+    thinking_model_dir: Path, relays: Relays, body: str, answer: str
+) -> None:
+    thinking = PromptEncoder(thinking_model_dir)
+    tokenizer = thinking.tokenizer
+    token_ids = tokenizer.encode(f"They greet me.\n</think>\n\n{answer}", add_special_tokens=False)
+    pieces = [piece(tokenizer.decode([token_id]), token_id) for token_id in token_ids]
+    async with gateway(thinking, reasoning_parser="deepseek_r1") as front:
+        front.engine.script = playing([*pieces, PLAIN[-1]])
+        relayed, usual = await both_paths(front, relays, BODIES[body])
+    assert relayed == usual
+    assert relays.counts["http"] >= 5
+    shown = b"".join(usual)
+    assert b"reasoning" in shown or b"thinking" in shown
+    has_call = any(part in shown for part in (b'"tool_calls":[', b'"type":"tool_use"', b"arguments.delta"))
+    assert has_call == (CALL in answer)
+
+
+@pytest.mark.parametrize("body", WITH_TOOLS)
+async def test_output_that_cannot_be_read_fails_alike(
+    front: Front, relays: Relays, body: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = StreamReader.read
+
+    def failing(self: StreamReader, text: str, *args: Any) -> Found:
+        if "fails" in text:
+            raise RuntimeError("scripted")
+        return read(self, text, *args)
+
+    monkeypatch.setattr(StreamReader, "read", failing)
+    front.engine.script = playing([piece("a"), piece("b"), piece("fails"), *PLAIN])
+    relayed, usual = await both_paths(front, relays, BODIES[body])
+    assert relayed == usual
+    assert relays.counts["http"] == 1
+    assert b"error" in b"".join(usual[-3:])
     await settled(lambda: not front.observer.open)
 
 
@@ -655,10 +713,10 @@ async def test_a_relay_that_fails_ends_its_own_call_only(
     """The calls of a replica share one stream, and its reader runs the relays; a failed call is resumed."""
     write = ChunkWriter.write
 
-    def failing(self: ChunkWriter, data: bytes) -> bool:
+    def failing(self: ChunkWriter, data: bytes) -> None:
         if b"fails" in data:
             raise RuntimeError("scripted")
-        return write(self, data)
+        write(self, data)
 
     monkeypatch.setattr(ChunkWriter, "write", failing)
 
