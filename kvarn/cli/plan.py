@@ -30,12 +30,29 @@ def plan(
     max_num_seqs: Annotated[
         int | None, typer.Option(help="Maximum concurrent sequences; by default as many as fit.")
     ] = None,
+    drafts: Annotated[
+        int, typer.Option(help="Draft tokens of speculative decoding per sequence and step.")
+    ] = 0,
+    acceptance: Annotated[
+        float,
+        typer.Option(help="Probability that a draft is accepted if those before it are, with --drafts."),
+    ] = 0.8,
     as_json: AsJson = False,
 ) -> None:
     """Estimate tokens, sequences and decode time for each cache dtype from the model's config alone."""
     with one_sentence_errors():
         made = make_plan(
-            model, gpu, tp, _tokens(context), rate, output_tokens, cache_gib, utilization, max_num_seqs
+            model,
+            gpu,
+            tp,
+            _tokens(context),
+            rate,
+            output_tokens,
+            cache_gib,
+            utilization,
+            max_num_seqs,
+            drafts,
+            acceptance,
         )
         if as_json:
             out.print_json(json.dumps(record(made)))

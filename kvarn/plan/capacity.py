@@ -11,7 +11,7 @@ from rich.table import Table
 
 from kvarn.plan.hardware import ATTENTION_OF_COPY, COPY_PART, GPUS, WEIGHTS_OF_COPY, Gpu
 from kvarn.plan.model_shape import ModelShape, PlanError
-from kvarn.presets import PRESETS, get_preset
+from kvarn.presets import MAX_QUERIES, PRESETS, get_preset
 from kvarn.tile import TileLayout, padded_head_dim
 
 BLOCK_TOKENS = 16  # vLLM's default block size
@@ -33,6 +33,8 @@ class Plan:
     cache_gib: float | None
     rate: float | None
     output_tokens: int
+    drafts: int
+    acceptance: float
     weight_gib_per_gpu: float
     rows: list[PlanRow]
 
@@ -48,7 +50,7 @@ class PlanRow:
         sequences: concurrent sequences of `context` tokens; also the max_num_seqs that the side pool is sized for.
         side_pool_share: fraction of the memory left beside weights that raw tiles and prefill pages take.
         decode_ms: one step with all `sequences` running, reading weights and caches once.
-        decode_tokens_per_s: of all sequences together.
+        decode_tokens_per_s: of all sequences together, with the drafts that a step is expected to accept.
         running: concurrent sequences at the requested rate; None without a rate, or if it cannot be sustained.
     """
 
@@ -75,6 +77,8 @@ def make_plan(
     cache_gib: float | None = None,
     utilization: float = 0.92,
     max_num_seqs: int | None = None,
+    drafts: int = 0,
+    acceptance: float = 0.8,
 ) -> Plan:
     """Plan every cache dtype.
 
@@ -88,6 +92,8 @@ def make_plan(
         cache_gib: vLLM's kv_cache_memory_bytes in GiB; None for what `utilization` of the memory leaves.
         utilization: vLLM's gpu_memory_utilization.
         max_num_seqs: sequences that the side pool is sized for; None for as many as fit.
+        drafts: draft tokens per sequence and step; what drafting takes is not counted.
+        acceptance: probability that a draft is accepted if those before it are.
 
     Raises:
         ModelError: there is no such model.
@@ -98,6 +104,10 @@ def make_plan(
     for option, value in (("--rate", rate), ("--cache-gib", cache_gib), ("--max-num-seqs", max_num_seqs)):
         _check_positive(option, value)
     _check_positive("--output-tokens", output_tokens)
+    if drafts not in range(MAX_QUERIES):
+        raise PlanError(f"--drafts is {drafts}: give 0 to {MAX_QUERIES - 1} tokens")
+    if not 0 <= acceptance <= 1:
+        raise PlanError(f"--acceptance is {acceptance}: give a probability, from 0 to 1")
     memory_gib = GPUS[gpu].memory_bytes / 2**30
     if cache_gib is not None and cache_gib > memory_gib:
         raise PlanError(f"--cache-gib is {cache_gib}: one {gpu} has {memory_gib:.1f} GiB, give at most that")
@@ -107,9 +117,23 @@ def make_plan(
         raise PlanError(
             f"the weights take {weights / 2**30:.1f} GiB of one {gpu} and leave no memory for a cache: raise --tp"
         )
-    planner = _Planner(shape, GPUS[gpu], tensor_parallel, context, rate, output_tokens, max_num_seqs)
+    planner = _Planner(
+        shape, GPUS[gpu], tensor_parallel, context, rate, output_tokens, max_num_seqs, drafts, acceptance
+    )
     rows = [planner.row(name, available, cache_gib) for name in DTYPES]
-    return Plan(model, gpu, tensor_parallel, context, cache_gib, rate, output_tokens, weights / 2**30, rows)
+    return Plan(
+        model,
+        gpu,
+        tensor_parallel,
+        context,
+        cache_gib,
+        rate,
+        output_tokens,
+        drafts,
+        acceptance,
+        weights / 2**30,
+        rows,
+    )
 
 
 def _check(shape: ModelShape, gpu: str, tensor_parallel: int, context: int, utilization: float) -> None:
@@ -141,6 +165,18 @@ class _Planner:
     rate: float | None
     output_tokens: int
     max_num_seqs: int | None
+    drafts: int
+    acceptance: float
+
+    @property
+    def slots_per_sequence(self) -> int:
+        """Slots that the side pool holds per sequence; with drafts, those of a draft model."""
+        return SLOTS_PER_SEQUENCE + bool(self.drafts)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Expected tokens of one sequence and step: one, and each draft if it and all before it are accepted."""
+        return sum(self.acceptance**place for place in range(self.drafts + 1))
 
     @property
     def kv_heads(self) -> int:
@@ -159,10 +195,10 @@ class _Planner:
         if cache_gib is not None:
             cache = cache_gib * 2**30
             sequences = min(int(cache // block_bytes) // per_sequence, self.max_num_seqs or sys.maxsize)
-            pool = pages + SLOTS_PER_SEQUENCE * slot_bytes * (self.max_num_seqs or sequences)
+            pool = pages + self.slots_per_sequence * slot_bytes * (self.max_num_seqs or sequences)
             available = cache + pool
         elif self.max_num_seqs is not None:
-            pool = pages + SLOTS_PER_SEQUENCE * slot_bytes * self.max_num_seqs
+            pool = pages + self.slots_per_sequence * slot_bytes * self.max_num_seqs
             if pool > available:
                 refused = (
                     f"a side pool for {self.max_num_seqs:,} sequences takes {pool / 2**30:,.1f} GiB of the "
@@ -173,9 +209,9 @@ class _Planner:
             sequences = min(int(cache // block_bytes) // per_sequence, self.max_num_seqs)
         else:
             sequences = int(
-                (available - pages) // (per_sequence * block_bytes + SLOTS_PER_SEQUENCE * slot_bytes)
+                (available - pages) // (per_sequence * block_bytes + self.slots_per_sequence * slot_bytes)
             )
-            pool = pages + SLOTS_PER_SEQUENCE * slot_bytes * max(sequences, 0)
+            pool = pages + self.slots_per_sequence * slot_bytes * max(sequences, 0)
             cache = max(available - pool, 0)
         blocks = int(cache // block_bytes)
         bytes_per_token = block_bytes / block_tokens
@@ -189,7 +225,7 @@ class _Planner:
             sequences=max(sequences, 0),
             side_pool_share=pool / available,
             decode_ms=1e3 * step_s,
-            decode_tokens_per_s=max(sequences, 0) / step_s,
+            decode_tokens_per_s=max(sequences, 0) * self.tokens_per_step / step_s,
             running=self._running(dtype, bytes_per_token, slot_bytes),
         )
 
@@ -221,11 +257,11 @@ class _Planner:
         return weights + sequences * cache
 
     def _running(self, dtype: str, bytes_per_token: float, slot_bytes: float) -> float | None:
-        """Little's law, running = rate x output tokens x step time, where step time grows with running sequences."""
+        """Little's law, running = rate x steps per output x step time, where step time grows with running sequences."""
         if self.rate is None:
             return None
         weights, cache = self._times_s(dtype, bytes_per_token, slot_bytes)
-        demand = self.rate * self.output_tokens
+        demand = self.rate * self.output_tokens / self.tokens_per_step
         return demand * weights / (1 - demand * cache) if demand * cache < 1 else None
 
 
@@ -262,6 +298,8 @@ def table(plan: Plan) -> Table:
         f"{ATTENTION_OF_COPY['kvarn']:.0%} (KVarN) and {ATTENTION_OF_COPY['auto']:.0%} (others: fp8 "
         f"{ATTENTION_OF_COPY['fp8']:.0%}) of copy bandwidth, full context read each step"
     )
+    if plan.drafts:
+        made.caption += f"; {plan.drafts} drafts, each accepted with probability {plan.acceptance:g}"
     return made
 
 

@@ -78,11 +78,26 @@ def test_a_rate_keeps_more_running_where_steps_are_longer(llama_8b: str) -> None
         ({"rate": float("nan")}, "--rate is nan"),
         ({"max_num_seqs": -5}, "--max-num-seqs is -5"),
         ({"output_tokens": 0}, "--output-tokens is 0"),
+        ({"drafts": 16}, "--drafts is 16: give 0 to 15 tokens"),
+        ({"acceptance": -0.5}, "--acceptance is -0.5: give a probability"),
     ],
 )
 def test_bad_input_is_refused(llama_8b: str, options: dict, sentence: str) -> None:
     with pytest.raises(PlanError, match=sentence):
         make_plan(**{"model": llama_8b, "gpu": "h200", **options})
+
+
+def test_accepted_drafts_multiply_the_tokens_of_a_step(llama_8b: str) -> None:
+    plain = make_plan(llama_8b, "h200", max_num_seqs=16, rate=2).rows[-1]
+    drafted = make_plan(llama_8b, "h200", max_num_seqs=16, rate=2, drafts=3, acceptance=0.5).rows[-1]
+    assert drafted.decode_ms == pytest.approx(plain.decode_ms)
+    assert drafted.decode_tokens_per_s == pytest.approx(1.875 * plain.decode_tokens_per_s)
+    assert drafted.side_pool_share > plain.side_pool_share
+    assert drafted.running is not None
+    assert plain.running is not None
+    assert drafted.running < plain.running
+    refused = make_plan(llama_8b, "h200", max_num_seqs=16, drafts=3, acceptance=0).rows[-1]
+    assert refused.decode_tokens_per_s == pytest.approx(plain.decode_tokens_per_s)
 
 
 def test_presets_hold_several_times_the_tokens(tmp_path: Path) -> None:
