@@ -35,6 +35,7 @@ from kvarn.bench.shapes import model_directory
 from kvarn.dtypes import check_cache_dtype, check_model_dtype, comma_separated
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL
+from kvarn.presets import MAX_QUERIES
 from kvarn.result_files import write_results
 
 
@@ -112,6 +113,12 @@ class EngineBench:
     ] = None
     max_num_batched_tokens: Annotated[int, Option(help="Maximum tokens per step, prefill included.")] = 2048
     enforce_eager: EnforceEager = False
+    drafts: Annotated[
+        int, Option(help="Draft tokens per request and step, of a drafter that costs nothing; 0 for none.")
+    ] = 0
+    acceptance: Annotated[
+        float, Option(help="Probability that a draft is accepted if all before it were, with --drafts.")
+    ] = 0.8
     tensor_parallel_sizes: Annotated[
         tuple[int, ...],
         Option(
@@ -133,6 +140,10 @@ class EngineBench:
             raise BenchError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}: give a share above 0 and at most 1"
             )
+        if self.drafts not in range(MAX_QUERIES):
+            raise BenchError(f"drafts is {self.drafts}: give 0 to {MAX_QUERIES - 1} tokens")
+        if not 0 <= self.acceptance <= 1:
+            raise BenchError(f"acceptance is {self.acceptance}: give a probability, from 0 to 1")
         check_shape(self.shape)
         if not self.kv_cache_dtypes:
             raise BenchError("no cache dtype is given: name at least one, e.g. auto,kvarn_k4v2_g128")
@@ -176,6 +187,7 @@ class WorkloadResult:
         first_token_s: seconds until the first request has a token.
         prefill_tokens_per_s: prompt tokens over the time until every request has a token.
         decode_tokens_per_s: generated tokens per second while all requests decode; None if they never all do.
+        tokens_per_step: mean number of tokens that a request gets in a step after its first; None if there is none.
     """
 
     workload: str
@@ -184,6 +196,7 @@ class WorkloadResult:
     prefill_tokens_per_s: float
     decode_tokens_per_s: float | None
     runs: list[dict[str, float | None]]
+    tokens_per_step: float | None = None
 
 
 @dataclass(frozen=True)
@@ -282,7 +295,7 @@ def table(bench: EngineBench, results: list[EngineResult]) -> Table:
         for result in ran
     ]
     absent = [f"{result.label} did not run: {result.reason}" for result in results if result.reason]
-    notes = ["tok/s: generated tokens over the batch duration", *held, *absent]
+    notes = ["tok/s: generated tokens over the batch duration", *_drafts(bench, first), *held, *absent]
     made = Table(title=f"{what}, {bench.dtype}, {memory}", caption=Text("\n".join(notes)))
     made.add_column("workload\n  cache dtype", no_wrap=True)
     several = len(bench.tensor_parallel_sizes) > 1
@@ -302,6 +315,14 @@ def table(bench: EngineBench, results: list[EngineResult]) -> Table:
             )
         made.add_section()
     return made
+
+
+def _drafts(bench: EngineBench, result: EngineResult) -> list[str]:
+    if not bench.drafts:
+        return []
+    measured = [at.tokens_per_step for at in result.workloads if at.tokens_per_step]
+    per_step = f"; {sum(measured) / len(measured):.2f} tokens per step" if measured else ""
+    return [f"{bench.drafts} drafts, each accepted with probability {bench.acceptance:g}{per_step}"]
 
 
 def record(bench: EngineBench, results: list[EngineResult]) -> dict[str, Any]:

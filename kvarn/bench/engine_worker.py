@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kvarn.bench.drafts_at_rate import engine_settings, replays
 from kvarn.bench.shapes import load_format
 from kvarn.worker import answer, take_standard_output
 
@@ -32,6 +33,8 @@ def main() -> None:
     answer(answers, _time_batch(engine, *_requests(warm_up, vocab_size)))
     for lengths in settings["lengths"]:
         requests = _requests(lengths, vocab_size)
+        if settings["drafts"] and replays():
+            _time_batch(engine, *requests)
         for _ in range(settings["repeats"]):
             answer(answers, _time_batch(engine, *requests))
     cache = engine.vllm_config.cache_config
@@ -50,7 +53,8 @@ def _start_engine(settings: dict[str, Any]) -> Any:
         if utilization is None
         else {"gpu_memory_utilization": utilization}
     )
-    longest = max(sum(request) for lengths in settings["lengths"] for request in lengths)
+    drafts = settings["drafts"]
+    longest = drafts + max(sum(request) for lengths in settings["lengths"] for request in lengths)
     args = EngineArgs(
         model=settings["model"],
         dtype=settings["dtype"],
@@ -65,6 +69,7 @@ def _start_engine(settings: dict[str, Any]) -> Any:
         distributed_executor_backend=settings["distributed_executor_backend"],
         load_format=load_format(settings["shape"]),
         skip_tokenizer_init=settings["shape"] is not None,
+        **engine_settings(drafts, settings["acceptance"]),
         **memory,
     )
     return LLMEngine.from_engine_args(args)
@@ -90,6 +95,7 @@ def _time_batch(engine: Any, prompts: list[list[int]], output_tokens: list[int])
 
     wanted = {str(index): tokens for index, tokens in enumerate(output_tokens)}
     lengths = dict.fromkeys(wanted, 0)
+    steps = first_tokens = 0  # of all requests: steps after the first of each, and tokens in the first
     start = time.perf_counter()
     for (name, tokens), prompt in zip(wanted.items(), prompts, strict=True):
         sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=tokens, detokenize=False)
@@ -99,7 +105,12 @@ def _time_batch(engine: Any, prompts: list[list[int]], output_tokens: list[int])
     while engine.has_unfinished_requests():
         all_run = all(lengths[name] < tokens for name, tokens in wanted.items())
         for output in engine.step():
-            lengths[output.request_id] = len(output.outputs[0].token_ids)
+            tokens = len(output.outputs[0].token_ids)
+            if lengths[output.request_id]:
+                steps += 1
+            else:
+                first_tokens += tokens
+            lengths[output.request_id] = tokens
         now = time.perf_counter()
         first = first or (now if any(lengths.values()) else None)
         prefilled = prefilled or (now if all(lengths.values()) else None)
@@ -115,6 +126,7 @@ def _time_batch(engine: Any, prompts: list[list[int]], output_tokens: list[int])
         "first_token_s": first - start,
         "prefill_tokens_per_s": sum(map(len, prompts)) / (prefilled - start),
         "decode_tokens_per_s": decode,
+        "tokens_per_step": (sum(lengths.values()) - first_tokens) / steps if steps else None,
     }
 
 

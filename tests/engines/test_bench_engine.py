@@ -46,6 +46,24 @@ def test_speed_and_capacity_of_each_dtype(tmp_path, shallow_model_dir):
     assert record["versions"]["torch"]
 
 
+def test_drafts_are_accepted_as_set(shallow_model_dir):
+    dtypes = ("kvarn_k4v2_g128",)
+    bench = EngineBench(
+        model=str(shallow_model_dir),
+        kv_cache_dtypes=dtypes,
+        workloads=(Workload(2, 140, 13),),
+        drafts=3,
+        acceptance=1,
+        **SMALL,
+    )
+    (result,) = engine.run(bench, lambda *progress: None)
+    assert result.workloads[0].tokens_per_step == 4
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(engine.table(bench, [result]))
+    assert "3 drafts, each accepted with probability 1; 4.00 tokens per step" in capture.get()
+
+
 def test_a_failed_engine_shows_its_log(shallow_model_dir):
     bench = EngineBench(
         model=str(shallow_model_dir),

@@ -2,15 +2,18 @@
 
 import io
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from kvarn import worker
-from kvarn.bench import engine, plot
+from kvarn.bench import drafts_at_rate, engine, plot
 from kvarn.bench.batch_lengths import Lognormal, parse_batches
 from kvarn.bench.bench_settings import BenchError
+from kvarn.bench.drafts_at_rate import ACCEPTANCE, ReplayingDrafter
 from kvarn.bench.engine import EngineBench, EngineResult, Workload, WorkloadResult, parse_workloads
 from kvarn.cli import app
 
@@ -98,6 +101,8 @@ def test_scaling_over_gpus_is_relative_to_the_same_cache_on_fewer():
         ({"tensor_parallel_sizes": (0,)}, "tensor_parallel_sizes is '0'"),
         ({"distributed_executor_backend": "uni"}, "'uni': give mp or ray"),
         ({"shape": "9b"}, "shape '9b' is not known"),
+        ({"drafts": 16}, "drafts is 16: give 0 to 15 tokens"),
+        ({"acceptance": 1.5}, "acceptance is 1.5: give a probability, from 0 to 1"),
         ({"dtype": "int8"}, "unknown dtype 'int8': choose from auto, bfloat16"),
         (
             {"kv_cache_dtypes": ("auto", "foo")},
@@ -137,3 +142,33 @@ def test_workloads_have_equal_or_drawn_lengths():
 def test_what_is_no_workload_is_refused_in_one_sentence(text, message):
     with pytest.raises(BenchError, match=message):
         parse_workloads(text)
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.5, 1.0])
+def test_replayed_drafts_are_right_as_often_as_set(acceptance):
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(num_speculative_tokens=4),
+        model_config=SimpleNamespace(max_model_len=999),
+        additional_config={ACCEPTANCE: acceptance},
+    )
+    drafter, answer = ReplayingDrafter(config), np.arange(7, 907, dtype=np.int32)
+    for length in range(20, 900):
+        assert drafter.propose([[1]], np.array([length]), answer[None]) == [[]], "nothing is known yet"
+    right = [
+        draft == expected
+        for length in range(20, 880)
+        for draft, expected in zip(
+            drafter.propose([[1]], np.array([length]), answer[None])[0], answer[length:], strict=False
+        )
+    ]
+    assert len(right) == 4 * 860
+    assert sum(right) / len(right) == pytest.approx(acceptance, abs=0.03)
+    assert drafter.propose([[]], np.array([20]), answer[None]) == [[]], "a prompt's chunk"
+
+
+def test_on_a_gpu_vllm_draws_what_it_accepts(monkeypatch):
+    monkeypatch.setattr(drafts_at_rate, "replays", lambda: False)
+    drafts = drafts_at_rate.engine_settings(3, 0.5)["speculative_config"]
+    assert drafts["synthetic_acceptance_rates"] == [0.5, 0.25, 0.125]
+    assert drafts["model"].endswith(".FixedDrafter")
+    assert drafts_at_rate.engine_settings(0, 0.5) == {}
