@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention, PrefillPrefixLMAttention
 from vllm.model_executor.models import llama
 
@@ -32,7 +33,15 @@ from tests.support.engines import (
     make_matmuls_row_invariant,
     prompt_of,
 )
-from tests.support.families import FAMILIES, MAX_MODEL_LEN, WINDOWS, make_family, make_model
+from tests.support.families import (
+    FAMILIES,
+    MAX_MODEL_LEN,
+    REFUSED,
+    WINDOWS,
+    make_config,
+    make_family,
+    make_model,
+)
 
 LENGTH = 3 * TILE + 40
 BFLOAT16_STEP = 2**-5  # of log probabilities of 4 to 8 nats: matmuls in bfloat16 may round a row otherwise
@@ -108,6 +117,21 @@ def serve_alike(directory: Path, family: str) -> None:
             assert_nothing_left(llm)
         with engine(monkeypatch, model, kv_cache_dtype="auto", **settings) as llm:
             assert max(first_differences([cold], [ask_cold(llm, prompt)])) < 0.5
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_is_refused_in_one_sentence(tmp_path: Path, family: str, long_mode: bool) -> None:
+    if not long_mode:  # vLLM inspects each architecture in a process of its own
+        pytest.skip("runs with --long")
+    made, sentence = REFUSED[family]
+    arguments = EngineArgs(
+        str(make_config(tmp_path, made)),
+        kv_cache_dtype=PRESET,
+        max_model_len=MAX_MODEL_LEN,
+        skip_tokenizer_init=True,
+    )
+    with pytest.raises(RefusalError, match=f"^kv_cache_dtype='{PRESET}' .*{sentence}.*"):
+        arguments.create_engine_config()
 
 
 def test_blocks_change_between_tiles_and_windows(processes: Processes, tmp_path: Path) -> None:

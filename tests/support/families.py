@@ -81,6 +81,8 @@ FAMILIES: dict[str, Family] = {
     "Apertus": Family("ApertusConfig"),
     "Arcee": Family("ArceeConfig"),
     "Cohere": Family("CohereConfig"),
+    "CWM in its window": Family("CwmConfig", {"head_dim": 64, "sliding_window": 8192}),
+    "dots.llm1": Family("Dots1Config", {"first_k_dense_replace": 1, **ROUTED_EXPERTS}),
     "ERNIE 4.5": Family("Ernie4_5Config", {"head_dim": 64}),
     "ERNIE 4.5 MoE": Family(
         "Ernie4_5_MoeConfig",
@@ -103,7 +105,9 @@ FAMILIES: dict[str, Family] = {
     "Granite MoE, shared experts": Family(
         "GraniteMoeSharedConfig", {**EXPERTS, **MULTIPLIER, "shared_intermediate_size": 64}
     ),
+    "Helium on Transformers": Family("HeliumConfig", {"head_dim": 64}, ON_TRANSFORMERS),
     "Hunyuan": Family("HunYuanDenseV1Config", {"head_dim": 64}),
+    "Hunyuan MoE": Family("HunYuanMoEV1Config", {"head_dim": 64, "num_experts": 4, "moe_topk": 2}),
     "Llama": Family("LlamaConfig"),
     "Llama, 4 heads of 32 over 1": heads(4, 1, 32),
     "Llama, 5 heads of 80 over 1": heads(5, 1, 80, long=False),
@@ -116,6 +120,7 @@ FAMILIES: dict[str, Family] = {
     "Llama on Transformers": Family("LlamaConfig", settings=ON_TRANSFORMERS),
     "SmolLM3": Family("SmolLM3Config"),
     "OLMo 2 on Transformers": Family("Olmo2Config", settings=ON_TRANSFORMERS),
+    "Mellum": Family("MellumConfig", {"head_dim": 64}),
     "Mixtral": Family("MixtralConfig", {"sliding_window": None, **EXPERTS}),
     "Nemotron": Family("NemotronConfig", {"initializer_range": 0.02}),
     "OLMo": Family("OlmoConfig"),
@@ -128,7 +133,9 @@ FAMILIES: dict[str, Family] = {
     "Qwen2-MoE": Family("Qwen2MoeConfig", {"shared_expert_intermediate_size": 64, **EXPERTS}),
     "Qwen3": Family("Qwen3Config", {"head_dim": 64}),
     "Qwen3-MoE": Family("Qwen3MoeConfig", {"head_dim": 64, **EXPERTS}, long=False),
+    "NanoChat on Transformers": Family("NanoChatConfig", settings=ON_TRANSFORMERS),
     "Seed-OSS": Family("SeedOssConfig", {"head_dim": 64}),
+    "Solar Open": Family("SolarOpenConfig", {"head_dim": 64, **ROUTED_EXPERTS}),
     "StableLM": Family("StableLmConfig"),
     "StarCoder 2": Family("Starcoder2Config", {"sliding_window": None}),
     "Mistral 0.1 in its window, on Transformers": Family(
@@ -148,6 +155,47 @@ FAMILIES: dict[str, Family] = {
         "GptOssConfig", {"head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOWS}
     ),
 }
+
+MLA = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 48,
+    "v_head_dim": 48,
+}
+OTHER_LAYERS = "needs every layer to be full attention"
+# Families that are refused, and why, in the words of the sentence.
+REFUSED: dict[str, tuple[Family, str]] = {
+    "Bloom": (Family("BloomConfig"), "does not support ALiBi"),
+    "DeepSeek V2": (Family("DeepseekV2Config", {**ROUTED_EXPERTS, **MLA}), "multi-head latent attention"),
+    "DeepSeek V3": (Family("DeepseekV3Config", {**ROUTED_EXPERTS, **MLA}), "multi-head latent attention"),
+    "Falcon-H1": (Family("FalconH1Config"), OTHER_LAYERS),
+    "Falcon Mamba": (Family("FalconMambaConfig"), OTHER_LAYERS),
+    "Gemma 3n": (Family("Gemma3nTextConfig", {"sliding_window": 2048}), "KV sharing between layers"),
+    "Gemma 4": (Family("Gemma4TextConfig"), "heads of 512 channels"),
+    "Granite 4": (
+        Family("GraniteMoeHybridConfig", {"layer_types": ["mamba", "attention"]}),
+        OTHER_LAYERS,
+    ),
+    "Jamba": (Family("JambaConfig"), OTHER_LAYERS),
+    "Llama, heads of 512": (Family("LlamaConfig", {"head_dim": 512}), "at most 256 channels per head"),
+    "LFM2": (Family("Lfm2Config", {"layer_types": ["conv", "full_attention"]}), OTHER_LAYERS),
+    "Llama 4": (
+        Family("Llama4TextConfig", {"head_dim": 64, "attention_chunk_size": 128, **EXPERTS}),
+        "layers of type chunked_attention",
+    ),
+    "Mamba": (Family("MambaConfig"), OTHER_LAYERS),
+    "Nemotron-H": (Family("NemotronHConfig"), OTHER_LAYERS),
+    "Qwen3-Next": (Family("Qwen3NextConfig"), OTHER_LAYERS),
+}
+
+
+def make_config(directory: Path, family: Family) -> Path:
+    """Save the configuration of a family, without weights."""
+    config = getattr(transformers, family.config)(**{**COMMON, **family.changes})
+    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    config.save_pretrained(directory)
+    return directory
 
 
 def make_family(directory: Path, family: Family) -> Path:
