@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvarn.checks import MODEL_DTYPES, check_decode_batch, check_packed
+from kvarn.checks import MODEL_DTYPES, check_decode_batch, check_packed, check_rows
 from kvarn.kernels.decode_rows import decode_rows
 from kvarn.kernels.decode_work import (
     NOTHING,
@@ -46,8 +46,10 @@ from kvarn.kernels.records import (
     codes,
     column_weights,
     contracted_view,
+    empty_cache,
     lane_channels,
     lanes_to_operand,
+    record_at,
     record_constants,
     scale_rows,
     step_weights,
@@ -174,7 +176,7 @@ def _attend_record(
 )
 def _decode_part(
     Query,  # [tokens, Hq, D] float16, rotated
-    Cache,  # [B, H, RECORD] uint8
+    Cache,  # [B, H, RECORD] uint8, blocks PAGE apart
     Pool,  # [S, 2, H, G, D] float16
     BlockTable,  # [R, table_stride] int32
     QueryStart,  # [R + 1] int32, or None where every request has one query token
@@ -203,6 +205,7 @@ def _decode_part(
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     RECORD: tl.constexpr,
+    PAGE: tl.constexpr,
     VALUE_CODES: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
     BY_TOKEN: tl.constexpr,
@@ -265,7 +268,7 @@ def _decode_part(
         table = BlockTable + request * table_stride
         tiles = first_tile - raw_units  # the tile of unit u is u + tiles
         for tile in range(tl.maximum(first_unit, raw_units) + tiles, first_unit + count + tiles):
-            record = Cache + (tl.load(table + tile).to(tl.int64) * H + head) * RECORD
+            record = record_at(Cache, tl.load(table + tile).to(tl.int64), head, H, RECORD, PAGE)
             sees = None if QueryStart is None else tile < row_tile
             m, l, acc = _attend_record(
                 record, record_queries, units, sees, m, l, acc, offsets, KEY_BITS, VALUE_BITS
@@ -386,7 +389,7 @@ def decode(
 
     Args:
         query: [N, Hq, D] float16, rotated; N = R with one query per request.
-        cache: [B, H, layout.nbytes] uint8 records.
+        cache: [B, H, layout.nbytes] uint8 records; blocks may be strided.
         pool: [S, 2, H, G, D] float16 side pool; already has the new tokens.
         block_table: [R, W] int32; entries past a sequence's last tile are never read.
         seq_lens: [R] int32, tokens including the new ones; 0 for a row that pads the batch, whose output is zero with
@@ -418,7 +421,7 @@ def decode(
     )
     tokens = requests if query_start is None else None
     check_packed("query", query, (tokens, heads * per_head, layout.head_dim), torch.float16)
-    check_packed("cache", cache, (None, heads, layout.nbytes), torch.uint8)
+    check_rows("cache", cache, (None, heads, layout.nbytes), torch.uint8)
     check_packed("pool", pool, (None, 2, heads, layout.group, head_dim), torch.float16)
     check_packed("out", out, tuple(query.shape), *MODEL_DTYPES)
     needed = shape.parts(requests, layout, block_table.shape[1]) * shape.rows
@@ -457,7 +460,7 @@ def decode(
         **constants,
         N=shape.columns,
         PIECE=shape.piece,
-        **record_constants(layout),
+        **record_constants(layout, cache),
         num_warps=shape.warps,
         num_stages=NUM_STAGES,
     )
@@ -490,6 +493,7 @@ def warm_up(
     layout: TileLayout,
     query_counts: list[int],
     split: int = 0,
+    page_bytes: int | None = None,
 ) -> None:
     """Compile every variant of `decode` that a model needs, by launching it on requests without tokens.
 
@@ -500,9 +504,10 @@ def warm_up(
         layout: the records' layout.
         query_counts: values of `DecodeShape.queries`.
         split: `DecodeShape.split`.
+        page_bytes: as in `empty_cache`.
     """
     heads, device = pool.shape[2], pool.device
-    cache = torch.zeros(1, heads, layout.nbytes, dtype=torch.uint8, device=device)
+    cache = empty_cache(heads, layout, page_bytes, device)
     query = torch.zeros(1, query_heads, layout.head_dim, dtype=torch.float16, device=device)
     for queries in query_counts:
         shape = DecodeShape.of(query_heads, heads, layout, queries, device, split=split)

@@ -32,6 +32,7 @@ from kvarn.kernels.record_values import (
     token_pairs,
     tokens_twice,
 )
+from kvarn.kernels.records import record_at
 
 
 @triton.jit
@@ -174,7 +175,7 @@ def _attend_record(
 )
 def decode_rows(
     Query,  # [tokens, Hq, D] float16, rotated
-    Cache,  # [B, H, RECORD] uint8
+    Cache,  # [B, H, RECORD] uint8, blocks PAGE apart
     Pool,  # [S, 2, H, G, D] float16
     BlockTable,  # [R, table_stride] int32
     QueryStart,  # [R + 1] int32, or None where every request has one query token
@@ -203,6 +204,7 @@ def decode_rows(
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     RECORD: tl.constexpr,
+    PAGE: tl.constexpr,
     VALUE_CODES: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
     BY_TOKEN: tl.constexpr,
@@ -254,11 +256,11 @@ def decode_rows(
         end_tile = first_unit + count + tiles
         last = tl.maximum(end_tile - 1, 0)  # what is loaded ahead of it is not used
         block = tl.load(table + tl.minimum(first, last))
-        record = Cache + (block.to(tl.int64) * H + head) * RECORD
+        record = record_at(Cache, block.to(tl.int64), head, H, RECORD, PAGE)
         loaded = _load_record(record, D, G, KEY_BITS, VALUE_BITS, VALUE_CODES, BY_CHANNEL, BY_TOKEN)
         block = tl.load(table + tl.minimum(first + 1, last))
         for tile in range(first, end_tile):
-            next_record = Cache + (block.to(tl.int64) * H + head) * RECORD
+            next_record = record_at(Cache, block.to(tl.int64), head, H, RECORD, PAGE)
             block = tl.load(table + tl.minimum(tile + 2, last))
             m, l, acc, loaded = _attend_record(
                 loaded,

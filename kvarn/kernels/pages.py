@@ -9,13 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvarn.checks import check_packed
+from kvarn.checks import check_packed, check_rows
 from kvarn.kernels.records import (
     code_words,
     codes,
     column_weights,
     contracted_place,
+    empty_cache,
     from_e4m3,
+    record_at,
     record_constants,
     row_place,
     step_weights,
@@ -39,7 +41,7 @@ class PageTiles(NamedTuple):
 
 @triton.jit(do_not_specialize_on_alignment=["PageOf", "BlockOf", "SlotOf"])
 def _fill_pages(
-    Cache,  # [B, H, RECORD] uint8
+    Cache,  # [B, H, RECORD] uint8, blocks PAGE apart
     Pool,  # [S, 2, H, G, D] float16
     Pages,  # [2, P, G, H, D] float16
     PageOf,  # [T] int32, page to fill
@@ -52,6 +54,7 @@ def _fill_pages(
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     RECORD: tl.constexpr,
+    PAGE: tl.constexpr,
     VALUE_CODES: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
     BY_TOKEN: tl.constexpr,
@@ -68,7 +71,7 @@ def _fill_pages(
         tl.store(out, tl.load(raw))
         tl.store(out + value_pages, tl.load(raw + H * G * D))
     else:
-        record = Cache + (block * H + head) * RECORD
+        record = record_at(Cache, block, head, H, RECORD, PAGE)
         by_channel = (record + BY_CHANNEL).to(tl.pointer_type(tl.float16))
         by_token = record + BY_TOKEN
         place = contracted_place(channel, D)
@@ -110,7 +113,7 @@ def fill_pages(cache: Tensor, pool: Tensor, pages: Tensor, tiles: PageTiles, lay
     """
     heads, group, head_dim = cache.shape[1], layout.group, layout.head_dim
     count = tiles.pages.shape[0]
-    check_packed("cache", cache, (None, None, layout.nbytes), torch.uint8)
+    check_rows("cache", cache, (None, None, layout.nbytes), torch.uint8)
     check_packed("pool", pool, (None, 2, heads, group, head_dim), torch.float16)
     check_packed("pages", pages, (2, None, group, heads, head_dim), torch.float16)
     for name, numbers in tiles._asdict().items():
@@ -123,13 +126,13 @@ def fill_pages(cache: Tensor, pool: Tensor, pages: Tensor, tiles: PageTiles, lay
             *tiles,
             pages.stride(0),
             H=heads,
-            **record_constants(layout),
+            **record_constants(layout, cache),
             num_warps=4,
         )
 
 
-def warm_up(pool: Tensor, pages: Tensor, layout: TileLayout) -> None:
-    """Compile this module's kernel, by filling page 0 from an empty record."""
-    cache = torch.zeros(1, pool.shape[2], layout.nbytes, dtype=torch.uint8, device=pool.device)
+def warm_up(pool: Tensor, pages: Tensor, layout: TileLayout, page_bytes: int | None = None) -> None:
+    """Compile this module's kernel, by filling page 0 from an empty record of a cache as `empty_cache` makes it."""
+    cache = empty_cache(pool.shape[2], layout, page_bytes, pool.device)
     zero = torch.zeros(1, dtype=torch.int32, device=pool.device)
     fill_pages(cache, pool, pages, PageTiles(zero, zero, torch.full_like(zero, -1)), layout)

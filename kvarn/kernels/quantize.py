@@ -12,15 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvarn.checks import check_packed
+from kvarn.checks import check_packed, check_rows
 from kvarn.kernels.launch_settings import settings_for
 from kvarn.kernels.records import (
     INTERPRETED,
     contracted_place,
+    empty_cache,
     from_e4m3,
     in_record_order,
     lane_slot_indices,
     no_words,
+    record_at,
     record_constants,
     row_place,
     to_e4m3,
@@ -350,7 +352,7 @@ def _quantize_tiles(
     Tiles,  # float16; keys of tile i and head h begin at i * tile_stride + h * head_stride
     Sources,  # [T] int32, the tile each entry reads
     Blocks,  # [T] int32, the block each entry writes, negative for none
-    Cache,  # [B, H, RECORD] uint8
+    Cache,  # [B, H, RECORD] uint8, blocks PAGE apart
     tile_stride,
     head_stride,
     row_stride,
@@ -363,6 +365,7 @@ def _quantize_tiles(
     KEY_COVERED: tl.constexpr,
     VALUE_COVERED: tl.constexpr,
     RECORD: tl.constexpr,
+    PAGE: tl.constexpr,
     VALUE_CODES: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
     BY_TOKEN: tl.constexpr,
@@ -374,7 +377,7 @@ def _quantize_tiles(
     if block < 0:
         return
     tile = Tiles + tl.load(Sources + entry).to(tl.int64) * tile_stride + head * head_stride
-    record = Cache + (block * H + head) * RECORD
+    record = record_at(Cache, block, head, H, RECORD, PAGE)
     by_channel = (record + BY_CHANNEL).to(tl.pointer_type(tl.float16))
     by_token = record + BY_TOKEN
     if is_value == 0:
@@ -439,7 +442,7 @@ def _launch(
     layout: TileLayout,
     registers: int | None = None,
 ) -> None:
-    check_packed("cache", cache, (None, None, layout.nbytes), torch.uint8)
+    check_rows("cache", cache, (None, None, layout.nbytes), torch.uint8)
     check_packed("blocks", blocks, (None,), torch.int32)
     check_packed("sources", sources, (blocks.shape[0],), torch.int32)
     heads = cache.shape[1]
@@ -453,15 +456,18 @@ def _launch(
             H=heads,
             KEY_COVERED=rtn.narrowing(layout.preset.key_bits, layout.group),
             VALUE_COVERED=rtn.narrowing(layout.preset.value_bits, layout.head_dim),
-            **record_constants(layout),
+            **record_constants(layout, cache),
             num_warps=max(MIN_WARPS, layout.head_dim * layout.group // ELEMENTS_PER_WARP),
             maxnreg=registers or settings_for(cache.device).quantize_registers,
         )
 
 
-def warm_up(pool: Tensor, pages: Tensor, layout: TileLayout) -> None:
-    """Compile this module's kernel for tiles of `pool` and of `pages`, by launching it on an entry to skip."""
+def warm_up(pool: Tensor, pages: Tensor, layout: TileLayout, page_bytes: int | None = None) -> None:
+    """Compile this module's kernel for tiles of `pool` and of `pages`, by launching it on an entry to skip.
+
+    Its cache is as `empty_cache` makes it.
+    """
     none = torch.full((1,), -1, dtype=torch.int32, device=pool.device)
-    cache = torch.zeros(1, pool.shape[2], layout.nbytes, dtype=torch.uint8, device=pool.device)
+    cache = empty_cache(pool.shape[2], layout, page_bytes, pool.device)
     quantize_slots(pool, none, none, cache, layout)
     quantize_pages(pages, none, none, cache, layout)

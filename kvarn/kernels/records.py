@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton import knobs
 
 from kvarn.reference import codec
@@ -27,8 +29,8 @@ CODE_UNIT = tl.constexpr(2.0**24)  # a code over its value as a subnormal float1
 E4M3_UNIT = tl.constexpr(2.0**8)  # an e4m3 over the value of its bits shifted into a float16
 
 
-def record_constants(layout: TileLayout) -> dict[str, Any]:
-    """Return the compile-time arguments that describe records of `layout`."""
+def record_constants(layout: TileLayout, cache: Tensor) -> dict[str, Any]:
+    """Return the compile-time arguments that describe records of `layout`, and how far blocks of `cache` are apart."""
     at = layout.offsets
     return {
         "D": layout.head_dim,
@@ -36,10 +38,33 @@ def record_constants(layout: TileLayout) -> dict[str, Any]:
         "KEY_BITS": layout.preset.key_bits,
         "VALUE_BITS": layout.preset.value_bits,
         "RECORD": layout.nbytes,
+        "PAGE": cache.stride(0),
         "VALUE_CODES": at.value_codes,
         "BY_CHANNEL": at.key_scale,
         "BY_TOKEN": at.key_token_scale,
     }
+
+
+def empty_cache(heads: int, layout: TileLayout, page_bytes: int | None, device: torch.device) -> Tensor:
+    """Return a cache of one block, whose blocks are `page_bytes` apart: [1, H, layout.nbytes] uint8 zeros.
+
+    Args:
+        heads: H.
+        layout: the records' layout.
+        page_bytes: None where blocks are packed.
+        device: device of the tensor.
+    """
+    page = page_bytes or heads * layout.nbytes
+    zeros = torch.zeros(page, dtype=torch.uint8, device=device)
+    return zeros.as_strided((1, heads, layout.nbytes), (page, layout.nbytes, 1))
+
+
+@triton.jit
+def record_at(Cache, block, head, H: tl.constexpr, RECORD: tl.constexpr, PAGE: tl.constexpr):
+    """Pointer to the record of int64 `block` and `head`; blocks are packed, or `PAGE` bytes apart."""
+    if PAGE == H * RECORD:
+        return Cache + (block * H + head) * RECORD
+    return Cache + block * PAGE + head * RECORD
 
 
 @triton.constexpr_function

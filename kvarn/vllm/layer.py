@@ -30,7 +30,6 @@ class KVarNLayer(AttentionImpl[Any]):
         pool: [slots, 2, KV heads, group, head_dim] float16 side pool of rotated raw tiles (keys, values).
         supports_raw_chunks: whether the device backend supports `KVarNConfig.raw_chunks`.
         supports_split_tiles: whether the device backend supports `KVarNConfig.split_tiles`.
-        supports_shared_pages: whether the device backend reads records in pages that are larger than they.
         supports_score_terms: whether the device backend supports learned attention sinks and soft-capped scores.
         max_queries: maximum tokens per request that a step with drafts may have.
         limits_draft_passes: whether `max_queries` also limits the passes of a draft model.
@@ -42,7 +41,6 @@ class KVarNLayer(AttentionImpl[Any]):
 
     supports_raw_chunks: ClassVar[bool] = False
     supports_split_tiles: ClassVar[bool] = False
-    supports_shared_pages: ClassVar[bool] = False
     supports_score_terms: ClassVar[bool] = False
     max_queries: ClassVar[int] = MAX_QUERIES
     limits_draft_passes: ClassVar[bool] = False

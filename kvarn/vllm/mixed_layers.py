@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any
 
-from kvarn.presets import PRESETS
+from kvarn.presets import PRESETS, get_preset
+from kvarn.tile import TileLayout
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -147,3 +148,43 @@ def _ceil_div(x: int, y: int) -> int:
 def is_quantized(layer: Any) -> bool:
     """Whether an attention layer's cache is quantized."""
     return getattr(layer, "kv_cache_dtype", None) in PRESETS
+
+
+def pages_of(vllm_config: Any) -> SharedPages | None:
+    """The pages that the layers of a model share; None if all are quantized, or none is."""
+    compilation = getattr(vllm_config, "compilation_config", None)
+    layers = list(getattr(compilation, "static_forward_context", {}).values())
+    quantized = [layer for layer in layers if is_quantized(layer)]
+    local = [layer for layer in layers if hasattr(layer, "kv_cache_dtype") and not is_quantized(layer)]
+    if not quantized or not local:
+        return None
+    layout = TileLayout.of_heads(get_preset(quantized[0].kv_cache_dtype), quantized[0].head_size)
+    return share_pages(
+        tile_bytes=quantized[0].num_kv_heads * layout.nbytes,
+        group=layout.group,
+        quantized_layers=len(quantized),
+        local=LocalLayers(
+            layers=len(local),
+            token_bytes=max(map(_token_bytes, local)),
+            reach=max(layer.sliding_window for layer in local) - 1,
+            block_sizes=_block_sizes(local, layout.group),
+        ),
+        max_tokens=vllm_config.model_config.max_model_len,
+    )
+
+
+def _token_bytes(layer: Any) -> int:
+    return int(
+        layer.num_kv_heads * (layer.head_size + layer.head_size_v) * layer.kv_cache_torch_dtype.itemsize
+    )
+
+
+def _block_sizes(local: list[Any], group: int) -> list[int]:
+    """Tokens per block that the backends of all `local` layers support."""
+    from vllm.platforms import current_platform
+
+    # Before vLLM 0.29, CPU kernels were chosen by the tiles' block, and those for its size take multiples of 32.
+    smallest = 32 if current_platform.is_cpu() else 16
+    backends = {layer.attn_backend for layer in local}
+    accepted = [block_sizes(b.get_supported_kernel_block_sizes(), group, smallest) for b in backends]
+    return [size for size in accepted[0] if all(size in sizes for sizes in accepted)]

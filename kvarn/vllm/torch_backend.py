@@ -181,7 +181,6 @@ class _Batch:
 class TorchLayer(KVarNLayer):
     """One layer on a CPU."""
 
-    supports_shared_pages = True
     supports_score_terms = True
 
     def attend(

@@ -18,6 +18,7 @@ from kvarn.kernels.prefill_plan import PrefillWave
 from kvarn.tile import TileLayout
 from kvarn.vllm.cache_settings import KVarNConfig
 from kvarn.vllm.layer import KVarNLayer
+from kvarn.vllm.mixed_layers import pages_of
 from kvarn.vllm.triton_plan import (
     DecodeBatch,
     TritonMetadata,
@@ -114,13 +115,15 @@ class TritonLayer(KVarNLayer):
         """Launch every variant of every kernel once, so that none is compiled while requests wait."""
         work, layout = self.workspace, self.layout
         rotate.warm_up(work.rotated, self.pool, work.pages, dtype)
-        quantize.warm_up(self.pool, work.pages, layout)
-        pages.warm_up(self.pool, work.pages, layout)
+        shared = pages_of(self._vllm_config)
+        page_bytes = None if shared is None else shared.nbytes
+        quantize.warm_up(self.pool, work.pages, layout, page_bytes)
+        pages.warm_up(self.pool, work.pages, layout, page_bytes)
         if self._attend is _attend_with_triton:  # FlashAttention comes compiled
             prefill.warm_up(work.rotated, work.pages)
         decode_plan.warm_up(layout.group, work.query_counts, self.pool.device)
         split = KVarNConfig.of(self._vllm_config).split_tiles or 0
-        decode.warm_up(self.pool, self.num_heads, dtype, layout, work.query_counts, split)
+        decode.warm_up(self.pool, self.num_heads, dtype, layout, work.query_counts, split, page_bytes)
 
     def attend(
         self,

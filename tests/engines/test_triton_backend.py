@@ -19,6 +19,7 @@ from tests.support.engines import (
     make_llama,
     use_triton_backend,
 )
+from tests.support.families import make_model
 
 PRESET = "kvarn_k4v2_g64"
 GROUP = 64
@@ -109,6 +110,25 @@ def test_padded_heads_answer_as_on_the_cpu_backend(tmp_path: Path, monkeypatch: 
     for _ in range(2):
         with engine(monkeypatch, padded, max_num_batched_tokens=96, **SETTINGS) as llm:
             answers.append([ask_cold(llm, given, max_tokens=TOKENS) for given in PROMPTS[1:3]])
+        use_triton_backend(monkeypatch)
+    for expected, answer in zip(*answers, strict=True):
+        answer.assert_same(expected, TOLERANCE)
+
+
+def test_windows_beside_tiles_answer_as_on_the_cpu_backend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of the cache have padding between them."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    layers = {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]}
+    mixed = make_model(tmp_path, "Gemma3TextConfig", {**heads, **layers})
+    answers = []
+    for _ in range(2):
+        with engine(monkeypatch, mixed, max_num_batched_tokens=96, **SETTINGS) as llm:
+            answers.append([ask_cold(llm, given, max_tokens=TOKENS) for given in PROMPTS[2:]])
+            (again,) = ask(llm, [PROMPTS[3]], max_tokens=TOKENS)
+            assert again.cached == 3 * GROUP
+            again.assert_same(answers[-1][-1], TOLERANCE)
         use_triton_backend(monkeypatch)
     for expected, answer in zip(*answers, strict=True):
         answer.assert_same(expected, TOLERANCE)

@@ -209,8 +209,6 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield "passes no slots through vLLM's first Ray executor; leave VLLM_USE_RAY_V2_EXECUTOR_BACKEND out."
     if returns_routed_experts(config):
         yield "does not support returning routed experts; leave enable_return_routed_experts out."
-    if has_local_layers(model) and not device_backend().layer.supports_shared_pages:
-        yield f"serves layers with windows on CPUs only; {use_auto}"
     if KVarNConfig.of(config).raw_chunks and not device_backend().layer.supports_raw_chunks:
         yield "has raw_chunks on GPUs only; leave kvarn.raw_chunks out of additional_config."
     if KVarNConfig.of(config).split_tiles and not device_backend().layer.supports_split_tiles:

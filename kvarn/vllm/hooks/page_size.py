@@ -7,11 +7,11 @@ from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
-from kvarn.presets import PRESETS, get_preset
+from kvarn.presets import PRESETS
 from kvarn.tile import HEAD_DIMS, TileLayout
 from kvarn.vllm.hooks import Hook
 from kvarn.vllm.hooks.stand_ins import attention_layer, default_config
-from kvarn.vllm.mixed_layers import LocalLayers, SharedPages, block_sizes, is_quantized, share_pages
+from kvarn.vllm.mixed_layers import pages_of
 from kvarn.vllm.versions import (
     CACHE_GROUPS,
     CACHE_LAYOUT,
@@ -38,7 +38,7 @@ def install() -> None:
     @wraps(stock_spec)
     def get_kv_cache_spec(self: Any, *args: Any, **kwargs: Any) -> Any:
         spec = stock_spec(self, *args, **kwargs)
-        pages = next((found for x in (*args, *kwargs.values()) if (found := _pages_of(x)) is not None), None)
+        pages = next((found for x in (*args, *kwargs.values()) if (found := pages_of(x)) is not None), None)
         ours = BACKENDS.get(getattr(self, "kv_cache_dtype", ""))
         if pages is not None and spec is not None:
             block = spec.block_size if ours is not None else pages.block_tokens
@@ -46,46 +46,6 @@ def install() -> None:
         return spec if ours is None or backends_customize_specs() else ours.customize_spec(spec)
 
     Attention.get_kv_cache_spec = get_kv_cache_spec
-
-
-def _pages_of(vllm_config: Any) -> SharedPages | None:
-    """The pages that the layers of a model share; None if all are quantized, or none is."""
-    compilation = getattr(vllm_config, "compilation_config", None)
-    layers = list(getattr(compilation, "static_forward_context", {}).values())
-    quantized = [layer for layer in layers if is_quantized(layer)]
-    local = [layer for layer in layers if hasattr(layer, "kv_cache_dtype") and not is_quantized(layer)]
-    if not quantized or not local:
-        return None
-    layout = TileLayout.of_heads(get_preset(quantized[0].kv_cache_dtype), quantized[0].head_size)
-    return share_pages(
-        tile_bytes=quantized[0].num_kv_heads * layout.nbytes,
-        group=layout.group,
-        quantized_layers=len(quantized),
-        local=LocalLayers(
-            layers=len(local),
-            token_bytes=max(map(_token_bytes, local)),
-            reach=max(layer.sliding_window for layer in local) - 1,
-            block_sizes=_block_sizes(local, layout.group),
-        ),
-        max_tokens=vllm_config.model_config.max_model_len,
-    )
-
-
-def _token_bytes(layer: Any) -> int:
-    return int(
-        layer.num_kv_heads * (layer.head_size + layer.head_size_v) * layer.kv_cache_torch_dtype.itemsize
-    )
-
-
-def _block_sizes(local: list[Any], group: int) -> list[int]:
-    """Tokens per block that the backends of all `local` layers support."""
-    from vllm.platforms import current_platform
-
-    # Before vLLM 0.29, CPU kernels were chosen by the tiles' block, and those for its size take multiples of 32.
-    smallest = 32 if current_platform.is_cpu() else 16
-    backends = {layer.attn_backend for layer in local}
-    accepted = [block_sizes(b.get_supported_kernel_block_sizes(), group, smallest) for b in backends]
-    return [size for size in accepted[0] if all(size in sizes for sizes in accepted)]
 
 
 def probe() -> str | None:

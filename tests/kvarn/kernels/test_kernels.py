@@ -58,6 +58,24 @@ def quantized(x: Tensor, layout: TileLayout) -> Tensor:
     return cache[:count].cpu()
 
 
+PADDING = 0xEE
+
+
+def padded(cache: Tensor) -> Tensor:
+    """Copy a cache to the device with 512 bytes of padding behind each block."""
+    blocks, heads, nbytes = cache.shape
+    page = heads * nbytes + 512
+    memory = torch.full((blocks, page), PADDING, dtype=torch.uint8, device=DEVICE)
+    made = memory.as_strided((blocks, heads, nbytes), (page, nbytes, 1))
+    return made.copy_(cache)
+
+
+def padding_of(cache: Tensor) -> Tensor:
+    """Return the padding behind the blocks of a cache that `padded` made."""
+    blocks, heads, nbytes = cache.shape
+    return cache.as_strided((blocks, 512), (cache.stride(0), 1), heads * nbytes)
+
+
 class TestQuantize:
     @pytest.mark.parametrize("layout", LAYOUTS, ids=describe)
     def test_errors_match_the_reference(self, layout: TileLayout) -> None:
@@ -122,6 +140,13 @@ class TestQuantize:
         quantize.quantize_pages(paged, int32([1, 0]), int32([1, 0]), cache, layout)
         assert (cache.cpu() == quantized(x, layout)).all()
 
+    def test_padding_between_blocks_stays_and_changes_no_record(self) -> None:
+        x = tiles(K4V2, 2, 3)
+        cache = padded(torch.zeros(2, 3, K4V2.nbytes, dtype=torch.uint8))
+        quantize.quantize_slots(x.to(DEVICE), int32([0, 1]), int32([1, 0]), cache, K4V2)
+        assert (cache[[1, 0]].cpu() == quantized(x, K4V2)).all()
+        assert (padding_of(cache) == PADDING).all()
+
     def test_rejects_a_cache_of_another_layout(self) -> None:
         x = tiles(SMALL, 1, 1).to(DEVICE)
         cache = torch.zeros(1, 1, K4V2.nbytes, dtype=torch.uint8, device=DEVICE)
@@ -140,6 +165,9 @@ class TestPages:
         filled = filled.to(DEVICE)
         chosen = pages.PageTiles(pages=int32([2, 0, 3]), blocks=int32([1, 2, 0]), slots=int32([-1, -1, 1]))
         pages.fill_pages(cache.to(DEVICE), pool.to(DEVICE), filled, chosen, layout)
+        again = filled.clone()
+        pages.fill_pages(padded(cache), pool.to(DEVICE), again, chosen, layout)
+        assert torch.equal(again.view(torch.int16), filled.view(torch.int16))
         filled = filled.cpu()
         for which, expected in enumerate(codec.dequantize(cache, layout)):
             for page, block in ((2, 1), (0, 2)):
@@ -261,8 +289,12 @@ def decoded(
     padding: int = 1,
     queries: int = 1,
     split: int = 0,
+    apart: bool = False,
 ) -> Tensor:
-    """Decode the newest tokens of each sequence with `programs`, in one batch padded with empty rows."""
+    """Decode the newest tokens of each sequence with `programs`, in one batch padded with empty rows.
+
+    With `apart`, there is padding between the blocks of the cache.
+    """
     layout = sequences[0].layout
     heads, query_heads = sequences[0].cache.shape[1], sequences[0].query.shape[1]
     batch = len(sequences) + padding
@@ -272,6 +304,7 @@ def decoded(
     for row, sequence in enumerate(sequences):
         table[row, : len(sequence.blocks)] = sequence.blocks + offset
         offset += sequence.cache.shape[0]
+    cache = torch.cat([s.cache for s in sequences])
     newest = torch.cat([s.query[s.positions] for s in sequences])
     query = torch.cat([newest, torch.zeros(padding, *newest.shape[1:])])
     counts = torch.tensor([len(s.positions) for s in sequences] + [0] * padding)
@@ -288,7 +321,7 @@ def decoded(
     decode_work.plan_work(lengths, sinks, layout.group, shape, work, query_start)
     decode.decode(
         hadamard.rotate(query).half().to(DEVICE),
-        torch.cat([s.cache for s in sequences]).to(DEVICE),
+        padded(cache) if apart else cache.to(DEVICE),
         torch.cat([s.pool for s in sequences]).to(DEVICE),
         table.to(DEVICE),
         lengths,
@@ -322,6 +355,12 @@ class TestDecode:
         for row, sequence in enumerate(sequences):
             expected = sequence.expected(torch.tensor([sequence.tokens - 1]))[0]
             assert_near(ours[row], expected, 6e-3)
+
+    @pytest.mark.parametrize("queries", [1, 12])
+    def test_padding_between_blocks_changes_no_bit(self, queries: int) -> None:
+        """With 12 query tokens, the kernel for many rows."""
+        made = Sequence(K4V2, 300, heads=2, per_head=3, sink=True, queries=queries)
+        assert decoded([made], 3, queries=queries, apart=True).equal(decoded([made], 3, queries=queries))
 
     @pytest.mark.parametrize("per_head", [1, 2, 3, 6, 8, 16])
     def test_any_number_of_query_heads_per_kv_head(self, per_head: int) -> None:

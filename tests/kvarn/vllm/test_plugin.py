@@ -309,17 +309,13 @@ def test_one_cache_group_for_layers_with_and_without_windows_is_refused(model: P
         configure(model, disable_hybrid_kv_cache_manager=True)
 
 
-def test_windows_and_soft_caps_are_refused_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = write_config(tmp_path, **WINDOWED, layer_types=["sliding_attention", "full_attention"])
+def test_soft_caps_are_refused_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_config(tmp_path, attn_logit_softcapping=50.0)
     use_triton_backend(monkeypatch)
-    with pytest.raises(
-        RefusalError, match="serves layers with windows on CPUs only; use kv_cache_dtype='auto'"
-    ):
-        configure(model)
     with pytest.raises(
         RefusalError, match="supports soft-capped logits on CPUs only; use kv_cache_dtype='auto'"
     ):
-        configure(write_config(tmp_path, attn_logit_softcapping=50.0))
+        configure(model)
 
 
 def test_many_query_heads_per_kv_head_are_refused_on_a_gpu(
