@@ -241,3 +241,23 @@ async def test_a_tool_that_is_nested_too_deeply_is_refused_by_name(
         await client.chat.completions.create(
             model=MODEL, messages=ASK, tools=[tool("g"), fits], tool_choice=choice
         )
+
+
+def test_a_parser_sees_all_ids_of_a_stream_without_a_copy_per_piece(encoder: PromptEncoder) -> None:
+    from kvarn.vllm.access.tool_parsers import StreamedToolCalls, find_tool_parser
+
+    seen: list[tuple[list[int], list[int], list[int]]] = []
+    lists: set[int] = set()
+
+    class Recording(find_tool_parser("hermes")):  # type: ignore[misc]
+        def extract_tool_calls_streaming(self, *args: Any, **kwargs: Any) -> None:
+            before, current, new = args[3:6]
+            seen.append((list(before), list(current), list(new)))
+            lists.update({id(before), id(current)})
+
+    tool = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
+    calls = StreamedToolCalls(Recording, encoder.tokenizer, MODEL, [tool])
+    for token_ids in ([1, 2], [], [3]):
+        calls.feed("x", token_ids)
+    assert seen == [([], [1, 2], [1, 2]), ([1, 2], [1, 2], []), ([1, 2], [1, 2, 3], [3])]
+    assert len(lists) == 2
