@@ -28,7 +28,7 @@ async def serve_gateway(engine_port: int) -> tuple[int, int]:
         "gateway",
         DEFAULT_MODEL,
         MODEL_NAME,
-        config=GatewayConfig.model_validate({"port": 0, "http": {"port": 0}}),
+        config=GatewayConfig.model_validate({"port": 0, "http": {"port": 0}, "tool_parser": "hermes"}),
         observability=ObservabilityConfig(),
         wake_engines=None,
     )

@@ -122,6 +122,11 @@ def chat_body(prompt: Sequence[int], tokens: int) -> dict[str, Any]:
     return {"model": MODEL_NAME, "messages": messages, "max_tokens": tokens, "stream": True}
 
 
+def tools_body(prompt: Sequence[int], tokens: int) -> dict[str, Any]:
+    """Return a request for a message, as agents send it: the model may call a tool."""
+    return {**chat_body(prompt, tokens), "tools": [{"name": "clock", "input_schema": {"type": "object"}}]}
+
+
 def response_body(prompt: Sequence[int], tokens: int) -> dict[str, Any]:
     """Return a request for a response, of the same prompt as `chat_body`."""
     return {"model": MODEL_NAME, "input": " one" * len(prompt), "max_output_tokens": tokens, "stream": True}

@@ -35,6 +35,7 @@ from serve_app.bench.token_clients import (
     chat_body,
     completion_body,
     response_body,
+    tools_body,
 )
 from serve_app.gateway.engine_stream import EngineStream
 
@@ -117,6 +118,7 @@ def _paths(gateway: ServerProcess, writes: ServerProcess, grpc_writes: ServerPro
     completions = partial(HttpStream, http_port, "/v1/completions", completion_body)
     chat = partial(HttpStream, http_port, "/v1/chat/completions", chat_body)
     messages = partial(HttpStream, http_port, "/v1/messages", chat_body)
+    tools = partial(HttpStream, http_port, "/v1/messages", tools_body)
     responses = partial(HttpStream, http_port, "/v1/responses", response_body)
     write = partial(HttpStream, writes.started, "/", completion_body)
     grpc_write = partial(GrpcStream, grpc_writes.started)
@@ -136,6 +138,7 @@ def _paths(gateway: ServerProcess, writes: ServerProcess, grpc_writes: ServerPro
     return [
         *made,
         _Path("HTTP Messages", gateway, messages, floor=floor),
+        _Path("HTTP Messages with tools", gateway, tools, floor=floor),
         _Path("HTTP Responses", gateway, responses, floor=floor),
         agents("agents over HTTP", client=completions, floor=floor),
         agents("agents over gRPC", client=rpc, floor="raw grpc.aio"),

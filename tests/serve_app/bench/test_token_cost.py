@@ -37,7 +37,13 @@ def test_every_path_streamed_and_cost_something(report: token_cost.TokenReport) 
     for alone in ("", ", alone"):
         for path in ("HTTP completions", "HTTP chat", "gRPC", "bare transport.write", "raw grpc.aio"):
             assert costs[path + alone].cpu_ms > 0
-    for path in ("HTTP Messages", "HTTP Responses", "agents over HTTP", "agents over gRPC"):
+    for path in (
+        "HTTP Messages",
+        "HTTP Messages with tools",
+        "HTTP Responses",
+        "agents over HTTP",
+        "agents over gRPC",
+    ):
         assert costs[path].cpu_ms > 0
     assert [path for path, cost in costs.items() if cost.ratio is None] == [
         "bare transport.write",
