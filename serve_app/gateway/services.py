@@ -36,7 +36,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        """Stream each delta as it arrives from the engine."""
+        """Stream the deltas as they arrive from the engine, merged under load."""
         with self._access.admitted(headers_of(context.invocation_metadata())) as caller:
             async with ResponseWriter(context, self._write_timeout_s, self._pacer) as writer:
                 responses = self._dispatcher.generate(request, context.time_remaining(), caller, writer)
