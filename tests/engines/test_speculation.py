@@ -16,7 +16,7 @@ from vllm import LLM
 
 from kvarn.vllm.scheduler import KVarNAsyncScheduler
 from tests.support import drafters
-from tests.support.drafters import ACCEPTANCES, force_async_scheduling, script_draft_models
+from tests.support.drafters import ACCEPTANCES, force_async_scheduling, make_eagle_head, script_draft_models
 from tests.support.engines import (
     PRESET,
     TILE,
@@ -79,21 +79,26 @@ def undrafted(model: Path, long_mode: bool) -> dict[int, Answer]:
 
 
 @contextmanager
-def drafting(model: Path, drafter: Drafter, **settings: Any) -> Iterator[LLM]:
+def drafting(target: Path, drafter: Drafter, **settings: Any) -> Iterator[LLM]:
     """Run an engine whose drafts are scripted."""
     with pytest.MonkeyPatch.context() as patch:
         script_draft_models(patch)
         if drafter.is_asynchronous:
             force_async_scheduling(patch)
-        drafts = {**drafter.settings(model), **settings}
-        with engine(patch, model, speculative_config=drafts, **SETTINGS) as llm:
+        drafts = {**drafter.settings(target), **settings}
+        with engine(patch, target, speculative_config=drafts, **SETTINGS) as llm:
             assert isinstance(scheduler_of(llm), KVarNAsyncScheduler) == drafter.is_asynchronous
             yield llm
             assert_nothing_left(llm)
 
 
-def check(llm: LLM, way: str, lengths: list[int], expected: dict[int, Answer], tokens: int) -> int:
-    """Assert that prompts of `lengths` get the expected answers; return the number of tokens compared."""
+def check(
+    llm: LLM, way: str, lengths: list[int], expected: dict[int, Answer], tokens: int, hits: int | None = None
+) -> int:
+    """Assert that prompts of `lengths` get the expected answers; return the number of tokens compared.
+
+    `hits` are the cached tokens of a prompt that was asked before; None: all its full tiles.
+    """
     prompts = [prompt_of(length, length) for length in lengths]
     futures = [[*p, *expected[n].tokens] for p, n in zip(prompts, lengths, strict=True)]
     before = [0] * len(lengths)
@@ -111,7 +116,8 @@ def check(llm: LLM, way: str, lengths: list[int], expected: dict[int, Answer], t
         with chunks_of(llm, 77) if way == "chunked" else nullcontext():
             answers = ask(llm, prompts, tokens, logprobs=0)
     for length, prompt, answer, skipped in zip(lengths, prompts, answers, before, strict=True):
-        assert way != "hit" or answer.cached == (len(prompt) - 1) // TILE * TILE
+        cached = (len(prompt) - 1) // TILE * TILE if hits is None else hits
+        assert way != "hit" or answer.cached == cached
         wanted, span = expected[length], slice(skipped, skipped + tokens)
         answer.assert_same(Answer(wanted.tokens[span], wanted.logprobs[span], 0))
     return tokens * len(lengths)
@@ -181,3 +187,27 @@ def test_a_drafter_of_another_shape_shares_the_models_blocks(
             for way in ("cold", "hit"):
                 check(llm, way, lengths, undrafted, 20)
             assert_nothing_left(llm)
+
+
+@pytest.mark.parametrize(
+    ("method", "kv_heads", "is_asynchronous"), [("eagle3", 2, True), ("eagle", 1, False)]
+)
+def test_heads_on_hidden_states_change_no_token(
+    model: Path,
+    undrafted: dict[int, Answer],
+    method: str,
+    kv_heads: int,
+    is_asynchronous: bool,
+    tmp_path: Path,
+    long_mode: bool,
+) -> None:
+    """vLLM computes the last block of a cached prefix again for them: no hit of fewer than two."""
+    head = make_eagle_head(tmp_path / "head", method, kv_heads)
+    settings = {"method": method, "model": str(head)}
+    with drafting(model, Drafter(3, True, is_asynchronous), **settings) as llm:
+        for way in WAYS if long_mode else ("cold", "chunked", "preempted"):
+            for name in ACCEPTANCES if long_mode else ("none", "scripted"):
+                drafters.script.acceptance = ACCEPTANCES[name]
+                accepted = scheduler_of(llm).drafts_accepted
+                check(llm, way, list(LENGTHS), undrafted, 24, hits=0)
+                assert (scheduler_of(llm).drafts_accepted > accepted) == (name != "none")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
@@ -113,3 +116,57 @@ def force_async_scheduling(monkeypatch: pytest.MonkeyPatch) -> None:
         vllm_config.scheduler_config.async_scheduling = True
 
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config))
+
+
+def make_eagle_head(directory: Path, method: str, kv_heads: int) -> Path:
+    """Save a head on the hidden states of `make_llama`'s default model, with random float32 weights.
+
+    Args:
+        directory: destination, created here.
+        method: "eagle", or "eagle3", which reads three of the model's layers.
+        kv_heads: KV heads of its layer.
+    """
+    directory.mkdir()
+    torch.manual_seed(0)
+    hidden, mlp, vocabulary, head_dim = 256, 256, 512, 64
+    layer, inputs = ("midlayer", 2 * hidden) if method == "eagle3" else ("layers.0", hidden)
+    shapes = {
+        f"{layer}.self_attn.q_proj": (hidden, inputs),
+        f"{layer}.self_attn.k_proj": (kv_heads * head_dim, inputs),
+        f"{layer}.self_attn.v_proj": (kv_heads * head_dim, inputs),
+        f"{layer}.self_attn.o_proj": (hidden, hidden),
+        f"{layer}.mlp.gate_proj": (mlp, hidden),
+        f"{layer}.mlp.up_proj": (mlp, hidden),
+        f"{layer}.mlp.down_proj": (hidden, mlp),
+        "fc": (hidden, (3 if method == "eagle3" else 2) * hidden),
+    }
+    norms = [f"{layer}.post_attention_layernorm"]
+    config: dict[str, Any] = {"architectures": ["EagleLlamaForCausalLM"]}
+    if method == "eagle3":
+        shapes["lm_head"] = (vocabulary, hidden)
+        norms += [f"{layer}.hidden_norm", f"{layer}.input_layernorm", "norm"]
+        config = {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "draft_vocab_size": vocabulary,
+            "eagle_aux_hidden_state_layer_ids": [0, 1, 1],
+        }
+    weights = {f"{name}.weight": 0.08 * torch.randn(shape) for name, shape in shapes.items()}
+    weights.update({f"{name}.weight": torch.ones(hidden) for name in norms})
+    save_file(weights, directory / "model.safetensors")
+    config.update(
+        model_type="llama",
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=1,
+        num_attention_heads=hidden // head_dim,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocabulary,
+        max_position_embeddings=2048,
+        torch_dtype="float32",
+        hidden_act="silu",
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+    )
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
