@@ -152,9 +152,19 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is not JSON: {error}") from None
 
 
+def quantized_layers(config: dict[str, Any]) -> int:
+    """Number of layers whose cache is quantized: those with full attention, where others have a window.
+
+    Args:
+        config: config.json of a decoder.
+    """
+    full = list(config.get("layer_types") or ()).count("full_attention")
+    return full or int(config["num_hidden_layers"])
+
+
 @dataclass(frozen=True)
 class KvShape:
-    """The shape of one token's KV cache entry."""
+    """The shape of one token's KV cache entry in the layers whose cache is quantized."""
 
     layers: int
     kv_heads: int
@@ -162,7 +172,7 @@ class KvShape:
 
     @property
     def bytes_per_token_16_bit(self) -> int:
-        """Bytes of one token's keys and values in fp16 or bf16, over all layers and KV heads."""
+        """Bytes of one token's keys and values in fp16 or bf16, over all these layers and KV heads."""
         return 2 * 2 * self.layers * self.kv_heads * self.head_dim
 
 
@@ -171,7 +181,7 @@ def kv_shape(model_dir: Path) -> KvShape:
     config = read_config(model_dir)
     config = config.get("text_config", config)
     return KvShape(
-        layers=config["num_hidden_layers"],
+        layers=quantized_layers(config),
         kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
         head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
     )

@@ -44,9 +44,9 @@ class PlanRow:
     """One cache dtype; bytes are per GPU.
 
     Attributes:
-        bytes_per_token: cache of one token in all layers.
+        bytes_per_token: cache of one token in all layers with full attention.
         blocks: vLLM's KV cache blocks, each of `block_tokens` tokens.
-        tokens: capacity of the cache.
+        tokens: capacity of the cache; beside the windows of `sequences`, if some layers have one.
         sequences: concurrent sequences of `context` tokens; also the max_num_seqs that the side pool is sized for.
         side_pool_share: fraction of the memory left beside weights that raw tiles and prefill pages take.
         decode_ms: one step with all `sequences` running, reading weights and caches once.
@@ -189,12 +189,12 @@ class _Planner:
         except ValueError as error:
             return PlanRow(dtype, 0, 0, 0, 0, 0, 0, 0, 0, None, refused=str(error))
         block_bytes = self.shape.layers * self.kv_heads * head_bytes
-        per_sequence = ceil(self.context / block_tokens)
+        sequence_bytes = ceil(self.context / block_tokens) * block_bytes + self._window_bytes(dtype)
         slot_bytes = self._slot_bytes(block_tokens) if dtype in PRESETS else 0
         pages = self._page_bytes(block_tokens) if dtype in PRESETS else 0
         if cache_gib is not None:
             cache = cache_gib * 2**30
-            sequences = min(int(cache // block_bytes) // per_sequence, self.max_num_seqs or sys.maxsize)
+            sequences = min(int(cache // sequence_bytes), self.max_num_seqs or sys.maxsize)
             pool = pages + self.slots_per_sequence * slot_bytes * (self.max_num_seqs or sequences)
             available = cache + pool
         elif self.max_num_seqs is not None:
@@ -206,14 +206,12 @@ class _Planner:
                 )
                 return PlanRow(dtype, 0, 0, 0, 0, 0, 0, 0, 0, None, refused)
             cache = available - pool
-            sequences = min(int(cache // block_bytes) // per_sequence, self.max_num_seqs)
+            sequences = min(int(cache // sequence_bytes), self.max_num_seqs)
         else:
-            sequences = int(
-                (available - pages) // (per_sequence * block_bytes + self.slots_per_sequence * slot_bytes)
-            )
+            sequences = int((available - pages) // (sequence_bytes + self.slots_per_sequence * slot_bytes))
             pool = pages + self.slots_per_sequence * slot_bytes * max(sequences, 0)
             cache = max(available - pool, 0)
-        blocks = int(cache // block_bytes)
+        blocks = int((cache - max(sequences, 0) * self._window_bytes(dtype)) // block_bytes)
         bytes_per_token = block_bytes / block_tokens
         step_s = self._step_s(dtype, max(sequences, 1), bytes_per_token, slot_bytes)
         return PlanRow(
@@ -237,6 +235,12 @@ class _Planner:
         element_bytes = 1 if dtype == "fp8" else self.shape.dtype_bytes
         return BLOCK_TOKENS, 2 * element_bytes * BLOCK_TOKENS * self.shape.head_dim
 
+    def _window_bytes(self, dtype: str) -> int:
+        """Cache of one sequence in the layers with a window, which keep the model's dtype beside a preset."""
+        element_bytes = 1 if dtype == "fp8" else self.shape.dtype_bytes
+        tokens = min(self.context, self.shape.window)
+        return 2 * element_bytes * tokens * self.shape.head_dim * self.kv_heads * self.shape.window_layers
+
     def _slot_bytes(self, group: int) -> int:
         return PAGE_BYTES * self.shape.layers * self.kv_heads * group * padded_head_dim(self.shape.head_dim)
 
@@ -250,7 +254,8 @@ class _Planner:
         copy = COPY_PART * self.gpu.bandwidth
         attention = ATTENTION_OF_COPY["kvarn" if dtype in PRESETS else dtype] * copy
         weights = self.shape.weight_bytes / self.tensor_parallel / (WEIGHTS_OF_COPY * copy)
-        return weights, (self.context * bytes_per_token + 1.5 * slot_bytes) / attention
+        windows = self._window_bytes(dtype) / (ATTENTION_OF_COPY["fp8" if dtype == "fp8" else "auto"] * copy)
+        return weights, (self.context * bytes_per_token + 1.5 * slot_bytes) / attention + windows
 
     def _step_s(self, dtype: str, sequences: int, bytes_per_token: float, slot_bytes: float) -> float:
         weights, cache = self._times_s(dtype, bytes_per_token, slot_bytes)

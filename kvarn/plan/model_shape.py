@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvarn.errors import KVarNError
-from kvarn.model import context_limit, read_config, resolve_model
+from kvarn.model import context_limit, quantized_layers, read_config, resolve_model
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -21,6 +21,8 @@ class ModelShape:
     """Sizes of a decoder-only transformer.
 
     Attributes:
+        layers: those with full attention, whose cache KVarN quantizes.
+        window_layers: those that read a window of `window` tokens, if others have full attention.
         weight_bytes: all parameters, from the weight files if present, else counted from the config.
         dtype_bytes: one weight, and one element of an unquantized cache.
         context_limit: maximum tokens per sequence.
@@ -35,6 +37,8 @@ class ModelShape:
     weight_bytes: int
     dtype_bytes: int
     context_limit: int
+    window_layers: int = 0
+    window: int = 0
 
     @classmethod
     def read(cls, name_or_dir: str) -> ModelShape:
@@ -65,9 +69,10 @@ class ModelShape:
         dtype_bytes = DTYPE_BYTES.get(config.get("dtype") or config.get("torch_dtype") or "bfloat16", 2)
         head_dim = config.get("head_dim") or hidden // heads
         kv_heads = config.get("num_key_value_heads") or heads
+        layers = quantized_layers(config)
         files = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         return cls(
-            layers=config["num_hidden_layers"],
+            layers=layers,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -76,6 +81,8 @@ class ModelShape:
             weight_bytes=files or dtype_bytes * _parameters(config, heads, kv_heads, head_dim),
             dtype_bytes=dtype_bytes,
             context_limit=context_limit(config) or 1 << 20,
+            window_layers=config["num_hidden_layers"] - layers,
+            window=config.get("sliding_window") or 0,
         )
 
 

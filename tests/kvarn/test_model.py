@@ -239,3 +239,11 @@ def test_directory_without_config_is_refused(tmp_path):
 )
 def test_a_sequence_is_as_long_as_vllm_lets_it_be(config, tokens):
     assert context_limit(config) == tokens
+
+
+def test_layers_beside_full_attention_are_not_quantized(tmp_path: Path) -> None:
+    config = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 256}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    for layer_types, layers in ((None, 4), (kinds, 2), (["sliding_attention"] * 4, 4)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "layer_types": layer_types}))
+        assert model.kv_shape(tmp_path).layers == layers

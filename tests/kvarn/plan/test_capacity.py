@@ -51,6 +51,27 @@ def test_memory_is_never_given_out_twice(llama_8b: str) -> None:
     assert by_dtype["kvarn_k4v2_g128"].tokens > 3.5 * by_dtype["auto"].tokens
 
 
+def test_windows_take_the_same_memory_at_any_length(llama_8b: str, tmp_path: Path) -> None:
+    """They are in the model's dtype beside a preset, which full attention alone has."""
+    kinds = (["sliding_attention"] * 3 + ["full_attention"]) * 8
+    directory = tmp_path / "mixed"
+    directory.mkdir()
+    (directory / "config.json").write_text(
+        json.dumps({**LLAMA_8B, "layer_types": kinds, "sliding_window": 1024})
+    )
+    plain, mixed = (rows(model=m, gpu="h100", context=16_384) for m in (llama_8b, str(directory)))
+    longer = rows(model=str(directory), gpu="h100", context=65_536)
+    windows = 2 * 2 * 1024 * 8 * 128 * 24
+    room = 0.92 * GPUS["h100"].memory_bytes - ModelShape.read(llama_8b).weight_bytes
+    for dtype in ("auto", "kvarn_k4v2_g128"):
+        assert mixed[dtype].bytes_per_token == plain[dtype].bytes_per_token / 4
+        assert mixed[dtype].sequences > 2 * plain[dtype].sequences
+        assert longer[dtype].sequences > mixed[dtype].sequences / 4
+        for row in (mixed[dtype], longer[dtype]):
+            held = row.tokens * row.bytes_per_token + row.sequences * windows
+            assert held < room * (1 - row.side_pool_share)
+
+
 def test_heads_are_shared_out_over_gpus(llama_8b: str) -> None:
     one, two = (rows(model=llama_8b, gpu="h100", tensor_parallel=tp)["auto"] for tp in (1, 2))
     assert two.bytes_per_token == one.bytes_per_token / 2
