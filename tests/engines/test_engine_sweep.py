@@ -115,7 +115,7 @@ def test_growth_is_anticipated_or_else_causes_preemption(llm: LLM, anticipated: 
     before, waited = scheduler.preemptions, scheduler.wait_counts.blocks
     with free_blocks(llm, 7), pytest.MonkeyPatch.context() as patch:
         if not anticipated:
-            patch.setattr(scheduler, "_expected_blocks", lambda request: 0)
+            patch.setattr(scheduler, "_expected_blocks", lambda request: [0])
         together = ask(llm, prompts, OUTPUT_TOKENS)
     assert (scheduler.preemptions == before) == anticipated
     assert (scheduler.wait_counts.blocks > waited) == anticipated

@@ -64,7 +64,7 @@ def write_app(tmp_path: Path):
     [
         (["--workloads", "0x100+8"], ["requests of workload 0x100+8 is 0", "at least 1"]),
         (["--workloads", "4x100"], ["workload '4x100' is not understood", "4x1000+64"]),
-        (["--shape", "9b"], ["shape '9b' is not known", "1b, 8b, 70b"]),
+        (["--shape", "9b"], ["shape '9b' is not known", "1b, 4b, 8b, 70b"]),
         (["--gpu-memory-utilization", 2], ["gpu_memory_utilization is 2"]),
         (["--plot", "chart.pdf"], [".png or .svg"]),
         (["--repeats", 0], ["repeats is 0"]),
