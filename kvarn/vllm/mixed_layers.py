@@ -155,7 +155,8 @@ def pages_of(vllm_config: Any) -> SharedPages | None:
     compilation = getattr(vllm_config, "compilation_config", None)
     layers = list(getattr(compilation, "static_forward_context", {}).values())
     quantized = [layer for layer in layers if is_quantized(layer)]
-    local = [layer for layer in layers if hasattr(layer, "kv_cache_dtype") and not is_quantized(layer)]
+    # A drafter's layers with vLLM's own cache have no window: they are in the cache group of the quantized ones.
+    local = [x for x in layers if getattr(x, "sliding_window", None) is not None and not is_quantized(x)]
     if not quantized or not local:
         return None
     layout = TileLayout.of_heads(get_preset(quantized[0].kv_cache_dtype), quantized[0].head_size)
