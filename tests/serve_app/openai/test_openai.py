@@ -31,7 +31,7 @@ from serve_app.request.request_errors import (
     RequestError,
 )
 from serve_app.routing import Caller
-from tests.support.gateway_servers import CACHED, MODEL, Running, running_servers, settled
+from tests.support.gateway_servers import ADAPTER, CACHED, MODEL, Running, running_servers, settled
 
 ASK = [{"role": "user", "content": "What is the capital of France?"}]
 WEATHER = {
@@ -63,7 +63,7 @@ async def client(front: Running) -> AsyncIterator[AsyncOpenAI]:
 
 
 async def test_models(client: AsyncOpenAI) -> None:
-    assert [model.id async for model in client.models.list()] == [MODEL]
+    assert [model.id async for model in client.models.list()] == [MODEL, ADAPTER]
     assert (await client.models.retrieve(MODEL)).owned_by == "kvarn"
     with pytest.raises(openai.NotFoundError, match="The model 'gpt-9' is not served here: use 'small'"):
         await client.models.retrieve("gpt-9")
