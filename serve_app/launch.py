@@ -308,7 +308,8 @@ class RunningApp:
         Raises:
             LaunchError: Ray has stopped by itself.
         """
-        self.ray.wait()
+        while self.ray.poll() is None:
+            time.sleep(POLL_S)  # a signal that reaches another thread wakes no call that blocks this one
         raise LaunchError("Ray has stopped: its logs in /tmp/ray/session_latest/logs show why")
 
 
