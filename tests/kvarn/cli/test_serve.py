@@ -1,6 +1,12 @@
 """`kvarn serve` without a cluster: its text output, its log, and the settings that it rejects."""
 
+import os
+import signal
+import subprocess
+import threading
+import time
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import yaml
@@ -11,7 +17,7 @@ from kvarn.cli.chat import Answer
 from kvarn.cli.output import err, out
 from kvarn.cli.serve import Started, TextReporter, _start_progress
 from kvarn.v1 import cache_pb2, cluster_pb2
-from serve_app.launch import Dashboard, Deployment, read_app
+from serve_app.launch import Dashboard, Deployment, RunningApp, read_app
 from tests.support.live import APP_YAML, write_app
 
 
@@ -143,3 +149,31 @@ def _write(directory: Path, gateway: dict[str, object] | None = None, **argument
     args["gateway"].update(gateway or {})
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def test_waiting_ends_at_a_signal_that_reaches_another_thread():
+    class StoppedError(Exception):
+        pass
+
+    def stop(number: int, frame: FrameType | None):
+        raise StoppedError
+
+    def send():  # a new thread inherits the mask of the main one
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        time.sleep(0.2)  # the main thread waits by then
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    previous = signal.signal(signal.SIGUSR1, stop)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    thread = threading.Thread(target=send)
+    with subprocess.Popen(["sleep", "20"], text=True) as ray:
+        try:
+            thread.start()
+            with pytest.raises(StoppedError):
+                RunningApp(Dashboard("http://127.0.0.1:8265", needs_token=False), ray).wait()
+            assert ray.poll() is None, "only the end of Ray ended the wait"
+        finally:
+            ray.kill()
+            thread.join()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+            signal.signal(signal.SIGUSR1, previous)
