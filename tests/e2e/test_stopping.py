@@ -39,9 +39,13 @@ def app(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
 def served(app: Path) -> Iterator[subprocess.Popen[str]]:
     """The command in a session of its own, as systemd starts it; what a failed test leaves running is killed."""
     command = [sys.executable, "-m", "kvarn.cli", "serve", "--json", str(app)]
+    before = signal.signal(
+        signal.SIGHUP, signal.SIG_DFL
+    )  # the command inherits it, e.g. ignored under nohup(1)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+    signal.signal(signal.SIGHUP, before)
     family: list[psutil.Process] = []
     try:
         assert process.stdout is not None
