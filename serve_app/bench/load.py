@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -70,8 +70,12 @@ async def warm_up(target: Target, works: Sequence[Work], timeout_s: float, on_pr
         if label == "answered":
             on_progress("warm-up", done, of)
 
-    warmed = await run(target, works, timeout_s, on_answered)
-    for outcome in warmed.outcomes:
+    check_warm_up((await run(target, works, timeout_s, on_answered)).outcomes)
+
+
+def check_warm_up(outcomes: Iterable[CallOutcome]) -> None:
+    """Raise BenchError if a request of the warm-up failed."""
+    for outcome in outcomes:
         if outcome.failure:
             why = f"{outcome.failure}: {outcome.said}" if outcome.said else outcome.failure
             raise BenchError(f"the warm-up, before the load, was not answered: {why}")

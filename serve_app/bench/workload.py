@@ -63,12 +63,7 @@ def _from_trace(path: Path, max_requests: int, seed: int) -> list[Work]:
     If `hash_ids` identify the blocks of a prompt, equal IDs become equal text, so that prefixes are shared as in the
     trace; the last block is cut to the prompt's length.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise BenchError(f"--trace {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise BenchError(f"--trace {path} is not UTF-8 text") from None
+    lines = read_trace(path)
     works = [
         _from_line(path, number, line, seed) for number, line in enumerate(lines[:max_requests], start=1)
     ]
@@ -78,6 +73,20 @@ def _from_trace(path: Path, max_requests: int, seed: int) -> list[Work]:
     return sorted(
         (Work(work.at_s - start_s, work.prompt, work.output_tokens) for work in works), key=lambda w: w.at_s
     )
+
+
+def read_trace(path: Path) -> list[str]:
+    """Read the lines of a trace.
+
+    Raises:
+        BenchError: the file cannot be read as UTF-8.
+    """
+    try:
+        return path.read_text().splitlines()
+    except OSError as error:
+        raise BenchError(f"--trace {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise BenchError(f"--trace {path} is not UTF-8 text") from None
 
 
 def _from_line(path: Path, number: int, line: str, seed: int) -> Work:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from kvarn.bench.bench_settings import BenchError
 from serve_app.bench.agents.agents_settings import AgentsBench, AgentShape, Content
 from serve_app.bench.targets import LoadPrompt
-from serve_app.bench.workload import TRACE_BLOCK_TOKENS, WORDS
+from serve_app.bench.workload import TRACE_BLOCK_TOKENS, WORDS, read_trace
 
 IDS = range(1000, 30_000)  # token IDs that the vocabularies of most models have, beyond control tokens
 
@@ -154,12 +154,7 @@ def _conversations(path: Path) -> list[list[Mapping[str, Any]]]:
 
 
 def _read(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise BenchError(f"--trace {path} cannot be read: {why}") from None
-    for number, text in enumerate(lines, start=1):
+    for number, text in enumerate(read_trace(path), start=1):
         try:
             line = json.loads(text)
             int(line["input_length"]), int(line["output_length"]), list(line["hash_ids"])

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvarn.bench.bench_settings import BenchError, Progress
+from kvarn.bench.bench_settings import Progress
 from serve_app.bench.agents.agent_sessions import PromptWriter, Session
-from serve_app.bench.load import CallOutcome, send
+from serve_app.bench.load import CallOutcome, check_warm_up, send
 from serve_app.bench.targets import Target
 
 
@@ -96,7 +96,4 @@ async def warm_up(
         BenchError: a turn failed.
     """
     warmed = await play(target, sessions, writer, timeout_s, label, on_progress)
-    for turn in warmed.turns:
-        if turn.call.failure:
-            why = f"{turn.call.failure}: {turn.call.said}" if turn.call.said else turn.call.failure
-            raise BenchError(f"the warm-up, before the load, was not answered: {why}")
+    check_warm_up(turn.call for turn in warmed.turns)
