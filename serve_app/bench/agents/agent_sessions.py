@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from kvarn.bench.bench_settings import BenchError
 from serve_app.bench.agents.agents_settings import AgentsBench, AgentShape, Content
 from serve_app.bench.targets import LoadPrompt
 from serve_app.bench.workload import TRACE_BLOCK_TOKENS, WORDS, read_trace
 
+T = TypeVar("T")
 IDS = range(1000, 30_000)  # token IDs that the vocabularies of most models have, beyond control tokens
 
 
@@ -66,31 +68,41 @@ def warm_up_session(bench: AgentsBench, number: int) -> Session:
     return [AgentTurn(tuple(blocks), first.output_tokens, 0.0)]
 
 
+def longest_tokens(sessions: Iterable[Session]) -> int:
+    """Return the tokens of the longest request: its prompt and its answer."""
+    turns = (turn for session in sessions for turn in session)
+    return max(sum(block.tokens for block in turn.blocks) + turn.output_tokens for turn in turns)
+
+
 class PromptWriter:
     """Writes the prompts of turns; blocks are written once."""
 
     def __init__(self, content: Content, seed: int) -> None:
         self._content = content
         self._seed = seed
-        self._written: dict[PromptBlock, Sequence[int] | str] = {}
+        self._ids: dict[PromptBlock, list[int]] = {}
+        self._texts: dict[PromptBlock, str] = {}
 
     def write(self, turn: AgentTurn) -> LoadPrompt:
         """Return the prompt of `turn`: text, token IDs or messages."""
-        blocks = [(block.role, self._block(block)) for block in turn.blocks]
-        if self._content == "chat":
-            return [{"role": role, "content": str(text)} for role, text in blocks]
         if self._content == "ids":
-            return [token for _, ids in blocks for token in ids if isinstance(token, int)]
-        return " ".join(str(text) for _, text in blocks)
+            return [*chain.from_iterable(map(self._token_ids, turn.blocks))]
+        if self._content == "chat":
+            return [{"role": block.role, "content": self._text(block)} for block in turn.blocks]
+        return " ".join(map(self._text, turn.blocks))
 
-    def _block(self, block: PromptBlock) -> Sequence[int] | str:
-        if block not in self._written:
-            draw = random.Random(f"{self._seed} {block.key}")
-            if self._content == "ids":
-                self._written[block] = draw.choices(IDS, k=block.tokens)
-            else:
-                self._written[block] = " ".join(draw.choices(WORDS, k=block.tokens))
-        return self._written[block]
+    def _token_ids(self, block: PromptBlock) -> list[int]:
+        if block not in self._ids:
+            self._ids[block] = self._draw(block, IDS)
+        return self._ids[block]
+
+    def _text(self, block: PromptBlock) -> str:
+        if block not in self._texts:
+            self._texts[block] = " ".join(self._draw(block, WORDS))
+        return self._texts[block]
+
+    def _draw(self, block: PromptBlock, population: Sequence[T]) -> list[T]:
+        return random.Random(f"{self._seed} {block.key}").choices(population, k=block.tokens)
 
 
 def _drawn(shape: AgentShape, agent: str, draw: random.Random) -> Session:

@@ -14,7 +14,13 @@ from kvarn.bench.bench_settings import Progress
 from kvarn.bench.shapes import model_directory
 from kvarn.environment import machine, versions
 from kvarn.result_files import write_results
-from serve_app.bench.agents.agent_sessions import PromptWriter, Session, make_sessions, warm_up_session
+from serve_app.bench.agents.agent_sessions import (
+    PromptWriter,
+    Session,
+    longest_tokens,
+    make_sessions,
+    warm_up_session,
+)
 from serve_app.bench.agents.agents_load import AgentsRun, play, warm_up
 from serve_app.bench.agents.agents_settings import AgentsBench
 from serve_app.bench.agents.agents_summary import (
@@ -146,6 +152,5 @@ def _runs(
 
 def _max_model_len(sessions: dict[int, list[Session]]) -> int:
     """The longest request in tokens, and a tenth more, as texts are only about as long as asked."""
-    turns = [turn for run in sessions.values() for session in run for turn in session]
-    longest = max(sum(block.tokens for block in turn.blocks) + turn.output_tokens for turn in turns)
+    longest = longest_tokens(session for run in sessions.values() for session in run)
     return longest + longest // 10 + 64

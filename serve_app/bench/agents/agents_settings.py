@@ -36,12 +36,6 @@ class AgentShape:
     output_tokens: int
     pause_s: float
 
-    @property
-    def longest_tokens(self) -> int:
-        """Prompt and answer of the last turn, in tokens."""
-        grown = (self.turns - 1) * (self.output_tokens + self.turn_tokens)
-        return self.system_tokens + self.first_tokens + grown + self.output_tokens
-
 
 WORKLOADS = {
     "coding": AgentShape(12, 3000, 4000, 1500, 150, 1.0),
@@ -118,10 +112,9 @@ class AgentsBench(ServedModel):
                     raise BenchError(f"pause_s is {value:g}: give a time of at least 0 in seconds")
             else:
                 check_at_least(name, int(value), 0 if name in ("system_tokens", "turn_tokens") else 1)
-        if self.trace is not None and changed.keys() - {"pause_s"}:
-            raise BenchError(
-                f"--trace has its own lengths: leave out {', '.join(changed.keys() - {'pause_s'})}"
-            )
+        lengths = [name for name in changed if name != "pause_s"]
+        if self.trace is not None and lengths:
+            raise BenchError(f"--trace has its own lengths: leave out {', '.join(lengths)}")
         if self.trace is not None and self.content != "text":
             raise BenchError(f"--trace replays text: leave out --content {self.content}")
         if not self.agents or min(self.agents) < 1:

@@ -13,7 +13,13 @@ from typer.testing import CliRunner, Result
 from kvarn import cli
 from kvarn.bench.bench_settings import BenchError
 from kvarn.v1 import inference_pb2
-from serve_app.bench.agents.agent_sessions import IDS, PromptWriter, make_sessions, warm_up_session
+from serve_app.bench.agents.agent_sessions import (
+    IDS,
+    PromptWriter,
+    longest_tokens,
+    make_sessions,
+    warm_up_session,
+)
 from serve_app.bench.agents.agents_load import AgentsRun, TurnOutcome
 from serve_app.bench.agents.agents_settings import WORKLOADS, AgentsBench
 from serve_app.bench.agents.agents_summary import summarize_agents
@@ -61,7 +67,7 @@ def test_each_turn_extends_the_one_before_and_agents_share_the_system_prompt_onl
     assert len({tuple(own[0][:20]) for own in prompts}) == 1
     assert len({tuple(own[0][20:]) for own in prompts}) == 3
     assert all(token in IDS for own in prompts for token in own[-1])
-    assert small().shape.longest_tokens == 48 + 4
+    assert longest_tokens(sessions) == 48 + 4
 
 
 def test_runs_of_different_numbers_of_agents_share_nothing_but_the_system_prompt() -> None:
@@ -163,7 +169,7 @@ def test_servers_are_read_and_refused_by_name() -> None:
 def test_named_workloads_are_those_of_the_documents() -> None:
     coding = WORKLOADS["coding"]
     assert coding.turn_tokens + coding.output_tokens == 1650
-    assert coding.longest_tokens == 3000 + 4000 + 11 * 1650 + 150
+    assert longest_tokens(make_sessions(AgentsBench(), 1)) == 3000 + 4000 + 11 * 1650 + 150
 
 
 def test_a_summary_counts_what_was_answered() -> None:
