@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 from typer import Option
@@ -51,12 +52,19 @@ def check_at_least(name: str, value: int, least: int) -> None:
         raise BenchError(f"{name} is {value}: give a number of at least {least}")
 
 
-def check_preset(name: str) -> None:
-    """Raise BenchError unless `name` is a preset's."""
+@contextmanager
+def value_errors() -> Iterator[None]:
+    """Raise a ValueError of a setting's check as BenchError."""
     try:
-        get_preset(name)
+        yield
     except ValueError as error:
         raise BenchError(str(error)) from None
+
+
+def check_preset(name: str) -> None:
+    """Raise BenchError unless `name` is a preset's."""
+    with value_errors():
+        get_preset(name)
 
 
 def check_shape(shape: str | None) -> None:

@@ -29,6 +29,7 @@ from kvarn.bench.bench_settings import (
     ShapeName,
     check_at_least,
     check_shape,
+    value_errors,
     whole_numbers,
 )
 from kvarn.bench.shapes import model_directory
@@ -149,12 +150,10 @@ class EngineBench:
             raise BenchError("no cache dtype is given: name at least one, e.g. auto,kvarn_k4v2_g128")
         if not self.workloads:
             raise BenchError("no workload is given: name at least one, e.g. 4x1000+64")
-        try:
+        with value_errors():
             check_model_dtype(self.dtype)
             for name in self.kv_cache_dtypes:
                 check_cache_dtype(name)
-        except ValueError as error:
-            raise BenchError(str(error)) from None
         if not self.tensor_parallel_sizes or min(self.tensor_parallel_sizes) < 1:
             sizes = ",".join(map(str, self.tensor_parallel_sizes))
             raise BenchError(

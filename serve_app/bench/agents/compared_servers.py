@@ -28,6 +28,7 @@ from kvarn.bench.bench_settings import (
     ShapeName,
     check_at_least,
     check_shape,
+    value_errors,
 )
 from kvarn.bench.shapes import load_format
 from kvarn.dtypes import check_cache_dtype, check_model_dtype, comma_separated
@@ -77,10 +78,8 @@ def parse_servers(text: str) -> tuple[ServerSpec, ...]:
             raise BenchError(
                 f"server {entry!r} is not understood: give kvarn:CACHE_DTYPE or vllm:CACHE_DTYPE, e.g. vllm:auto"
             )
-        try:
+        with value_errors():
             check_cache_dtype(dtype)
-        except ValueError as error:
-            raise BenchError(str(error)) from None
         servers.append(ServerSpec(cast(ServerKind, kind), dtype))
     return tuple(servers)
 
@@ -120,10 +119,8 @@ class CompareSettings:
         if not self.kv_cache_memory_gib > 0:
             raise BenchError(f"kv_cache_memory_gib is {self.kv_cache_memory_gib}: give a size above 0")
         check_shape(self.shape)
-        try:
+        with value_errors():
             check_model_dtype(self.dtype)
-        except ValueError as error:
-            raise BenchError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -154,10 +151,13 @@ def running_server(
     Raises:
         BenchError: it ends, or is not ready within `START_S`; the message ends with the last lines of its log.
     """
-    launch = {"kvarn": _application, "vllm": _vllm}[spec.kind]
+    launch = _Launch(spec, settings, model_dir, max_model_len)
     with tempfile.TemporaryDirectory(prefix="kvarn-bench-") as directory, tempfile.TemporaryFile("w+") as log:
         port = _free_port()
-        command, environment = launch(spec, settings, model_dir, max_model_len, port, Path(directory))
+        if spec.kind == "kvarn":
+            command, environment = launch.application(port, Path(directory)), {}
+        else:
+            command, environment = launch.vllm(port), launch.vllm_environment()
         start = time.monotonic()
         process = subprocess.Popen(
             command, stdout=log, stderr=log, env={**os.environ, **environment}, start_new_session=True
@@ -169,67 +169,88 @@ def running_server(
             _end(process)
 
 
-def _application(
-    spec: ServerSpec,
-    settings: CompareSettings,
-    model_dir: Path,
-    max_model_len: int,
-    port: int,
-    directory: Path,
-) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of this application."""
-    engine = {
-        "num_replicas": settings.replicas,
-        "device": _device(),
-        "dtype": settings.dtype,
-        "load_format": load_format(settings.shape),
-        "kv_cache_dtype": spec.kv_cache_dtype,
-        "kv_cache_memory_gib": _blocks_gib(spec, settings, model_dir, max_model_len),
-        "max_model_len": max_model_len,
-        "max_num_seqs": settings.max_num_seqs,
-        "max_num_batched_tokens": settings.max_num_batched_tokens,
-        "enforce_eager": settings.enforce_eager,
-    }
-    gateway = {"port": _free_port(), "http": {"port": port}}
-    arguments = {"model": str(model_dir), "engine": engine, "gateway": gateway}
-    application = {
-        "name": "kvarn",
-        "import_path": "serve_app.app:build",
-        "route_prefix": None,
-        "args": arguments,
-    }
-    path = directory / "app.yaml"
-    path.write_text(yaml.safe_dump({"proxy_location": "Disabled", "applications": [application]}))
-    command = [sys.executable, "-m", "kvarn.cli", "serve", "--json", "--timeout-s", f"{START_S:g}", str(path)]
-    return command, {}
+@dataclass(frozen=True)
+class _Launch:
+    """Builds the command of a server; arguments are those of `running_server`."""
 
+    spec: ServerSpec
+    settings: CompareSettings
+    model_dir: Path
+    max_model_len: int
 
-def _vllm(
-    spec: ServerSpec,
-    settings: CompareSettings,
-    model_dir: Path,
-    max_model_len: int,
-    port: int,
-    directory: Path,
-) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of `vllm serve`, without our plugin unless the cache is ours."""
-    gib = _blocks_gib(spec, settings, model_dir, max_model_len)
-    options: dict[str, Any] = {
-        "host": HOST,
-        "port": port,
-        "dtype": settings.dtype,
-        "load-format": load_format(settings.shape),
-        "kv-cache-dtype": spec.kv_cache_dtype,
-        "kv-cache-memory-bytes": int(gib * 2**30),
-        "max-model-len": max_model_len,
-        "max-num-seqs": settings.max_num_seqs,
-        "max-num-batched-tokens": settings.max_num_batched_tokens,
-        "data-parallel-size": settings.replicas,
-    }
-    command = [sys.executable, "-m", *_vllm_serve(), str(model_dir)]
-    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command += ["--enable-prompt-tokens-details", *(["--enforce-eager"] if settings.enforce_eager else [])]
-    return command, {} if spec.kv_cache_dtype in PRESETS else {"VLLM_PLUGINS": ""}
+    def application(self, port: int, directory: Path) -> list[str]:
+        """Command of this application, whose YAML is written to `directory`."""
+        settings = self.settings
+        engine = {
+            "num_replicas": settings.replicas,
+            "device": _device(),
+            "dtype": settings.dtype,
+            "load_format": load_format(settings.shape),
+            "kv_cache_dtype": self.spec.kv_cache_dtype,
+            "kv_cache_memory_gib": self._blocks_gib(),
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": settings.max_num_seqs,
+            "max_num_batched_tokens": settings.max_num_batched_tokens,
+            "enforce_eager": settings.enforce_eager,
+        }
+        gateway = {"port": _free_port(), "http": {"port": port}}
+        application = {
+            "name": "kvarn",
+            "import_path": "serve_app.app:build",
+            "route_prefix": None,
+            "args": {"model": str(self.model_dir), "engine": engine, "gateway": gateway},
+        }
+        path = directory / "app.yaml"
+        path.write_text(yaml.safe_dump({"proxy_location": "Disabled", "applications": [application]}))
+        command = [sys.executable, "-m", "kvarn.cli", "serve", "--json"]
+        return [*command, "--timeout-s", f"{START_S:g}", str(path)]
+
+    def vllm(self, port: int) -> list[str]:
+        """Command of `vllm serve`."""
+        settings = self.settings
+        options: dict[str, Any] = {
+            "host": HOST,
+            "port": port,
+            "dtype": settings.dtype,
+            "load-format": load_format(settings.shape),
+            "kv-cache-dtype": self.spec.kv_cache_dtype,
+            "kv-cache-memory-bytes": int(self._blocks_gib() * 2**30),
+            "max-model-len": self.max_model_len,
+            "max-num-seqs": settings.max_num_seqs,
+            "max-num-batched-tokens": settings.max_num_batched_tokens,
+            "data-parallel-size": settings.replicas,
+        }
+        command = [sys.executable, "-m", *_vllm_serve(), str(self.model_dir)]
+        command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        return [
+            *command,
+            "--enable-prompt-tokens-details",
+            *(["--enforce-eager"] if settings.enforce_eager else []),
+        ]
+
+    def vllm_environment(self) -> dict[str, str]:
+        """Environment of `vllm serve`: without our plugin unless the cache is ours."""
+        return {} if self.spec.kv_cache_dtype in PRESETS else {"VLLM_PLUGINS": ""}
+
+    def _blocks_gib(self) -> float:
+        """Memory of the cache's blocks per engine: what the side pool of a quantized cache leaves.
+
+        Raises:
+            BenchError: it leaves nothing.
+        """
+        dtype, settings = self.spec.kv_cache_dtype, self.settings
+        if dtype not in PRESETS:
+            return settings.kv_cache_memory_gib
+        limits = engine_limits(
+            kv_shape(self.model_dir), dtype, settings.max_num_seqs, self.max_model_len, cache_bytes=None
+        )
+        pool_gib = limits.side_pool_bytes / 2**30
+        if not pool_gib < settings.kv_cache_memory_gib:
+            raise BenchError(
+                f"the side pool of {self.spec.label} takes {pool_gib:.1f} GiB of {settings.kv_cache_memory_gib:g}: "
+                "raise --kv-cache-memory-gib, or lower --max-num-seqs"
+            )
+        return settings.kv_cache_memory_gib - pool_gib
 
 
 def _vllm_serve() -> list[str]:
@@ -239,26 +260,6 @@ def _vllm_serve() -> list[str]:
     except PackageNotFoundError:  # CPU wheels have another name, and vLLM's command line looks for this one
         return ["vllm.entrypoints.openai.api_server", "--model"]
     return ["vllm.entrypoints.cli.main", "serve"]
-
-
-def _blocks_gib(spec: ServerSpec, settings: CompareSettings, model_dir: Path, max_model_len: int) -> float:
-    """Memory of the cache's blocks per engine: what the side pool of a quantized cache leaves.
-
-    Raises:
-        BenchError: it leaves nothing.
-    """
-    if spec.kv_cache_dtype not in PRESETS:
-        return settings.kv_cache_memory_gib
-    limits = engine_limits(
-        kv_shape(model_dir), spec.kv_cache_dtype, settings.max_num_seqs, max_model_len, cache_bytes=None
-    )
-    pool_gib = limits.side_pool_bytes / 2**30
-    if not pool_gib < settings.kv_cache_memory_gib:
-        raise BenchError(
-            f"the side pool of {spec.label} takes {pool_gib:.1f} GiB of {settings.kv_cache_memory_gib:g}: raise "
-            "--kv-cache-memory-gib, or lower --max-num-seqs"
-        )
-    return settings.kv_cache_memory_gib - pool_gib
 
 
 def _wait_ready(spec: ServerSpec, process: subprocess.Popen[bytes], url: str, log: IO[str]) -> None:
@@ -278,9 +279,8 @@ def _is_ready(spec: ServerSpec, url: str, log: IO[str]) -> bool:
     """Whether this application has reported that it is ready, or vLLM's server answers its probe."""
     if spec.kind == "kvarn":  # whose probe succeeds once one engine is ready
         size = os.fstat(log.fileno()).st_size
-        return b'"event": "ready"' in os.pread(
-            log.fileno(), size, 0
-        )  # the server's writes share the file's offset
+        # The server's writes share the file's offset, which this leaves as it is.
+        return b'"event": "ready"' in os.pread(log.fileno(), size, 0)
     with suppress(httpx.HTTPError):
         return httpx.get(f"{url}/health", timeout=START_S).status_code == httpx.codes.OK
     return False
