@@ -214,8 +214,9 @@ def _combine(partials: list[_Partial], requests: Tensor, count: int, sinks: Tens
     if sinks is not None:
         sink = sinks.to(m.dtype).view(m.shape[1:]).expand_as(m)
         top = torch.maximum(m, sink)
-        acc.mul_((m - top).exp_()[..., None])
-        l = l.mul_((m - top).exp_()).add_((sink - top).exp_())
+        kept = (m - top).exp_()
+        acc.mul_(kept[..., None])
+        l = l.mul_(kept).add_((sink - top).exp_())
     return acc.div_(l[..., None])
 
 
