@@ -132,9 +132,8 @@ class StreamedToolCalls(_ToolCalls):
         delta = self._parser.extract_tool_calls_streaming(
             text_before, self._text, text, self._ids_before, self._ids, list(token_ids), self._request
         )
-        self._ids_before += (
-            token_ids  # a copy at every step takes longer than the step, from 10,000 tokens on
-        )
+        # From 10,000 tokens on, a copy of all IDs at every step would take longer than the step.
+        self._ids_before += token_ids
         found = _parsed(delta)
         self._content += found.content
         if found.calls:

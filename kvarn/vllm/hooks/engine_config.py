@@ -161,26 +161,25 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
     from kvarn.vllm.cache_settings import KVarNConfig
 
     model, parallel = config.model_config, config.parallel_config
-    use_auto = USE_AUTO
     if model.is_encoder_decoder or model.runner_type not in ("generate", "draft"):
-        yield f"serves decoder-only generation, not a model of runner type {model.runner_type!r}; {use_auto}"
+        yield f"serves decoder-only generation, not a model of runner type {model.runner_type!r}; {USE_AUTO}"
     if model.use_mla:
-        yield f"does not support multi-head latent attention; {use_auto}"
+        yield f"does not support multi-head latent attention; {USE_AUTO}"
     if model.is_hybrid or model.is_attention_free:
-        yield f"needs every layer to be full attention, and this model has other layers; {use_auto}"
+        yield f"needs every layer to be full attention, and this model has other layers; {USE_AUTO}"
     if not (model.is_hybrid or model.is_attention_free) and (local := _local_attention(model)):
-        yield f"{local}, or {use_auto}"
+        yield f"{local}, or {USE_AUTO}"
     if model.uses_alibi:
-        yield f"does not support ALiBi; {use_auto}"
+        yield f"does not support ALiBi; {USE_AUTO}"
     capped = getattr(model.hf_text_config, "attn_logit_softcapping", None)
     if capped and not device_backend().layer.supports_score_terms:
-        yield f"supports soft-capped logits on CPUs only; {use_auto}"
+        yield f"supports soft-capped logits on CPUs only; {USE_AUTO}"
     if getattr(model.hf_text_config, "num_kv_shared_layers", None):
-        yield f"does not support KV sharing between layers; {use_auto}"
+        yield f"does not support KV sharing between layers; {USE_AUTO}"
     if model.is_mm_prefix_lm:
-        yield f"attends to earlier tokens only, and this model's images also to later ones; {use_auto}"
+        yield f"attends to earlier tokens only, and this model's images also to later ones; {USE_AUTO}"
     if (heads := _heads_per_kv_head(config)) > (limit := device_backend().layer.max_heads_per_kv_head):
-        yield f"serves at most {limit} query heads per KV head, and this model has {heads}; {use_auto}"
+        yield f"serves at most {limit} query heads per KV head, and this model has {heads}; {USE_AUTO}"
     try:
         TileLayout.of_heads(preset, model.get_head_size())
     except ValueError as error:
