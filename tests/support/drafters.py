@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
+from kvarn.bench.drafts_at_rate import FixedDrafter
+
 VOCABULARY = 500  # of the prompts; the models' is larger
 Acceptance = Callable[[int, int], int]
 """(number of the step of a request, drafts) -> how many of the drafts are correct."""
@@ -58,23 +60,11 @@ class Script:
 script = Script(ACCEPTANCES["none"])
 
 
-class ScriptedDrafter:
+class ScriptedDrafter(FixedDrafter):
     """A drafter without layers, for vLLM's method `custom_class`."""
 
-    def __init__(self, vllm_config: Any) -> None:
-        self.count = vllm_config.speculative_config.num_speculative_tokens
-        self.longest = vllm_config.model_config.max_model_len
-
-    def propose(
-        self, sampled: list[list[int]], lengths: np.ndarray, tokens: np.ndarray, **_: Any
-    ) -> list[list[int]]:
-        return [
-            script.drafts(row[:length].tolist(), length, self.count) if new and length < self.longest else []
-            for new, length, row in zip(sampled, lengths, tokens, strict=False)
-        ]
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load nothing."""
+    def drafts(self, tokens: np.ndarray) -> list[int]:
+        return script.drafts(tokens.tolist(), len(tokens), self.count)
 
 
 def script_draft_models(monkeypatch: pytest.MonkeyPatch) -> None:
