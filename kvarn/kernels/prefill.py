@@ -1,4 +1,4 @@
-"""Prefill attention over pages, where FlashAttention 3 is not available.
+"""Prefill attention over pages, where FlashAttention is not available.
 
 Every query tile is a sequence of its own, whose last page holds its own tile raw and whose other pages follow the read
 rule.
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvarn.checks import check_packed
+from kvarn.checks import check_packed, check_tensor
 
 
 @triton.jit(
@@ -25,10 +25,11 @@ def _attend_pages(
     FirstQuery,  # [T + 1] int32, first query token of each query tile
     KeyLens,  # [T] int32, tokens up to and including each tile's last query
     PageTable,  # [T, table_stride] int32
-    Out,  # [N, H * PER_HEAD, D] float16
+    Out,  # [N, H * PER_HEAD, D] float16, out_row elements from row to row
     scale_log2,
     table_stride,
     value_pages,
+    out_row,
     H: tl.constexpr,
     PER_HEAD: tl.constexpr,
     D: tl.constexpr,
@@ -45,8 +46,8 @@ def _attend_pages(
     if first + block * BLOCK >= last:
         return
     channel, token = tl.arange(0, D), tl.arange(0, G)
-    at = (row.to(tl.int64)[:, None] * (H * PER_HEAD) + head) * D + channel[None, :]
-    q = tl.load(Query + at, mask=row[:, None] < last, other=0.0)
+    head_row = (row.to(tl.int64) * (H * PER_HEAD) + head)[:, None]
+    q = tl.load(Query + head_row * D + channel[None, :], mask=row[:, None] < last, other=0.0)
     position = key_len - last + row
     acc = tl.zeros([BLOCK, D], tl.float32)
     m = tl.full([BLOCK], -1e30, tl.float32)
@@ -63,7 +64,8 @@ def _attend_pages(
         l, m = l * alpha + tl.sum(p, 1), m_new
         value = tl.load(source + value_pages, mask=(index * G + token)[:, None] < key_len, other=0.0)
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])
-    tl.store(Out + at, (acc / l[:, None]).to(tl.float16), mask=row[:, None] < last)
+    out = Out + head_row * out_row + channel[None, :]
+    tl.store(out, (acc / l[:, None]).to(tl.float16), mask=row[:, None] < last)
 
 
 def attend_pages(
@@ -84,7 +86,7 @@ def attend_pages(
         key_lens: [T] int32, tokens up to and including each tile's last query.
         page_table: [T, W] int32, pages of a query tile's key tiles; the last is its own tile.
         scale: softmax scale.
-        out: [N, Hq, D] float16, rotated; written.
+        out: [N, Hq, D] float16, rotated; written. Rows of D channels may have any equal distance.
 
     Raises:
         ValueError: if a shape, stride or dtype is not as above.
@@ -97,7 +99,9 @@ def attend_pages(
     check_packed("first_query", first_query, (tiles + 1,), torch.int32)
     check_packed("key_lens", key_lens, (None,), torch.int32)
     check_packed("page_table", page_table, (tiles, None), torch.int32)
-    check_packed("out", out, (tokens, query_heads, head_dim), torch.float16)
+    check_tensor("out", out, (tokens, query_heads, head_dim), torch.float16)
+    if out.stride() != (query_heads * out.stride(1), out.stride(1), 1):
+        raise ValueError(f"out has strides {out.stride()}: expected rows of equal distance")
     if tiles:
         _attend_pages[(tiles * query_heads * (group // 64),)](
             query,
@@ -109,6 +113,7 @@ def attend_pages(
             scale * log2(e),
             page_table.stride(0),
             pages.stride(0),
+            out.stride(1),
             H=heads,
             PER_HEAD=query_heads // heads,
             D=head_dim,

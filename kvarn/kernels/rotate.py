@@ -81,18 +81,21 @@ def _rotate_store(
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=[])
 def _unrotate(
-    X,  # [rows, D] float16
+    X,  # [rows, D] float16, of row stride X_ROW; the memory of Out
     Hadamard,  # [D, D] float16, entries +-1
     Out,  # [rows, D]
     rows,
+    X_ROW: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, D)
-    at = row[:, None] * D + channel[None, :]
+    x = tl.load(X + row[:, None] * X_ROW + channel[None, :], mask=row[:, None] < rows, other=0.0)
+    tl.debug_barrier()  # no warp writes rows that another still reads
     hadamard = tl.load(Hadamard + channel[:, None] * D + channel[None, :])
-    y = tl.dot(tl.load(X + at, mask=row[:, None] < rows, other=0.0), hadamard) * (1.0 / tl.sqrt(D * 1.0))
+    y = tl.dot(x, hadamard) * (1.0 / tl.sqrt(D * 1.0))
+    at = row[:, None] * D + channel[None, :]
     tl.store(Out + at, y.to(Out.dtype.element_ty), mask=row[:, None] < rows)
 
 
@@ -173,22 +176,27 @@ def rotate_store(
     )
 
 
-def unrotate(x: Tensor, out: Tensor) -> None:
-    """Rotate rows back.
+def float16_rows(out: Tensor) -> Tensor:
+    """View the first bytes of each row of `out` [N, Hq, D], of 2- or 4-byte elements, as a row [D] of float16."""
+    return out.view(torch.float16).reshape(*out.shape[:2], -1, out.shape[2])[:, :, 0]
+
+
+def unrotate(out: Tensor) -> None:
+    """Rotate rows back in place.
 
     Args:
-        x: [N, Hq, D] float16, rotated.
-        out: [N, Hq, D] float32, bfloat16 or float16; written.
+        out: [N, Hq, D] float32, bfloat16 or float16; its `float16_rows` are rotated when this is called.
 
     Raises:
         ValueError: if a shape, stride or dtype is not as above.
     """
-    check_packed("x", x, (None, None, None), torch.float16)
-    check_packed("out", out, tuple(x.shape), *MODEL_DTYPES)
-    rows, head_dim = x.shape[0] * x.shape[1], x.shape[2]
+    check_packed("out", out, (None, None, None), *MODEL_DTYPES)
+    rows, head_dim = out.shape[0] * out.shape[1], out.shape[2]
     if rows:
-        hadamard = signs(head_dim, torch.float16, x.device)
-        _unrotate[(triton.cdiv(rows, 64),)](x, hadamard, out, rows, D=head_dim, BLOCK=64, num_warps=4)
+        x, hadamard = float16_rows(out), signs(head_dim, torch.float16, out.device)
+        _unrotate[(triton.cdiv(rows, 64),)](
+            x, hadamard, out, rows, X_ROW=x.stride(1), D=head_dim, BLOCK=64, num_warps=4
+        )
 
 
 def warm_up(rotated: Tensor, pool: Tensor, pages: Tensor, dtype: torch.dtype) -> None:
@@ -209,4 +217,4 @@ def warm_up(rotated: Tensor, pool: Tensor, pages: Tensor, dtype: torch.dtype) ->
         query, key, value = packed.split([query_heads, heads, heads], dim=1)
         nowhere = torch.full((tokens,), -1, dtype=torch.int32, device=device)
         rotate_store(query, key, value, rotated[:tokens], pool, nowhere, pages, nowhere)
-    unrotate(rotated[:1], torch.zeros(1, query_heads, head_dim, dtype=dtype, device=device))
+    unrotate(torch.zeros(1, query_heads, head_dim, dtype=dtype, device=device))

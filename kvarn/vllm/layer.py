@@ -35,6 +35,7 @@ class KVarNLayer(AttentionImpl[Any]):
         limits_draft_passes: whether `max_queries` also limits the passes of a draft model.
         is_drafter: whether the layer is one of a draft model.
         max_heads_per_kv_head: maximum number of query heads that share a KV head.
+        scratch_bytes: maximum bytes that `attend` allocates, which vLLM's memory profile must count.
         sinks: [heads], a logit per query head that takes its share of the softmax and has no value, or None.
         soft_cap: bound of the scores, 0 for none.
     """
@@ -46,6 +47,7 @@ class KVarNLayer(AttentionImpl[Any]):
     limits_draft_passes: ClassVar[bool] = False
     max_heads_per_kv_head: ClassVar[float] = math.inf
     is_drafter: bool = False
+    scratch_bytes: int = 0
 
     def __init__(
         self,
@@ -135,6 +137,7 @@ class KVarNLayer(AttentionImpl[Any]):
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any, output: Tensor
     ) -> None:
         if attn_metadata is None:  # vLLM profiles memory without a batch
+            torch.empty(self.scratch_bytes, dtype=torch.uint8, device=output.device)
             output.zero_()
         else:
             self.attend(query, key, value, records_of(kv_cache), attn_metadata, output)

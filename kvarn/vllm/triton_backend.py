@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,14 @@ from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 
-from kvarn.kernels import decode, decode_plan, pages, prefill, quantize, rotate
+from kvarn.kernels import decode, decode_plan, pages, quantize, rotate
 from kvarn.kernels.decode_work import MAX_HEADS, DecodeShape
 from kvarn.kernels.prefill_plan import PrefillWave
 from kvarn.tile import TileLayout
 from kvarn.vllm.cache_settings import KVarNConfig
 from kvarn.vllm.layer import KVarNLayer
 from kvarn.vllm.mixed_layers import pages_of
+from kvarn.vllm.page_attention import PageAttention, page_attention
 from kvarn.vllm.triton_plan import (
     DecodeBatch,
     TritonMetadata,
@@ -37,7 +37,6 @@ class Workspace:
     Attributes:
         shape: query heads, KV heads and channels per head of those layers.
         rotated: [tokens, query heads, head_dim] float16, a step's rotated queries.
-        attended: as `rotated`, the output of prefill attention before it is un-rotated.
         pages: [2, P, group, KV heads, head_dim] float16, tiles of the prompts that a step prefills.
         parts: partial results of the decode kernel.
         query_counts: query tokens per request that the decode kernel is compiled for.
@@ -57,7 +56,6 @@ class Workspace:
         # The longest sequence from records, and a step's own tiles raw: two more where a chunk begins and ends.
         page_count = cdiv(vllm_config.model_config.max_model_len, group) + cdiv(tokens, group) + 2
         self.rotated = torch.zeros(tokens, num_heads, head_dim, dtype=torch.float16, device=device)
-        self.attended = torch.zeros_like(self.rotated)
         self.pages = torch.zeros(
             2, page_count, group, num_kv_heads, head_dim, dtype=torch.float16, device=device
         )
@@ -84,9 +82,11 @@ class TritonLayer(KVarNLayer):
 
     Attributes:
         workspace: one object for all layers of this shape.
+        page_attention: attention of prompt chunks.
     """
 
     workspace: Workspace
+    page_attention: PageAttention
     supports_raw_chunks = True
     supports_split_tiles = True
     limits_draft_passes = True
@@ -106,7 +106,8 @@ class TritonLayer(KVarNLayer):
         self.workspace = next(alike, None) or Workspace(
             self._vllm_config, self.layout, self.num_heads, self.num_kv_heads, device
         )
-        self._attend = _page_attention(self.layout.head_dim)
+        self.page_attention = page_attention(self.num_kv_heads, self.layout.head_dim, device)
+        self.scratch_bytes = self.page_attention.scratch_bytes
         if self.workspace.is_new:
             self.workspace.is_new = False
             self._compile_kernels(act_dtype)
@@ -119,8 +120,7 @@ class TritonLayer(KVarNLayer):
         page_bytes = None if shared is None else shared.nbytes
         quantize.warm_up(self.pool, work.pages, layout, page_bytes)
         pages.warm_up(self.pool, work.pages, layout, page_bytes)
-        if self._attend is _attend_with_triton:  # FlashAttention comes compiled
-            prefill.warm_up(work.rotated, work.pages)
+        self.page_attention.warm_up(work.rotated, work.pages)
         decode_plan.warm_up(layout.group, work.query_counts, self.pool.device)
         split = KVarNConfig.of(self._vllm_config).split_tiles or 0
         decode.warm_up(self.pool, self.num_heads, dtype, layout, work.query_counts, split, page_bytes)
@@ -198,47 +198,9 @@ class TritonLayer(KVarNLayer):
     def _prefill(self, wave: PrefillWave, kv_cache: Tensor, output: Tensor) -> None:
         work = self.workspace
         pages.fill_pages(kv_cache, self.pool, work.pages, wave.context, self.layout)
-        attended = work.attended[wave.first : wave.last]
-        self._attend(work.rotated[wave.first : wave.last], work.pages, wave, self.scale, attended)
-        rotate.unrotate(attended, output[wave.first : wave.last])
-
-
-PageAttention = Callable[[Tensor, Tensor, PrefillWave, float, Tensor], None]
-
-
-def _page_attention(head_dim: int) -> PageAttention:
-    """Return FlashAttention 3 as vLLM ships it, if this device supports it, else our own kernel."""
-    if current_platform.is_cuda():
-        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
-
-        if get_flash_attn_version(head_size=head_dim) == 3:
-            return _attend_with_flash_attention
-    return _attend_with_triton
-
-
-def _attend_with_flash_attention(
-    query: Tensor, page_pool: Tensor, wave: PrefillWave, scale: float, out: Tensor
-) -> None:
-    from kvarn.vllm.access.flash_attention import flash_attn_varlen_func
-
-    flash_attn_varlen_func(
-        q=query,
-        k=page_pool[0],
-        v=page_pool[1],
-        max_seqlen_q=page_pool.shape[2],
-        cu_seqlens_q=wave.first_query,
-        max_seqlen_k=wave.longest,
-        seqused_k=wave.key_lens,
-        softmax_scale=scale,
-        causal=True,
-        block_table=wave.page_table,
-        out=out,
-        fa_version=3,
-        num_splits=1,
-    )
-
-
-def _attend_with_triton(
-    query: Tensor, page_pool: Tensor, wave: PrefillWave, scale: float, out: Tensor
-) -> None:
-    prefill.attend_pages(query, page_pool, wave.first_query, wave.key_lens, wave.page_table, scale, out)
+        output = output[wave.first : wave.last]
+        attended = rotate.float16_rows(output)  # in place: another buffer would take the cache's memory
+        self.page_attention.attend(
+            work.rotated[wave.first : wave.last], work.pages, wave, self.scale, attended
+        )
+        rotate.unrotate(output)

@@ -336,7 +336,7 @@ class PrefillCase:
         first_query = torch.arange(0, chunk + 1, bench.group, dtype=torch.int32, device=device)
         key_lens = ((tile[first:] + 1) * bench.group).int()
         rotated = torch.empty(query.shape, dtype=torch.float16, device=device)
-        attended, out = torch.empty_like(rotated), torch.empty(query.shape, dtype=query.dtype, device=device)
+        out = torch.empty(query.shape, dtype=query.dtype, device=device)
         with_flash = with_flash and flash.is_available()
         attend = flash.attend_pages if with_flash else prefill.attend_pages
         scale = bench.head_dim**-0.5
@@ -345,8 +345,8 @@ class PrefillCase:
             rotate.rotate_store(query, key, value, rotated, pool, slot_rows, paged, page_rows)
             quantize.quantize_pages(paged, own_pages, blocks[first:], cache, layout)
             pages.fill_pages(cache, pool, paged, earlier_tiles, layout)
-            attend(rotated, paged, first_query, key_lens, page_table, scale, attended)
-            rotate.unrotate(attended, out)
+            attend(rotated, paged, first_query, key_lens, page_table, scale, rotate.float16_rows(out))
+            rotate.unrotate(out)
             return out
 
         return launch

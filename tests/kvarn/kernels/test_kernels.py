@@ -216,11 +216,15 @@ class TestRotate:
         assert pool.isnan().sum() == pool.numel() - 2 * 2 * heads * head_dim
         assert paged.isnan().sum() == paged.numel() - 2 * 2 * heads * head_dim
 
-    def test_unrotate_is_the_inverse(self) -> None:
-        x = torch.randn(70, 3, 128)
-        out = torch.full(x.shape, torch.nan, dtype=torch.bfloat16, device=DEVICE)
-        rotate.unrotate(hadamard.rotate(x).half().to(DEVICE), out)
-        assert_near(out, x, 6e-3)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("head_dim", [64, 128, 256])
+    def test_unrotate_is_the_inverse_in_place(self, dtype: torch.dtype, head_dim: int) -> None:
+        x = torch.randn(70, 3, head_dim)
+        out = torch.full((72, *x.shape[1:]), torch.nan, dtype=dtype, device=DEVICE)
+        rotate.float16_rows(out[1:71]).copy_(hadamard.rotate(x).half())
+        rotate.unrotate(out[1:71])
+        assert_near(out[1:71], x, 6e-3)
+        assert out[[0, 71]].isnan().all(), "a row of others was written"
 
 
 class Sequence:
@@ -564,8 +568,12 @@ class TestPlan:
 
 class TestPrefill:
     @pytest.mark.parametrize("layout", [SMALL, K4V2], ids=describe)
-    @pytest.mark.parametrize("start", [0, 70])
-    def test_query_tiles_follow_the_read_rule(self, layout: TileLayout, start: int) -> None:
+    @pytest.mark.parametrize(
+        ("start", "dtype"), [(0, torch.float32), (70, torch.float32), (70, torch.float16)]
+    )
+    def test_query_tiles_follow_the_read_rule(
+        self, layout: TileLayout, start: int, dtype: torch.dtype
+    ) -> None:
         group, per_head = layout.group, 2
         sequence = Sequence(layout, 2 * group + 9, heads=2, per_head=per_head, sink=False)
         positions = torch.arange(start, sequence.tokens)
@@ -577,7 +585,7 @@ class TestPrefill:
         table = [[*range(tile), count + tile, *[0] * (last_tile - tile)] for tile in own]
         ends = [min((tile + 1) * group, sequence.tokens) for tile in own]
         query = hadamard.rotate(sequence.query[positions]).half().to(DEVICE)
-        out = torch.full(query.shape, torch.nan, dtype=torch.float16, device=DEVICE)
+        out = torch.full(query.shape, torch.nan, dtype=dtype, device=DEVICE)
         prefill.attend_pages(
             query,
             both,
@@ -585,8 +593,7 @@ class TestPrefill:
             int32(ends),
             int32(table),
             sequence.scale,
-            out,
+            rotate.float16_rows(out),
         )
-        unrotated = torch.full(query.shape, torch.nan, dtype=torch.float32, device=DEVICE)
-        rotate.unrotate(out, unrotated)
-        assert_near(unrotated, sequence.expected(positions), 6e-3)
+        rotate.unrotate(out)
+        assert_near(out, sequence.expected(positions), 6e-3)

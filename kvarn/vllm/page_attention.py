@@ -1,0 +1,133 @@
+"""Prefill attention over pages on a GPU: FlashAttention as vLLM ships it, else our own kernel."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from vllm.platforms import current_platform
+from vllm.utils.math_utils import cdiv
+
+from kvarn.kernels import prefill
+from kvarn.kernels.decode_work import processors
+from kvarn.kernels.prefill_plan import PrefillWave
+
+FLASH_BLOCK_ROWS = 128  # rows (query tokens x query heads per KV head) of a FlashAttention program
+FLOAT32_BYTES = 4
+
+
+class PageAttention(Protocol):
+    """Causal attention of a wave's query tiles over their pages.
+
+    Attributes:
+        scratch_bytes: maximum bytes that `attend` allocates.
+    """
+
+    scratch_bytes: int
+
+    def attend(self, query: Tensor, pages: Tensor, wave: PrefillWave, scale: float, out: Tensor) -> None:
+        """Attend the wave's `query` [N, Hq, D] float16 and write `out`, see `prefill.attend_pages`."""
+        ...
+
+    def warm_up(self, query: Tensor, pages: Tensor) -> None:
+        """Compile what `attend` launches, by attending a token of `query` [N, Hq, D] over page 0."""
+        ...
+
+
+class FlashPages:
+    """FlashAttention 2, 3 or 4.
+
+    Versions 3 and 4 split the keys of a wave whose programs are fewer than the multiprocessors. We choose the number of
+    splits, since FlashAttention 3 would choose it for the longest sequence alone, and allocate a result per split of
+    every token; ours bounds these results. How many chunks share a wave thus changes a chunk's rounding.
+
+    Args:
+        version: FlashAttention's major version.
+        kv_heads: number of KV heads.
+        head_dim: channels per head.
+        device: a CUDA device.
+    """
+
+    def __init__(self, version: int, kv_heads: int, head_dim: int, device: torch.device) -> None:
+        self._version, self._kv_heads, self._processors = version, kv_heads, processors(device)
+        # Output and logarithm of the sum of each row and split.
+        of_splits = self._processors * FLASH_BLOCK_ROWS * (head_dim + 1) * FLOAT32_BYTES
+        self.scratch_bytes = 0 if version == 2 else of_splits
+
+    def splits(self, tokens: int, query_tiles: int, query_heads: int) -> int:
+        """Return the splits with which a wave's programs are at most the multiprocessors, 1 if they are more."""
+        if self._version == 2:  # it splits decode steps only
+            return 1
+        blocks = max(query_tiles, cdiv(tokens * query_heads // self._kv_heads, FLASH_BLOCK_ROWS))
+        return max(1, self._processors // (blocks * self._kv_heads))
+
+    def attend(self, query: Tensor, pages: Tensor, wave: PrefillWave, scale: float, out: Tensor) -> None:
+        """See `PageAttention`."""
+        splits = self.splits(query.shape[0], wave.key_lens.shape[0], query.shape[1])
+        self._attend(
+            query, pages, wave.first_query, wave.key_lens, wave.page_table, wave.longest, scale, out, splits
+        )
+
+    def warm_up(self, query: Tensor, pages: Tensor) -> None:
+        """See `PageAttention`; version 4 is compiled when it first runs, with and without splits."""
+        first_query = torch.arange(2, dtype=torch.int32, device=query.device)
+        one, page_table = torch.ones_like(first_query[:1]), torch.zeros_like(first_query[:1, None])
+        out = torch.empty_like(query[:1])
+        for splits in (1, 2) if self._version == 4 else (1,):
+            self._attend(query[:1], pages, first_query, one, page_table, 1, 1.0, out, splits)
+
+    def _attend(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        first_query: Tensor,
+        key_lens: Tensor,
+        page_table: Tensor,
+        longest: int,
+        scale: float,
+        out: Tensor,
+        splits: int,
+    ) -> None:
+        from kvarn.vllm.access.flash_attention import flash_attn_varlen_func
+
+        flash_attn_varlen_func(
+            q=query,
+            k=pages[0],
+            v=pages[1],
+            max_seqlen_q=pages.shape[2],
+            cu_seqlens_q=first_query,
+            max_seqlen_k=longest,
+            seqused_k=key_lens,
+            softmax_scale=scale,
+            causal=True,
+            block_table=page_table,
+            out=out,
+            fa_version=self._version,
+            num_splits=splits,
+        )
+
+
+class TritonPages:
+    """Our own kernel."""
+
+    scratch_bytes = 0
+
+    def attend(self, query: Tensor, pages: Tensor, wave: PrefillWave, scale: float, out: Tensor) -> None:
+        """See `PageAttention`."""
+        prefill.attend_pages(query, pages, wave.first_query, wave.key_lens, wave.page_table, scale, out)
+
+    def warm_up(self, query: Tensor, pages: Tensor) -> None:
+        """See `PageAttention`."""
+        prefill.warm_up(query, pages)
+
+
+def page_attention(kv_heads: int, head_dim: int, device: torch.device) -> PageAttention:
+    """Return the FlashAttention that vLLM uses for heads of `head_dim` on this GPU, else our own kernel."""
+    if current_platform.is_cuda():
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+        version = get_flash_attn_version(head_size=head_dim)
+        if version is not None:
+            return FlashPages(version, kv_heads, head_dim, device)
+    return TritonPages()

@@ -1,0 +1,79 @@
+"""Which attention over pages a GPU gets, and how FlashAttention splits a wave; FlashAttention itself needs a GPU."""
+
+import sys
+import types
+
+import pytest
+import torch
+from vllm.platforms import current_platform
+
+from kvarn.kernels.pages import PageTiles
+from kvarn.kernels.prefill_plan import PrefillWave
+from kvarn.vllm import page_attention
+from kvarn.vllm.page_attention import FLASH_BLOCK_ROWS, FlashPages, TritonPages
+
+CPU = torch.device("cpu")
+PROCESSORS = 132
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """FlashAttention's calls; vLLM's module needs a GPU."""
+    calls = []
+    module = types.ModuleType("kvarn.vllm.access.flash_attention")
+    module.flash_attn_varlen_func = lambda **given: calls.append(given)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(page_attention, "processors", lambda device: PROCESSORS)
+    return calls
+
+
+@pytest.mark.parametrize("version", [2, 3, 4, None])
+def test_a_gpu_gets_the_flash_attention_that_vllm_uses_there(monkeypatch, flash, version):
+    asked = []
+    utilities = types.ModuleType("vllm.v1.attention.backends.fa_utils")
+    utilities.get_flash_attn_version = lambda head_size: asked.append(head_size) or version
+    monkeypatch.setitem(sys.modules, utilities.__name__, utilities)
+    assert isinstance(page_attention.page_attention(8, 256, CPU), TritonPages)
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    chosen = page_attention.page_attention(8, 256, CPU)
+    assert asked == [256]
+    if version is None:
+        assert isinstance(chosen, TritonPages)
+        return
+    query, pages = torch.zeros(1, 32, 256).half(), torch.zeros(2, 1, 128, 8, 256).half()
+    chosen.warm_up(query, pages)
+    assert {call["fa_version"] for call in flash} == {version}
+    # Version 4 compiles its kernels when they first run.
+    assert [call["num_splits"] for call in flash] == ([1, 2] if version == 4 else [1])
+
+
+def wave(tiles: int, tokens: int) -> PrefillWave:
+    none = torch.empty(0, dtype=torch.int32)
+    nothing = PageTiles(none, none, none)
+    numbers = torch.zeros(tiles, dtype=torch.int32)
+    return PrefillWave(0, tokens, nothing, nothing, nothing, numbers, numbers, numbers[:, None], 32768)
+
+
+@pytest.mark.parametrize(("query_heads", "kv_heads"), [(32, 8), (8, 8), (16, 1), (6, 2), (64, 8)])
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_short_chunks_fill_the_multiprocessors_within_the_scratch(flash, version, query_heads, kv_heads):
+    head_dim = 128
+    attention = FlashPages(version, kv_heads, head_dim, CPU)
+    for tiles in (1, 2, 3, 64):
+        for tokens in (tiles, 20 * tiles, 128 * tiles):
+            query = torch.empty(tokens, query_heads, head_dim, dtype=torch.float16)
+            pages = torch.empty(2, 1, 128, kv_heads, head_dim, dtype=torch.float16)
+            attention.attend(query, pages, wave(tiles, tokens), 1.0, query)
+            call = flash.pop()
+            assert (call["max_seqlen_q"], call["max_seqlen_k"]) == (128, 32768)
+            splits = call["num_splits"]
+            rows = tokens * query_heads // kv_heads
+            programs = kv_heads * max(tiles, -(-rows // FLASH_BLOCK_ROWS))
+            if version == 2:
+                assert splits == 1
+            elif programs <= PROCESSORS:
+                assert splits * programs <= PROCESSORS < (splits + 1) * programs
+            else:
+                assert splits == 1
+            partial_results = (splits > 1) * splits * tokens * query_heads * (head_dim + 1) * 4
+            assert partial_results <= attention.scratch_bytes
