@@ -30,8 +30,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Llama models by size."""
 
 
-def write_shape(name: str, directory: Path) -> Path:
-    """Write the config.json of `SHAPES[name]`, with a vocabulary of 32,000, to `directory` and return the directory."""
+def write_shape(shape: dict[str, Any], directory: Path) -> Path:
+    """Write the config.json of a Llama of `shape`, see `SHAPES`, to `directory` and return the directory.
+
+    Its vocabulary has 32,000 tokens.
+    """
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -42,7 +45,7 @@ def write_shape(name: str, directory: Path) -> Path:
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
-        **SHAPES[name],
+        **shape,
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     return directory
@@ -70,7 +73,7 @@ def model_directory(model: str, shape: str | None, *, tokenizer: bool = False) -
         yield resolve_model(model)
         return
     with tempfile.TemporaryDirectory(prefix="kvarn-shape-") as directory:
-        write_shape(shape, Path(directory))
+        write_shape(SHAPES[shape], Path(directory))
         if tokenizer:
             add_tokenizer(Path(directory))
         yield Path(directory)

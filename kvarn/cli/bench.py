@@ -183,8 +183,23 @@ def bench_quantize(bench: QuantizeBench, json_path: JsonOption = None, plot_path
 @bench_app.command("prefill")
 @options_of(PrefillBench)
 def bench_prefill(bench: PrefillBench, json_path: JsonOption = None, plot_path: PlotOption = None) -> None:
-    """Compare the whole path of a prompt chunk with FlashAttention 3 in fp16 and fp8; needs a GPU."""
-    _bench_kernels(bench, json_path, plot_path)
+    """Compare the whole path of prompt chunks with FlashAttention 3 in fp16 and fp8, and time the host's planning.
+
+    All but --plan-only needs a GPU.
+    """
+    if not bench.plan_only:
+        _bench_kernels(bench, json_path, plot_path)
+        return
+    from kvarn.bench.kernels import planning
+
+    if plot_path is not None:
+        fail("--plan-only draws no plot: leave --plot out")
+    check_directory("--json", json_path)
+    with counting_progress("steps") as progress:
+        times = planning.run(bench, progress)
+    out.print(planning.table(times))
+    if json_path is not None:
+        planning.write(json_path, bench, times)
 
 
 @bench_app.command("tune")
@@ -212,6 +227,10 @@ def _bench_kernels(bench: KernelBench, json_path: Path | None, plot_path: Path |
     with counting_progress("measured") as progress:
         report = comparison.run(bench, progress)
     out.print(comparison.table(report))
+    if report.planning:
+        from kvarn.bench.kernels import planning
+
+        out.print(planning.table(report.planning))
     if json_path is not None:
         comparison.write(json_path, report)
     if plot_path is not None:

@@ -70,6 +70,12 @@ class Chunks:
         self.context_tiles = self.first_tile if self.raw else self.last_tile  # read as the read rule says
 
 
+def pages_for(longest: int, step_tokens: int, group: int) -> int:
+    """Return the pages that any chunk fits: the longest sequence from records, and a step's own tiles raw, two more
+    where a chunk begins and ends."""
+    return -(-longest // group) + -(-step_tokens // group) + 2
+
+
 def plan_prefill(
     chunks: Chunks,
     block_table: Tensor,

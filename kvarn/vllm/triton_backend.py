@@ -13,7 +13,7 @@ from vllm.utils.math_utils import cdiv
 
 from kvarn.kernels import decode, decode_plan, pages, quantize, rotate
 from kvarn.kernels.decode_work import MAX_HEADS, DecodeShape
-from kvarn.kernels.prefill_plan import PrefillWave
+from kvarn.kernels.prefill_plan import PrefillWave, pages_for
 from kvarn.tile import TileLayout
 from kvarn.vllm.cache_settings import KVarNConfig
 from kvarn.vllm.layer import KVarNLayer
@@ -53,8 +53,7 @@ class Workspace:
     ) -> None:
         tokens, group, head_dim = max_tokens_in_pass(vllm_config), layout.group, layout.head_dim
         self.shape = (num_heads, num_kv_heads, head_dim)
-        # The longest sequence from records, and a step's own tiles raw: two more where a chunk begins and ends.
-        page_count = cdiv(vllm_config.model_config.max_model_len, group) + cdiv(tokens, group) + 2
+        page_count = pages_for(vllm_config.model_config.max_model_len, tokens, group)
         self.rotated = torch.zeros(tokens, num_heads, head_dim, dtype=torch.float16, device=device)
         self.pages = torch.zeros(
             2, page_count, group, num_kv_heads, head_dim, dtype=torch.float16, device=device

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
 from kvarn.bench.bench_settings import BenchError, Progress
 from kvarn.bench.kernels.contenders import BASELINE, OURS, Case, Launch
-from kvarn.bench.kernels.kernel_settings import AttentionBench, KernelBench
+from kvarn.bench.kernels.kernel_settings import AttentionBench, KernelBench, PrefillBench
 from kvarn.environment import machine, versions
 from kvarn.result_files import write_results
+
+if TYPE_CHECKING:
+    from kvarn.bench.kernels.planning import PlanTime
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,17 @@ class KernelMeasurement:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """Results of a benchmark; `copy_bytes_per_s` is copy bandwidth, measured in the same run."""
+    """Results of a benchmark.
+
+    Attributes:
+        copy_bytes_per_s: copy bandwidth, measured in the same run.
+        planning: time that the host takes to plan each step, for prompt chunks.
+    """
 
     bench: KernelBench
     copy_bytes_per_s: float
     measurements: list[KernelMeasurement]
+    planning: list[PlanTime] = field(default_factory=list)
 
     def floor_us(self, measured: KernelMeasurement) -> float:
         """Microseconds to move its bytes at copy bandwidth."""
@@ -86,6 +95,7 @@ def run(bench: KernelBench, progress: Progress) -> KernelReport:
             f"`kvarn bench {bench.name}` needs a CUDA GPU, and torch {torch.__version__} finds none"
         )
 
+    from kvarn.bench.kernels import planning
     from kvarn.bench.kernels.clock import Clock
     from kvarn.bench.kernels.kernel_cases import cases
 
@@ -94,7 +104,9 @@ def run(bench: KernelBench, progress: Progress) -> KernelReport:
     progress("copy bandwidth", 0, 1)
     copy_bytes_per_s = clock.copy_bytes_per_s()
     progress("copy bandwidth", 1, 1)
-    return KernelReport(bench, copy_bytes_per_s, measure(cases(bench, device), clock.median_us, progress))
+    measurements = measure(cases(bench, device), clock.median_us, progress)
+    planned = planning.run(bench, progress) if isinstance(bench, PrefillBench) else []
+    return KernelReport(bench, copy_bytes_per_s, measurements, planned)
 
 
 def measure(
@@ -187,6 +199,7 @@ def record(report: KernelReport) -> dict[str, Any]:
             }
             for m in report.measurements
         ],
+        "planning": [asdict(of) for of in report.planning],
     }
 
 

@@ -24,35 +24,6 @@ def is_available() -> bool:
     return bool(is_fa_version_supported(3))
 
 
-def attend_pages(
-    query: Tensor,
-    pages: Tensor,
-    first_query: Tensor,
-    key_lens: Tensor,
-    page_table: Tensor,
-    scale: float,
-    out: Tensor,
-) -> None:
-    """See `kvarn.kernels.prefill.attend_pages`."""
-    from kvarn.vllm.access.flash_attention import flash_attn_varlen_func
-
-    flash_attn_varlen_func(
-        q=query,
-        k=pages[0],
-        v=pages[1],
-        max_seqlen_q=pages.shape[2],
-        cu_seqlens_q=first_query,
-        max_seqlen_k=page_table.shape[1] * pages.shape[2],
-        seqused_k=key_lens,
-        softmax_scale=scale,
-        causal=True,
-        block_table=page_table,
-        out=out,
-        fa_version=3,
-        num_splits=1,
-    )
-
-
 def launch(
     query: Tensor,
     key_value: Tensor,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,12 +29,17 @@ from kvarn.bench.kernels.kernel_settings import (
     KernelBench,
     PrefillBench,
     QuantizeBench,
+    StepShape,
 )
 from kvarn.bench.kernels.rivals import RIVALS, Rival
-from kvarn.kernels import decode, decode_work, pages, prefill, quantize, rotate
+from kvarn.bench.shapes import write_shape
+from kvarn.kernels import decode, decode_work, quantize
 from kvarn.kernels.launch_settings import DecodeLaunch
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 FLOAT16_BYTES, FP8_BYTES = 2, 1
 DISTINCT_TILES = 64  # random tiles that a cache repeats
@@ -43,7 +51,7 @@ def cases(bench: KernelBench, device: torch.device) -> list[Case]:
         variants = bench.variants()
         return [DecodeCase(of, batch, device, name).case() for name, of in variants for batch in of.cases]
     if isinstance(bench, PrefillBench):
-        return [PrefillCase(bench, start, device).case() for start in bench.starts]
+        return [PrefillCase(bench, step, device).case() for step in bench.cases]
     assert isinstance(bench, QuantizeBench)
     return [QuantizeCase(bench, device).case()]
 
@@ -273,23 +281,27 @@ class DecodeCase:
 
 
 class PrefillCase:
-    """A chunk of whole tiles at `start`, a multiple of a tile: earlier tiles are records, tile 0 is in a sink slot.
+    """A step of chunks, run by the engine's layer and its planner.
 
-    Pages are laid out as in the engine: first the context, with each tile as the read rule says, then the raw chunk.
+    Earlier tiles are records, tile 0 is in a sink slot, and a tile that is not full in a tail slot.
     """
 
-    def __init__(self, bench: PrefillBench, start: int, device: torch.device) -> None:
-        self._bench, self._start, self._device = bench, start, device
+    def __init__(self, bench: PrefillBench, step: StepShape, device: torch.device) -> None:
+        self._bench, self._step, self._device = bench, step, device
         self._layout = layout_of(bench)
-        self._first, self._count = start // bench.group, (start + bench.chunk) // bench.group
+        chunks = sorted(
+            step.chunks, key=lambda chunk: chunk[0] > 1
+        )  # those that decode come first, as in vLLM
+        self.new, self._context = [list(numbers) for numbers in zip(*chunks, strict=True)]
+        self.lengths = [new + context for new, context in chunks]
 
     def case(self) -> Case:
-        bench = self._bench
-        flops = causal_flops(bench, self._start, bench.chunk)
-        fp16, fp8 = (
-            flash_bytes(bench, bench.chunk, self._start + bench.chunk, size)
-            for size in (FLOAT16_BYTES, FP8_BYTES)
+        bench, new = self._bench, sum(self.new)
+        flops = sum(
+            causal_flops(bench, context, tokens)
+            for tokens, context in zip(self.new, self._context, strict=True)
         )
+        fp16, fp8 = (flash_bytes(bench, new, sum(self.lengths), size) for size in (FLOAT16_BYTES, FP8_BYTES))
         contenders = [
             Contender(BASELINE, fp16, flops, partial(self.prepare_flash, torch.float16)),
             Contender(FP8_RIVAL, fp8, flops, partial(self.prepare_flash, torch.float8_e4m3fn)),
@@ -298,85 +310,105 @@ class PrefillCase:
         if flash.is_available():
             without = partial(self.prepare_ours, with_flash=False)
             contenders.append(Contender(OURS_WITHOUT_FLASH, self.our_bytes(), flops, without))
-        return Case(f"{bench.chunk} at {self._start}", contenders)
+        return Case(self._step.label, contenders)
 
     def our_bytes(self) -> int:
-        """The chunk and its outputs, its records written, earlier tiles' records and the sink read."""
+        """The chunks and their outputs, the records they fill, earlier tiles' records and raw rows."""
         bench = self._bench
-        sinks = min(self._first, 1)
-        context = record_bytes(bench, self._first - sinks) + raw_bytes(bench, sinks * bench.group)
-        chunk = raw_bytes(bench, bench.chunk) + record_bytes(bench, self._count - self._first)
-        return context + chunk + 2 * query_bytes(bench, bench.chunk)
+        moved = 0
+        for new, context in zip(self.new, self._context, strict=True):
+            first = context // bench.group
+            sinks = min(first, 1)
+            moved += raw_bytes(bench, new + sinks * bench.group + context % bench.group)
+            moved += record_bytes(bench, (context + new) // bench.group - sinks)
+            moved += 2 * query_bytes(bench, new)
+        return moved
 
     def prepare_ours(self, with_flash: bool = True) -> Launch:
-        bench, layout, device, chunk = self._bench, self._layout, self._device, self._bench.chunk
-        first, count = self._first, self._count
-        query, key, value = self._chunk()
-        tile = torch.arange(count, device=device)
-        block_of = _shuffled(count, device)
-        cache = torch.zeros(count, bench.kv_heads, layout.nbytes, dtype=torch.uint8, device=device)
-        earlier, of_tiles = self._earlier()
-        cache[block_of[:first]] = _records(earlier, layout)[of_tiles]
-        pool = earlier[:1].clone()  # slot 0 is the sink's
-        context = count - 1  # pages of the context; page context + t holds the chunk's tile t raw
-        paged = torch.zeros(
-            2, context + count - first, bench.group, bench.kv_heads, bench.head_dim,
-            dtype=torch.float16, device=device,
-        )  # fmt: skip
-        position = torch.arange(self._start, self._start + chunk, dtype=torch.int32, device=device)
-        page_rows = position - self._start + context * bench.group
-        slot_rows = torch.where(position < bench.group, position, -1)
-        own_pages = (tile[first:] - first + context).int()
-        blocks = block_of.int()
-        earlier_tiles = pages.PageTiles(
-            tile[:context].int(), blocks[:context], torch.where(tile[:context] == 0, 0, -1).int()
+        """Our layer, with FlashAttention where it is available, or with our own page attention."""
+        from kvarn.vllm.access.single_layer import SingleLayer
+
+        bench, device = self._bench, self._device
+        layer = SingleLayer(
+            engine_config(bench, max(self.lengths), sum(self.new), len(self.new)), device, with_flash
         )
-        page_table = tile.int().repeat(count - first, 1)
-        page_table[tile[first:] - first, tile[first:]] = own_pages
-        first_query = torch.arange(0, chunk + 1, bench.group, dtype=torch.int32, device=device)
-        key_lens = ((tile[first:] + 1) * bench.group).int()
-        rotated = torch.empty(query.shape, dtype=torch.float16, device=device)
+        counts = [-(-length // bench.group) for length in self.lengths]
+        blocks = _shuffled(sum(counts), device)
+        cache = torch.zeros(
+            len(blocks), bench.kv_heads, self._layout.nbytes, dtype=torch.uint8, device=device
+        )
+        earlier, of_tiles = self._earlier()
+        records, slotted, raw = _records(earlier, self._layout), [], []
+        rows = torch.split(blocks, counts)
+        for row, own, length, context in zip(rows, of_tiles, self.lengths, self._context, strict=True):
+            cache[row[: len(own)]] = records[own]
+            # The first tile, the one that the chunk goes on with, and the one that it leaves unfilled.
+            kept = {0, context // bench.group, length // bench.group} & set(range(len(row)))
+            for tile in sorted(kept):
+                slotted.append(int(row[tile]))
+                raw.append(own[tile] if tile < len(own) else own.new_zeros(()))
+        layer.assign_slots(slotted)
+        layer.pool[: len(raw)] = earlier[torch.stack(raw)]
+        step = layer.plan(self.new, self.lengths, pad_sequence(list(torch.split(blocks.int(), counts)), True))
+        query, key, value = self.chunks()
         out = torch.empty(query.shape, dtype=query.dtype, device=device)
-        with_flash = with_flash and flash.is_available()
-        attend = flash.attend_pages if with_flash else prefill.attend_pages
-        scale = bench.head_dim**-0.5
-
-        def launch() -> Tensor:
-            rotate.rotate_store(query, key, value, rotated, pool, slot_rows, paged, page_rows)
-            quantize.quantize_pages(paged, own_pages, blocks[first:], cache, layout)
-            pages.fill_pages(cache, pool, paged, earlier_tiles, layout)
-            attend(rotated, paged, first_query, key_lens, page_table, scale, rotate.float16_rows(out))
-            rotate.unrotate(out)
-            return out
-
-        return launch
+        return partial(layer.run, query, key, value, cache, step, out)
 
     def prepare_flash(self, dtype: torch.dtype) -> Launch:
-        bench = self._bench
-        query, key, value = (x.half() for x in self._chunk())
+        query, key, value = (x.half() for x in self.chunks())
         earlier, of_tiles = self._earlier()
-        context = earlier[of_tiles].permute(1, 0, 3, 2, 4).flatten(1, 2)
-        key_value = torch.cat([context, torch.stack([key, value])], dim=1)
-        tokens = self._start + bench.chunk
-        return flash.launch(query, key_value, [bench.chunk], [tokens], dtype, _generator(self._device))
+        sequences = []
+        for own, context, *new in zip(
+            of_tiles, self._context, torch.split(key, self.new), torch.split(value, self.new), strict=True
+        ):
+            old = earlier[own].permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :context]
+            sequence = torch.cat([old, torch.stack(new)], dim=1)
+            padding = flash.whole_pages(sequence.shape[1]) - sequence.shape[1]
+            sequences.append(torch.nn.functional.pad(sequence, (0, 0, 0, 0, 0, padding)))
+        key_value = torch.cat(sequences, dim=1)
+        return flash.launch(query, key_value, self.new, self.lengths, dtype, _generator(self._device))
 
-    def _chunk(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [chunk, heads, head_dim] bfloat16, views of one fused projection."""
+    def chunks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [tokens, heads, head_dim] bfloat16, views of one fused projection."""
         bench = self._bench
         heads = [bench.query_heads, bench.kv_heads, bench.kv_heads]
-        shape = (bench.chunk, sum(heads), bench.head_dim)
+        shape = (sum(self.new), sum(heads), bench.head_dim)
         packed = torch.randn(
             shape, generator=_generator(self._device), dtype=torch.bfloat16, device=self._device
         )
         query, key, value = torch.split(packed, heads, dim=1)
         return query, key, value
 
-    def _earlier(self) -> tuple[Tensor, Tensor]:
-        """Distinct tiles [n, 2, H, G, D], the sink first, and the index of each tile before the chunk."""
-        count = max(1, min(DISTINCT_TILES, self._first))
-        return random_tiles(self._bench, count, self._device), torch.arange(
-            self._first, device=self._device
-        ) % count
+    def _earlier(self) -> tuple[Tensor, list[Tensor]]:
+        """Distinct tiles [n, 2, H, G, D], and which of them are those before each chunk."""
+        counts = [-(-context // self._bench.group) for context in self._context]
+        count = max(1, min(DISTINCT_TILES, max(counts)))
+        of_tiles = [torch.arange(tiles, device=self._device) % count for tiles in counts]
+        return random_tiles(self._bench, count, self._device), of_tiles
+
+
+def engine_config(bench: AttentionBench, longest: int, step_tokens: int, requests: int) -> VllmConfig:
+    """Configuration of an engine with the benchmark's heads, for sequences of up to `longest` tokens."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    heads = {
+        "hidden_size": bench.query_heads * bench.head_dim,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": bench.query_heads,
+        "num_key_value_heads": bench.kv_heads,
+        "head_dim": bench.head_dim,
+    }
+    with tempfile.TemporaryDirectory(prefix="kvarn-bench-") as directory:
+        return EngineArgs(
+            model=str(write_shape(heads, Path(directory))),
+            dtype="bfloat16",
+            kv_cache_dtype=bench.preset,
+            max_model_len=longest,
+            max_num_batched_tokens=max(step_tokens, requests, longest),
+            max_num_seqs=requests,
+            skip_tokenizer_init=True,
+        ).create_engine_config()
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Annotated, ClassVar
@@ -208,10 +209,51 @@ class TuneBench:
 
 
 @dataclass(frozen=True)
-class PrefillBench(AttentionBench):
-    """One chunk of a prompt: rotate, quantize, read the context back, attend, rotate back.
+class StepShape:
+    """A step of prompt chunks, and of requests that decode.
 
-    The chunk's length and its starts are multiples of the preset's tile.
+    Attributes:
+        label: the step as the command line takes it.
+        chunks: new tokens and earlier tokens of each request; one with a single new token decodes.
+    """
+
+    label: str
+    chunks: tuple[tuple[int, int], ...]
+
+    def __str__(self) -> str:
+        return self.label
+
+
+def parse_steps(text: str) -> tuple[StepShape, ...]:
+    """`"128@32768,63x1@4096+512@32768"` -> two steps: one chunk; 63 requests that decode, and a chunk.
+
+    Raises:
+        BenchError: an entry does not have this form, or a number of requests or of new tokens is 0.
+    """
+    return tuple(_parse_step(entry) for entry in comma_separated(text))
+
+
+def _parse_step(label: str) -> StepShape:
+    chunks: list[tuple[int, int]] = []
+    for term in label.split("+"):
+        found = re.fullmatch(r"\s*(?:(\d+)x)?(\d+)@(\d+)\s*", term)
+        if found is None:
+            raise BenchError(
+                f"step {label!r} is not understood: give TOKENS@CONTEXT, e.g. 128@32768, for several requests "
+                "64x128@32768, and several of these joined by +"
+            )
+        count, tokens, context = int(found[1] or 1), int(found[2]), int(found[3])
+        if not count or not tokens:
+            raise BenchError(f"step {label!r} has no requests or no new tokens: give numbers of at least 1")
+        chunks += [(tokens, context)] * count
+    return StepShape(label, tuple(chunks))
+
+
+@dataclass(frozen=True)
+class PrefillBench(AttentionBench):
+    """Steps with prompt chunks: rotate, quantize, read the context back, attend, rotate back.
+
+    Cases are a chunk of `chunk` tokens at each of `starts`, then `steps`.
     """
 
     name: ClassVar[str] = "prefill"
@@ -221,18 +263,36 @@ class PrefillBench(AttentionBench):
     chunk: Annotated[int, Option(help="Chunk length, in tokens.")] = 8192
     starts: Annotated[
         tuple[int, ...],
-        Option(parser=parse_starts, help="Comma-separated cases: context tokens before the chunk."),
+        Option(
+            parser=parse_starts,
+            help="Comma-separated cases: context tokens before the chunk; empty for --steps alone.",
+        ),
     ] = (0, 8192, 57344)
+    steps: Annotated[
+        tuple[StepShape, ...],
+        Option(
+            parser=parse_steps,
+            help="Comma-separated steps of chunks: new tokens @ context tokens, several joined by +; requests with "
+            "one new token decode, e.g. 63x1@4096+512@32768.",
+        ),
+    ] = parse_steps(
+        "128@32768,512@32768,2048@32768,64x128@32768,8x37@2000+4x300@9000+2x1500@30000,63x1@4096+512@32768"
+    )
+    plan_only: Annotated[
+        bool, Option(help="Measure only how long the host plans each step, which needs no GPU.")
+    ] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least("chunk", self.chunk, 1)
-        if not self.starts:
-            raise BenchError("no start is given: name at least one, e.g. 0,8192")
-        for name, value in [("chunk", self.chunk), *(("a start", start) for start in self.starts)]:
-            check_at_least(name, value, 0)
-            if value % self.group:
-                raise BenchError(f"{name} is {value}: give a multiple of {self.group}, the tokens of a tile")
+        if not self.cases:
+            raise BenchError("no start and no step is given: name at least one, e.g. --steps 128@32768")
+
+    @property
+    def cases(self) -> list[StepShape]:
+        """All steps, those of `starts` first."""
+        of_starts = [StepShape(f"{self.chunk} at {start}", ((self.chunk, start),)) for start in self.starts]
+        return [*of_starts, *self.steps]
 
 
 def parse_starts(text: str) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from kvarn.bench.kernels.kernel_settings import (
     QuantizeBench,
     TuneBench,
     parse_starts,
+    parse_steps,
     parse_sweeps,
 )
 from kvarn.bench.kernels.rivals import RIVALS
@@ -138,20 +139,24 @@ class TestCases:
         assert launch.keywords["out"].isfinite().all()
         assert case.our_bytes() == 10 * 2 * 64 * 2 + 2 * 64 * 2
 
-    @pytest.mark.parametrize("start", [0, 128])
-    def test_prefill_attends_what_the_read_rule_says(self, start: int) -> None:
-        bench = PrefillBench(**TINY, query_heads=2, chunk=128, starts=(start,))
-        case = kernel_cases.PrefillCase(bench, start, DEVICE)
-        out = case.prepare_ours()()
-        query, key, value = (x.cpu() for x in case._chunk())
-        tiles, of_tiles = (x.cpu() for x in case._earlier())
-        earlier = tiles[of_tiles].permute(1, 0, 3, 2, 4).flatten(1, 2)
-        key, value = (
-            torch.cat([x.float(), hadamard.rotate(y.float())])
-            for x, y in zip(earlier, (key, value), strict=True)
+    @pytest.mark.parametrize("step", ["128@0", "128@128", "70@200+64@0+3@61", "1@130+1@70+90@100"])
+    def test_prefill_attends_what_the_read_rule_says(self, step: str) -> None:
+        """Chunks of whole tiles, ragged ones, and one beside requests that decode."""
+        bench = PrefillBench(**TINY, query_heads=2, starts=(), steps=parse_steps(step))
+        case = kernel_cases.PrefillCase(bench, bench.steps[0], DEVICE)
+        out = case.prepare_ours()().cpu()
+        tiles, of_tiles = case._earlier()
+        parts = zip(
+            of_tiles, case._context, *(x.cpu().split(case.new) for x in (*case.chunks(), out)), strict=True
         )
-        expected = hadamard.rotate(attention(hadamard.rotate(query.float()), key, value))
-        assert relative_error(out, expected) < 0.1  # 4-bit codes of the tiles before each query's own
+        for own, context, query, key, value, attended in parts:
+            earlier = tiles[own].cpu().permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :context]
+            key, value = (
+                torch.cat([x.float(), hadamard.rotate(y.float())])
+                for x, y in zip(earlier, (key, value), strict=True)
+            )
+            expected = hadamard.rotate(attention(hadamard.rotate(query.float()), key, value))
+            assert relative_error(attended, expected) < 0.12  # 4-bit codes of tiles before each query's own
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
     def test_flash_attention_gets_the_same_sequences(self, torch_flash: None, dtype: torch.dtype) -> None:
@@ -164,18 +169,20 @@ class TestCases:
         assert relative_error(ours.keywords["out"], hadamard.rotate(out)) < 0.15
         assert theirs.keywords["k"].dtype == theirs.keywords["q"].dtype == dtype
 
-    def test_prefill_pages_serve_flash_attention(self, torch_flash: None) -> None:
-        bench = PrefillBench(**TINY, query_heads=2, chunk=128, starts=(128,))
-        case = kernel_cases.PrefillCase(bench, 128, DEVICE)
+    def test_flash_attention_gets_the_same_step(self, torch_flash: None) -> None:
+        bench = PrefillBench(**TINY, query_heads=2, starts=(), steps=parse_steps("70@200+1@30"))
+        case = kernel_cases.PrefillCase(bench, bench.steps[0], DEVICE)
         names = [contender.name for contender in case.case().contenders]
         assert names == [BASELINE, FP8_RIVAL, OURS, OURS_WITHOUT_FLASH]
-        with_flash, without = (case.prepare_ours(with_flash=choice)() for choice in (True, False))
-        assert relative_error(with_flash, without.cpu().float()) < 0.01
+        assert (
+            relative_error(case.prepare_ours()(), case.prepare_ours(with_flash=False)().cpu().float()) < 0.01
+        )
         theirs = case.prepare_flash(torch.float16)
         theirs()
         assert theirs.keywords["out"].isfinite().all()
-        assert theirs.keywords["max_seqlen_q"] == 128
-        assert theirs.keywords["seqused_k"].tolist() == [256]
+        assert theirs.keywords["max_seqlen_q"] == 70
+        assert theirs.keywords["cu_seqlens_q"].tolist() == [0, 1, 71]
+        assert theirs.keywords["seqused_k"].tolist() == [31, 270]
 
     def test_quantize_writes_every_record(self) -> None:
         bench = QuantizeBench(**TINY, tiles=2)
@@ -203,7 +210,10 @@ class TestCases:
         rivals = [rival.name for rival in RIVALS]
         assert [contender.name for contender in decode[0].contenders] == [BASELINE, FP8_RIVAL, *rivals, OURS]
         prefill = kernel_cases.cases(PrefillBench(), DEVICE)
-        assert [case.label for case in prefill] == ["8192 at 0", "8192 at 8192", "8192 at 57344"]
+        assert [case.label for case in prefill] == [
+            *("8192 at 0", "8192 at 8192", "8192 at 57344", "128@32768", "512@32768", "2048@32768"),
+            *("64x128@32768", "8x37@2000+4x300@9000+2x1500@30000", "63x1@4096+512@32768"),
+        ]
         assert [contender.name for contender in prefill[0].contenders][:3] == [BASELINE, FP8_RIVAL, OURS]
         (quantize,) = kernel_cases.cases(QuantizeBench(), DEVICE)
         assert [contender.name for contender in quantize.contenders] == [OURS, *rivals]
@@ -223,9 +233,9 @@ class TestBytes:
         bench = PrefillBench()
         layout = kernel_cases.layout_of(bench)
         chunk = 8192 * (2 * 8 + 2 * 32) * 128 * 2 + 64 * 8 * layout.nbytes
-        assert kernel_cases.PrefillCase(bench, 0, DEVICE).our_bytes() == chunk
+        assert kernel_cases.PrefillCase(bench, bench.cases[0], DEVICE).our_bytes() == chunk
         context = 63 * 8 * layout.nbytes + 128 * 2 * 8 * 128 * 2
-        assert kernel_cases.PrefillCase(bench, 8192, DEVICE).our_bytes() == chunk + context
+        assert kernel_cases.PrefillCase(bench, bench.cases[1], DEVICE).our_bytes() == chunk + context
         assert kernel_cases.causal_flops(bench, 10, 2) == 4 * 32 * 128 * (11 + 12)
 
     def test_floor_ratio_and_rate(self) -> None:
@@ -312,6 +322,10 @@ class TestOutput:
 class TestSettings:
     def test_parse(self) -> None:
         assert parse_starts("0,8192") == (0, 8192)
+        assert [step.chunks for step in parse_steps("128@32768, 2x1@7 + 5@0")] == [
+            ((128, 32768),),
+            ((1, 7), (1, 7), (5, 0)),
+        ]
         with pytest.raises(BenchError, match="'-1'"):
             parse_starts("-1")
 
@@ -332,7 +346,11 @@ class TestSettings:
             (lambda: TuneBench(presets=()), "presets is empty"),
             (lambda: TuneBench(presets=("kvarn",)), "unknown KVarN preset 'kvarn'"),
             (lambda: TuneBench(head_dims=(96,)), "head_dim is 96: give 64, 128 or 256"),
-            (lambda: PrefillBench(starts=(100,)), "a start is 100: give a multiple of 128"),
+            (lambda: PrefillBench(starts=(), steps=()), "no start and no step is given"),
+            (lambda: parse_steps("128"), "step '128' is not understood: give TOKENS@CONTEXT"),
+            (lambda: parse_steps("128@9+x@3"), "not understood"),
+            (lambda: parse_steps("0x128@9"), "step '0x128@9' has no requests or no new tokens"),
+            (lambda: parse_steps("1@9+0@9"), "no requests or no new tokens"),
         ],
     )
     def test_refuse_what_cannot_be_measured(self, make, message: str) -> None:
@@ -347,6 +365,30 @@ def test_without_a_gpu_the_commands_say_so(command: str) -> None:
     assert result.exit_code == 1
     assert f"`kvarn bench {command}` needs a CUDA GPU" in result.output
     assert "Traceback" not in result.output
+
+
+def test_planning_is_measured_without_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    options = [
+        "--plan-only",
+        "--repeats",
+        "2",
+        "--starts",
+        "",
+        "--steps",
+        "64x128@32768,3x1@7+2x300@70,8x1@9",
+    ]
+    result = CliRunner().invoke(app, ["bench", "prefill", *options, "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    record = json.loads(path.read_text())
+    assert [(of["case"], of["waves"]) for of in record["results"]] == [
+        ("64x128@32768", 64),
+        ("3x1@7+2x300@70", 1),
+    ]
+    assert all(of["wall_ms"] > 0 and of["cpu_ms"] > 0 for of in record["results"])
+    assert "3x1@7+2x300@70" in result.output
+    refused = CliRunner().invoke(app, ["bench", "prefill", *options, "--plot", str(tmp_path / "plan.svg")])
+    assert "--plan-only draws no plot" in refused.output
 
 
 def test_the_commands_refuse_options_in_one_sentence() -> None:
