@@ -28,8 +28,8 @@ class DeviceBackend(NamedTuple):
 def device_backend() -> DeviceBackend:
     """Return this platform's device backend: Triton kernels on an NVIDIA GPU, torch on a CPU."""
     if current_platform.is_cuda():
-        from kvarn.vllm.triton_backend import TritonLayer
-        from kvarn.vllm.triton_plan import TritonMetadataBuilder
+        from kvarn.vllm.gpu.triton_backend import TritonLayer
+        from kvarn.vllm.gpu.triton_plan import TritonMetadataBuilder
 
         return DeviceBackend(TritonMetadataBuilder, TritonLayer)
     from kvarn.vllm.torch_backend import TorchLayer, TorchMetadataBuilder

@@ -11,8 +11,8 @@ import torch
 from triton import knobs
 from vllm import LLM
 
-from kvarn.vllm.triton_backend import TritonLayer
-from kvarn.vllm.triton_plan import TritonMetadataBuilder
+from kvarn.vllm.gpu.triton_backend import TritonLayer
+from kvarn.vllm.gpu.triton_plan import TritonMetadataBuilder
 from tests.support.engines import (
     MIB,
     PRESET,

@@ -11,11 +11,11 @@ from torch import Tensor
 from vllm.config import set_current_vllm_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from kvarn.vllm.page_attention import TritonPages
+from kvarn.vllm.gpu.page_attention import TritonPages
+from kvarn.vllm.gpu.triton_backend import TritonLayer
+from kvarn.vllm.gpu.triton_plan import TritonMetadata, TritonMetadataBuilder
 from kvarn.vllm.slots import SLOT_PLAN, SlotPlan
 from kvarn.vllm.spec import KVarNSpec
-from kvarn.vllm.triton_backend import TritonLayer
-from kvarn.vllm.triton_plan import TritonMetadata, TritonMetadataBuilder
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

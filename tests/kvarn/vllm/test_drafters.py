@@ -12,9 +12,9 @@ from vllm.config import ModelConfig, VllmConfig, replace
 from vllm.engine.arg_utils import EngineArgs
 
 from kvarn.vllm.cache_settings import GIB, side_pool_slots, slot_bytes, speculation_of
+from kvarn.vllm.gpu.triton_plan import max_tokens_in_pass, query_counts
 from kvarn.vllm.hooks import RefusalError
 from kvarn.vllm.slots import Speculation
-from kvarn.vllm.triton_plan import max_tokens_in_pass, query_counts
 from tests.support.drafters import force_async_scheduling
 from tests.support.engines import use_triton_backend
 from tests.support.scheduling import MODEL_CONFIG

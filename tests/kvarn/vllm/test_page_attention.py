@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 from kvarn.kernels.pages import PageTiles
 from kvarn.kernels.prefill_plan import PrefillWave
 from kvarn.vllm import page_attention
-from kvarn.vllm.page_attention import FLASH_BLOCK_ROWS, FlashPages, TritonPages
+from kvarn.vllm.gpu.page_attention import FLASH_BLOCK_ROWS, FlashPages, TritonPages
 
 CPU = torch.device("cpu")
 PROCESSORS = 132

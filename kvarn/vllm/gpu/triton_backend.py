@@ -1,4 +1,4 @@
-"""The attention backend's layer on a GPU: Triton kernels that run the steps planned in `kvarn.vllm.triton_plan`."""
+"""The attention backend's layer on a GPU: Triton kernels that run the steps planned in `kvarn.vllm.gpu.triton_plan`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from kvarn.kernels.decode_work import MAX_HEADS, DecodeShape
 from kvarn.kernels.prefill_plan import PrefillWave, pages_for
 from kvarn.tile import TileLayout
 from kvarn.vllm.cache_settings import KVarNConfig
-from kvarn.vllm.layer import KVarNLayer
-from kvarn.vllm.mixed_layers import pages_of
-from kvarn.vllm.page_attention import PageAttention, page_attention
-from kvarn.vllm.triton_plan import (
+from kvarn.vllm.gpu.page_attention import PageAttention, page_attention
+from kvarn.vllm.gpu.triton_plan import (
     DecodeBatch,
     TritonMetadata,
     max_requests_in_step,
     max_tokens_in_pass,
     query_counts,
 )
+from kvarn.vllm.layer import KVarNLayer
+from kvarn.vllm.mixed_layers import pages_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

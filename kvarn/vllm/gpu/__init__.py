@@ -1,0 +1,1 @@
+"""The GPU backend: its layer, its steps, and attention of prompt chunks."""
