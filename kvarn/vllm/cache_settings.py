@@ -34,7 +34,8 @@ class KVarNConfig:
             only: slightly more accurate, but what a token reads then depends on where chunks and the cached
             prefix end.
         split_tiles: on GPUs, tiles after which decode cuts a sequence whatever the rest of the batch, so that a
-            row's attention has the same bits in every batch. None: the work of a step is divided equally.
+            row's attention has the same bits in every batch; prefill then does not split the keys of short chunks
+            either. None: the work of a step is divided equally.
         side_pool_gib: maximum memory of the side pool on one rank, over all its layers, in GiB. None: two
             slots for each of `max_num_seqs`, three with a draft model, and the retained sinks. With less,
             requests wait until slots are free.

@@ -20,7 +20,8 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from kvarn.vllm import backend, triton_backend, triton_plan
+from kvarn.vllm import backend
+from kvarn.vllm.gpu import triton_backend, triton_plan
 from tests.support.families import save_model
 
 MIB = 2**20

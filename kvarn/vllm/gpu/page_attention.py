@@ -14,6 +14,7 @@ from kvarn.kernels.decode_work import processors
 from kvarn.kernels.prefill_plan import PrefillWave
 
 FLASH_BLOCK_ROWS = 128  # rows (query tokens x query heads per KV head) of a FlashAttention program
+MIN_SPLIT_KEYS = 2048  # fewer are attended in about the time that combining two splits takes
 FLOAT32_BYTES = 4
 
 
@@ -40,31 +41,37 @@ class FlashPages:
 
     Versions 3 and 4 split the keys of a wave whose programs are fewer than the multiprocessors. We choose the number of
     splits, since FlashAttention 3 would choose it for the longest sequence alone, and allocate a result per split of
-    every token; ours bounds these results. How many chunks share a wave thus changes a chunk's rounding.
+    every token; ours bounds these results. How many chunks share a wave with contexts of `2 * MIN_SPLIT_KEYS` and more
+    thus changes a chunk's rounding, unless `splits_keys` is False.
 
     Args:
         version: FlashAttention's major version.
         kv_heads: number of KV heads.
         head_dim: channels per head.
         device: a CUDA device.
+        splits_keys: whether to split keys.
     """
 
-    def __init__(self, version: int, kv_heads: int, head_dim: int, device: torch.device) -> None:
+    def __init__(
+        self, version: int, kv_heads: int, head_dim: int, device: torch.device, splits_keys: bool = True
+    ) -> None:
         self._version, self._kv_heads, self._processors = version, kv_heads, processors(device)
         # Output and logarithm of the sum of each row and split.
         of_splits = self._processors * FLASH_BLOCK_ROWS * (head_dim + 1) * FLOAT32_BYTES
-        self.scratch_bytes = 0 if version == 2 else of_splits
+        self._splits_keys = splits_keys and version > 2  # version 2 splits decode steps only
+        self.scratch_bytes = of_splits if self._splits_keys else 0
 
-    def splits(self, tokens: int, query_tiles: int, query_heads: int) -> int:
-        """Return the splits with which a wave's programs are at most the multiprocessors, 1 if they are more."""
-        if self._version == 2:  # it splits decode steps only
+    def splits(self, tokens: int, query_tiles: int, query_heads: int, longest: int) -> int:
+        """Return the splits, of `MIN_SPLIT_KEYS` keys of the longest context at least, with which a wave's programs are
+        at most the multiprocessors, or 1."""
+        if not self._splits_keys:
             return 1
         blocks = max(query_tiles, cdiv(tokens * query_heads // self._kv_heads, FLASH_BLOCK_ROWS))
-        return max(1, self._processors // (blocks * self._kv_heads))
+        return max(1, min(self._processors // (blocks * self._kv_heads), longest // MIN_SPLIT_KEYS))
 
     def attend(self, query: Tensor, pages: Tensor, wave: PrefillWave, scale: float, out: Tensor) -> None:
         """See `PageAttention`."""
-        splits = self.splits(query.shape[0], wave.key_lens.shape[0], query.shape[1])
+        splits = self.splits(query.shape[0], wave.key_lens.shape[0], query.shape[1], wave.longest)
         self._attend(
             query, pages, wave.first_query, wave.key_lens, wave.page_table, wave.longest, scale, out, splits
         )
@@ -122,12 +129,17 @@ class TritonPages:
         prefill.warm_up(query, pages)
 
 
-def page_attention(kv_heads: int, head_dim: int, device: torch.device) -> PageAttention:
-    """Return the FlashAttention that vLLM uses for heads of `head_dim` on this GPU, else our own kernel."""
+def page_attention(
+    kv_heads: int, head_dim: int, device: torch.device, splits_keys: bool = True
+) -> PageAttention:
+    """Return the FlashAttention that vLLM uses for heads of `head_dim` on this GPU, else our own kernel.
+
+    With `splits_keys`, FlashAttention may split the keys of short chunks.
+    """
     if current_platform.is_cuda():
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
         version = get_flash_attn_version(head_size=head_dim)
         if version is not None:
-            return FlashPages(version, kv_heads, head_dim, device)
+            return FlashPages(version, kv_heads, head_dim, device, splits_keys)
     return TritonPages()

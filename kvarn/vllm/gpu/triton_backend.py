@@ -105,7 +105,8 @@ class TritonLayer(KVarNLayer):
         self.workspace = next(alike, None) or Workspace(
             self._vllm_config, self.layout, self.num_heads, self.num_kv_heads, device
         )
-        self.page_attention = page_attention(self.num_kv_heads, self.layout.head_dim, device)
+        fixed = KVarNConfig.of(self._vllm_config).split_tiles is not None
+        self.page_attention = page_attention(self.num_kv_heads, self.layout.head_dim, device, not fixed)
         self.scratch_bytes = self.page_attention.scratch_bytes
         if self.workspace.is_new:
             self.workspace.is_new = False

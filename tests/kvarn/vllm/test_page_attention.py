@@ -9,8 +9,8 @@ from vllm.platforms import current_platform
 
 from kvarn.kernels.pages import PageTiles
 from kvarn.kernels.prefill_plan import PrefillWave
-from kvarn.vllm import page_attention
-from kvarn.vllm.gpu.page_attention import FLASH_BLOCK_ROWS, FlashPages, TritonPages
+from kvarn.vllm.gpu import page_attention
+from kvarn.vllm.gpu.page_attention import FLASH_BLOCK_ROWS, MIN_SPLIT_KEYS, FlashPages, TritonPages
 
 CPU = torch.device("cpu")
 PROCESSORS = 132
@@ -33,6 +33,7 @@ def test_a_gpu_gets_the_flash_attention_that_vllm_uses_there(monkeypatch, flash,
     utilities = types.ModuleType("vllm.v1.attention.backends.fa_utils")
     utilities.get_flash_attn_version = lambda head_size: asked.append(head_size) or version
     monkeypatch.setitem(sys.modules, utilities.__name__, utilities)
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: False)
     assert isinstance(page_attention.page_attention(8, 256, CPU), TritonPages)
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
     chosen = page_attention.page_attention(8, 256, CPU)
@@ -47,11 +48,11 @@ def test_a_gpu_gets_the_flash_attention_that_vllm_uses_there(monkeypatch, flash,
     assert [call["num_splits"] for call in flash] == ([1, 2] if version == 4 else [1])
 
 
-def wave(tiles: int, tokens: int) -> PrefillWave:
+def wave(tiles: int, tokens: int, longest: int) -> PrefillWave:
     none = torch.empty(0, dtype=torch.int32)
     nothing = PageTiles(none, none, none)
     numbers = torch.zeros(tiles, dtype=torch.int32)
-    return PrefillWave(0, tokens, nothing, nothing, nothing, numbers, numbers, numbers[:, None], 32768)
+    return PrefillWave(0, tokens, nothing, nothing, nothing, numbers, numbers, numbers[:, None], longest)
 
 
 @pytest.mark.parametrize(("query_heads", "kv_heads"), [(32, 8), (8, 8), (16, 1), (6, 2), (64, 8)])
@@ -59,13 +60,14 @@ def wave(tiles: int, tokens: int) -> PrefillWave:
 def test_short_chunks_fill_the_multiprocessors_within_the_scratch(flash, version, query_heads, kv_heads):
     head_dim = 128
     attention = FlashPages(version, kv_heads, head_dim, CPU)
+    longest = PROCESSORS * MIN_SPLIT_KEYS
     for tiles in (1, 2, 3, 64):
         for tokens in (tiles, 20 * tiles, 128 * tiles):
             query = torch.empty(tokens, query_heads, head_dim, dtype=torch.float16)
             pages = torch.empty(2, 1, 128, kv_heads, head_dim, dtype=torch.float16)
-            attention.attend(query, pages, wave(tiles, tokens), 1.0, query)
+            attention.attend(query, pages, wave(tiles, tokens, longest), 1.0, query)
             call = flash.pop()
-            assert (call["max_seqlen_q"], call["max_seqlen_k"]) == (128, 32768)
+            assert (call["max_seqlen_q"], call["max_seqlen_k"]) == (128, longest)
             splits = call["num_splits"]
             rows = tokens * query_heads // kv_heads
             programs = kv_heads * max(tiles, -(-rows // FLASH_BLOCK_ROWS))
@@ -77,3 +79,13 @@ def test_short_chunks_fill_the_multiprocessors_within_the_scratch(flash, version
                 assert splits == 1
             partial_results = (splits > 1) * splits * tokens * query_heads * (head_dim + 1) * 4
             assert partial_results <= attention.scratch_bytes
+
+
+@pytest.mark.parametrize("splits_keys", [True, False])
+def test_short_contexts_and_a_fixed_split_never_depend_on_the_wave(flash, splits_keys):
+    attention = FlashPages(3, 2, 128, CPU, splits_keys)
+    query, pages = torch.empty(1, 8, 128).half(), torch.empty(2, 1, 128, 2, 128).half()
+    for longest, splits in ((1, 1), (2 * MIN_SPLIT_KEYS - 1, 1), (2 * MIN_SPLIT_KEYS, 2), (32768, 16)):
+        attention.attend(query, pages, wave(1, 1, longest), 1.0, query)
+        assert flash.pop()["num_splits"] == (splits if splits_keys else 1)
+    assert (attention.scratch_bytes > 0) == splits_keys

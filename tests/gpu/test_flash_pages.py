@@ -1,0 +1,56 @@
+"""FlashAttention over pages, with and without splits, against our own kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kvarn.kernels.prefill_plan import Chunks, pages_for, plan_prefill
+from kvarn.vllm.gpu.page_attention import FlashPages, TritonPages, page_attention
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+GROUP = 128
+CHUNKS = {  # (tokens before, new tokens) of each chunk of a step
+    "first token": [(0, 1)],
+    "short prompts": [(0, 37), (0, 300), (0, 128)],
+    "one token after a long context": [(9000, 1)],
+    "a chunk of a tile": [(32768, 128)],
+    "a chunk across tiles": [(32700, 200)],
+    "many chunks": [(i * 311, 5 + 13 * i) for i in range(24)],
+}
+
+
+@pytest.mark.parametrize(
+    ("query_heads", "kv_heads", "head_dim"), [(8, 2, 128), (32, 8, 128), (16, 2, 64), (16, 2, 256)]
+)
+@pytest.mark.parametrize("lengths", CHUNKS.values(), ids=CHUNKS)
+def test_flash_attention_and_our_kernel_agree(
+    lengths: list[tuple[int, int]], query_heads: int, kv_heads: int, head_dim: int
+) -> None:
+    device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
+    flash = page_attention(kv_heads, head_dim, device)
+    if not isinstance(flash, FlashPages):
+        pytest.skip("vLLM uses no FlashAttention for these heads here")
+    before, new = np.array(lengths).T
+    first = np.insert(np.cumsum(new), 0, 0)
+    tokens, seq_lens = int(first[-1]), before + new
+    pages_needed = sum(
+        pages_for(int(length), int(count), GROUP) for length, count in zip(seq_lens, new, strict=True)
+    )
+    blocks = int(-(-seq_lens.max() // GROUP))
+    block_table = torch.arange(len(lengths) * blocks, dtype=torch.int32, device=device).view(
+        len(lengths), blocks
+    )
+    slot_of = torch.full((block_table.numel(),), -1, dtype=torch.int32, device=device)
+    rows = [torch.empty(tokens, dtype=torch.int32, device=device) for _ in range(2)]
+    chunks = Chunks(np.arange(len(lengths)), first, seq_lens, GROUP)
+    (wave,) = plan_prefill(chunks, block_table, slot_of, pages_needed, *rows)
+    pages = torch.randn(2, pages_needed, GROUP, kv_heads, head_dim, generator=generator, device=device).half()
+    query = torch.randn(tokens, query_heads, head_dim, generator=generator, device=device).half()
+    scale = head_dim**-0.5
+    expected, out = torch.empty_like(query), torch.empty_like(query)
+    TritonPages().attend(query, pages, wave, scale, expected)
+    flash.attend(query, pages, wave, scale, out)
+    assert (out - expected).abs().max() <= 2e-3 * expected.abs().max()
