@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from safetensors import SafetensorError
 
 from kvarn.errors import KVarNError
+from kvarn.layer_kinds import quantized_layers
 
 if TYPE_CHECKING:
     import gguf
@@ -152,14 +153,25 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is not JSON: {error}") from None
 
 
-def quantized_layers(config: dict[str, Any]) -> int:
-    """Number of layers whose cache is quantized: those with full attention, where others have a window.
+def text_config(model_dir: Path) -> dict[str, Any]:
+    """Read the configuration of a model's decoder, with the defaults of its type, which config.json may leave out.
 
-    Args:
-        config: config.json of a decoder.
+    Raises:
+        ModelError: config.json cannot be read, or is not JSON.
     """
-    full = list(config.get("layer_types") or ()).count("full_attention")
-    return full or int(config["num_hidden_layers"])
+    from transformers import CONFIG_MAPPING
+
+    config = read_config(model_dir)
+    config = {**config, **config.get("text_config", {})}
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        return config
+    try:
+        completed = CONFIG_MAPPING[model_type](**config)
+    except Exception:  # each type checks its configuration in its own way; the caller reports what is missing
+        return config
+    derived = {"layer_types": getattr(completed, "layer_types", None)}
+    return {**completed.to_dict(), **{k: v for k, v in config.items() if v is not None}, **derived}
 
 
 @dataclass(frozen=True)
@@ -176,12 +188,11 @@ class KvShape:
         return 2 * 2 * self.layers * self.kv_heads * self.head_dim
 
 
-def kv_shape(model_dir: Path) -> KvShape:
-    """Read the shape from a model's config.json."""
-    config = read_config(model_dir)
-    config = config.get("text_config", config)
+def kv_shape(model_dir: Path, max_model_len: int) -> KvShape:
+    """Read the shape from a model's config.json, for sequences of up to `max_model_len` tokens."""
+    config = text_config(model_dir)
     return KvShape(
-        layers=quantized_layers(config),
+        layers=quantized_layers(config, max_model_len),
         kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
         head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
     )

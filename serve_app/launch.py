@@ -242,7 +242,7 @@ def limits_of(app: App) -> EngineLimits | None:
     engine = app.config.engine
     if engine.kv_cache_dtype not in PRESETS:
         return None
-    shape = ModelShape.read(app.config.model)
+    shape = ModelShape.read(app.config.model, engine.max_model_len)
     try:
         return engine_limits(
             KvShape(shape.layers, shape.kv_heads, shape.head_dim),
@@ -267,7 +267,7 @@ def _drafter_shape(config: AppConfig, target: ModelShape) -> KvShape | None:
     if drafter.model is None:
         layers = read_config(resolve_model(config.model)).get("num_nextn_predict_layers") or 1
         return KvShape(layers, target.kv_heads, target.head_dim)
-    shape = ModelShape.read(drafter.model)
+    shape = ModelShape.read(drafter.model, config.engine.max_model_len or target.context_limit)
     return KvShape(shape.layers, shape.kv_heads, shape.head_dim)
 
 

@@ -17,7 +17,7 @@ MAX_FILES = 15  # Python files in one folder
 # docs/architecture.md draws the same layers, highest first.
 LAYERS = (
     ("kvarn.errors", "kvarn.presets", "kvarn.address", "kvarn.worker", "kvarn.environment"),
-    ("kvarn.tile", "kvarn.result_files"),
+    ("kvarn.tile", "kvarn.layer_kinds", "kvarn.result_files"),
     ("kvarn.checks", "kvarn.reference", "kvarn.model"),
     ("kvarn.adapters",),
     ("kvarn.kernels", "kvarn.cpu"),

@@ -189,9 +189,9 @@ def cache_table(state: cluster_pb2.GetCacheStateResponse, model_dir: Path) -> Ta
     made.add_column("cache dtype", no_wrap=True)
     for heading in ("blocks", "tokens", "capacity", "as bf16", "ratio"):
         made.add_column(heading, justify="right")
-    bf16_bytes = kv_shape(model_dir).bytes_per_token_16_bit
     for replica in state.replicas:
         capacity = replica.cache.capacity
+        bf16_bytes = kv_shape(model_dir, capacity.max_model_len).bytes_per_token_16_bit
         held = capacity.total_blocks * capacity.tile_tokens
         held_in_bf16 = capacity.total_blocks * capacity.bytes_per_tile // bf16_bytes
         made.add_row(

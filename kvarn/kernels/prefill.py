@@ -120,7 +120,9 @@ def attend_pages(
             G=group,
             BLOCK=64,
             num_warps=4,
-            num_stages=3 if head_dim < 256 else 2,  # more does not fit a Hopper multiprocessor's shared memory
+            num_stages=3
+            if head_dim < 256
+            else 2,  # more does not fit a Hopper multiprocessor's shared memory
         )
 
 

@@ -86,7 +86,7 @@ def make_plan(
         model: model name or directory; only its config is needed.
         gpu: a key of `GPUS`.
         tensor_parallel: tensor parallel size.
-        context: tokens per sequence, prompt and output.
+        context: tokens per sequence, prompt and output, and vLLM's max_model_len.
         rate: requests per second, each of `output_tokens`; None for no estimate.
         output_tokens: tokens generated per request.
         cache_gib: vLLM's kv_cache_memory_bytes in GiB; None for what `utilization` of the memory leaves.
@@ -99,7 +99,7 @@ def make_plan(
         ModelError: there is no such model.
         PlanError: a number is out of range, or the weights do not fit.
     """
-    shape = ModelShape.read(model)
+    shape = ModelShape.read(model, context)
     _check(shape, gpu, tensor_parallel, context, utilization)
     for option, value in (("--rate", rate), ("--cache-gib", cache_gib), ("--max-num-seqs", max_num_seqs)):
         _check_positive(option, value)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kvarn.errors import KVarNError
-from kvarn.model import context_limit, quantized_layers, read_config, resolve_model
+from kvarn.layer_kinds import quantized_layers
+from kvarn.model import context_limit, read_config, resolve_model, text_config
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -41,35 +42,39 @@ class ModelShape:
     window: int = 0
 
     @classmethod
-    def read(cls, name_or_dir: str) -> ModelShape:
+    def read(cls, name_or_dir: str, max_model_len: int | None = None) -> ModelShape:
         """Read the shape of a model, by name or directory.
+
+        Args:
+            name_or_dir: the model.
+            max_model_len: length of the longest sequence, in tokens; None: the model's limit.
 
         Raises:
             ModelError: there is no such model, or its config is not JSON.
             PlanError: its config is not of a decoder-only transformer with plain attention.
         """
         directory = resolve_model(name_or_dir)
-        config = read_config(directory)
-        config = {**config, **config.get("text_config", {})}
+        config = text_config(directory)
         if "kv_lora_rank" in config:
             raise PlanError(
                 f"{name_or_dir} uses multi-head latent attention, which KVarN does not support: "
                 "give a model with multi-head or grouped-query attention"
             )
         try:
-            return cls._of(config, directory)
+            return cls._of(config, directory, max_model_len)
         except KeyError as error:
             raise PlanError(
                 f"{directory / 'config.json'} has no {error}: give the config of a decoder-only transformer"
             ) from None
 
     @classmethod
-    def _of(cls, config: dict[str, Any], directory: Path) -> ModelShape:
+    def _of(cls, config: dict[str, Any], directory: Path, max_model_len: int | None) -> ModelShape:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         dtype_bytes = DTYPE_BYTES.get(config.get("dtype") or config.get("torch_dtype") or "bfloat16", 2)
         head_dim = config.get("head_dim") or hidden // heads
         kv_heads = config.get("num_key_value_heads") or heads
-        layers = quantized_layers(config)
+        limit = context_limit(read_config(directory)) or 1 << 20
+        layers = quantized_layers(config, max_model_len or limit)
         files = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         return cls(
             layers=layers,
@@ -80,7 +85,7 @@ class ModelShape:
             vocab_size=config["vocab_size"],
             weight_bytes=files or dtype_bytes * _parameters(config, heads, kv_heads, head_dim),
             dtype_bytes=dtype_bytes,
-            context_limit=context_limit(config) or 1 << 20,
+            context_limit=limit,
             window_layers=config["num_hidden_layers"] - layers,
             window=config.get("sliding_window") or 0,
         )

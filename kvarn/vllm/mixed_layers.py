@@ -12,31 +12,25 @@ from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any
 
+from kvarn.layer_kinds import FULL, has_local_layers, layer_kinds, quantized_layers
 from kvarn.presets import PRESETS, get_preset
 from kvarn.tile import TileLayout
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 PAGE_ALIGNMENT = 512  # bytes; vLLM 0.27 clears pages in steps of the largest power of two that divides them
 
 
-def layer_kinds(model: ModelConfig) -> list[str]:
-    """The kind of attention of each layer as the model's configuration names it; empty if it names none."""
-    return list(getattr(model.hf_text_config, "layer_types", None) or ())
+def config_of(model: ModelConfig) -> dict[str, Any]:
+    """The entries of a model's configuration that its layers' kinds depend on."""
+    entries = ("layer_types", "sliding_window", "num_hidden_layers")
+    return {entry: getattr(model.hf_text_config, entry, None) for entry in entries}
 
 
-def is_idle(window: Any, model: ModelConfig) -> bool:
-    """Whether a window, in tokens, covers the longest sequence, so that the layer has full attention."""
-    return isinstance(window, int) and window >= model.max_model_len
-
-
-def has_local_layers(model: ModelConfig) -> bool:
-    """Whether some layers, beside full attention, read less than the whole sequence and keep vLLM's own cache."""
-    kinds = set(layer_kinds(model))
-    window = getattr(model.hf_text_config, "sliding_window", None)
-    return FULL in kinds and SLIDING in kinds and not is_idle(window, model)
+def is_mixed(model: ModelConfig) -> bool:
+    """Whether some layers, beside full attention, keep vLLM's own cache."""
+    return has_local_layers(config_of(model), model.max_model_len)
 
 
 def splits_quantized(model: ModelConfig) -> bool:
@@ -44,14 +38,16 @@ def splits_quantized(model: ModelConfig) -> bool:
 
     Groups have as many layers as the rarest kind, or as the most frequent one where that is less than 1.5 as many.
     """
-    counts = Counter(layer_kinds(model))
+    counts = Counter(layer_kinds(config_of(model)))
     fewest, most = min(counts.values()), max(counts.values())
     return counts[FULL] > (most if most < 1.5 * fewest else fewest)
 
 
 def num_quantized_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Number of layers of one rank whose cache is quantized."""
-    return layer_kinds(model).count(FULL) if has_local_layers(model) else model.get_num_layers(parallel)
+    if is_mixed(model):
+        return quantized_layers(config_of(model), model.max_model_len)
+    return model.get_num_layers(parallel)
 
 
 def quantized_group(groups: Sequence[Any]) -> int:

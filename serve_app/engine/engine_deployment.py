@@ -73,7 +73,8 @@ class Engine:
         capacity = self._monitor.snapshot.capacity
         self._tiles = TileLog(self._monitor.epoch, model, capacity.cache_dtype, capacity.tile_tokens)
         self._monitoring = asyncio.create_task(self._monitor.run())
-        metrics = EngineMetrics(RayRecorder(ENGINE_METRICS), kv_shape(resolve_model(model)))
+        shape = kv_shape(resolve_model(model), capacity.max_model_len)
+        metrics = EngineMetrics(RayRecorder(ENGINE_METRICS), shape)
         self._recording = asyncio.create_task(record_forever(lambda: metrics.record(self._monitor.snapshot)))
         self._demands = DemandBook()
         replica_id = serve.get_replica_context().replica_id.unique_id

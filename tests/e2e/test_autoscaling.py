@@ -63,7 +63,7 @@ def settings(model: Path, port: int, max_replicas: int) -> AppConfig:
 
 
 def block_bytes(model: Path) -> int:
-    shape = kv_shape(model)
+    shape = kv_shape(model, REQUEST_TOKENS)
     return TileLayout(get_preset("kvarn_k4v2_g128"), shape.head_dim).nbytes * shape.layers * shape.kv_heads
 
 

@@ -117,7 +117,7 @@ async def serving(model_dir: Path, **settings: Any) -> AsyncIterator[Replica]:
     log.append(TileLog(monitor.epoch, str(model_dir), capacity.cache_dtype, capacity.tile_tokens))
     running = asyncio.create_task(monitor.run())
     server = GrpcServer("127.0.0.1:0", [SERVICE_NAME])
-    metrics = EngineMetrics(Remembered(), kv_shape(model_dir))
+    metrics = EngineMetrics(Remembered(), kv_shape(model_dir, capacity.max_model_len))
     tracing = Tracing("test", "one", None)
     service = EngineService(engine, monitor, log[0], metrics, tracing, DemandBook(), adapters)
     engine_pb2_grpc.add_EngineServicer_to_server(service, server)

@@ -10,7 +10,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, PreTrainedTokenizerBase
 
 from kvarn import model
 from kvarn.model import (
@@ -242,8 +242,22 @@ def test_a_sequence_is_as_long_as_vllm_lets_it_be(config, tokens):
 
 
 def test_layers_beside_full_attention_are_not_quantized(tmp_path: Path) -> None:
-    config = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 256}
+    config = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 256, "sliding_window": 512}
     kinds = ["sliding_attention", "full_attention"] * 2
-    for layer_types, layers in ((None, 4), (kinds, 2), (["sliding_attention"] * 4, 4)):
+    for layer_types, max_model_len, layers in (
+        (None, 513, 4),
+        (kinds, 513, 2),
+        (kinds, 512, 4),  # a window that no sequence exceeds
+        (["sliding_attention"] * 4, 513, 4),
+    ):
         (tmp_path / "config.json").write_text(json.dumps({**config, "layer_types": layer_types}))
-        assert model.kv_shape(tmp_path).layers == layers
+        assert model.kv_shape(tmp_path, max_model_len).layers == layers
+
+
+def test_a_published_config_may_leave_defaults_of_its_type_out(tmp_path: Path) -> None:
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34, "sliding_window": 1024}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    full = Gemma3TextConfig(**text)
+    shape = model.kv_shape(tmp_path, 32_768)
+    assert (shape.layers, shape.head_dim) == (full.layer_types.count("full_attention"), full.head_dim)
+    assert model.kv_shape(tmp_path, 1024).layers == 34

@@ -8,11 +8,12 @@ from functools import wraps
 from inspect import signature
 from typing import Any
 
+from kvarn.layer_kinds import is_idle
 from kvarn.presets import PRESETS
 from kvarn.tile import padded_head_dim
 from kvarn.vllm.hooks import Hook, RefusalError
 from kvarn.vllm.hooks.refusals import refuse
-from kvarn.vllm.mixed_layers import is_idle, is_quantized
+from kvarn.vllm.mixed_layers import is_quantized
 
 _WINDOW, _CACHE = "per_layer_sliding_window", "cache_config"
 _loaded_before: ContextVar[frozenset[str]] = ContextVar("loaded_before", default=frozenset())
@@ -30,7 +31,9 @@ def install() -> None:
     @wraps(stock_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         config = get_current_vllm_config()
-        if config.cache_config.cache_dtype in PRESETS and is_idle(kwargs.get(_WINDOW), config.model_config):
+        if config.cache_config.cache_dtype in PRESETS and is_idle(
+            kwargs.get(_WINDOW), config.model_config.max_model_len
+        ):
             del kwargs[_WINDOW]
         if kwargs.get(_WINDOW) is not None:
             kwargs.update(_unquantized(kwargs))

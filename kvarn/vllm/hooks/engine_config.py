@@ -8,18 +8,12 @@ from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
+from kvarn.layer_kinds import FULL, SLIDING, is_idle, layer_kinds
 from kvarn.presets import PRESETS, Preset, get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.hooks import Hook, HookError, RefusalError, untested
 from kvarn.vllm.hooks.engine_probe import doctor_probe
-from kvarn.vllm.mixed_layers import (
-    FULL,
-    SLIDING,
-    has_local_layers,
-    is_idle,
-    layer_kinds,
-    splits_quantized,
-)
+from kvarn.vllm.mixed_layers import config_of, is_mixed, splits_quantized
 from kvarn.vllm.versions import bypasses_workers, returns_routed_experts
 
 TARGET = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
@@ -251,13 +245,13 @@ def _drafter_problems(config: Any, preset: Preset) -> Iterator[str]:
     model, cache_dtype = drafter.draft_model_config, drafter.kv_cache_dtype
     if drafter.use_gemma4_mtp():
         yield "does not support a drafter that reads the target's keys and values; use another method."
-    if has_local_layers(config.model_config):
+    if is_mixed(config.model_config):
         yield (
             "supports drafts of the text alone for a model that mixes kinds of attention; set speculative_config's "
             "method to 'ngram'."
         )
     others = model.use_mla or model.is_hybrid or model.is_attention_free
-    if others or has_local_layers(model) or _local_attention(model):
+    if others or is_mixed(model) or _local_attention(model):
         yield f"needs every layer of the drafter {model.model!r} to be full attention; use another drafter."
     if cache_dtype in PRESETS and cache_dtype != preset.name:
         yield (
@@ -280,18 +274,18 @@ def _heads_per_kv_head(config: Any) -> int:
 
 def _local_attention(model: Any) -> str | None:
     """What to change where layers that read less than the sequence are not supported, None where they are."""
-    kinds = set(layer_kinds(model))
+    kinds = set(layer_kinds(config_of(model)))
     window = getattr(model.hf_text_config, "sliding_window", None)
     if other := kinds - {FULL, SLIDING}:
         return f"does not support layers of type {min(other)}; give a model without them"
-    if has_local_layers(model):
+    if is_mixed(model):
         if splits_quantized(model):
             return (
                 "needs as many layers with a window as full-attention layers, or more; give a model with them"
             )
         return None
     has_window = model.get_sliding_window() is not None or SLIDING in kinds
-    if not has_window or is_idle(window, model):
+    if not has_window or is_idle(window, model.max_model_len):
         return None
     return (
         f"serves a sliding window as full attention, up to its length; set max_model_len to {window} or less"

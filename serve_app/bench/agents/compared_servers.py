@@ -241,9 +241,8 @@ class _Launch:
         dtype, settings = self.spec.kv_cache_dtype, self.settings
         if dtype not in PRESETS:
             return settings.kv_cache_memory_gib
-        limits = engine_limits(
-            kv_shape(self.model_dir), dtype, settings.max_num_seqs, self.max_model_len, cache_bytes=None
-        )
+        shape = kv_shape(self.model_dir, self.max_model_len)
+        limits = engine_limits(shape, dtype, settings.max_num_seqs, self.max_model_len, cache_bytes=None)
         pool_gib = limits.side_pool_bytes / 2**30
         if not pool_gib < settings.kv_cache_memory_gib:
             raise BenchError(

@@ -70,6 +70,8 @@ def test_windows_take_the_same_memory_at_any_length(llama_8b: str, tmp_path: Pat
         for row in (mixed[dtype], longer[dtype]):
             held = row.tokens * row.bytes_per_token + row.sequences * windows
             assert held < room * (1 - row.side_pool_share)
+    in_window, without = (rows(model=m, gpu="h100", context=1024) for m in (str(directory), llama_8b))
+    assert in_window == without
 
 
 def test_heads_are_shared_out_over_gpus(llama_8b: str) -> None:

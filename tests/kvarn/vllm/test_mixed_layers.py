@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.attention.backend import MultipleOf
 
+from kvarn.layer_kinds import FULL, SLIDING
 from kvarn.vllm.mixed_layers import (
-    FULL,
-    SLIDING,
     LocalLayers,
     block_sizes,
     quantized_group,

@@ -36,6 +36,7 @@ from vllm.v1.request import Request
 
 from kvarn.cli import doctor
 from kvarn.errors import KVarNError
+from kvarn.model import kv_shape
 from kvarn.presets import PRESETS, get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm import backend, hooks, plugin, spec, versions
@@ -43,7 +44,7 @@ from kvarn.vllm.access.cache_events import CACHE_EVENTS_METHOD
 from kvarn.vllm.access.telemetry import CACHE_STATE_METHOD
 from kvarn.vllm.cache_settings import side_pool_slots, slot_bytes
 from kvarn.vllm.hooks import HookError, RefusalError, engine_config, page_size, private_names
-from kvarn.vllm.mixed_layers import has_local_layers
+from kvarn.vllm.mixed_layers import is_mixed, num_quantized_layers
 from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
 from tests.support.engines import use_triton_backend
 from tests.support.scheduling import MODEL_CONFIG, make_scheduler
@@ -300,8 +301,11 @@ def test_quantized_layers_alone_have_slots(tmp_path: Path) -> None:
     model = write_config(tmp_path, **WINDOWED, num_hidden_layers=3, layer_types=kinds)
     mixed, full = configure(model), configure(model, max_model_len=512)
     assert slot_bytes(full) == 3 * slot_bytes(mixed)
-    assert has_local_layers(mixed.model_config)
-    assert not has_local_layers(full.model_config)
+    for config in (mixed, full):
+        shape = kv_shape(model, config.model_config.max_model_len)
+        assert shape.layers == num_quantized_layers(config.model_config, config.parallel_config)
+    assert is_mixed(mixed.model_config)
+    assert not is_mixed(full.model_config)
 
 
 def test_one_cache_group_for_layers_with_and_without_windows_is_refused(model: Path) -> None:
