@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvarn.checks import MODEL_DTYPES, check_decode_batch, check_packed, check_rows
+from kvarn.checks import MODEL_DTYPES, check_decode_batch, check_packed, check_rows, check_sinks
 from kvarn.kernels.decode_rows import decode_rows
 from kvarn.kernels.decode_work import (
     NOTHING,
@@ -55,6 +55,7 @@ from kvarn.kernels.records import (
     step_weights,
 )
 from kvarn.kernels.rotate import signs
+from kvarn.kernels.sink_logits import add_sinks
 from kvarn.tile import TileLayout
 
 FEW_PARTS = 8  # up to this many per pair on average, one program combines them for several query rows
@@ -295,6 +296,7 @@ def _combine_parts(
     SeqLens,  # [R] int32
     UnitStarts,  # [rows + 1] int32
     Hadamard,  # [D, D] of the dot's dtype, entries +-1
+    Sinks,  # [H * PER_HEAD], or None
     Out,  # [tokens, H * PER_HEAD, D]
     rows,
     programs,
@@ -341,6 +343,8 @@ def _combine_parts(
         acc = acc * alpha[:, None] + tl.sum(part_acc * part_alpha[:, :, None], 0)
         l = l * alpha + tl.sum(part_l * part_alpha, 0)
         m = m_new
+    if Sinks is not None:
+        l, acc = add_sinks(Sinks + head * PER_HEAD + query_row % PER_HEAD, m, l, acc)
     mean = acc / tl.maximum(l, 1e-30)[:, None]  # 0 in a warm-up step, which reads nothing
     hadamard = tl.load(Hadamard + channel[:, None] * D + channel[None, :])
     if BLOCK_ROWS == 1:
@@ -381,6 +385,7 @@ def decode(
     parts: Parts,
     out: Tensor,
     query_start: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Attend the newest tokens of each request: one, or in a speculative step up to `shape.queries`.
 
@@ -403,6 +408,7 @@ def decode(
         parts: workspace for partial results.
         out: [N, Hq, D] float32, bfloat16 or float16, un-rotated; written where a request has a token.
         query_start: [R + 1] int32, first query token of each request; required if `shape.queries` > 1.
+        sinks: [Hq], a logit per query head that takes its share of the softmax and has no value.
 
     Raises:
         ValueError: if a shape, stride or dtype is not as above, or `parts` is too small.
@@ -424,6 +430,7 @@ def decode(
     check_rows("cache", cache, (None, heads, layout.nbytes), torch.uint8)
     check_packed("pool", pool, (None, 2, heads, layout.group, head_dim), torch.float16)
     check_packed("out", out, tuple(query.shape), *MODEL_DTYPES)
+    check_sinks(sinks, query)
     needed = shape.parts(requests, layout, block_table.shape[1]) * shape.rows
     if needed > parts.m.shape[0]:
         raise ValueError(f"parts has room for {parts.m.shape[0]} rows: expected {needed}")
@@ -475,6 +482,7 @@ def decode(
         seq_lens,
         unit_starts,
         signs(head_dim, torch.float32 if out.dtype == torch.float32 else torch.float16, out.device),
+        sinks,
         out,
         rows,
         shape.programs,
@@ -494,6 +502,7 @@ def warm_up(
     query_counts: list[int],
     split: int = 0,
     page_bytes: int | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Compile every variant of `decode` that a model needs, by launching it on requests without tokens.
 
@@ -505,6 +514,7 @@ def warm_up(
         query_counts: values of `DecodeShape.queries`.
         split: `DecodeShape.split`.
         page_bytes: as in `empty_cache`.
+        sinks: as in `decode`.
     """
     heads, device = pool.shape[2], pool.device
     cache = empty_cache(heads, layout, page_bytes, device)
@@ -535,4 +545,5 @@ def warm_up(
                 Parts(shape.parts(requests, layout, 1) * shape.rows, layout.head_dim, device),
                 torch.zeros_like(batch, dtype=dtype),
                 start,
+                sinks,
             )

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvarn.checks import check_packed, check_tensor
+from kvarn.checks import check_packed, check_sinks, check_tensor
+from kvarn.kernels.sink_logits import add_sinks
 
 
 @triton.jit(
@@ -25,6 +26,7 @@ def _attend_pages(
     FirstQuery,  # [T + 1] int32, first query token of each query tile
     KeyLens,  # [T] int32, tokens up to and including each tile's last query
     PageTable,  # [T, table_stride] int32
+    Sinks,  # [H * PER_HEAD], or None
     Out,  # [N, H * PER_HEAD, D] float16, out_row elements from row to row
     scale_log2,
     table_stride,
@@ -64,6 +66,8 @@ def _attend_pages(
         l, m = l * alpha + tl.sum(p, 1), m_new
         value = tl.load(source + value_pages, mask=(index * G + token)[:, None] < key_len, other=0.0)
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])
+    if Sinks is not None:
+        l, acc = add_sinks(Sinks + head, m, l, acc)
     out = Out + head_row * out_row + channel[None, :]
     tl.store(out, (acc / l[:, None]).to(tl.float16), mask=row[:, None] < last)
 
@@ -76,6 +80,7 @@ def attend_pages(
     page_table: Tensor,
     scale: float,
     out: Tensor,
+    sinks: Tensor | None = None,
 ) -> None:
     """Attend query tiles over their pages, causally.
 
@@ -87,6 +92,7 @@ def attend_pages(
         page_table: [T, W] int32, pages of a query tile's key tiles; the last is its own tile.
         scale: softmax scale.
         out: [N, Hq, D] float16, rotated; written. Rows of D channels may have any equal distance.
+        sinks: [Hq], a logit per query head that takes its share of the softmax and has no value.
 
     Raises:
         ValueError: if a shape, stride or dtype is not as above.
@@ -100,6 +106,7 @@ def attend_pages(
     check_packed("key_lens", key_lens, (None,), torch.int32)
     check_packed("page_table", page_table, (tiles, None), torch.int32)
     check_tensor("out", out, (tokens, query_heads, head_dim), torch.float16)
+    check_sinks(sinks, query)
     if out.stride() != (query_heads * out.stride(1), out.stride(1), 1):
         raise ValueError(f"out has strides {out.stride()}: expected rows of equal distance")
     if tiles:
@@ -109,6 +116,7 @@ def attend_pages(
             first_query,
             key_lens,
             page_table,
+            sinks,
             out,
             scale * log2(e),
             page_table.stride(0),
@@ -126,8 +134,8 @@ def attend_pages(
         )
 
 
-def warm_up(query: Tensor, pages: Tensor) -> None:
-    """Compile this module's kernel, by attending one token of `query` [N, Hq, D] float16 over page 0."""
+def warm_up(query: Tensor, pages: Tensor, sinks: Tensor | None = None) -> None:
+    """Compile this module's kernel, by attending one token of `query` [N, Hq, D] float16 over page 0, with `sinks`."""
     zero_and_one = torch.arange(2, dtype=torch.int32, device=query.device)
     one, page_table = torch.ones_like(zero_and_one[:1]), torch.zeros_like(zero_and_one[:1, None])
-    attend_pages(query[:1], pages, zero_and_one, one, page_table, 1.0, torch.empty_like(query[:1]))
+    attend_pages(query[:1], pages, zero_and_one, one, page_table, 1.0, torch.empty_like(query[:1]), sinks)

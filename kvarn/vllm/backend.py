@@ -87,7 +87,7 @@ class KVarNBackend(AttentionBackend):
 
     @classmethod
     def supports_sink(cls) -> bool:
-        return device_backend().layer.supports_score_terms
+        return True
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

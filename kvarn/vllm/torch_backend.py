@@ -181,7 +181,7 @@ class _Batch:
 class TorchLayer(KVarNLayer):
     """One layer on a CPU."""
 
-    supports_score_terms = True
+    supports_soft_cap = True
 
     def attend(
         self,

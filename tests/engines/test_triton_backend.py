@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from vllm import LLM
 from vllm.v1.metrics.reader import Counter
 
@@ -19,7 +21,7 @@ from tests.support.engines import (
     make_llama,
     use_triton_backend,
 )
-from tests.support.families import make_model
+from tests.support.families import EXPERTS, make_model
 
 PRESET = "kvarn_k4v2_g64"
 GROUP = 64
@@ -115,17 +117,20 @@ def test_padded_heads_answer_as_on_the_cpu_backend(tmp_path: Path, monkeypatch: 
         answer.assert_same(expected, TOLERANCE)
 
 
-def test_windows_beside_tiles_answer_as_on_the_cpu_backend(
+def test_windows_beside_tiles_and_sinks_answer_as_on_the_cpu_backend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of the cache have padding between them."""
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
     layers = {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]}
-    mixed = make_model(tmp_path, "Gemma3TextConfig", {**heads, **layers})
+    mixed = make_model(tmp_path, "GptOssConfig", {**heads, **layers, **EXPERTS})
+    weights = load_file(mixed / "model.safetensors")
+    sinks = {name: torch.full_like(x, 4.0) for name, x in weights.items() if name.endswith("sinks")}
+    save_file({**weights, **sinks}, mixed / "model.safetensors", {"format": "pt"})
     answers = []
     for _ in range(2):
         with engine(monkeypatch, mixed, max_num_batched_tokens=96, **SETTINGS) as llm:
-            answers.append([ask_cold(llm, given, max_tokens=TOKENS) for given in PROMPTS[2:]])
+            answers.append([ask_cold(llm, given, max_tokens=TOKENS) for given in PROMPTS])
             (again,) = ask(llm, [PROMPTS[3]], max_tokens=TOKENS)
             assert again.cached == 3 * GROUP
             again.assert_same(answers[-1][-1], TOLERANCE)

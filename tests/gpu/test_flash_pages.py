@@ -50,7 +50,8 @@ def test_flash_attention_and_our_kernel_agree(
     pages = torch.randn(2, pages_needed, GROUP, kv_heads, head_dim, generator=generator, device=device).half()
     query = torch.randn(tokens, query_heads, head_dim, generator=generator, device=device).half()
     scale = head_dim**-0.5
-    expected, out = torch.empty_like(query), torch.empty_like(query)
-    TritonPages().attend(query, pages, wave, scale, expected)
-    flash.attend(query, pages, wave, scale, out)
-    assert (out - expected).abs().max() <= 2e-3 * expected.abs().max()
+    for sinks in (None, torch.linspace(-2, 5, query_heads, device=device).bfloat16()):
+        expected, out = torch.empty_like(query), torch.empty_like(query)
+        TritonPages().attend(query, pages, wave, scale, expected, sinks)
+        flash.attend(query, pages, wave, scale, out, sinks)
+        assert (out - expected).abs().max() <= 2e-3 * expected.abs().max()

@@ -27,11 +27,19 @@ class PageAttention(Protocol):
 
     scratch_bytes: int
 
-    def attend(self, query: Tensor, pages: Tensor, wave: PrefillWave, scale: float, out: Tensor) -> None:
+    def attend(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        wave: PrefillWave,
+        scale: float,
+        out: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:
         """Attend the wave's `query` [N, Hq, D] float16 and write `out`, see `prefill.attend_pages`."""
         ...
 
-    def warm_up(self, query: Tensor, pages: Tensor) -> None:
+    def warm_up(self, query: Tensor, pages: Tensor, sinks: Tensor | None = None) -> None:
         """Compile what `attend` launches, by attending a token of `query` [N, Hq, D] over page 0."""
         ...
 
@@ -69,14 +77,24 @@ class FlashPages:
         blocks = max(query_tiles, cdiv(tokens * query_heads // self._kv_heads, FLASH_BLOCK_ROWS))
         return max(1, min(self._processors // (blocks * self._kv_heads), longest // MIN_SPLIT_KEYS))
 
-    def attend(self, query: Tensor, pages: Tensor, wave: PrefillWave, scale: float, out: Tensor) -> None:
+    def attend(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        wave: PrefillWave,
+        scale: float,
+        out: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:
         """See `PageAttention`."""
         splits = self.splits(query.shape[0], wave.key_lens.shape[0], query.shape[1], wave.longest)
-        self._attend(
+        log_sum = self._attend(
             query, pages, wave.first_query, wave.key_lens, wave.page_table, wave.longest, scale, out, splits
         )
+        if sinks is not None:  # FlashAttention's own are in bfloat16, and version 2 has none
+            out.mul_((log_sum.T - sinks.float()).sigmoid().unsqueeze(-1))
 
-    def warm_up(self, query: Tensor, pages: Tensor) -> None:
+    def warm_up(self, query: Tensor, pages: Tensor, sinks: Tensor | None = None) -> None:
         """See `PageAttention`; version 4 is compiled when it first runs, with and without splits."""
         first_query = torch.arange(2, dtype=torch.int32, device=query.device)
         one, page_table = torch.ones_like(first_query[:1]), torch.zeros_like(first_query[:1, None])
@@ -95,10 +113,11 @@ class FlashPages:
         scale: float,
         out: Tensor,
         splits: int,
-    ) -> None:
+    ) -> Tensor:
+        """Write `out`, and return [Hq, N] float32, the logarithm of the sum of each softmax."""
         from kvarn.vllm.access.flash_attention import flash_attn_varlen_func
 
-        flash_attn_varlen_func(
+        _, log_sum = flash_attn_varlen_func(
             q=query,
             k=pages[0],
             v=pages[1],
@@ -112,7 +131,9 @@ class FlashPages:
             out=out,
             fa_version=self._version,
             num_splits=splits,
+            return_softmax_lse=True,
         )
+        return log_sum
 
 
 class TritonPages:
@@ -120,13 +141,23 @@ class TritonPages:
 
     scratch_bytes = 0
 
-    def attend(self, query: Tensor, pages: Tensor, wave: PrefillWave, scale: float, out: Tensor) -> None:
+    def attend(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        wave: PrefillWave,
+        scale: float,
+        out: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:
         """See `PageAttention`."""
-        prefill.attend_pages(query, pages, wave.first_query, wave.key_lens, wave.page_table, scale, out)
+        prefill.attend_pages(
+            query, pages, wave.first_query, wave.key_lens, wave.page_table, scale, out, sinks
+        )
 
-    def warm_up(self, query: Tensor, pages: Tensor) -> None:
+    def warm_up(self, query: Tensor, pages: Tensor, sinks: Tensor | None = None) -> None:
         """See `PageAttention`."""
-        prefill.warm_up(query, pages)
+        prefill.warm_up(query, pages, sinks)
 
 
 def page_attention(

@@ -120,10 +120,12 @@ class TritonLayer(KVarNLayer):
         page_bytes = None if shared is None else shared.nbytes
         quantize.warm_up(self.pool, work.pages, layout, page_bytes)
         pages.warm_up(self.pool, work.pages, layout, page_bytes)
-        self.page_attention.warm_up(work.rotated, work.pages)
+        self.page_attention.warm_up(work.rotated, work.pages, self.sinks)
         decode_plan.warm_up(layout.group, work.query_counts, self.pool.device)
         split = KVarNConfig.of(self._vllm_config).split_tiles or 0
-        decode.warm_up(self.pool, self.num_heads, dtype, layout, work.query_counts, split, page_bytes)
+        decode.warm_up(
+            self.pool, self.num_heads, dtype, layout, work.query_counts, split, page_bytes, self.sinks
+        )
 
     def attend(
         self,
@@ -193,6 +195,7 @@ class TritonLayer(KVarNLayer):
             work.parts,
             output[: batch.tokens],
             batch.query_start,
+            self.sinks,
         )
 
     def _prefill(self, wave: PrefillWave, kv_cache: Tensor, output: Tensor) -> None:
@@ -201,6 +204,6 @@ class TritonLayer(KVarNLayer):
         output = output[wave.first : wave.last]
         attended = rotate.float16_rows(output)  # in place: another buffer would take the cache's memory
         self.page_attention.attend(
-            work.rotated[wave.first : wave.last], work.pages, wave, self.scale, attended
+            work.rotated[wave.first : wave.last], work.pages, wave, self.scale, attended, self.sinks
         )
         rotate.unrotate(output)

@@ -242,12 +242,13 @@ class Sequence:
         sink: bool,
         seed: int = 0,
         queries: int = 1,
+        sink_logits: Tensor | None = None,
     ) -> None:
         group, head_dim = layout.group, layout.head_dim
         generator = torch.Generator().manual_seed(seed)
         count = -(-tokens // group)
         raw = tiles(layout, count, heads, seed)
-        self.layout, self.tokens, self.sink = layout, tokens, sink
+        self.layout, self.tokens, self.sink, self.sink_logits = layout, tokens, sink, sink_logits
         self.positions = torch.arange(tokens - queries, tokens)
         self.query = torch.randn(tokens, heads * per_head, head_dim, generator=generator)
         flat = raw.permute(1, 0, 3, 2, 4).reshape(2, count * group, heads, head_dim)
@@ -282,7 +283,14 @@ class Sequence:
 
     def expected(self, positions: Tensor) -> Tensor:
         return attention.attend(
-            self.query[positions], self.key, self.value, positions, self.sink, self.scale, self.layout
+            self.query[positions],
+            self.key,
+            self.value,
+            positions,
+            self.sink,
+            self.scale,
+            self.layout,
+            sinks=self.sink_logits,
         )
 
 
@@ -305,6 +313,7 @@ def decoded(
     width = max(len(s.blocks) for s in sequences)
     table = torch.full((batch, width), 2**31 - 1, dtype=torch.int32)
     offset = 0
+    sink_logits = sequences[0].sink_logits
     for row, sequence in enumerate(sequences):
         table[row, : len(sequence.blocks)] = sequence.blocks + offset
         offset += sequence.cache.shape[0]
@@ -339,6 +348,7 @@ def decoded(
         decode.Parts(shape.parts(batch, layout, width) * shape.rows, layout.head_dim, DEVICE),
         out,
         query_start,
+        None if sink_logits is None else sink_logits.to(DEVICE),
     )
     beyond = out[len(newest) :]
     assert (beyond == 0).all() if queries == 1 else beyond.isnan().all()
@@ -418,6 +428,15 @@ class TestDecode:
         sequence = Sequence(K4V2, 2 * K4V2.group + 1, heads=1, per_head=6, sink=False, queries=3)
         expected = sequence.expected(sequence.positions)
         assert_near(decoded([sequence], 2, torch.bfloat16, queries=3), expected, 6e-3)
+
+    @pytest.mark.parametrize("programs", [1, 40], ids=["whole", "several programs per head"])
+    @pytest.mark.parametrize("queries", [1, 3, 12])
+    def test_sinks_take_their_share(self, queries: int, programs: int) -> None:
+        """With 12 query tokens, the kernel for many rows."""
+        logits = torch.tensor([-40.0, -1.0, 0.0, 2.0, 5.0, 30.0])
+        made = Sequence(SMALL, 330, 2, 3, sink=True, queries=queries, sink_logits=logits)
+        expected = made.expected(made.positions)
+        assert_near(decoded([made], programs, queries=queries), expected, 6e-3)
 
     @pytest.mark.parametrize(
         ("queries", "query_start", "message"),
@@ -571,11 +590,16 @@ class TestPrefill:
     @pytest.mark.parametrize(
         ("start", "dtype"), [(0, torch.float32), (70, torch.float32), (70, torch.float16)]
     )
+    @pytest.mark.parametrize(
+        "sink_logits", [None, torch.tensor([-30.0, 0.0, 3.0, 6.0])], ids=["plain", "with sinks"]
+    )
     def test_query_tiles_follow_the_read_rule(
-        self, layout: TileLayout, start: int, dtype: torch.dtype
+        self, layout: TileLayout, start: int, dtype: torch.dtype, sink_logits: Tensor | None
     ) -> None:
         group, per_head = layout.group, 2
-        sequence = Sequence(layout, 2 * group + 9, heads=2, per_head=per_head, sink=False)
+        sequence = Sequence(
+            layout, 2 * group + 9, heads=2, per_head=per_head, sink=False, sink_logits=sink_logits
+        )
         positions = torch.arange(start, sequence.tokens)
         raw, recorded = sequence.pages_of_tiles()
         both = torch.cat([recorded, raw], dim=1).contiguous().to(DEVICE)
@@ -594,6 +618,7 @@ class TestPrefill:
             int32(table),
             sequence.scale,
             rotate.float16_rows(out),
+            None if sink_logits is None else sink_logits.to(DEVICE),
         )
         rotate.unrotate(out)
         assert_near(out, sequence.expected(positions), 6e-3)

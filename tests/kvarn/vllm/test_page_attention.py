@@ -1,5 +1,6 @@
 """Which attention over pages a GPU gets, and how FlashAttention splits a wave; FlashAttention itself needs a GPU."""
 
+import math
 import sys
 import types
 
@@ -14,6 +15,7 @@ from kvarn.vllm.gpu.page_attention import FLASH_BLOCK_ROWS, MIN_SPLIT_KEYS, Flas
 
 CPU = torch.device("cpu")
 PROCESSORS = 132
+LOG_SUM = 1.5  # of every softmax of FlashAttention's double
 
 
 @pytest.fixture
@@ -21,7 +23,12 @@ def flash(monkeypatch):
     """FlashAttention's calls; vLLM's module needs a GPU."""
     calls = []
     module = types.ModuleType("kvarn.vllm.access.flash_attention")
-    module.flash_attn_varlen_func = lambda **given: calls.append(given)
+
+    def attend(**given):
+        calls.append(given)
+        return given["out"], torch.full((given["q"].shape[1], given["q"].shape[0]), LOG_SUM)
+
+    module.flash_attn_varlen_func = attend
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(page_attention, "processors", lambda device: PROCESSORS)
     return calls
@@ -89,3 +96,12 @@ def test_short_contexts_and_a_fixed_split_never_depend_on_the_wave(flash, splits
         attention.attend(query, pages, wave(1, 1, longest), 1.0, query)
         assert flash.pop()["num_splits"] == (splits if splits_keys else 1)
     assert (attention.scratch_bytes > 0) == splits_keys
+
+
+def test_sinks_take_their_share_of_what_flash_attention_returns(flash):
+    attention, sinks = FlashPages(3, 2, 128, CPU), torch.tensor([-300.0, 0.0, LOG_SUM, 300.0]).bfloat16()
+    out, pages = torch.full((3, 4, 128), 8.0).half(), torch.empty(2, 1, 128, 2, 128).half()
+    attention.attend(out.clone(), pages, wave(1, 3, 128), 1.0, out, sinks)
+    weight = math.exp(LOG_SUM) / (math.exp(LOG_SUM) + 1)
+    expected = torch.tensor([8.0, 8 * weight, 4.0, 0.0])[:, None].expand(4, 128)
+    torch.testing.assert_close(out, expected.expand(3, 4, 128).half(), rtol=2e-3, atol=0)

@@ -378,7 +378,6 @@ def test_probes_do_not_take_a_refused_environment_for_a_misfit(monkeypatch: pyte
     [
         ("use_mm_prefix", "partial multimodal token full attention not supported"),
         ("use_non_causal", "non-causal attention not supported"),
-        ("has_sink", "attention sinks not supported"),
         ("use_per_head_quant_scales", "per-head quant scales not supported"),
     ],
 )
@@ -386,7 +385,6 @@ def test_a_layer_that_needs_more_is_refused(
     monkeypatch: pytest.MonkeyPatch, feature: str, sentence: str
 ) -> None:
     plugin.register()
-    use_triton_backend(monkeypatch)  # CPUs have sinks
     plain = selector.AttentionSelectorConfig(128, torch.bfloat16, PRESET, 128)
     chosen = selector._cached_get_attn_backend(backend=None, attn_selector_config=plain, num_heads=8)
     assert chosen is backend.BACKENDS[PRESET]
