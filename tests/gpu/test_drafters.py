@@ -1,0 +1,76 @@
+"""Drafts of models and heads change no answer of a real engine on a GPU, within float16's rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.gpu.test_engine import RESIDUES, SETTINGS, assert_alike
+from tests.gpu.test_families import WITHOUT_COMPILATION
+from tests.support.drafters import make_eagle_head
+from tests.support.engines import (
+    Answer,
+    ask,
+    ask_and_preempt,
+    ask_cold,
+    assert_nothing_left,
+    chunks_of,
+    engine,
+    make_llama,
+    prompt_of,
+    scheduler_of,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+LENGTHS = RESIDUES[::3]
+QUICK = {**SETTINGS, "compilation_config": WITHOUT_COMPILATION}
+TOKENS = 24  # of an answer, a few steps with drafts
+PROMPTS = [prompt_of(length, length) for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def undrafted(model: Path) -> list[Answer]:
+    with pytest.MonkeyPatch.context() as patch, engine(patch, model, **QUICK) as llm:
+        return [ask_cold(llm, prompt, max_tokens=TOKENS) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("count", [3, 14])
+@pytest.mark.parametrize("drafter", ["itself", "another model", "eagle", "eagle3"])
+def test_drafts_change_no_answer(
+    model: Path,
+    undrafted: list[Answer],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    drafter: str,
+    count: int,
+) -> None:
+    """The model itself drafts what it will say, the others what they would."""
+    drafts: dict[str, Any] = {"method": "draft_model", "model": str(model), "num_speculative_tokens": count}
+    if drafter == "another model":
+        drafts["model"] = str(make_llama(tmp_path, heads=3, kv_heads=1, head_dim=128))
+    elif drafter != "itself":
+        drafts.update(method=drafter, model=str(make_eagle_head(tmp_path / "head", drafter, kv_heads=2)))
+    with engine(monkeypatch, model, **QUICK, speculative_config=drafts) as llm:
+        assert_alike([ask_cold(llm, prompt, max_tokens=TOKENS) for prompt in PROMPTS], undrafted)
+        scheduler = scheduler_of(llm)
+        share = scheduler.drafts_accepted / scheduler.drafts_proposed
+        assert share > 0.9 if drafter == "itself" else share < 0.5
+        assert llm.reset_prefix_cache()
+        assert_alike(ask(llm, PROMPTS, TOKENS), undrafted)
+        assert_alike(ask(llm, PROMPTS, TOKENS), undrafted)  # from the cache
+        with chunks_of(llm, 77):
+            assert_alike(
+                [ask_cold(llm, prompt, max_tokens=TOKENS) for prompt in PROMPTS[::3]], undrafted[::3]
+            )
+        assert llm.reset_prefix_cache()
+        assert_alike(ask_and_preempt(llm, PROMPTS[::8], TOKENS), undrafted[::8])
+        assert_nothing_left(llm)
