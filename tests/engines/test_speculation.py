@@ -16,7 +16,13 @@ from vllm import LLM
 
 from kvarn.vllm.scheduler import KVarNAsyncScheduler
 from tests.support import drafters
-from tests.support.drafters import ACCEPTANCES, force_async_scheduling, make_eagle_head, script_draft_models
+from tests.support.drafters import (
+    ACCEPTANCES,
+    force_async_scheduling,
+    make_eagle_head,
+    make_model_with_mtp_head,
+    script_draft_models,
+)
 from tests.support.engines import (
     PRESET,
     TILE,
@@ -211,3 +217,41 @@ def test_heads_on_hidden_states_change_no_token(
                 accepted = scheduler_of(llm).drafts_accepted
                 check(llm, way, list(LENGTHS), undrafted, 24, hits=0)
                 assert (scheduler_of(llm).drafts_accepted > accepted) == (name != "none")
+
+
+@pytest.mark.parametrize("is_asynchronous", [True, False], ids=["asynchronous", "synchronous"])
+def test_a_head_inside_the_model_changes_no_token(
+    is_asynchronous: bool, tmp_path: Path, long_mode: bool
+) -> None:
+    """ERNIE 4.5's layer that predicts one token more."""
+    if not long_mode:
+        pytest.skip("runs with --long")
+    with pytest.MonkeyPatch.context() as patch:
+        make_matmuls_row_invariant(patch)
+        target = make_model_with_mtp_head(tmp_path / "model")
+        with engine(patch, target, **SETTINGS) as llm:
+            answers = ask(llm, [prompt_of(n, n) for n in LENGTHS], KNOWN_TOKENS, logprobs=0)
+        undrafted = dict(zip(LENGTHS, answers, strict=True))
+        drafter = Drafter(1, True, is_asynchronous)
+        with drafting(target, drafter, method="mtp", model=str(target)) as llm:
+            for way in WAYS:
+                for name in ("none", "all", "random"):
+                    drafters.script.acceptance = ACCEPTANCES[name]
+                    accepted = scheduler_of(llm).drafts_accepted
+                    check(llm, way, list(LENGTHS), undrafted, 24, hits=0)
+                    assert (scheduler_of(llm).drafts_accepted > accepted) == (name != "none")
+
+
+def test_suffix_decoding_changes_no_token(model: Path, undrafted: dict[int, Answer]) -> None:
+    """Drafts come from the prompt and from earlier answers, so that a second request accepts most of them."""
+    pytest.importorskip("arctic_inference", reason="vLLM's suffix decoding needs arctic-inference")
+    drafts = {"method": "suffix", "num_speculative_tokens": 7, "suffix_decoding_min_token_prob": 0.0}
+    lengths = list(LENGTHS)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        engine(patch, model, speculative_config=drafts, **SETTINGS) as llm,
+    ):
+        for way in ("cold", "hit", "chunked", "preempted"):
+            check(llm, way, lengths, undrafted, MOST_TOKENS)
+        assert scheduler_of(llm).drafts_accepted > len(lengths) * MOST_TOKENS
+        assert_nothing_left(llm)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from vllm import LLM
 
 from tests.gpu.test_engine import RESIDUES, SETTINGS, assert_alike
 from tests.gpu.test_families import WITHOUT_COMPILATION
-from tests.support.drafters import make_eagle_head
+from tests.support.drafters import make_eagle_head, make_model_with_mtp_head
 from tests.support.engines import (
     Answer,
     ask,
@@ -60,17 +61,30 @@ def test_drafts_change_no_answer(
     elif drafter != "itself":
         drafts.update(method=drafter, model=str(make_eagle_head(tmp_path / "head", drafter, kv_heads=2)))
     with engine(monkeypatch, model, **QUICK, speculative_config=drafts) as llm:
-        assert_alike([ask_cold(llm, prompt, max_tokens=TOKENS) for prompt in PROMPTS], undrafted)
+        check(llm, undrafted)
         scheduler = scheduler_of(llm)
         share = scheduler.drafts_accepted / scheduler.drafts_proposed
         assert share > 0.9 if drafter == "itself" else share < 0.5
-        assert llm.reset_prefix_cache()
-        assert_alike(ask(llm, PROMPTS, TOKENS), undrafted)
-        assert_alike(ask(llm, PROMPTS, TOKENS), undrafted)  # from the cache
-        with chunks_of(llm, 77):
-            assert_alike(
-                [ask_cold(llm, prompt, max_tokens=TOKENS) for prompt in PROMPTS[::3]], undrafted[::3]
-            )
-        assert llm.reset_prefix_cache()
-        assert_alike(ask_and_preempt(llm, PROMPTS[::8], TOKENS), undrafted[::8])
-        assert_nothing_left(llm)
+
+
+def test_a_head_inside_the_model_changes_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ERNIE 4.5's layer that predicts one token more."""
+    model = make_model_with_mtp_head(tmp_path / "model")
+    with engine(monkeypatch, model, **QUICK) as llm:
+        undrafted = [ask_cold(llm, prompt, max_tokens=TOKENS) for prompt in PROMPTS]
+    drafts = {"method": "mtp", "num_speculative_tokens": 1}
+    with engine(monkeypatch, model, **QUICK, speculative_config=drafts) as llm:
+        check(llm, undrafted)
+
+
+def check(llm: LLM, undrafted: list[Answer]) -> None:
+    """Assert that an engine gives the expected answers however it serves them, and keeps nothing."""
+    assert_alike([ask_cold(llm, prompt, max_tokens=TOKENS) for prompt in PROMPTS], undrafted)
+    assert llm.reset_prefix_cache()
+    assert_alike(ask(llm, PROMPTS, TOKENS), undrafted)
+    assert_alike(ask(llm, PROMPTS, TOKENS), undrafted)  # from the cache
+    with chunks_of(llm, 77):
+        assert_alike([ask_cold(llm, prompt, max_tokens=TOKENS) for prompt in PROMPTS[::3]], undrafted[::3])
+    assert llm.reset_prefix_cache()
+    assert_alike(ask_and_preempt(llm, PROMPTS[::8], TOKENS), undrafted[::8])
+    assert_nothing_left(llm)

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from kvarn.bench.drafts_at_rate import FixedDrafter
+from tests.support.families import COMMON, FAMILIES, make_model
 
 VOCABULARY = 500  # of the prompts; the models' is larger
 Acceptance = Callable[[int, int], int]
@@ -106,6 +107,34 @@ def force_async_scheduling(monkeypatch: pytest.MonkeyPatch) -> None:
         vllm_config.scheduler_config.async_scheduling = True
 
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config))
+
+
+def make_model_with_mtp_head(directory: Path) -> Path:
+    """Save a tiny ERNIE 4.5 MoE model with random float32 weights and a layer that predicts one token more."""
+    directory.mkdir()
+    family = FAMILIES["ERNIE 4.5 MoE"]
+    make_model(directory, family.config, {**family.changes, "num_nextn_predict_layers": 1})
+    weights = load_file(directory / "model.safetensors")
+    torch.manual_seed(1)
+    hidden, mlp = COMMON["hidden_size"], COMMON["intermediate_size"]
+    queries = weights["model.layers.0.self_attn.q_proj.weight"].shape[0]
+    keys = weights["model.layers.0.self_attn.k_proj.weight"].shape[0]
+    shapes = {
+        "mtp_linear_proj.0": (hidden, 2 * hidden),
+        "mtp_block.0.self_attn.q_proj": (queries, hidden),
+        "mtp_block.0.self_attn.k_proj": (keys, hidden),
+        "mtp_block.0.self_attn.v_proj": (keys, hidden),
+        "mtp_block.0.self_attn.o_proj": (hidden, queries),
+        "mtp_block.0.mlp.gate_proj": (mlp, hidden),
+        "mtp_block.0.mlp.up_proj": (mlp, hidden),
+        "mtp_block.0.mlp.down_proj": (hidden, mlp),
+    }
+    norms = ("mtp_emb_norm.0", "mtp_hidden_norm.0", "mtp_block.0.input_layernorm")
+    norms += ("mtp_block.0.post_attention_layernorm",)
+    weights.update({f"model.{name}.weight": 0.08 * torch.randn(shape) for name, shape in shapes.items()})
+    weights.update({f"model.{name}.weight": torch.ones(hidden) for name in norms})
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    return directory
 
 
 def make_eagle_head(directory: Path, method: str, kv_heads: int) -> Path:
