@@ -50,11 +50,7 @@ async def answer(
     response: Response
     if wanted.stream:
         stream = partial(service.events, wanted, head, relay=EventRelay.of(request.scope))
-        events = admitted_stream(access, request, 1, stream)
-        first = await unless_gone(request, anext(events))  # a rejection still gets its HTTP status
-        if first is None:
-            return gone()
-        response = EventStream(_chained(first, events))
+        response = EventStream(admitted_stream(access, request, 1, stream))
     else:
         complete = partial(service.complete, wanted, head)
         made = await unless_gone(request, admitted(access, request, 1, complete))
@@ -95,10 +91,3 @@ def event_text(kind: str, data: dict[str, Any]) -> str:
 def compact_json(value: Any) -> str:
     """Return JSON text without white space."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-async def _chained(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    async with aclosing(rest):
-        yield first
-        async for text in rest:
-            yield text

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 
 from serve_app.agents.answering import answer, rendered
 from serve_app.agents.messages_errors import MessageErrorResponse
@@ -89,15 +90,12 @@ def messages_api(model_name: str, service: MessagesService, access: Access) -> A
         """Create a message."""
         return await answer(service, request, wanted, _head(request, wanted.model or model_name), access)
 
-    @router.post("/count_tokens", responses=_ERRORS)
-    async def count_tokens(request: Request, wanted: CountTokensRequest) -> dict[str, int]:
+    @router.post("/count_tokens", response_model=dict[str, int], responses=_ERRORS)
+    async def count_tokens(request: Request, wanted: CountTokensRequest) -> Response:
         """Count the tokens of a prompt without answering it."""
         with access.admitted(request.headers) as caller:
-            return {
-                "input_tokens": await service.count(
-                    wanted, _head(request, wanted.model or model_name), caller
-                )
-            }
+            count = await service.count(wanted, _head(request, wanted.model or model_name), caller)
+        return JSONResponse({"input_tokens": count})
 
     return router
 

@@ -78,7 +78,7 @@ class Observation:
         self._first_token_s: float | None = None
         self._response = inference_pb2.GenerateResponse()
         self._relayed_tokens = 0  # since that response
-        self._prefix: str | None = None
+        self._prompt: tuple[Sequence[int], str] | None = None
         self._span = observer.tracer.start_span("generate", kind=SpanKind.SERVER)
 
     @property
@@ -110,8 +110,8 @@ class Observation:
         return time.perf_counter() - self._start
 
     def tokenized(self, token_ids: Sequence[int], adapter: str = "", salt: str = "") -> None:
-        """Note the prompt, its LoRA adapter and its cache salt; only an opaque name of the prompt's prefix is kept."""
-        self._prefix = prefix_id(token_ids, f"{len(adapter)}:{adapter}{salt}")
+        """Note the prompt, its LoRA adapter and its cache salt; what remains is an opaque name of its prefix."""
+        self._prompt = token_ids, f"{len(adapter)}:{adapter}{salt}"
 
     def queued(self, waited_s: float) -> None:
         """Record that the request left the queue, admitted or rejected, after `waited_s`; 0 if it did not wait."""
@@ -180,10 +180,8 @@ class Observation:
         self._recorder.observe(metrics.DURATION, duration_s)
         if reason:
             self._observer.count_rejection(reason)
-        if self._prefix is not None and self._first_token_s is not None:
-            self._observer.prefixes.count(
-                self._prefix, self.replica_id, self.usage.prompt_tokens, self.usage.cached_tokens
-            )
+        if self._prompt is not None and self._first_token_s is not None:
+            self._count_prefix(*self._prompt)
         log, is_recording = self._observer.log, self._span.is_recording()
         if log is not None or is_recording:
             record = self._record(status, reason, duration_s)
@@ -192,6 +190,11 @@ class Observation:
             if is_recording:
                 self._trace(record, reason)
         self._span.end()
+
+    def _count_prefix(self, token_ids: Sequence[int], salt: str) -> None:
+        prefix, usage = prefix_id(token_ids, salt), self.usage
+        if prefix is not None:
+            self._observer.prefixes.count(prefix, self.replica_id, usage.prompt_tokens, usage.cached_tokens)
 
     def _trace(self, record: dict[str, Any], reason: str) -> None:
         self._span.set_attributes(

@@ -83,7 +83,7 @@ class GatewayServers:
         openai = openai_api([model_name, *adapters], max_model_len, chat, completions, access)
         messages = messages_api(model_name, MessagesService(chat, max_model_len), access)
         responses = responses_api(model_name, ResponsesService(chat), access)
-        app = http_app([probes(is_ready), openai, responses, messages, *routers], on_rejection)
+        app = http_app([openai, responses, messages, probes(is_ready), *routers], on_rejection)
         guard = HttpGuard(
             app, access, config.limits, config.max_message_bytes, on_rejection, _web_pages(config)
         )

@@ -105,5 +105,7 @@ class TraceContext:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            adopt_parent((key.decode("latin-1"), value.decode("latin-1")) for key, value in scope["headers"])
+            headers = scope["headers"]
+            if any(key == b"traceparent" for key, _ in headers):
+                adopt_parent((key.decode("latin-1"), value.decode("latin-1")) for key, value in headers)
         await self._app(scope, receive, send)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import time
@@ -24,6 +23,7 @@ from serve_app.openai.completions import CompletionService
 from serve_app.openai.error_responses import FAILED, ErrorResponse, body, error_body
 from serve_app.openai.responses import Head
 from serve_app.openai.schema import ChatCompletionRequest, CompletionRequest, Sampling
+from serve_app.request.disconnects import UntilDisconnect
 from serve_app.request.event_relay import EventRelay, event_text
 from serve_app.request.request_errors import ModelNotFoundError, RequestError
 from serve_app.routing import Caller
@@ -74,18 +74,6 @@ def openai_api(
         parent = {"parent": base} if name in adapters else {}
         return {**model, **parent, "max_model_len": max_model_len() or None}
 
-    @router.get("/models", responses=_ERRORS)
-    async def list_models() -> dict[str, Any]:
-        """List the served model and its LoRA adapters."""
-        return {"object": "list", "data": [described(name) for name in model_names]}
-
-    @router.get("/models/{name:path}", responses=_ERRORS)
-    async def retrieve_model(name: str) -> dict[str, object]:
-        """Describe the served model or one of its LoRA adapters."""
-        if name not in model_names:
-            raise ModelNotFoundError(f"The model {name[:128]!r} is not served here: use {base!r}.")
-        return described(name)
-
     @router.post("/chat/completions", response_model=None, responses=_responses(ChatCompletion))
     async def create_chat_completion(request: Request, wanted: ChatCompletionRequest) -> Response:
         """Create a chat completion."""
@@ -98,11 +86,26 @@ def openai_api(
         head = _head("cmpl", request, wanted.model or base)
         return await _answer(completions, request, wanted, head, access)
 
+    @router.get("/models", responses=_ERRORS)
+    async def list_models() -> dict[str, Any]:
+        """List the served model and its LoRA adapters."""
+        return {"object": "list", "data": [described(name) for name in model_names]}
+
+    @router.get("/models/{name:path}", responses=_ERRORS)
+    async def retrieve_model(name: str) -> dict[str, object]:
+        """Describe the served model or one of its LoRA adapters."""
+        if name not in model_names:
+            raise ModelNotFoundError(f"The model {name[:128]!r} is not served here: use {base!r}.")
+        return described(name)
+
     return router
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events from a generator, which is closed as soon as the client stops reading."""
+    """Server-sent events from a generator, which is closed as soon as the client disconnects.
+
+    The response begins with the first event: what the generator raises before it is an error with its own status.
+    """
 
     def __init__(self, events: AsyncGenerator[str, None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
@@ -110,7 +113,16 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events):
-            await super().__call__(scope, receive, send)
+            with UntilDisconnect(receive):
+                await self.stream_response(send)
+
+    async def stream_response(self, send: Send) -> None:
+        event: str | None = await anext(self._events)
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        while event is not None:
+            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+            event = await anext(self._events, None)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _answer(
@@ -118,9 +130,7 @@ async def _answer(
 ) -> Response:
     if wanted.stream:
         stream = partial(service.stream, wanted, head, relay=EventRelay.of(request.scope))
-        chunks = admitted_stream(access, request, wanted.generations, stream)
-        first = await unless_gone(request, anext(chunks))  # a rejection still gets its HTTP status
-        return EventStream(_events(first, chunks)) if first is not None else gone()
+        return EventStream(_events(admitted_stream(access, request, wanted.generations, stream)))
     complete = partial(service.complete, wanted, head)
     answer = await unless_gone(request, admitted(access, request, wanted.generations, complete))
     if answer is None:
@@ -154,16 +164,21 @@ async def admitted_stream(
                 yield item
 
 
-async def _events(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+async def _events(chunks: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
     """Yield all chunks as server-sent events; once a stream has begun, an error is an event too."""
-    async with aclosing(rest):
-        yield event_text(first)
+    has_begun = False
+    async with aclosing(chunks):
         try:
-            async for chunk in rest:
+            async for chunk in chunks:
+                has_begun = True
                 yield event_text(chunk)
         except RequestError as error:
+            if not has_begun:
+                raise
             yield event_text(json.dumps(error_body(error)))
         except Exception:
+            if not has_begun:
+                raise
             logger.exception("a request failed")
             yield event_text(json.dumps(body(FAILED, "server_error")))
         yield _DONE
@@ -171,20 +186,9 @@ async def _events(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator
 
 async def unless_gone(request: Request, answer: Awaitable[T]) -> T | None:
     """Return the result of `answer`, or cancel it and return None if the client disconnects first."""
-    working = asyncio.ensure_future(answer)
-    leaving = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        leaving.cancel()
-        working.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    with UntilDisconnect(request.receive):
+        return await answer
+    return None
 
 
 def gone() -> Response:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import request_response
 
-from serve_app.openai.schema import NOT_JSON, not_json, problem
+from serve_app.openai.schema import NOT_AN_OBJECT, NOT_JSON, NOT_SENT_AS_JSON, not_json, problem
 from serve_app.request.prompts import LONE_SURROGATE
 
 # Larger bodies are validated in a thread: the event loop then waits for single steps that hold the GIL.
@@ -39,33 +39,40 @@ class InvalidBodyError(HTTPException):
 
 
 class BodyRoute(APIRoute):
-    """A route whose body is validated by `validated_body`: the `route_class` of every router that takes bodies."""
+    """A route whose endpoint takes the request and its body: the `route_class` of every router that takes bodies.
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's handler over requests whose `json` is the validated model."""
-        handle = super().get_route_handler()
+    FastAPI describes the route and finds it. Its own handler would prepare for dependencies, which these endpoints do
+    not have, in each request.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if self.body_field is None:
-            return handle
+            return
         annotation: Any = self.body_field.field_info.annotation
         model: TypeAdapter[Any] = TypeAdapter(annotation)
 
-        async def bounded(request: Request) -> Response:
-            return await handle(_Request(request, model))
+        async def handle(request: Request) -> Response:
+            response: Response = await self.endpoint(request, await _received(model, request))
+            return response
 
-        return bounded
+        self.app = request_response(handle)
 
 
-class _Request(Request):
-    def __init__(self, request: Request, model: TypeAdapter[Any]) -> None:
-        super().__init__(request.scope, request.receive)
-        self._model = model
+async def _received(model: TypeAdapter[Any], request: Request) -> Any:
+    body = await request.body()
+    if not body:
+        raise InvalidBodyError(NOT_AN_OBJECT)
+    if not _is_json(request.headers.get("content-type", "")):
+        raise InvalidBodyError(NOT_SENT_AS_JSON)
+    if len(body) <= LARGE_BODY_BYTES:
+        return validated_body(model, body)
+    return await asyncio.to_thread(validated_body, model, body)
 
-    async def json(self) -> Any:
-        """Return the body as an instance of the model, which FastAPI passes on as it is."""
-        body = await self.body()
-        if len(body) <= LARGE_BODY_BYTES:
-            return validated_body(self._model, body)
-        return await asyncio.to_thread(validated_body, self._model, body)
+
+def _is_json(content_type: str) -> bool:
+    kind, _, subtype = content_type.partition(";")[0].strip().lower().partition("/")
+    return kind == "application" and (subtype == "json" or subtype.endswith("+json"))
 
 
 def validated_body(model: TypeAdapter[Any], body: bytes) -> Any:

@@ -20,12 +20,12 @@ class LoopWatch:
     """The longest callback so far, in CPU seconds of the loop's thread: other work on the machine does not count."""
 
     longest_s: float = 0.0
-    callback: str = ""
+    handle: asyncio.Handle | None = None  # formatting one may take longer than running it
 
     def check(self, request: object = "") -> None:
         """Fail if a callback exceeded the bound since the last check; `request` says what was sent."""
         longest_s, self.longest_s = self.longest_s, 0.0
-        assert longest_s <= BOUND_S, f"{longest_s * 1e3:.0f} ms in {self.callback} {str(request)[:300]}"
+        assert longest_s <= BOUND_S, f"{longest_s * 1e3:.0f} ms in {self.handle} {str(request)[:300]}"
 
 
 def check_all(request: object) -> None:
@@ -52,7 +52,7 @@ def watching_loop(only: ContextVar[bool] | None = None) -> Iterator[LoopWatch]:
         run(handle)
         took_s = time.thread_time() - start_s
         if took_s > watch.longest_s and threading.get_ident() == thread:
-            watch.longest_s, watch.callback = took_s, repr(handle)
+            watch.longest_s, watch.handle = took_s, handle
 
     gc.collect()
     gc.freeze()
