@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvarn.vllm.access.output_parsers import check_reads_output, is_engine_based, misfits
+from kvarn.vllm.access.output_parsers import MarkedParts, check_reads_output, is_engine_based, misfits
 
 if TYPE_CHECKING:
     from vllm.reasoning import ReasoningParser
@@ -64,8 +64,7 @@ class ReasoningDelta:
 class StreamedReasoning:
     """Splits one streamed output into reasoning and answer.
 
-    Pieces may hold any number of tokens, and text may lag behind its token ids, as it does while a stop string may
-    be incomplete: the output is passed to vLLM's parser in parts that hold a marker of reasoning alone or not at all.
+    The output is passed to vLLM's parser in parts that are a marker of reasoning or hold none.
 
     Args:
         parser_class: from `find_reasoning_parser`.
@@ -93,8 +92,7 @@ class StreamedReasoning:
         self.has_ended = self._parser.is_reasoning_end(prompt_token_ids) if has_ended is None else has_ended
         if not self.has_ended:
             self._parser.adjust_initial_state_from_prompt(prompt_token_ids)
-        self._held_text = ""
-        self._held_ids: list[int] = []
+        self._parts = MarkedParts(self._markers)
         self._text = ""
         self._ids_before, self._ids = _TokenIds(), _TokenIds()
         self._uncounted = 0  # tokens whose text the parser holds back
@@ -103,39 +101,10 @@ class StreamedReasoning:
         """Return what the next piece of the output adds."""
         if self.has_ended:
             return ReasoningDelta(content=text, content_ids=token_ids)
-        self._held_text += text
-        self._held_ids += token_ids
-        if not is_last and self._lags():
-            return ReasoningDelta()
-        text, token_ids = self._held_text, self._held_ids
-        self._held_text, self._held_ids = "", []
-        deltas = [self._step(*part) for part in self._parts(text, token_ids)]
+        deltas = [self._step(*part) for part in self._parts.take(text, token_ids, is_last)]
         if is_last and not self.has_ended:
             deltas.append(self._finish())
         return _joined(deltas)
-
-    def _lags(self) -> bool:
-        """Whether the text of a marker among the held tokens has not arrived."""
-        return any(
-            self._held_ids.count(marker) > self._held_text.count(text)
-            for marker, text in self._markers.items()
-        )
-
-    def _parts(self, text: str, token_ids: list[int]) -> Iterator[tuple[str, list[int]]]:
-        """Cut a piece so that markers are parts of their own; text that no token explains stays whole."""
-        start = 0
-        for index, token in enumerate(token_ids):
-            if token not in self._markers:
-                continue
-            before, marker, after = text.partition(self._markers[token])
-            if not marker:
-                continue
-            if before or index > start:
-                yield before, token_ids[start:index]
-            yield marker, [token]
-            text, start = after, index + 1
-        if text or start < len(token_ids):
-            yield text, token_ids[start:]
 
     def _step(self, text: str, token_ids: list[int]) -> ReasoningDelta:
         if self.has_ended:
