@@ -122,9 +122,10 @@ class ChatService:
         requests = self._requests(request, head)
         if self._reasoning.is_on or context_tokens is not None or request.generations > 1:
             await encode_once(self._dispatcher, requests, caller)
+        self._reasoning.open_answer(request, requests[0])
         if context_tokens is not None:
             _limit(requests[0], context_tokens())
-        readers = self._readers(request, requests[0].prompt.token_ids.ids)
+        readers = self._readers(request, requests[0])
         relayed = None
         if relay is not None and rendering is not None:
             relayed = _RelayedChoice(readers[0], rendering)
@@ -150,10 +151,12 @@ class ChatService:
         """Return log probabilities in OpenAI's format."""
         return chat_logprobs(positions, request.top_logprobs or 0, self._vocabulary)
 
-    def _readers(self, request: ChatCompletionRequest, prompt_token_ids: Iterable[int]) -> list[ChoiceReader]:
+    def _readers(
+        self, request: ChatCompletionRequest, encoded: inference_pb2.GenerateRequest
+    ) -> list[ChoiceReader]:
         """Return a reader per choice; where reasoning begins depends on the prompt, which is encoded for it."""
         answers = [self._parsers.reader(request) for _ in range(request.generations)]
-        readers = self._reasoning.readers(request, list(prompt_token_ids), answers)
+        readers = self._reasoning.readers(request, encoded, answers)
         return [ChoiceReader(index, reader) for index, reader in enumerate(readers)]
 
     def _requests(self, request: ChatCompletionRequest, head: Head) -> list[inference_pb2.GenerateRequest]:

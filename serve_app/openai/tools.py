@@ -16,6 +16,7 @@ from kvarn.v1 import sampling_pb2
 from serve_app.openai.required_calls import CallPart, CallScanner
 from serve_app.openai.schema import ChatCompletionRequest, NamedToolChoice
 from serve_app.openai.tool_schemas import arguments_schema, calls_schema, check_tools
+from serve_app.request import harmony
 from serve_app.request.request_errors import BadRequestError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class NamedReader:
         if self._name is None:
             return Found(calls=(CallDelta(0, text),)) if text else Found()
         name, self._name = self._name, None
-        return Found(calls=(CallDelta(0, text, _new_id(), name),))
+        return Found(calls=(CallDelta(0, text, new_id(), name),))
 
 
 class RequiredReader:
@@ -150,9 +151,10 @@ class ToolParsers:
     """
 
     def __init__(self, name: str | None, tokenizer: Any) -> None:
+        self._is_on = name is not None
         self._parser_class: type[Any] | None = None
         self._tokenizer = tokenizer
-        if name is not None:
+        if name is not None and name != harmony.TOOL_PARSER:
             from kvarn.vllm.access.output_parsers import with_cached_vocabulary
             from kvarn.vllm.access.tool_parsers import find_tool_parser
 
@@ -177,7 +179,7 @@ class ToolParsers:
         elif request.tool_choice == "required":
             several = request.parallel_tool_calls is not False
             params.structured_outputs.json_schema = json.dumps(calls_schema(functions, several))
-        elif self._parser_class is None:
+        elif not self._is_on:
             raise BadRequestError(
                 "No parser is configured for tool calls that the model makes by itself: set tool_choice to "
                 "required or to one function, or set gateway.tool_parser on the server."
@@ -193,13 +195,15 @@ class ToolParsers:
             return NamedReader(request.tool_choice.function.name)
         if request.tool_choice == "required":
             return RequiredReader()
+        if self._parser_class is None:  # the reader of reasoning reads Harmony's calls
+            return PlainReader()
         reader = self._parser_reader(request)
         return FirstCallReader(reader) if request.parallel_tool_calls is False else reader
 
     def _parser_reader(self, request: ChatCompletionRequest) -> Reader:
         from kvarn.vllm.access.tool_parsers import StreamedToolCalls, WholeToolCalls
 
-        assert self._parser_class is not None  # `prepare` has rejected the request otherwise
+        assert self._parser_class is not None
         tools = [tool.model_dump(exclude={"function": {"strict"}}) for tool in request.tools or ()]
         arguments = self._parser_class, self._tokenizer, request.model or "", tools
         if request.stream:
@@ -210,16 +214,17 @@ class ToolParsers:
 def _required_delta(part: CallPart) -> CallDelta:
     if part.name is None:
         return CallDelta(part.index, part.arguments)
-    return CallDelta(part.index, part.arguments, _new_id(), part.name)
+    return CallDelta(part.index, part.arguments, new_id(), part.name)
 
 
 def _found(parsed: ParsedOutput) -> Found:
     calls = (
-        CallDelta(call.index, call.arguments, call.id or (_new_id() if call.name else None), call.name)
+        CallDelta(call.index, call.arguments, call.id or (new_id() if call.name else None), call.name)
         for call in parsed.calls
     )
     return Found(parsed.content, tuple(calls))
 
 
-def _new_id() -> str:
+def new_id() -> str:
+    """Return an id for a tool call."""
     return f"call_{uuid.uuid4().hex[:24]}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvarn.model import read_config
+from serve_app.request import harmony
 
 logger = logging.getLogger(__name__)
 NONE = "none"  # the setting that turns a parser off
@@ -47,6 +48,7 @@ _THINK = "<think>"
 _TOOLS = (
     _Notation("qwen3_coder", "<function=", ("qwen2", "qwen3", "nemotron")),
     _Notation("hermes", "<tool_call>", ("qwen2", "qwen3", "smollm3")),
+    _Notation(harmony.TOOL_PARSER, "<|channel|>", ("gpt_oss",)),
     _Notation("llama4_pythonic", "", ("llama4",)),
     _Notation("llama3_json", "<|python_tag|>", ("llama", "mllama")),
     _Notation("llama3_json", '{"name": function name, "parameters"', ("llama", "mllama")),
@@ -70,6 +72,7 @@ _TOOLS = (
     _Notation("olmo3", "<function_calls>", ("olmo3",)),
 )
 _REASONING = (
+    _Notation(harmony.REASONING_PARSER, "<|channel|>", ("gpt_oss",)),
     _Notation("qwen3", _THINK, ("qwen3",)),
     _Notation("deepseek_r1", _THINK, ("qwen2", "llama", "smollm3")),
     _Notation("mistral", "[THINK]", ("mistral", "mistral3", "mistral4", "ministral", "ministral3")),
@@ -108,9 +111,17 @@ def choose_parsers(
     template = _chat_template(model_dir)
     tools = tool_parser or _by_family(_TOOLS, family, template)
     reasoning = reasoning_parser or _by_family(_REASONING, family, template)
+    reasoning = _usable(reasoning, reasoning_parser is not None, _check_reasoning_parser, tokenizer)
+    if tools == harmony.TOOL_PARSER and reasoning != harmony.REASONING_PARSER:
+        if tool_parser is not None:
+            raise ValueError(
+                f"tool_parser {tools} needs reasoning_parser {harmony.REASONING_PARSER}, which separates the "
+                "messages: set both or neither"
+            )
+        tools = None
     return ParserChoice(
         _usable(tools, tool_parser is not None, _check_tool_parser, tokenizer),
-        _usable(reasoning, reasoning_parser is not None, _check_reasoning_parser, tokenizer),
+        reasoning,
         "as set" if tool_parser and reasoning_parser else f"by the family {family} where not set",
     )
 
@@ -141,6 +152,9 @@ def _usable(
 
 
 def _check_tool_parser(name: str, tokenizer: Any) -> None:
+    if name == harmony.TOOL_PARSER:
+        harmony.check_fits(f"tool_parser {name}", tokenizer)
+        return
     # The check imports vLLM's parsers, which takes seconds.
     from kvarn.vllm.access.tool_parsers import check_tool_parser
 
@@ -148,6 +162,9 @@ def _check_tool_parser(name: str, tokenizer: Any) -> None:
 
 
 def _check_reasoning_parser(name: str, tokenizer: Any) -> None:
+    if name == harmony.REASONING_PARSER:
+        harmony.check_fits(f"reasoning_parser {name}", tokenizer)
+        return
     from kvarn.vllm.access.reasoning_parsers import check_reasoning_parser
 
     check_reasoning_parser(name, tokenizer)

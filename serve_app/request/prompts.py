@@ -49,6 +49,7 @@ class PromptEncoder:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
         self.vocab_size: int = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
         self._tokens = TokenTexts(self.tokenizer)
+        self._has_thinking = "message.thinking" in str(self.tokenizer.chat_template)
 
     async def encode(self, prompt: inference_pb2.Prompt, context_tokens: int | None = None) -> list[int]:
         """Return the token ids of a prompt.
@@ -118,6 +119,8 @@ class PromptEncoder:
         if self.tokenizer.chat_template is None:
             raise BadRequestError("The model has no chat template: send prompt.text instead of prompt.chat.")
         messages = [_message(message) for message in chat.messages]
+        if self._has_thinking:
+            messages = [_with_thinking(message) for message in messages]
         tools = [_tool(tool) for tool in chat.tools] or None
         continues = _continues(chat)
         kwargs = template_kwargs(chat.chat_template_kwargs)
@@ -197,6 +200,13 @@ def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
     if message.reasoning:
         made["reasoning_content"] = made["reasoning"] = message.reasoning
     return made
+
+
+def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
+    """Name the reasoning as gpt-oss's template does, which takes either that or a text before tool calls."""
+    if "reasoning" not in message or (message["content"] and "tool_calls" in message):
+        return message
+    return {**message, "thinking": message["reasoning"]}
 
 
 def _tool_call(call: inference_pb2.ToolCall) -> dict[str, Any]:

@@ -52,6 +52,24 @@ THINKING_TEMPLATE = (
 )
 
 
+# Reserved in the tokenizer, and unused.
+_HARMONY_MARKERS = {
+    "<repo_name>": "<|start|>",
+    "<reponame>": "<|channel|>",
+    "<file_sep>": "<|message|>",
+    "<filename>": "<|constrain|>",
+    "<gh_stars>": "<|end|>",
+    "<issue_start>": "<|call|>",
+    "<issue_comment>": "<|return|>",
+}
+HARMONY_TEMPLATE = (
+    "{% for message in messages %}{% if message.thinking %}"
+    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + message.thinking + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+
+
 def thinking_model(model_dir: Path, directory: Path) -> Path:
     """Copy the default model with tokens for reasoning and calls, and a template that opens the reasoning.
 
@@ -59,15 +77,29 @@ def thinking_model(model_dir: Path, directory: Path) -> Path:
         model_dir: the default model, or a part of it.
         directory: destination, created here; files that stay the same are symlinks.
     """
+    return _with_markers(model_dir, directory, _MARKERS, THINKING_TEMPLATE)
+
+
+def harmony_model(model_dir: Path, directory: Path) -> Path:
+    """Copy the default model with the tokens of gpt-oss's notation, and a template in it.
+
+    Args:
+        model_dir: the default model, or a part of it.
+        directory: destination, created here; files that stay the same are symlinks.
+    """
+    return _with_markers(model_dir, directory, _HARMONY_MARKERS, HARMONY_TEMPLATE)
+
+
+def _with_markers(model_dir: Path, directory: Path, markers: dict[str, str], template: str) -> Path:
     directory.mkdir()
     text = (model_dir / "tokenizer.json").read_text()
-    for unused, marker in _MARKERS.items():
+    for unused, marker in markers.items():
         text = text.replace(json.dumps(unused), json.dumps(marker))
     tokenizer = json.loads(text)
     for token in tokenizer["added_tokens"]:
-        token["special"] = token["special"] and token["content"] not in _MARKERS.values()
+        token["special"] = token["special"] and token["content"] not in markers.values()
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (directory / "chat_template.jinja").write_text(THINKING_TEMPLATE)
+    (directory / "chat_template.jinja").write_text(template)
     for file in model_dir.iterdir():
         if not (directory / file.name).exists():
             (directory / file.name).symlink_to(file.resolve())

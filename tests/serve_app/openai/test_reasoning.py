@@ -13,6 +13,7 @@ import pytest
 from kvarn.vllm.access.reasoning_parsers import find_reasoning_parser
 from serve_app.request.prompts import PromptEncoder
 from tests.support.gateway_servers import Running, running_servers
+from tests.support.models import harmony_model
 
 ASK: dict[str, Any] = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
@@ -195,3 +196,136 @@ async def test_without_a_parser_reasoning_is_content(encoder: PromptEncoder) -> 
         message = (await whole(front))["choices"][0]["message"]
     assert message["content"] == f"{THOUGHT}</think>Hello!"
     assert "reasoning" not in message
+
+
+ANALYSIS = f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|start|>assistant"
+FINAL = "<|channel|>final<|message|>"
+
+
+@pytest.fixture(scope="module")
+def harmony_encoder(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> PromptEncoder:
+    return PromptEncoder(harmony_model(model_dir, tmp_path_factory.mktemp("harmony") / "model"))
+
+
+@pytest.fixture
+async def gpt_oss(harmony_encoder: PromptEncoder) -> AsyncIterator[Running]:
+    async with running_servers(
+        harmony_encoder, reasoning_parser="openai_gptoss", tool_parser="openai"
+    ) as running:
+        running.script.answer = f"{ANALYSIS}{FINAL}Hello!<|return|>"
+        yield running
+
+
+def sent(front: Running) -> str:
+    """Return the text of the last prompt, whose token ids the dispatcher got."""
+    ids = front.script.requests[-1].prompt.token_ids.ids
+    text: str = front.script.encoder.tokenizer.decode(list(ids))
+    return text
+
+
+async def test_harmony_is_read_whole_and_streamed(gpt_oss: Running) -> None:
+    answer = await whole(gpt_oss)
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == (THOUGHT, "Hello!")
+    assert counted(gpt_oss, answer["usage"])
+    chunks = await streamed(gpt_oss)
+    assert joined(deltas(chunks), "reasoning") == joined(deltas(chunks), "reasoning_content") == THOUGHT
+    assert joined(deltas(chunks), "content") == "Hello!"
+    assert len([part for part in deltas(chunks) if part.get("reasoning")]) > 1
+    assert counted(gpt_oss, chunks[-1]["usage"])
+    assert not gpt_oss.script.requests[-1].sampling_params.skip_special_tokens
+    hidden = (await whole(gpt_oss, include_reasoning=False))["choices"][0]["message"]
+    assert (hidden["content"], "reasoning" in hidden) == ("Hello!", False)
+
+
+async def test_several_messages_of_a_channel_are_lines(gpt_oss: Running) -> None:
+    gpt_oss.script.answer = (
+        f"{ANALYSIS}<|channel|>commentary<|message|>Let me see.<|end|><|start|>assistant"
+        f"{ANALYSIS}{FINAL}Hello!<|return|>"
+    )
+    message = (await whole(gpt_oss))["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == (f"{THOUGHT}\n{THOUGHT}", "Let me see.\nHello!")
+    parts = deltas(await streamed(gpt_oss))
+    assert (joined(parts, "reasoning"), joined(parts, "content")) == (
+        message["reasoning"],
+        message["content"],
+    )
+
+
+CALL = '<|channel|>commentary to=functions.clock <|constrain|>json<|message|>{"zone": "utc"}'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("parallel", "count"), [(None, 2), (False, 1)])
+async def test_harmony_calls(gpt_oss: Running, stream: bool, parallel: bool | None, count: int) -> None:
+    gpt_oss.script.answer = f"{ANALYSIS}{CALL}<|call|><|start|>assistant{CALL}<|call|>"
+    body = {"tools": [TOOL], "parallel_tool_calls": parallel}
+    if stream:
+        chunks = await streamed(gpt_oss, **body)
+        reasoning = joined(deltas(chunks), "reasoning")
+        calls = [call for part in deltas(chunks) for call in part.get("tool_calls", ())]
+        reasons = {c["finish_reason"] for chunk in chunks for c in chunk["choices"]} - {None}
+    else:
+        (made,) = (await whole(gpt_oss, **body))["choices"]
+        reasoning, calls = made["message"]["reasoning"], made["message"]["tool_calls"]
+        reasons = {made["finish_reason"]}
+        calls = [{"index": index, **call} for index, call in enumerate(calls)]
+    assert (reasoning, reasons) == (THOUGHT, {"tool_calls"})
+    assert [call["function"]["name"] for call in calls if call.get("id")] == ["clock"] * count
+    for index in range(count):
+        parts = [call["function"].get("arguments") or "" for call in calls if call["index"] == index]
+        assert json.loads("".join(parts)) == {"zone": "utc"}
+
+
+async def test_calls_of_functions_that_were_not_offered_are_left_out(gpt_oss: Running) -> None:
+    gpt_oss.script.answer = f"{ANALYSIS}{CALL}<|call|>"
+    for body in ({}, {"tools": [TOOL], "tool_choice": "none"}):
+        (choice,) = (await whole(gpt_oss, **body))["choices"]
+        assert (choice["message"]["reasoning"], choice["finish_reason"]) == (THOUGHT, "stop")
+        assert not choice["message"].get("tool_calls")
+
+
+@pytest.mark.parametrize(
+    ("body", "answer", "opened"),
+    [
+        ({"response_format": {"type": "json_object"}}, '{"a": 1}', FINAL),
+        (
+            {"tools": [TOOL], "tool_choice": "required"},
+            '[{"name": "clock", "parameters": {"zone": "utc"}}]',
+            FINAL,
+        ),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "clock"}}},
+            '{"zone": "utc"}',
+            "<|channel|>commentary to=functions.clock <|constrain|>json<|message|>",
+        ),
+    ],
+)
+async def test_a_constrained_harmony_message_is_opened_by_the_prompt(
+    gpt_oss: Running, body: dict[str, Any], answer: str, opened: str
+) -> None:
+    gpt_oss.script.answer = answer
+    message = (await whole(gpt_oss, **body))["choices"][0]["message"]
+    assert sent(gpt_oss).endswith(f"<|start|>assistant{opened}")
+    assert gpt_oss.script.requests[-1].sampling_params.structured_outputs.after_reasoning is False
+    if "tools" in body:
+        (call,) = message["tool_calls"]
+        assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == (
+            "clock",
+            {"zone": "utc"},
+        )
+    else:
+        assert message["content"] == answer
+    streamed_parts = deltas(await streamed(gpt_oss, **body))
+    assert joined(streamed_parts, "content") == ("" if "tools" in body else answer)
+
+
+async def test_reasoning_goes_back_into_a_harmony_template(gpt_oss: Running) -> None:
+    history = [ASK, {"role": "assistant", "content": "Hello!", "reasoning_content": "They greet."}, ASK]
+    await whole(gpt_oss, messages=history)
+    assert "<|start|>assistant<|channel|>analysis<|message|>They greet.<|end|>" in sent(gpt_oss)
+    called = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    turn = {"role": "assistant", "content": "Let me see.", "reasoning": "Hm.", "tool_calls": [called]}
+    await whole(gpt_oss, messages=[ASK, turn, {"role": "tool", "tool_call_id": "1", "content": "12:00"}])
+    assert "<|message|>Let me see.<|end|>" in sent(gpt_oss)
+    assert "Hm." not in sent(gpt_oss)  # gpt-oss's own template takes one of the two

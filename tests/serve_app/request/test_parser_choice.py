@@ -14,6 +14,7 @@ from kvarn.vllm.access.reasoning_parsers import reasoning_parser_names
 from kvarn.vllm.access.tool_parsers import tool_parser_names
 from serve_app.request import parser_choice
 from serve_app.request.parser_choice import NONE, choose_parsers
+from tests.support.models import harmony_model
 
 # What the templates of these models contain, shortened to the parts that tell notations apart.
 QWEN3 = (
@@ -62,6 +63,7 @@ def unused() -> NoReturn:
         ("deepseek_v3", R1_DISTILL + "```json", "deepseek_v3", "deepseek_r1"),
         ("deepseek_v3", R1_DISTILL + "{% if thinking %}", "deepseek_v31", "deepseek_v3"),
         ("glm4_moe", "<think></think><arg_key>", "glm47", "glm47"),
+        ("gpt_oss", "<|start|>assistant<|channel|>final<|message|>", "openai", "openai_gptoss"),
         ("llama", "{{ message.content }}", None, None),
         ("qwen3", "", None, None),
         ("unheard_of", QWEN3, None, None),
@@ -121,8 +123,25 @@ def test_parsers_that_do_not_fit_are_refused_if_set_and_left_out_if_chosen(
         choose_parsers(directory, None, "deepseek_r1", lambda: plain)
     with pytest.raises(ValueError, match=r"tool_parser is 'x', expected one of .*hermes.* or none"):
         choose_parsers(directory, "x", None, lambda: plain)
-    with pytest.raises(ValueError, match="tool_parser openai cannot be used here: vLLM reads this notation"):
-        choose_parsers(directory, "openai", None, lambda: plain)
+    with pytest.raises(ValueError, match="tool_parser hf cannot be used here: vLLM reads this notation"):
+        choose_parsers(directory, "hf", None, lambda: plain)
+
+
+def test_harmony_needs_its_tokens_and_both_parsers(
+    tmp_path: Path, model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = model(tmp_path, "gpt_oss", "<|channel|>")
+    plain = AutoTokenizer.from_pretrained(model_dir)
+    harmony = AutoTokenizer.from_pretrained(harmony_model(model_dir, tmp_path / "model"))
+    chosen = choose_parsers(directory, None, None, lambda: harmony)
+    assert (chosen.tool_parser, chosen.reasoning_parser) == ("openai", "openai_gptoss")
+    with caplog.at_level(logging.WARNING):
+        chosen = choose_parsers(directory, None, None, lambda: plain)
+    assert (chosen.tool_parser, chosen.reasoning_parser) == (None, None)
+    assert "reasoning_parser openai_gptoss does not fit the model: its tokenizer has no token" in caplog.text
+    with pytest.raises(ValueError, match="tool_parser openai needs reasoning_parser openai_gptoss"):
+        choose_parsers(directory, "openai", NONE, lambda: harmony)
+    assert choose_parsers(directory, NONE, None, lambda: harmony).reasoning_parser == "openai_gptoss"
 
 
 def test_all_parsers_of_families_exist() -> None:
