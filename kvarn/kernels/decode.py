@@ -12,6 +12,7 @@ before division by l, and alpha the factor that corrects l and acc when m grows.
 from __future__ import annotations
 
 from math import e, log2
+from typing import NamedTuple
 
 import torch
 import triton
@@ -58,7 +59,7 @@ from kvarn.kernels.rotate import signs
 from kvarn.kernels.sink_logits import add_sinks
 from kvarn.tile import TileLayout
 
-FEW_PARTS = 8  # up to this many per pair on average, one program combines them for several query rows
+FEW_PARTS = 32  # up to this many per pair on average, one program combines them for several query rows
 NUM_STAGES = 1  # two or three, through shared memory, were measured to be no faster
 
 
@@ -310,8 +311,10 @@ def _combine_parts(
     D: tl.constexpr,
 ):
     ROWS: tl.constexpr = TOKENS * PER_HEAD
-    query_row = tl.program_id(0) % tl.cdiv(ROWS, BLOCK_ROWS) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    pair = tl.program_id(0) // tl.cdiv(ROWS, BLOCK_ROWS)
+    pair_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    pair, query_row = pair_row // ROWS, pair_row % ROWS
+    is_row = pair < rows * H
+    pair = tl.where(is_row, pair, 0)
     row, head = pair // H, pair % H
     channel = tl.arange(0, D)
     request = row // BLOCKS
@@ -319,38 +322,43 @@ def _combine_parts(
         QueryStart, tl.load(SeqLens + request), request, row % BLOCKS, TOKENS
     )
     out_rows, has_query = row_pointers(Out, first, queries, head, query_row, H, PER_HEAD, D)
-    out = out_rows[:, None] + channel[None, :]
-    if seq_len <= 0:
-        if QueryStart is None:  # a row that pads the batch of a CUDA graph
-            tl.store(out, tl.zeros([BLOCK_ROWS, D], Out.dtype.element_ty), mask=has_query[:, None])
-        return
+    has_query &= is_row
+    if QueryStart is not None:  # else a row that pads the batch of a CUDA graph gets zeros
+        has_query &= seq_len > 0
     first_part, parts = pair_parts(UnitStarts, pair, rows, programs, H, SPLIT)
+    parts = tl.where(is_row & (seq_len > 0), parts, 0)
 
+    hadamard_at = Hadamard + channel[:, None] * D + channel[None, :]
+    if BLOCK_ROWS > 1 and D <= 128:  # while the parts load; more would not stay in registers
+        hadamard = tl.load(hadamard_at)
     m = tl.full([BLOCK_ROWS], NOTHING, tl.float32)
     l = tl.zeros([BLOCK_ROWS], tl.float32)
     acc = tl.zeros([BLOCK_ROWS, D], tl.float32)
-    for block in range(0, parts, BLOCK_PARTS):
-        part = block + tl.arange(0, BLOCK_PARTS)
-        valid = (part[:, None] < parts) & (query_row[None, :] < ROWS)
-        at = (first_part + part[:, None]) * ROWS + query_row[None, :]
+    for block in range(0, tl.max(parts, 0), BLOCK_PARTS):
+        # Rows are the first axis, which Triton spreads over the warps, so that a thread adds up its own parts.
+        part = block + tl.arange(0, BLOCK_PARTS)[None, :]
+        valid = part < parts[:, None]
+        at = (first_part[:, None] + part) * ROWS + query_row[:, None]
         part_m = tl.load(M + at, mask=valid, other=NOTHING)
         part_l = tl.load(L + at, mask=valid, other=0.0)
-        m_new = tl.maximum(m, tl.max(part_m, 0))
-        alpha, part_alpha = tl.exp2(m - m_new), tl.exp2(part_m - m_new[None, :])
+        m_new = tl.maximum(m, tl.max(part_m, 1))
+        alpha, part_alpha = tl.exp2(m - m_new), tl.exp2(part_m - m_new[:, None])
         part_acc = tl.load(
             Acc + at[:, :, None] * D + channel[None, None, :], mask=valid[:, :, None], other=0.0
         )
-        acc = acc * alpha[:, None] + tl.sum(part_acc * part_alpha[:, :, None], 0)
-        l = l * alpha + tl.sum(part_l * part_alpha, 0)
+        acc = acc * alpha[:, None] + tl.sum(part_acc * part_alpha[:, :, None], 1)
+        l = l * alpha + tl.sum(part_l * part_alpha, 1)
         m = m_new
     if Sinks is not None:
         l, acc = add_sinks(Sinks + head * PER_HEAD + query_row % PER_HEAD, m, l, acc)
     mean = acc / tl.maximum(l, 1e-30)[:, None]  # 0 in a warm-up step, which reads nothing
-    hadamard = tl.load(Hadamard + channel[:, None] * D + channel[None, :])
+    if BLOCK_ROWS == 1 or D > 128:
+        hadamard = tl.load(hadamard_at)
     if BLOCK_ROWS == 1:
         unrotated = tl.sum(hadamard.to(tl.float32) * mean, 1)[None, :]
     else:
-        unrotated = tl.trans(tl.dot(hadamard, tl.trans(mean.to(hadamard.dtype)), input_precision="ieee"))
+        unrotated = tl.dot(mean.to(hadamard.dtype), hadamard, input_precision="ieee")
+    out = out_rows[:, None] + channel[None, :]
     tl.store(out, (unrotated * (1.0 / tl.sqrt(D * 1.0))).to(Out.dtype.element_ty), mask=has_query[:, None])
 
 
@@ -367,6 +375,40 @@ class Parts:
         self.m = torch.empty(rows, dtype=torch.float32, device=device)
         self.l = torch.empty(rows, dtype=torch.float32, device=device)
         self.acc = torch.empty(rows, head_dim, dtype=torch.float32, device=device)
+
+
+class CombineLaunch(NamedTuple):
+    """Launch of the kernel that combines parts.
+
+    Attributes:
+        rows: query rows of a program, of any pairs.
+        parts: parts of each row that it loads at a time.
+        warps: warps of a program.
+    """
+
+    rows: int
+    parts: int
+    warps: int
+
+
+def combine_launch(shape: DecodeShape, requests: int, head_dim: int, dtype: torch.dtype) -> CombineLaunch:
+    """Return the fastest launch on an H200 for a batch of `requests` with an output of `dtype`."""
+    pairs = requests * shape.blocks * shape.kv_heads
+    # With a fixed split, the batch may not decide. A float32 dot needs more shared memory than there is.
+    if shape.split > 0 or shape.programs > FEW_PARTS * pairs or dtype == torch.float32:
+        return CombineLaunch(rows=1, parts=32, warps=4)
+    if head_dim > 128:
+        return CombineLaunch(rows=8, parts=8, warps=8)
+    whole = shape.programs <= pairs  # most pairs have one or two parts
+    if shape.rows > FEW_ROWS:
+        return CombineLaunch(rows=32, parts=2, warps=4) if whole else CombineLaunch(rows=16, parts=8, warps=8)
+    return CombineLaunch(rows=16, parts=8, warps=8) if whole else CombineLaunch(rows=4, parts=32, warps=8)
+
+
+def combine_batches(shape: DecodeShape) -> list[int]:
+    """Return numbers of requests for which `combine_launch` returns all that it can."""
+    pairs = shape.blocks * shape.kv_heads
+    return sorted({1, triton.cdiv(shape.programs, FEW_PARTS * pairs), triton.cdiv(shape.programs, pairs)})
 
 
 def decode(
@@ -471,10 +513,8 @@ def decode(
         num_warps=shape.warps,
         num_stages=NUM_STAGES,
     )
-    # A float32 dot needs more shared memory than there is. With a fixed split, the batch may not decide.
-    single = shape.split > 0 or shape.programs > FEW_PARTS * rows * heads or out.dtype == torch.float32
-    block_rows = 1 if single else min(16, max(4, triton.next_power_of_2(shape.rows)))
-    _combine_parts[(rows * heads * triton.cdiv(shape.rows, block_rows),)](
+    combine = combine_launch(shape, requests, head_dim, out.dtype)
+    _combine_parts[(triton.cdiv(rows * heads * shape.rows, combine.rows),)](
         parts.m,
         parts.l,
         parts.acc,
@@ -487,10 +527,10 @@ def decode(
         rows,
         shape.programs,
         **constants,
-        BLOCK_ROWS=block_rows,
-        BLOCK_PARTS=32 if block_rows == 1 else max(32 // block_rows, 4),
+        BLOCK_ROWS=combine.rows,
+        BLOCK_PARTS=combine.parts,
         D=head_dim,
-        num_warps=4,
+        num_warps=combine.warps,
     )
 
 
@@ -521,8 +561,7 @@ def warm_up(
     query = torch.zeros(1, query_heads, layout.head_dim, dtype=torch.float16, device=device)
     for queries in query_counts:
         shape = DecodeShape.of(query_heads, heads, layout, queries, device, split=split)
-        many = shape.programs // (FEW_PARTS * shape.blocks * heads) + 1
-        for requests in (1, many):  # the two variants of `_combine_parts`
+        for requests in combine_batches(shape):
             zeros = torch.zeros(requests, dtype=torch.int32, device=device)
             none = torch.full_like(zeros, -1)
             work = DecodeWork(requests, shape, device)

@@ -394,6 +394,38 @@ class TestDecode:
         sequences = [Sequence(SMALL, tokens, 2, 4, sink=True, seed=tokens) for tokens in (64, 900, 1, 333)]
         assert_near(decoded(sequences, programs), decoded(sequences, 1), 1e-3)
 
+    @pytest.mark.parametrize("queries", [1, 6])
+    def test_parts_are_combined_alike_by_any_launch(
+        self, queries: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Programs of more rows than a pair has and of fewer, one for several blocks of parts, and one not full."""
+        sequences = [
+            Sequence(SMALL, tokens, 2, 3, sink=True, seed=tokens, queries=queries) for tokens in (70, 400)
+        ]
+        expected = torch.cat([sequence.expected(sequence.positions) for sequence in sequences])
+        for launch in ((1, 32, 4), (4, 2, 8), (16, 8, 8), (32, 2, 4)):
+            monkeypatch.setattr(
+                decode, "combine_launch", lambda *_, launch=launch: decode.CombineLaunch(*launch)
+            )
+            assert_near(decoded(sequences, 9, torch.float16, queries=queries), expected, 6e-3)
+
+    @pytest.mark.parametrize("head_dim", [64, 256])
+    @pytest.mark.parametrize(
+        ("kv_heads", "queries", "split"), [(1, 1, 0), (8, 1, 0), (8, 12, 0), (2, 40, 0), (8, 1, 16)]
+    )
+    @pytest.mark.parametrize("programs", [8, 1056])
+    def test_warm_up_compiles_every_launch_that_combines(
+        self, head_dim: int, kv_heads: int, queries: int, split: int, programs: int
+    ) -> None:
+        layout = TileLayout(SMALL.preset, head_dim)
+        shape = decode_work.DecodeShape.of(4 * kv_heads, kv_heads, layout, queries, DEVICE, split=split)
+        shape = replace(shape, programs=programs)
+        launches = {
+            requests: decode.combine_launch(shape, requests, head_dim, torch.bfloat16)
+            for requests in range(1, 1200)
+        }
+        assert {launches[requests] for requests in decode.combine_batches(shape)} == set(launches.values())
+
     @pytest.mark.parametrize(("queries", "per_head"), [(1, 4), (2, 2), (8, 4)])
     def test_a_fixed_split_gives_a_row_the_same_bits_in_every_batch(
         self, queries: int, per_head: int
