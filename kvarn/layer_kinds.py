@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-LIMITS = {SLIDING: "sliding_window"}
-"""Kinds that read a limited number of tokens, and the entry of the configuration with that number."""
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+ATTENTION = (FULL, "attention", "hybrid")
+"""Names of full attention; `hybrid` layers have it beside a state."""
+STATES = ("linear_attention", "mamba", "conv", "hybrid")
+"""Names of layers that keep a state of fixed size instead of keys and values."""
 
 
 def layer_kinds(config: Mapping[str, Any]) -> list[str]:
-    """The kind of each layer; empty if the configuration names none.
-
-    A layer that reads as many tokens as the longest sequence has is of kind `FULL` only to `quantized_layers`.
-    """
-    return list(config.get("layer_types") or ())
+    """The kind of each layer; empty if the configuration names none."""
+    return list(config.get("layer_types") or config.get("layers_block_type") or ())
 
 
 def is_idle(limit: Any, max_model_len: int) -> bool:
@@ -30,12 +29,14 @@ def has_local_layers(config: Mapping[str, Any], max_model_len: int) -> bool:
 
 
 def quantized_layers(config: Mapping[str, Any], max_model_len: int) -> int:
-    """Number of layers whose cache is quantized: those with full attention, where others read less.
+    """Number of layers whose cache is quantized: those with full attention, where others differ.
 
     Args:
         config: configuration of a decoder.
         max_model_len: length of the longest sequence, in tokens.
     """
-    if has_local_layers(config, max_model_len):
-        return layer_kinds(config).count(FULL)
+    kinds = layer_kinds(config)
+    full = sum(kind in ATTENTION for kind in kinds)
+    if full and (has_local_layers(config, max_model_len) or not set(STATES).isdisjoint(kinds)):
+        return full
     return int(config["num_hidden_layers"])

@@ -62,9 +62,10 @@ class KVarNBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> KVarNSpec:
-        """Return the spec of a layer whose blocks are tiles, in place of the one that vLLM made for it."""
+        """Return the spec of a layer whose blocks hold tiles, in place of the one that vLLM made for it."""
         layout = TileLayout.of_heads(get_preset(cls.preset_name), spec.head_size)
-        return KVarNSpec.of(layout, spec.num_kv_heads, spec.page_size_padded)
+        tiles = max(1, spec.block_size // layout.group)
+        return KVarNSpec.of(layout, spec.num_kv_heads, tiles, spec.page_size_padded)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from kvarn.presets import PRESETS
+from kvarn.presets import PRESETS, get_preset
 from kvarn.tile import padded_head_dim
 from kvarn.vllm.mixed_layers import num_quantized_layers
 from kvarn.vllm.slots import Speculation, most_tail_slots
@@ -104,13 +104,19 @@ def tile_bytes(group: int, head_dim: int, heads_and_layers: int) -> int:
 
 def slot_bytes(vllm_config: VllmConfig) -> int:
     """Bytes of one slot on one rank, over the layers of the model and of its drafter."""
-    block_size = vllm_config.cache_config.block_size
-    return sum(_slot_bytes(block_size, *model) for model in _quantized_models(vllm_config))
+    group = tile_tokens(vllm_config)
+    return sum(_slot_bytes(group, *model) for model in _quantized_models(vllm_config))
 
 
-def _slot_bytes(block_size: int, model: ModelConfig, parallel: ParallelConfig) -> int:
+def tile_tokens(vllm_config: VllmConfig) -> int:
+    """Tokens per tile; a block has several tiles only beside state layers."""
+    cache = vllm_config.cache_config
+    return min(cache.block_size, get_preset(cache.cache_dtype).group)
+
+
+def _slot_bytes(group: int, model: ModelConfig, parallel: ParallelConfig) -> int:
     heads_and_layers = model.get_num_kv_heads(parallel) * num_quantized_layers(model, parallel)
-    return tile_bytes(block_size, padded_head_dim(model.get_head_size()), heads_and_layers)
+    return tile_bytes(group, padded_head_dim(model.get_head_size()), heads_and_layers)
 
 
 def _quantized_models(vllm_config: VllmConfig) -> list[tuple[ModelConfig, ParallelConfig]]:
@@ -133,7 +139,7 @@ def speculation_of(vllm_config: VllmConfig) -> Speculation:
 def side_pool_slots(vllm_config: VllmConfig) -> int:
     """Number of slots of the side pool; see `slots_within`."""
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-    tails = most_tail_slots(vllm_config.cache_config.block_size, speculation_of(vllm_config))
+    tails = most_tail_slots(tile_tokens(vllm_config), speculation_of(vllm_config))
     return slots_within(KVarNConfig.of(vllm_config), max_num_seqs, slot_bytes(vllm_config), tails)
 
 

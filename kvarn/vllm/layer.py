@@ -139,7 +139,8 @@ class KVarNLayer(AttentionImpl[Any]):
             torch.empty(self.scratch_bytes, dtype=torch.uint8, device=output.device)
             output.zero_()
         else:
-            self.attend(query, key, value, records_of(kv_cache), attn_metadata, output)
+            records = records_of(kv_cache, self.layout.nbytes)
+            self.attend(query, key, value, records, attn_metadata, output)
 
     @abstractmethod
     def attend(
@@ -150,7 +151,7 @@ class KVarNLayer(AttentionImpl[Any]):
         Args:
             query: [N, heads, head_dim] of the layout, in the model's dtype.
             key, value: [N, KV heads, head_dim].
-            records: [blocks, KV heads, record bytes] uint8; written.
+            records: [tiles, KV heads, record bytes] uint8; written.
             attn_metadata: the step, as the device backend's builder planned it.
             output: as query; written.
         """

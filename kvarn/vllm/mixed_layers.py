@@ -1,7 +1,8 @@
 """Models that mix full attention, which is quantized, with layers that keep vLLM's own cache.
 
-The blocks of all layers come from one pool: a block holds a tile of every quantized layer, or some tokens of as many
-other layers, so the pages of all layers have one size.
+The blocks of all layers come from one pool. Beside layers with a window, a block holds a tile of every quantized layer,
+or some tokens of as many other layers, so the pages of all layers have one size. Beside layers with a state, a block
+holds some tiles of every quantized layer, or as many states as fit.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from kvarn.layer_kinds import FULL, has_local_layers, layer_kinds, quantized_layers
@@ -19,12 +21,13 @@ from kvarn.tile import TileLayout
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
 
+STATE_ALIGNMENT = 64  # bytes; states are tensors of several dtypes
 PAGE_ALIGNMENT = 512  # bytes; vLLM 0.27 clears pages in steps of the largest power of two that divides them
 
 
 def config_of(model: ModelConfig) -> dict[str, Any]:
     """The entries of a model's configuration that its layers' kinds depend on."""
-    entries = ("layer_types", "sliding_window", "num_hidden_layers")
+    entries = ("layer_types", "layers_block_type", "sliding_window", "num_hidden_layers")
     return {entry: getattr(model.hf_text_config, entry, None) for entry in entries}
 
 
@@ -45,7 +48,7 @@ def splits_quantized(model: ModelConfig) -> bool:
 
 def num_quantized_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Number of layers of one rank whose cache is quantized."""
-    if is_mixed(model):
+    if is_mixed(model) or model.is_hybrid:
         return quantized_layers(config_of(model), model.max_model_len)
     return model.get_num_layers(parallel)
 
@@ -65,6 +68,21 @@ def quantized_group(groups: Sequence[Any]) -> int:
             "supports one; use kv_cache_dtype='auto' for this model."
         )
     return found[0]
+
+
+def tile_stride(cache_config: Any, group: int) -> int:
+    """Distance between the first tiles of consecutive blocks, in tiles of one layer, as vLLM's workers count them.
+
+    Args:
+        cache_config: vLLM's `KVCacheConfig`.
+        group: index of the quantized layers' group.
+    """
+    layers = cache_config.kv_cache_groups[group]
+    spec = layers.kv_cache_spec
+    if spec.tiles == 1:
+        return 1
+    strides = (t.block_stride for t in cache_config.kv_cache_tensors if t.layers[0] in layers.layer_names)
+    return int(next(strides, spec.page_size_bytes) // (spec.page_size_bytes // spec.tiles))
 
 
 @dataclass(frozen=True)
@@ -168,6 +186,37 @@ def pages_of(vllm_config: Any) -> SharedPages | None:
         ),
         max_tokens=vllm_config.model_config.max_model_len,
     )
+
+
+@dataclass(frozen=True)
+class StatePages:
+    """The pages of a model with state layers.
+
+    Attributes:
+        tiles: tiles of each quantized layer per block.
+        state_bytes: bytes of a layer's page for its state.
+    """
+
+    tiles: int
+    state_bytes: int
+
+
+def state_pages(vllm_config: Any) -> StatePages:
+    """Choose the smallest blocks that hold the state of any layer: short sequences fill few tiles."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    quantized = [layer for layer in layers if is_quantized(layer)]
+    layout = TileLayout.of_heads(get_preset(quantized[0].kv_cache_dtype), quantized[0].head_size)
+    tile = len(quantized) * quantized[0].num_kv_heads * layout.nbytes
+    state = _ceil_div(max(map(_state_bytes, layers)), STATE_ALIGNMENT) * STATE_ALIGNMENT
+    return StatePages(_ceil_div(state, tile), state)
+
+
+def _state_bytes(layer: Any) -> int:
+    """Bytes of a layer's state, 0 for a layer with attention."""
+    if not hasattr(layer, "get_state_shape"):
+        return 0
+    sizes = zip(layer.get_state_shape(), layer.get_state_dtype(), strict=True)
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in sizes)
 
 
 def _token_bytes(layer: Any) -> int:

@@ -23,7 +23,7 @@ from kvarn.vllm.cache_settings import KVarNConfig, side_pool_slots, speculation_
 from kvarn.vllm.hooks import RefusalError
 from kvarn.vllm.hooks.private_names import check_scheduler
 from kvarn.vllm.hooks.refusals import refuse
-from kvarn.vllm.mixed_layers import quantized_group
+from kvarn.vllm.mixed_layers import quantized_group, tile_stride
 from kvarn.vllm.slots import SLOT_PLAN, ScheduledTokens, SlotPlan, SlotTable, tail_slots
 from kvarn.vllm.versions import max_active_requests
 
@@ -67,7 +67,8 @@ class SlotPlanning(VllmScheduler):
 
     Attributes:
         cache_group: index of the quantized layers among vLLM's cache groups.
-        tile_tokens: tokens per tile, which a block of that group holds.
+        tile_tokens: tokens per tile.
+        block_tokens: tokens per block of that group: one tile, or several beside state layers.
         slots: owners of the side pool's slots.
         speculation: what a step may compute beyond the tokens it keeps.
         preemptions: requests preempted since the engine started.
@@ -84,7 +85,10 @@ class SlotPlanning(VllmScheduler):
         except ValueError as error:
             refuse(RefusalError(str(error)))
         self._clear_reused_blocks()
-        self.tile_tokens: int = groups[self.cache_group].kv_cache_spec.block_size
+        spec = groups[self.cache_group].kv_cache_spec
+        self.block_tokens: int = spec.block_size
+        self.tile_tokens = self.block_tokens // spec.tiles
+        self._tile_stride = tile_stride(self.kv_cache_config, self.cache_group)
         self.slots = SlotTable(side_pool_slots(self.vllm_config), self.tile_tokens)
         self.speculation = speculation_of(self.vllm_config)
         self.preemptions = 0
@@ -95,13 +99,15 @@ class SlotPlanning(VllmScheduler):
         self.kv_cache_manager.allocate_slots = self._allocate_if_admitted
 
     def _clear_reused_blocks(self) -> None:
-        """Let workers clear the new blocks of every group with attention, as vLLM does from 0.28 on.
+        """Let workers clear the new blocks of every group that attends without tiles, as vLLM does from 0.28 on.
 
         A tile's bytes may be NaN to a layer that reads them as floats, and a masked token's weight of 0 keeps a NaN.
+        Tiles are read only once they are written.
         """
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+        for index, manager in enumerate(self.kv_cache_manager.coordinator.single_type_managers):
             if isinstance(manager.kv_cache_spec, AttentionSpec):
-                manager._record_new_block_ids = self.kv_cache_config.needs_kv_cache_zeroing
+                cleared = self.kv_cache_config.needs_kv_cache_zeroing and index != self.cache_group
+                manager._record_new_block_ids = cleared
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.wait_counts.lacking = ""
@@ -177,14 +183,19 @@ class SlotPlanning(VllmScheduler):
             self._last_hashes[request.request_id] = self._tile_hash(blocks[0])
 
     def _tile_hash(self, block: KVCacheBlock) -> Hashable | None:
-        """The hash under which a block's whole tile is in the prefix cache.
+        """The hash under which a whole block of tiles is in the prefix cache.
 
         Where cache groups have blocks of several sizes, vLLM also keeps the last tile of a prompt under the hash of a
         part, which no request looks up.
         """
         covered = block.block_hash_num_tokens
         found: Hashable | None = block.block_hash
-        return None if covered is not None and covered % self.tile_tokens else found
+        return None if covered is not None and covered % self.block_tokens else found
+
+    def _tile(self, blocks: Sequence[KVCacheBlock], number: int) -> int:
+        """The id of a request's tile, as workers address it: that of its block where a block is one tile."""
+        block, place = divmod(number, self.block_tokens // self.tile_tokens)
+        return blocks[block].block_id * self._tile_stride + place
 
     def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> Any:
         self.drafts_proposed += kwargs["num_draft_tokens"]
@@ -196,8 +207,11 @@ class SlotPlanning(VllmScheduler):
         self.preemptions += len(preempted)
         pool = self.kv_cache_manager.block_pool
 
-        def block_hash(block_id: int) -> Hashable | None:
-            return self._tile_hash(pool.blocks[block_id])
+        def block_hash(tile: int) -> Hashable | None:
+            return self._tile_hash(pool.blocks[tile // self._tile_stride])
+
+        def evict(tiles: set[int]) -> None:
+            pool.evict_blocks({tile // self._tile_stride for tile in tiles})
 
         drafts = output.scheduled_spec_decode_tokens
         scheduled = [
@@ -205,7 +219,7 @@ class SlotPlanning(VllmScheduler):
             for r, n in output.num_scheduled_tokens.items()
         ]
         departed = {r: self._last_hashes.pop(r, None) for r in output.finished_req_ids | preempted}
-        return self.slots.step(scheduled, departed, block_hash, pool.evict_blocks)
+        return self.slots.step(scheduled, departed, block_hash, evict)
 
     def _scheduled_tokens(self, request_id: str, num_tokens: int, drafts: int) -> ScheduledTokens:
         """The tokens of a step from the first position that it may compute to the last that it may write.
@@ -222,9 +236,9 @@ class SlotPlanning(VllmScheduler):
         start = end - num_tokens - unsure
         ahead = max(end, min(end + self.speculation.lookahead, self.max_model_len)) - end
         blocks = self._blocks_of_requests()[request_id]
-        touched = [block.block_id for block in blocks[start // group : -(-(end + ahead) // group)]]
+        touched = [self._tile(blocks, n) for n in range(start // group, -(-(end + ahead) // group))]
         undecided = unsure + drafts + ahead
-        return ScheduledTokens(request_id, start, end + ahead, blocks[0].block_id, touched, undecided)
+        return ScheduledTokens(request_id, start, end + ahead, self._tile(blocks, 0), touched, undecided)
 
 
 class GrowthReservation(SlotPlanning):
@@ -257,8 +271,10 @@ class GrowthReservation(SlotPlanning):
         managers = self.kv_cache_manager.coordinator.single_type_managers
         computed, grown = request.num_computed_tokens, 0
         for manager, expected in zip(managers, self._expected_blocks(request), strict=True):
-            blocks = len(manager.req_to_blocks.get(request.request_id, ()))
-            held = max(0, blocks - manager.get_num_skipped_tokens(computed) // manager.block_size)
+            blocks = manager.req_to_blocks.get(request.request_id, ())
+            held = max(0, len(blocks) - manager.get_num_skipped_tokens(computed) // manager.block_size)
+            if _most_states(manager) is not None:
+                held = sum(not block.is_null for block in blocks)
             grown += max(0, expected - held)
         return grown
 
@@ -293,7 +309,20 @@ class GrowthReservation(SlotPlanning):
 def _blocks_in_step(manager: Any, tokens: int, chunk: int) -> int:
     """Blocks of one cache group that a step needs which computes the last `chunk` of `tokens`."""
     skipped = manager.get_num_skipped_tokens(max(0, tokens - chunk))
-    return int(-(-tokens // manager.block_size) - skipped // manager.block_size)
+    blocks = int(-(-tokens // manager.block_size) - skipped // manager.block_size)
+    most = _most_states(manager)
+    return blocks if most is None else min(blocks, most)
+
+
+def _most_states(manager: Any) -> int | None:
+    """Blocks that a request holds in a group of state layers; None for other layers, and where all states are kept."""
+    spec = manager.kv_cache_spec
+    match getattr(spec, "mamba_cache_mode", "all"):
+        case "none":
+            return 1
+        case "align":  # the state before the step, that after it, and one that the step passes
+            return 2 + getattr(spec, "num_prefill_checkpoint_blocks", 0)
+    return None
 
 
 class CheapestPreemption(SlotPlanning):
@@ -322,7 +351,7 @@ class CheapestPreemption(SlotPlanning):
         """Tokens to recompute after a preemption: all but those in blocks that other running requests hold."""
         blocks = self._blocks_of_requests()[request.request_id]
         shared = sum(block.ref_cnt > 1 for block in blocks)
-        return request.num_computed_tokens - shared * self.tile_tokens
+        return request.num_computed_tokens - shared * self.block_tokens
 
 
 class PrefixScheduling(GrowthReservation, CheapestPreemption):
@@ -384,9 +413,9 @@ class PrefixScheduling(GrowthReservation, CheapestPreemption):
         for request in self.running:
             if request.is_prefill_chunk:
                 in_progress.update(
-                    self._keys(request)[(request.num_computed_tokens + chunk) // self.tile_tokens :]
+                    self._keys(request)[(request.num_computed_tokens + chunk) // self.block_tokens :]
                 )
-        held = hold_sharers(ordered, in_progress, self._may_not_wait, chunk // self.tile_tokens)
+        held = hold_sharers(ordered, in_progress, self._may_not_wait, chunk // self.block_tokens)
         self.wait_counts.prefix += sum(held)
         return held
 
@@ -407,9 +436,9 @@ class PrefixScheduling(GrowthReservation, CheapestPreemption):
     def _keys(self, request: Request) -> list[Hashable]:
         if not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             return []
-        hashes = resolve_block_hashes(request.block_hashes, self.hash_block_size, self.tile_tokens)
-        full_tiles = hashes[: (request.num_tokens - 1) // self.tile_tokens]
-        return [make_block_hash_with_group_id(block_hash, self.cache_group) for block_hash in full_tiles]
+        hashes = resolve_block_hashes(request.block_hashes, self.hash_block_size, self.block_tokens)
+        full_blocks = hashes[: (request.num_tokens - 1) // self.block_tokens]
+        return [make_block_hash_with_group_id(block_hash, self.cache_group) for block_hash in full_blocks]
 
     def _is_cached(self, key: Hashable) -> bool:
         cache = self.kv_cache_manager.block_pool.cached_block_hash_to_block

@@ -85,8 +85,8 @@ class TorchMetadataBuilder(AttentionMetadataBuilder[TorchMetadata]):
         self, kv_cache_spec: KVarNSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._group = kv_cache_spec.block_size
         layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        self._group: int = layer.impl.layout.group
         self._slot_map: SlotMap = layer.impl.slot_map
 
     def build(

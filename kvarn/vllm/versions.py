@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,15 +101,14 @@ def _handler(cache_dtype: str) -> type[Any]:
     return Handler
 
 
-def packed_page_fields(group: int, num_kv_heads: int, record_bytes: int) -> dict[str, int]:
-    """Fields of vLLM's `FullAttentionSpec` for a page of one record per KV head; none before 0.29."""
+def packed_page_fields(group: int, tile_bytes: int) -> dict[str, int]:
+    """Fields of vLLM's `FullAttentionSpec` for pages of tiles, each the records of all KV heads; none before 0.29.
+
+    The heads are one to vLLM, so that it can address the tiles of a block one by one.
+    """
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    packed = {
-        "num_head_slots": num_kv_heads,
-        "state_content_bytes": record_bytes,
-        "tokens_per_state": group,
-    }
+    packed = {"num_head_slots": 1, "state_content_bytes": tile_bytes, "tokens_per_state": group}
     known = {field.name for field in fields(FullAttentionSpec)}
     return packed if packed.keys() <= known else {}
 
@@ -120,12 +120,22 @@ def backends_customize_specs() -> bool:
     return hasattr(AttentionBackend, "customize_spec")
 
 
-def records_of(kv_cache: Tensor) -> Tensor:
-    """A layer's cache as vLLM passes it -> [blocks, KV heads, record bytes].
+def records_of(kv_cache: Tensor, record_bytes: int) -> Tensor:
+    """A layer's cache as vLLM passes it -> [tiles, KV heads, record bytes].
 
-    From 0.29 on it has an axis for the states of a block, of which a tile is one.
+    From 0.29 on it is [tiles, 1, 1, bytes of a tile].
     """
-    return kv_cache[:, :, 0] if kv_cache.dim() == 4 else kv_cache
+    return kv_cache[:, 0, 0].view(len(kv_cache), -1, record_bytes) if kv_cache.dim() == 4 else kv_cache
+
+
+def packs_states() -> bool:
+    """Whether blocks hold pages of several sizes, and a backend's kernels address parts of them (from 0.32 on).
+
+    Before, a tile of each layer would take as much as the state of a layer.
+    """
+    from vllm.v1.worker.utils import AttentionGroup
+
+    return hasattr(AttentionGroup, "map_kv_cache_to_kernel_blocks")
 
 
 def waiting_requests(scheduler: Scheduler) -> list[Request]:
@@ -168,13 +178,19 @@ def lookahead_tokens(vllm_config: VllmConfig) -> int:
 
 
 def cache_groups(vllm_config: VllmConfig, specs: dict[str, Any]) -> list[Any]:
-    """vLLM's cache groups of layers with `specs`, by name; their module moved in 0.33."""
-    try:
-        from vllm.v1.core.kv_cache_planning import get_kv_cache_groups
-    except ImportError:
-        from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
-    groups: list[Any] = get_kv_cache_groups(vllm_config, specs)
+    """vLLM's cache groups of layers with `specs`, by name."""
+    groups: list[Any] = cache_planning().get_kv_cache_groups(vllm_config, specs)
     return groups
+
+
+def cache_planning() -> ModuleType:
+    """The module that puts layers into cache groups; it changed in 0.33."""
+    try:
+        from vllm.v1.core import kv_cache_planning as planning
+    except ImportError:
+        from vllm.v1.core import kv_cache_utils as planning
+    module: ModuleType = planning
+    return module
 
 
 def layer_cache_shape(backend: Any, spec: Any, num_blocks: int) -> tuple[int, ...]:

@@ -75,7 +75,7 @@ def _change(event: Any, scheduler: Scheduler) -> CacheEvent:
     kind = type(event).__name__
     if kind == "BlockRemoved":
         return CacheEvent(removed=list(event.block_hashes))
-    if kind == "BlockStored" and event.block_size == getattr(scheduler, "tile_tokens", scheduler.block_size):
+    if kind == "BlockStored" and event.block_size == getattr(scheduler, "block_tokens", scheduler.block_size):
         adapter = event.lora_name or ""
         return CacheEvent(
             stored=list(event.block_hashes),

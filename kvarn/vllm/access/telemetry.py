@@ -19,9 +19,9 @@ CACHE_STATE_METHOD = "kvarn_cache_state"
 class CacheState:
     """A snapshot of one engine's cache.
 
-    A block holds one tile of `tile_tokens` tokens for every quantized layer and KV head, or some tokens of as many
-    layers with a window. Counts are blocks, slots, requests or tokens as named; `bytes_per_tile` is bytes of one
-    block over all its layers and heads on one rank.
+    A block holds `tile_tokens` tokens of every quantized layer and KV head, in one tile or, beside state layers, in
+    several; or some tokens of as many layers with a window; or as many states as fit. Counts are blocks, slots,
+    requests or tokens as named; `bytes_per_tile` is bytes of one block over all its layers and heads on one rank.
     `free_blocks` hold nothing; `evictable_blocks` hold cached prefixes that no running request uses;
     `used_blocks` belong to running requests; the three sum to `total_blocks`. Slots are fp16 tiles of the
     side pool: a tail slot per tile being filled, a sink slot per first tile; both draw on `slots_total`. Of
@@ -68,7 +68,7 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
     waiting = waiting_requests(scheduler)
     state = CacheState(
         cache_dtype=str(core.vllm_config.cache_config.cache_dtype),
-        tile_tokens=getattr(scheduler, "tile_tokens", scheduler.block_size),
+        tile_tokens=getattr(scheduler, "block_tokens", scheduler.block_size),
         bytes_per_tile=max(len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in groups),
         max_model_len=scheduler.max_model_len,
         max_requests=scheduler.max_num_running_reqs,

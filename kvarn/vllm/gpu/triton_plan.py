@@ -118,9 +118,9 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self._group = kv_cache_spec.block_size
         layers = [vllm_config.compilation_config.static_forward_context[name].impl for name in layer_names]
         impl = layers[0]
+        self._group: int = impl.layout.group
         _refuse_other_heads(layers)
         self._follows_a_sample = impl.is_drafter and bool(_more_queries(vllm_config))
         self._most_queries = self.reorder_batch_threshold + self._follows_a_sample

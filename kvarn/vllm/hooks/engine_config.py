@@ -8,17 +8,18 @@ from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
-from kvarn.layer_kinds import FULL, SLIDING, is_idle, layer_kinds
+from kvarn.layer_kinds import ATTENTION, CHUNKED, FULL, SLIDING, is_idle, layer_kinds
 from kvarn.presets import PRESETS, Preset, get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.hooks import Hook, HookError, RefusalError, untested
 from kvarn.vllm.hooks.engine_probe import doctor_probe
 from kvarn.vllm.mixed_layers import config_of, is_mixed, splits_quantized
-from kvarn.vllm.versions import bypasses_workers, returns_routed_experts
+from kvarn.vllm.versions import bypasses_workers, packs_states, returns_routed_experts
 
 TARGET = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
 DEFAULT_MAX_NUM_SEQS = 64
 DRAFTS_OF_TEXT = ("ngram", "suffix", "custom_class")  # methods whose drafter has no cache
+FIRST_WITH_STATES = "0.32"
 USE_AUTO = "use kv_cache_dtype='auto' for this model."
 
 
@@ -42,6 +43,7 @@ def install() -> None:
         config = stock_create(self, *args, **kwargs)
         _refuse_unsupported(config, preset)
         config.cache_config.sliding_window = None  # what passed is idle, or some layers' own
+        _set_layout(config)
         _set_scheduler(config)
         _log_limits(config)
         return config
@@ -159,9 +161,11 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield f"serves decoder-only generation, not a model of runner type {model.runner_type!r}; {USE_AUTO}"
     if model.use_mla:
         yield f"does not support multi-head latent attention; {USE_AUTO}"
-    if model.is_hybrid or model.is_attention_free:
-        yield f"needs every layer to be full attention, and this model has other layers; {USE_AUTO}"
-    if not (model.is_hybrid or model.is_attention_free) and (local := _local_attention(model)):
+    if model.is_attention_free:
+        yield f"needs layers with full attention, and this model has none; {USE_AUTO}"
+    elif model.is_hybrid:
+        yield from _state_problems(config)
+    elif local := _local_attention(model):
         yield f"{local}, or {USE_AUTO}"
     if model.uses_alibi:
         yield f"does not support ALiBi; {USE_AUTO}"
@@ -211,6 +215,19 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
             f"needs a scheduler that plans its slots, not {config.scheduler_config.scheduler_cls}; "
             "derive yours from kvarn.vllm.scheduler.SlotPlanning."
         )
+
+
+def _state_problems(config: Any) -> Iterator[str]:
+    """Yield what is not supported beside layers that keep a state, as `_problems` does."""
+    kinds = set(layer_kinds(config_of(config.model_config)))
+    if not packs_states():
+        yield f"supports layers with a state from vLLM {FIRST_WITH_STATES} on; install that, or {USE_AUTO}"
+    if kinds.isdisjoint(ATTENTION):
+        yield f"needs layers with full attention, and this model's configuration names none; {USE_AUTO}"
+    if not kinds.isdisjoint({SLIDING, CHUNKED}):
+        yield f"does not support layers with a window beside layers with a state; {USE_AUTO}"
+    if config.speculative_config is not None:
+        yield "does not support drafts for a model with state layers; leave speculative_config out."
 
 
 def _speculation_problems(config: Any, preset: Preset) -> Iterator[str]:
@@ -300,6 +317,12 @@ def _plans_slots(config: Any) -> bool:
     from kvarn.vllm.scheduler import SlotPlanning
 
     return issubclass(config.scheduler_config.get_scheduler_cls(), SlotPlanning)
+
+
+def _set_layout(config: Any) -> None:
+    """Let blocks of models with state layers hold pages of several sizes, side by side."""
+    if config.model_config.is_hybrid:
+        config.cache_config.kv_cache_layout = "BLHNC"
 
 
 def _set_scheduler(config: Any) -> None:

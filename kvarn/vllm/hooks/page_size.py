@@ -7,11 +7,11 @@ from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
-from kvarn.presets import PRESETS
+from kvarn.presets import PRESETS, get_preset
 from kvarn.tile import HEAD_DIMS, TileLayout
 from kvarn.vllm.hooks import Hook
 from kvarn.vllm.hooks.stand_ins import attention_layer, default_config
-from kvarn.vllm.mixed_layers import pages_of
+from kvarn.vllm.mixed_layers import pages_of, state_pages
 from kvarn.vllm.versions import (
     CACHE_GROUPS,
     CACHE_LAYOUT,
@@ -20,6 +20,7 @@ from kvarn.vllm.versions import (
     SPEC_CUSTOMIZATION,
     backends_customize_specs,
     cache_groups,
+    cache_planning,
     layer_cache_shape,
     records_of,
 )
@@ -46,6 +47,50 @@ def install() -> None:
         return spec if ours is None or backends_customize_specs() else ours.customize_spec(spec)
 
     Attention.get_kv_cache_spec = get_kv_cache_spec
+    _install_alignment()
+    _install_groups()
+
+
+def _install_groups() -> None:
+    """Wrap the choice of cache groups: a group of equal layers beside state layers gets their spec.
+
+    vLLM wraps it, and its workers then overlook groups of states.
+    """
+    planning = cache_planning()
+    stock_groups = planning.get_kv_cache_groups
+
+    @wraps(stock_groups)
+    def get_kv_cache_groups(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        groups = stock_groups(vllm_config, *args, **kwargs)
+        if vllm_config.cache_config.cache_dtype in PRESETS:
+            for group in groups:
+                specs = list(getattr(group.kv_cache_spec, "kv_cache_specs", {}).values())
+                if len(groups) > 1 and specs and all(spec == specs[0] for spec in specs):
+                    group.kv_cache_spec = specs[0]
+        return groups
+
+    planning.get_kv_cache_groups = get_kv_cache_groups  # type: ignore[attr-defined]
+
+
+def _install_alignment() -> None:
+    """Wrap the choice of the block size of models with state layers, which follows once their layers exist."""
+    from vllm.platforms.interface import Platform
+
+    stock_align = Platform._align_hybrid_block_size.__func__
+
+    @wraps(stock_align)
+    def align_hybrid_block_size(cls: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        cache = vllm_config.cache_config
+        if cache.cache_dtype not in PRESETS:
+            stock_align(cls, vllm_config, *args, **kwargs)
+            return
+        pages = state_pages(vllm_config)
+        cache.block_size = pages.tiles * get_preset(cache.cache_dtype).group
+        cache.mamba_page_size_padded = pages.state_bytes
+        if cache.mamba_cache_mode != "none":
+            cache.mamba_block_size = cache.block_size
+
+    Platform._align_hybrid_block_size = classmethod(align_hybrid_block_size)
 
 
 def probe() -> str | None:
@@ -71,7 +116,7 @@ def _difference(layout: TileLayout) -> str | None:
         if (page := spec.page_size_bytes) != _KV_HEADS * layout.nbytes:
             return f"{made} {page} bytes for {name} instead of {_KV_HEADS * layout.nbytes}"
         shape = layer_cache_shape(BACKENDS[name], spec, _BLOCKS)
-        records = records_of(torch.empty(shape, dtype=torch.uint8, device="meta"))
+        records = records_of(torch.empty(shape, dtype=torch.uint8, device="meta"), layout.nbytes)
         if tuple(records.shape) != expected:
             return f"{made} {name} that it shapes as {shape}, which is not {expected}"
     return None
@@ -124,6 +169,7 @@ HOOK = Hook(
         CACHE_LAYOUT,
         CACHE_GROUPS,
         "vllm.model_executor.layers.attention:Attention.get_kv_cache_spec",
+        "vllm.platforms.interface:Platform._align_hybrid_block_size",
         "vllm.v1.worker.gpu.attn_utils:get_kv_cache_spec",
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_kv_cache_spec",
     ),

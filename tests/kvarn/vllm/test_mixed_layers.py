@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.attention.backend import MultipleOf
 
 from kvarn.layer_kinds import FULL, SLIDING
+from kvarn.presets import get_preset
+from kvarn.tile import TileLayout
 from kvarn.vllm.mixed_layers import (
     LocalLayers,
     block_sizes,
     quantized_group,
     share_pages,
     splits_quantized,
+    state_pages,
+    tile_stride,
 )
+from kvarn.vllm.spec import KVarNSpec
 
 
 @given(
@@ -69,3 +76,35 @@ def test_vllm_splits_the_most_frequent_layers(kinds: dict[str, int], splits: boo
 def test_several_groups_of_quantized_layers_are_an_error() -> None:
     with pytest.raises(ValueError, match="into 0 cache groups"):
         quantized_group([SimpleNamespace(kv_cache_spec=None)])
+
+
+def _state_model(attention: int, state_floats: int) -> Any:
+    full = SimpleNamespace(kv_cache_dtype="kvarn_k4v2_g128", head_size=128, num_kv_heads=8)
+    state = SimpleNamespace(
+        get_state_shape=lambda: ((3, 7), (state_floats,)),
+        get_state_dtype=lambda: (torch.bfloat16, torch.float32),
+    )
+    layers = {str(i): layer for i, layer in enumerate([*[full] * attention, state])}
+    return SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+
+
+@given(attention=st.integers(1, 40), state_floats=st.integers(1, 10**6))
+def test_a_block_beside_states_has_the_fewest_tiles_that_hold_one(attention: int, state_floats: int) -> None:
+    tile = 8 * TileLayout(get_preset("kvarn_k4v2_g128"), 128).nbytes
+    pages = state_pages(_state_model(attention, state_floats))
+    assert 42 + 4 * state_floats <= pages.state_bytes < 42 + 4 * state_floats + 64
+    assert (pages.tiles - 1) * attention * tile < pages.state_bytes <= pages.tiles * attention * tile
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_tiles_are_counted_over_the_pages_between_them(others: int) -> None:
+    """Between the tiles of a layer in consecutive blocks are those of the other layers."""
+    spec = KVarNSpec.of(TileLayout(get_preset("kvarn_k4v2_g128"), 128), 2, tiles=5)
+    group = SimpleNamespace(kv_cache_spec=spec, layer_names=["a"])
+    tensors = [
+        SimpleNamespace(layers=["state"], block_stride=7),
+        SimpleNamespace(layers=["a"], block_stride=(1 + others) * spec.page_size_bytes),
+    ]
+    assert tile_stride(SimpleNamespace(kv_cache_groups=[group], kv_cache_tensors=tensors), 0) == 5 * (
+        1 + others
+    )

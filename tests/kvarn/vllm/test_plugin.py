@@ -295,6 +295,56 @@ def test_unsupported_models_are_refused(tmp_path: Path, changes: dict[str, Any],
         configure(model)
 
 
+WITH_STATES: dict[str, Any] = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "sentence"),
+    [
+        (
+            {"layer_types": ["linear_attention"] * 3},
+            {},
+            "configuration names none; use kv_cache_dtype='auto'",
+        ),
+        (
+            {"layer_types": ["linear_attention", "full_attention", "sliding_attention"]},
+            {},
+            "a window beside layers with a state; use kv_cache_dtype='auto'",
+        ),
+        (
+            {},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            "drafts for a model with state layers; leave speculative_config out",
+        ),
+    ],
+    ids=["states alone", "windows", "drafts"],
+)
+def test_what_state_layers_cannot_have_is_refused(
+    tmp_path: Path, changes: dict[str, Any], settings: dict[str, Any], sentence: str
+) -> None:
+    model = write_config(tmp_path, **{**WITH_STATES, **changes})
+    with pytest.raises(RefusalError, match=sentence):
+        configure(model, **settings)
+
+
+def test_state_layers_need_blocks_of_several_page_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_config(tmp_path, **WITH_STATES)
+    config = configure(model)
+    assert config.cache_config.kv_cache_layout == "BLHNC"
+    assert num_quantized_layers(config.model_config, config.parallel_config) == 1
+    assert kv_shape(model, 1024).layers == 1
+    monkeypatch.setattr(engine_config, "packs_states", lambda: False)
+    with pytest.raises(RefusalError, match=r"from vLLM 0\.32 on; install that, or use kv_cache_dtype='auto'"):
+        configure(model)
+
+
 def test_quantized_layers_alone_have_slots(tmp_path: Path) -> None:
     """Layers with a window keep vLLM's own cache."""
     kinds = ["sliding_attention", "sliding_attention", "full_attention"]
