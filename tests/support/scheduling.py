@@ -28,12 +28,13 @@ from vllm.v1.core.kv_cache_utils import (
     init_none_hash,
 )
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvarn.vllm.access.block_count import evictable_blocks
+from kvarn.vllm.mixed_layers import tile_stride
 from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
 from kvarn.vllm.slot_map import SlotMap
 from kvarn.vllm.spec import KVarNSpec
@@ -76,16 +77,21 @@ def make_scheduler(
     v2_runner: bool = False,
     windows: Sequence[tuple[int, int]] = (),
     retention: int | None = None,
+    states: int = 0,
+    tiles: int = 1,
     **kvarn: Any,
 ) -> KVarNScheduler | KVarNAsyncScheduler:
     """Make a scheduler; a step has at most `chunk` tokens (0: no limit) and `drafts` draft tokens per request.
 
     `method` is vLLM's method of speculative decoding. vLLM's second model runner gets resumed requests as if they
     were new. `windows` are further cache groups, the first in front of the tiles' and the others behind it: tokens of
-    the window, and of a block. `retention` is the distance of the windows that vLLM keeps (None: all).
+    the window, and of a block. `retention` is the distance of the windows that vLLM keeps (None: all). `states` is the
+    number of further groups of layers with a state, and `tiles` the tiles per block beside them.
     """
     config = copy.deepcopy(_base_config())
+    block_size *= tiles
     config.cache_config.block_size = block_size
+    config.cache_config.mamba_cache_mode = "align" if states else "none"
     config.cache_config.num_gpu_blocks = num_blocks
     config.scheduler_config.max_num_seqs = max_running
     config.scheduler_config.policy = policy
@@ -101,11 +107,19 @@ def make_scheduler(
             target_parallel_config=config.parallel_config,
         )
         config.speculative_config.method = method  # others need a model's files
-    spec = KVarNSpec(block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.uint8, tile_bytes=64)
+    spec = KVarNSpec(
+        block_size=block_size,
+        num_kv_heads=1,
+        head_size=8,
+        dtype=torch.uint8,
+        tile_bytes=64,
+        tile_tokens=block_size // tiles,
+    )
     groups = [KVCacheGroupSpec([f"window {i}"], _window_spec(*w)) for i, w in enumerate(windows)]
+    groups += [KVCacheGroupSpec([f"state {i}"], _state_spec(block_size)) for i in range(states)]
     groups.insert(min(1, len(groups)), KVCacheGroupSpec(["layer"], spec))
     cache_config = KVCacheConfig(num_blocks, [], groups)
-    if windows and hasattr(cache_config, "prefix_cache_retention_interval"):
+    if (windows or states) and hasattr(cache_config, "prefix_cache_retention_interval"):
         cache_config.prefix_cache_retention_interval = retention
     hashed = gcd(block_size, *(block for _, block in windows))
     chosen = scheduler_cls or (KVarNAsyncScheduler if asynchronous else KVarNScheduler)
@@ -120,6 +134,10 @@ def _window_spec(window: int, block_size: int) -> SlidingWindowSpec:
     return SlidingWindowSpec(
         block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=window
     )
+
+
+def _state_spec(block_size: int) -> MambaSpec:
+    return MambaSpec(block_size=block_size, shapes=((8,),), dtypes=(torch.float32,), mamba_cache_mode="align")
 
 
 @cache
@@ -241,6 +259,27 @@ class _Window:
             assert rows[position % self.block_tokens] == contents[position], "a window has something else"
 
 
+class _State:
+    """The states of the layers of one cache group, each the content of the last token that it covers.
+
+    A block holds the state behind its last token, or behind the last token that the request computed. A step that
+    ends in another block begins with a copy.
+    """
+
+    def __init__(self, block_tokens: int) -> None:
+        self.block_tokens = block_tokens
+        self.rows: dict[int, int] = {}
+
+    def write(self, blocks: list[int], contents: list[int], start: int, end: int) -> None:
+        if start:
+            before = self.rows.get(blocks[(start - 1) // self.block_tokens])
+            assert before == contents[start - 1], "a state is not that of the tokens before the step"
+        self.rows[blocks[(end - 1) // self.block_tokens]] = contents[end - 1]
+
+    def read(self, blocks: list[int], contents: list[int], start: int, end: int) -> None:
+        """Nothing is read behind `write`."""
+
+
 class Drafter:
     """Layers of a draft model, which share the target's blocks and slots.
 
@@ -310,7 +349,8 @@ class Worker:
         self.contents: dict[str, list[int]] = {}
         self.blocks: dict[str, list[int]] = {}
         self.tile_group = 0
-        self.windows: dict[int, _Window] = {}  # by cache group
+        self.tiles, self.tile_stride = 1, 1  # per block, and between blocks
+        self.windows: dict[int, _Window | _State] = {}  # other layers, by cache group
         self.window_blocks: dict[str, dict[int, list[int]]] = {}
 
     @classmethod
@@ -320,11 +360,19 @@ class Worker:
         shift = int(drafter.method != "draft_model") if drafter and drafter.method != "ngram" else None
         made = cls(scheduler.num_spec_tokens, shift)
         made.tile_group = scheduler.cache_group
+        made.tiles = scheduler.block_tokens // scheduler.tile_tokens
+        made.tile_stride = tile_stride(scheduler.kv_cache_config, scheduler.cache_group)
         for i, group in enumerate(scheduler.kv_cache_config.kv_cache_groups):
-            if i != made.tile_group:
-                spec = group.kv_cache_spec
+            spec = group.kv_cache_spec
+            if isinstance(spec, MambaSpec):
+                made.windows[i] = _State(spec.block_size)
+            elif i != made.tile_group:
                 made.windows[i] = _Window(spec.sliding_window, spec.block_size, made.cache)
         return made
+
+    def tiles_of(self, blocks: Sequence[int]) -> list[int]:
+        """The tiles of blocks, as the slot map names them."""
+        return [block * self.tile_stride + place for block in blocks for place in range(self.tiles)]
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         self.slot_map.apply(output)
@@ -356,7 +404,7 @@ class Worker:
         for new in output.scheduled_new_reqs:
             starts[new.req_id] = new.num_computed_tokens
             self.tokens[new.req_id] = list(new.prefill_token_ids or new.prompt_token_ids or [])
-            self.blocks[new.req_id] = list(new.block_ids[self.tile_group])
+            self.blocks[new.req_id] = self.tiles_of(new.block_ids[self.tile_group])
             self.window_blocks[new.req_id] = {i: list(new.block_ids[i]) for i in self.windows}
             self.proposed.pop(new.req_id, None)
         cached = output.scheduled_cached_reqs
@@ -370,7 +418,7 @@ class Worker:
                 self.proposed.pop(request_id, None)
             if request_id in cached.all_token_ids:
                 self.tokens[request_id] = list(cached.all_token_ids[request_id])
-            self.blocks[request_id] += blocks[self.tile_group] if blocks else []
+            self.blocks[request_id] += self.tiles_of(blocks[self.tile_group]) if blocks else []
             for i, held in self.window_blocks[request_id].items():
                 held += blocks[i] if blocks else []
         # Asynchronous scheduling counts the drafts of the step in flight as accepted; the worker knows better.
@@ -581,18 +629,23 @@ class World:
             if block.block_hash is None:
                 continue
             contents = self.known[get_block_hash(block.block_hash)]
-            window = self.worker.windows.get(get_group_id(block.block_hash))
-            if window is not None:
-                held = window.rows.get(block.block_id)
-                assert held == contents[-window.block_tokens :], "a cached window has something else"
-                continue
-            if len(contents) % GROUP:  # a part of a tile, which no request looks up
-                continue
-            tile, rows = len(contents) // GROUP - 1, contents[-GROUP:]
+            other = self.worker.windows.get(get_group_id(block.block_hash))
+            if isinstance(other, _State):
+                assert other.rows.get(block.block_id) == contents[-1], "a cached state is another one"
+            elif other is not None:
+                held = other.rows.get(block.block_id)
+                assert held == contents[-other.block_tokens :], "a cached window has something else"
+            elif len(contents) % self.scheduler.block_tokens == 0:  # no request looks up a part of a block
+                self._check_cached_tiles(block.block_id, contents, models)
+
+    def _check_cached_tiles(self, block: int, contents: list[int], models: list[_Cache]) -> None:
+        first = len(contents) // GROUP - self.worker.tiles
+        for tile, cached in enumerate(self.worker.tiles_of([block]), start=first):
+            rows = contents[tile * GROUP : (tile + 1) * GROUP]
             for model in models:
-                assert model.record.get(block.block_id) == rows[-1], "a cached block has no valid record"
+                assert model.record.get(cached) == rows[-1], "a cached block has no valid record"
                 if tile == 0:
-                    slot = model.slot(block.block_id)
+                    slot = model.slot(cached)
                     assert slot is not None, "a cached first tile has no sink slot"
                     kept = GROUP - model.shift
                     assert model.raw[slot][:kept] == rows[model.shift :], "a sink slot holds something else"

@@ -24,7 +24,7 @@ from kvarn.vllm.access.telemetry import waiting_by_reason
 from kvarn.vllm.cache_settings import GIB, slot_bytes
 from kvarn.vllm.scheduler import SlotPlanning
 from kvarn.vllm.slots import ScheduledTokens, SlotPlan, SlotTable, tail_slots
-from kvarn.vllm.versions import waiting_requests
+from kvarn.vllm.versions import packs_states, waiting_requests
 from tests.support.scheduling import GROUP, VOCABULARY, Worker, World, continuation, make_scheduler
 
 MAX_REQUESTS = 10
@@ -32,6 +32,8 @@ MAX_PROMPT = 26  # the smallest pool holds it and its answer
 EVENTS = 60  # per example
 # Cache groups of layers with a window: its tokens, and those of a block.
 WINDOWS: list[list[tuple[int, int]]] = [[], [], [(6, 2)], [(3, 2), (9, 4)], [(5, 2), (5, 2)]]
+# Numbers of cache groups of layers with a state, and of tiles per block; without such groups a block is one tile.
+STATES = [(0, 1), (0, 1), (1, 1), (1, 2), (2, 3)]
 logging.getLogger("vllm").setLevel(logging.ERROR)  # it logs every reset of the cache
 
 
@@ -55,13 +57,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         v2_runner=st.booleans(),
         windows=st.sampled_from(WINDOWS),
         retention=st.sampled_from([None, 0, 2 * GROUP]),
+        states=st.sampled_from(STATES),
     )
-    def start(self, drafts: int, windows: list[tuple[int, int]], **settings: Any) -> None:
+    def start(
+        self, drafts: int, windows: list[tuple[int, int]], states: tuple[int, int], **settings: Any
+    ) -> None:
         if settings["chunk"]:  # an engine refuses more drafts
             drafts = min(drafts, settings["chunk"] - 1)
         if windows:  # whose layers vLLM gives no drafter here
             settings["method"] = "ngram"
             settings["num_blocks"] *= 1 + 2 * len(windows)
+        if states[0] and packs_states():  # vLLM gives it neither a window nor drafts here
+            drafts, windows = 0, []
+            settings["states"], settings["tiles"] = states
+            settings["num_blocks"] *= 1 + states[0]
+            settings["retention"] = settings["retention"] and settings["retention"] * states[1]
         settings["windows"] = windows
         self.world = World(make_scheduler(drafts=drafts, **settings))
 
