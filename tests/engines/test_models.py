@@ -16,9 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention, PrefillPrefixLMAttention
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.models import llama
 
 from kvarn.vllm.hooks import RefusalError, attention_layers
+from kvarn.vllm.versions import packs_states
 from tests.support.engines import (
     PRESET,
     TILE,
@@ -32,6 +35,7 @@ from tests.support.engines import (
     make_llama,
     make_matmuls_row_invariant,
     prompt_of,
+    scheduler_of,
 )
 from tests.support.families import (
     FAMILIES,
@@ -44,7 +48,9 @@ from tests.support.families import (
 )
 
 LENGTH = 3 * TILE + 40
-BFLOAT16_STEP = 2**-5  # of log probabilities of 4 to 8 nats: matmuls in bfloat16 may round a row otherwise
+BFLOAT16_STEP = (
+    2**-4
+)  # of log probabilities of 4 to 8 nats: matmuls in bfloat16 may round two of them otherwise
 
 
 class Processes:
@@ -92,6 +98,8 @@ def test_a_family_answers_alike_however_it_is_served(
 ) -> None:
     if FAMILIES[family].long and not long_mode:
         pytest.skip("runs with --long")
+    if FAMILIES[family].has_states and not packs_states():
+        pytest.skip("needs a vLLM whose blocks hold pages of several sizes")
     processes.run(serve_alike, tmp_path, family, spoils=FAMILIES[family].spoils_process)
 
 
@@ -103,20 +111,31 @@ def serve_alike(directory: Path, family: str) -> None:
     prompt = prompt_of(LENGTH)
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_matmuls_row_invariant(monkeypatch)
+        end_passes_at_states(monkeypatch)
         with engine(monkeypatch, model, kv_cache_dtype="kvarn_k4v4_g128", **settings) as llm:
             cold = ask_cold(llm, prompt)
             ask(llm, [prompt_of(300, 1)])
             (hit,) = ask(llm, [prompt])
-            assert hit.cached == LENGTH // TILE * TILE
+            block = scheduler_of(llm).block_tokens
+            assert hit.cached == LENGTH // block * block > 0
             with chunks_of(llm, 77):
                 chunked = ask_cold(llm, prompt)
             assert llm.reset_prefix_cache()
             (preempted,) = ask_and_preempt(llm, [prompt], max_tokens=6)
-            for answer in (hit, chunked, preempted):
+            for answer in (hit, preempted, *([chunked] if made.chunked else [])):
                 answer.assert_same(cold, tolerance)
             assert_nothing_left(llm)
         with engine(monkeypatch, model, kv_cache_dtype="auto", **settings) as llm:
             assert max(first_differences([cold], [ask_cold(llm, prompt)])) < 0.5
+
+
+def end_passes_at_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """End each pass at a state that vLLM keeps: its CPU kernel for Mamba 2 returns none from within a pass."""
+
+    def get_kv_cache_spec(self: MambaMixer2, vllm_config: Any) -> Any:
+        return MambaBase.get_kv_cache_spec(self, vllm_config)
+
+    monkeypatch.setattr(MambaMixer2, "get_kv_cache_spec", get_kv_cache_spec)
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -45,6 +45,7 @@ class Family:
         settings: further settings of the engine.
         long: whether only `--long` runs it.
         weights: how its weights are quantized, one of `METHODS`; None: float32.
+        chunked: whether vLLM answers alike with `auto`, too, when it computes a prompt in chunks.
     """
 
     config: str
@@ -52,6 +53,12 @@ class Family:
     settings: dict[str, Any] = field(default_factory=dict)
     long: bool = True
     weights: str | None = None
+    chunked: bool = True
+
+    @property
+    def has_states(self) -> bool:
+        """Whether some layers keep a state instead of keys and values."""
+        return self in STATES.values()
 
     @property
     def spoils_process(self) -> bool:
@@ -156,6 +163,86 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2}
+DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+CONVOLUTIONS = {  # under the names of the published configurations, which vLLM reads
+    "layer_types": ["conv", "full_attention", "conv"],
+    "num_hidden_layers": 3,
+    "conv_dim": 256,
+    "block_dim": 256,
+    "block_ff_dim": 256,
+    "block_multiple_of": 1,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": False,
+    "block_norm_eps": 1e-5,
+}
+# Families with layers that keep a state, of which vLLM's CPU kernels serve these.
+STATES: dict[str, Family] = {
+    "Falcon-H1": Family(
+        "FalconH1Config",
+        {**MAMBA2, "head_dim": 64, "mamba_d_ssm": 256, "mamba_d_head": 32, "mamba_chunk_size": 64},
+    ),
+    "Granite 4": Family(
+        "GraniteMoeHybridConfig",
+        {
+            **{**MAMBA2, **MULTIPLIER, "num_local_experts": 4, "num_experts_per_tok": 2},
+            **{"layer_types": ["mamba", "attention", "mamba"], "num_hidden_layers": 3},
+            **{"mamba_chunk_size": 64, "shared_intermediate_size": 64},
+        },
+        long=False,
+    ),
+    "Nemotron-H": Family(
+        "NemotronHConfig",
+        {
+            **{
+                "hybrid_override_pattern": "M*-M",
+                "num_hidden_layers": 4,
+                "head_dim": 64,
+                "mamba_num_heads": 8,
+            },
+            **{"mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 64, "expand": 1},
+        },
+    ),
+    "Zamba2": Family(
+        "Zamba2Config",
+        {
+            **{
+                "layers_block_type": ["mamba", "hybrid", "mamba"],
+                "hybrid_layer_ids": [1],
+                "num_hidden_layers": 3,
+            },
+            **{
+                "mamba_d_state": 16,
+                "mamba_expand": 2,
+                "n_mamba_heads": 8,
+                "mamba_headdim": 64,
+                "mamba_ngroups": 1,
+            },
+            **{"num_mem_blocks": 1, "use_mem_rope": True, "chunk_size": 64, "num_key_value_heads": 4},
+            **{"attention_head_dim": 128, "attention_hidden_size": 512},
+        },
+    ),
+    "Qwen3-Next": Family(
+        "Qwen3NextConfig",
+        {
+            **{**DELTA_NET, **EXPERTS, "shared_expert_intermediate_size": 64, "head_dim": 128},
+            **{
+                "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+                "num_hidden_layers": 3,
+            },
+        },
+        {"dtype": "bfloat16"},
+    ),
+    "LFM2": Family("Lfm2Config", CONVOLUTIONS, chunked=False),
+    "LFM2 MoE": Family("Lfm2MoeConfig", {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1}, chunked=False),
+}
+FAMILIES |= STATES
+
 MLA = {
     "kv_lora_rank": 32,
     "q_lora_rank": None,
@@ -163,30 +250,21 @@ MLA = {
     "qk_nope_head_dim": 48,
     "v_head_dim": 48,
 }
-OTHER_LAYERS = "needs every layer to be full attention"
+NO_ATTENTION = "needs layers with full attention"
 # Families that are refused, and why, in the words of the sentence.
 REFUSED: dict[str, tuple[Family, str]] = {
     "Bloom": (Family("BloomConfig"), "does not support ALiBi"),
     "DeepSeek V2": (Family("DeepseekV2Config", {**ROUTED_EXPERTS, **MLA}), "multi-head latent attention"),
     "DeepSeek V3": (Family("DeepseekV3Config", {**ROUTED_EXPERTS, **MLA}), "multi-head latent attention"),
-    "Falcon-H1": (Family("FalconH1Config"), OTHER_LAYERS),
-    "Falcon Mamba": (Family("FalconMambaConfig"), OTHER_LAYERS),
+    "Falcon Mamba": (Family("FalconMambaConfig"), NO_ATTENTION),
     "Gemma 3n": (Family("Gemma3nTextConfig", {"sliding_window": 2048}), "KV sharing between layers"),
     "Gemma 4": (Family("Gemma4TextConfig"), "heads of 512 channels"),
-    "Granite 4": (
-        Family("GraniteMoeHybridConfig", {"layer_types": ["mamba", "attention"]}),
-        OTHER_LAYERS,
-    ),
-    "Jamba": (Family("JambaConfig"), OTHER_LAYERS),
     "Llama, heads of 512": (Family("LlamaConfig", {"head_dim": 512}), "at most 256 channels per head"),
-    "LFM2": (Family("Lfm2Config", {"layer_types": ["conv", "full_attention"]}), OTHER_LAYERS),
     "Llama 4": (
         Family("Llama4TextConfig", {"head_dim": 64, "attention_chunk_size": 128, **EXPERTS}),
         "layers of type chunked_attention",
     ),
-    "Mamba": (Family("MambaConfig"), OTHER_LAYERS),
-    "Nemotron-H": (Family("NemotronHConfig"), OTHER_LAYERS),
-    "Qwen3-Next": (Family("Qwen3NextConfig"), OTHER_LAYERS),
+    "Mamba": (Family("MambaConfig"), NO_ATTENTION),
 }
 
 
