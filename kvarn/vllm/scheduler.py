@@ -23,6 +23,7 @@ from kvarn.vllm.cache_settings import KVarNConfig, side_pool_slots, speculation_
 from kvarn.vllm.hooks import RefusalError
 from kvarn.vllm.hooks.private_names import check_scheduler
 from kvarn.vllm.hooks.refusals import refuse
+from kvarn.vllm.kept_prefixes import evict_first, kept_tokens
 from kvarn.vllm.mixed_layers import quantized_group, tile_stride
 from kvarn.vllm.slots import SLOT_PLAN, ScheduledTokens, SlotPlan, SlotTable, tail_slots
 from kvarn.vllm.versions import max_active_requests
@@ -354,8 +355,45 @@ class CheapestPreemption(SlotPlanning):
         return request.num_computed_tokens - shared * self.block_tokens
 
 
-class PrefixScheduling(GrowthReservation, CheapestPreemption):
-    """Mixin that admits in prefix order, with growth reservations and cheapest-first preemption.
+class MarkedPrefixes(SlotPlanning):
+    """Mixin that lets what a request computed behind its marked prefix be evicted before all other blocks."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Tokens that requests with a mark found in the cache when they were admitted.
+        self._found_tokens: dict[str, int] = {}
+
+    def _allocate_if_admitted(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+        allocated = super()._allocate_if_admitted(request, *args, **kwargs)
+        if allocated is not None and kept_tokens(request.sampling_params) is not None:
+            hit = kwargs.get("new_computed_blocks")
+            found = len(hit.blocks[self.cache_group]) * self.block_tokens if hit is not None else 0
+            self._found_tokens.setdefault(request.request_id, found)
+        return allocated
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        unkept = self._unkept_blocks(request)
+        freed = super()._free_request(request, *args, **kwargs)
+        evict_first(self.kv_cache_manager.block_pool, unkept)
+        return freed
+
+    def _unkept_blocks(self, request: Request) -> list[KVCacheBlock]:
+        """The blocks behind the marked prefix; others want those that were in the cache before."""
+        found = self._found_tokens.pop(request.request_id, 0)
+        kept = kept_tokens(request.sampling_params)
+        if kept is None:
+            return []
+        return [
+            block
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            for block in manager.req_to_blocks.get(request.request_id, ())[
+                -(-max(kept, found) // manager.block_size) :
+            ]
+        ]
+
+
+class PrefixScheduling(GrowthReservation, CheapestPreemption, MarkedPrefixes):
+    """Mixin that admits in prefix order, with growth reservations, cheapest-first preemption and marked prefixes.
 
     Attributes:
         orders_by_prefix: whether waiting requests are put into prefix order; otherwise vLLM's order stays.

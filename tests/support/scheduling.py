@@ -34,6 +34,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvarn.vllm.access.block_count import evictable_blocks
+from kvarn.vllm.kept_prefixes import keep_tokens
 from kvarn.vllm.mixed_layers import tile_stride
 from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
 from kvarn.vllm.slot_map import SlotMap
@@ -490,8 +491,18 @@ class World:
         self.is_asynchronous = isinstance(scheduler, KVarNAsyncScheduler)
         evictable_blocks(self.pool)
 
-    def submit(self, prompt: list[int], max_tokens: int, priority: int = 0, blocked: bool = False) -> Request:
-        """Submit a request; vLLM takes a `blocked` one for waiting until a grammar is compiled."""
+    def submit(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        priority: int = 0,
+        blocked: bool = False,
+        kept: int | None = None,
+    ) -> Request:
+        """Submit a request of whose tokens the first `kept` are worth keeping, None: all.
+
+        vLLM takes a `blocked` one for waiting until a grammar is compiled.
+        """
         self.submitted += 1
         request_id = f"r{self.submitted}"
         self.prompts[request_id] = (prompt, max_tokens)
@@ -508,6 +519,9 @@ class World:
             hash_lookahead=lookahead,
         )
         self.requests[request_id] = request
+        if kept is not None:
+            assert request.sampling_params is not None
+            keep_tokens(request.sampling_params, kept)
         if blocked:
             request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
         self.scheduler.add_request(request)

@@ -20,6 +20,8 @@ SCHEDULER_ATTRIBUTES = (
     "kv_cache_config.needs_kv_cache_zeroing",
     "kv_cache_manager.block_pool.blocks",
     "kv_cache_manager.block_pool.cached_block_hash_to_block",
+    "kv_cache_manager.block_pool.free_block_queue.prepend_n",
+    "kv_cache_manager.block_pool.free_block_queue.remove",
     "kv_cache_manager.block_pool.num_gpu_blocks",
     "kv_cache_manager.coordinator.single_type_managers",
     "kv_event_publisher",

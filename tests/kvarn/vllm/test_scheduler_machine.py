@@ -82,9 +82,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         own=st.lists(st.integers(0, 1), min_size=1, max_size=9),
         max_tokens=st.integers(1, 14),
         priority=st.integers(0, 2),
+        kept=st.sampled_from([None, None, 1, 4, 9]),
     )
-    def submit(self, family: int, shared: int, own: list[int], max_tokens: int, priority: int) -> None:
-        self.world.submit([10 + family] * shared + own, max_tokens, priority)
+    def submit(
+        self, family: int, shared: int, own: list[int], max_tokens: int, priority: int, kept: int | None
+    ) -> None:
+        self.world.submit([10 + family] * shared + own, max_tokens, priority, kept=kept)
 
     @precondition(lambda self: len(self.world.prompts) < MAX_REQUESTS)
     @rule(

@@ -1,0 +1,77 @@
+"""Blocks behind a marked prefix over the real scheduler: they stay cached while there is room, and leave first."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.scheduling import GROUP, World, make_request, make_scheduler
+
+SHARED, OWN, EARLIER = [0] * 2 * GROUP, [1] * 2 * GROUP, [2] * 4 * GROUP
+PROMPT = SHARED + OWN
+
+
+@pytest.fixture(params=[False, True])
+def world(request: pytest.FixtureRequest) -> World:
+    return World(make_scheduler(24, max_running=2, asynchronous=request.param, retained_sinks=16))
+
+
+def answer(world: World, prompt: list[int], kept: int | None = None, max_tokens: int = 2) -> list[int]:
+    """Run a request to its end; return all of its tokens."""
+    request = world.submit([*prompt, 0], max_tokens, kept=kept)
+    while world.prompts:
+        world.step()
+    world.step()
+    return list(request.all_token_ids)
+
+
+def cached(world: World, prompt: list[int]) -> int:
+    """Return the number of leading blocks of a prompt that are in the cache."""
+    keys = world.scheduler._keys(make_request("probe", [*prompt, 0], 1))
+    return next((n for n, key in enumerate(keys) if not world.scheduler._is_cached(key)), len(keys))
+
+
+def evict(world: World, blocks: int) -> None:
+    """Use all free blocks without contents, and `blocks` cached ones."""
+    held = sum(block.block_hash is not None for block in world.pool.blocks)
+    world.take_blocks(held - blocks)
+
+
+@pytest.mark.parametrize(
+    ("kept", "left"),
+    [
+        (None, (2, 4)),  # the least recently used leave
+        (len(SHARED), (4, 2)),
+        (len(SHARED) + 1, (3, 3)),  # blocks are kept whole
+        (len(PROMPT), (2, 4)),
+    ],
+)
+def test_what_is_behind_the_mark_leaves_first(world: World, kept: int | None, left: tuple[int, int]) -> None:
+    answer(world, EARLIER)
+    answer(world, PROMPT, kept)
+    assert (cached(world, EARLIER), cached(world, PROMPT)) == (4, 4)
+    evict(world, 2)
+    assert (cached(world, EARLIER), cached(world, PROMPT)) == left
+
+
+def test_what_another_request_had_left_in_the_cache_stays(world: World) -> None:
+    answer(world, PROMPT)
+    answer(world, EARLIER)
+    answer(world, PROMPT, kept=len(SHARED))
+    evict(world, 2)
+    assert (cached(world, EARLIER), cached(world, PROMPT)) == (2, 4)
+
+
+def test_a_hit_behind_the_mark_is_worth_as_much_as_any(world: World) -> None:
+    answer(world, PROMPT, kept=len(SHARED))
+    answer(world, EARLIER)
+    answer(world, PROMPT)
+    evict(world, 2)
+    assert (cached(world, EARLIER), cached(world, PROMPT)) == (2, 4)
+
+
+def test_the_output_is_behind_the_mark(world: World) -> None:
+    answer(world, EARLIER)
+    tokens = answer(world, SHARED, kept=len(SHARED), max_tokens=2 * GROUP)[: 4 * GROUP]
+    assert cached(world, tokens) == 4
+    evict(world, 2)
+    assert (cached(world, EARLIER), cached(world, tokens)) == (4, 2)
