@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from kvarn.v1 import sampling_pb2 as kvarn_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvarn/v1/inference.proto\x12\x08kvarn.v1\x1a\x17kvarn/v1/sampling.proto\"l\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.kvarn.v1.TokenIdsH\x00\x12\x1e\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0e.kvarn.v1.ChatH\x00\x42\t\n\x07\x63ontent\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xca\x01\n\x04\x43hat\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.kvarn.v1.ChatMessage\x12\x1d\n\x05tools\x18\x02 \x03(\x0b\x32\x0e.kvarn.v1.Tool\x12\x1c\n\x14\x63hat_template_kwargs\x18\x03 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x05 \x01(\x08\x42\x18\n\x16_add_generation_prompt\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"\x8b\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12&\n\ntool_calls\x18\x03 \x03(\x0b\x32\x12.kvarn.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x11\n\treasoning\x18\x06 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xcb\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12 \n\x06prompt\x18\x02 \x01(\x0b\x32\x10.kvarn.v1.Prompt\x12\x31\n\x0fsampling_params\x18\x03 \x01(\x0b\x32\x18.kvarn.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x18\n\x10resume_token_ids\x18\x05 \x03(\r\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x12\n\nsession_id\x18\x07 \x01(\t\"\xb1\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.kvarn.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.kvarn.v1.FinishReason\x12)\n\x0bstop_reason\x18\x07 \x01(\x0b\x32\x14.kvarn.v1.StopReason\x12\x1e\n\x05usage\x18\x08 \x01(\x0b\x32\x0f.kvarn.v1.Usage\x12\x13\n\x0bresumptions\x18\t \x01(\r\x12\x17\n\x0finexact_because\x18\n \x01(\t\"\xb5\x01\n\x13GenerateOnceRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12 \n\x06prompt\x18\x02 \x01(\x0b\x32\x10.kvarn.v1.Prompt\x12\x31\n\x0fsampling_params\x18\x03 \x01(\x0b\x32\x18.kvarn.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x12\n\nsession_id\x18\x06 \x01(\t\"\xb5\x02\n\x14GenerateOnceResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.kvarn.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.kvarn.v1.FinishReason\x12)\n\x0bstop_reason\x18\x07 \x01(\x0b\x32\x14.kvarn.v1.StopReason\x12\x1e\n\x05usage\x18\x08 \x01(\x0b\x32\x0f.kvarn.v1.Usage\x12\x13\n\x0bresumptions\x18\t \x01(\r\x12\x17\n\x0finexact_because\x18\n \x01(\t\"@\n\nStopReason\x12\x0e\n\x04stop\x18\x01 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x02 \x01(\rH\x00\x42\t\n\x07matched\"j\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\r\">\n\x10PositionLogprobs\x12*\n\ncandidates\x18\x01 \x03(\x0b\x32\x16.kvarn.v1.TokenLogprob\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r*\xaf\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x12\x1c\n\x18\x46INISH_REASON_REPETITION\x10\x05\x32\x9f\x01\n\tInference\x12\x43\n\x08Generate\x12\x19.kvarn.v1.GenerateRequest\x1a\x1a.kvarn.v1.GenerateResponse0\x01\x12M\n\x0cGenerateOnce\x12\x1d.kvarn.v1.GenerateOnceRequest\x1a\x1e.kvarn.v1.GenerateOnceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvarn/v1/inference.proto\x12\x08kvarn.v1\x1a\x17kvarn/v1/sampling.proto\"l\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.kvarn.v1.TokenIdsH\x00\x12\x1e\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0e.kvarn.v1.ChatH\x00\x42\t\n\x07\x63ontent\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xca\x01\n\x04\x43hat\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.kvarn.v1.ChatMessage\x12\x1d\n\x05tools\x18\x02 \x03(\x0b\x32\x0e.kvarn.v1.Tool\x12\x1c\n\x14\x63hat_template_kwargs\x18\x03 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x05 \x01(\x08\x42\x18\n\x16_add_generation_prompt\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"\xbd\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12&\n\ntool_calls\x18\x03 \x03(\x0b\x32\x12.kvarn.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x11\n\treasoning\x18\x06 \x01(\t\x12\x1c\n\x0fkept_characters\x18\x07 \x01(\rH\x00\x88\x01\x01\x42\x12\n\x10_kept_characters\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xe0\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12 \n\x06prompt\x18\x02 \x01(\x0b\x32\x10.kvarn.v1.Prompt\x12\x31\n\x0fsampling_params\x18\x03 \x01(\x0b\x32\x18.kvarn.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x18\n\x10resume_token_ids\x18\x05 \x03(\r\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x12\n\nsession_id\x18\x07 \x01(\t\x12\x13\n\x0bkept_tokens\x18\x08 \x01(\r\"\xb1\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.kvarn.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.kvarn.v1.FinishReason\x12)\n\x0bstop_reason\x18\x07 \x01(\x0b\x32\x14.kvarn.v1.StopReason\x12\x1e\n\x05usage\x18\x08 \x01(\x0b\x32\x0f.kvarn.v1.Usage\x12\x13\n\x0bresumptions\x18\t \x01(\r\x12\x17\n\x0finexact_because\x18\n \x01(\t\"\xca\x01\n\x13GenerateOnceRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12 \n\x06prompt\x18\x02 \x01(\x0b\x32\x10.kvarn.v1.Prompt\x12\x31\n\x0fsampling_params\x18\x03 \x01(\x0b\x32\x18.kvarn.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x12\n\nsession_id\x18\x06 \x01(\t\x12\x13\n\x0bkept_tokens\x18\x07 \x01(\r\"\xb5\x02\n\x14GenerateOnceResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.kvarn.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.kvarn.v1.FinishReason\x12)\n\x0bstop_reason\x18\x07 \x01(\x0b\x32\x14.kvarn.v1.StopReason\x12\x1e\n\x05usage\x18\x08 \x01(\x0b\x32\x0f.kvarn.v1.Usage\x12\x13\n\x0bresumptions\x18\t \x01(\r\x12\x17\n\x0finexact_because\x18\n \x01(\t\"@\n\nStopReason\x12\x0e\n\x04stop\x18\x01 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x02 \x01(\rH\x00\x42\t\n\x07matched\"j\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\r\">\n\x10PositionLogprobs\x12*\n\ncandidates\x18\x01 \x03(\x0b\x32\x16.kvarn.v1.TokenLogprob\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r*\xaf\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x12\x1c\n\x18\x46INISH_REASON_REPETITION\x10\x05\x32\x9f\x01\n\tInference\x12\x43\n\x08Generate\x12\x19.kvarn.v1.GenerateRequest\x1a\x1a.kvarn.v1.GenerateResponse0\x01\x12M\n\x0cGenerateOnce\x12\x1d.kvarn.v1.GenerateOnceRequest\x1a\x1e.kvarn.v1.GenerateOnceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvarn.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1979
-  _globals['_FINISHREASON']._serialized_end=2154
+  _globals['_FINISHREASON']._serialized_start=2071
+  _globals['_FINISHREASON']._serialized_end=2246
   _globals['_PROMPT']._serialized_start=63
   _globals['_PROMPT']._serialized_end=171
   _globals['_TOKENIDS']._serialized_start=173
@@ -43,25 +43,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOOL']._serialized_start=403
   _globals['_TOOL']._serialized_end=464
   _globals['_CHATMESSAGE']._serialized_start=467
-  _globals['_CHATMESSAGE']._serialized_end=606
-  _globals['_TOOLCALL']._serialized_start=608
-  _globals['_TOOLCALL']._serialized_end=663
-  _globals['_GENERATEREQUEST']._serialized_start=666
-  _globals['_GENERATEREQUEST']._serialized_end=869
-  _globals['_GENERATERESPONSE']._serialized_start=872
-  _globals['_GENERATERESPONSE']._serialized_end=1177
-  _globals['_GENERATEONCEREQUEST']._serialized_start=1180
-  _globals['_GENERATEONCEREQUEST']._serialized_end=1361
-  _globals['_GENERATEONCERESPONSE']._serialized_start=1364
-  _globals['_GENERATEONCERESPONSE']._serialized_end=1673
-  _globals['_STOPREASON']._serialized_start=1675
-  _globals['_STOPREASON']._serialized_end=1739
-  _globals['_USAGE']._serialized_start=1741
-  _globals['_USAGE']._serialized_end=1847
-  _globals['_POSITIONLOGPROBS']._serialized_start=1849
-  _globals['_POSITIONLOGPROBS']._serialized_end=1911
-  _globals['_TOKENLOGPROB']._serialized_start=1913
-  _globals['_TOKENLOGPROB']._serialized_end=1976
-  _globals['_INFERENCE']._serialized_start=2157
-  _globals['_INFERENCE']._serialized_end=2316
+  _globals['_CHATMESSAGE']._serialized_end=656
+  _globals['_TOOLCALL']._serialized_start=658
+  _globals['_TOOLCALL']._serialized_end=713
+  _globals['_GENERATEREQUEST']._serialized_start=716
+  _globals['_GENERATEREQUEST']._serialized_end=940
+  _globals['_GENERATERESPONSE']._serialized_start=943
+  _globals['_GENERATERESPONSE']._serialized_end=1248
+  _globals['_GENERATEONCEREQUEST']._serialized_start=1251
+  _globals['_GENERATEONCEREQUEST']._serialized_end=1453
+  _globals['_GENERATEONCERESPONSE']._serialized_start=1456
+  _globals['_GENERATEONCERESPONSE']._serialized_end=1765
+  _globals['_STOPREASON']._serialized_start=1767
+  _globals['_STOPREASON']._serialized_end=1831
+  _globals['_USAGE']._serialized_start=1833
+  _globals['_USAGE']._serialized_end=1939
+  _globals['_POSITIONLOGPROBS']._serialized_start=1941
+  _globals['_POSITIONLOGPROBS']._serialized_end=2003
+  _globals['_TOKENLOGPROB']._serialized_start=2005
+  _globals['_TOKENLOGPROB']._serialized_end=2068
+  _globals['_INFERENCE']._serialized_start=2249
+  _globals['_INFERENCE']._serialized_end=2408
 # @@protoc_insertion_point(module_scope)

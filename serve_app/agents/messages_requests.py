@@ -9,6 +9,7 @@ from pydantic import Field, JsonValue
 
 from serve_app.agents.messages_schema import (
     MAX_BLOCKS,
+    AnyBlock,
     AnyTool,
     ContextManagement,
     InputMessage,
@@ -32,6 +33,7 @@ from serve_app.openai.schema import (
     Function,
     Ignored,
     JsonSchema,
+    Mark,
     MaxTokens,
     NamedFunction,
     NamedToolChoice,
@@ -69,7 +71,7 @@ class CountTokensRequest(TranslatedRequest):
     mcp_servers: Annotated[list[JsonValue], Field(max_length=0)] | None = Field(
         default=None, description="not supported: use tools"
     )
-    cache_control: Ignored = None
+    cache_control: Mark = None
     speed: Ignored = None
     user_profile_id: Ignored = None
     workspace_id: Ignored = None
@@ -148,9 +150,14 @@ class MessagesRequest(CountTokensRequest):
 
 def _turns(request: CountTokensRequest) -> Turns:
     turns = Turns()
-    system = [request.system] if isinstance(request.system, str) else [b.text for b in request.system or ()]
-    for text in system:
-        _add_system(turns, text)
+    if isinstance(request.system, str):
+        _add_system(turns, request.system)
+    else:
+        for part in request.system or ():
+            _add_system(turns, part.text)
+            _mark(turns, part)
+    for tool in request.tools or ():  # templates show them in the system message
+        _mark(turns, tool)
     for index, message in enumerate(request.messages):
         if isinstance(message.content, str):
             _add_text(turns, message.role, message.content)
@@ -161,7 +168,14 @@ def _turns(request: CountTokensRequest) -> Turns:
                     f"messages.{index}: a message of role {message.role!r} cannot hold blocks of type {block.type!r}"
                 )
             _add(turns, message.role, block)
+            _mark(turns, block)
+    _mark(turns, request)
     return turns
+
+
+def _mark(turns: Turns, marked: TextBlock | AnyBlock | AnyTool | CountTokensRequest) -> None:
+    if marked.cache_control is not None:
+        turns.mark()
 
 
 def _add(

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue
 
 from serve_app.agents.supported_types import supported_only
-from serve_app.openai.schema import FunctionName, Ignored, Model, OnlyFalse, Unsupported
+from serve_app.openai.schema import FunctionName, Ignored, Mark, Model, OnlyFalse, Unsupported
 
 MAX_BLOCKS = 1024  # per message
 
@@ -21,7 +21,7 @@ class TextBlock(Model):
 
     type: Literal["text"]
     text: str
-    cache_control: Ignored = None
+    cache_control: Mark = None
     citations: Ignored = None
     parsed_output: Ignored = None
 
@@ -32,7 +32,7 @@ class ThinkingBlock(Model):
     type: Literal["thinking"]
     thinking: str
     signature: str | None = None
-    cache_control: Ignored = None
+    cache_control: Mark = None
 
 
 class RedactedThinkingBlock(Model):
@@ -40,7 +40,7 @@ class RedactedThinkingBlock(Model):
 
     type: Literal["redacted_thinking"]
     data: Ignored = None
-    cache_control: Ignored = None
+    cache_control: Mark = None
 
 
 class ToolUseBlock(Model):
@@ -50,7 +50,7 @@ class ToolUseBlock(Model):
     id: str
     name: str
     input: dict[str, JsonValue]
-    cache_control: Ignored = None
+    cache_control: Mark = None
     caller: Ignored = None
     toolset_name: Ignored = None
 
@@ -67,7 +67,7 @@ class ToolResultBlock(Model):
     is_error: bool | None = Field(
         default=None, description="the content must say so too: models see only that"
     )
-    cache_control: Ignored = None
+    cache_control: Mark = None
     toolset_name: Ignored = None
 
 
@@ -99,7 +99,7 @@ class CustomTool(Model):
     defer_loading: OnlyFalse | None = None
     input_examples: Unsupported = Field(default=None, description="not supported: use the description")
     allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=8, fail_fast=True)] | None = None
-    cache_control: Ignored = None
+    cache_control: Mark = None
     eager_input_streaming: Ignored = None
 
 

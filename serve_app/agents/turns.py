@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from serve_app.openai.schema import CalledFunction, Message, MessageToolCall
+from serve_app.openai.schema import CalledFunction, ContentPart, Message, MessageToolCall
 
 
 @dataclass
@@ -17,16 +17,26 @@ class Turn:
     reasoning: list[str] = field(default_factory=list)
     calls: list[MessageToolCall] = field(default_factory=list)
     call_id: str | None = None
+    kept_characters: int | None = None  # of the text, up to the last mark
+
+    @property
+    def text(self) -> str:
+        """The text of the message; its parts are separate lines."""
+        return "\n".join(self.texts)
 
     def message(self) -> Message:
-        """Return the message; texts are separate lines."""
+        """Return the message."""
         return Message(
             role=self.role,  # type: ignore[arg-type]
-            content="\n".join(self.texts),
+            content=self.text if self.kept_characters is None else self._marked_parts(self.kept_characters),
             reasoning_content="\n".join(self.reasoning) or None,
             tool_calls=self.calls or None,
             tool_call_id=self.call_id,
         )
+
+    def _marked_parts(self, kept: int) -> list[ContentPart]:
+        marked = ContentPart(type="text", text=self.text[:kept], cache_control=True)
+        return [marked, ContentPart(type="text", text=self.text[kept:])]
 
 
 class Turns:
@@ -57,6 +67,11 @@ class Turns:
     def add_result(self, call_id: str, texts: Iterable[str]) -> None:
         """Add the result of a tool call, which is a turn of its own."""
         self._turns.append(Turn("tool", list(texts), call_id=call_id))
+
+    def mark(self) -> None:
+        """Mark what has been added as worth keeping in the prefix cache."""
+        if self.last is not None:
+            self.last.kept_characters = len(self.last.text)
 
     def messages(self) -> list[Message]:
         """Return all turns as messages."""

@@ -17,6 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
 from kvarn.vllm.access.constraints import ConstraintChecks, ConstraintError
+from kvarn.vllm.kept_prefixes import keep_tokens
 from serve_app.engine.cache_monitor import CacheMonitor
 from serve_app.engine.call_server import CallServer, Write
 from serve_app.engine.engine_metrics import EngineMetrics
@@ -142,6 +143,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             resumption = None
             prompt, params = list(request.prompt_token_ids), to_vllm(request.sampling_params)
             await self._constraints.check(params)
+        if request.kept_tokens:
+            keep_tokens(params, request.kept_tokens)
         salt = request.cache_salt or None
         outputs = self._engine.generate(
             tokens_input(prompt, cache_salt=salt),

@@ -311,11 +311,18 @@ class Dispatcher:
             adapter=self._adapter(request.model),
             deadline_s=deadline_s,
             output=output,
+            kept_tokens=request.kept_tokens,
         )
 
     async def _ids(self, request: Request, context_tokens: int) -> list[int]:
+        """Return the prompt's token ids; the marks of a chat become the request's `kept_tokens`."""
         self._check(request)
-        return await self._encoder.encode(request.prompt, context_tokens)
+        ids = await self._encoder.encode(request.prompt, context_tokens)
+        if request.prompt.HasField("chat") and (
+            kept := await self._encoder.kept_tokens(request.prompt.chat, ids)
+        ):
+            request.kept_tokens = kept
+        return ids
 
     def _context_tokens(self) -> int:
         """Return the longest context of any replica."""

@@ -30,6 +30,7 @@ class Generation:
         adapter: LoRA adapter that generates; "" for the model itself.
         deadline_s: deadline on the monotonic clock.
         output: token ids generated so far.
+        kept_tokens: leading tokens of the prompt that are worth keeping in the prefix cache; 0: all, and the output.
         key: id of its reservation in the router; new for every attempt.
         attempts: calls of `begin`, one before every attempt.
         need: cache space it takes now.
@@ -51,6 +52,7 @@ class Generation:
     adapter: str = ""
     deadline_s: float
     output: list[int] = field(default_factory=list)
+    kept_tokens: int = 0
     key: str = ""
     attempts: int = 0
     need: RequestNeed = field(init=False)
@@ -91,6 +93,7 @@ class Generation:
             uncached_tokens=chosen.uncached_tokens,
             expected_tokens=self.need.expected_tokens,
             resume_token_ids=self.output,
+            kept_tokens=self.kept_tokens,
         )
 
     def take(self, replica_id: str, delta: engine_pb2.EngineDelta) -> inference_pb2.GenerateResponse:

@@ -67,9 +67,12 @@ def chat_prompt(request: ChatCompletionRequest) -> inference_pb2.Prompt:
     """Return the conversation, with the tools to show the model."""
     tools = [] if request.tool_choice == "none" else request.tools or []
     kwargs = template_kwargs(request)
+    messages = [_message(message) for message in request.messages]
+    if messages[0].role == "system" and any(tool.cache_control is not None for tool in tools):
+        messages[0].kept_characters = len(messages[0].content)  # templates show the tools there
     return inference_pb2.Prompt(
         chat=inference_pb2.Chat(
-            messages=[_message(message) for message in request.messages],
+            messages=messages,
             tools=[_tool(tool) for tool in tools],
             chat_template_kwargs=json.dumps(kwargs) if kwargs else "",
             add_generation_prompt=request.add_generation_prompt,
@@ -207,7 +210,15 @@ def _message(message: Message) -> inference_pb2.ChatMessage:
         tool_call_id=message.tool_call_id or "",
         name=message.name or "",
         reasoning=message.reasoning_content or message.reasoning or "",
+        kept_characters=_kept_characters(message),
     )
+
+
+def _kept_characters(message: Message) -> int | None:
+    """Return the length of a message's text up to its last mark; None without one."""
+    parts = message.content if isinstance(message.content, list) else []
+    marks = [place for place, part in enumerate(parts) if part.is_marked]
+    return sum(len(part.shown) for part in parts[: marks[-1] + 1]) if marks else None
 
 
 def _tool(tool: Tool) -> inference_pb2.Tool:

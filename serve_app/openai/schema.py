@@ -99,6 +99,7 @@ Unsupported = Annotated[None, _UNSUPPORTED]
 Stop = str | Annotated[list[str], Field(max_length=64, fail_fast=True)] | None
 Place = tuple[str | int, ...]
 Ignored = Annotated[Any, Field(description="accepted and ignored")]
+Mark = Annotated[Any, Field(description="behind the last mark, the prompt and the output are evicted first")]
 NamesSession = Annotated[Any, Field(description="text names the session, for routing; else ignored")]
 
 
@@ -224,8 +225,13 @@ class ContentPart(Model):
     type: Literal["text", "refusal"]
     text: str | None = None
     refusal: str | None = None
-    cache_control: Ignored = None
-    prompt_cache_breakpoint: Ignored = None
+    cache_control: Mark = None
+    prompt_cache_breakpoint: Mark = None
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether the prompt is worth keeping in the prefix cache up to the end of this part."""
+        return self.cache_control is not None or self.prompt_cache_breakpoint is not None
 
     @property
     def shown(self) -> str:
@@ -296,7 +302,7 @@ class Tool(Model):
 
     type: Literal["function"]
     function: Function
-    cache_control: Ignored = None
+    cache_control: Mark = None
 
 
 class NamedFunction(Model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,23 @@ class PromptEncoder:
             raise BadRequestError("The prompt is empty: send text, token ids or chat messages.")
         return ids
 
+    async def kept_tokens(self, chat: inference_pb2.Chat, token_ids: Sequence[int]) -> int:
+        """Return how many of the tokens of a conversation its marks say are worth keeping.
+
+        Args:
+            chat: the conversation.
+            token_ids: its token ids, from `encode`.
+
+        Returns:
+            0 if all are, as they are without a mark.
+        """
+        marked = _up_to_last_mark(chat)
+        if marked is None:
+            return 0
+        if _is_long(inference_pb2.Prompt(chat=marked)):
+            return await asyncio.to_thread(self._common_tokens, marked, token_ids)
+        return self._common_tokens(marked, token_ids)
+
     def token_text(self, token_id: int) -> str:
         """Return the text of one token, with U+FFFD for an incomplete character."""
         return self._tokens.token_text(token_id)
@@ -97,6 +115,17 @@ class PromptEncoder:
             self._check_beginning(text, context_tokens)
         tokenized: list[int] = self.tokenizer.encode(text, add_special_tokens=not is_chat)
         return tokenized
+
+    def _common_tokens(self, beginning: inference_pb2.Chat, token_ids: Sequence[int]) -> int:
+        try:
+            text = self._render(beginning)
+        except BadRequestError:  # the template takes no conversation that ends there
+            return 0
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        differing = (
+            place for place, (one, other) in enumerate(zip(ids, token_ids, strict=False)) if one != other
+        )
+        return next(differing, min(len(ids), len(token_ids)))
 
     def _check_beginning(self, text: str, context_tokens: int) -> None:
         """Reject a text whose beginning alone is too long: tokenizing megabytes takes seconds.
@@ -137,6 +166,25 @@ class PromptEncoder:
             rejected = "these messages or chat_template_kwargs" if kwargs else "these messages"
             raise BadRequestError(f"The model's chat template rejects {rejected}: {error}.") from error
         return text
+
+
+def _up_to_last_mark(chat: inference_pb2.Chat) -> inference_pb2.Chat | None:
+    """Return the part of a conversation that is worth keeping; None if all of it is."""
+    marks = [place for place, message in enumerate(chat.messages) if message.HasField("kept_characters")]
+    if not marks:
+        return None
+    last = chat.messages[marks[-1]]
+    is_whole = last.kept_characters >= len(last.content)
+    if is_whole and marks[-1] == len(chat.messages) - 1:
+        return None
+    kept = inference_pb2.Chat()
+    kept.CopyFrom(chat)
+    del kept.messages[marks[-1] + 1 :]
+    if not is_whole:
+        kept.messages[-1].content = last.content[: last.kept_characters]
+        del kept.messages[-1].tool_calls[:]
+    kept.add_generation_prompt = kept.continue_final_message = False
+    return kept
 
 
 def _opens_answer(chat: inference_pb2.Chat) -> bool:

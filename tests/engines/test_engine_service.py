@@ -21,6 +21,7 @@ from kvarn.model import kv_shape
 from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
 from kvarn.vllm.access.cache_events import read_cache_events
 from kvarn.vllm.access.telemetry import CacheState, read_cache_state
+from kvarn.vllm.kept_prefixes import kept_tokens
 from serve_app.config import EngineConfig
 from serve_app.engine.cache_monitor import CacheMonitor
 from serve_app.engine.engine_deployment import engine_args, load_adapters
@@ -54,7 +55,12 @@ class Replica:
     model: str
 
     async def ask(
-        self, prompt: list[int], resume: list[int] | None = None, adapter: str = "", **sampling: Any
+        self,
+        prompt: list[int],
+        resume: list[int] | None = None,
+        adapter: str = "",
+        kept: int = 0,
+        **sampling: Any,
     ) -> list[Delta]:
         request = engine_pb2.EngineRequest(
             request_id="test",
@@ -63,6 +69,7 @@ class Replica:
             sampling_params=sampling,
             resume_token_ids=resume or [],
             adapter=adapter,
+            kept_tokens=kept,
         )
         call = self.stream.start(request)
         deltas = [await call.read()]
@@ -339,6 +346,24 @@ async def test_reasoning_is_not_constrained(replica: Replica) -> None:
     wanted = {"regex": "[0-9]{50}", "after_reasoning": True, "chat_template_kwargs": '{"thinking": true}'}
     thought = await replica.ask(ids, temperature=0, max_tokens=6, ignore_eos=True, structured_outputs=wanted)
     assert text_of(thought) == text_of(free)
+
+
+async def test_marks_reach_the_scheduler(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    generate, seen = AsyncLLM.generate, []
+
+    def spied(engine: AsyncLLM, prompt: Any, params: SamplingParams, *args: Any, **kwargs: Any) -> Any:
+        seen.append(kept_tokens(params))
+        return generate(engine, prompt, params, *args, **kwargs)
+
+    monkeypatch.setattr(AsyncLLM, "generate", spied)
+    prompt = replica.tokenizer.encode(PROMPT)
+    whole = await replica.ask(prompt, max_tokens=3, temperature=0)
+    marked = await replica.ask(prompt, kept=2, max_tokens=3, temperature=0)
+    resumed = await replica.ask(prompt, tokens_of(marked)[:1], kept=2, max_tokens=3, temperature=0)
+    assert tokens_of(whole) == tokens_of(marked) == tokens_of(marked)[:1] + tokens_of(resumed)
+    assert seen == [None, 2, 2]
 
 
 async def test_short_prompts_do_not_update_the_prefill_speed(replica: Replica) -> None:
