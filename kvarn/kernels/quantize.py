@@ -25,6 +25,7 @@ from kvarn.kernels.records import (
     record_at,
     record_constants,
     row_place,
+    split_sizes,
     to_e4m3,
     to_float16,
 )
@@ -242,11 +243,10 @@ def _reciprocal(scale):
 
 
 @triton.jit
-def _codes(x, factor, start, BITS: tl.constexpr):
-    """Return the nearest codes to x * factor + start, in the low bits of int32; bits 24 and up are not 0."""
-    steps = x.to(tl.float32) * factor + start
-    steps = tl.minimum(tl.maximum(steps, 0.0), (1 << BITS) - 1.0) + ROUND
-    return steps.to(tl.int32, bitcast=True)
+def _codes(steps, start, BITS: tl.constexpr):
+    """Return the nearest codes to steps + start, in the low bits of int32; bits 24 and up are not 0."""
+    rounded = tl.minimum(tl.maximum(steps + start, 0.0), (1 << BITS) - 1.0) + ROUND
+    return rounded.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -287,7 +287,8 @@ def _store_key(
         per_step = _reciprocal(tl.load(by_channel + place).to(tl.float32))
         start = -tl.load(by_channel + D + place).to(tl.float32) * per_step
         inverse = _inverse(from_e4m3(tl.load(by_token + row_place(free, G))))
-        words += _codes(x, inverse[:, None] * per_step[None, :], start[None, :], BITS) << (lane_slot * BITS)
+        steps = x.to(tl.float32) * (inverse[:, None] * per_step[None, :])
+        words += _codes(steps, start[None, :], BITS) << (lane_slot * BITS)
     words = in_record_order(words, BITS, D, G)
     tl.store(record.to(tl.pointer_type(tl.int16)) + tl.arange(0, D * G * BITS // 16), words)
 
@@ -300,6 +301,18 @@ def _range_around_0(x, column_factor, row_factor, COVERED: tl.constexpr):
     low, high = _range(y, y, 1)
     low, high = _narrow(low, high, COVERED)
     return tl.minimum(low, 0.0) * row_factor, tl.maximum(high, 0.0) * row_factor
+
+
+@triton.jit
+def _unbiased_gain(squares, products):
+    """Return the gain of each column from its values' squares and products with what they are rounded to; see
+    `codec.unbiased_gain`."""
+    if INTERPRETED:
+        square, product = tl.sum(squares, 0), tl.sum(products, 0)
+    else:
+        square, product = tl.reduce((squares, products), 0, _add_pairs)
+    is_sound = product > square * 0.5
+    return tl.where(is_sound, square / tl.where(is_sound, product, 1.0), 1.0)
 
 
 @triton.jit
@@ -335,14 +348,28 @@ def _store_value(
     tl.debug_barrier()  # each thread reads what others stored
 
     words = tl.trans(no_words(BITS, G, D))  # channels last, as in memory
-    for lane_slot in tl.static_range(16 // BITS):
-        free, contracted = lane_slot_indices(lane_slot, BITS, G, D)
-        x = tl.load(source + contracted[:, None] * row_stride + free[None, :])
-        place = row_place(contracted, G)
-        per_step = _reciprocal(from_e4m3(tl.load(by_token + G + place)))
-        start = -from_e4m3(tl.load(by_token + 2 * G + place)) * per_step
-        inverse = _inverse(tl.load(by_channel + 2 * D + row_place(free, D)).to(tl.float32))
-        words += _codes(x, per_step[:, None] * inverse[None, :], start[:, None], BITS) << (lane_slot * BITS)
+    STEPS: tl.constexpr = split_sizes(BITS, G, D)[0]
+    COLUMNS: tl.constexpr = split_sizes(BITS, G, D)[1]
+    for column in tl.static_range(COLUMNS):
+        squares = tl.zeros([G // STEPS, D // COLUMNS], tl.float32)
+        products = tl.zeros([G // STEPS, D // COLUMNS], tl.float32)
+        for step in tl.static_range(STEPS):
+            free, contracted = lane_slot_indices(step * COLUMNS + column, BITS, G, D)
+            x = tl.load(source + contracted[:, None] * row_stride + free[None, :])
+            place = row_place(contracted, G)
+            per_step = _reciprocal(from_e4m3(tl.load(by_token + G + place)))
+            start = -from_e4m3(tl.load(by_token + 2 * G + place)) * per_step
+            inverse = _inverse(tl.load(by_channel + 2 * D + row_place(free, D)).to(tl.float32))
+            steps = x.to(tl.float32) * (per_step[:, None] * inverse[None, :])
+            codes = _codes(steps, start[:, None], BITS)
+            words += codes << ((step * COLUMNS + column) * BITS)
+            squares += steps * steps
+            products += steps * (codes.to(tl.float32, bitcast=True) - ROUND - start[:, None])
+        gain = _unbiased_gain(squares, products)
+        place = by_channel + 2 * D + row_place(free, D)
+        gained = tl.load(place).to(tl.float32) * gain
+        tl.debug_barrier()  # after all threads have read the scales
+        tl.store(place, to_float16(tl.maximum(gained, FLOAT16_TINY)))
     words = in_record_order(tl.trans(words), BITS, G, D)
     tl.store(values.to(tl.pointer_type(tl.int16)) + tl.arange(0, D * G * BITS // 16), words)
 

@@ -56,6 +56,8 @@ class KVarNSettings:
         iterations: maximum iterations of variance normalization; 0 disables it.
         progress: gain below which iterations stop, see `variance_norm.PROGRESS`.
         narrowed: whether ranges of keys and values are narrowed, see `rtn.narrowed_range`; not in the paper.
+        unbiased: whether a channel's values have a gain that undoes the shrinkage of rounding, see
+            `codec.unbiased_gain`; not in the paper.
         token_scales: storage dtype of token-axis factors.
         rotates_keys, rotates_values: whether the Hadamard rotation is applied.
     """
@@ -66,6 +68,7 @@ class KVarNSettings:
     iterations: int = variance_norm.ITERATIONS
     progress: float = variance_norm.PROGRESS
     narrowed: bool = True
+    unbiased: bool = True
     token_scales: torch.dtype = codec.E4M3
     rotates_keys: bool = True
     rotates_values: bool = True
@@ -114,7 +117,12 @@ def _kvarn_value(settings: KVarNSettings, value: Tensor) -> Tensor:
         channel_scale = _stored(channel_scale.clamp_min(codec.FLOAT16_TINY))[..., None, :]
         y = x / channel_scale
         scale, zero = (_stored(factor, settings.token_scales) for factor in around_0(y))
-        return _rounded(y, scale, zero, bits, -1) * channel_scale
+        rounded = _rounded(y, scale, zero, bits, -1)
+        if settings.unbiased:
+            step = scale.masked_fill(scale == 0, torch.inf)[..., None]
+            gain = codec.unbiased_gain(y / step, rounded / step)[..., None, :]
+            channel_scale = _stored((channel_scale * gain).clamp_min(codec.FLOAT16_TINY))
+        return rounded * channel_scale
 
     return rotate(round_trip(rotate(value))) if settings.rotates_values else round_trip(value)
 
@@ -195,7 +203,9 @@ def _turboquant(name: str, key_bits: int, value_bits: int) -> Format:
 
 
 def _paper(key_bits: int, value_bits: int) -> Format:
-    settings = KVarNSettings(key_bits, value_bits, progress=0.0, narrowed=False, token_scales=torch.float16)
+    settings = KVarNSettings(
+        key_bits, value_bits, progress=0.0, narrowed=False, unbiased=False, token_scales=torch.float16
+    )
     return settings.format(f"kvarn_paper_k{key_bits}v{value_bits}")
 
 
@@ -204,6 +214,7 @@ def _normalization_only(key_bits: int, value_bits: int) -> Format:
         key_bits,
         value_bits,
         narrowed=False,
+        unbiased=False,
         token_scales=torch.float16,
         rotates_keys=False,
         rotates_values=False,
@@ -261,6 +272,7 @@ def _knobs() -> list[Knob]:
         variants("rotate_values", {"no": KVarNSettings(rotates_values=False), "yes": KVarNSettings()}),
         rules("chunk", {"exact": {}, "raw": {"raw_chunk": True}}),
         variants("range", {"min_max": KVarNSettings(narrowed=False), "narrowed": KVarNSettings()}),
+        variants("gain", {"none": KVarNSettings(unbiased=False), "unbiased": KVarNSettings()}),
         variants("bits", bits),
     ]
 

@@ -64,6 +64,7 @@ def quantize_value(value: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Te
     channel_scale [..., D] float16).
 
     Each token's range is widened to include 0, which bounds |zero| by the range and so keeps it representable in e4m3.
+    The channel's scale includes the gain that makes rounding unbiased.
     """
     _, channel_scale = variance_norm.normalize(value)
     scale, _ = _scale_and_zero_around_0(value / channel_scale[..., None, :], bits)
@@ -72,7 +73,23 @@ def quantize_value(value: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Te
     y = value / channel_scale.float()[..., None, :]
     scale, zero = (to_e4m3(factor) for factor in _scale_and_zero_around_0(y, bits))
     codes = rtn.round_to_codes(y, scale.float()[..., :, None], zero.float()[..., :, None], bits)
-    return codes, scale, zero, channel_scale
+    steps = scale.float().masked_fill(scale == 0, torch.inf)[
+        ..., :, None
+    ]  # tokens weigh alike, large ones too
+    gain = unbiased_gain(y / steps, codes + zero.float()[..., :, None] / steps)
+    return codes, scale, zero, to_float16((channel_scale.float() * gain).clamp_min(FLOAT16_TINY))
+
+
+def unbiased_gain(x: Tensor, rounded: Tensor) -> Tensor:
+    """Return the factors of channels that undo the shrinkage of rounding: [..., G, D] -> [..., D].
+
+    With them, the rounded values of a channel have the projection on its values that these have on themselves, so that
+    a sum weighted by attention, which averages noise over tokens, is not biased towards 0. A channel that rounding
+    leaves less than half of keeps its scale.
+    """
+    square, product = (x * x).sum(-2), (x * rounded).sum(-2)
+    is_sound = product > square / 2
+    return torch.where(is_sound, square / torch.where(is_sound, product, 1.0), 1.0)
 
 
 def _scale_and_zero_around_0(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ are close to Gaussian. docs/decisions/0002-narrowed-ranges.md has the measuremen
 import torch
 from torch import Tensor
 
-COVERED_STDS = 4.0  # width of the range that four codes should cover, in standard deviations
+COVERED_STDS = 3.5  # width of the range that four codes should cover, in standard deviations
 EXPECTED_RANGE_STDS = {64: 4.69, 128: 5.19, 256: 5.65}  # mean of max - min of that many normal values
 
 

@@ -117,6 +117,22 @@ def test_the_narrowed_range_beats_min_and_max_on_normal_values(count: int) -> No
     assert error(*rtn.narrowed_range(x, 1, bits=2)) < 0.9 * error(x.amin(1), x.amax(1))
 
 
+@pytest.mark.parametrize("layout", [TileLayout(preset, 64) for preset in PRESETS.values()], ids=str)
+def test_rounded_values_are_not_biased_towards_zero(layout: TileLayout) -> None:
+    """A regression of a channel's rounded values on its values has the slope 1."""
+    _, value = normal_tiles(layout, 8)
+    codes, scale, zero, channel_scale = codec.quantize_value(value, layout.preset.value_bits)
+    step = scale.float()[..., None]
+    rounded = (codes * step + zero.float()[..., None]) * channel_scale.float()[..., None, :]
+    slope = (value * rounded / step**2).sum(-2) / (value**2 / step**2).sum(-2)
+    torch.testing.assert_close(slope, torch.ones_like(slope), rtol=0, atol=2e-3)
+
+
+def test_a_channel_that_rounding_leaves_nothing_of_keeps_its_scale() -> None:
+    x, rounded = torch.ones(4, 3), torch.tensor([[1.25, 0.25, 0.0]]).expand(4, 3)
+    assert codec.unbiased_gain(x, rounded).tolist() == [pytest.approx(0.8), 1.0, 1.0]
+
+
 def test_four_bits_keep_their_whole_range() -> None:
     x = torch.randn(64, 64)
     low, high = rtn.narrowed_range(x, 1, bits=4)
