@@ -23,9 +23,11 @@ def kept_tokens(params: SamplingParams | None) -> int | None:
 
 def evict_first(pool: BlockPool, blocks: Iterable[KVCacheBlock]) -> None:
     """Let those of `blocks` that are cached and in no use be evicted before all others, the last of them first."""
-    idle = [
-        block for block in blocks if not block.is_null and not block.ref_cnt and block.block_hash is not None
-    ]
-    for block in idle:
+    idle = {
+        block.block_id: block
+        for block in blocks
+        if not block.is_null and not block.ref_cnt and block.block_hash is not None
+    }
+    for block in idle.values():
         pool.free_block_queue.remove(block)
-    pool.free_block_queue.prepend_n(idle[::-1])
+    pool.free_block_queue.prepend_n(list(idle.values())[::-1])

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, make_block_hash_with_group_id, resolve_block_hashes
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -374,22 +375,21 @@ class MarkedPrefixes(SlotPlanning):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         unkept = self._unkept_blocks(request)
         freed = super()._free_request(request, *args, **kwargs)
-        evict_first(self.kv_cache_manager.block_pool, unkept)
+        for pool, blocks in unkept:
+            evict_first(pool, blocks)
         return freed
 
-    def _unkept_blocks(self, request: Request) -> list[KVCacheBlock]:
-        """The blocks behind the marked prefix; others want those that were in the cache before."""
+    def _unkept_blocks(self, request: Request) -> list[tuple[BlockPool, list[KVCacheBlock]]]:
+        """The blocks of each group behind the marked prefix; others want those that were in the cache before."""
         found = self._found_tokens.pop(request.request_id, 0)
         kept = kept_tokens(request.sampling_params)
         if kept is None:
             return []
-        return [
-            block
-            for manager in self.kv_cache_manager.coordinator.single_type_managers
-            for block in manager.req_to_blocks.get(request.request_id, ())[
-                -(-max(kept, found) // manager.block_size) :
-            ]
-        ]
+        unkept = []
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            blocks = manager.req_to_blocks.get(request.request_id, [])
+            unkept.append((manager.block_pool, blocks[-(-max(kept, found) // manager.block_size) :]))
+        return unkept
 
 
 class PrefixScheduling(GrowthReservation, CheapestPreemption, MarkedPrefixes):

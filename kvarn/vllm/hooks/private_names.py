@@ -20,8 +20,6 @@ SCHEDULER_ATTRIBUTES = (
     "kv_cache_config.needs_kv_cache_zeroing",
     "kv_cache_manager.block_pool.blocks",
     "kv_cache_manager.block_pool.cached_block_hash_to_block",
-    "kv_cache_manager.block_pool.free_block_queue.prepend_n",
-    "kv_cache_manager.block_pool.free_block_queue.remove",
     "kv_cache_manager.block_pool.num_gpu_blocks",
     "kv_cache_manager.coordinator.single_type_managers",
     "kv_event_publisher",
@@ -38,6 +36,8 @@ SCHEDULER_ATTRIBUTES = (
 )
 MANAGER_ATTRIBUTES = (
     "_record_new_block_ids",
+    "block_pool.free_block_queue.prepend_n",
+    "block_pool.free_block_queue.remove",
     "block_size",
     "get_num_skipped_tokens",
     "kv_cache_spec",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvarn.vllm.kept_prefixes import evict_first
 from tests.support.scheduling import GROUP, World, make_request, make_scheduler
 
 SHARED, OWN, EARLIER = [0] * 2 * GROUP, [1] * 2 * GROUP, [2] * 4 * GROUP
@@ -75,3 +76,14 @@ def test_the_output_is_behind_the_mark(world: World) -> None:
     assert cached(world, tokens) == 4
     evict(world, 2)
     assert (cached(world, EARLIER), cached(world, tokens)) == (4, 2)
+
+
+def test_a_block_is_moved_once_and_one_in_use_not_at_all(world: World) -> None:
+    answer(world, PROMPT)
+    pool = world.pool
+    held = [block for block in pool.blocks if block.block_hash is not None]
+    free = pool.get_num_free_blocks()
+    (used,) = pool.get_new_blocks(1)
+    evict_first(pool, [pool.null_block, used, *held, *held])
+    assert pool.get_num_free_blocks() == free - 1
+    assert [block.block_id for block in pool.get_new_blocks(len(held))] == [b.block_id for b in held[::-1]]
