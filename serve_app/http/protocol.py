@@ -35,6 +35,7 @@ class _Connection(h11.Connection):
         max_header_bytes: largest request line and headers together.
 
     Attributes:
+        method: of the last request.
         has_large_headers: whether a request exceeded the limit.
         refusal: why a request that h11 would take was refused, in one sentence; "" if none was.
     """
@@ -44,6 +45,7 @@ class _Connection(h11.Connection):
         self._max_header_bytes = max_header_bytes
         self._chunks = 0
         self._chunk_bytes = 0
+        self.method = b""
         self.has_large_headers = False
         self.refusal = ""
 
@@ -52,6 +54,7 @@ class _Connection(h11.Connection):
         unread = b"" if self.their_state is h11.SEND_BODY else self.trailing_data[0]
         event = super().next_event()
         if isinstance(event, h11.Request):
+            self.method = event.method
             self._check_head(event, unread[: len(unread) - len(self.trailing_data[0])])
         elif isinstance(event, h11.Data) and event.chunk_start:
             self._count_chunk(event)
@@ -157,7 +160,9 @@ class GuardedProtocol(H11Protocol):
                 ("connection", "close"),
             ]
             response = h11.Response(status_code=status, headers=headers, reason=status.phrase.encode())
-            for event in (response, h11.Data(data=content), h11.EndOfMessage()):
+            is_head = self.conn.our_state is h11.SEND_RESPONSE and self.conn.method == b"HEAD"
+            parts = [] if is_head else [h11.Data(data=content)]
+            for event in (response, *parts, h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 

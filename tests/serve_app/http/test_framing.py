@@ -91,3 +91,30 @@ async def test_a_body_in_crumbs_is_refused_before_it_costs_seconds(front: Runnin
         )
         watch.check()
     assert not answer or answer.startswith(b"HTTP/1.1 400 ")  # nothing if the connection was reset meanwhile
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"HEAD /v1/models HTTP/1.1\r\nhost: localhost\n\r\n",
+        b"HEAD /v1/models HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n",
+        b"HEAD /v1/models HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * (64 << 10) + b"\r\n\r\n",
+    ],
+)
+async def test_a_refusal_of_head_has_no_body(
+    front: Running, sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = await asyncio.to_thread(answer_to, front.http_port, sent)
+    assert answer.startswith(b"HTTP/1.1 4"), answer[:200]
+    assert answer.endswith(b"\r\n\r\n")
+    assert answer.count(b"\r\n\r\n") == 1
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_refusal_after_head_has_a_body(front: Running, caplog: pytest.LogCaptureFixture) -> None:
+    sent = b"HEAD /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n" + b"?" * 99 + b"\r\n\r\n"
+    answer = await asyncio.to_thread(answer_to, front.http_port, sent)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    head, _, content = answer.partition(b"HTTP/1.1 400 ")[2].partition(b"\r\n\r\n")
+    assert f"content-length: {len(content)}".encode() in head
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
