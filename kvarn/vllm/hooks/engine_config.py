@@ -219,12 +219,13 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
 
 def _state_problems(config: Any) -> Iterator[str]:
     """Yield what is not supported beside layers that keep a state, as `_problems` does."""
-    kinds = set(layer_kinds(config_of(config.model_config)))
+    model = config.model_config
+    kinds = set(layer_kinds(config_of(model)))
     if not packs_states():
         yield f"supports layers with a state from vLLM {FIRST_WITH_STATES} on; install that, or {USE_AUTO}"
     if kinds.isdisjoint(ATTENTION):
         yield f"needs layers with full attention, and this model's configuration names none; {USE_AUTO}"
-    if not kinds.isdisjoint({SLIDING, CHUNKED}):
+    if not kinds.isdisjoint({SLIDING, CHUNKED}) or model.get_sliding_window() is not None:
         yield f"does not support layers with a window beside layers with a state; {USE_AUTO}"
     if config.speculative_config is not None:
         yield "does not support drafts for a model with state layers; leave speculative_config out."

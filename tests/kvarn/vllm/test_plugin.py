@@ -316,13 +316,14 @@ WITH_STATES: dict[str, Any] = {
             {},
             "a window beside layers with a state; use kv_cache_dtype='auto'",
         ),
+        ({"sliding_window": 64}, {}, "a window beside layers with a state; use kv_cache_dtype='auto'"),
         (
             {},
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
             "drafts for a model with state layers; leave speculative_config out",
         ),
     ],
-    ids=["states alone", "windows", "drafts"],
+    ids=["states alone", "windows", "a window", "drafts"],
 )
 def test_what_state_layers_cannot_have_is_refused(
     tmp_path: Path, changes: dict[str, Any], settings: dict[str, Any], sentence: str
