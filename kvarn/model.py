@@ -159,18 +159,15 @@ def text_config(model_dir: Path) -> dict[str, Any]:
     Raises:
         ModelError: config.json cannot be read, or is not JSON.
     """
-    from transformers import CONFIG_MAPPING
+    from transformers import AutoConfig
 
     config = read_config(model_dir)
     config = {**config, **config.get("text_config", {})}
-    model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        return config
     try:
-        completed = CONFIG_MAPPING[model_type](**config)
+        completed = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).get_text_config()
     except Exception:  # each type checks its configuration in its own way; the caller reports what is missing
         return config
-    derived = {"layer_types": getattr(completed, "layer_types", None)}
+    derived = {entry: getattr(completed, entry, None) for entry in ("layer_types", "num_hidden_layers")}
     return {**completed.to_dict(), **{k: v for k, v in config.items() if v is not None}, **derived}
 
 

@@ -10,9 +10,16 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    NemotronHConfig,
+    PreTrainedTokenizerBase,
+)
 
 from kvarn import model
+from kvarn.layer_kinds import quantized_layers
 from kvarn.model import (
     DEFAULT_MODEL,
     ModelError,
@@ -261,3 +268,13 @@ def test_a_published_config_may_leave_defaults_of_its_type_out(tmp_path: Path) -
     shape = model.kv_shape(tmp_path, 32_768)
     assert (shape.layers, shape.head_dim) == (full.layer_types.count("full_attention"), full.head_dim)
     assert model.kv_shape(tmp_path, 1024).layers == 34
+
+
+def test_a_published_config_may_name_its_layers_by_letters(tmp_path: Path) -> None:
+    config = {"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-M*", "num_hidden_layers": 7}
+    NemotronHConfig(**config).save_pretrained(tmp_path)
+    saved = model.text_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for entries in (saved, model.text_config(tmp_path)):
+        assert entries["num_hidden_layers"] == 7
+        assert quantized_layers(entries, 1024) == 2
