@@ -122,7 +122,7 @@ def serve_alike(directory: Path, family: str) -> None:
                 chunked = ask_cold(llm, prompt)
             assert llm.reset_prefix_cache()
             (preempted,) = ask_and_preempt(llm, [prompt], max_tokens=6)
-            for answer in (hit, preempted, *([chunked] if made.chunked else [])):
+            for answer in (hit, *([chunked, preempted] if made.chunked else [])):
                 answer.assert_same(cold, tolerance)
             assert_nothing_left(llm)
         with engine(monkeypatch, model, kv_cache_dtype="auto", **settings) as llm:

@@ -45,7 +45,7 @@ class Family:
         settings: further settings of the engine.
         long: whether only `--long` runs it.
         weights: how its weights are quantized, one of `METHODS`; None: float32.
-        chunked: whether vLLM answers alike with `auto`, too, when it computes a prompt in chunks.
+        chunked: whether vLLM answers alike with `auto`, too, when it computes the same tokens in other steps.
     """
 
     config: str
