@@ -130,7 +130,7 @@ def attend_pages(
             num_warps=4,
             num_stages=3
             if head_dim < 256
-            else 2,  # more does not fit a Hopper multiprocessor's shared memory
+            else 1,  # two take more shared memory than a Hopper multiprocessor has
         )
 
 
