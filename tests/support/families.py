@@ -140,6 +140,9 @@ FAMILIES: dict[str, Family] = {
     "Qwen2-MoE": Family("Qwen2MoeConfig", {"shared_expert_intermediate_size": 64, **EXPERTS}),
     "Qwen3": Family("Qwen3Config", {"head_dim": 64}),
     "Qwen3-MoE": Family("Qwen3MoeConfig", {"head_dim": 64, **EXPERTS}, long=False),
+    "Qwen3-MoE, expert parallel": Family(
+        "Qwen3MoeConfig", {"head_dim": 64, **EXPERTS}, {"enable_expert_parallel": True}
+    ),
     "NanoChat on Transformers": Family("NanoChatConfig", settings=ON_TRANSFORMERS),
     "Seed-OSS": Family("SeedOssConfig", {"head_dim": 64}),
     "Solar Open": Family("SolarOpenConfig", {"head_dim": 64, **ROUTED_EXPERTS}),

@@ -300,10 +300,35 @@ def clear_no_reused_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SlotPlanning, "_clear_reused_blocks", mutant)
 
 
+def take_a_block_for_its_first_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = SlotPlanning._tile
+
+    def mutant(self: SlotPlanning, blocks: Any, number: int) -> int:
+        tiles = self.block_tokens // self.tile_tokens
+        return tile(self, blocks, number // tiles * tiles)
+
+    monkeypatch.setattr(SlotPlanning, "_tile", mutant)
+
+
+def forget_hashes_of_blocks_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = SlotPlanning._plan_slots
+
+    def mutant(self: SlotPlanning, *args: Any) -> SlotPlan:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                self, "_tile_hash", lambda block: None if self.block_tokens > GROUP else block.block_hash
+            )
+            return plan(self, *args)
+
+    monkeypatch.setattr(SlotPlanning, "_plan_slots", mutant)
+
+
 @pytest.mark.parametrize(
     "mutate",
     [
         clear_no_reused_blocks,
+        take_a_block_for_its_first_tile,
+        forget_hashes_of_blocks_of_several_tiles,
         drop_tails_not_scheduled,
         quantize_one_step_late,
         release_tails_as_they_fill,
