@@ -126,7 +126,7 @@ def serve_alike(directory: Path, family: str) -> None:
                 answer.assert_same(cold, tolerance)
             assert_nothing_left(llm)
         with engine(monkeypatch, model, kv_cache_dtype="auto", **settings) as llm:
-            assert max(first_differences([cold], [ask_cold(llm, prompt)])) < 0.5
+            assert max(first_differences([cold], [ask_cold(llm, prompt)])) < 0.7
 
 
 def end_passes_at_states(monkeypatch: pytest.MonkeyPatch) -> None:
