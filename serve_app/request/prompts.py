@@ -179,10 +179,16 @@ def _up_to_last_mark(chat: inference_pb2.Chat) -> inference_pb2.Chat | None:
         return None
     kept = inference_pb2.Chat()
     kept.CopyFrom(chat)
+    marked, following = kept.messages[marks[-1]], chat.messages[marks[-1] + 1 : marks[-1] + 2]
     del kept.messages[marks[-1] + 1 :]
     if not is_whole:
-        kept.messages[-1].content = last.content[: last.kept_characters]
-        del kept.messages[-1].tool_calls[:]
+        marked.content = last.content[: last.kept_characters]
+        del marked.tool_calls[:]
+    if last.role == "system":  # templates may show it within the next message, or reject it alone
+        kept.messages.extend(
+            inference_pb2.ChatMessage(role=message.role, content="!" if message.content[:1] == "?" else "?")
+            for message in following
+        )
     kept.add_generation_prompt = kept.continue_final_message = False
     return kept
 

@@ -75,8 +75,9 @@ async def test_marks_reach_the_engine(encoder: PromptEncoder, body: dict[str, An
         beginning = encoder.tokenizer.decode(list(request.prompt_token_ids)[: request.kept_tokens])
         if kept is None:
             assert request.kept_tokens == 0
-        else:  # a template may close the marked message
-            assert beginning.rstrip().removesuffix("<|im_end|>").endswith(kept.strip())
+        else:  # a template may close the marked message, and open the next one
+            ending = beginning.rpartition(kept.strip())[2]
+            assert "<|im_end|>\n<|im_start|>user".startswith(ending.strip())
 
 
 async def test_callers_may_send_the_number_of_tokens(encoder: PromptEncoder) -> None:
@@ -115,3 +116,34 @@ async def test_a_template_that_takes_no_such_beginning_keeps_all(model_dir: Path
         kept.append(await encoder.kept_tokens(chat, ids))
     assert (kept[0], kept[2]) == (0, 0)
     assert encoder.tokenizer.decode(ids[: kept[1]]) == f"{RULES}\n{DOCUMENT}\n"
+
+
+# Gemma 3's template puts the system message into the first message of the user.
+INTO_USER = (
+    "{{ '<|im_start|>' }}{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set first, rest = '', messages %}{% endif %}"
+    "{% for message in rest %}{{ message.role + '\n' + (first if loop.first else '') + message.content }}{% endfor %}"
+)
+NEEDS_USER = (
+    "{% if messages|selectattr('role', 'equalto', 'user')|list|length == 0 %}"
+    "{{ raise_exception('no user') }}{% endif %}"
+    "{% for message in messages %}{{ message.role + '\n' + message.content + '\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [INTO_USER, NEEDS_USER])
+@pytest.mark.parametrize("marked", [RULES, RULES[:8]])
+@pytest.mark.parametrize("asked", [DOCUMENT, "?", ""])
+async def test_a_marked_system_message_that_no_template_shows_alone(
+    model_dir: Path, template: str, marked: str, asked: str
+) -> None:
+    encoder = PromptEncoder(model_dir)
+    encoder.tokenizer.chat_template = template
+    system = {"role": "system", "content": RULES, "kept_characters": len(marked)}
+    chat = inference_pb2.Chat(messages=[system, {"role": "user", "content": asked}])  # type: ignore[list-item]
+    ids = await encoder.encode(inference_pb2.Prompt(chat=chat))
+    beginning = encoder.tokenizer.decode(ids[: await encoder.kept_tokens(chat, ids)])
+    before, _, rest = beginning.partition(marked[: len(marked) - 4])  # its last token may go on
+    assert rest, before
+    assert DOCUMENT[4:] not in rest
+    assert RULES[12:] not in rest or marked == RULES
