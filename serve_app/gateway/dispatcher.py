@@ -318,10 +318,10 @@ class Dispatcher:
         """Return the prompt's token ids; the marks of a chat become the request's `kept_tokens`."""
         self._check(request)
         ids = await self._encoder.encode(request.prompt, context_tokens)
-        if request.prompt.HasField("chat") and (
-            kept := await self._encoder.kept_tokens(request.prompt.chat, ids)
-        ):
-            request.kept_tokens = kept
+        if request.prompt.HasField("chat"):
+            kept = await self._encoder.kept_tokens(request.prompt.chat, ids)
+            if kept is not None:
+                request.kept_tokens = kept
         return ids
 
     def _context_tokens(self) -> int:

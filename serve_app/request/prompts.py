@@ -68,7 +68,7 @@ class PromptEncoder:
             raise BadRequestError("The prompt is empty: send text, token ids or chat messages.")
         return ids
 
-    async def kept_tokens(self, chat: inference_pb2.Chat, token_ids: Sequence[int]) -> int:
+    async def kept_tokens(self, chat: inference_pb2.Chat, token_ids: Sequence[int]) -> int | None:
         """Return how many of the tokens of a conversation its marks say are worth keeping.
 
         Args:
@@ -76,8 +76,10 @@ class PromptEncoder:
             token_ids: its token ids, from `encode`.
 
         Returns:
-            0 if all are, as they are without a mark.
+            0 if all are; None without a mark.
         """
+        if not any(message.HasField("kept_characters") for message in chat.messages):
+            return None
         marked = _up_to_last_mark(chat)
         if marked is None:
             return 0
@@ -169,10 +171,8 @@ class PromptEncoder:
 
 
 def _up_to_last_mark(chat: inference_pb2.Chat) -> inference_pb2.Chat | None:
-    """Return the part of a conversation that is worth keeping; None if all of it is."""
+    """Return a conversation that begins as one with marks does up to the last of them; None if all is worth keeping."""
     marks = [place for place, message in enumerate(chat.messages) if message.HasField("kept_characters")]
-    if not marks:
-        return None
     last = chat.messages[marks[-1]]
     is_whole = last.kept_characters >= len(last.content)
     if is_whole and marks[-1] == len(chat.messages) - 1:

@@ -110,7 +110,7 @@ async def test_a_template_that_takes_no_such_beginning_keeps_all(model_dir: Path
     contents = (RULES, DOCUMENT, QUESTION)
     chat = inference_pb2.Chat(messages=[{"role": "user", "content": content} for content in contents])
     ids = await encoder.encode(inference_pb2.Prompt(chat=chat))
-    kept = []
+    kept: list[int | None] = []
     for message in chat.messages:
         message.kept_characters = len(message.content)
         kept.append(await encoder.kept_tokens(chat, ids))
@@ -142,8 +142,33 @@ async def test_a_marked_system_message_that_no_template_shows_alone(
     system = {"role": "system", "content": RULES, "kept_characters": len(marked)}
     chat = inference_pb2.Chat(messages=[system, {"role": "user", "content": asked}])  # type: ignore[list-item]
     ids = await encoder.encode(inference_pb2.Prompt(chat=chat))
-    beginning = encoder.tokenizer.decode(ids[: await encoder.kept_tokens(chat, ids)])
+    kept = await encoder.kept_tokens(chat, ids)
+    assert kept
+    beginning = encoder.tokenizer.decode(ids[:kept])
     before, _, rest = beginning.partition(marked[: len(marked) - 4])  # its last token may go on
     assert rest, before
     assert DOCUMENT[4:] not in rest
     assert RULES[12:] not in rest or marked == RULES
+
+
+@pytest.mark.parametrize(("kept_characters", "kept"), [(None, 2), (len(QUESTION), 0)])
+async def test_the_marks_of_a_chat_count_instead(
+    encoder: PromptEncoder, kept_characters: int | None, kept: int
+) -> None:
+    asked: list[int] = []
+    play = playing(PLAIN)
+
+    async def script(request: engine_pb2.EngineRequest, write: Write) -> None:
+        asked.append(request.kept_tokens)
+        await play(request, write)
+
+    message = inference_pb2.ChatMessage(role="user", content=QUESTION, kept_characters=kept_characters)
+    prompt = inference_pb2.Prompt(chat=inference_pb2.Chat(messages=[message]))
+    async with (
+        gateway(encoder) as front,
+        grpc.aio.insecure_channel(f"127.0.0.1:{front.grpc_port}") as channel,
+    ):
+        front.engine.script = script
+        stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+        await stub.GenerateOnce(inference_pb2.GenerateOnceRequest(prompt=prompt, kept_tokens=2))
+    assert asked == [kept]
