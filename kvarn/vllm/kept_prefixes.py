@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 
 from vllm import SamplingParams
 from vllm.v1.core.block_pool import BlockPool
@@ -19,6 +20,13 @@ def keep_tokens(params: SamplingParams, tokens: int) -> None:
 def kept_tokens(params: SamplingParams | None) -> int | None:
     """Return the number of tokens that are worth keeping; None if all are."""
     return (params.extra_args or {}).get(_KEPT_TOKENS) if params is not None else None
+
+
+def shared_blocks(one: Sequence[KVCacheBlock], other: Sequence[KVCacheBlock]) -> int:
+    """Return the number of leading blocks that two requests have in common; none behind the first that differs is."""
+    return bisect_left(
+        range(min(len(one), len(other))), True, key=lambda place: one[place] is not other[place]
+    )
 
 
 def evict_first(pool: BlockPool, blocks: Iterable[KVCacheBlock]) -> None:

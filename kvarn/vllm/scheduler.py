@@ -24,7 +24,7 @@ from kvarn.vllm.cache_settings import KVarNConfig, side_pool_slots, speculation_
 from kvarn.vllm.hooks import RefusalError
 from kvarn.vllm.hooks.private_names import check_scheduler
 from kvarn.vllm.hooks.refusals import refuse
-from kvarn.vllm.kept_prefixes import evict_first, kept_tokens
+from kvarn.vllm.kept_prefixes import evict_first, kept_tokens, shared_blocks
 from kvarn.vllm.mixed_layers import quantized_group, tile_stride
 from kvarn.vllm.slots import SLOT_PLAN, ScheduledTokens, SlotPlan, SlotTable, tail_slots
 from kvarn.vllm.versions import max_active_requests
@@ -361,16 +361,26 @@ class MarkedPrefixes(SlotPlanning):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Tokens that requests with a mark found in the cache when they were admitted.
-        self._found_tokens: dict[str, int] = {}
+        # Leading tokens of requests with a mark that were in the cache when they were admitted, or were hit since.
+        self._wanted_tokens: dict[str, int] = {}
 
     def _allocate_if_admitted(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
         allocated = super()._allocate_if_admitted(request, *args, **kwargs)
-        if allocated is not None and kept_tokens(request.sampling_params) is not None:
-            hit = kwargs.get("new_computed_blocks")
-            found = len(hit.blocks[self.cache_group]) * self.block_tokens if hit is not None else 0
-            self._found_tokens.setdefault(request.request_id, found)
+        if allocated is None or request.status == RequestStatus.RUNNING:
+            return allocated
+        cached = kwargs.get("new_computed_blocks")
+        hit = cached.blocks[self.cache_group] if cached is not None else ()
+        self._note_hit(request.request_id, hit)
+        if kept_tokens(request.sampling_params) is not None:
+            self._wanted_tokens.setdefault(request.request_id, len(hit) * self.block_tokens)
         return allocated
+
+    def _note_hit(self, request_id: str, hit: Sequence[KVCacheBlock]) -> None:
+        """Note that `request_id` wants the blocks `hit`, which other requests may have computed."""
+        holders = self._blocks_of_requests()
+        for other in self._wanted_tokens.keys() - {request_id}:
+            shared = shared_blocks(holders.get(other, ()), hit) * self.block_tokens
+            self._wanted_tokens[other] = max(self._wanted_tokens[other], shared)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         unkept = self._unkept_blocks(request)
@@ -380,15 +390,15 @@ class MarkedPrefixes(SlotPlanning):
         return freed
 
     def _unkept_blocks(self, request: Request) -> list[tuple[BlockPool, list[KVCacheBlock]]]:
-        """The blocks of each group behind the marked prefix; others want those that were in the cache before."""
-        found = self._found_tokens.pop(request.request_id, 0)
+        """The blocks of each group behind the marked prefix, except for those that another request wanted."""
+        wanted = self._wanted_tokens.pop(request.request_id, 0)
         kept = kept_tokens(request.sampling_params)
         if kept is None:
             return []
         unkept = []
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             blocks = manager.req_to_blocks.get(request.request_id, [])
-            unkept.append((manager.block_pool, blocks[-(-max(kept, found) // manager.block_size) :]))
+            unkept.append((manager.block_pool, blocks[-(-max(kept, wanted) // manager.block_size) :]))
         return unkept
 
 

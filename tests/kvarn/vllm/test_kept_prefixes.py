@@ -70,6 +70,24 @@ def test_a_hit_behind_the_mark_is_worth_as_much_as_any(world: World) -> None:
     assert (cached(world, EARLIER), cached(world, PROMPT)) == (2, 4)
 
 
+@pytest.mark.parametrize("shared", [len(PROMPT), len(SHARED) + GROUP])
+def test_a_hit_behind_the_mark_of_a_running_request_counts_too(world: World, shared: int) -> None:
+    answer(world, EARLIER)
+    marked = world.submit([*PROMPT, 0], 3 * GROUP, kept=len(SHARED))
+    world.step()
+    world.step()
+    hitting = world.submit([*PROMPT[:shared], 3], 1)
+    while hitting.request_id in world.prompts:
+        world.step()
+    assert marked.request_id in world.prompts
+    while world.prompts:
+        world.step()
+    world.step()
+    tokens = list(marked.all_token_ids)
+    evict(world, cached(world, tokens) - shared // GROUP + 1)
+    assert (cached(world, EARLIER), cached(world, tokens)) == (3, shared // GROUP)
+
+
 def test_the_output_is_behind_the_mark(world: World) -> None:
     answer(world, EARLIER)
     tokens = answer(world, SHARED, kept=len(SHARED), max_tokens=2 * GROUP)[: 4 * GROUP]
