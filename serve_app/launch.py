@@ -191,13 +191,37 @@ def _check_in_another_process(place: str, check: Callable[..., object], *argumen
     """Run a check that imports vLLM, which this process would hold in memory for as long as it serves."""
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=_quiet) as pool:
         try:
-            pool.submit(check, *arguments).result()
+            with _deferred_signals():  # a process that starts would report a pipe without data
+                result = pool.submit(check, *arguments)
+            result.result()
         except ValueError as error:
             raise LaunchError(f"{place}: {error}") from None
         except KeyboardInterrupt:
             for process in active_children():  # leaving the block waits for them
                 process.kill()
             raise
+
+
+@contextmanager
+def _deferred_signals() -> Iterator[None]:
+    """Deliver signals that stop the command once the block has ended."""
+    pending: list[int] = []
+
+    def keep(number: int, frame: object) -> None:
+        pending.append(number)
+
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in handled}
+    kept = [number for number in handled if before[number] not in (signal.SIG_IGN, None)]
+    for number in kept:
+        signal.signal(number, keep)
+    try:
+        yield
+    finally:
+        for number in kept:
+            signal.signal(number, before[number])
+        for arrived in pending:
+            signal.raise_signal(arrived)
 
 
 def _quiet() -> None:

@@ -17,7 +17,7 @@ from kvarn.cli.chat import Answer
 from kvarn.cli.output import err, out
 from kvarn.cli.serve import Started, TextReporter, _start_progress
 from kvarn.v1 import cache_pb2, cluster_pb2
-from serve_app.launch import Dashboard, Deployment, RunningApp, read_app
+from serve_app.launch import Dashboard, Deployment, RunningApp, _deferred_signals, read_app
 from tests.support.live import APP_YAML, write_app
 
 
@@ -177,3 +177,16 @@ def test_waiting_ends_at_a_signal_that_reaches_another_thread():
             thread.join()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
             signal.signal(signal.SIGUSR1, previous)
+
+
+def test_a_signal_waits_until_a_process_has_started() -> None:
+    """A process whose parent is interrupted while it starts finds a pipe without data, and reports that."""
+    events: list[str] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: events.append("handled"))
+    try:
+        with _deferred_signals():
+            signal.raise_signal(signal.SIGTERM)
+            events.append("started")
+        assert events == ["started", "handled"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
