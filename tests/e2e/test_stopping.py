@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from kvarn.cli.serve import ONE_REQUEST_S
-from tests.support.live import engine_cores, wait_for, write_app
+from tests.support.live import descendants, engine_cores, wait_for, write_app
 from tests.support.models import cut_model
 
 Stop = Callable[[psutil.Process, list[psutil.Process]], None]
@@ -50,7 +50,7 @@ def served(app: Path) -> Iterator[subprocess.Popen[str]]:
     try:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["event"] == "ready", process.communicate()[1]
-        family += psutil.Process(process.pid).children(recursive=True)
+        family += descendants(process.pid)
         yield process
     finally:
         for member in [*family, process]:
@@ -62,12 +62,12 @@ def served(app: Path) -> Iterator[subprocess.Popen[str]]:
 def family_of(command: psutil.Process) -> list[psutil.Process]:
     """Return the descendants of a command that is ready, once its engine is among them.
 
-    psutil builds the tree from a list of all processes that is not read at one moment: it has missed engines.
+    `psutil.Process.children` leaves out processes that seem older than their parents, and has missed engines.
     """
     family: list[psutil.Process] = []
 
     def has_engine() -> bool:
-        family[:] = command.children(recursive=True)
+        family[:] = descendants(command.pid)
         return bool(engine_cores(family))
 
     wait_for(has_engine, 10)

@@ -92,6 +92,17 @@ def ready(client: Client) -> set[str]:
     return {r.replica_id for r in replicas if r.status == cluster_pb2.REPLICA_STATUS_READY}
 
 
+def descendants(pid: int) -> list[psutil.Process]:
+    """Return the processes below one, by the numbers of their parents alone."""
+    children: dict[int, list[psutil.Process]] = {}
+    for process in psutil.process_iter(["ppid"]):
+        children.setdefault(process.info["ppid"], []).append(process)
+    found = list(children.get(pid, []))
+    for process in found:
+        found += children.get(process.pid, [])
+    return found
+
+
 def engine_cores(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     """Return those of `processes` in which vLLM runs an engine."""
     # Linux keeps 15 characters of a name, and the command line with the rest cannot always be read.
