@@ -30,8 +30,7 @@ def test_flash_attention_and_our_kernel_agree(
     lengths: list[tuple[int, int]], query_heads: int, kv_heads: int, head_dim: int
 ) -> None:
     device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
-    flash = page_attention(kv_heads, head_dim, device)
-    if not isinstance(flash, FlashPages):
+    if not isinstance(page_attention(kv_heads, head_dim, device), FlashPages):
         pytest.skip("vLLM uses no FlashAttention for these heads here")
     before, new = np.array(lengths).T
     first = np.insert(np.cumsum(new), 0, 0)
@@ -52,6 +51,6 @@ def test_flash_attention_and_our_kernel_agree(
     scale = head_dim**-0.5
     for sinks in (None, torch.linspace(-2, 5, query_heads, device=device).bfloat16()):
         expected, out = torch.empty_like(query), torch.empty_like(query)
-        TritonPages().attend(query, pages, wave, scale, expected, sinks)
-        flash.attend(query, pages, wave, scale, out, sinks)
+        TritonPages(sinks).attend(query, pages, wave, scale, expected)
+        page_attention(kv_heads, head_dim, device, sinks=sinks).attend(query, pages, wave, scale, out)
         assert (out - expected).abs().max() <= 2e-3 * expected.abs().max()

@@ -27,19 +27,11 @@ class PageAttention(Protocol):
 
     scratch_bytes: int
 
-    def attend(
-        self,
-        query: Tensor,
-        pages: Tensor,
-        wave: PrefillWave,
-        scale: float,
-        out: Tensor,
-        sinks: Tensor | None = None,
-    ) -> None:
+    def attend(self, query: Tensor, pages: Tensor, wave: PrefillWave, scale: float, out: Tensor) -> None:
         """Attend the wave's `query` [N, Hq, D] float16 and write `out`, see `prefill.attend_pages`."""
         ...
 
-    def warm_up(self, query: Tensor, pages: Tensor, sinks: Tensor | None = None) -> None:
+    def warm_up(self, query: Tensor, pages: Tensor) -> None:
         """Compile what `attend` launches, by attending a token of `query` [N, Hq, D] over page 0."""
         ...
 
@@ -58,11 +50,19 @@ class FlashPages:
         head_dim: channels per head.
         device: a CUDA device.
         splits_keys: whether to split keys.
+        sinks: as in `prefill.attend_pages`.
     """
 
     def __init__(
-        self, version: int, kv_heads: int, head_dim: int, device: torch.device, splits_keys: bool = True
+        self,
+        version: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        splits_keys: bool = True,
+        sinks: Tensor | None = None,
     ) -> None:
+        self._sinks = sinks
         self._version, self._kv_heads, self._processors = version, kv_heads, processors(device)
         # Output and logarithm of the sum of each row and split.
         of_splits = self._processors * FLASH_BLOCK_ROWS * (head_dim + 1) * FLOAT32_BYTES
@@ -77,24 +77,16 @@ class FlashPages:
         blocks = max(query_tiles, cdiv(tokens * query_heads // self._kv_heads, FLASH_BLOCK_ROWS))
         return max(1, min(self._processors // (blocks * self._kv_heads), longest // MIN_SPLIT_KEYS))
 
-    def attend(
-        self,
-        query: Tensor,
-        pages: Tensor,
-        wave: PrefillWave,
-        scale: float,
-        out: Tensor,
-        sinks: Tensor | None = None,
-    ) -> None:
+    def attend(self, query: Tensor, pages: Tensor, wave: PrefillWave, scale: float, out: Tensor) -> None:
         """See `PageAttention`."""
         splits = self.splits(query.shape[0], wave.key_lens.shape[0], query.shape[1], wave.longest)
         log_sum = self._attend(
             query, pages, wave.first_query, wave.key_lens, wave.page_table, wave.longest, scale, out, splits
         )
-        if sinks is not None:  # FlashAttention's own are in bfloat16, and version 2 has none
-            out.mul_((log_sum.T - sinks.float()).sigmoid().unsqueeze(-1))
+        if self._sinks is not None:  # FlashAttention's own are in bfloat16, and version 2 has none
+            out.mul_((log_sum.T - self._sinks.float()).sigmoid().unsqueeze(-1))
 
-    def warm_up(self, query: Tensor, pages: Tensor, sinks: Tensor | None = None) -> None:
+    def warm_up(self, query: Tensor, pages: Tensor) -> None:
         """See `PageAttention`; version 4 is compiled when it first runs, with and without splits."""
         first_query = torch.arange(2, dtype=torch.int32, device=query.device)
         one, page_table = torch.ones_like(first_query[:1]), torch.zeros_like(first_query[:1, None])
@@ -137,40 +129,39 @@ class FlashPages:
 
 
 class TritonPages:
-    """Our own kernel."""
+    """Our own kernel; `sinks` are as in `prefill.attend_pages`."""
 
     scratch_bytes = 0
 
-    def attend(
-        self,
-        query: Tensor,
-        pages: Tensor,
-        wave: PrefillWave,
-        scale: float,
-        out: Tensor,
-        sinks: Tensor | None = None,
-    ) -> None:
+    def __init__(self, sinks: Tensor | None = None) -> None:
+        self._sinks = sinks
+
+    def attend(self, query: Tensor, pages: Tensor, wave: PrefillWave, scale: float, out: Tensor) -> None:
         """See `PageAttention`."""
         prefill.attend_pages(
-            query, pages, wave.first_query, wave.key_lens, wave.page_table, scale, out, sinks
+            query, pages, wave.first_query, wave.key_lens, wave.page_table, scale, out, self._sinks
         )
 
-    def warm_up(self, query: Tensor, pages: Tensor, sinks: Tensor | None = None) -> None:
+    def warm_up(self, query: Tensor, pages: Tensor) -> None:
         """See `PageAttention`."""
-        prefill.warm_up(query, pages, sinks)
+        prefill.warm_up(query, pages, self._sinks)
 
 
 def page_attention(
-    kv_heads: int, head_dim: int, device: torch.device, splits_keys: bool = True
+    kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+    splits_keys: bool = True,
+    sinks: Tensor | None = None,
 ) -> PageAttention:
     """Return the FlashAttention that vLLM uses for heads of `head_dim` on this GPU, else our own kernel.
 
-    With `splits_keys`, FlashAttention may split the keys of short chunks.
+    With `splits_keys`, FlashAttention may split the keys of short chunks; `sinks` are as in `prefill.attend_pages`.
     """
     if current_platform.is_cuda():
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
         version = get_flash_attn_version(head_size=head_dim)
         if version is not None:
-            return FlashPages(version, kv_heads, head_dim, device, splits_keys)
-    return TritonPages()
+            return FlashPages(version, kv_heads, head_dim, device, splits_keys, sinks)
+    return TritonPages(sinks)

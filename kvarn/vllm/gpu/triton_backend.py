@@ -106,7 +106,9 @@ class TritonLayer(KVarNLayer):
             self._vllm_config, self.layout, self.num_heads, self.num_kv_heads, device
         )
         fixed = KVarNConfig.of(self._vllm_config).split_tiles is not None
-        self.page_attention = page_attention(self.num_kv_heads, self.layout.head_dim, device, not fixed)
+        self.page_attention = page_attention(
+            self.num_kv_heads, self.layout.head_dim, device, splits_keys=not fixed, sinks=self.sinks
+        )
         self.scratch_bytes = self.page_attention.scratch_bytes
         if self.workspace.is_new:
             self.workspace.is_new = False
@@ -120,7 +122,7 @@ class TritonLayer(KVarNLayer):
         page_bytes = None if shared is None else shared.nbytes
         quantize.warm_up(self.pool, work.pages, layout, page_bytes)
         pages.warm_up(self.pool, work.pages, layout, page_bytes)
-        self.page_attention.warm_up(work.rotated, work.pages, self.sinks)
+        self.page_attention.warm_up(work.rotated, work.pages)
         decode_plan.warm_up(layout.group, work.query_counts, self.pool.device)
         split = KVarNConfig.of(self._vllm_config).split_tiles or 0
         decode.warm_up(
@@ -204,6 +206,6 @@ class TritonLayer(KVarNLayer):
         output = output[wave.first : wave.last]
         attended = rotate.float16_rows(output)  # in place: another buffer would take the cache's memory
         self.page_attention.attend(
-            work.rotated[wave.first : wave.last], work.pages, wave, self.scale, attended, self.sinks
+            work.rotated[wave.first : wave.last], work.pages, wave, self.scale, attended
         )
         rotate.unrotate(output)

@@ -99,9 +99,10 @@ def test_short_contexts_and_a_fixed_split_never_depend_on_the_wave(flash, splits
 
 
 def test_sinks_take_their_share_of_what_flash_attention_returns(flash):
-    attention, sinks = FlashPages(3, 2, 128, CPU), torch.tensor([-300.0, 0.0, LOG_SUM, 300.0]).bfloat16()
+    sinks = torch.tensor([-300.0, 0.0, LOG_SUM, 300.0]).bfloat16()
+    attention = FlashPages(3, 2, 128, CPU, sinks=sinks)
     out, pages = torch.full((3, 4, 128), 8.0).half(), torch.empty(2, 1, 128, 2, 128).half()
-    attention.attend(out.clone(), pages, wave(1, 3, 128), 1.0, out, sinks)
+    attention.attend(out.clone(), pages, wave(1, 3, 128), 1.0, out)
     weight = math.exp(LOG_SUM) / (math.exp(LOG_SUM) + 1)
     expected = torch.tensor([8.0, 8 * weight, 4.0, 0.0])[:, None].expand(4, 128)
     torch.testing.assert_close(out, expected.expand(3, 4, 128).half(), rtol=2e-3, atol=0)
