@@ -192,8 +192,8 @@ def _check_in_another_process(place: str, check: Callable[..., object], *argumen
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=_quiet) as pool:
         try:
             with _deferred_signals():  # a process that starts would report a pipe without data
-                result = pool.submit(check, *arguments)
-            result.result()
+                checked = pool.submit(check, *arguments)
+            checked.result()
         except ValueError as error:
             raise LaunchError(f"{place}: {error}") from None
         except KeyboardInterrupt:
