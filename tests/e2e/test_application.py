@@ -55,7 +55,7 @@ from serve_app.security.engine_access import TOKEN_KEY
 from tests.support import live
 from tests.support.adapters import make_adapter
 from tests.support.browser import chromium_page
-from tests.support.live import engine_cores, free_port, ready, serving, wait_for
+from tests.support.live import descendants, engine_cores, free_port, ready, serving, wait_for
 from tests.support.observing import Collector, Samples, otlp_collector, scraped, total
 
 pytestmark = pytest.mark.timeout(900)
@@ -823,7 +823,7 @@ def test_a_stream_resumes_when_its_engine_dies_and_the_replica_is_replaced(clien
     deltas = [next(stream)]
     served_by = deltas[0].replica_id
     pid = in_replica(served_by, lambda engine: os.getpid())
-    kill_all(engine_cores(psutil.Process(pid).children()))
+    kill_all(engine_cores(descendants(pid)))
     deltas += stream
     (other,) = before - {served_by}
     assert (deltas[-1].replica_id, deltas[-1].resumptions, deltas[-1].inexact_because) == (other, 1, "")
@@ -838,7 +838,7 @@ def test_a_killed_replica_is_replaced_and_leaves_no_orphans(client: Client) -> N
     before = ready(client)
     killed = min(before)
     replica = psutil.Process(in_replica(killed, lambda engine: os.getpid()))
-    orphans = replica.children(recursive=True)
+    orphans = descendants(replica.pid)
     kill_all([replica])
     assert client.generate_once("Hello", max_tokens=2).replica_id in before - {killed}
     wait_for(lambda: len(ready(client)) == REPLICAS and killed not in ready(client), START_S)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from serve_app.client import Client
-from tests.support.live import write_app
+from tests.support.live import descendants, write_app
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def kvarn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     yield start
     for process in started:
         if process.poll() is None:
-            family = [process, *psutil.Process(process.pid).children(recursive=True)]
+            family = [process, *descendants(process.pid)]
             for member in family:
                 with suppress(psutil.NoSuchProcess):
                     member.kill()
@@ -57,7 +57,7 @@ def wait_for_child(process: subprocess.Popen[str], name: str, timeout_s: float =
     """Wait for a descendant called `name`, then return all descendants of the command."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        children = psutil.Process(process.pid).children(recursive=True)
+        children = descendants(process.pid)
         if any(child.name() == name for child in children):
             return children
         time.sleep(0.2)
@@ -81,7 +81,7 @@ def test_serves_until_ctrl_c(tmp_path, kvarn):
     command = ready["deploy_command"].replace("FILE", str(path))
     deployed = subprocess.run(command, shell=True, capture_output=True, text=True, env=shell())
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-    children = psutil.Process(process.pid).children(recursive=True)
+    children = descendants(process.pid)
     process.send_signal(signal.SIGINT)
     last, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
