@@ -60,10 +60,7 @@ def served(app: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def family_of(command: psutil.Process) -> list[psutil.Process]:
-    """Return the descendants of a command that is ready, once its engine is among them.
-
-    `psutil.Process.children` leaves out processes that seem older than their parents, and has missed engines.
-    """
+    """Return the descendants of a command that is ready, once its engine is among them."""
     family: list[psutil.Process] = []
 
     def has_engine() -> bool:

@@ -104,9 +104,23 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def engine_cores(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Return those of `processes` in which vLLM runs an engine."""
-    # Linux keeps 15 characters of a name, and the command line with the rest cannot always be read.
-    return [process for process in processes if process.name().startswith("VLLM::EngineCor")]
+    """Return those of `processes` in which vLLM runs an engine under Ray."""
+    return [process for process in processes if _runs_engine(process)]
+
+
+def _runs_engine(process: psutil.Process) -> bool:
+    """Whether a process has vLLM's title, or is what a Ray worker has spawned.
+
+    The title alone will not do: setproctitle sets none once the first variable of the environment was changed,
+    and Ray passes its workers their variables in random order.
+    """
+    try:
+        title = " ".join(process.cmdline())
+        if title.startswith("VLLM::EngineCore"):
+            return True
+        return "multiprocessing.spawn" in title and process.parent().parent().name() == "raylet"
+    except (AttributeError, psutil.NoSuchProcess):  # it, its parent or its grandparent has ended
+        return False
 
 
 def in_replica(app: str, replica_id: str, function: Callable[[Any], Any]) -> Any:
