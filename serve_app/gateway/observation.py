@@ -260,3 +260,4 @@ class GatewayGauges:
         recorder.set(metrics.QUEUED_TOKENS, self._queue.tokens)
         for replica in self._router.replicas(time.monotonic()):
             recorder.set(metrics.BREAKER, replica.breaker.value, replica_id=replica.replica_id)
+        recorder.flush()

@@ -16,6 +16,7 @@ from kvarn.v1 import cache_pb2
 from serve_app.routing import CacheLoad
 
 RECORD_INTERVAL_S = 2.0
+MAX_HELD = 64  # observations that wait to be recorded together
 
 
 class MetricKind(Enum):
@@ -179,11 +180,16 @@ class Recorder(Protocol):
         """Set a gauge."""
 
     def observe(self, metric: Metric, value: float) -> None:
-        """Add a value to a histogram."""
+        """Add a value to a histogram; it may be recorded with the next `flush` only."""
+
+    def flush(self) -> None:
+        """Record what has been observed."""
 
 
 class RayRecorder:
     """Records through Ray; create it inside a Serve replica, so that Serve's labels are added.
+
+    Observations are recorded together: one by one, between other work, each takes several times as long.
 
     Args:
         metrics: the metrics that will be recorded.
@@ -191,6 +197,7 @@ class RayRecorder:
 
     def __init__(self, metrics: Iterable[Metric]) -> None:
         self._instruments = {metric: _instrument(metric) for metric in metrics}
+        self._observed: list[tuple[Metric, float]] = []
 
     def add(self, metric: Metric, amount: float = 1, **labels: str) -> None:
         if amount > 0:  # Ray refuses zero
@@ -200,7 +207,14 @@ class RayRecorder:
         self._instruments[metric].set(value, labels)
 
     def observe(self, metric: Metric, value: float) -> None:
-        self._instruments[metric].observe(value)
+        self._observed.append((metric, value))
+        if len(self._observed) == MAX_HELD:
+            self.flush()
+
+    def flush(self) -> None:
+        observed, self._observed = self._observed, []
+        for metric, value in observed:
+            self._instruments[metric].observe(value)
 
 
 async def record_forever(record: Callable[[], None]) -> None:

@@ -23,11 +23,12 @@ Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 
 class Remembered:
-    """A metrics recorder that keeps sums of counters, latest values of gauges and all values of histograms."""
+    """A metrics recorder that keeps sums of counters, latest values of gauges and the flushed values of histograms."""
 
     def __init__(self) -> None:
         self.values: dict[tuple[Any, ...], float] = defaultdict(float)
         self.observed: dict[Metric, list[float]] = defaultdict(list)
+        self._held: list[tuple[Metric, float]] = []
 
     def add(self, metric: Metric, amount: float = 1, **labels: str) -> None:
         assert set(labels) == set(metric.labels)
@@ -38,7 +39,12 @@ class Remembered:
         self.values[(metric, *labels.values())] = value
 
     def observe(self, metric: Metric, value: float) -> None:
-        self.observed[metric].append(value)
+        self._held.append((metric, value))
+
+    def flush(self) -> None:
+        for metric, value in self._held:
+            self.observed[metric].append(value)
+        self._held.clear()
 
 
 async def through(

@@ -111,6 +111,7 @@ async def test_an_answered_request_is_measured_traced_and_logged(watched: Watche
     assert len(received) == 3
     recorder = watched.recorder
     assert recorder.values[metrics.REQUESTS, "OK"] == 1
+    watched.gauges(Router("me"))
     assert recorder.observed[metrics.DECISION] == [0.001]
     assert {m: len(v) for m, v in recorder.observed.items()} == {
         metrics.DECISION: 1,
@@ -170,6 +171,7 @@ async def test_time_in_the_queue_and_resumptions_are_measured(watched: Watched) 
     for waited_s in (0.0, 1.5):
         watched.begin().queued(waited_s)
     watched.begin().resumed()
+    watched.gauges(Router("me"))
     assert watched.recorder.observed[metrics.QUEUE_WAIT] == [1.5]
     assert watched.recorder.values[metrics.RESUMES,] == 1
 

@@ -194,6 +194,7 @@ class Front:
 
     @property
     def tokens_measured(self) -> int:
+        self.recorder.flush()
         return len(self.recorder.observed[metrics.TTFT]) + len(self.recorder.observed[metrics.ITL])
 
 
