@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 
 import httpx
 import pytest
@@ -11,7 +13,7 @@ from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
 from serve_app.http.asgi_app import http_app, probes
-from serve_app.http.server import HttpServer
+from serve_app.http.server import TICK_S, HttpServer
 
 HOST = "127.0.0.1"
 
@@ -34,6 +36,22 @@ async def test_probes_distinguish_liveness_from_readiness() -> None:
         assert (await get(port, "/readyz")).status_code == 503
         ready = True
         assert (await get(port, "/readyz")).status_code == 204
+    finally:
+        await http.stop()
+
+
+async def test_responses_carry_the_current_date() -> None:
+    http = server([probes(lambda: True)])
+    port = http.start()
+    try:
+        dates = []
+        for _ in range(2):
+            before = datetime.now(UTC).replace(microsecond=0) - timedelta(seconds=TICK_S)
+            sent = parsedate_to_datetime((await get(port, "/livez")).headers["date"])
+            assert before - timedelta(seconds=1) <= sent <= datetime.now(UTC)
+            dates.append(sent)
+            await asyncio.sleep(2 * TICK_S)
+        assert dates[0] < dates[1]
     finally:
         await http.stop()
 
