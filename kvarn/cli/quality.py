@@ -9,7 +9,7 @@ from kvarn.quality.settings import QualityRun
 
 @options_of(QualityRun)
 def quality(settings: QualityRun, json_path: JsonOption = None, plot_path: PlotOption = None) -> None:
-    """Measure the quality cost of cache dtypes: KL divergence, perplexity, top-1, retrieval, greedy divergence.
+    """Measure the quality cost of cache dtypes: KL divergence, perplexity, top-1, retrieval, greedy divergence, recall.
 
     --json is rewritten after each row; rerun with the same settings to resume.
     """

@@ -17,7 +17,9 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from kvarn.quality import tasks
+from kvarn.quality.conversations import CONVERSATIONS, Conversation, conversations
 from kvarn.quality.divergence import Floats, compare, contrast, estimate, summarize
+from kvarn.quality.recalls import RecallScore, summarize_recalls
 from kvarn.quality.settings import FIRST_SCORED, REFERENCE, TILE, QualityError, WorkerSettings
 from kvarn.vllm.access.engine_core import scheduler_of
 
@@ -152,6 +154,45 @@ class EngineMeasurement:
             "of_tokens": tokens,
             "never_diverged": float(np.mean([count == tokens for count in equal])),
         }
+
+    def _agentic(self) -> dict[str, Any]:
+        text = [token for sequence in self._sequences for token in sequence]
+        longest = self._settings.max_model_len
+        talks = conversations(self._llm.get_tokenizer(), text, longest, self._settings.seed)
+        if not talks:
+            raise QualityError(
+                f"the model supports {longest} tokens: --agentic needs more than {min(CONVERSATIONS)}"
+            )
+        scored: list[RecallScore] = []
+        for number, talk in enumerate(talks):
+            self._progress("conversations", number, len(talks))
+            scored += self._recall_scores(talk)
+        self._progress("conversations", len(talks), len(talks))
+        theirs = [RecallScore(*score) for score in self._kept("agentic.json", scored)]
+        recalls = [(talk.length, recall) for talk in talks for recall in talk.recalls]
+        return summarize_recalls(recalls, scored, theirs, self._settings.seed)
+
+    def _recall_scores(self, talk: Conversation) -> list[RecallScore]:
+        """Feed a conversation as one prompt; score what it recalls by the logits before each token."""
+        ids = torch.tensor(talk.ids)
+        scored = torch.tensor([place for recall in talk.recalls for place in recall.places])
+        found: dict[int, RecallScore] = {}
+
+        def record(positions: Tensor, compute_logits: Callable[[Tensor], Tensor], hidden: Tensor) -> None:
+            rows = torch.isin(positions + 1, scored.to(positions.device))
+            if not rows.any():
+                return
+            logits, places = compute_logits(hidden[rows]).float().cpu(), (positions[rows] + 1).cpu()
+            if not logits.isfinite().all():
+                raise QualityError(f"logits of a conversation are not finite: {self._finite.first_bad()}")
+            nats = -logits.log_softmax(-1).gather(1, ids[places][:, None])[:, 0]
+            right = logits.argmax(-1) == ids[places]
+            for place, *score in zip(places.tolist(), right.tolist(), nats.tolist(), strict=True):
+                found[place] = RecallScore(*score)
+
+        with self._hidden_states(record):
+            self._generate([talk.ids], [SamplingParams(temperature=0, max_tokens=1, detokenize=False)])
+        return [RecallScore.of([found[place] for place in recall.places]) for recall in talk.recalls]
 
     def _generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
         outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)

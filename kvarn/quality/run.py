@@ -16,7 +16,9 @@ from kvarn import worker
 from kvarn.environment import machine, versions
 from kvarn.model import context_limit, read_config, resolve_model
 from kvarn.quality import quality_worker
+from kvarn.quality.conversations import CONVERSATIONS
 from kvarn.quality.settings import (
+    AGENTIC,
     FIRST_SCORED,
     REFERENCE,
     QualityError,
@@ -60,7 +62,7 @@ def run(settings: QualityRun, json_path: Path | None, progress: Progress) -> dic
         _check_disk(settings, model, work)
         for dtype in formats:
             done = {(row["dtype"], row["protocol"]) for row in record["rows"]}
-            missing = [p for p in settings.protocols if (dtype, p) not in done or _lost(work, dtype, p)]
+            missing = [p for p in settings.measured if (dtype, p) not in done or _lost(work, dtype, p)]
             if not missing:
                 continue
             earlier = {protocol: _earlier(record["rows"], dtype, protocol) for protocol in missing}
@@ -154,7 +156,7 @@ def _check_disk(settings: QualityRun, model: Path, work: Path) -> None:
     element_bytes = 4 if settings.dtype == "float32" else 2
     rows = settings.num_sequences * (settings.context - 1 - FIRST_SCORED)
     per_protocol = rows * config["vocab_size"] * element_bytes
-    files = [work / f"{p}.logits" for p in settings.protocols if p in LOGIT_PROTOCOLS]
+    files = [work / f"{p}.logits" for p in settings.measured if p in LOGIT_PROTOCOLS]
     needed = sum(per_protocol - (f.stat().st_size if f.exists() else 0) for f in files)
     free = shutil.disk_usage(work).free
     if needed > free:
@@ -168,7 +170,9 @@ def _worker_settings(
     settings: QualityRun, model: Path, work: Path, dtype: str, earlier: dict[str, list[str]]
 ) -> WorkerSettings:
     longest = max(settings.context, min(settings.context, 512) + GREEDY_TOKENS)
-    if "retrieval" in settings.protocols:
+    if AGENTIC in settings.measured:
+        longest = max(longest, max(CONVERSATIONS) + 1)
+    if "retrieval" in settings.measured:
         longest = max(longest, max(RETRIEVAL_LENGTHS) + QUESTION_TOKENS)
     return WorkerSettings(
         model=str(model),

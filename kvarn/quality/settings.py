@@ -17,7 +17,9 @@ from kvarn.presets import PRESETS
 TILE = 128
 # Earlier positions read only raw tokens: the sink tile and the unfilled tail of a cache with 128-token tiles.
 FIRST_SCORED = 2 * TILE
-PROTOCOLS = ("prefill", "pseudo_decode", "retrieval", "greedy")
+AGENTIC = "agentic"
+DEFAULT_PROTOCOLS = ("prefill", "pseudo_decode", "retrieval", "greedy")
+PROTOCOLS = (*DEFAULT_PROTOCOLS, AGENTIC)
 SAMPLE = "wikitext2_sample.txt"
 REFERENCE = UNQUANTIZED
 GROUPS = ("default", "rivals", "knobs")
@@ -48,14 +50,22 @@ class QualityRun:
     ] = ("default",)
     protocols: Annotated[
         tuple[str, ...], Option(parser=comma_separated, help="Comma-separated protocols to run.")
-    ] = PROTOCOLS
+    ] = DEFAULT_PROTOCOLS
     tokens: Annotated[int, Option(help="Tokens of text to evaluate, in sequences of --context.")] = 8192
     context: Annotated[int, Option(help="Tokens per sequence.")] = 1024
     dtype: Annotated[
         str,
         Option(help="Dtype of weights and activations; with float32, rows differ only by the cache."),
     ] = "float32"
-    seed: Annotated[int, Option(help="Seed of the bootstrap and the retrieval tasks.")] = 0
+    seed: Annotated[int, Option(help="Seed of the bootstrap, the retrieval tasks and the conversations.")] = 0
+    agentic: Annotated[
+        bool,
+        Option(
+            "--agentic",
+            help="Short for --protocols agentic: tool calls and facts that an agent recalls after many turns, in "
+            "conversations of 2k to 8k tokens.",
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         if self.context < FIRST_SCORED + 2:
@@ -72,6 +82,11 @@ class QualityRun:
             raise QualityError(str(error)) from None
 
     @property
+    def measured(self) -> tuple[str, ...]:
+        """The protocols to run."""
+        return (AGENTIC,) if self.agentic else self.protocols
+
+    @property
     def formats(self) -> tuple[str, ...]:
         """Dtypes with groups expanded, without duplicates, reference first; raise QualityError for an unknown one."""
         return _expand(self.dtypes)
@@ -83,7 +98,7 @@ class QualityRun:
 
     def identity(self) -> dict[str, Any]:
         """Settings that must be equal for rows of two runs to be comparable, ready for JSON."""
-        return {k: v for k, v in asdict(self).items() if k not in ("dtypes", "text", "protocols")}
+        return {k: v for k, v in asdict(self).items() if k not in ("dtypes", "text", "protocols", "agentic")}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ TITLES = {
     "pseudo_decode": "pseudo-decode: each sequence is fed token by token",
     "retrieval": "retrieval: numbers looked up by name in the context",
     "greedy": "greedy: tokens until the output differs from the unquantized cache's",
+    "agentic": "agentic: tool calls and facts recalled after many turns",
 }
 
 
@@ -129,6 +130,25 @@ def _greedy_cells(row: Row) -> list[str]:
     ]
 
 
+def _agentic_cells(row: Row) -> list[str]:
+    return [
+        *_retrieval_cells(row),
+        f"{row['nats_lost']:+.3f}",
+        interval(row["nats_lost_ci"], 3),
+        f"{row['nats_smallest_effect']:.3f}",
+    ]
+
+
+def _narrow_agentic_cells(row: Row) -> list[str]:
+    right, lost = ([100 * end for end in row[name]] for name in ("accuracy_ci", "lost_ci"))
+    return [
+        _bytes_per_token(row),
+        f"{100 * row['accuracy']:.0f} %\n{interval(right, 0)}",
+        f"{100 * row['lost']:+.0f} %\n{interval(lost, 0)}",
+        f"{row['nats_lost']:+.2f}\n{interval(row['nats_lost_ci'], 2)}",
+    ]
+
+
 def _bytes_per_token(row: Row) -> str:
     return f"{row['bytes_per_token']:,.0f}"
 
@@ -155,14 +175,14 @@ _LOGITS = Columns(
 _NARROW_LOGITS = Columns(
     ("bytes/\ntoken", "KLD mean\n95 %", "ppl\nagainst\nauto,\nvisible\nfrom", "top 1"), _narrow_logit_cells
 )
+_RECALLED = ("bytes/token", "right", "95 %", "lost against auto", "95 %", "visible from")
 # Columns on a page and on a terminal; on a terminal, intervals and detectable differences are second lines.
 PAGE = {
     "prefill": _LOGITS,
     "pseudo_decode": _LOGITS,
-    "retrieval": Columns(
-        ("bytes/token", "right", "95 %", "lost against auto", "95 %", "visible from"), _retrieval_cells
-    ),
+    "retrieval": Columns(_RECALLED, _retrieval_cells),
     "greedy": Columns(("bytes/token", "equal tokens", "95 %", "never diverged"), _greedy_cells),
+    "agentic": Columns((*_RECALLED, "nats lost per recall", "95 %", "visible from"), _agentic_cells),
 }
 TERMINAL = {
     "prefill": _NARROW_LOGITS,
@@ -171,4 +191,8 @@ TERMINAL = {
         ("bytes/\ntoken", "right\n95 %", "lost\nagainst auto\n95 %", "visible\nfrom"), _narrow_retrieval_cells
     ),
     "greedy": Columns(("bytes/\ntoken", "equal\ntokens", "95 %", "never\ndiverged"), _greedy_cells),
+    "agentic": Columns(
+        ("bytes/\ntoken", "right\n95 %", "lost\nagainst auto\n95 %", "nats lost\nper recall\n95 %"),
+        _narrow_agentic_cells,
+    ),
 }

@@ -46,7 +46,7 @@ def _questions_of(tokenizer: Any, length: int, draw: random.Random) -> list[Ques
     per_line = len(_ids(tokenizer, _line("badofi", "31415"))) + 1
     pairs: dict[str, str] = {}
     while len(pairs) < length // per_line:
-        pairs["".join(draw.sample(_SYLLABLES, 3))] = str(draw.randrange(10_000, 100_000))
+        pairs[made_up_name(draw)] = str(draw.randrange(10_000, 100_000))
     lines = list(pairs.items())
     context = "Each line gives a name and its number.\n" + "".join(_line(*pair) for pair in lines)
     made = []
@@ -57,6 +57,11 @@ def _questions_of(tokenizer: Any, length: int, draw: random.Random) -> list[Ques
             whole = _ids(tokenizer, f"{context}\nThe number of {key}\n{key}: {value}")
             made.append(Question(prompt, whole[len(prompt) :], length, depth))
     return made
+
+
+def made_up_name(draw: random.Random) -> str:
+    """A name of three syllables that is no word."""
+    return "".join(draw.sample(_SYLLABLES, 3))
 
 
 def _line(key: str, value: str) -> str:

@@ -51,10 +51,13 @@ def _quality(record: Record) -> Iterator[str]:
                 ["cache dtype", "against", "KLD", "95 %", "diverges"],
                 [[found.dtype, found.other, *difference_cells(found)] for found in differences],
             )
-    dtypes = ",".join(dict.fromkeys(row["dtype"] for row in record["rows"]))
+    dtypes, protocols = (
+        ",".join(dict.fromkeys(row[name] for row in record["rows"])) for name in ("dtype", "protocol")
+    )
     yield _command(
-        f"kvarn quality --model {settings['model']} --dtypes {dtypes} --tokens {settings['tokens']} "
-        f"--context {settings['context']} --dtype {settings['dtype']} --seed {settings['seed']} --json quality.json"
+        f"kvarn quality --model {settings['model']} --dtypes {dtypes} --protocols {protocols} "
+        f"--tokens {settings['tokens']} --context {settings['context']} --dtype {settings['dtype']} "
+        f"--seed {settings['seed']} --json quality.json"
     )
 
 

@@ -41,6 +41,9 @@ QUALITY_ROW = {
     "lost": -0.1,
     "lost_ci": [-0.19, -0.07],
     "smallest_effect": 0.12,
+    "nats_lost": 12.3456,
+    "nats_lost_ci": [11.1111, 13.5791],
+    "nats_smallest_effect": 2.345,
     "equal_tokens_mean": 128,
     "equal_tokens_ci": [117, 128],
     "of_tokens": 128,
@@ -68,6 +71,7 @@ def figures(text: str) -> set[str]:
         ("pseudo_decode", "131,072 0.01234 0.01111..0.01555 +10.17 3.57 100.0"),
         ("retrieval", "131,072 100 0.98..1.00 -10 -0.19 -0.07 12"),
         ("greedy", "131,072 128 117..128 100"),
+        ("agentic", "131,072 100 98..100 -10 -19 -7 +12.35 11.11..13.58"),
     ],
 )
 def test_quality(protocol: str, expected: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,18 @@ from typer.testing import CliRunner
 
 from kvarn.cli import app
 from kvarn.presets import PRESETS
-from kvarn.quality import charts, differences, divergence, formats, measure, run, tasks
-from kvarn.quality.settings import QualityError, QualityRun, read_text
+from kvarn.quality import (
+    charts,
+    conversations,
+    differences,
+    divergence,
+    formats,
+    measure,
+    recalls,
+    run,
+    tasks,
+)
+from kvarn.quality.settings import TILE, QualityError, QualityRun, read_text
 from kvarn.reference import codec, hadamard
 from kvarn.tile import TileLayout
 
@@ -83,6 +94,58 @@ def test_questions_can_be_answered_from_their_prompt(model_dir: Path) -> None:
         key = prompt.splitlines()[-1].removesuffix(":")
         assert f"{key}: {answer}\n" in prompt
         assert len(question.prompt) < question.length + 64
+
+
+def test_conversations_recall_only_what_earlier_turns_state(model_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    text = tokenizer(read_text(None), add_special_tokens=False, verbose=False)["input_ids"][:4096]
+    made = conversations.conversations(tokenizer, text, longest=4001, seed=0)
+    assert made == conversations.conversations(tokenizer, text, longest=4001, seed=0)
+    assert made != conversations.conversations(tokenizer, text, longest=4001, seed=1)
+    counts = conversations.CONVERSATIONS
+    assert [talk.length for talk in made] == [2000] * counts[2000] + [4000] * counts[4000]
+    for talk in made:
+        assert 0 <= talk.length - len(talk.ids) < 300
+        assert {recall.kind for recall in talk.recalls} == {"call", "fact"}
+        for recall in talk.recalls:
+            assert recall.distance > 2 * TILE, "a raw tile could hold the statement"
+            earlier = tokenizer.decode(talk.ids[TILE : recall.places[0] - recall.distance])
+            recalled = tokenizer.decode([talk.ids[place] for place in recall.places])
+            *words, number = re.findall(r"[a-zA-Z_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", recalled))
+            assert re.search(
+                f"[a-z]+: call {words[0]} for {words[1]} with amount {number}."
+                if words
+                else f" is {number}.",
+                earlier,
+            )
+
+
+def test_recalls_are_scored_in_pairs_and_by_part() -> None:
+    near, far = conversations.Recall("call", [700, 701], 300), conversations.Recall("fact", [900], 1500)
+    right, wrong = recalls.RecallScore(True, 0.5), recalls.RecallScore(False, 3.0)
+    assert recalls.RecallScore.of([right, wrong]) == (False, 3.5)
+    assert recalls.RecallScore.of([right, right]) == (True, 1.0)
+    found = recalls.summarize_recalls(
+        [(2000, near), (2000, near), (4000, far), (4000, far)],
+        ours=[right, wrong, wrong, wrong],
+        reference=[right, right, right, wrong],
+        seed=0,
+    )
+    assert (found["accuracy"], found["lost"], found["nats"], found["nats_lost"]) == (0.25, 0.5, 2.375, 1.25)
+    assert found["lost_ci"][0] < 0.5 < found["lost_ci"][1]
+    assert [(part["kind"], part["lost"], part["recalls"]) for part in found["by_kind"]] == [
+        ("call", 0.5, 2),
+        ("fact", 0.5, 2),
+    ]
+    assert [(part["length"], part["accuracy"]) for part in found["by_length"]] == [(2000, 0.5), (4000, 0.0)]
+    assert [(part["from"], part["to"]) for part in found["by_distance"]] == [(256, 512), (1024, 2048)]
+    equal = recalls.summarize_recalls([(2000, near)] * 2, [right, wrong], [right, wrong], seed=0)
+    assert (equal["lost"], equal["lost_ci"], equal["nats_lost_ci"]) == (0.0, [0.0, 0.0], [0.0, 0.0])
+
+
+def test_agentic_takes_the_place_of_the_protocols() -> None:
+    assert QualityRun(agentic=True).measured == ("agentic",)
+    assert "agentic" not in QualityRun().measured
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_the_page_needs_nothing_else(page: Path) -> None:
     assert "<script" not in text
     assert "a &lt;processor&gt;" in text
     assert "FP8 needs &lt;AVX-512&gt; &amp; AMX" in text
-    assert "kvarn quality --model m" in text
+    assert "kvarn quality --model m --dtypes kvarn_k4v2_g128,kivi_k4v2,fp8 --protocols pseudo_decode" in text
     assert "--workloads '2x100+8,3xlognormal(90,0.5)+8' --seed 4" in unescape(text)
     assert "did not run: no AVX-512" in text
     assert text.count("<svg") == 2
