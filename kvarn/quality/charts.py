@@ -1,10 +1,11 @@
-"""Charts of a quality run: divergence by size, divergence along the context, and knobs."""
+"""Charts of a quality run: divergence by format, by bytes, along the context, and knobs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvarn.quality.frontier import places
 from kvarn.quality.settings import QualityError
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg")
 PROTOCOLS = ("pseudo_decode", "prefill")  # the first with rows is plotted
 LINES = ("-", "--", ":")  # one style per ten colours
+MOST_NAMED = 40  # cache dtypes that have a line or a label of their own
+BY_BYTES_INCHES = 5.0
 SMALLEST = 1e-6  # smaller divergences are rounding errors
 
 Rows = list[dict[str, Any]]
@@ -35,18 +38,25 @@ def draw(path: Path, record: dict[str, Any]) -> None:
 
 
 def figure(record: dict[str, Any]) -> Figure:
-    """Divergence by cache dtype, by position if the context was long, and by knob."""
+    """Divergence by cache dtype, by bytes, by position if the context was long, and by knob.
+
+    A run of more than `MOST_NAMED` cache dtypes has only the chart by bytes, which names those on the frontier.
+    """
     from matplotlib.figure import Figure
 
     rows = drawn_rows(record)
     knobs = [row for row in rows if "=" in row["dtype"]]
     formats = [row for row in rows if "=" not in row["dtype"]]
-    panels = [(by_size, formats)]
-    if any(len(row["by_position"]) > 1 for row in formats):
+    panels = []
+    if len(formats) <= MOST_NAMED:
+        panels.append((by_size, formats))
+    if places(formats):
+        panels.append((by_bytes, formats))
+    if len(formats) <= MOST_NAMED and any(len(row["by_position"]) > 1 for row in formats):
         panels.append((along_context, formats))
     if knobs:
         panels.append((by_knob, knobs))
-    heights = [1.2 + 0.25 * len(drawn) for _, drawn in panels]
+    heights = [BY_BYTES_INCHES if panel is by_bytes else 1.2 + 0.25 * len(drawn) for panel, drawn in panels]
     made = Figure(figsize=(9, sum(heights)), layout="constrained")
     grid = made.add_gridspec(len(panels), 1, height_ratios=heights)
     for place, (draw_panel, drawn) in enumerate(panels):
@@ -70,6 +80,39 @@ def by_size(axes: Axes, rows: Rows) -> None:
     ordered = sorted(rows, key=lambda row: (row["bytes_per_token"], -row["kld_mean"]))
     _points(axes, ordered, [f"{row['dtype']}  {row['bytes_per_token']:,.0f} bytes" for row in ordered])
     axes.set_title("KL divergence by cache dtype, with bytes per token (round: ours)")
+
+
+def by_bytes(axes: Axes, rows: Rows) -> None:
+    """One point per cache dtype over its bytes per token; those on the frontier are joined and named."""
+    front = places(rows)
+    for place in front:
+        row, is_best = place.row, place.is_best
+        axes.errorbar(
+            row["bytes_per_token"],
+            row["kld_mean"],
+            yerr=_errors(row),
+            fmt="o" if is_best else ("." if place.is_behind else "D"),
+            color="C0" if is_best else "C7",
+            markersize=5,
+            alpha=1 if is_best else 0.6,
+        )
+        if is_best:
+            axes.annotate(
+                row["dtype"],
+                (row["bytes_per_token"], row["kld_mean"]),
+                xytext=(4, -10),
+                textcoords="offset points",
+                fontsize=7,
+            )
+    best = [place.row for place in front if place.is_best]
+    x, y = ([row[name] for row in best] for name in ("bytes_per_token", "kld_mean"))
+    axes.step(x, y, where="post", color="C0", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("bytes per token, all layers")
+    axes.set_ylabel("KL divergence, nats (95 % interval)")
+    axes.set_title("KL divergence by bytes per token (diamonds: not shown to be behind the frontier)")
+    axes.grid(which="both", alpha=0.3)
 
 
 def along_context(axes: Axes, rows: Rows) -> None:
@@ -96,12 +139,11 @@ def by_knob(axes: Axes, rows: Rows) -> None:
 def _points(axes: Axes, rows: Rows, labels: list[str]) -> None:
     """Plot each row's mean divergence with its confidence interval, from bottom to top."""
     for height, row in enumerate(rows):
-        mean, (low, high) = row["kld_mean"], row["kld_mean_ci"]
         rival = not row["dtype"].startswith("kvarn_k") and "=" not in row["dtype"]
         axes.errorbar(
-            mean,
+            row["kld_mean"],
             height,
-            xerr=[[max(mean - low, 0)], [max(high - mean, 0)]],
+            xerr=_errors(row),
             fmt="s" if rival else "o",
             color="C7" if rival else "C0",
             capsize=3,
@@ -110,3 +152,9 @@ def _points(axes: Axes, rows: Rows, labels: list[str]) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("KL divergence, nats (95 % interval)")
     axes.grid(axis="x", which="both", alpha=0.3)
+
+
+def _errors(row: dict[str, Any]) -> list[list[float]]:
+    """Distances from a row's mean divergence to the ends of its interval, as `errorbar` takes them."""
+    mean, (low, high) = row["kld_mean"], row["kld_mean_ci"]
+    return [[max(mean - low, 0)], [max(high - mean, 0)]]

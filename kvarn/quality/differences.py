@@ -8,6 +8,7 @@ from typing import Any
 from kvarn.presets import PRESETS
 
 Row = dict[str, Any]
+Pairs = dict[tuple[str, str], dict[str, Any]]  # (later dtype, earlier dtype) -> `divergence.contrast`
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,23 @@ class Difference:
 def of_presets(rows: list[Row]) -> list[Difference]:
     """Differences between each KVarN preset and every other dtype of which a pair was measured, in one protocol."""
     dtypes = [row["dtype"] for row in rows]
-    pairs = {(row["dtype"], other): pair for row in rows for other, pair in row.get("against", {}).items()}
+    pairs = pairs_of(rows)
     return [
         found
         for dtype in dtypes
         if dtype in PRESETS
         for other in dtypes
-        if (found := _difference(pairs, dtype, other)) is not None
+        if (found := difference(pairs, dtype, other)) is not None
     ]
 
 
-def _difference(pairs: dict[tuple[str, str], dict[str, Any]], dtype: str, other: str) -> Difference | None:
-    """The difference of a pair, which the row that was measured later holds."""
+def pairs_of(rows: list[Row]) -> Pairs:
+    """The pairs that were measured in one protocol, from the rows measured later, which hold them."""
+    return {(row["dtype"], other): pair for row in rows for other, pair in row.get("against", {}).items()}
+
+
+def difference(pairs: Pairs, dtype: str, other: str) -> Difference | None:
+    """The difference of two dtypes, whichever was measured later; None if they were not compared."""
     if (pair := pairs.get((dtype, other))) is not None:
         low, high = pair["kld_ci"]
         return Difference(dtype, other, pair["kld"], (low, high), pair["kld_smallest_effect"])

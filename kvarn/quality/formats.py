@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from kvarn.presets import PRESETS, Preset
+from kvarn.presets import GROUPS, PRESETS, Preset
 from kvarn.reference import codec, rtn, variance_norm
 from kvarn.reference.hadamard import rotate
 
 RoundTrip = Callable[[Tensor], Tensor]
 
 GROUP = 128
+GRID_BITS = (5, 4, 3, 2)
 FLOAT16_BYTES, FLOAT32_BYTES, E4M3_BYTES = 2, 4, 1
 
 
@@ -277,10 +279,22 @@ def _knobs() -> list[Knob]:
     ]
 
 
+def _grid() -> list[Format]:
+    """KVarN with every pair of code widths from 2 to 5 bits and every group, with the gain of values and without."""
+    return [
+        KVarNSettings(key, value, group, unbiased=unbiased).format(
+            f"k{key}v{value}_g{group}{'' if unbiased else '_no_gain'}"
+        )
+        for group, key, value, unbiased in product(GROUPS, GRID_BITS, GRID_BITS, (True, False))
+    ]
+
+
 RIVALS = {rival.name: rival for rival in _rivals()}
 KNOBS = _knobs()
+GRID = {made.name: made for made in _grid()}
 SIMULATED = {
     **RIVALS,
     **{made.name: made for knob in KNOBS for made in knob.formats.values()},
+    **GRID,
     **{f"simulated_{name}": KVarNSettings.of(p).format(f"simulated_{name}") for name, p in PRESETS.items()},
 }

@@ -22,7 +22,7 @@ DEFAULT_PROTOCOLS = ("prefill", "pseudo_decode", "retrieval", "greedy")
 PROTOCOLS = (*DEFAULT_PROTOCOLS, AGENTIC)
 SAMPLE = "wikitext2_sample.txt"
 REFERENCE = UNQUANTIZED
-GROUPS = ("default", "rivals", "knobs")
+GROUPS = ("default", "rivals", "knobs", "frontier")
 
 
 class QualityError(KVarNError):
@@ -146,12 +146,13 @@ def read_text(path: Path | None) -> str:
 
 
 def _expand(dtypes: tuple[str, ...]) -> tuple[str, ...]:
-    from kvarn.quality.formats import KNOBS, RIVALS, SIMULATED
+    from kvarn.quality.formats import GRID, KNOBS, RIVALS, SIMULATED
 
     groups = {
         "default": ["fp8", "bf16", "fp8_e4m3", *PRESETS],
         "rivals": [name for name in RIVALS if name not in ("bf16", "fp8_e4m3")],
         "knobs": [made.name for knob in KNOBS for made in knob.formats.values()],
+        "frontier": [*GRID, *(name for name in RIVALS if name not in ("bf16", "fp16"))],
     }
     names = [name for dtype in dtypes for name in groups.get(dtype, [dtype])]
     for name in names:

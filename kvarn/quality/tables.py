@@ -10,7 +10,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from kvarn.quality import frontier
 from kvarn.quality.differences import Difference, Row, of_presets
+from kvarn.quality.frontier import Place
 
 TITLES = {
     "prefill": "prefill: each sequence is one prompt",
@@ -37,6 +39,8 @@ def tables(record: dict[str, Any]) -> Iterator[Table]:
             yield _table(TERMINAL[protocol], title, rows)
         if differences := of_presets(rows):
             yield _differences_table(differences_title(protocol), differences)
+        if front := frontier.places(rows):
+            yield _frontier_table(frontier_title(protocol), front)
 
 
 def _table(columns: Columns, title: str, rows: list[Row]) -> Table:
@@ -63,6 +67,35 @@ def _differences_table(title: str, differences: list[Difference]) -> Table:
             table.add_row(f"  {difference.other}", *difference_cells(difference))
         table.add_section()
     return table
+
+
+def _frontier_table(title: str, front: list[Place]) -> Table:
+    table = Table(title=title)
+    table.add_column("cache dtype\n  place", no_wrap=True)
+    for heading in ("bytes/\ntoken", "KLD mean", "95 %", "top 1"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for place in front:
+        if not place.is_behind:
+            *cells, words = frontier_cells(place)
+            table.add_row(f"{place.row['dtype']}\n  {words}", *cells)
+    return table
+
+
+def frontier_cells(place: Place) -> list[str]:
+    """Bytes per token, divergence, its interval, top-1 agreement, and the verdict."""
+    row = place.row
+    return [
+        _bytes_per_token(row),
+        f"{row['kld_mean']:.5f}",
+        interval(row["kld_mean_ci"], 5),
+        f"{100 * row['top1']:.1f} %",
+        place.in_words,
+    ]
+
+
+def frontier_title(protocol: str) -> str:
+    """Title of the formats that no other of at most as many bytes was shown to beat in one protocol."""
+    return f"Frontier of KLD and bytes, {TITLES[protocol].partition(':')[0]}"
 
 
 def differences_title(protocol: str) -> str:

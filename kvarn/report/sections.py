@@ -8,8 +8,16 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from kvarn.quality import charts as quality_plot
+from kvarn.quality import frontier
 from kvarn.quality.differences import of_presets
-from kvarn.quality.tables import PAGE, TITLES, difference_cells, differences_title
+from kvarn.quality.tables import (
+    PAGE,
+    TITLES,
+    difference_cells,
+    differences_title,
+    frontier_cells,
+    frontier_title,
+)
 from kvarn.report.elements import Record, chart, table
 
 if TYPE_CHECKING:
@@ -50,6 +58,12 @@ def _quality(record: Record) -> Iterator[str]:
             yield table(
                 ["cache dtype", "against", "KLD", "95 %", "diverges"],
                 [[found.dtype, found.other, *difference_cells(found)] for found in differences],
+            )
+        if front := frontier.places(rows):
+            yield f"<h3>{escape(frontier_title(protocol))}</h3>"
+            yield table(
+                ["cache dtype", "bytes/token", "KLD mean", "95 %", "top 1", "place"],
+                [[place.row["dtype"], *frontier_cells(place)] for place in front if not place.is_behind],
             )
     dtypes, protocols = (
         ",".join(dict.fromkeys(row[name] for row in record["rows"])) for name in ("dtype", "protocol")

@@ -98,6 +98,21 @@ def test_differences() -> None:
     assert {"-0.01234", "-0.02345..+0.01111", "0.00321"} <= {*figures(text), *text.split()}
 
 
+def test_frontier() -> None:
+    rows = [
+        {**QUALITY_ROW, "dtype": LONGEST_NAME, "protocol": "prefill"},
+        {**QUALITY_ROW, "dtype": f"{LONGEST_NAME[:-1]}x", "protocol": "prefill", "kld_mean": 0.02345},
+        {**QUALITY_ROW, "dtype": "fp8_e4m3", "protocol": "prefill", "kld_mean": 0.03456},
+    ]
+    _, table = tables.tables({"rows": rows})
+    text = rendered(table)
+    assert "not shown to be behind" in text
+    assert {"131,072", "0.01234", "0.02345", "0.03456", "0.01111..0.01555", "100.0"} <= {
+        *figures(text),
+        *text.split(),
+    }
+
+
 @pytest.mark.parametrize("rate", [None, 2.5, 1.23e30])
 def test_plan(model_dir: Path, rate: float | None) -> None:
     plan = make_plan(str(model_dir), "h200", context=8192, rate=rate)

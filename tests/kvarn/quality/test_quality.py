@@ -20,6 +20,7 @@ from kvarn.quality import (
     differences,
     divergence,
     formats,
+    frontier,
     measure,
     recalls,
     run,
@@ -163,7 +164,7 @@ def test_settings_out_of_range_are_refused(settings: dict, sentence: str) -> Non
 
 @pytest.mark.parametrize("name", ["kvarn_k9v9", "foo"])
 def test_unknown_cache_dtypes_are_refused_before_anything_starts(name: str) -> None:
-    accepted = "auto, .*fp8.*kvarn_k4v2_g128.* default, rivals, knobs, or a simulated one of docs/quality.md$"
+    accepted = "auto, .*fp8.*kvarn_k4v2_g128.* default, rivals, knobs, frontier, or a simulated one of docs/quality.md$"
     with pytest.raises(QualityError, match=f"unknown cache dtype '{name}': choose from {accepted}"):
         run.run(QualityRun(dtypes=(name,)), None, lambda *_: None)
 
@@ -245,6 +246,21 @@ def test_charts_of_formats_and_knobs_are_drawn(tmp_path: Path) -> None:
     assert list(drawn[1].get_lines()[0].get_ydata()) == [0.01, 0.02, 0.02]
 
 
+def test_a_chart_of_many_formats_names_those_on_the_frontier() -> None:
+    rows = [
+        {
+            **frontier_row(f"f{size}", size, (1 + size % 2) / size),
+            "protocol": "prefill",
+            "by_position": [],
+        }
+        for size in range(10, 11 + charts.MOST_NAMED)
+    ]
+    (axes,) = charts.figure({"rows": rows}).axes
+    named = {text.get_text() for text in axes.texts}
+    assert named == {place.row["dtype"] for place in frontier.places(rows) if place.is_best}
+    assert 1 < len(named) < len(rows)
+
+
 def measures(kld: np.ndarray, nll: np.ndarray | float = 2.0) -> np.ndarray:
     """[sequences, positions, 4] as `compare` gives them, of divergences and of our -log p."""
     return np.stack([kld, np.broadcast_to(nll, kld.shape), np.full_like(kld, 2.0), np.ones_like(kld)], -1)
@@ -319,6 +335,55 @@ def test_differences_are_found_in_the_later_of_two_rows() -> None:
         "more",
         "less",
     ]
+
+
+def frontier_row(dtype: str, size: int, kld: float, **against: dict) -> dict:
+    return {
+        "dtype": dtype,
+        "bytes_per_token": size,
+        "kld_mean": kld,
+        "kld_mean_ci": [kld, kld],
+        "against": against,
+    }
+
+
+def test_a_format_is_behind_the_frontier_only_where_a_pair_shows_it() -> None:
+    rows = [
+        frontier_row("auto", 8, 0.0),
+        frontier_row("large", 7, 0.001),
+        frontier_row("small", 4, 0.010),
+        frontier_row("same_bytes_worse", 4, 0.020, small=pair_of(0.01, 0.009, 0.011)),
+        frontier_row("larger_close", 5, 0.011, small=pair_of(0.001, -0.001, 0.003)),
+        frontier_row(
+            "larger_worse", 6, 0.030, small=pair_of(0.02, -0.1, 0.2), larger_close=pair_of(0.019, 0.01, 0.03)
+        ),
+        frontier_row("knob=value", 3, 0.0001),
+        {"dtype": "fp8", "refused": "no"},
+    ]
+    found = frontier.places(rows)
+    assert [(place.row["dtype"], place.in_words) for place in found] == [
+        ("small", "on the frontier"),
+        ("same_bytes_worse", "behind"),
+        ("larger_close", "not shown to be behind"),
+        ("larger_worse", "behind"),
+        ("large", "on the frontier"),
+    ]
+    assert frontier.places(rows[:3]) == [], "two formats have no frontier"
+
+
+def test_the_grid_has_every_pair_of_widths_group_and_gain() -> None:
+    assert len(formats.GRID) == 4 * 4 * 2 * 2
+    settings = QualityRun(dtypes=("frontier",))
+    assert {*formats.GRID, "fp8_e4m3", "int4_per_token_head", "turboquant_3bit_nc"} <= {*settings.formats}
+    x = torch.randn(1, 1, 128, 64, generator=torch.Generator().manual_seed(0))
+    for name in PRESETS:
+        grid, simulated = (
+            formats.SIMULATED[made] for made in (name.removeprefix("kvarn_"), f"simulated_{name}")
+        )
+        assert grid.group == simulated.group
+        torch.testing.assert_close(grid.value(x[:, :, : grid.group]), simulated.value(x[:, :, : grid.group]))
+    errors = [formats.GRID[f"k{bits}v{bits}_g128"].key(x).sub(x).norm().item() for bits in formats.GRID_BITS]
+    assert errors == sorted(errors), "fewer bits err more"
 
 
 def test_rows_of_older_records_have_no_pairs() -> None:
