@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 
-from kvarn.v1 import inference_pb2
+from kvarn.v1 import engine_pb2, inference_pb2
 from serve_app.bench.engine_stand_in import WORDS
 from serve_app.bench.token_clients import GENERATE
 
@@ -16,6 +17,7 @@ _EVENT = (
     b'data: {"id":"cmpl-0123456789abcdef0123456789abcdef","choices":[{"finish_reason":null,"index":0,'
     b'"logprobs":null,"text":"%s"}],"created":1700000000,"model":"model","object":"text_completion"}\n\n'
 )
+ENGINE_GENERATE = f"/{engine_pb2.DESCRIPTOR.services_by_name['Engine'].full_name}/Generate"
 _USAGE = inference_pb2.Usage(prompt_tokens=128, completion_tokens=100)
 
 
@@ -82,19 +84,45 @@ async def serve_grpc_writes(step_ms: int, tokens: int) -> int:
     async def generate(request: bytes, context: grpc.aio.ServicerContext) -> None:
         for position in range(tokens):
             await stepped[0].wait()
-            await context.write(messages[position == tokens - 1])
+            await context.write(_MESSAGES[position == tokens - 1])
 
-    messages = [
-        _message(inference_pb2.FINISH_REASON_UNSPECIFIED),
-        _message(inference_pb2.FINISH_REASON_LENGTH),
-    ]
+    _kept.append(asyncio.create_task(step()))
+    return await _serve_generate(generate)
+
+
+async def serve_grpc_forwards(engine_port: int, tokens: int) -> int:
+    """Answer every call with a prepared message per message of an engine, through grpc.aio; return the port."""
+    channel = grpc.aio.insecure_channel(f"127.0.0.1:{engine_port}")
+    call_engine = channel.stream_stream(ENGINE_GENERATE, None, None)
+
+    async def generate(request: bytes, context: grpc.aio.ServicerContext) -> None:
+        asked = inference_pb2.GenerateRequest.FromString(request)
+        started = engine_pb2.EngineGenerateRequest()
+        started.started.add(
+            number=1,
+            request=engine_pb2.EngineRequest(
+                prompt_token_ids=asked.prompt.token_ids.ids, sampling_params=asked.sampling_params
+            ),
+        )
+        engine = call_engine()
+        await engine.write(started.SerializeToString())
+        for position in range(tokens):
+            await engine.read()
+            await context.write(_MESSAGES[position == tokens - 1])
+        await engine.done_writing()
+
+    _kept.append(channel)
+    return await _serve_generate(generate)
+
+
+async def _serve_generate(generate: Callable[[bytes, grpc.aio.ServicerContext], Awaitable[None]]) -> int:
     service, method = GENERATE[1:].split("/")
     handler = grpc.unary_stream_rpc_method_handler(generate)
     server = grpc.aio.server()
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: handler})])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    _kept.extend([server, asyncio.create_task(step())])
+    _kept.append(server)
     return port
 
 
@@ -113,6 +141,10 @@ def _message(finish_reason: int) -> bytes:
     ).SerializeToString()
 
 
+_MESSAGES = [
+    _message(inference_pb2.FINISH_REASON_UNSPECIFIED),
+    _message(inference_pb2.FINISH_REASON_LENGTH),
+]
 _kept: list[Any] = []  # keeps servers alive
 _stepping: dict[float, _Steps] = {}
 

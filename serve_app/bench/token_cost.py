@@ -25,7 +25,7 @@ from kvarn.v1 import engine_pb2, engine_pb2_grpc
 from serve_app.bench.bench_gateway import serve_gateway
 from serve_app.bench.bench_processes import ServerProcess, server_process
 from serve_app.bench.engine_stand_in import serve_engine, text_of
-from serve_app.bench.stream_floors import serve_grpc_writes, serve_writes
+from serve_app.bench.stream_floors import serve_grpc_forwards, serve_grpc_writes, serve_writes
 from serve_app.bench.token_clients import (
     EVENT,
     GrpcStream,
@@ -108,12 +108,15 @@ def measure(tokens: int, rounds: int, progress: Progress) -> TokenReport:
         server_process(serve_gateway, engine.started) as gateway,
         server_process(serve_writes, STEP_MS, tokens) as writes,
         server_process(serve_grpc_writes, STEP_MS, tokens) as grpc_writes,
+        server_process(serve_grpc_forwards, engine.started, tokens) as grpc_forwards,
     ):
-        paths = _paths(gateway, writes, grpc_writes)
+        paths = _paths(gateway, writes, grpc_writes, grpc_forwards)
         return uvloop.run(_measure(paths, engine, gateway, tokens, rounds, progress))
 
 
-def _paths(gateway: ServerProcess, writes: ServerProcess, grpc_writes: ServerProcess) -> list[_Path]:
+def _paths(
+    gateway: ServerProcess, writes: ServerProcess, grpc_writes: ServerProcess, grpc_forwards: ServerProcess
+) -> list[_Path]:
     grpc_port, http_port = gateway.started
     completions = partial(HttpStream, http_port, "/v1/completions", completion_body)
     chat = partial(HttpStream, http_port, "/v1/chat/completions", chat_body)
@@ -123,6 +126,7 @@ def _paths(gateway: ServerProcess, writes: ServerProcess, grpc_writes: ServerPro
     write = partial(HttpStream, writes.started, "/", completion_body)
     grpc_write = partial(GrpcStream, grpc_writes.started)
     rpc = partial(GrpcStream, grpc_port)
+    grpc_forward = partial(GrpcStream, grpc_forwards.started)
     made = []
     for streams, suffix in ((STREAMS, ""), (1, ", alone")):
         floor, grpc_floor = f"bare transport.write{suffix}", f"raw grpc.aio{suffix}"
@@ -131,8 +135,11 @@ def _paths(gateway: ServerProcess, writes: ServerProcess, grpc_writes: ServerPro
             _Path(grpc_floor, grpc_writes, grpc_write, streams),
             _Path(f"HTTP completions{suffix}", gateway, completions, streams, floor),
             _Path(f"HTTP chat{suffix}", gateway, chat, streams, floor),
-            _Path(f"gRPC{suffix}", gateway, rpc, streams, grpc_floor),
         ]
+        if streams == 1:
+            grpc_floor = "raw grpc.aio that forwards, alone"
+            made.append(_Path(grpc_floor, grpc_forwards, grpc_forward, streams))
+        made.append(_Path(f"gRPC{suffix}", gateway, rpc, streams, grpc_floor))
     floor = "bare transport.write"
     agents = partial(_Path, server=gateway, streams=AGENTS, is_agents=True)
     return [

@@ -50,6 +50,7 @@ def test_every_path_streamed_and_cost_something(report: token_cost.TokenReport) 
         "raw grpc.aio",
         "bare transport.write, alone",
         "raw grpc.aio, alone",
+        "raw grpc.aio that forwards, alone",
     ]
 
 
