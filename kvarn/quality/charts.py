@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ def by_size(axes: Axes, rows: Rows) -> None:
 
 
 def by_bytes(axes: Axes, rows: Rows) -> None:
-    """One point per cache dtype over its bytes per token; those on the frontier are joined and named."""
+    """One point per cache dtype over its bytes per token; those on the frontier are filled, joined and named."""
     front = places(rows)
     for place in front:
         row, is_best = place.row, place.is_best
@@ -91,18 +92,22 @@ def by_bytes(axes: Axes, rows: Rows) -> None:
             row["bytes_per_token"],
             row["kld_mean"],
             yerr=_errors(row),
-            fmt="o" if is_best else ("." if place.is_behind else "D"),
-            color="C0" if is_best else "C7",
+            fmt="o" if _is_ours(row["dtype"]) else "s",
+            color="C7" if place.is_behind else "C0",
+            markerfacecolor=None if is_best else "white",
             markersize=5,
-            alpha=1 if is_best else 0.6,
+            zorder=3 if is_best else 2,
         )
         if is_best:
             axes.annotate(
                 row["dtype"],
                 (row["bytes_per_token"], row["kld_mean"]),
-                xytext=(4, -10),
+                xytext=(3, -5),
                 textcoords="offset points",
                 fontsize=7,
+                rotation=-30,
+                rotation_mode="anchor",
+                va="top",
             )
     best = [place.row for place in front if place.is_best]
     x, y = ([row[name] for row in best] for name in ("bytes_per_token", "kld_mean"))
@@ -111,7 +116,7 @@ def by_bytes(axes: Axes, rows: Rows) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("bytes per token, all layers")
     axes.set_ylabel("KL divergence, nats (95 % interval)")
-    axes.set_title("KL divergence by bytes per token (diamonds: not shown to be behind the frontier)")
+    axes.set_title("KL divergence by bytes per token (round: ours; gray: shown to be behind the frontier)")
     axes.grid(which="both", alpha=0.3)
 
 
@@ -139,7 +144,7 @@ def by_knob(axes: Axes, rows: Rows) -> None:
 def _points(axes: Axes, rows: Rows, labels: list[str]) -> None:
     """Plot each row's mean divergence with its confidence interval, from bottom to top."""
     for height, row in enumerate(rows):
-        rival = not row["dtype"].startswith("kvarn_k") and "=" not in row["dtype"]
+        rival = not _is_ours(row["dtype"])
         axes.errorbar(
             row["kld_mean"],
             height,
@@ -152,6 +157,11 @@ def _points(axes: Axes, rows: Rows, labels: list[str]) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("KL divergence, nats (95 % interval)")
     axes.grid(axis="x", which="both", alpha=0.3)
+
+
+def _is_ours(dtype: str) -> bool:
+    """Whether a format is KVarN with some setting, neither a rival nor the paper's."""
+    return "=" in dtype or re.match(r"(simulated_)?(kvarn_)?k\d", dtype) is not None
 
 
 def _errors(row: dict[str, Any]) -> list[list[float]]:
