@@ -14,8 +14,8 @@ class Preset:
 
     Attributes:
         name: the value of `--kv-cache-dtype`.
-        key_bits: bits per key code, 2 or 4.
-        value_bits: bits per value code, 2 or 4.
+        key_bits: bits per key code, 2 to 5.
+        value_bits: bits per value code, 2 to 5.
         group: tokens per tile, and the vLLM block size: 64 or 128.
 
     Raises:
@@ -42,6 +42,7 @@ PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
         _preset(key_bits=4, value_bits=2, group=128),
+        _preset(key_bits=4, value_bits=3, group=128),
         _preset(key_bits=4, value_bits=4, group=128),
         _preset(key_bits=4, value_bits=2, group=64),
         _preset(key_bits=4, value_bits=4, group=64),

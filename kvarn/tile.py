@@ -2,8 +2,8 @@
 
 A record holds, one after the other (D = head_dim, G = group, little-endian)::
 
-    key codes             D * G * key_bits / 8 bytes     fragment order, contracted over channels
-    value codes           D * G * value_bits / 8 bytes   fragment order, contracted over tokens
+    key codes             D * G * key_bits / 8 bytes     by planes, contracted over channels
+    value codes           D * G * value_bits / 8 bytes   by planes, contracted over tokens
     key scale, key zero   2 * D float16                  per channel, contracted lane order
     value channel scale   D float16                      per channel, free lane order
     key token scale       G float8_e4m3fn                per token, free lane order
@@ -12,6 +12,10 @@ A record holds, one after the other (D = head_dim, G = group, little-endian)::
 and reads back as `key[n, d] = (code * scale[d] + zero[d]) * token_scale[n]` and
 `value[n, d] = (code * scale[n] + zero[n]) * channel_scale[d]`. docs/decisions/0001-token-scales-in-8-bits.md
 measures why eight bits suffice along the token axis.
+
+Codes of 2 or 4 bits are one plane. Those of 3 or 5 bits are two, one after the other: the low 2 or 4 bits of all codes,
+then the high bit of all codes. Every plane is in fragment order, so that the lane that loads a code's low bits also
+loads its high bit, 16 bytes at a time.
 
 Fragment order makes a GPU thread's 16-byte load its B operand of `mma.m16n8k16`. A code has a contracted index
 (keys: channel, values: token) and a free index (keys: token, values: channel). The two indices split into the
@@ -41,7 +45,7 @@ HEAD_DIMS = (64, 128, 256)
 FLOAT16_BYTES = 2
 BYTES_PER_LANE_HALF = 8  # words [half, pair] of one (rep, lane, quad): the unit the CPU path moves
 # Codes the CPU path widens at a time: 512 KiB in float32, to stay in a core's L2 cache.
-PLANE_ELEMENTS = 1 << 17
+MASKED_ELEMENTS = 1 << 17
 
 
 def padded_head_dim(head_size: int) -> int:
@@ -73,8 +77,8 @@ class Tile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CodeOrder:
-    """Fragment order of one `contracted x free` matrix of codes (see the module docstring).
+class CodePlane:
+    """Fragment order of a plane: 1, 2 or 4 bits of each code of a `contracted x free` matrix (module docstring).
 
     `lane_slot`, `quad` and `rep` are fields of the fragment number; each may straddle the boundary between its
     step bits (high) and its column-tile bits (low), so each splits into a step part and a column part.
@@ -120,11 +124,11 @@ class CodeOrder:
 
     @cached_property
     def _contracted_order(self) -> Tensor:
-        """Natural contracted index at each position of a row of `_planes`, int64."""
+        """Natural contracted index at each position of a row of `_masked`, int64."""
         (step_slots, _), (step_quads, _), (step_reps, _) = self.splits
         # A natural index is, high to low, the step's [lane_slot, quad, rep], then [half, lane_k, pair]. The high bit
-        # of lane_slot selects the byte of a word, its other bits the place in that byte. In `_planes` the place comes
-        # first, since every mask makes a plane, and the byte last, since the bytes of a word are neighbors. Between
+        # of lane_slot selects the byte of a word, its other bits the place in that byte. In `_masked` the place comes
+        # first, since every mask makes one part, and the byte last, since the bytes of a word are neighbors. Between
         # them the axes are in stored order: those of `word_shape`, then those of an 8-byte unit.
         byte, place, quad, rep, half, lane_k, pair = range(7)
         natural = torch.arange(self.contracted).view(2, step_slots // 2, step_quads, step_reps, 2, 4, 2)
@@ -145,11 +149,11 @@ class CodeOrder:
 
     @cached_property
     def _place_weight(self) -> Tensor:
-        """[step places, column places, 1, 1] float32: factors that turn `_planes` into codes."""
+        """[step places, column places, 1, 1] float32: factors that turn `_masked` into codes."""
         columns, steps = self._place_sizes
         return torch.exp2(-self.bits * torch.arange(self.codes_per_byte)).view(steps, columns, 1, 1)
 
-    def _planes(self, packed: Tensor) -> Tensor:
+    def _masked(self, packed: Tensor) -> Tensor:
         """Mask out codes where they are in their bytes, without shifting: one AND for eight codes.
 
         Args:
@@ -169,21 +173,13 @@ class CodeOrder:
         return planes.view(torch.uint8).view(tiles, steps, columns, rows, width)
 
     def contract(self, weights: Tensor, packed: Tensor) -> Tensor:
-        """Return weighted sums of codes, without bringing them into natural order first.
-
-        Args:
-            weights: [T, M, contracted] float32 or float64.
-            packed: [T, nbytes] uint8, contiguous in its last axis, 8-byte aligned.
-
-        Returns:
-            [T, M, free]: weights @ codes, in the dtype of the weights.
-        """
+        """Do what `CodeOrder.contract` does, for this plane's bits of the codes."""
         tiles, rows, _ = weights.shape
         columns, steps = self._place_sizes
         weights = weights.view(tiles * rows, self.contracted).index_select(-1, self._contracted_order)
         weights = weights.view(tiles, rows, steps, 1, -1).permute(0, 2, 3, 1, 4) * self._place_weight
-        planes = self._planes(packed).flatten(0, 2)
-        step = max(1, PLANE_ELEMENTS * self.codes_per_byte // (self.free * self.contracted))
+        planes = self._masked(packed).flatten(0, 2)
+        step = max(1, MASKED_ELEMENTS * self.codes_per_byte // (self.free * self.contracted))
         sums = weights.new_empty(len(planes), rows, planes.shape[1])
         weights = weights.flatten(0, 2)
         for start in range(0, len(planes), step):
@@ -194,15 +190,9 @@ class CodeOrder:
 
     def unpack_float(self, packed: Tensor) -> Tensor:
         """Unpack codes into natural order: [T, nbytes] uint8 -> [T, free, contracted] float32."""
-        planes = (self._planes(packed) * self._place_weight).permute(0, 2, 3, 1, 4)
+        planes = (self._masked(packed) * self._place_weight).permute(0, 2, 3, 1, 4)
         codes = planes.reshape(packed.shape[0], self.free, self.contracted)
         return codes.index_select(-1, self._natural_order)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """Inverse of `pack`: [..., nbytes] uint8 -> [..., free, contracted] uint8."""
-        lead = packed.shape[:-1]
-        codes = self.unpack_float(packed.reshape(lead.numel(), self.nbytes))
-        return codes.to(torch.uint8).view(*lead, self.free, self.contracted)
 
     def pack(self, codes: Tensor) -> Tensor:
         """Pack codes [..., free, contracted] uint8 in natural order -> [..., nbytes] uint8."""
@@ -218,6 +208,67 @@ class CodeOrder:
         units = rows.view(tiles, *(self.word_shape[axis] for axis in self.FREE_FIRST), BYTES_PER_LANE_HALF)
         stored_axes = (1 + self.FREE_FIRST.index(axis) for axis in range(6))
         return units.permute(0, *stored_axes, 7).reshape(*lead, self.nbytes)
+
+
+@dataclass(frozen=True)
+class CodeOrder:
+    """Planes of one `contracted x free` matrix of codes of 1 to 5 bits (see the module docstring)."""
+
+    bits: int
+    contracted: int
+    free: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.contracted * self.free * self.bits // 8
+
+    @cached_property
+    def planes(self) -> tuple[CodePlane, ...]:
+        """The low bits, then the high bit of codes of 3 or 5 bits."""
+        widths = (self.bits - 1, 1) if self.bits in (3, 5) else (self.bits,)
+        return tuple(CodePlane(width, self.contracted, self.free) for width in widths)
+
+    def _cut(self, packed: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(packed, [plane.nbytes for plane in self.planes], dim=-1)
+
+    def contract(self, weights: Tensor, packed: Tensor) -> Tensor:
+        """Return weighted sums of codes, without bringing them into natural order first.
+
+        Args:
+            weights: [T, M, contracted] float32 or float64.
+            packed: [T, nbytes] uint8, contiguous in its last axis, 8-byte aligned.
+
+        Returns:
+            [T, M, free]: weights @ codes, in the dtype of the weights.
+        """
+        low, *high = (
+            plane.contract(weights, part) for plane, part in zip(self.planes, self._cut(packed), strict=True)
+        )
+        for sums in high:
+            low.add_(sums, alpha=1 << self.planes[0].bits)
+        return low
+
+    def unpack_float(self, packed: Tensor) -> Tensor:
+        """Unpack codes into natural order: [T, nbytes] uint8 -> [T, free, contracted] float32."""
+        low, *high = (
+            plane.unpack_float(part) for plane, part in zip(self.planes, self._cut(packed), strict=True)
+        )
+        for bit in high:
+            low.add_(bit, alpha=1 << self.planes[0].bits)
+        return low
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Inverse of `pack`: [..., nbytes] uint8 -> [..., free, contracted] uint8."""
+        lead = packed.shape[:-1]
+        codes = self.unpack_float(packed.reshape(lead.numel(), self.nbytes))
+        return codes.to(torch.uint8).view(*lead, self.free, self.contracted)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Pack codes [..., free, contracted] uint8 in natural order -> [..., nbytes] uint8."""
+        low = self.planes[0]
+        if len(self.planes) == 1:
+            return low.pack(codes)
+        return torch.cat([low.pack(codes & (1 << low.bits) - 1), self.planes[1].pack(codes >> low.bits)], -1)
 
 
 @dataclass(frozen=True)

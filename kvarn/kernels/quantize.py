@@ -19,15 +19,17 @@ from kvarn.kernels.records import (
     contracted_place,
     empty_cache,
     from_e4m3,
-    in_record_order,
     lane_slot_indices,
+    last_plane_bits,
     no_words,
     record_at,
     record_constants,
     row_place,
     split_sizes,
+    store_words,
     to_e4m3,
     to_float16,
+    with_codes,
 )
 from kvarn.reference import rtn, variance_norm
 from kvarn.tile import TileLayout
@@ -280,7 +282,7 @@ def _store_key(
     tl.debug_barrier()  # each thread reads what others stored
 
     words = no_words(BITS, D, G)
-    for lane_slot in tl.static_range(16 // BITS):
+    for lane_slot in tl.static_range(16 // last_plane_bits(BITS)):
         free, contracted = lane_slot_indices(lane_slot, BITS, D, G)
         x = tl.load(source + free[:, None] * row_stride + contracted[None, :])
         place = contracted_place(contracted, D)
@@ -288,9 +290,8 @@ def _store_key(
         start = -tl.load(by_channel + D + place).to(tl.float32) * per_step
         inverse = _inverse(from_e4m3(tl.load(by_token + row_place(free, G))))
         steps = x.to(tl.float32) * (inverse[:, None] * per_step[None, :])
-        words += _codes(steps, start[None, :], BITS) << (lane_slot * BITS)
-    words = in_record_order(words, BITS, D, G)
-    tl.store(record.to(tl.pointer_type(tl.int16)) + tl.arange(0, D * G * BITS // 16), words)
+        words = with_codes(words, _codes(steps, start[None, :], BITS), lane_slot, BITS)
+    store_words(record.to(tl.pointer_type(tl.int16)), words, BITS, D, G)
 
 
 @triton.jit
@@ -347,9 +348,9 @@ def _store_value(
     tl.store(by_token + 2 * G + place, zero)
     tl.debug_barrier()  # each thread reads what others stored
 
-    words = tl.trans(no_words(BITS, G, D))  # channels last, as in memory
-    STEPS: tl.constexpr = split_sizes(BITS, G, D)[0]
-    COLUMNS: tl.constexpr = split_sizes(BITS, G, D)[1]
+    words = no_words(BITS, G, D, FREE_FIRST=False)  # channels last, as in memory
+    STEPS: tl.constexpr = split_sizes(last_plane_bits(BITS), G, D)[0]
+    COLUMNS: tl.constexpr = split_sizes(last_plane_bits(BITS), G, D)[1]
     for column in tl.static_range(COLUMNS):
         squares = tl.zeros([G // STEPS, D // COLUMNS], tl.float32)
         products = tl.zeros([G // STEPS, D // COLUMNS], tl.float32)
@@ -362,7 +363,7 @@ def _store_value(
             inverse = _inverse(tl.load(by_channel + 2 * D + row_place(free, D)).to(tl.float32))
             steps = x.to(tl.float32) * (per_step[:, None] * inverse[None, :])
             codes = _codes(steps, start[:, None], BITS)
-            words += codes << ((step * COLUMNS + column) * BITS)
+            words = with_codes(words, codes, step * COLUMNS + column, BITS)
             squares += steps * steps
             products += steps * (codes.to(tl.float32, bitcast=True) - ROUND - start[:, None])
         gain = _unbiased_gain(squares, products)
@@ -370,8 +371,7 @@ def _store_value(
         gained = tl.load(place).to(tl.float32) * gain
         tl.debug_barrier()  # after all threads have read the scales
         tl.store(place, to_float16(tl.maximum(gained, FLOAT16_TINY)))
-    words = in_record_order(tl.trans(words), BITS, G, D)
-    tl.store(values.to(tl.pointer_type(tl.int16)) + tl.arange(0, D * G * BITS // 16), words)
+    store_words(values.to(tl.pointer_type(tl.int16)), words, BITS, G, D, FREE_FIRST=False)
 
 
 @triton.jit(do_not_specialize=[], do_not_specialize_on_alignment=["Sources", "Blocks"])

@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
-from kvarn.kernels.records import INTERPRETED, from_e4m3, join_lane_slots, row_place, split_sizes
+from kvarn.kernels.records import (
+    INTERPRETED,
+    code_words,
+    from_e4m3,
+    join_lane_slots,
+    joined_codes,
+    plane_bits,
+    row_place,
+    split_sizes,
+    spread_high_bits,
+)
 
 
 @triton.jit
@@ -48,6 +58,13 @@ def _unpack(pairs):
 
 
 @triton.constexpr_function
+def _scale_and_offset(exponent: int) -> tuple[int, int]:
+    """Return pairs of float16 a and b with (1024 + x) * a + b = x * 2^exponent."""
+    biased = 15 + exponent
+    return biased * 0x04000400, 0x80008000 + (biased + 10) * 0x04000400
+
+
+@triton.constexpr_function
 def _codes_assembly(bits: int, exponent: int) -> str:
     """Return PTX that splits two words of codes into pairs of `code * 2^exponent`, one per lane_slot.
 
@@ -56,8 +73,7 @@ def _codes_assembly(bits: int, exponent: int) -> str:
     slots, half = 16 // bits, 8 // bits
     lines = ["{ .reg .b32 high, x, base;", "mov.b32 base, 0x64006400;", f"shr.u32 high, ${slots}, 8;"]
     for place in range(half):
-        biased = 15 + exponent - bits * place
-        scale, offset = biased * 0x04000400, 0x80008000 + (biased + 10) * 0x04000400
+        scale, offset = _scale_and_offset(exponent - bits * place)
         lines.append(f".reg .b32 s{place}, o{place};")
         lines.append(f"mov.b32 s{place}, {scale:#x}; mov.b32 o{place}, {offset:#x};")
         mask = ((1 << bits) - 1 << bits * place) * 0x10001
@@ -67,36 +83,65 @@ def _codes_assembly(bits: int, exponent: int) -> str:
     return " ".join([*lines, "}"])
 
 
+@triton.constexpr_function
+def _joined_codes_assembly(bits: int, exponent: int) -> str:
+    """Return PTX that does what `_codes_assembly` does, for two words of a first plane and their high bits."""
+    low, slots = bits - 1, 16 // (bits - 1)
+    lines = ["{ .reg .b32 words, low, high, both, x, base;", "mov.b32 base, 0x64006400;"]
+    lines.append(f"shr.u32 words, ${slots}, 8;")
+    lines.append(f"shl.b32 low, ${slots + 1}, {low}; shr.u32 high, ${slots + 1}, {8 - low};")
+    for place in range(8 // low):
+        scale, offset = _scale_and_offset(exponent - low * place)
+        lines.append(f".reg .b32 s{place}, o{place};")
+        lines.append(f"mov.b32 s{place}, {scale:#x}; mov.b32 o{place}, {offset:#x};")
+    for words, bit, first in ((f"${slots}", "low", 0), ("words", "high", slots // 2)):
+        for mask, places in joined_codes(bits):
+            lines.append(f"lop3.b32 both, {words}, {bit}, {mask * 0x10001:#x}, 0xe4;")
+            for place in places:
+                code = ((1 << bits) - 1 << low * place) * 0x10001
+                lines.append(f"lop3.b32 x, both, {code:#x}, base, 0xea;")
+                lines.append(f"fma.rn.f16x2 ${first + place}, x, s{place}, o{place};")
+    return " ".join([*lines, "}"])
+
+
 @triton.jit
-def _plain_codes(words, SLOT: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr):
-    mask: tl.constexpr = (1 << BITS) - 1
-    low, high = words >> (SLOT * BITS) & mask, words >> (16 + SLOT * BITS) & mask
-    return _pack((low * 2.0**EXPONENT).to(tl.float16), (high * 2.0**EXPONENT).to(tl.float16))
+def _plain_codes(words, high, SLOT: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr):
+    LOW: tl.constexpr = plane_bits(BITS)
+    mask: tl.constexpr = (1 << LOW) - 1
+    first, second = words >> (SLOT * LOW) & mask, words >> (16 + SLOT * LOW) & mask
+    if BITS != LOW:
+        first, second = (
+            first | (high >> (SLOT * LOW) & 1) << LOW,
+            second | (high >> (16 + SLOT * LOW) & 1) << LOW,
+        )
+    return _pack((first * 2.0**EXPONENT).to(tl.float16), (second * 2.0**EXPONENT).to(tl.float16))
 
 
 @triton.jit
 def _lane_slots(words, BITS: tl.constexpr, EXPONENT: tl.constexpr):
     """Split int32 of two words into pairs of `code * 2^EXPONENT`: int32 [..., 2, 2 (, 2)], by lane_slot."""
+    LOW: tl.constexpr = plane_bits(BITS)
+    operands = (words,) if BITS == LOW else (words[0], spread_high_bits(words[1], BITS, 2))
     if not INTERPRETED:
         x = tl.inline_asm_elementwise(
-            _codes_assembly(BITS, EXPONENT),
-            "=r," * (16 // BITS) + "r",
-            [words],
-            dtype=(tl.int32,) * (16 // BITS),
+            _codes_assembly(BITS, EXPONENT) if BITS == LOW else _joined_codes_assembly(BITS, EXPONENT),
+            "=r," * (16 // LOW) + ("r" if BITS == LOW else "r,r"),
+            operands,
+            dtype=(tl.int32,) * (16 // LOW),
             is_pure=True,
             pack=1,
         )
     else:
         x = ()
-        for slot in tl.static_range(16 // BITS):
-            x = (*x, _plain_codes(words, slot, BITS, EXPONENT))
+        for slot in tl.static_range(16 // LOW):
+            x = (*x, _plain_codes(operands[0], operands[-1], slot, BITS, EXPONENT))
     return join_lane_slots(x, BITS)
 
 
 @triton.jit
 def load_words(ptr, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
-    """Load a matrix of codes at `ptr` (uint8 pointer): int32, two words each."""
-    return tl.load(ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, CONTRACTED * FREE * BITS // 32))
+    """Load a matrix of codes at `ptr` (uint8 pointer): int32, two words each; see `code_words`."""
+    return code_words(ptr.to(tl.pointer_type(tl.int32)), BITS, CONTRACTED, FREE)
 
 
 @triton.jit

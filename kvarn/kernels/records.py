@@ -69,8 +69,14 @@ def record_at(Cache, block, head, H: tl.constexpr, RECORD: tl.constexpr, PAGE: t
 
 @triton.constexpr_function
 def split_sizes(bits: int, contracted: int, free: int) -> tuple[int, ...]:
-    """Return the (step, column) sizes of lane_slot, quad and rep, flat; see `CodeOrder`."""
-    return tuple(size for pair in CodeOrder(bits, contracted, free).splits for size in pair)
+    """Return the (step, column) sizes of lane_slot, quad and rep of the first plane, flat; see `CodePlane`."""
+    return tuple(size for pair in CodeOrder(bits, contracted, free).planes[0].splits for size in pair)
+
+
+@triton.constexpr_function
+def plane_bits(bits: int) -> int:
+    """Return the bits of codes that their first plane holds; all, or all but one in a second plane."""
+    return bits - 1 if bits in (3, 5) else bits
 
 
 @triton.jit
@@ -133,10 +139,94 @@ def _cut_pairs(words):
     return c0, c1, c2, c3, c4, c5, c6, c7
 
 
+@triton.constexpr_function
+def _shift_assembly(by: int) -> str:
+    return f"shr.u32 $0, $1, {by};"
+
+
+@triton.jit
+def _shifted(words, BY: tl.constexpr):
+    """Shift words to the right. What comes in from a neighbor reaches no bit that `spread_high_bits` is read for."""
+    if INTERPRETED or words.dtype == tl.int32:
+        x = words >> BY
+    else:
+        x = tl.inline_asm_elementwise(
+            _shift_assembly(BY), "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
+        )
+    return x
+
+
+@triton.jit
+def spread_high_bits(words, BITS: tl.constexpr, QUAD: tl.constexpr):
+    """Give each word of the first plane the high bits of its codes, from the `words` of the second: one tensor of as
+    many words as the first plane, where the high bit of lane_slot s is bit s * `plane_bits`.
+
+    A lane's 16 bytes of the second plane belong to 2 (3-bit codes) or 4 loads of 16 bytes of the first. Both copies are
+    of registers of the same lane.
+
+    Args:
+        words: a plane of one bit, flat; int16, or int32 of two words.
+        QUAD: elements of a quad.
+    """
+    if BITS == 3:
+        x = tl.join(words, _shifted(words, 1))  # a new axis of low quads
+        x = tl.permute(tl.reshape(x, [words.shape[0] // (2 * QUAD), 2, QUAD, 2]), [1, 0, 3, 2])
+    else:
+        even = tl.join(words, _shifted(words, 1))  # new axes of the highest bit of low reps, and of low quads
+        x = tl.join(even, tl.join(_shifted(words, 2), _shifted(words, 3)))
+        x = tl.permute(tl.reshape(x, [words.shape[0] // (2 * QUAD), 2, QUAD, 2, 2]), [3, 1, 0, 4, 2])
+    return tl.reshape(x, [words.shape[0] * plane_bits(BITS)])
+
+
+@triton.constexpr_function
+def joined_codes(bits: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Return (mask of the first plane's bits, places) of the sets of places of a byte whose codes of 3 or 5 bits do not
+    overlap, with a high bit just above each code's low bits."""
+    low = bits - 1
+    sets = (range(start, 8 // low, 2) for start in (0, 1))
+    return tuple((sum((1 << low) - 1 << low * place for place in places), tuple(places)) for places in sets)
+
+
+@triton.constexpr_function
+def _joined_assembly(bits: int) -> str:
+    """Return PTX that cuts two words of a first plane and their high bits into one pair of codes per lane_slot."""
+    low, slots = bits - 1, 16 // (bits - 1)
+    lines = ["{ .reg .b32 words, low, high, both;", f"shr.u32 words, ${slots}, 8;"]
+    lines.append(f"shl.b32 low, ${slots + 1}, {low}; shr.u32 high, ${slots + 1}, {8 - low};")
+    for words, bit, first in ((f"${slots}", "low", 0), ("words", "high", slots // 2)):
+        for mask, places in joined_codes(bits):
+            lines.append(f"lop3.b32 both, {words}, {bit}, {mask * 0x10001:#x}, 0xe4;")
+            for place in places:
+                code = ((1 << bits) - 1 << low * place) * 0x10001
+                lines.append(f"and.b32 ${first + place}, both, {code:#x};")
+    return " ".join([*lines, "}"])
+
+
+@triton.jit
+def _cut_joined(words, high, BITS: tl.constexpr):
+    """Split int16 words of a first plane and their high bits into one float16 tensor per lane_slot, as subnormals."""
+    LOW: tl.constexpr = plane_bits(BITS)
+    if not INTERPRETED:
+        x = tl.inline_asm_elementwise(
+            _joined_assembly(BITS),
+            "=r," * (16 // LOW) + "r,r",
+            [words, high],
+            dtype=(tl.float16,) * (16 // LOW),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        x = ()
+        for slot in tl.static_range(16 // LOW):
+            code = words >> slot * LOW & (1 << LOW) - 1 | (high >> slot * LOW & 1) << LOW
+            x = (*x, (code << slot % (8 // LOW) * LOW).to(tl.float16, bitcast=True))
+    return x
+
+
 @triton.jit
 def join_lane_slots(x, BITS: tl.constexpr):
     """Join one tensor per lane_slot along new last axes of 2, the slot's highest bit first."""
-    if BITS == 4:
+    if plane_bits(BITS) == 4:
         joined = tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3]))
     else:
         even = tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6]))
@@ -146,8 +236,13 @@ def join_lane_slots(x, BITS: tl.constexpr):
 
 @triton.jit
 def code_words(ptr, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
-    """Load the int16 words of a matrix of codes at `ptr` (int16 pointer)."""
-    return tl.load(ptr + tl.arange(0, CONTRACTED * FREE * BITS // 16))
+    """Load the words of a matrix of codes at `ptr`, a pointer to int16, or to int32 of two words each: one tensor, or
+    one per plane."""
+    PLANE: tl.constexpr = CONTRACTED * FREE // ptr.dtype.element_ty.primitive_bitwidth  # of one bit
+    words = tl.load(ptr + tl.arange(0, PLANE * plane_bits(BITS)))
+    if plane_bits(BITS) != BITS:
+        words = (words, tl.load(ptr + PLANE * plane_bits(BITS) + tl.arange(0, PLANE)))
+    return words
 
 
 @triton.jit
@@ -157,7 +252,13 @@ def codes(
     """Return codes [FREE, CONTRACTED] float16 as code * 2^(offset - 24), with the contracted index in `contracted_view`
     order, for an MMA operand, or in natural order."""
     SIZES: tl.constexpr = split_sizes(BITS, CONTRACTED, FREE)
-    x = join_lane_slots(_cut_nibbles(words) if BITS == 4 else _cut_pairs(words), BITS)
+    if BITS == 4:
+        x = _cut_nibbles(words)
+    elif BITS == 2:
+        x = _cut_pairs(words)
+    else:
+        x = _cut_joined(words[0], spread_high_bits(words[1], BITS, 4), BITS)
+    x = join_lane_slots(x, BITS)
     # [step_rep, column_rep, lane_n, lane_k, step_quad, column_quad, half, pair, step_lane_slot, column_lane_slot]
     x = tl.reshape(x, [SIZES[4], SIZES[5], 8, 4, SIZES[2], SIZES[3], 2, 2, SIZES[0], SIZES[1]])
     half_and_lane: tl.constexpr = (6, 3) if NATURAL else (3, 6)
@@ -188,16 +289,18 @@ def _power_of_two(exponent):
 def step_weights(contracted, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
     """Return the factors of `codes` at the given natural contracted indices: float32, powers of two."""
     SIZES: tl.constexpr = split_sizes(BITS, CONTRACTED, FREE)
+    LOW: tl.constexpr = plane_bits(BITS)
     lane_slot = contracted // (CONTRACTED // SIZES[0]) * SIZES[1]
-    return _power_of_two(-(lane_slot % (8 // BITS)) * BITS)
+    return _power_of_two(-(lane_slot % (8 // LOW)) * LOW)
 
 
 @triton.jit
 def column_weights(free, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
     """Return the factors of sums over `codes` at the given natural free indices: float32, powers of two."""
     SIZES: tl.constexpr = split_sizes(BITS, CONTRACTED, FREE)
+    LOW: tl.constexpr = plane_bits(BITS)
     lane_slot = free // (FREE // SIZES[1])
-    return _power_of_two(-(lane_slot % (8 // BITS)) * BITS) * CODE_UNIT
+    return _power_of_two(-(lane_slot % (8 // LOW)) * LOW) * CODE_UNIT
 
 
 @triton.jit
@@ -282,31 +385,93 @@ def lanes_to_operand(x, D: tl.constexpr, N: tl.constexpr):
     return tl.reshape(tl.permute(x, [3, 2, 4, 5, 0, 1]), [D, N])
 
 
+@triton.constexpr_function
+def last_plane_bits(bits: int) -> int:
+    """Return the bits of codes that their last plane holds."""
+    return 1 if bits in (3, 5) else bits
+
+
 @triton.jit
 def lane_slot_indices(
     LANE_SLOT: tl.constexpr, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr
 ):
-    """Return the natural free [FREE // columns] and contracted [CONTRACTED // steps] indices of a lane_slot's codes."""
-    SIZES: tl.constexpr = split_sizes(BITS, CONTRACTED, FREE)
+    """Return the natural free [FREE // columns] and contracted [CONTRACTED // steps] indices of the codes that a
+    lane_slot of the last plane holds."""
+    SIZES: tl.constexpr = split_sizes(last_plane_bits(BITS), CONTRACTED, FREE)
     free = LANE_SLOT % SIZES[1] * (FREE // SIZES[1]) + tl.arange(0, FREE // SIZES[1])
     contracted = LANE_SLOT // SIZES[1] * (CONTRACTED // SIZES[0]) + tl.arange(0, CONTRACTED // SIZES[0])
     return free, contracted
 
 
 @triton.jit
-def no_words(BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
-    """Return words of 0, to add codes to: int32 [FREE // columns, CONTRACTED // steps]."""
-    SIZES: tl.constexpr = split_sizes(BITS, CONTRACTED, FREE)
-    return tl.zeros([FREE // SIZES[1], CONTRACTED // SIZES[0]], tl.int32)
+def no_words(
+    BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr, FREE_FIRST: tl.constexpr = True
+):
+    """Return words of 0, to add codes to (`with_codes`), in natural order, the free or the contracted index first.
+
+    The last plane's words are int32 [FREE // columns, CONTRACTED // steps]. A first plane of two comes before them, in
+    integers of all its words whose codes have their high bits in one word.
+    """
+    SIZES: tl.constexpr = split_sizes(last_plane_bits(BITS), CONTRACTED, FREE)
+    free: tl.constexpr = FREE // SIZES[1]
+    contracted: tl.constexpr = CONTRACTED // SIZES[0]
+    shape: tl.constexpr = (free, contracted) if FREE_FIRST else (contracted, free)
+    words = tl.zeros(shape, tl.int32)
+    if BITS == 3:
+        words = (tl.zeros(shape, tl.int32), words)
+    elif BITS == 5:
+        words = (tl.zeros(shape, tl.int64), words)
+    return words
 
 
 @triton.jit
-def in_record_order(words, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
-    """Reorder words int32 [FREE // columns, CONTRACTED // steps] from natural order to a record's: int16, flat."""
+def with_codes(words, codes, LANE_SLOT: tl.constexpr, BITS: tl.constexpr):
+    """Add the codes of a lane_slot of the last plane to `no_words`; bits 24 and up of the codes may be anything."""
+    LOW: tl.constexpr = plane_bits(BITS)
+    if BITS == LOW:
+        words += codes << (LANE_SLOT * BITS)
+    else:
+        low = (codes & (1 << LOW) - 1).to(words[0].dtype) << (LANE_SLOT % LOW * 16 + LANE_SLOT // LOW * LOW)
+        words = (words[0] + low, words[1] + ((codes >> LOW & 1) << LANE_SLOT))
+    return words
+
+
+@triton.jit
+def _in_record_order(words, BITS: tl.constexpr, CONTRACTED: tl.constexpr, FREE: tl.constexpr):
+    """Reorder words int32 [FREE // columns, CONTRACTED // steps] from natural order to a plane's: int16, flat."""
     SIZES: tl.constexpr = split_sizes(BITS, CONTRACTED, FREE)
     # [column_quad, column_rep, lane_n, step_quad, step_rep, half, lane_k, pair]
     words = tl.reshape(words.to(tl.int16), [SIZES[3], SIZES[5], 8, SIZES[2], SIZES[4], 2, 4, 2])
     return tl.reshape(tl.permute(words, [4, 1, 2, 6, 3, 0, 5, 7]), [CONTRACTED * FREE * BITS // 16])
+
+
+@triton.jit
+def store_words(
+    ptr,
+    words,
+    BITS: tl.constexpr,
+    CONTRACTED: tl.constexpr,
+    FREE: tl.constexpr,
+    FREE_FIRST: tl.constexpr = True,
+):
+    """Store words, as `no_words` makes them, as a matrix of codes at `ptr` (int16 pointer)."""
+    LOW: tl.constexpr = plane_bits(BITS)
+    if BITS == LOW:
+        if not FREE_FIRST:
+            words = tl.trans(words)
+        words = _in_record_order(words, BITS, CONTRACTED, FREE)
+        tl.store(ptr + tl.arange(0, CONTRACTED * FREE * BITS // 16), words)
+    else:
+        low, high = words[0], words[1]
+        if not FREE_FIRST:
+            low, high = tl.trans(low), tl.trans(high)
+        PLANE: tl.constexpr = CONTRACTED * FREE // 16  # words of a bit
+        at = tl.arange(0, PLANE)  # [rep and lane, quad, half and pair]
+        tl.store(ptr + PLANE * LOW + at, _in_record_order(high, 1, CONTRACTED, FREE))
+        for part in tl.static_range(LOW):  # the order that `spread_high_bits` undoes
+            rep = part % (LOW // 2) * 2 + at // 4 % 2
+            place = (rep * (PLANE // 8) + at // 8) * 8 + part * 2 // LOW * 4 + at % 4
+            tl.store(ptr + place, _in_record_order(low >> (16 * part), 1, CONTRACTED, FREE))
 
 
 @triton.jit

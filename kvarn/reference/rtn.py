@@ -7,21 +7,24 @@ Along one axis, with L = 2^bits - 1 steps between the ends of the range:
 and x ~ code * scale + zero. Codes are chosen for the scale and zero as *stored*, so that the rounding of a narrow
 storage type is not an additional error.
 
-The paper's range is min x .. max x. Four codes represent most values better when the rarest are clipped, so with 2 bits
-the range is narrowed around its middle by a factor that depends only on the number of values: after the rotation tiles
-are close to Gaussian. docs/decisions/0002-narrowed-ranges.md has the measurements.
+The paper's range is min x .. max x. Few codes represent most values better when the rarest are clipped, so with 2 and 3
+bits the range is narrowed around its middle by a factor that depends only on the number of values: after the rotation
+tiles are close to Gaussian. docs/decisions/0002-narrowed-ranges.md has the measurements.
 """
 
 import torch
 from torch import Tensor
 
-COVERED_STDS = 3.5  # width of the range that four codes should cover, in standard deviations
+COVERED_STDS = {
+    2: 3.5,
+    3: 4.36,
+}  # width of the range that codes of 2 or 3 bits should cover, in standard deviations
 EXPECTED_RANGE_STDS = {64: 4.69, 128: 5.19, 256: 5.65}  # mean of max - min of that many normal values
 
 
 def narrowing(bits: int, count: int) -> float:
     """Return the fraction of the range of `count` values (64, 128 or 256) that codes of `bits` should cover."""
-    return COVERED_STDS / EXPECTED_RANGE_STDS[count] if bits == 2 else 1.0
+    return COVERED_STDS[bits] / EXPECTED_RANGE_STDS[count] if bits in COVERED_STDS else 1.0
 
 
 def narrowed_range(x: Tensor, axis: int, bits: int) -> tuple[Tensor, Tensor]:

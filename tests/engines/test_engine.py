@@ -138,7 +138,7 @@ def test_a_tile_filled_by_decode_equals_one_filled_by_prefill(llm: LLM, text: li
     ("heads", "kv_heads", "head_dim", "preset", "dtype"),
     [
         (4, 2, 64, "kvarn_k4v2_g64", "float32"),
-        (2, 2, 128, "kvarn_k4v4_g128", "bfloat16"),
+        (2, 2, 128, "kvarn_k4v3_g128", "bfloat16"),
         (6, 2, 256, "kvarn_k2v2_g128", "float16"),
     ],
 )

@@ -10,6 +10,7 @@ from kvarn.presets import PRESETS, Preset, get_preset
     ("name", "key_bits", "value_bits", "group"),
     [
         ("kvarn_k4v2_g128", 4, 2, 128),
+        ("kvarn_k4v3_g128", 4, 3, 128),
         ("kvarn_k4v4_g128", 4, 4, 128),
         ("kvarn_k4v2_g64", 4, 2, 64),
         ("kvarn_k4v4_g64", 4, 4, 64),

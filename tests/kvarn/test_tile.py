@@ -38,6 +38,7 @@ def random_tile(layout: TileLayout, *lead: int) -> Tile:
     ("name", "nbytes"),
     [
         ("kvarn_k4v2_g128", (6912, 13440, 26496)),
+        ("kvarn_k4v3_g128", (7936, 15488, 30592)),
         ("kvarn_k4v4_g128", (8960, 17536, 34688)),
         ("kvarn_k4v2_g64", (3648, 7104, 14016)),
         ("kvarn_k4v4_g64", (4672, 9152, 18112)),
@@ -106,13 +107,17 @@ def test_codes_lie_in_mma_fragment_order(layout: TileLayout, side: str) -> None:
     contracted, free = torch.arange(order.contracted), torch.arange(order.free)[:, None]
     fragment = contracted // 16 * (order.free // 8) + free // 8
     fragments = order.contracted * order.free // 128
-    words = fragments // (16 // order.bits)
-    lane_slot, within = fragment // words, fragment % words
-    quad, rep = within // (words // 2), within % (words // 2)
-    half, lane_k, pair = contracted // 8 % 2, contracted // 2 % 4, contracted % 2
-    word = ((((rep * 8 + free % 8) * 4 + lane_k) * 2 + quad) * 2 + half) * 2 + pair
     packed = order.pack(codes).view(torch.int16).int() & 0xFFFF
-    assert torch.equal((packed[word] >> (lane_slot * order.bits)) & (2**order.bits - 1), codes.int())
+    start, shift, found = 0, 0, torch.zeros_like(codes, dtype=torch.int)
+    for bits in {3: (2, 1), 5: (4, 1)}.get(order.bits, (order.bits,)):
+        words = fragments // (16 // bits)
+        lane_slot, within = fragment // words, fragment % words
+        quad, rep = within // (words // 2), within % (words // 2)
+        half, lane_k, pair = contracted // 8 % 2, contracted // 2 % 4, contracted % 2
+        word = ((((rep * 8 + free % 8) * 4 + lane_k) * 2 + quad) * 2 + half) * 2 + pair
+        found |= ((packed[start + word] >> (lane_slot * bits)) & (2**bits - 1)) << shift
+        start, shift = start + fragments * 8 * bits, shift + bits
+    assert torch.equal(found, codes.int())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
@@ -131,7 +136,7 @@ def test_contract_of_more_tiles_than_are_widened_at_a_time(monkeypatch: pytest.M
     order = TileLayout(get_preset("kvarn_k4v2_g128"), 64).value_order
     codes = torch.randint(0, 4, (5, order.free, order.contracted), dtype=torch.uint8)
     weights = torch.randn(5, 3, order.contracted, dtype=torch.float64)
-    monkeypatch.setattr("kvarn.tile.PLANE_ELEMENTS", 3 * order.free * order.contracted // 2)
+    monkeypatch.setattr("kvarn.tile.MASKED_ELEMENTS", 3 * order.free * order.contracted // 2)
     expected = weights @ codes.double().transpose(1, 2)
     torch.testing.assert_close(order.contract(weights, order.pack(codes)), expected)
 

@@ -47,7 +47,7 @@ from kvarn.kernels.launch_settings import (
     safe_decode_launch,
     settings_for,
 )
-from kvarn.presets import get_preset
+from kvarn.presets import PRESETS, get_preset
 from kvarn.reference import codec, hadamard
 from kvarn.tile import TileLayout
 
@@ -477,7 +477,7 @@ def test_tuning_names_the_launches_that_beat_the_safe_ones(tmp_path: Path) -> No
 def test_sweeps_cover_heads_formats_and_query_tokens() -> None:
     bench = DecodeBench(cases=parse_batches("1x200,1x300"), sweep=parse_sweeps("gqa, formats,query-tokens"))
     labels = [case.label for case in kernel_cases.cases(bench, DEVICE)]
-    assert len(labels) == len(set(labels)) == 2 * (7 + 15 + 4)
+    assert len(labels) == len(set(labels)) == 2 * (7 + 3 * len(PRESETS) + 4)
     assert labels[:2] == ["1x200, 24/8 heads", "1x300, 24/8 heads"]
     assert {"1x200, 8/1 heads", "1x300, kvarn_k2v2_g128, head_dim 256", "1x300, 16 query tokens"} < set(
         labels

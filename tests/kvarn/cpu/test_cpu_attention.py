@@ -10,7 +10,7 @@ from torch import Tensor
 from kvarn.cpu import decode as cpu_decode
 from kvarn.cpu import prefill as cpu_prefill
 from kvarn.cpu import store
-from kvarn.presets import get_preset
+from kvarn.presets import PRESETS, get_preset
 from kvarn.reference import attention, codec, hadamard
 from kvarn.tile import TileLayout
 
@@ -216,7 +216,7 @@ def test_quantize_tiles_writes_the_references_records() -> None:
     store.quantize_tiles(cache, key[:0], value[:0], torch.empty(0, dtype=torch.int64), K4V2)
 
 
-@pytest.mark.parametrize("name", ["kvarn_k4v2_g128", "kvarn_k4v4_g64", "kvarn_k2v2_g128"])
+@pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("sink", [True, False])
 def test_decode_follows_the_read_rule_at_tile_boundaries(name: str, sink: bool) -> None:
     layout = TileLayout(get_preset(name), 64)
@@ -328,7 +328,7 @@ def test_sinks_and_soft_caps(terms: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [128, 256])
-@pytest.mark.parametrize("name", ["kvarn_k4v2_g128", "kvarn_k4v2_g64", "kvarn_k2v2_g128"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_larger_head_dims(name: str, head_dim: int) -> None:
     layout = TileLayout(get_preset(name), head_dim)
     s = Sequence(layout, 2 * layout.group + 3, per_head=2)
