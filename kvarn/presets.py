@@ -44,6 +44,7 @@ PRESETS: dict[str, Preset] = {
         _preset(key_bits=4, value_bits=2, group=128),
         _preset(key_bits=4, value_bits=3, group=128),
         _preset(key_bits=4, value_bits=4, group=128),
+        _preset(key_bits=5, value_bits=4, group=128),
         _preset(key_bits=4, value_bits=2, group=64),
         _preset(key_bits=4, value_bits=4, group=64),
         _preset(key_bits=2, value_bits=2, group=128),

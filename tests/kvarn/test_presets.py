@@ -12,6 +12,7 @@ from kvarn.presets import PRESETS, Preset, get_preset
         ("kvarn_k4v2_g128", 4, 2, 128),
         ("kvarn_k4v3_g128", 4, 3, 128),
         ("kvarn_k4v4_g128", 4, 4, 128),
+        ("kvarn_k5v4_g128", 5, 4, 128),
         ("kvarn_k4v2_g64", 4, 2, 64),
         ("kvarn_k4v4_g64", 4, 4, 64),
         ("kvarn_k2v2_g128", 2, 2, 128),
