@@ -1,7 +1,7 @@
 """KL divergence versus memory when the first tokens of a sequence are kept raw, on a real model's attention.
 
 The model runs in Hugging Face transformers with the read rule in place of its attention, so that any number of first
-tokens can be raw; the engine itself keeps whole tiles.
+tokens can be raw, and raw tokens can be int8; the engine itself keeps whole tiles of float16.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from kvarn.result_files import write_results
 from kvarn.tile import TileLayout
 
 ATTENTION = "kvarn_sinks"
+RAW_DTYPES = ("float16", "int8")
+SMALLEST_SCALE = 2.0**-24  # above zero in float16
 MIB = 2**20
 
 
@@ -33,6 +35,8 @@ class SinksBench:
 
     Attributes:
         sink_tokens: numbers of first tokens that later tiles read raw, each at most one tile.
+        raw_dtypes: how raw tokens, those of a query's own tile included, are stored: "float16", or "int8" with a
+            float16 scale per token, head and side.
 
     Raises:
         BenchError: a number is out of range, a preset is unknown, or there is no such text.
@@ -42,6 +46,7 @@ class SinksBench:
     model: ModelName = DEFAULT_MODEL
     preset: Annotated[str, Option(help="Cache format.")] = "kvarn_k4v2_g128"
     sink_tokens: tuple[int, ...] = (0, 4, 16, 64, 128)
+    raw_dtypes: tuple[str, ...] = RAW_DTYPES
     passages: Annotated[int, Option(help="Number of passages taken from the text.")] = 3
     passage_tokens: Annotated[int, Option(help="Tokens per passage.")] = 1024
 
@@ -50,6 +55,8 @@ class SinksBench:
         group = get_preset(self.preset).group
         if any(not 0 <= tokens <= group for tokens in self.sink_tokens):
             raise BenchError(f"sink_tokens are {self.sink_tokens}: give numbers from 0 to {group}")
+        if unknown := set(self.raw_dtypes) - set(RAW_DTYPES):
+            raise BenchError(f"raw_dtypes has {min(unknown)!r}: choose from {', '.join(RAW_DTYPES)}")
         if self.passages < 1 or self.passage_tokens <= group:
             raise BenchError(f"give at least one passage of more than {group} tokens")
         if not self.text.is_file():
@@ -61,13 +68,15 @@ class SinkResult:
     """Result for one number of raw first tokens.
 
     Attributes:
+        raw_dtype: dtype of raw tokens.
         sink_tokens: number of raw first tokens.
         kld: KL divergence of the next token from the unquantized cache, in nats, mean over positions past the first
             tile.
         kld_p99: its 99th percentile.
-        sink_mib: fp16 memory of one sequence's raw first tokens, all layers.
+        sink_mib: memory of one sequence's raw first tokens, all layers.
     """
 
+    raw_dtype: str
     sink_tokens: int
     kld: float
     kld_p99: float
@@ -98,27 +107,31 @@ def run(bench: SinksBench, progress: Progress) -> list[SinkResult]:
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layout = TileLayout(get_preset(bench.preset), head_dim)
-    token_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-    divergences: dict[int, list[Tensor]] = {tokens: [] for tokens in bench.sink_tokens}
+    vectors = 2 * config.num_hidden_layers * config.num_key_value_heads
+    token_bytes = {"float16": 2 * vectors * head_dim, "int8": vectors * (head_dim + 2)}
+    divergences: dict[tuple[str, int], list[Tensor]] = {
+        (dtype, tokens): [] for dtype in bench.raw_dtypes for tokens in bench.sink_tokens
+    }
     with torch.inference_mode():
         for place, passage in enumerate(passages):
             progress("passages", place, bench.passages)
             model.set_attn_implementation("sdpa")
             expected = _log_probabilities(model, passage, layout.group)
-            for tokens, found in divergences.items():
-                ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _read_rule(layout, tokens))
+            for (dtype, tokens), found in divergences.items():
+                ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _read_rule(layout, tokens, dtype))
                 model.set_attn_implementation(ATTENTION)
                 got = _log_probabilities(model, passage, layout.group)
                 found.append((expected.exp() * (expected - got)).sum(-1))
     progress("passages", bench.passages, bench.passages)
     return [
         SinkResult(
+            dtype,
             tokens,
             float(torch.cat(found).mean()),
             float(torch.cat(found).quantile(0.99)),
-            tokens * token_bytes / MIB,
+            tokens * token_bytes[dtype] / MIB,
         )
-        for tokens, found in divergences.items()
+        for (dtype, tokens), found in divergences.items()
     ]
 
 
@@ -127,7 +140,15 @@ def _log_probabilities(model: Any, passage: Tensor, first: int) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def _read_rule(layout: TileLayout, sink_tokens: int) -> Callable[..., tuple[Tensor, None]]:
+def _stored(x: Tensor, raw_dtype: str) -> Tensor:
+    """Return rotated tokens [..., D] float32 as a raw tile of `raw_dtype` holds them."""
+    if raw_dtype == "float16":
+        return x.half().float()
+    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=SMALLEST_SCALE).half().float()
+    return (x / scale).round().clamp(-127, 127) * scale
+
+
+def _read_rule(layout: TileLayout, sink_tokens: int, raw_dtype: str) -> Callable[..., tuple[Tensor, None]]:
     """Attention function for transformers: own tile and first tokens raw, all others dequantized from records."""
     from kvarn.reference.codec import dequantize, quantize
     from kvarn.reference.hadamard import rotate
@@ -137,7 +158,7 @@ def _read_rule(layout: TileLayout, sink_tokens: int) -> Callable[..., tuple[Tens
     ) -> tuple[Tensor, None]:
         length, group = key.shape[2], layout.group
         per_head = query.shape[1] // key.shape[1]
-        raw = torch.stack([rotate(key[0]), rotate(value[0])]).half().float()
+        raw = _stored(torch.stack([rotate(key[0]), rotate(value[0])]), raw_dtype)
         read = raw.clone()
         filled = length // group * group
         tiles = raw[:, :, :filled].view(2, len(key[0]), -1, group, layout.head_dim).transpose(1, 2)
@@ -159,11 +180,15 @@ def _read_rule(layout: TileLayout, sink_tokens: int) -> Callable[..., tuple[Tens
 def table(bench: SinksBench, results: list[SinkResult]) -> Table:
     """Divergence and memory of each number of raw first tokens."""
     made = Table(title=f"{bench.preset}, {bench.passages} passages of {bench.passage_tokens} tokens")
-    for heading in ("raw first tokens", "KLD, nats", "99th percentile", "MiB per sequence"):
+    for heading in ("raw dtype", "raw first tokens", "KLD, nats", "99th percentile", "MiB per sequence"):
         made.add_column(heading, justify="right")
     for found in results:
         made.add_row(
-            str(found.sink_tokens), f"{found.kld:.4f}", f"{found.kld_p99:.3f}", f"{found.sink_mib:.2f}"
+            found.raw_dtype,
+            str(found.sink_tokens),
+            f"{found.kld:.5f}",
+            f"{found.kld_p99:.4f}",
+            f"{found.sink_mib:.2f}",
         )
     return made
 
