@@ -15,10 +15,8 @@ tiles are close to Gaussian. docs/decisions/0002-narrowed-ranges.md has the meas
 import torch
 from torch import Tensor
 
-COVERED_STDS = {
-    2: 3.5,
-    3: 4.36,
-}  # width of the range that codes of 2 or 3 bits should cover, in standard deviations
+# Width of the range that codes of that many bits should cover, in standard deviations; 4 and more cover all of it.
+COVERED_STDS = {2: 3.5, 3: 4.36}
 EXPECTED_RANGE_STDS = {64: 4.69, 128: 5.19, 256: 5.65}  # mean of max - min of that many normal values
 
 
