@@ -100,7 +100,7 @@ def check_weights(model_dir: Path) -> None:
     """
     present = {path.name for path in model_dir.iterdir()}
     lacking = {
-        index: sorted(set(read_json(model_dir / index).get("weight_map", {}).values()) - present)
+        index: sorted(set((read_json(model_dir / index).get("weight_map") or {}).values()) - present)
         for index in sorted(present)
         if index.endswith(_INDEX_SUFFIXES)
     }
@@ -134,41 +134,46 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     """Read a model's config.json.
 
     Raises:
-        ModelError: the file cannot be read, or is not JSON.
+        ModelError: the file cannot be read, or is not a JSON object.
     """
     return read_json(model_dir / "config.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file.
+    """Read a JSON file that holds an object.
 
     Raises:
-        ModelError: the file cannot be read, or is not JSON.
+        ModelError: the file cannot be read, or is not a JSON object.
     """
     try:
-        return json.loads(path.read_text())
+        entries = json.loads(path.read_text())
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise ModelError(f"{path} holds {type(entries).__name__}, expected a JSON object")
+    return entries
 
 
 def text_config(model_dir: Path) -> dict[str, Any]:
     """Read the configuration of a model's decoder, with the defaults of its type, which config.json may leave out.
 
+    Entries that are null are left out.
+
     Raises:
-        ModelError: config.json cannot be read, or is not JSON.
+        ModelError: config.json cannot be read, or is not a JSON object.
     """
     from transformers import AutoConfig
 
-    config = read_config(model_dir)
-    config = {**config, **config.get("text_config", {})}
+    config = _decoder_entries(read_config(model_dir))
     try:
         completed = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).get_text_config()
+        defaults = completed.to_dict()
     except Exception:  # each type checks its configuration in its own way; the caller reports what is missing
         return config
     derived = {entry: getattr(completed, entry, None) for entry in ("layer_types", "num_hidden_layers")}
-    return {**completed.to_dict(), **{k: v for k, v in config.items() if v is not None}, **derived}
+    return _without_nulls({**defaults, **config, **derived})
 
 
 @dataclass(frozen=True)
@@ -197,7 +202,7 @@ def kv_shape(model_dir: Path, max_model_len: int) -> KvShape:
 
 def context_limit(config: dict[str, Any]) -> int | None:
     """Maximum sequence length in tokens by a model's config.json, as vLLM computes it; None without such an entry."""
-    config = {**config, **config.get("text_config", {})}
+    config = _decoder_entries(config)
     limit = config.get("model_max_length") or config.get("max_position_embeddings")
     if limit is None or "gemma3" in config.get("model_type", ""):  # Gemma 3 states the length after scaling
         return limit
@@ -211,6 +216,16 @@ def context_limit(config: dict[str, Any]) -> int | None:
         if kind == "yarn":
             limit = scaling.get("original_max_position_embeddings") or limit
     return int(limit * factor)
+
+
+def _decoder_entries(config: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a config.json that describe the decoder, which a model of several parts has under text_config."""
+    return _without_nulls({**config, **(config.get("text_config") or {})})
+
+
+def _without_nulls(entries: dict[str, Any]) -> dict[str, Any]:
+    """Published configurations write entries that do not apply as null."""
+    return {name: value for name, value in entries.items() if value is not None}
 
 
 def cache_directory() -> Path:

@@ -174,6 +174,8 @@ INDEX = json.dumps({"weight_map": {"a": WEIGHTS, "b": "model-00002-of-00002.safe
             },
             None,
         ),
+        ({"model.safetensors.index.json": "[]", WEIGHTS: "", "tokenizer.json": ""}, "expected a JSON object"),
+        ({"model.safetensors.index.json": '{"weight_map": null}', WEIGHTS: "", "vocab.json": ""}, None),
         ({WEIGHTS: "", "tokenizer.model": ""}, None),
         ({"pytorch_model.bin": "", "vocab.json": ""}, None),
     ],
@@ -246,6 +248,37 @@ def test_directory_without_config_is_refused(tmp_path):
 )
 def test_a_sequence_is_as_long_as_vllm_lets_it_be(config, tokens):
     assert context_limit(config) == tokens
+
+
+NULLABLE = (
+    "text_config",
+    "model_type",
+    "model_max_length",
+    "rope_scaling",
+    "rope_parameters",
+    "layer_types",
+    "layers_block_type",
+    "sliding_window",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+@pytest.mark.parametrize("model_type", [None, "llama"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_null_entry_counts_as_absent(tmp_path: Path, model_type: str | None, nested: bool) -> None:
+    entries = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 256}
+    plain = {**entries, "max_position_embeddings": 1024, "model_type": model_type}
+    nulls = {name: None for name in NULLABLE if name not in plain}
+    read = []
+    for config in (plain, {**plain, **nulls}):
+        inner = {k: v for k, v in config.items() if k != "text_config"}
+        written = {"model_type": model_type, "text_config": inner} if nested else config
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        assert context_limit(written) == 1024
+        assert None not in model.text_config(tmp_path).values()
+        read.append(model.kv_shape(tmp_path, 1024))
+    assert read == [model.KvShape(layers=2, kv_heads=4, head_dim=64)] * 2
 
 
 def test_layers_beside_full_attention_are_not_quantized(tmp_path: Path) -> None:

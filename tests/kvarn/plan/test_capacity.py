@@ -151,6 +151,19 @@ def test_other_attention_is_refused(tmp_path: Path) -> None:
         make_plan(str(tmp_path), "h200")
 
 
+@pytest.mark.parametrize("entry", ["vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers"])
+def test_a_needed_size_that_is_null_is_named(tmp_path: Path, entry: str) -> None:
+    config = {**LLAMA_8B, "model_type": None, "architectures": None, entry: None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PlanError, match=f"has no '{entry}'"):
+        make_plan(str(tmp_path), "h200")
+
+
+def test_latent_attention_that_is_null_is_absent(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "kv_lora_rank": None}))
+    assert rows(model=str(tmp_path), gpu="h200")["auto"].tokens > 0
+
+
 def test_a_head_dim_that_kvarn_lacks_is_a_row_that_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "head_dim": 512}))
     planned = rows(model=str(tmp_path), gpu="h200")
