@@ -18,12 +18,13 @@ from kvarn.kernels.records import (
     INTERPRETED,
     code_words,
     from_e4m3,
+    high_bits,
     join_lane_slots,
+    joined_code,
     joined_codes,
     plane_bits,
     row_place,
     split_sizes,
-    spread_high_bits,
 )
 
 
@@ -85,16 +86,15 @@ def _codes_assembly(bits: int, exponent: int) -> str:
 
 @triton.constexpr_function
 def _joined_codes_assembly(bits: int, exponent: int) -> str:
-    """Return PTX that does what `_codes_assembly` does, for two words of a first plane and their high bits."""
+    """Return PTX that does what `_codes_assembly` does, for two words of a first plane and their `high_bits`."""
     low, slots = bits - 1, 16 // (bits - 1)
-    lines = ["{ .reg .b32 words, low, high, both, x, base;", "mov.b32 base, 0x64006400;"]
+    lines = ["{ .reg .b32 words, both, x, base;", "mov.b32 base, 0x64006400;"]
     lines.append(f"shr.u32 words, ${slots}, 8;")
-    lines.append(f"shl.b32 low, ${slots + 1}, {low}; shr.u32 high, ${slots + 1}, {8 - low};")
     for place in range(8 // low):
         scale, offset = _scale_and_offset(exponent - low * place)
         lines.append(f".reg .b32 s{place}, o{place};")
         lines.append(f"mov.b32 s{place}, {scale:#x}; mov.b32 o{place}, {offset:#x};")
-    for words, bit, first in ((f"${slots}", "low", 0), ("words", "high", slots // 2)):
+    for words, bit, first in ((f"${slots}", f"${slots + 1}", 0), ("words", f"${slots + 2}", slots // 2)):
         for mask, places in joined_codes(bits):
             lines.append(f"lop3.b32 both, {words}, {bit}, {mask * 0x10001:#x}, 0xe4;")
             for place in places:
@@ -105,27 +105,35 @@ def _joined_codes_assembly(bits: int, exponent: int) -> str:
 
 
 @triton.jit
-def _plain_codes(words, high, SLOT: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr):
-    LOW: tl.constexpr = plane_bits(BITS)
-    mask: tl.constexpr = (1 << LOW) - 1
-    first, second = words >> (SLOT * LOW) & mask, words >> (16 + SLOT * LOW) & mask
-    if BITS != LOW:
-        first, second = (
-            first | (high >> (SLOT * LOW) & 1) << LOW,
-            second | (high >> (16 + SLOT * LOW) & 1) << LOW,
-        )
-    return _pack((first * 2.0**EXPONENT).to(tl.float16), (second * 2.0**EXPONENT).to(tl.float16))
+def _plain_codes(operands, SLOT: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr):
+    words = operands[0]
+    if plane_bits(BITS) == BITS:
+        mask: tl.constexpr = (1 << BITS) - 1
+        low, high = words >> (SLOT * BITS) & mask, words >> (16 + SLOT * BITS) & mask
+    else:
+        low = joined_code(words, (operands[1], operands[2]), SLOT, BITS)
+        high = joined_code(words >> 16, (operands[1] >> 16, operands[2] >> 16), SLOT, BITS)
+    return _pack((low * 2.0**EXPONENT).to(tl.float16), (high * 2.0**EXPONENT).to(tl.float16))
+
+
+@triton.jit
+def _cut_operands(words, BITS: tl.constexpr):
+    if plane_bits(BITS) == BITS:
+        return (words,)
+    else:  # noqa: RET505 - Triton would compile what follows an `if` that returns
+        low, high = high_bits(words[1], BITS, 2)
+        return words[0], low, high
 
 
 @triton.jit
 def _lane_slots(words, BITS: tl.constexpr, EXPONENT: tl.constexpr):
     """Split int32 of two words into pairs of `code * 2^EXPONENT`: int32 [..., 2, 2 (, 2)], by lane_slot."""
     LOW: tl.constexpr = plane_bits(BITS)
-    operands = (words,) if BITS == LOW else (words[0], spread_high_bits(words[1], BITS, 2))
+    operands = _cut_operands(words, BITS)
     if not INTERPRETED:
         x = tl.inline_asm_elementwise(
             _codes_assembly(BITS, EXPONENT) if BITS == LOW else _joined_codes_assembly(BITS, EXPONENT),
-            "=r," * (16 // LOW) + ("r" if BITS == LOW else "r,r"),
+            "=r," * (16 // LOW) + ("r" if BITS == LOW else "r,r,r"),
             operands,
             dtype=(tl.int32,) * (16 // LOW),
             is_pure=True,
@@ -134,7 +142,7 @@ def _lane_slots(words, BITS: tl.constexpr, EXPONENT: tl.constexpr):
     else:
         x = ()
         for slot in tl.static_range(16 // LOW):
-            x = (*x, _plain_codes(operands[0], operands[-1], slot, BITS, EXPONENT))
+            x = (*x, _plain_codes(operands, slot, BITS, EXPONENT))
     return join_lane_slots(x, BITS)
 
 

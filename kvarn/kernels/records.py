@@ -141,14 +141,14 @@ def _cut_pairs(words):
 
 @triton.constexpr_function
 def _shift_assembly(by: int) -> str:
-    return f"shr.u32 $0, $1, {by};"
+    return f"shr.u32 $0, $1, {by};" if by > 0 else f"shl.b32 $0, $1, {-by};"
 
 
 @triton.jit
 def _shifted(words, BY: tl.constexpr):
-    """Shift words to the right. What comes in from a neighbor reaches no bit that `spread_high_bits` is read for."""
+    """Shift words, to the right where BY > 0. What comes in from a neighbor is not in a place that is read."""
     if INTERPRETED or words.dtype == tl.int32:
-        x = words >> BY
+        x = words >> BY if BY > 0 else words << -BY
     else:
         x = tl.inline_asm_elementwise(
             _shift_assembly(BY), "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
@@ -157,25 +157,34 @@ def _shifted(words, BY: tl.constexpr):
 
 
 @triton.jit
-def spread_high_bits(words, BITS: tl.constexpr, QUAD: tl.constexpr):
-    """Give each word of the first plane the high bits of its codes, from the `words` of the second: one tensor of as
-    many words as the first plane, where the high bit of lane_slot s is bit s * `plane_bits`.
+def _high_bits_of_byte(words, BITS: tl.constexpr, QUAD: tl.constexpr, BY: tl.constexpr):
+    if BITS == 3:
+        x = tl.join(_shifted(words, BY), _shifted(words, BY + 1))  # a new axis: the first plane's quad
+        x = tl.permute(tl.reshape(x, [words.shape[0] // (2 * QUAD), 2, QUAD, 2]), [1, 0, 3, 2])
+    else:
+        even = tl.join(_shifted(words, BY), _shifted(words, BY + 1))
+        odd = tl.join(_shifted(words, BY + 2), _shifted(words, BY + 3))
+        x = tl.join(even, odd)  # new axes: the highest bit of the first plane's rep, and its quad
+        x = tl.permute(tl.reshape(x, [words.shape[0] // (2 * QUAD), 2, QUAD, 2, 2]), [3, 1, 0, 4, 2])
+    return tl.reshape(x, [words.shape[0] * plane_bits(BITS)])
 
-    A lane's 16 bytes of the second plane belong to 2 (3-bit codes) or 4 loads of 16 bytes of the first. Both copies are
-    of registers of the same lane.
+
+@triton.jit
+def high_bits(words, BITS: tl.constexpr, QUAD: tl.constexpr):
+    """Return the high bits of the codes of each word of a first plane, from the `words` of the second.
+
+    Two tensors of as many words as the first plane: one has the bits of the codes in a word's low byte, each just above
+    its code's low bits, the other those of the codes in the high byte, likewise once that is shifted to the low one.
+
+    A lane's 16 bytes of the second plane belong to 2 (3-bit codes) or 4 loads of 16 bytes of the first, of the same
+    lane.
 
     Args:
         words: a plane of one bit, flat; int16, or int32 of two words.
         QUAD: elements of a quad.
     """
-    if BITS == 3:
-        x = tl.join(words, _shifted(words, 1))  # a new axis of low quads
-        x = tl.permute(tl.reshape(x, [words.shape[0] // (2 * QUAD), 2, QUAD, 2]), [1, 0, 3, 2])
-    else:
-        even = tl.join(words, _shifted(words, 1))  # new axes of the highest bit of low reps, and of low quads
-        x = tl.join(even, tl.join(_shifted(words, 2), _shifted(words, 3)))
-        x = tl.permute(tl.reshape(x, [words.shape[0] // (2 * QUAD), 2, QUAD, 2, 2]), [3, 1, 0, 4, 2])
-    return tl.reshape(x, [words.shape[0] * plane_bits(BITS)])
+    LOW: tl.constexpr = plane_bits(BITS)
+    return _high_bits_of_byte(words, BITS, QUAD, -LOW), _high_bits_of_byte(words, BITS, QUAD, 8 - LOW)
 
 
 @triton.constexpr_function
@@ -189,11 +198,10 @@ def joined_codes(bits: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
 
 @triton.constexpr_function
 def _joined_assembly(bits: int) -> str:
-    """Return PTX that cuts two words of a first plane and their high bits into one pair of codes per lane_slot."""
+    """Return PTX that cuts two words of a first plane and their `high_bits` into one pair of codes per lane_slot."""
     low, slots = bits - 1, 16 // (bits - 1)
-    lines = ["{ .reg .b32 words, low, high, both;", f"shr.u32 words, ${slots}, 8;"]
-    lines.append(f"shl.b32 low, ${slots + 1}, {low}; shr.u32 high, ${slots + 1}, {8 - low};")
-    for words, bit, first in ((f"${slots}", "low", 0), ("words", "high", slots // 2)):
+    lines = ["{ .reg .b32 words, both;", f"shr.u32 words, ${slots}, 8;"]
+    for words, bit, first in ((f"${slots}", f"${slots + 1}", 0), ("words", f"${slots + 2}", slots // 2)):
         for mask, places in joined_codes(bits):
             lines.append(f"lop3.b32 both, {words}, {bit}, {mask * 0x10001:#x}, 0xe4;")
             for place in places:
@@ -203,14 +211,23 @@ def _joined_assembly(bits: int) -> str:
 
 
 @triton.jit
+def joined_code(words, high, SLOT: tl.constexpr, BITS: tl.constexpr):
+    """Return the codes of a lane_slot of 16-bit words of a first plane and their `high_bits`, without PTX."""
+    LOW: tl.constexpr = plane_bits(BITS)
+    PLACE: tl.constexpr = SLOT % (8 // LOW)
+    bit = high[SLOT // (8 // LOW)] >> PLACE * LOW & 1 << LOW
+    return words >> SLOT * LOW & (1 << LOW) - 1 | bit
+
+
+@triton.jit
 def _cut_joined(words, high, BITS: tl.constexpr):
-    """Split int16 words of a first plane and their high bits into one float16 tensor per lane_slot, as subnormals."""
+    """Split int16 words of a first plane and their `high_bits` into one float16 tensor per lane_slot, as subnormals."""
     LOW: tl.constexpr = plane_bits(BITS)
     if not INTERPRETED:
         x = tl.inline_asm_elementwise(
             _joined_assembly(BITS),
-            "=r," * (16 // LOW) + "r,r",
-            [words, high],
+            "=r," * (16 // LOW) + "r,r,r",
+            [words, high[0], high[1]],
             dtype=(tl.float16,) * (16 // LOW),
             is_pure=True,
             pack=2,
@@ -218,8 +235,8 @@ def _cut_joined(words, high, BITS: tl.constexpr):
     else:
         x = ()
         for slot in tl.static_range(16 // LOW):
-            code = words >> slot * LOW & (1 << LOW) - 1 | (high >> slot * LOW & 1) << LOW
-            x = (*x, (code << slot % (8 // LOW) * LOW).to(tl.float16, bitcast=True))
+            code = joined_code(words, high, slot, BITS) << slot % (8 // LOW) * LOW
+            x = (*x, code.to(tl.float16, bitcast=True))
     return x
 
 
@@ -257,7 +274,7 @@ def codes(
     elif BITS == 2:
         x = _cut_pairs(words)
     else:
-        x = _cut_joined(words[0], spread_high_bits(words[1], BITS, 4), BITS)
+        x = _cut_joined(words[0], high_bits(words[1], BITS, 4), BITS)
     x = join_lane_slots(x, BITS)
     # [step_rep, column_rep, lane_n, lane_k, step_quad, column_quad, half, pair, step_lane_slot, column_lane_slot]
     x = tl.reshape(x, [SIZES[4], SIZES[5], 8, 4, SIZES[2], SIZES[3], 2, 2, SIZES[0], SIZES[1]])
@@ -468,7 +485,7 @@ def store_words(
         PLANE: tl.constexpr = CONTRACTED * FREE // 16  # words of a bit
         at = tl.arange(0, PLANE)  # [rep and lane, quad, half and pair]
         tl.store(ptr + PLANE * LOW + at, _in_record_order(high, 1, CONTRACTED, FREE))
-        for part in tl.static_range(LOW):  # the order that `spread_high_bits` undoes
+        for part in tl.static_range(LOW):  # the order that `high_bits` undoes
             rep = part % (LOW // 2) * 2 + at // 4 % 2
             place = (rep * (PLANE // 8) + at // 8) * 8 + part * 2 // LOW * 4 + at % 4
             tl.store(ptr + place, _in_record_order(low >> (16 * part), 1, CONTRACTED, FREE))

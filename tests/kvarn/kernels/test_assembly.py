@@ -47,26 +47,27 @@ def _integer(opcode: str, x: list[int]) -> int:
     }[opcode]()
 
 
-def random_words(bits: int) -> tuple[list[tuple[int, int]], int, int]:
-    """Return the codes of two words by lane_slot, the words of their low bits, and words with their high bits among
-    random ones."""
+def random_words(bits: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """Return the codes of two words by lane_slot, and the words of their low bits with their `high_bits` among random
+    ones."""
     low, slots = bits - 1, 16 // (bits - 1)
     rng = np.random.default_rng(bits)
     codes = [tuple(int(x) for x in rng.integers(0, 2**bits, 2)) for _ in range(slots)]
-    words, high = 0, int(rng.integers(0, 2**32))
+    words, high = 0, [int(x) for x in rng.integers(0, 2**32, 2)]
     for slot, pair in enumerate(codes):
+        byte, place = divmod(slot, slots // 2)
         for half, code in enumerate(pair):
-            at = 16 * half + low * slot
-            words |= (code & 2**low - 1) << at
-            high = high & ~(1 << at) | code >> low << at
-    return codes, words, high
+            words |= (code & 2**low - 1) << 16 * half + low * slot
+            at = 16 * half + low * (place + 1)
+            high[byte] = high[byte] & ~(1 << at) | code >> low << at
+    return codes, [words, *high]
 
 
 @pytest.mark.parametrize("bits", [3, 5])
 def test_codes_of_two_planes_are_cut_as_subnormals(bits: int) -> None:
     low, slots = bits - 1, 16 // (bits - 1)
-    codes, words, high = random_words(bits)
-    cut = run(records._joined_assembly(bits), slots, words, high)
+    codes, operands = random_words(bits)
+    cut = run(records._joined_assembly(bits), slots, *operands)
     for slot, pair in enumerate(codes):
         offset = slot % (slots // 2) * low
         assert cut[slot] == pair[0] << offset | pair[1] << 16 + offset
@@ -75,13 +76,12 @@ def test_codes_of_two_planes_are_cut_as_subnormals(bits: int) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
 @pytest.mark.parametrize("exponent", [-4, 0])
 def test_codes_are_cut_as_numbers(bits: int, exponent: int) -> None:
-    two_planes = bits in (3, 5)
-    if two_planes:
-        codes, words, high = random_words(bits)
-        assembly, operands = record_values._joined_codes_assembly(bits, exponent), (words, high)
+    if bits in (3, 5):
+        codes, operands = random_words(bits)
+        assembly = record_values._joined_codes_assembly(bits, exponent)
     else:
-        codes, words, _ = random_words(bits + 1)
+        codes, operands = random_words(bits + 1)
         codes = [(first & 2**bits - 1, second & 2**bits - 1) for first, second in codes]
-        assembly, operands = record_values._codes_assembly(bits, exponent), (words,)
+        assembly, operands = record_values._codes_assembly(bits, exponent), operands[:1]
     cut = np.array(run(assembly, len(codes), *operands), np.uint32).view(np.float16).reshape(-1, 2)
     np.testing.assert_array_equal(cut, np.array(codes) * 2.0**exponent)
