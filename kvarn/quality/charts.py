@@ -49,7 +49,7 @@ def figure(record: dict[str, Any]) -> Figure:
     knobs = [row for row in rows if "=" in row["dtype"]]
     formats = [row for row in rows if "=" not in row["dtype"]]
     panels = []
-    if len(formats) <= MOST_NAMED:
+    if 0 < len(formats) <= MOST_NAMED:
         panels.append((by_size, formats))
     if places(formats):
         panels.append((by_bytes, formats))

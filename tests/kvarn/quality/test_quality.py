@@ -239,6 +239,7 @@ def test_charts_of_formats_and_knobs_are_drawn(tmp_path: Path) -> None:
         charts.draw(tmp_path / name, {"rows": rows})
         assert (tmp_path / name).stat().st_size > 5000
     assert len(charts.figure({"rows": rows}).axes) == 2, "one part of the context makes no line"
+    assert len(charts.figure({"rows": rows[1:]}).axes) == 1, "only settings, no formats"
     later = {**part, "from": 512, "to": 1024, "kld_mean": 0.02}
     rows[0]["by_position"] = [part, later]
     drawn = charts.figure({"rows": rows}).axes
