@@ -196,8 +196,14 @@ def kv_shape(model_dir: Path, max_model_len: int) -> KvShape:
     return KvShape(
         layers=quantized_layers(config, max_model_len),
         kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        head_dim=head_size(config),
     )
+
+
+def head_size(config: dict[str, Any]) -> int:
+    """Channels of an attention head, by the configuration of a decoder; Zamba 2 has a name of its own for them."""
+    named = config.get("head_dim") or config.get("attention_head_dim")
+    return int(named or config["hidden_size"] // config["num_attention_heads"])
 
 
 def context_limit(config: dict[str, Any]) -> int | None:

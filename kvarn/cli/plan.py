@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvarn.cli.output import AsJson, one_sentence_errors, out
+from kvarn.cli.output import AsJson, one_sentence_errors, out, quiet_vllm
 from kvarn.model import DEFAULT_MODEL
 from kvarn.plan.capacity import make_plan, record, table
 from kvarn.plan.hardware import GPUS
@@ -40,6 +40,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Estimate tokens, sequences and decode time for each cache dtype from the model's config alone."""
+    quiet_vllm()
     with one_sentence_errors():
         made = make_plan(
             model,

@@ -19,6 +19,8 @@ SLOTS_PER_SEQUENCE = 3  # tail, sink and a retained sink, see kvarn.vllm.cache_s
 STEP_TOKENS = 8192  # tokens per prefill step, vLLM's default on large GPUs
 WORKING_BYTES = 2 * 2**30  # activations, CUDA graphs and the CUDA context: an assumption
 PAGE_BYTES = 2 * 2  # keys and values in float16
+STATES_PER_LAYER = 2  # of a sequence: the current one, and the one at the last block's end (mode `align`)
+SHORT_SEQUENCES, SHORT_TOKENS = 64, 500
 DTYPES = ("auto", "fp8", *PRESETS)
 
 
@@ -46,12 +48,15 @@ class PlanRow:
     Attributes:
         bytes_per_token: cache of one token in all layers with full attention.
         blocks: vLLM's KV cache blocks, each of `block_tokens` tokens.
-        tokens: capacity of the cache; beside the windows of `sequences`, if some layers have one.
+        tokens: capacity of the cache; beside the windows or states of `sequences`, if some layers have one.
         sequences: concurrent sequences of `context` tokens; also the max_num_seqs that the side pool is sized for.
         side_pool_share: fraction of the memory left beside weights that raw tiles and prefill pages take.
         decode_ms: one step with all `sequences` running, reading weights and caches once.
         decode_tokens_per_s: of all sequences together, with the drafts that a step is expected to accept.
         running: concurrent sequences at the requested rate; None without a rate, or if it cannot be sustained.
+        other_bytes: what a sequence of `context` tokens holds in layers with a window or a state.
+        full_attention_share: fraction of such a sequence's cache in the layers with full attention.
+        short_bytes: what 64 sequences of 500 tokens hold in all layers.
     """
 
     dtype: str
@@ -65,6 +70,9 @@ class PlanRow:
     decode_tokens_per_s: float
     running: float | None
     refused: str = ""
+    other_bytes: int = 0
+    full_attention_share: float = 0
+    short_bytes: int = 0
 
 
 def make_plan(
@@ -99,7 +107,7 @@ def make_plan(
         ModelError: there is no such model.
         PlanError: a number is out of range, or the weights do not fit.
     """
-    shape = ModelShape.read(model, context)
+    shape = ModelShape.read(model, context, max(tensor_parallel, 1))
     _check(shape, gpu, tensor_parallel, context, utilization)
     for option, value in (("--rate", rate), ("--cache-gib", cache_gib), ("--max-num-seqs", max_num_seqs)):
         _check_positive(option, value)
@@ -189,9 +197,11 @@ class _Planner:
         except ValueError as error:
             return PlanRow(dtype, 0, 0, 0, 0, 0, 0, 0, 0, None, refused=str(error))
         block_bytes = self.shape.layers * self.kv_heads * head_bytes
-        sequence_bytes = ceil(self.context / block_tokens) * block_bytes + self._window_bytes(dtype)
-        slot_bytes = self._slot_bytes(block_tokens) if dtype in PRESETS else 0
-        pages = self._page_bytes(block_tokens) if dtype in PRESETS else 0
+        other_bytes = self._other_bytes(dtype, self.context, block_bytes)
+        full_bytes = ceil(self.context / block_tokens) * block_bytes
+        sequence_bytes = full_bytes + other_bytes
+        slot_bytes = self._slot_bytes(get_preset(dtype).group) if dtype in PRESETS else 0
+        pages = self._page_bytes(get_preset(dtype).group) if dtype in PRESETS else 0
         if cache_gib is not None:
             cache = cache_gib * 2**30
             sequences = min(int(cache // sequence_bytes), self.max_num_seqs or sys.maxsize)
@@ -211,7 +221,7 @@ class _Planner:
             sequences = int((available - pages) // (sequence_bytes + self.slots_per_sequence * slot_bytes))
             pool = pages + self.slots_per_sequence * slot_bytes * max(sequences, 0)
             cache = max(available - pool, 0)
-        blocks = int((cache - max(sequences, 0) * self._window_bytes(dtype)) // block_bytes)
+        blocks = int((cache - max(sequences, 0) * other_bytes) // block_bytes)
         bytes_per_token = block_bytes / block_tokens
         step_s = self._step_s(dtype, max(sequences, 1), bytes_per_token, slot_bytes)
         return PlanRow(
@@ -225,20 +235,48 @@ class _Planner:
             decode_ms=1e3 * step_s,
             decode_tokens_per_s=max(sequences, 0) * self.tokens_per_step / step_s,
             running=self._running(dtype, bytes_per_token, slot_bytes),
+            other_bytes=other_bytes,
+            full_attention_share=full_bytes / sequence_bytes,
+            short_bytes=SHORT_SEQUENCES
+            * (
+                ceil(SHORT_TOKENS / block_tokens) * block_bytes
+                + self._other_bytes(dtype, SHORT_TOKENS, block_bytes)
+            ),
         )
 
     def _block(self, dtype: str) -> tuple[int, int]:
-        """(tokens per block, bytes per block and KV head)."""
+        """(tokens per block, bytes per block and KV head).
+
+        Beside states, a block of a preset holds one state in the tiles of all layers, and another one in each layer.
+        """
         if dtype in PRESETS:
             layout = TileLayout.of_heads(get_preset(dtype), self.shape.head_dim)
-            return layout.group, layout.nbytes
-        element_bytes = 1 if dtype == "fp8" else self.shape.dtype_bytes
-        return BLOCK_TOKENS, 2 * element_bytes * BLOCK_TOKENS * self.shape.head_dim
+            tokens, head_bytes, layers = layout.group, layout.nbytes, self.shape.layers
+        else:
+            element_bytes = 1 if dtype == "fp8" else self.shape.dtype_bytes
+            tokens, head_bytes, layers = (
+                BLOCK_TOKENS,
+                2 * element_bytes * BLOCK_TOKENS * self.shape.head_dim,
+                1,
+            )
+        fitting = max(1, ceil(self.shape.state_bytes / (layers * self.kv_heads * head_bytes)))
+        return fitting * tokens, fitting * head_bytes
 
-    def _window_bytes(self, dtype: str) -> int:
+    def _other_bytes(self, dtype: str, tokens: int, block_bytes: int) -> int:
+        """Cache of one sequence in the layers without full attention."""
+        return self._window_bytes(dtype, tokens) + self._state_blocks(dtype, block_bytes) * block_bytes
+
+    def _state_blocks(self, dtype: str, block_bytes: int) -> int:
+        """Blocks of one sequence for states: vLLM puts one into each page of a block, or as many as fit."""
+        if not self.shape.state_layers:
+            return 0
+        per_block = block_bytes // self.shape.state_bytes if dtype in PRESETS else self.shape.layers
+        return STATES_PER_LAYER * ceil(self.shape.state_layers / per_block)
+
+    def _window_bytes(self, dtype: str, tokens: int) -> int:
         """Cache of one sequence in the layers with a window, which keep the model's dtype beside a preset."""
         element_bytes = 1 if dtype == "fp8" else self.shape.dtype_bytes
-        tokens = min(self.context, self.shape.window)
+        tokens = min(tokens, self.shape.window)
         return 2 * element_bytes * tokens * self.shape.head_dim * self.kv_heads * self.shape.window_layers
 
     def _slot_bytes(self, group: int) -> int:
@@ -254,8 +292,11 @@ class _Planner:
         copy = COPY_PART * self.gpu.bandwidth
         attention = ATTENTION_OF_COPY["kvarn" if dtype in PRESETS else dtype] * copy
         weights = self.shape.weight_bytes / self.tensor_parallel / (WEIGHTS_OF_COPY * copy)
-        windows = self._window_bytes(dtype) / (ATTENTION_OF_COPY["fp8" if dtype == "fp8" else "auto"] * copy)
-        return weights, (self.context * bytes_per_token + 1.5 * slot_bytes) / attention + windows
+        windows = self._window_bytes(dtype, self.context) / (
+            ATTENTION_OF_COPY["fp8" if dtype == "fp8" else "auto"] * copy
+        )
+        states = 2 * self.shape.state_layers * self.shape.state_bytes / copy  # read and written
+        return weights, (self.context * bytes_per_token + 1.5 * slot_bytes) / attention + windows + states
 
     def _step_s(self, dtype: str, sequences: int, bytes_per_token: float, slot_bytes: float) -> float:
         weights, cache = self._times_s(dtype, bytes_per_token, slot_bytes)
@@ -303,9 +344,23 @@ def table(plan: Plan) -> Table:
         f"{ATTENTION_OF_COPY['kvarn']:.0%} (KVarN) and {ATTENTION_OF_COPY['auto']:.0%} (others: fp8 "
         f"{ATTENTION_OF_COPY['fp8']:.0%}) of copy bandwidth, full context read each step"
     )
+    if first.other_bytes:
+        made.caption += f"; {_held_beside(plan)}"
     if plan.drafts:
         made.caption += f"; {plan.drafts} drafts, each accepted with probability {plan.acceptance:g}"
     return made
+
+
+def _held_beside(plan: Plan) -> str:
+    """What layers with a window or a state hold, for the unquantized cache and the first preset that fits."""
+    shown = [plan.rows[0], *[row for row in plan.rows if row.dtype in PRESETS and not row.refused][:1]]
+    held = [
+        f"{row.dtype}: {row.other_bytes / 2**20:,.1f} MiB per sequence beside full attention, which has "
+        f"{row.full_attention_share:.0%} of the cache; {SHORT_SEQUENCES} sequences of {SHORT_TOKENS} tokens hold "
+        f"{row.short_bytes / 2**20:,.0f} MiB"
+        for row in shown
+    ]
+    return "; ".join(held)
 
 
 def record(plan: Plan) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from kvarn.errors import KVarNError
-from kvarn.layer_kinds import quantized_layers
-from kvarn.model import context_limit, read_config, resolve_model, text_config
+from kvarn.layer_kinds import STATES, layer_kinds, quantized_layers
+from kvarn.model import context_limit, head_size, read_config, resolve_model, text_config
+from kvarn.vllm.access.state_sizes import state_bytes
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -27,6 +28,8 @@ class ModelShape:
         weight_bytes: all parameters, from the weight files if present, else counted from the config.
         dtype_bytes: one weight, and one element of an unquantized cache.
         context_limit: maximum tokens per sequence.
+        state_layers: those that keep a state of `state_bytes` instead of keys and values, or beside them.
+        state_bytes: one layer's state on one GPU.
     """
 
     layers: int
@@ -40,18 +43,22 @@ class ModelShape:
     context_limit: int
     window_layers: int = 0
     window: int = 0
+    state_layers: int = 0
+    state_bytes: int = 0
 
     @classmethod
-    def read(cls, name_or_dir: str, max_model_len: int | None = None) -> ModelShape:
+    def read(cls, name_or_dir: str, max_model_len: int | None = None, tensor_parallel: int = 1) -> ModelShape:
         """Read the shape of a model, by name or directory.
 
         Args:
             name_or_dir: the model.
             max_model_len: length of the longest sequence, in tokens; None: the model's limit.
+            tensor_parallel: number of GPUs.
 
         Raises:
             ModelError: there is no such model, or its config is not JSON.
-            PlanError: its config is not of a decoder-only transformer with plain attention.
+            PlanError: its config is not of a decoder-only transformer with plain attention, or vLLM does not size
+                its states.
         """
         directory = resolve_model(name_or_dir)
         config = text_config(directory)
@@ -61,20 +68,24 @@ class ModelShape:
                 "give a model with multi-head or grouped-query attention"
             )
         try:
-            return cls._of(config, directory, max_model_len)
+            return cls._of(config, directory, max_model_len, tensor_parallel)
         except KeyError as error:
             raise PlanError(
                 f"{directory / 'config.json'} has no {error}: give the config of a decoder-only transformer"
             ) from None
 
     @classmethod
-    def _of(cls, config: dict[str, Any], directory: Path, max_model_len: int | None) -> ModelShape:
+    def _of(
+        cls, config: dict[str, Any], directory: Path, max_model_len: int | None, tensor_parallel: int
+    ) -> ModelShape:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        dtype_bytes = DTYPE_BYTES.get(config.get("dtype") or config.get("torch_dtype") or "bfloat16", 2)
-        head_dim = config.get("head_dim") or hidden // heads
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+        dtype_bytes = DTYPE_BYTES.get(dtype, 2)
+        head_dim = head_size(config)
         kv_heads = config.get("num_key_value_heads") or heads
         limit = context_limit(read_config(directory)) or 1 << 20
         layers = quantized_layers(config, max_model_len or limit)
+        state_layers = sum(kind in STATES for kind in layer_kinds(config))
         files = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         return cls(
             layers=layers,
@@ -86,9 +97,22 @@ class ModelShape:
             weight_bytes=files or dtype_bytes * _parameters(config, heads, kv_heads, head_dim),
             dtype_bytes=dtype_bytes,
             context_limit=limit,
-            window_layers=config["num_hidden_layers"] - layers,
+            window_layers=0 if state_layers else config["num_hidden_layers"] - layers,
             window=config.get("sliding_window") or 0,
+            state_layers=state_layers,
+            state_bytes=_state_bytes(directory, dtype, tensor_parallel) if state_layers else 0,
         )
+
+
+def _state_bytes(directory: Path, dtype: str, tensor_parallel: int) -> int:
+    try:
+        return state_bytes(directory, dtype, tensor_parallel)
+    except Exception as error:  # each model's classes fail in their own way
+        reason = str(error).strip().partition("\n")[0]
+        raise PlanError(
+            f"{directory} has layers that keep a state, which this vLLM cannot size ({reason}): "
+            "plan it where the vLLM that serves it is installed"
+        ) from None
 
 
 def _parameters(config: dict[str, Any], heads: int, kv_heads: int, head_dim: int) -> int:

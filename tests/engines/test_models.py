@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +21,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.models import llama
 
+from kvarn.plan.capacity import make_plan
 from kvarn.vllm.hooks import RefusalError, attention_layers
 from kvarn.vllm.versions import packs_states
 from tests.support.engines import (
@@ -118,6 +120,8 @@ def serve_alike(directory: Path, family: str) -> None:
             (hit,) = ask(llm, [prompt])
             block = scheduler_of(llm).block_tokens
             assert hit.cached == LENGTH // block * block > 0
+            if made.has_states:
+                assert_planned_as_served(model, llm)
             with chunks_of(llm, 77):
                 chunked = ask_cold(llm, prompt)
             assert llm.reset_prefix_cache()
@@ -127,6 +131,28 @@ def serve_alike(directory: Path, family: str) -> None:
             assert_nothing_left(llm)
         with engine(monkeypatch, model, kv_cache_dtype="auto", **settings) as llm:
             assert max(first_differences([cold], [ask_cold(llm, prompt)])) < 0.7
+
+
+def assert_planned_as_served(model: Path, llm: Any) -> None:
+    """Compare what `kvarn plan` computes with the blocks and states of an engine of the same model."""
+    scheduler, vllm_config = scheduler_of(llm), llm.llm_engine.vllm_config
+    entries = json.loads((model / "config.json").read_text())
+    published = model / "published"  # a configuration with the dtype that the engine serves
+    published.mkdir()
+    entries["dtype"] = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    (published / "config.json").write_text(json.dumps(entries))
+    planned = {row.dtype: row for row in make_plan(str(published), "h100", context=MAX_MODEL_LEN).rows}
+    row, groups = planned["kvarn_k4v4_g128"], scheduler.kv_cache_config.kv_cache_groups
+    tiles = groups[scheduler.cache_group]
+    held = sum(
+        group.kv_cache_spec.max_memory_usage_bytes(vllm_config) // group.kv_cache_spec.page_size_bytes
+        for group in groups
+        if group is not tiles
+    )
+    block_bytes = len(tiles.layer_names) * tiles.kv_cache_spec.page_size_bytes
+    assert row.block_tokens == scheduler.block_tokens
+    assert row.bytes_per_token * row.block_tokens == block_bytes
+    assert row.other_bytes == held * block_bytes
 
 
 def end_passes_at_states(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,76 @@ def test_windows_take_the_same_memory_at_any_length(llama_8b: str, tmp_path: Pat
     assert in_window == without
 
 
+GRANITE_4 = {  # Granite-4-H-Small's decoder
+    "architectures": ["GraniteMoeHybridForCausalLM"],
+    "model_type": "granitemoehybrid",
+    "layer_types": (["mamba"] * 5 + ["attention"] + ["mamba"] * 4) * 4,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "intermediate_size": 768,
+    "shared_intermediate_size": 1536,
+    "num_local_experts": 72,
+    "num_experts_per_tok": 10,
+    "vocab_size": 100352,
+    "max_position_embeddings": 131072,
+    "mamba_n_heads": 128,
+    "mamba_d_head": 64,
+    "mamba_d_state": 128,
+    "mamba_n_groups": 1,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def granite_4(tmp_path: Path) -> str:
+    directory = tmp_path / "granite"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(GRANITE_4))
+    return str(directory)
+
+
+def test_states_take_the_same_memory_at_any_length(granite_4: str) -> None:
+    convolution, states = 3 * (128 * 64 + 2 * 128), 128 * 64 * 128  # elements of a layer's state
+    smallest = (
+        2 * 36 * (2 * convolution + 2 * states)
+    )  # each layer's current state and the last block's, in bf16
+    shape = ModelShape.read(granite_4)
+    assert (shape.layers, shape.state_layers, shape.window_layers) == (4, 36, 0)
+    short, longer = (rows(model=granite_4, gpu="h200", context=c, cache_gib=16.0) for c in (4096, 65_536))
+    for dtype in ("auto", "fp8", "kvarn_k4v2_g128"):
+        assert short[dtype].other_bytes == longer[dtype].other_bytes >= smallest
+        for row in (short[dtype], longer[dtype]):
+            held = row.tokens * row.bytes_per_token + row.sequences * row.other_bytes
+            assert held <= 16 * 2**30
+            assert row.short_bytes > 64 * (500 * row.bytes_per_token + smallest)
+        assert short[dtype].full_attention_share < longer[dtype].full_attention_share < 1
+    assert longer["auto"].full_attention_share > longer["kvarn_k4v2_g128"].full_attention_share
+
+
+def test_states_are_shared_out_over_gpus(granite_4: str) -> None:
+    one, two = (ModelShape.read(granite_4, tensor_parallel=size).state_bytes for size in (1, 2))
+    assert one / 2 <= two < one
+
+
+def test_states_that_vllm_cannot_size_are_refused(granite_4: str) -> None:
+    Path(granite_4, "config.json").write_text(json.dumps({**GRANITE_4, "architectures": ["NoSuchModel"]}))
+    with pytest.raises(PlanError, match="keep a state, which this vLLM cannot size"):
+        ModelShape.read(granite_4)
+
+
+def test_the_command_prints_what_other_layers_hold(granite_4: str) -> None:
+    options = ["plan", "--model", granite_4, "--gpu", "h200"]
+    shown = " ".join(CliRunner().invoke(app, options).stdout.split())
+    assert "64 sequences of 500 tokens hold" in shown
+    printed = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
+    for row in (printed["rows"][0], *(r for r in printed["rows"] if r["dtype"] == "kvarn_k4v2_g128")):
+        assert f"{row['dtype']}: {row['other_bytes'] / 2**20:,.1f} MiB per sequence" in shown
+
+
 def test_heads_are_shared_out_over_gpus(llama_8b: str) -> None:
     one, two = (rows(model=llama_8b, gpu="h100", tensor_parallel=tp)["auto"] for tp in (1, 2))
     assert two.bytes_per_token == one.bytes_per_token / 2
