@@ -9,7 +9,7 @@ from typing import Any
 from kvarn.errors import KVarNError
 from kvarn.layer_kinds import STATES, layer_kinds, quantized_layers
 from kvarn.model import context_limit, head_size, read_config, resolve_model, text_config
-from kvarn.vllm.access.state_sizes import state_bytes
+from kvarn.vllm.mixed_layers import state_bytes
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
