@@ -49,9 +49,8 @@ def reserved_rank(adapters: list[Adapter]) -> int:
     return next(rank for rank in RANKS if all(adapter.rank <= rank for adapter in adapters))
 
 
-def _rank(name: str, config: Any) -> int:
+def _rank(name: str, config: dict[str, Any]) -> int:
     """The largest rank of any module."""
-    config = config if isinstance(config, dict) else {}
     ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     for rank in ranks:
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= RANKS[-1]:

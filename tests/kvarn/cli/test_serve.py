@@ -103,7 +103,8 @@ def adapter(directory, config):
     [
         (None, "LoRA adapter 'tuned' has no adapter_config.json"),
         ("{", "adapter_config.json is not JSON"),
-        ("[]", "LoRA adapter 'tuned' has rank None: vLLM serves whole ranks of 1 to 512"),
+        ("[]", "adapter_config.json holds list, expected a JSON object"),
+        ("{}", "LoRA adapter 'tuned' has rank None: vLLM serves whole ranks of 1 to 512"),
         ('{"r": 513}', "has rank 513"),
         ('{"r": 8, "rank_pattern": {"q_proj": 1024}}', "has rank 1024"),
     ],
