@@ -92,7 +92,7 @@ def by_bytes(axes: Axes, rows: Rows) -> None:
             row["bytes_per_token"],
             row["kld_mean"],
             yerr=_errors(row),
-            fmt="o" if _is_ours(row["dtype"]) else "s",
+            fmt="o" if is_ours(row["dtype"]) else "s",
             color="C7" if place.is_behind else "C0",
             markerfacecolor=None if is_best else "white",
             markersize=5,
@@ -144,7 +144,7 @@ def by_knob(axes: Axes, rows: Rows) -> None:
 def _points(axes: Axes, rows: Rows, labels: list[str]) -> None:
     """Plot each row's mean divergence with its confidence interval, from bottom to top."""
     for height, row in enumerate(rows):
-        rival = not _is_ours(row["dtype"])
+        rival = not is_ours(row["dtype"])
         axes.errorbar(
             row["kld_mean"],
             height,
@@ -159,7 +159,7 @@ def _points(axes: Axes, rows: Rows, labels: list[str]) -> None:
     axes.grid(axis="x", which="both", alpha=0.3)
 
 
-def _is_ours(dtype: str) -> bool:
+def is_ours(dtype: str) -> bool:
     """Whether a format is KVarN with some setting, neither a rival nor the paper's."""
     return "=" in dtype or re.match(r"(simulated_)?(kvarn_)?k\d", dtype) is not None
 

@@ -28,6 +28,12 @@ class Difference:
     smallest_effect: float
 
     @property
+    def is_more(self) -> bool:
+        """Whether `dtype` was shown to diverge more; a single block has no spread, and shows nothing."""
+        low, high = self.kld_ci
+        return low != high and low > 0
+
+    @property
     def in_words(self) -> str:
         """Whether `dtype` diverges less or more than `other`, or else the minimum detectable difference."""
         low, high = self.kld_ci
@@ -35,7 +41,7 @@ class Difference:
             return "too few positions to tell" if self.kld else "equal"
         if high < 0:
             return "less"
-        return "more" if low > 0 else f"no difference shown (visible from {self.smallest_effect:.5f})"
+        return "more" if self.is_more else f"no difference shown (visible from {self.smallest_effect:.5f})"
 
 
 def of_presets(rows: list[Row]) -> list[Difference]:

@@ -54,5 +54,5 @@ def _place(row: Row, rows: list[Row], pairs: Pairs) -> Place:
         if other["bytes_per_token"] <= row["bytes_per_token"] and other["kld_mean"] < row["kld_mean"]
     ]
     found = (difference(pairs, row["dtype"], other["dtype"]) for other in better)
-    is_behind = any(pair.kld_ci[0] > 0 for pair in found if pair is not None)
+    is_behind = any(pair.is_more for pair in found if pair is not None)
     return Place(row, not better, is_behind)

@@ -73,6 +73,8 @@ class QualityRun:
                 f"--context is {self.context}: give at least {FIRST_SCORED + 2}, since the first "
                 f"{FIRST_SCORED} tokens of a sequence are read raw and do not depend on the cache format"
             )
+        if self.agentic and self.protocols != DEFAULT_PROTOCOLS:
+            raise QualityError("--agentic and --protocols choose what to run: give one of them")
         for protocol in self.protocols:
             if protocol not in PROTOCOLS:
                 raise QualityError(f"unknown protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}")

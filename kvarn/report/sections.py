@@ -51,7 +51,7 @@ def _quality(record: Record) -> Iterator[str]:
             yield table(
                 ["cache dtype", *PAGE[protocol].headings],
                 [_quality_cells(protocol, row) for row in rows],
-                [row["dtype"].startswith("kvarn_k") for row in rows],
+                [quality_plot.is_ours(row["dtype"]) for row in rows],
             )
         if differences := of_presets(rows):
             yield f"<h3>{escape(differences_title(protocol))}</h3>"

@@ -169,6 +169,11 @@ def test_unknown_cache_dtypes_are_refused_before_anything_starts(name: str) -> N
         run.run(QualityRun(dtypes=(name,)), None, lambda *_: None)
 
 
+def test_agentic_and_protocols_are_one_choice() -> None:
+    with pytest.raises(QualityError, match="--agentic and --protocols choose what to run: give one"):
+        QualityRun(agentic=True, protocols=("greedy",))
+
+
 def test_cache_dtypes_of_vllm_ours_and_simulated_ones_are_known() -> None:
     names = ("fp8", "kvarn_k4v2_g64", "kivi_k4v2", "iterations=0")
     assert QualityRun(dtypes=names).formats == ("auto", *names)
@@ -355,6 +360,7 @@ def test_a_format_is_behind_the_frontier_only_where_a_pair_shows_it() -> None:
         frontier_row("small", 4, 0.010),
         frontier_row("same_bytes_worse", 4, 0.020, small=pair_of(0.01, 0.009, 0.011)),
         frontier_row("larger_close", 5, 0.011, small=pair_of(0.001, -0.001, 0.003)),
+        frontier_row("a_single_block", 4, 0.012, small=pair_of(0.002, 0.002, 0.002)),
         frontier_row(
             "larger_worse", 6, 0.030, small=pair_of(0.02, -0.1, 0.2), larger_close=pair_of(0.019, 0.01, 0.03)
         ),
@@ -364,6 +370,7 @@ def test_a_format_is_behind_the_frontier_only_where_a_pair_shows_it() -> None:
     found = frontier.places(rows)
     assert [(place.row["dtype"], place.in_words) for place in found] == [
         ("small", "on the frontier"),
+        ("a_single_block", "not shown to be behind"),
         ("same_bytes_worse", "behind"),
         ("larger_close", "not shown to be behind"),
         ("larger_worse", "behind"),
