@@ -226,7 +226,7 @@ def context_limit(config: dict[str, Any]) -> int | None:
 
 def _decoder_entries(config: dict[str, Any]) -> dict[str, Any]:
     """The entries of a config.json that describe the decoder, which a model of several parts has under text_config."""
-    return _without_nulls({**config, **(config.get("text_config") or {})})
+    return {**_without_nulls(config), **_without_nulls(config.get("text_config") or {})}
 
 
 def _without_nulls(entries: dict[str, Any]) -> dict[str, Any]:

@@ -281,6 +281,11 @@ def test_a_null_entry_counts_as_absent(tmp_path: Path, model_type: str | None, n
     assert read == [model.KvShape(layers=2, kv_heads=4, head_dim=64)] * 2
 
 
+def test_a_null_entry_of_a_part_hides_none_of_the_model() -> None:
+    config = {"max_position_embeddings": 1024, "text_config": {"max_position_embeddings": None}}
+    assert context_limit(config) == 1024
+
+
 def test_layers_beside_full_attention_are_not_quantized(tmp_path: Path) -> None:
     config = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 256, "sliding_window": 512}
     kinds = ["sliding_attention", "full_attention"] * 2
