@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 # Other groups need multiples of BLOCK in kvarn/kernels/prefill.py, an entry in kvarn/reference/rtn.py, and tests.
 GROUPS = (64, 128)
+BITS = (2, 3, 4, 5)
 # Query tokens per request in a decode step: fewer than a tile has, so they span at most two tiles.
 MAX_QUERIES = 16
 
@@ -19,7 +20,7 @@ class Preset:
         group: tokens per tile, and the vLLM block size: 64 or 128.
 
     Raises:
-        ValueError: `group` is another number.
+        ValueError: bits or `group` are other numbers.
     """
 
     name: str
@@ -28,6 +29,11 @@ class Preset:
     group: int
 
     def __post_init__(self) -> None:
+        for name, bits in (("key_bits", self.key_bits), ("value_bits", self.value_bits)):
+            if bits not in BITS:
+                raise ValueError(
+                    f"preset {self.name} has {name} = {bits}: set it to one of {', '.join(map(str, BITS))}"
+                )
         if self.group not in GROUPS:
             raise ValueError(
                 f"preset {self.name} has groups of {self.group} tokens: set group to {' or '.join(map(str, GROUPS))}"

@@ -34,6 +34,14 @@ def test_unknown_preset_is_rejected_with_the_names_that_exist() -> None:
     assert all(name in str(error.value) for name in PRESETS)
 
 
+@pytest.mark.parametrize(
+    ("key_bits", "value_bits", "name"), [(6, 2, "key_bits = 6"), (4, 1, "value_bits = 1")]
+)
+def test_codes_that_no_kernel_reads_are_rejected(key_bits: int, value_bits: int, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^preset kvarn has {name}: set it to one of 2, 3, 4, 5$"):
+        Preset("kvarn", key_bits, value_bits, group=128)
+
+
 @pytest.mark.parametrize("group", [0, 16, 32, 96, 256])
 def test_groups_that_no_kernel_computes_are_rejected(group: int) -> None:
     with pytest.raises(ValueError, match=f"has groups of {group} tokens: set group to 64 or 128"):

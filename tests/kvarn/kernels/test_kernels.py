@@ -370,6 +370,11 @@ class TestDecode:
             expected = sequence.expected(torch.tensor([sequence.tokens - 1]))[0]
             assert_near(ours[row], expected, 6e-3)
 
+    @pytest.mark.parametrize("name", ["kvarn_k4v3_g128", "kvarn_k5v4_g128"])
+    def test_several_queries_read_codes_in_two_planes(self, name: str) -> None:
+        made = Sequence(TileLayout(get_preset(name), 64), 400, heads=1, per_head=2, sink=True, queries=3)
+        assert_near(decoded([made], 3, queries=3), made.expected(made.positions), 6e-3)
+
     @pytest.mark.parametrize("queries", [1, 12])
     def test_padding_between_blocks_changes_no_bit(self, queries: int) -> None:
         """With 12 query tokens, the kernel for many rows."""
