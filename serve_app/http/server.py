@@ -8,6 +8,7 @@ import socket
 import ssl
 from contextlib import suppress
 from functools import partial
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -104,7 +105,12 @@ class _Server(uvicorn.Server):
         self.should_exit = True
         self._exiting.set()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self._loop.call_soon_threadsafe(self._exiting.set)
+
     async def main_loop(self) -> None:
+        self._loop = asyncio.get_running_loop()
         while not await self.on_tick(0):  # every tenth tick updates the Date header, and so does tick 0
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._exiting.wait(), TICK_S)
