@@ -19,7 +19,7 @@ from serve_app.rpc import wire
 from serve_app.rpc.channels import KEEPALIVE
 
 RETRY_S = 0.25
-SILENCE_CHECKS = 10  # within the time after which a replica counts as lost
+MAX_CHECK_S = 1.0  # between looking for silent replicas
 
 
 class Fleet:
@@ -96,7 +96,7 @@ class Fleet:
     async def _listen_for_silence(self) -> None:
         """Fail the calls of silent replicas: a replica that hangs keeps its connections open."""
         while True:
-            await asyncio.sleep(self._silence_s / SILENCE_CHECKS)
+            await asyncio.sleep(min(self._silence_s / 10, MAX_CHECK_S))
             now_s = time.monotonic()
             for replica_id, connection in self._connections.items():
                 if self._router.silence_s(replica_id, now_s) > self._silence_s and connection.has_calls:

@@ -234,5 +234,6 @@ class Gateway:
             task.cancel()
         self._parts.feed.close()
         await self._parts.servers.stop()
+        self._parts.observer.recorder.flush()
         await self._parts.fleet.close()
         self._parts.spans.close()

@@ -167,6 +167,26 @@ async def test_a_failed_request_has_a_reason(
     assert "secret" not in span.to_json() + json.dumps(line)
 
 
+def test_observations_are_recorded_together_and_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[float] = []
+
+    class Instrument:
+        def observe(self, value: float) -> None:
+            recorded.append(value)
+
+    monkeypatch.setattr(metrics, "_instrument", lambda metric: Instrument())
+    recorder = metrics.RayRecorder([metrics.ITL])
+    for value in range(metrics.MAX_HELD - 1):
+        recorder.observe(metrics.ITL, value)
+    assert recorded == []
+    recorder.observe(metrics.ITL, metrics.MAX_HELD - 1)
+    assert recorded == list(range(metrics.MAX_HELD))
+    recorder.observe(metrics.ITL, metrics.MAX_HELD)
+    recorder.flush()
+    recorder.flush()
+    assert recorded == list(range(metrics.MAX_HELD + 1))
+
+
 async def test_time_in_the_queue_and_resumptions_are_measured(watched: Watched) -> None:
     for waited_s in (0.0, 1.5):
         watched.begin().queued(waited_s)
