@@ -17,6 +17,7 @@ from torch import Tensor
 from typer import Argument, Option
 
 from kvarn.bench.bench_settings import BenchError, ModelName, Progress, check_preset
+from kvarn.dtypes import comma_separated
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL, resolve_model
 from kvarn.presets import get_preset
@@ -46,7 +47,9 @@ class SinksBench:
     model: ModelName = DEFAULT_MODEL
     preset: Annotated[str, Option(help="Cache format.")] = "kvarn_k4v2_g128"
     sink_tokens: tuple[int, ...] = (0, 4, 16, 64, 128)
-    raw_dtypes: tuple[str, ...] = RAW_DTYPES
+    raw_dtypes: Annotated[
+        tuple[str, ...], Option(parser=comma_separated, help="Comma-separated dtypes of raw tokens.")
+    ] = RAW_DTYPES
     passages: Annotated[int, Option(help="Number of passages taken from the text.")] = 3
     passage_tokens: Annotated[int, Option(help="Tokens per passage.")] = 1024
 
@@ -56,7 +59,7 @@ class SinksBench:
         if any(not 0 <= tokens <= group for tokens in self.sink_tokens):
             raise BenchError(f"sink_tokens are {self.sink_tokens}: give numbers from 0 to {group}")
         if unknown := set(self.raw_dtypes) - set(RAW_DTYPES):
-            raise BenchError(f"raw_dtypes has {min(unknown)!r}: choose from {', '.join(RAW_DTYPES)}")
+            raise BenchError(f"--raw-dtypes has {min(unknown)!r}: choose from {', '.join(RAW_DTYPES)}")
         if self.passages < 1 or self.passage_tokens <= group:
             raise BenchError(f"give at least one passage of more than {group} tokens")
         if not self.text.is_file():

@@ -1,4 +1,4 @@
-"""Servers that stream prepared tokens and nothing else: no gateway can cost less per token."""
+"""Servers that stream prepared tokens, read from an engine at most: no gateway can cost less per token."""
 
 from __future__ import annotations
 
@@ -107,7 +107,8 @@ async def serve_grpc_forwards(engine_port: int, tokens: int) -> int:
         engine = call_engine()
         await engine.write(started.SerializeToString())
         for position in range(tokens):
-            await engine.read()
+            if await engine.read() is grpc.aio.EOF:
+                raise RuntimeError("the engine's stream ended early")
             await context.write(_MESSAGES[position == tokens - 1])
         await engine.done_writing()
 

@@ -30,5 +30,5 @@ def test_int8_halves_the_memory_of_raw_tokens_and_costs_little(model_dir: Path, 
 
 
 def test_an_unknown_dtype_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="raw_dtypes has 'int4': choose from float16, int8"):
+    with pytest.raises(BenchError, match="--raw-dtypes has 'int4': choose from float16, int8"):
         SinksBench(TEXT, raw_dtypes=("float16", "int4"))
