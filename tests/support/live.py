@@ -111,7 +111,7 @@ def engine_cores(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
 def _runs_engine(process: psutil.Process) -> bool:
     """Whether a process has vLLM's title, or is what a Ray worker has spawned.
 
-    The title alone will not do: setproctitle sets none once the first variable of the environment was changed,
+    The title may be missing: setproctitle sets none once the first variable of the environment was changed,
     and Ray passes its workers their variables in random order.
     """
     try:
