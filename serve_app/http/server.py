@@ -109,8 +109,11 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
         self._loop.call_soon_threadsafe(self._exiting.set)
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()  # before signals are handled
+        await super().serve(sockets)
+
     async def main_loop(self) -> None:
-        self._loop = asyncio.get_running_loop()
         while not await self.on_tick(0):  # every tenth tick updates the Date header, and so does tick 0
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._exiting.wait(), TICK_S)
