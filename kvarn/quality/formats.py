@@ -14,14 +14,14 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from kvarn.presets import GROUPS, PRESETS, Preset
+from kvarn.presets import BITS, GROUPS, PRESETS, Preset
 from kvarn.reference import codec, rtn, variance_norm
 from kvarn.reference.hadamard import rotate
 
 RoundTrip = Callable[[Tensor], Tensor]
 
 GROUP = 128
-GRID_BITS = (5, 4, 3, 2)
+GRID_BITS = BITS[::-1]
 FLOAT16_BYTES, FLOAT32_BYTES, E4M3_BYTES = 2, 4, 1
 
 
