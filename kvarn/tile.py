@@ -32,6 +32,7 @@ Lane order makes one lane's factors contiguous, so that they are one 16-byte loa
 stored in the order `[lane_n, column_tile]`, those along a contracted index in the order `[lane_k, step, half, pair]`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, NamedTuple
@@ -167,10 +168,10 @@ class CodePlane:
         columns, steps = self._place_sizes
         units = packed.view(torch.int64).view(tiles, 1, 1, *self.word_shape)
         units = units.permute(0, 1, 2, *(3 + axis for axis in self.FREE_FIRST))
-        planes = torch.empty(tiles, steps, columns, *units.shape[3:], dtype=torch.int64)
-        torch.bitwise_and(units, self._masks, out=planes)
+        masked = torch.empty(tiles, steps, columns, *units.shape[3:], dtype=torch.int64)
+        torch.bitwise_and(units, self._masks, out=masked)
         rows, width = self.free // columns, self.contracted // steps
-        return planes.view(torch.uint8).view(tiles, steps, columns, rows, width)
+        return masked.view(torch.uint8).view(tiles, steps, columns, rows, width)
 
     def contract(self, weights: Tensor, packed: Tensor) -> Tensor:
         """Do what `CodeOrder.contract` does, for this plane's bits of the codes."""
@@ -178,20 +179,20 @@ class CodePlane:
         columns, steps = self._place_sizes
         weights = weights.view(tiles * rows, self.contracted).index_select(-1, self._contracted_order)
         weights = weights.view(tiles, rows, steps, 1, -1).permute(0, 2, 3, 1, 4) * self._place_weight
-        planes = self._masked(packed).flatten(0, 2)
+        masked = self._masked(packed).flatten(0, 2)
         step = max(1, MASKED_ELEMENTS * self.codes_per_byte // (self.free * self.contracted))
-        sums = weights.new_empty(len(planes), rows, planes.shape[1])
+        sums = weights.new_empty(len(masked), rows, masked.shape[1])
         weights = weights.flatten(0, 2)
-        for start in range(0, len(planes), step):
+        for start in range(0, len(masked), step):
             part = slice(start, start + step)
-            torch.bmm(weights[part], planes[part].to(weights.dtype).transpose(1, 2), out=sums[part])
+            torch.bmm(weights[part], masked[part].to(weights.dtype).transpose(1, 2), out=sums[part])
         sums = sums.view(tiles, steps, columns, rows, -1).sum(1)
         return sums.transpose(1, 2).reshape(tiles, rows, self.free)
 
     def unpack_float(self, packed: Tensor) -> Tensor:
         """Unpack codes into natural order: [T, nbytes] uint8 -> [T, free, contracted] float32."""
-        planes = (self._masked(packed) * self._place_weight).permute(0, 2, 3, 1, 4)
-        codes = planes.reshape(packed.shape[0], self.free, self.contracted)
+        scaled = (self._masked(packed) * self._place_weight).permute(0, 2, 3, 1, 4)
+        codes = scaled.reshape(packed.shape[0], self.free, self.contracted)
         return codes.index_select(-1, self._natural_order)
 
     def pack(self, codes: Tensor) -> Tensor:
@@ -199,12 +200,12 @@ class CodePlane:
         lead = codes.shape[:-2]
         tiles = lead.numel()
         columns, steps = self._place_sizes
-        planes = codes.reshape(tiles, self.free, self.contracted).index_select(-1, self._contracted_order)
-        planes = planes.view(tiles, columns, self.free // columns, steps, self.contracted // steps)
-        rows = torch.zeros_like(planes[:, 0, :, 0])
+        places = codes.reshape(tiles, self.free, self.contracted).index_select(-1, self._contracted_order)
+        places = places.view(tiles, columns, self.free // columns, steps, self.contracted // steps)
+        rows = torch.zeros_like(places[:, 0, :, 0])
         for place in range(self.codes_per_byte):
             step, column = divmod(place, columns)
-            rows |= planes[:, column, :, step] << (place * self.bits)
+            rows |= places[:, column, :, step] << (place * self.bits)
         units = rows.view(tiles, *(self.word_shape[axis] for axis in self.FREE_FIRST), BYTES_PER_LANE_HALF)
         stored_axes = (1 + self.FREE_FIRST.index(axis) for axis in range(6))
         return units.permute(0, *stored_axes, 7).reshape(*lead, self.nbytes)
@@ -220,7 +221,7 @@ class CodeOrder:
 
     @property
     def nbytes(self) -> int:
-        return self.contracted * self.free * self.bits // 8
+        return sum(plane.nbytes for plane in self.planes)
 
     @cached_property
     def planes(self) -> tuple[CodePlane, ...]:
@@ -228,8 +229,13 @@ class CodeOrder:
         widths = (self.bits - 1, 1) if self.bits in (3, 5) else (self.bits,)
         return tuple(CodePlane(width, self.contracted, self.free) for width in widths)
 
-    def _cut(self, packed: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(packed, [plane.nbytes for plane in self.planes], dim=-1)
+    def _sum(self, packed: Tensor, read: Callable[[CodePlane, Tensor], Tensor]) -> Tensor:
+        """Return the sum of what `read` returns for each plane and its bytes, at the values of the planes' bits."""
+        parts = torch.split(packed, [plane.nbytes for plane in self.planes], dim=-1)
+        low, *high = map(read, self.planes, parts)
+        for part in high:
+            low.add_(part, alpha=1 << self.planes[0].bits)
+        return low
 
     def contract(self, weights: Tensor, packed: Tensor) -> Tensor:
         """Return weighted sums of codes, without bringing them into natural order first.
@@ -241,21 +247,11 @@ class CodeOrder:
         Returns:
             [T, M, free]: weights @ codes, in the dtype of the weights.
         """
-        low, *high = (
-            plane.contract(weights, part) for plane, part in zip(self.planes, self._cut(packed), strict=True)
-        )
-        for sums in high:
-            low.add_(sums, alpha=1 << self.planes[0].bits)
-        return low
+        return self._sum(packed, lambda plane, part: plane.contract(weights, part))
 
     def unpack_float(self, packed: Tensor) -> Tensor:
         """Unpack codes into natural order: [T, nbytes] uint8 -> [T, free, contracted] float32."""
-        low, *high = (
-            plane.unpack_float(part) for plane, part in zip(self.planes, self._cut(packed), strict=True)
-        )
-        for bit in high:
-            low.add_(bit, alpha=1 << self.planes[0].bits)
-        return low
+        return self._sum(packed, CodePlane.unpack_float)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Inverse of `pack`: [..., nbytes] uint8 -> [..., free, contracted] uint8."""

@@ -94,13 +94,11 @@ def _joined_codes_assembly(bits: int, exponent: int) -> str:
         scale, offset = _scale_and_offset(exponent - low * place)
         lines.append(f".reg .b32 s{place}, o{place};")
         lines.append(f"mov.b32 s{place}, {scale:#x}; mov.b32 o{place}, {offset:#x};")
-    for words, bit, first in ((f"${slots}", f"${slots + 1}", 0), ("words", f"${slots + 2}", slots // 2)):
-        for mask, places in joined_codes(bits):
-            lines.append(f"lop3.b32 both, {words}, {bit}, {mask * 0x10001:#x}, 0xe4;")
-            for place in places:
-                code = ((1 << bits) - 1 << low * place) * 0x10001
-                lines.append(f"lop3.b32 x, both, {code:#x}, base, 0xea;")
-                lines.append(f"fma.rn.f16x2 ${first + place}, x, s{place}, o{place};")
+    for join, joined in joined_codes(bits):
+        lines.append(join)
+        for slot, place, code in joined:
+            lines.append(f"lop3.b32 x, both, {code:#x}, base, 0xea;")
+            lines.append(f"fma.rn.f16x2 ${slot}, x, s{place}, o{place};")
     return " ".join([*lines, "}"])
 
 

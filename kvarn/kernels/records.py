@@ -76,7 +76,7 @@ def split_sizes(bits: int, contracted: int, free: int) -> tuple[int, ...]:
 @triton.constexpr_function
 def plane_bits(bits: int) -> int:
     """Return the bits of codes that their first plane holds; all, or all but one in a second plane."""
-    return bits - 1 if bits in (3, 5) else bits
+    return CodeOrder(bits, 16, 8).planes[0].bits
 
 
 @triton.jit
@@ -188,25 +188,32 @@ def high_bits(words, BITS: tl.constexpr, QUAD: tl.constexpr):
 
 
 @triton.constexpr_function
-def joined_codes(bits: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """Return (mask of the first plane's bits, places) of the sets of places of a byte whose codes of 3 or 5 bits do not
-    overlap, with a high bit just above each code's low bits."""
-    low = bits - 1
-    sets = (range(start, 8 // low, 2) for start in (0, 1))
-    return tuple((sum((1 << low) - 1 << low * place for place in places), tuple(places)) for places in sets)
+def joined_codes(bits: int) -> list[tuple[str, list[tuple[int, int, int]]]]:
+    """Return PTX that joins codes of two words with their high bits, and what it has joined.
+
+    It reads a first plane's words in operand `16 // (bits - 1)`, or shifted in a register `words` for their high bytes,
+    and `high_bits` in the next two operands. Codes whose bits do not overlap are joined at once, in a register `both`.
+
+    Returns:
+        (instruction, its (lane_slot, place in the byte, mask of both words) per code).
+    """
+    low, slots = bits - 1, 16 // (bits - 1)
+    joined = []
+    for words, bit, first in ((f"${slots}", f"${slots + 1}", 0), ("words", f"${slots + 2}", slots // 2)):
+        for start in (0, 1):
+            places = range(start, 8 // low, 2)
+            from_words = sum((1 << low) - 1 << low * place for place in places) * 0x10001
+            codes = [(first + place, place, ((1 << bits) - 1 << low * place) * 0x10001) for place in places]
+            joined.append((f"lop3.b32 both, {words}, {bit}, {from_words:#x}, 0xe4;", codes))
+    return joined
 
 
 @triton.constexpr_function
 def _joined_assembly(bits: int) -> str:
     """Return PTX that cuts two words of a first plane and their `high_bits` into one pair of codes per lane_slot."""
-    low, slots = bits - 1, 16 // (bits - 1)
-    lines = ["{ .reg .b32 words, both;", f"shr.u32 words, ${slots}, 8;"]
-    for words, bit, first in ((f"${slots}", f"${slots + 1}", 0), ("words", f"${slots + 2}", slots // 2)):
-        for mask, places in joined_codes(bits):
-            lines.append(f"lop3.b32 both, {words}, {bit}, {mask * 0x10001:#x}, 0xe4;")
-            for place in places:
-                code = ((1 << bits) - 1 << low * place) * 0x10001
-                lines.append(f"and.b32 ${first + place}, both, {code:#x};")
+    lines = ["{ .reg .b32 words, both;", f"shr.u32 words, ${16 // (bits - 1)}, 8;"]
+    for join, joined in joined_codes(bits):
+        lines += [join, *(f"and.b32 ${slot}, both, {code:#x};" for slot, _, code in joined)]
     return " ".join([*lines, "}"])
 
 
@@ -405,7 +412,7 @@ def lanes_to_operand(x, D: tl.constexpr, N: tl.constexpr):
 @triton.constexpr_function
 def last_plane_bits(bits: int) -> int:
     """Return the bits of codes that their last plane holds."""
-    return 1 if bits in (3, 5) else bits
+    return CodeOrder(bits, 16, 8).planes[-1].bits
 
 
 @triton.jit
