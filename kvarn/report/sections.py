@@ -11,12 +11,18 @@ from kvarn.quality import charts as quality_plot
 from kvarn.quality import frontier
 from kvarn.quality.differences import of_presets
 from kvarn.quality.tables import (
-    PAGE,
+    DIFFERENCE_HEADINGS,
+    FRONTIER_HEADINGS,
     TITLES,
     difference_cells,
     differences_title,
     frontier_cells,
     frontier_title,
+    page_cells,
+    page_headings,
+    position_cells,
+    position_headings,
+    positions_title,
 )
 from kvarn.report.elements import Record, chart, table
 
@@ -49,20 +55,28 @@ def _quality(record: Record) -> Iterator[str]:
         if rows:
             yield f"<h3>{escape(title)}</h3>"
             yield table(
-                ["cache dtype", *PAGE[protocol].headings],
+                ["cache dtype", *page_headings(protocol)],
                 [_quality_cells(protocol, row) for row in rows],
                 [quality_plot.is_ours(row["dtype"]) for row in rows],
+            )
+        if ranges := position_headings(rows):
+            yield f"<h3>{escape(positions_title(protocol))}</h3>"
+            measured = [row for row in rows if "by_position" in row]
+            yield table(
+                ["cache dtype", *ranges],
+                [[row["dtype"], *position_cells(row)] for row in measured],
+                [quality_plot.is_ours(row["dtype"]) for row in measured],
             )
         if differences := of_presets(rows):
             yield f"<h3>{escape(differences_title(protocol))}</h3>"
             yield table(
-                ["cache dtype", "against", "KLD", "95 %", "diverges"],
+                ["cache dtype", *DIFFERENCE_HEADINGS],
                 [[found.dtype, found.other, *difference_cells(found)] for found in differences],
             )
         if front := frontier.places(rows):
             yield f"<h3>{escape(frontier_title(protocol))}</h3>"
             yield table(
-                ["cache dtype", "bytes/token", "KLD mean", "95 %", "top 1", "place"],
+                ["cache dtype", *FRONTIER_HEADINGS],
                 [[place.row["dtype"], *frontier_cells(place)] for place in front if not place.is_behind],
             )
     dtypes, protocols = (
@@ -78,7 +92,7 @@ def _quality(record: Record) -> Iterator[str]:
 def _quality_cells(protocol: str, row: Record) -> list[str]:
     if "refused" in row:
         return [row["dtype"], f"does not run here: {row['refused']}"]
-    return [row["dtype"], *PAGE[protocol].cells(row)]
+    return [row["dtype"], *page_cells(protocol, row)]
 
 
 def _plan(record: Record) -> Iterator[str]:

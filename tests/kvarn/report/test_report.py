@@ -21,6 +21,7 @@ def quality_record() -> dict:
     def logits(dtype: str, kld: float, size: float) -> dict:
         ci = [kld * 0.9, kld * 1.1]
         part = {"from": 256, "to": 512, "kld_mean": kld, "kld_mean_ci": ci, "n": 100}
+        later = {"from": 512, "to": 800, "kld_mean": kld * 2, "kld_mean_ci": [kld, kld * 3], "n": 100}
         return {
             "dtype": dtype,
             "protocol": "pseudo_decode",
@@ -36,13 +37,28 @@ def quality_record() -> dict:
             "top1": 0.97,
             "top1_ci": [0.96, 0.98],
             "bytes_per_token": size,
-            "by_position": [part],
+            "by_position": [part, later],
         }
 
+    agentic = {
+        "dtype": "kvarn_k4v2_g128",
+        "protocol": "agentic",
+        "accuracy": 0.42,
+        "accuracy_ci": [0.34, 0.5],
+        "lost": 0.11,
+        "lost_ci": [0.04, 0.18],
+        "smallest_effect": 0.1,
+        "nats_lost": 0.76,
+        "nats_lost_ci": [0.55, 1.0],
+        "nats_smallest_effect": 0.3,
+        "bytes_per_token": 4860.0,
+        "by_kind": [{"kind": kind, "accuracy": 0.29, "nats_lost": 1.1} for kind in ("call", "fact")],
+    }
     refused = {"dtype": "fp8", "protocol": "pseudo_decode", "refused": "FP8 needs <AVX-512> & AMX"}
     rows = [logits("kvarn_k4v2_g128", 0.01, 4860.0), logits("kivi_k4v2", 0.03, 5000.0), refused]
     pair = {"kld": 0.02, "kld_ci": [0.015, 0.025], "kld_smallest_effect": 0.005}
     rows[1]["against"] = {"kvarn_k4v2_g128": pair}
+    rows.append(agentic)
     settings = {"model": "m", "tokens": 4096, "context": 512, "dtype": "float32", "seed": 0}
     return {
         "benchmark": "quality",
@@ -84,7 +100,11 @@ def test_the_page_needs_nothing_else(page: Path) -> None:
     assert "did not run: no AVX-512" in text
     assert text.count("<svg") == 2
     assert "Differences of KLD on the same positions, pseudo-decode" in text
-    assert "-0.02500..-0.01500</td><td>less" in text
+    assert "-0.02000 (-0.02500..-0.01500)</td><td>less" in text
+    assert "<th>256 to 511</th><th>512 on</th>" in text
+    assert "0.02000 (0.01000..0.03000)</td>" in text
+    assert "42 % (34..50)</td><td>+11 % (+4..+18)</td>" in text
+    assert "<td>29 %</td><td>+1.10</td></tr>" in text
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
