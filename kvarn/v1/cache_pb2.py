@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kvarn/v1/cache.proto\x12\x08kvarn.v1\"\xa9\x01\n\rCacheCapacity\x12\x13\n\x0b\x63\x61\x63he_dtype\x18\x01 \x01(\t\x12\x13\n\x0btile_tokens\x18\x02 \x01(\r\x12\x16\n\x0e\x62ytes_per_tile\x18\x03 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\x04\x12\x13\n\x0btotal_slots\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x14\n\x0cmax_requests\x18\x07 \x01(\r\"\xe1\x05\n\tCacheLoad\x12\x13\n\x0b\x66ree_blocks\x18\x01 \x01(\x04\x12\x18\n\x10\x65victable_blocks\x18\x02 \x01(\x04\x12\x13\n\x0bused_blocks\x18\x03 \x01(\x04\x12@\n\x0freserved_blocks\x18\x04 \x03(\x0b\x32\'.kvarn.v1.CacheLoad.ReservedBlocksEntry\x12\x17\n\x0ftail_slots_used\x18\x05 \x01(\r\x12\x17\n\x0fsink_slots_used\x18\x06 \x01(\r\x12\x17\n\x0fsink_slots_idle\x18\x07 \x01(\r\x12\x15\n\rsinks_missing\x18\x08 \x01(\x04\x12\x18\n\x10running_requests\x18\t \x01(\r\x12\x18\n\x10waiting_requests\x18\n \x01(\r\x12\x1e\n\x16waiting_prefill_tokens\x18\x0b \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0c \x01(\x04\x12\x1c\n\x14prefill_tokens_per_s\x18\r \x01(\x01\x12\x1d\n\x15inter_token_latency_s\x18\x0e \x01(\x01\x12M\n\x16pending_prefill_tokens\x18\x0f \x03(\x0b\x32-.kvarn.v1.CacheLoad.PendingPrefillTokensEntry\x12\x19\n\x11waiting_for_slots\x18\x10 \x01(\r\x12\x1a\n\x12waiting_for_blocks\x18\x11 \x01(\r\x12\x1a\n\x12waiting_for_prefix\x18\x12 \x01(\r\x12\x17\n\x0f\x64rafts_proposed\x18\x13 \x01(\x04\x12\x17\n\x0f\x64rafts_accepted\x18\x14 \x01(\x04\x1a\x35\n\x13ReservedBlocksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a;\n\x19PendingPrefillTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x90\x01\n\rCacheSnapshot\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12)\n\x08\x63\x61pacity\x18\x03 \x01(\x0b\x32\x17.kvarn.v1.CacheCapacity\x12!\n\x04load\x18\x04 \x01(\x0b\x32\x13.kvarn.v1.CacheLoad\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"S\n\nCacheDelta\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12!\n\x04load\x18\x02 \x01(\x0b\x32\x13.kvarn.v1.CacheLoad\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\">\n\x0cTileSnapshot\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\r\n\x05tiles\x18\x03 \x03(\x06\">\n\tTileDelta\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06stored\x18\x02 \x03(\x06\x12\x0f\n\x07removed\x18\x03 \x03(\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kvarn/v1/cache.proto\x12\x08kvarn.v1\"\xd5\x01\n\rCacheCapacity\x12\x13\n\x0b\x63\x61\x63he_dtype\x18\x01 \x01(\t\x12\x13\n\x0btile_tokens\x18\x02 \x01(\r\x12\x16\n\x0e\x62ytes_per_tile\x18\x03 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\x04\x12\x13\n\x0btotal_slots\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x14\n\x0cmax_requests\x18\x07 \x01(\r\x12\x14\n\x0cother_blocks\x18\x08 \x01(\x04\x12\x14\n\x0cother_tokens\x18\t \x01(\r\"\xe1\x05\n\tCacheLoad\x12\x13\n\x0b\x66ree_blocks\x18\x01 \x01(\x04\x12\x18\n\x10\x65victable_blocks\x18\x02 \x01(\x04\x12\x13\n\x0bused_blocks\x18\x03 \x01(\x04\x12@\n\x0freserved_blocks\x18\x04 \x03(\x0b\x32\'.kvarn.v1.CacheLoad.ReservedBlocksEntry\x12\x17\n\x0ftail_slots_used\x18\x05 \x01(\r\x12\x17\n\x0fsink_slots_used\x18\x06 \x01(\r\x12\x17\n\x0fsink_slots_idle\x18\x07 \x01(\r\x12\x15\n\rsinks_missing\x18\x08 \x01(\x04\x12\x18\n\x10running_requests\x18\t \x01(\r\x12\x18\n\x10waiting_requests\x18\n \x01(\r\x12\x1e\n\x16waiting_prefill_tokens\x18\x0b \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0c \x01(\x04\x12\x1c\n\x14prefill_tokens_per_s\x18\r \x01(\x01\x12\x1d\n\x15inter_token_latency_s\x18\x0e \x01(\x01\x12M\n\x16pending_prefill_tokens\x18\x0f \x03(\x0b\x32-.kvarn.v1.CacheLoad.PendingPrefillTokensEntry\x12\x19\n\x11waiting_for_slots\x18\x10 \x01(\r\x12\x1a\n\x12waiting_for_blocks\x18\x11 \x01(\r\x12\x1a\n\x12waiting_for_prefix\x18\x12 \x01(\r\x12\x17\n\x0f\x64rafts_proposed\x18\x13 \x01(\x04\x12\x17\n\x0f\x64rafts_accepted\x18\x14 \x01(\x04\x1a\x35\n\x13ReservedBlocksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a;\n\x19PendingPrefillTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x90\x01\n\rCacheSnapshot\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12)\n\x08\x63\x61pacity\x18\x03 \x01(\x0b\x32\x17.kvarn.v1.CacheCapacity\x12!\n\x04load\x18\x04 \x01(\x0b\x32\x13.kvarn.v1.CacheLoad\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"S\n\nCacheDelta\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12!\n\x04load\x18\x02 \x01(\x0b\x32\x13.kvarn.v1.CacheLoad\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\"P\n\x0cTileSnapshot\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\r\n\x05tiles\x18\x03 \x03(\x06\x12\x10\n\x08has_ends\x18\x04 \x01(\x08\">\n\tTileDelta\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06stored\x18\x02 \x03(\x06\x12\x0f\n\x07removed\x18\x03 \x03(\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,19 +36,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CACHELOAD_PENDINGPREFILLTOKENSENTRY']._loaded_options = None
   _globals['_CACHELOAD_PENDINGPREFILLTOKENSENTRY']._serialized_options = b'8\001'
   _globals['_CACHECAPACITY']._serialized_start=35
-  _globals['_CACHECAPACITY']._serialized_end=204
-  _globals['_CACHELOAD']._serialized_start=207
-  _globals['_CACHELOAD']._serialized_end=944
-  _globals['_CACHELOAD_RESERVEDBLOCKSENTRY']._serialized_start=830
-  _globals['_CACHELOAD_RESERVEDBLOCKSENTRY']._serialized_end=883
-  _globals['_CACHELOAD_PENDINGPREFILLTOKENSENTRY']._serialized_start=885
-  _globals['_CACHELOAD_PENDINGPREFILLTOKENSENTRY']._serialized_end=944
-  _globals['_CACHESNAPSHOT']._serialized_start=947
-  _globals['_CACHESNAPSHOT']._serialized_end=1091
-  _globals['_CACHEDELTA']._serialized_start=1093
-  _globals['_CACHEDELTA']._serialized_end=1176
-  _globals['_TILESNAPSHOT']._serialized_start=1178
-  _globals['_TILESNAPSHOT']._serialized_end=1240
-  _globals['_TILEDELTA']._serialized_start=1242
-  _globals['_TILEDELTA']._serialized_end=1304
+  _globals['_CACHECAPACITY']._serialized_end=248
+  _globals['_CACHELOAD']._serialized_start=251
+  _globals['_CACHELOAD']._serialized_end=988
+  _globals['_CACHELOAD_RESERVEDBLOCKSENTRY']._serialized_start=874
+  _globals['_CACHELOAD_RESERVEDBLOCKSENTRY']._serialized_end=927
+  _globals['_CACHELOAD_PENDINGPREFILLTOKENSENTRY']._serialized_start=929
+  _globals['_CACHELOAD_PENDINGPREFILLTOKENSENTRY']._serialized_end=988
+  _globals['_CACHESNAPSHOT']._serialized_start=991
+  _globals['_CACHESNAPSHOT']._serialized_end=1135
+  _globals['_CACHEDELTA']._serialized_start=1137
+  _globals['_CACHEDELTA']._serialized_end=1220
+  _globals['_TILESNAPSHOT']._serialized_start=1222
+  _globals['_TILESNAPSHOT']._serialized_end=1302
+  _globals['_TILEDELTA']._serialized_start=1304
+  _globals['_TILEDELTA']._serialized_end=1366
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CacheCapacity(_message.Message):
-    __slots__ = ("cache_dtype", "tile_tokens", "bytes_per_tile", "total_blocks", "total_slots", "max_model_len", "max_requests")
+    __slots__ = ("cache_dtype", "tile_tokens", "bytes_per_tile", "total_blocks", "total_slots", "max_model_len", "max_requests", "other_blocks", "other_tokens")
     CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     TILE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_TILE_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,8 @@ class CacheCapacity(_message.Message):
     TOTAL_SLOTS_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_TOKENS_FIELD_NUMBER: _ClassVar[int]
     cache_dtype: str
     tile_tokens: int
     bytes_per_tile: int
@@ -22,7 +24,9 @@ class CacheCapacity(_message.Message):
     total_slots: int
     max_model_len: int
     max_requests: int
-    def __init__(self, cache_dtype: _Optional[str] = ..., tile_tokens: _Optional[int] = ..., bytes_per_tile: _Optional[int] = ..., total_blocks: _Optional[int] = ..., total_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_requests: _Optional[int] = ...) -> None: ...
+    other_blocks: int
+    other_tokens: int
+    def __init__(self, cache_dtype: _Optional[str] = ..., tile_tokens: _Optional[int] = ..., bytes_per_tile: _Optional[int] = ..., total_blocks: _Optional[int] = ..., total_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_requests: _Optional[int] = ..., other_blocks: _Optional[int] = ..., other_tokens: _Optional[int] = ...) -> None: ...
 
 class CacheLoad(_message.Message):
     __slots__ = ("free_blocks", "evictable_blocks", "used_blocks", "reserved_blocks", "tail_slots_used", "sink_slots_used", "sink_slots_idle", "sinks_missing", "running_requests", "waiting_requests", "waiting_prefill_tokens", "preemptions", "prefill_tokens_per_s", "inter_token_latency_s", "pending_prefill_tokens", "waiting_for_slots", "waiting_for_blocks", "waiting_for_prefix", "drafts_proposed", "drafts_accepted")
@@ -107,14 +111,16 @@ class CacheDelta(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., load: _Optional[_Union[CacheLoad, _Mapping]] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class TileSnapshot(_message.Message):
-    __slots__ = ("epoch", "sequence", "tiles")
+    __slots__ = ("epoch", "sequence", "tiles", "has_ends")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TILES_FIELD_NUMBER: _ClassVar[int]
+    HAS_ENDS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     sequence: int
     tiles: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., tiles: _Optional[_Iterable[int]] = ...) -> None: ...
+    has_ends: bool
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., tiles: _Optional[_Iterable[int]] = ..., has_ends: _Optional[bool] = ...) -> None: ...
 
 class TileDelta(_message.Message):
     __slots__ = ("sequence", "stored", "removed")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm.config import ModelConfig, ParallelConfig
+    from vllm.v1.core.sched.scheduler import Scheduler
 
 STATE_ALIGNMENT = 64  # bytes; states are tensors of several dtypes
 PAGE_ALIGNMENT = 512  # bytes; vLLM 0.27 clears pages in steps of the largest power of two that divides them
@@ -70,6 +71,54 @@ def quantized_group(groups: Sequence[Any]) -> int:
             "supports one; use kv_cache_dtype='auto' for this model."
         )
     return found[0]
+
+
+def full_attention_group(scheduler: Scheduler) -> int:
+    """Index of the cache group whose blocks hold every token of a prefix: the quantized layers, if any."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    quantized: int | None = getattr(scheduler, "cache_group", None)
+    if quantized is not None:
+        return quantized
+    groups = scheduler.kv_cache_config.kv_cache_groups
+    full = (index for index, group in enumerate(groups) if isinstance(group.kv_cache_spec, FullAttentionSpec))
+    return next(full, 0)
+
+
+def block_tokens(scheduler: Scheduler) -> int:
+    """Tokens per block of that group."""
+    tokens: int = getattr(scheduler, "block_tokens", scheduler.block_size)
+    return tokens
+
+
+def most_states(spec: Any) -> int | None:
+    """Blocks that a sequence holds in a group of state layers; None for other layers, and where all states are kept."""
+    match getattr(spec, "mamba_cache_mode", "all"):
+        case "none":
+            return 1
+        case "align":  # the state before the step, that after it, and one that the step passes
+            return 2 + getattr(spec, "num_prefill_checkpoint_blocks", 0)
+    return None
+
+
+def other_blocks(scheduler: Scheduler) -> tuple[int, int]:
+    """What a sequence holds beside full attention.
+
+    Returns:
+        The most blocks in groups of layers with windows or states, and the tokens of the shortest sequence that holds
+        them; 0 and 0 if there are none.
+    """
+    blocks = tokens = 0
+    full = full_attention_group(scheduler)
+    for index, group in enumerate(scheduler.kv_cache_config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        if index == full:
+            continue
+        reach = min(getattr(spec, "sliding_window", None) or scheduler.max_model_len, scheduler.max_model_len)
+        states = most_states(spec)
+        blocks += _ceil_div(reach, spec.block_size) + 1 if states is None else states
+        tokens = max(tokens, reach if states is None else 1)
+    return blocks, tokens
 
 
 def tile_stride(cache_config: Any, group: int) -> int:

@@ -25,7 +25,7 @@ from kvarn.vllm.hooks import RefusalError
 from kvarn.vllm.hooks.private_names import check_scheduler
 from kvarn.vllm.hooks.refusals import refuse
 from kvarn.vllm.kept_prefixes import evict_first, kept_tokens, shared_blocks
-from kvarn.vllm.mixed_layers import quantized_group, tile_stride
+from kvarn.vllm.mixed_layers import most_states, quantized_group, tile_stride
 from kvarn.vllm.slots import SLOT_PLAN, ScheduledTokens, SlotPlan, SlotTable, tail_slots
 from kvarn.vllm.versions import max_active_requests
 
@@ -275,7 +275,7 @@ class GrowthReservation(SlotPlanning):
         for manager, expected in zip(managers, self._expected_blocks(request), strict=True):
             blocks = manager.req_to_blocks.get(request.request_id, ())
             held = max(0, len(blocks) - manager.get_num_skipped_tokens(computed) // manager.block_size)
-            if _most_states(manager) is not None:
+            if most_states(manager.kv_cache_spec) is not None:
                 held = sum(not block.is_null for block in blocks)
             grown += max(0, expected - held)
         return grown
@@ -312,19 +312,8 @@ def _blocks_in_step(manager: Any, tokens: int, chunk: int) -> int:
     """Blocks of one cache group that a step needs which computes the last `chunk` of `tokens`."""
     skipped = manager.get_num_skipped_tokens(max(0, tokens - chunk))
     blocks = int(-(-tokens // manager.block_size) - skipped // manager.block_size)
-    most = _most_states(manager)
+    most = most_states(manager.kv_cache_spec)
     return blocks if most is None else min(blocks, most)
-
-
-def _most_states(manager: Any) -> int | None:
-    """Blocks that a request holds in a group of state layers; None for other layers, and where all states are kept."""
-    spec = manager.kv_cache_spec
-    match getattr(spec, "mamba_cache_mode", "all"):
-        case "none":
-            return 1
-        case "align":  # the state before the step, that after it, and one that the step passes
-            return 2 + getattr(spec, "num_prefill_checkpoint_blocks", 0)
-    return None
 
 
 class CheapestPreemption(SlotPlanning):

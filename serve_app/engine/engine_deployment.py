@@ -71,7 +71,13 @@ class Engine:
         self._monitor = CacheMonitor(self._read_cache, config.longest_step_s)
         await self._monitor.start()
         capacity = self._monitor.snapshot.capacity
-        self._tiles = TileLog(self._monitor.epoch, model, capacity.cache_dtype, capacity.tile_tokens)
+        self._tiles = TileLog(
+            self._monitor.epoch,
+            model,
+            capacity.cache_dtype,
+            capacity.tile_tokens,
+            has_ends=capacity.other_blocks > 0,
+        )
         self._monitoring = asyncio.create_task(self._monitor.run())
         shape = kv_shape(resolve_model(model), capacity.max_model_len)
         metrics = EngineMetrics(RayRecorder(ENGINE_METRICS), shape)

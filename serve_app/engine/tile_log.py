@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 
 from kvarn.vllm.access.cache_events import CacheEvent
-from serve_app.routing import Namespace, TileChange, extend_chain
+from serve_app.routing import Namespace, TileChange, end_name, extend_chain
 from serve_app.rpc.feed import Feed
 
 
@@ -25,15 +25,20 @@ class TileLog:
         model: name of the model in namespaces, the same as in gateways.
         cache_dtype: data type of the cache.
         tile_tokens: tokens per block.
+        has_ends: whether events say which tiles end a prefix that every layer can use; otherwise all do.
     """
 
-    def __init__(self, epoch: int, model: str, cache_dtype: str, tile_tokens: int) -> None:
+    def __init__(
+        self, epoch: int, model: str, cache_dtype: str, tile_tokens: int, has_ends: bool = False
+    ) -> None:
         self._epoch = epoch
         self._model = model
         self._cache_dtype = cache_dtype
         self._tile_tokens = tile_tokens
+        self._has_ends = has_ends
         self._sequence = 1
         self._tiles: dict[int, _Tile] = {}
+        self._ends: dict[int, int] = {}
         self._names: set[int] = set()
         self._feed = Feed(self._whole)
 
@@ -47,6 +52,7 @@ class TileLog:
             for block in event.removed:
                 self._remove(block, before)
             self._store(event, before)
+            self._move_ends(event, before)
         stored = [name for name, was_held in before.items() if not was_held and name in self._names]
         removed = [name for name, was_held in before.items() if was_held and name not in self._names]
         if stored or removed:
@@ -86,6 +92,19 @@ class TileLog:
             self._names.discard(tile.name)
             del self._tiles[block]
 
+    def _move_ends(self, event: CacheEvent, before: dict[int, bool]) -> None:
+        for block in event.ceased:
+            name = self._ends.pop(block, None)
+            if name is not None:
+                before.setdefault(name, True)
+                self._names.discard(name)
+        for block in event.begun:
+            tile = self._tiles.get(block)
+            if tile is not None:
+                name = self._ends[block] = end_name(tile.name)
+                before.setdefault(name, False)
+                self._names.add(name)
+
     def _parent_name(self, event: CacheEvent) -> int | None:
         """Return the name of the stored tiles' parent; None if it is unknown, so they cannot be named."""
         if event.parent is None:
@@ -97,4 +116,6 @@ class TileLog:
         return parent.name if parent else None
 
     def _whole(self) -> TileChange:
-        return TileChange(self._epoch, self._sequence, list(self._names), [], is_whole=True)
+        return TileChange(
+            self._epoch, self._sequence, list(self._names), [], is_whole=True, has_ends=self._has_ends
+        )

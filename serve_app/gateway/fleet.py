@@ -195,8 +195,9 @@ class ReplicaConnection:
         index, epoch = self._router.index, 0
         async for event in self.stub.WatchTiles(engine_pb2.EngineWatchTilesRequest()):
             if event.HasField("snapshot"):
-                epoch = event.snapshot.epoch
-                index.replace(self._replica_id, epoch, event.snapshot.sequence, event.snapshot.tiles)
+                whole = event.snapshot
+                epoch = whole.epoch
+                index.replace(self._replica_id, epoch, whole.sequence, whole.tiles, whole.has_ends)
                 continue
             delta = event.delta
             if not index.apply(self._replica_id, epoch, delta.sequence, delta.stored, delta.removed):

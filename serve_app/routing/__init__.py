@@ -4,7 +4,7 @@ from serve_app.routing.admission import Candidate, Headroom, Pricer
 from serve_app.routing.breaker import Breaker
 from serve_app.routing.choice import Decision, choose
 from serve_app.routing.cost import CostWeights
-from serve_app.routing.hashing import Namespace, Prompt, chain, extend_chain, token_array
+from serve_app.routing.hashing import Namespace, Prompt, chain, end_name, extend_chain, token_array
 from serve_app.routing.index import TILE_BYTES, PrefixIndex
 from serve_app.routing.lengths import OutputLengths
 from serve_app.routing.queue import FairQueue, QueuedRequest
@@ -53,6 +53,7 @@ __all__ = [
     "TileChange",
     "chain",
     "choose",
+    "end_name",
     "extend_chain",
     "pause_s",
     "token_array",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, overload
 
 from serve_app.routing.cost import UNMEASURED_INTER_TOKEN_S, CostWeights, prefill_s_per_token
-from serve_app.routing.types import Rejection, ReplicaState, RequestNeed
+from serve_app.routing.types import CacheCapacity, Rejection, ReplicaState, RequestNeed
 
 SLOTS_PER_REQUEST = 2  # its tail, and its first tile kept raw
 
@@ -16,8 +16,9 @@ SLOTS_PER_REQUEST = 2  # its tail, and its first tile kept raw
 class Headroom:
     """Remaining capacity and speed of one replica, computed once per change of its state and never modified.
 
-    `used_share` includes reserved blocks. The last five are the replica's part of each price: seconds, except
-    `delay_share`, which is per second of prefill, and `evict_tile_s`, which is per evicted tile.
+    `used_share` includes reserved blocks; `mixed` is the capacity of a cache where a sequence takes blocks beside those
+    of its tiles. The last five are the replica's part of each price: seconds, except `delay_share`, which is per second
+    of prefill, and `evict_tile_s`, which is per evicted tile.
     """
 
     replica_id: str
@@ -30,6 +31,7 @@ class Headroom:
     evictable_blocks: int
     used_share: float
     block_share: float
+    mixed: CacheCapacity | None
     s_per_token: float
     pending_s: float
     delay_share: float
@@ -50,12 +52,13 @@ class Headroom:
             rejection=_rejection(replica),
             tile_tokens=capacity.tile_tokens,
             max_model_len=capacity.max_model_len,
-            max_tokens=min(capacity.max_model_len, total_blocks * capacity.tile_tokens),
+            max_tokens=min(capacity.max_model_len, capacity.longest_sequence()),
             open_blocks=open_blocks,
             free_blocks=max(load.free_blocks - replica.reserved_blocks, 0),
             evictable_blocks=load.evictable_blocks,
             used_share=1 - open_blocks / total_blocks,
             block_share=1 / total_blocks,
+            mixed=capacity if capacity.other_blocks else None,
             s_per_token=s_per_token,
             pending_s=replica.pending_tokens * s_per_token,
             delay_share=weights.delay * max(load.waiting_requests, replica.starting_requests),
@@ -153,6 +156,8 @@ class Pricer:
             cached_tiles = (prompt - 1) // tile  # engines compute at least the last prompt token
             uncached_tokens = prompt - cached_tiles * tile
         new_blocks = -(-self._likely_tokens // tile) - cached_tiles
+        if replica.mixed is not None:
+            new_blocks += replica.mixed.blocks_beside(self._likely_tokens)
         blocks = new_blocks + (cached_tiles if cached_tiles < evictable else evictable)
         evicted_tiles = 0
         if new_blocks > replica.free_blocks:

@@ -38,6 +38,11 @@ def extend_chain(parent: int, tile: array[int]) -> int:
     return xxh3_64_intdigest(memoryview(tile), parent)
 
 
+def end_name(tile: int) -> int:
+    """Return the name of the fact that the prefix hashed to `tile` may end there: all layers can use it."""
+    return tile ^ 1
+
+
 def chain(token_ids: array[int], tile_tokens: int, root: int) -> list[int]:
     """Hash every prefix of `token_ids` that ends with a full tile, shortest first."""
     size = tile_tokens * TOKEN_BYTES

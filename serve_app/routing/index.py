@@ -9,6 +9,8 @@ from itertools import chain as concatenated
 from itertools import repeat
 from operator import and_, or_
 
+from serve_app.routing.hashing import end_name
+
 TILE_BYTES = 200  # upper bound of the index's memory per tile
 SWEEP_TILES = 1024  # tiles cleared of lost replicas each time events are applied
 SWEEP_WHEN_FULL = 8  # the same, for each tile that does not fit
@@ -20,7 +22,8 @@ RECOMPUTE_WEIGHT = 0.002
 class _Holder:
     """One replica's part of the index.
 
-    `bit` marks its tiles; `unconfirmed` maps tiles that no event has confirmed to the request that reserved them.
+    `bit` marks its tiles, and the names of usable ends among them; `unconfirmed` maps tiles that no event has confirmed
+    to the request that reserved them.
     """
 
     bit: int
@@ -48,6 +51,7 @@ class PrefixIndex:
         self._unswept: dict[int, int] = {}
         self._holders: dict[str, _Holder] = {}
         self._owner: dict[int, str] = {}
+        self._end_bits = 0  # of replicas whose prefixes can be used at known ends only
         self._lost_bits = 0
         self._sweeping_bits = 0
         self._reservations: dict[str, tuple[str, int, Sequence[int]]] = {}
@@ -71,10 +75,16 @@ class PrefixIndex:
         holder = self._holders.get(replica_id)
         return holder.recompute_rate if holder else 0.0
 
-    def replace(self, replica_id: str, epoch: int, sequence: int, tiles: Iterable[int]) -> None:
-        """Take a snapshot: `tiles` are all tiles of the replica at state `sequence` of engine life `epoch`."""
+    def replace(
+        self, replica_id: str, epoch: int, sequence: int, tiles: Iterable[int], has_ends: bool = False
+    ) -> None:
+        """Take a snapshot: `tiles` are all tiles of the replica at state `sequence` of engine life `epoch`.
+
+        With `has_ends`, a prefix can be used up to a tile only if `end_name` of that tile is among them, too.
+        """
         self.drop(replica_id)
         bit = self._free_bit()
+        self._end_bits |= bit if has_ends else 0
         holder = self._holders[replica_id] = _Holder(bit, epoch, sequence)
         self._owner[bit] = replica_id
         for tile in tiles:
@@ -104,11 +114,17 @@ class PrefixIndex:
         holder = self._holders.pop(replica_id, None)
         if holder is not None:
             del self._owner[holder.bit]
+            self._end_bits &= ~holder.bit
             self._lost_bits |= holder.bit
             self._start_sweep()
 
-    def match(self, chain: Sequence[int]) -> dict[str, int]:
-        """Count the leading tiles of `chain` that each replica holds; replicas that hold none are left out."""
+    def match(self, chain: Sequence[int], most: int | None = None) -> dict[str, int]:
+        """Count the leading tiles of `chain` that each replica can use; replicas that can use none are left out.
+
+        Args:
+            chain: the names of a prompt's tiles.
+            most: tiles that are looked up at most where prefixes have ends: engines compute a prompt's last token.
+        """
         masks: Iterator[int] = map(self._tiles.get, chain, repeat(0))
         if self._unswept:
             masks = map(or_, masks, map(self._unswept.get, chain, repeat(0)))
@@ -125,13 +141,40 @@ class PrefixIndex:
                     depths[owner[bit]] = depth
                 if not held:
                     break
+        if self._end_bits:
+            self._shorten(depths, chain, len(chain) if most is None else most)
         return depths
 
-    def reserve(self, request_id: str, replica_id: str, chain: Sequence[int]) -> None:
-        """Count `chain` as held by `replica_id` until events confirm it or `settle` is called."""
+    def _shorten(self, depths: dict[str, int], chain: Sequence[int], most: int) -> None:
+        """Shorten what replicas hold of `chain` to the last end that they can use."""
+        bits = {replica: bit for replica in depths if (bit := self._holders[replica].bit) & self._end_bits}
+        starting: dict[int, int] = {}
+        for replica, bit in bits.items():
+            depth = min(depths.pop(replica), most)
+            starting[depth] = starting.get(depth, 0) | bit
+        sought = 0
+        for depth in range(max(starting, default=0), 0, -1):
+            sought |= starting.get(depth, 0)
+            found = sought & self._mask(end_name(chain[depth - 1])) if sought else 0
+            sought ^= found
+            while found:
+                bit = found & -found
+                found ^= bit
+                depths[self._owner[bit]] = depth
+
+    def reserve(
+        self, request_id: str, replica_id: str, chain: Sequence[int], most: int | None = None
+    ) -> None:
+        """Count `chain` as held by `replica_id` until events confirm it or `settle` is called.
+
+        Of ends, it will surely have that of the longest prefix that the prompt itself could use, of `most` tiles.
+        """
         holder = self._holders.get(replica_id)
         if holder is None:
             return
+        last = len(chain) if most is None else min(most, len(chain))
+        if holder.bit & self._end_bits and last > 0:
+            chain = [*chain, end_name(chain[last - 1])]
         reserved = self._set_all(holder, chain)
         holder.unconfirmed.update(dict.fromkeys(reserved, request_id))
         self._reservations[request_id] = (replica_id, holder.bit, reserved)

@@ -186,7 +186,12 @@ class Router:
         kind = replica.kind
         self._reservations.hold(request_id, replica_id, need, kind[1], chosen.blocks, chosen.uncached_tokens)
         self._requests[request_id] = _Sent(replica_id, now_s, chosen.first_token_s)
-        self.index.reserve(request_id, replica_id, chains.get(kind, ())[chosen.cached_tiles :])
+        self.index.reserve(
+            request_id,
+            replica_id,
+            chains.get(kind, ())[chosen.cached_tiles :],
+            _usable_tiles(need, kind) - chosen.cached_tiles,
+        )
         self._homes.remember(caller, replica_id)
         replica.breaker.sent()
         replica.headroom = None
@@ -250,8 +255,8 @@ class Router:
     ) -> Decision:
         depths: dict[str, int] = {}
         key = 0
-        for links in chains.values():
-            matched = self.index.match(links)
+        for kind, links in chains.items():
+            matched = self.index.match(links, _usable_tiles(need, kind))
             depths |= matched
             deepest = max(matched.values(), default=0)
             key ^= links[deepest] if deepest < len(links) else 0
@@ -308,6 +313,11 @@ class Router:
         if kind not in self._roots:
             self._roots[kind] = Namespace(self._model, *kind).root()
         return self._roots[kind]
+
+
+def _usable_tiles(need: RequestNeed, kind: TileKind) -> int:
+    """Tiles of a prompt that a cache can spare an engine, which computes at least the last token."""
+    return (need.prompt_tokens - 1) // kind[1]
 
 
 def _slowness(previous: float, actual_s: float, predicted_s: float) -> float:

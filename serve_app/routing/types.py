@@ -13,7 +13,8 @@ class CacheCapacity:
     """Capacity of a replica's KV cache, fixed while the replica lives.
 
     `tile_tokens` is the number of tokens in one block, `bytes_per_tile` counts all its layers and heads;
-    `max_requests` run at once, 0 if the engine sets no limit.
+    `max_requests` run at once, 0 if the engine sets no limit. Beside the blocks of its tokens, a sequence of at least
+    `other_tokens` tokens holds `other_blocks` for layers with windows or states, and a shorter one a proportional part.
     """
 
     cache_dtype: str
@@ -23,6 +24,21 @@ class CacheCapacity:
     max_model_len: int
     total_slots: int = 0
     max_requests: int = 0
+    other_blocks: int = 0
+    other_tokens: int = 0
+
+    def blocks_beside(self, tokens: int) -> int:
+        """Blocks that a sequence of `tokens` tokens holds beside those of its tiles."""
+        if tokens >= self.other_tokens:
+            return self.other_blocks
+        return -(-self.other_blocks * tokens // self.other_tokens)
+
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that the cache holds alone."""
+        tokens = (self.total_blocks - self.other_blocks) * self.tile_tokens
+        if tokens < self.other_tokens:  # it holds only a part of `other_blocks`
+            tokens = int(self.total_blocks / (1 / self.tile_tokens + self.other_blocks / self.other_tokens))
+        return max(tokens, self.tile_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +96,17 @@ class CacheSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class TileChange:
-    """Change number `sequence` of engine life `epoch`: all tiles if `is_whole`, else a delta."""
+    """Change number `sequence` of engine life `epoch`: all tiles if `is_whole`, else a delta.
+
+    With `has_ends`, which only a whole change says, the tiles include the names of usable ends (`end_name`).
+    """
 
     epoch: int
     sequence: int
     stored: list[int]
     removed: list[int]
     is_whole: bool = False
+    has_ends: bool = False
 
 
 class BreakerState(Enum):

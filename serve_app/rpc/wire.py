@@ -58,7 +58,12 @@ def delta_to_proto(snapshot: CacheSnapshot) -> cache_pb2.CacheDelta:
 
 def tiles_to_proto(change: TileChange) -> engine_pb2.EngineWatchTilesResponse:
     if change.is_whole:
-        snapshot = cache_pb2.TileSnapshot(epoch=change.epoch, sequence=change.sequence, tiles=change.stored)
+        snapshot = cache_pb2.TileSnapshot(
+            epoch=change.epoch,
+            sequence=change.sequence,
+            tiles=change.stored,
+            has_ends=change.has_ends,
+        )
         return engine_pb2.EngineWatchTilesResponse(snapshot=snapshot)
     delta = cache_pb2.TileDelta(sequence=change.sequence, stored=change.stored, removed=change.removed)
     return engine_pb2.EngineWatchTilesResponse(delta=delta)

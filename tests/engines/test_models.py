@@ -48,6 +48,7 @@ from tests.support.families import (
     make_family,
     make_model,
 )
+from tests.support.scheduling import CACHE_EVENTS, Observer
 
 LENGTH = 3 * TILE + 40
 BFLOAT16_STEP = (
@@ -114,12 +115,15 @@ def serve_alike(directory: Path, family: str) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_matmuls_row_invariant(monkeypatch)
         end_passes_at_states(monkeypatch)
-        with engine(monkeypatch, model, kv_cache_dtype="kvarn_k4v4_g128", **settings) as llm:
+        quantized = {**settings, "kv_cache_dtype": "kvarn_k4v4_g128", "kv_events_config": CACHE_EVENTS}
+        with engine(monkeypatch, model, **quantized) as llm:
+            observer = Observer(scheduler_of(llm))
             cold = ask_cold(llm, prompt)
             ask(llm, [prompt_of(300, 1)])
+            (expected,) = observer.expected_hits([prompt])
             (hit,) = ask(llm, [prompt])
             block = scheduler_of(llm).block_tokens
-            assert hit.cached == LENGTH // block * block > 0
+            assert hit.cached == LENGTH // block * block == expected > 0
             if made.has_states:
                 assert_planned_as_served(model, llm)
             with chunks_of(llm, 77):
@@ -185,7 +189,12 @@ def test_blocks_change_between_tiles_and_windows(processes: Processes, tmp_path:
 
 
 def serve_in_few_blocks(directory: Path) -> None:
-    settings = {"max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": 300, "num_gpu_blocks_override": 70}
+    settings = {
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_batched_tokens": 300,
+        "num_gpu_blocks_override": 70,
+        "kv_events_config": CACHE_EVENTS,
+    }
     shared = prompt_of(2 * TILE)
     prompts = [
         [*(shared if number % 2 else ()), *prompt_of(150 + 37 * number, number)] for number in range(6)
@@ -194,11 +203,19 @@ def serve_in_few_blocks(directory: Path) -> None:
         make_matmuls_row_invariant(monkeypatch)
         model = make_model(directory, "Gemma3TextConfig", {"head_dim": 64, **WINDOWS})
         with engine(monkeypatch, model, kv_cache_dtype=PRESET, skip_tokenizer_init=True, **settings) as llm:
+            observer = Observer(scheduler_of(llm))
             alone = [ask_cold(llm, prompt, max_tokens=12) for prompt in prompts]
             for _ in range(2):
                 together = ask(llm, prompts, max_tokens=12)
                 for one, other in zip(alone, together, strict=True):
                     one.assert_same(other)
+            hits = []
+            for prompt in prompts:
+                (expected,) = observer.expected_hits([prompt])
+                (again,) = ask(llm, [prompt], max_tokens=1)
+                hits.append(again.cached)
+                assert again.cached == expected
+            assert any(hits)
             assert_nothing_left(llm)
 
 

@@ -6,19 +6,23 @@ content, and every raw row or record that a step reads must hold exactly the exp
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 from collections import deque
 from collections.abc import Sequence
+from contextlib import aclosing
 from functools import cache
 from math import gcd
+from operator import le
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from vllm import SamplingParams
-from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.config import KVEventsConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import xxhash
 from vllm.v1.core.kv_cache_utils import (
@@ -34,14 +38,21 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvarn.vllm.access.block_count import evictable_blocks
+from kvarn.vllm.access.cache_events import CacheEvent, cache_events
 from kvarn.vllm.kept_prefixes import keep_tokens
-from kvarn.vllm.mixed_layers import tile_stride
+from kvarn.vllm.mixed_layers import other_blocks, tile_stride
 from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
 from kvarn.vllm.slot_map import SlotMap
 from kvarn.vllm.spec import KVarNSpec
+from serve_app.engine.tile_log import TileLog
+from serve_app.routing import Namespace, PrefixIndex, TileChange, chain, token_array
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.core import EngineCore
 
 GROUP = 4
 VOCABULARY = 3
+CACHE_EVENTS = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
 MODEL_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -99,6 +110,7 @@ def make_scheduler(
     config.scheduler_config.long_prefill_token_threshold = chunk
     config.scheduler_config.async_scheduling = asynchronous
     config.additional_config = {"kvarn": kvarn}
+    config.kv_events_config = CACHE_EVENTS
     if drafts:
         config.speculative_config = SpeculativeConfig(
             method="ngram",
@@ -472,6 +484,51 @@ class Worker:
             window.read(self.window_blocks[request_id][i], self.contents[request_id], start, end)
 
 
+def found_in_cache(scheduler: KVarNScheduler | KVarNAsyncScheduler, prompt: list[int]) -> int:
+    """Tokens of a prompt that vLLM would find in its cache."""
+    request = make_request("probe", prompt, 1, block_size=scheduler.hash_block_size)
+    coordinator = scheduler.kv_cache_manager.coordinator
+    hit: int = coordinator.find_longest_cache_hit(request.block_hashes, len(prompt) - 1)[1]
+    return hit
+
+
+class Observer:
+    """What a gateway knows of one engine's cache: the index that its events fill."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._tile_tokens = scheduler.block_tokens
+        has_ends = other_blocks(scheduler)[0] > 0
+        self._log = TileLog(1, "model", "dtype", self._tile_tokens, has_ends)
+        self._take_events()
+
+    def _take_events(self) -> None:
+        core = cast("EngineCore", SimpleNamespace(scheduler=self._scheduler))
+        self._log.take(CacheEvent(*fields) for fields in cache_events(core))
+
+    def _index(self) -> PrefixIndex:
+        async def snapshot() -> TileChange:
+            async with aclosing(self._log.watch()) as changes:
+                return await anext(changes)
+
+        whole = asyncio.run(snapshot())
+        index = PrefixIndex(1 << 20)
+        index.replace("engine", whole.epoch, whole.sequence, whole.stored, whole.has_ends)
+        return index
+
+    def expected_hits(self, prompts: list[list[int]]) -> list[int]:
+        """Tokens of each prompt that the engine should find in its cache."""
+        self._take_events()
+        index = self._index()
+        return [self._expected_hit(index, prompt) for prompt in prompts]
+
+    def _expected_hit(self, index: PrefixIndex, prompt: list[int]) -> int:
+        root = Namespace("model", "dtype", self._tile_tokens).root()
+        links = chain(token_array(prompt), self._tile_tokens, root)
+        usable = (len(prompt) - 1) // self._tile_tokens
+        return min(index.match(links, usable).get("engine", 0), usable) * self._tile_tokens
+
+
 class World:
     """A scheduler and a worker, whose invariants are checked after every step."""
 
@@ -488,6 +545,8 @@ class World:
         self.taken: list[Any] = []
         self.submitted = self.hits = 0
         self.sound = True  # until a check fails
+        self.observer = Observer(scheduler)
+        self.evicted_in_use = False
         self.is_asynchronous = isinstance(scheduler, KVarNAsyncScheduler)
         evictable_blocks(self.pool)
 
@@ -570,6 +629,16 @@ class World:
                     self.answered.append(prompt + continuation(prompt, max_tokens))
         self._learn_hashes()
 
+    def check_expected_hits(self, prompts: list[list[int]]) -> None:
+        """Check that a gateway expects the hit of each prompt that the engine would have.
+
+        It may expect less once a running request has lost a tile, behind which the next one has no name.
+        """
+        hits = [found_in_cache(self.scheduler, prompt) for prompt in prompts]
+        expected = self.observer.expected_hits(prompts)
+        assert expected == hits or self.evicted_in_use, "a gateway expects another hit"
+        assert all(map(le, expected, hits)), "a gateway expects too long a hit"
+
     def abort(self, place: int) -> None:
         if self.prompts:
             request_id = sorted(self.prompts)[place % len(self.prompts)]
@@ -588,7 +657,9 @@ class World:
         """Evict one block from the prefix cache, as a connector or an operator may."""
         cached = [block.block_id for block in self.pool.blocks if block.block_hash is not None]
         if cached:
-            self.pool.evict_blocks({cached[place % len(cached)]})
+            block = cached[place % len(cached)]
+            self.evicted_in_use |= self.pool.blocks[block].ref_cnt > 0
+            self.pool.evict_blocks({block})
 
     def reset_cache(self, with_running: bool) -> None:
         self.give_blocks_back()

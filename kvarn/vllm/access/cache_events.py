@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvarn.vllm.mixed_layers import block_tokens, full_attention_group
+
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
+
+    from kvarn.vllm.prefix_ends import PrefixEnds
 
 CACHE_EVENTS_METHOD = "kvarn_cache_events"
 
@@ -19,7 +23,9 @@ class CacheEvent:
 
     `stored` blocks form a chain that continues the block `parent`, or starts a prompt if `parent` is None,
     and hold `token_ids` in equal parts; `adapter` and `salt` keep prefixes apart. A hash shared by several
-    blocks is stored and removed once per block. `cleared` means that the cache is empty.
+    blocks is stored and removed once per block. `cleared` means that the cache is empty. Where layers with windows
+    or states are beside full attention, blocks in `begun` now end a prefix that all layers can use, and those in
+    `ceased` no longer do.
     """
 
     stored: list[int] = field(default_factory=list)
@@ -29,13 +35,19 @@ class CacheEvent:
     salt: str = ""
     removed: list[int] = field(default_factory=list)
     cleared: bool = False
+    begun: list[int] = field(default_factory=list)
+    ceased: list[int] = field(default_factory=list)
 
 
 class _EventLog:
-    """A replacement for vLLM's event publisher that keeps events until they are read: no socket, no loss."""
+    """A replacement for vLLM's event publisher that keeps events until they are read: no socket, no loss.
 
-    def __init__(self) -> None:
+    `ends` are those of cached prefixes; None if all layers have full attention.
+    """
+
+    def __init__(self, ends: PrefixEnds | None) -> None:
         self.events: list[Any] = []
+        self.ends = ends
 
     def publish(self, batch: Any) -> None:
         self.events += batch.events
@@ -50,17 +62,29 @@ class _EventLog:
 def cache_events(core: EngineCore) -> list[tuple[Any, ...]]:
     """Return the fields of each `CacheEvent` since the last call; the first call starts the log."""
     scheduler = core.scheduler
+    group = full_attention_group(scheduler)
     log = scheduler.kv_event_publisher
     if not isinstance(log, _EventLog):
         log.shutdown()
-        log = scheduler.kv_event_publisher = _EventLog()
+        log = scheduler.kv_event_publisher = _EventLog(_prefix_ends(scheduler, group))
     events, log.events = log.events, []
     events += scheduler.kv_cache_manager.take_events() or ()  # from outside a step, such as a reset
-    group = getattr(scheduler, "cache_group", 0)
     changes = [
         _change(event, scheduler) for event in events if getattr(event, "group_idx", None) in (None, group)
     ]
+    if log.ends is not None:
+        begun, ceased = log.ends.changes(events)
+        if begun or ceased:
+            changes.append(CacheEvent(begun=begun, ceased=ceased))
     return [tuple(vars(change).values()) for change in changes]  # astuple would copy every token id
+
+
+def _prefix_ends(scheduler: Scheduler, group: int) -> PrefixEnds | None:
+    if len(scheduler.kv_cache_config.kv_cache_groups) == 1:
+        return None
+    from kvarn.vllm.prefix_ends import PrefixEnds
+
+    return PrefixEnds(scheduler, group, block_tokens(scheduler))
 
 
 async def read_cache_events(engine: AsyncLLM) -> list[CacheEvent]:
@@ -75,7 +99,7 @@ def _change(event: Any, scheduler: Scheduler) -> CacheEvent:
     kind = type(event).__name__
     if kind == "BlockRemoved":
         return CacheEvent(removed=list(event.block_hashes))
-    if kind == "BlockStored" and event.block_size == getattr(scheduler, "block_tokens", scheduler.block_size):
+    if kind == "BlockStored" and event.block_size == block_tokens(scheduler):
         adapter = event.lora_name or ""
         return CacheEvent(
             stored=list(event.block_hashes),

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvarn.vllm.access.block_count import evictable_blocks
+from kvarn.vllm.mixed_layers import block_tokens, other_blocks
 from kvarn.vllm.versions import waiting_requests
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ class CacheState:
     """A snapshot of one engine's cache.
 
     A block holds `tile_tokens` tokens of every quantized layer and KV head, in one tile or, beside state layers, in
-    several; or some tokens of as many layers with a window; or as many states as fit. Counts are blocks, slots,
+    several; or some tokens of as many layers with a window; or as many states as fit. Beside the blocks of its
+    tiles, a sequence holds up to `other_blocks` for layers with windows or states: as many if it has `other_tokens`
+    tokens, a proportional part if it is shorter. Counts are blocks, slots,
     requests or tokens as named; `bytes_per_tile` is bytes of one block over all its layers and heads on one rank.
     `free_blocks` hold nothing; `evictable_blocks` hold cached prefixes that no running request uses;
     `used_blocks` belong to running requests; the three sum to `total_blocks`. Slots are fp16 tiles of the
@@ -54,6 +57,8 @@ class CacheState:
     waiting_for_prefix: int = 0
     drafts_proposed: int = 0
     drafts_accepted: int = 0
+    other_blocks: int = 0
+    other_tokens: int = 0
 
 
 def cache_state(core: EngineCore) -> dict[str, int | str]:
@@ -66,9 +71,10 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
     total = pool.num_gpu_blocks - 1  # one block is vLLM's null block
     slots = getattr(scheduler, "slots", None)
     waiting = waiting_requests(scheduler)
+    others, other_tokens = other_blocks(scheduler)
     state = CacheState(
         cache_dtype=str(core.vllm_config.cache_config.cache_dtype),
-        tile_tokens=getattr(scheduler, "block_tokens", scheduler.block_size),
+        tile_tokens=block_tokens(scheduler),
         bytes_per_tile=max(len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in groups),
         max_model_len=scheduler.max_model_len,
         max_requests=scheduler.max_num_running_reqs,
@@ -87,6 +93,8 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
         preemptions=getattr(scheduler, "preemptions", 0),
         drafts_proposed=getattr(scheduler, "drafts_proposed", 0),
         drafts_accepted=getattr(scheduler, "drafts_accepted", 0),
+        other_blocks=others,
+        other_tokens=other_tokens,
         **waiting_by_reason(scheduler, len(waiting)),
     )
     return asdict(state)

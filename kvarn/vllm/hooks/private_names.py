@@ -20,7 +20,9 @@ SCHEDULER_ATTRIBUTES = (
     "kv_cache_config.needs_kv_cache_zeroing",
     "kv_cache_manager.block_pool.blocks",
     "kv_cache_manager.block_pool.cached_block_hash_to_block",
+    "kv_cache_manager.block_pool.hash_block_size",
     "kv_cache_manager.block_pool.num_gpu_blocks",
+    "kv_cache_manager.coordinator.cache_blocks",
     "kv_cache_manager.coordinator.single_type_managers",
     "kv_event_publisher",
     "max_model_len",
@@ -41,6 +43,7 @@ MANAGER_ATTRIBUTES = (
     "block_size",
     "get_num_skipped_tokens",
     "kv_cache_spec",
+    "num_cached_block",
     "req_to_blocks",
 )
 REQUEST_ATTRIBUTES = (

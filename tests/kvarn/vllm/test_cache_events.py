@@ -17,6 +17,7 @@ def core_of(*events: Any) -> Any:
     return SimpleNamespace(
         scheduler=SimpleNamespace(
             block_size=GROUP,
+            kv_cache_config=SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=None)]),
             kv_event_publisher=SimpleNamespace(shutdown=lambda: None),
             kv_cache_manager=SimpleNamespace(take_events=lambda: list(events)),
         )
@@ -41,10 +42,10 @@ def test_the_wire_form_is_a_tuple_of_the_fields() -> None:
     later = stored(block_hashes=[8], parent_block_hash=7, extra_keys=[("no salt behind a parent",)])
     removed = BlockRemoved(block_hashes=[7, 8], medium="GPU")
     assert cache_events(core_of(adapted, later, removed, AllBlocksCleared())) == [
-        ([7], None, [1, 2, 3, 4], "adapter", "salt", [], False),
-        ([8], 7, [1, 2, 3, 4], "", "", [], False),
-        ([], None, [], "", "", [7, 8], False),
-        ([], None, [], "", "", [], True),
+        ([7], None, [1, 2, 3, 4], "adapter", "salt", [], False, [], []),
+        ([8], 7, [1, 2, 3, 4], "", "", [], False, [], []),
+        ([], None, [], "", "", [7, 8], False, [], []),
+        ([], None, [], "", "", [], True, [], []),
     ]
 
 

@@ -22,9 +22,11 @@ from vllm.v1.request import RequestStatus
 from kvarn.vllm import scheduler as kvarn_scheduler
 from kvarn.vllm.access.telemetry import waiting_by_reason
 from kvarn.vllm.cache_settings import GIB, slot_bytes
+from kvarn.vllm.prefix_ends import PrefixEnds
 from kvarn.vllm.scheduler import SlotPlanning
 from kvarn.vllm.slots import ScheduledTokens, SlotPlan, SlotTable, tail_slots
 from kvarn.vllm.versions import packs_states, waiting_requests
+from serve_app.routing import PrefixIndex
 from tests.support.scheduling import GROUP, VOCABULARY, Worker, World, continuation, make_scheduler
 
 MAX_REQUESTS = 10
@@ -121,6 +123,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         for right in rights:
             self.world.draft(right)
             self.world.step(budget)
+
+    @precondition(lambda self: not self.world.scheduler.use_eagle)  # vLLM then drops a hit's last tile
+    @rule()
+    def expect_hits(self) -> None:
+        """Compare what a gateway expects with what vLLM finds, for the prompts of all and of the last requests."""
+        running = [prompt for prompt, _ in self.world.prompts.values()]
+        self.world.check_expected_hits([*running, *self.world.answered[-4:]])
 
     @rule(place=st.integers(0, 9))
     def abort(self, place: int) -> None:
@@ -323,9 +332,26 @@ def forget_hashes_of_blocks_of_several_tiles(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(SlotPlanning, "_plan_slots", mutant)
 
 
+def take_every_tile_for_a_usable_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PrefixIndex, "_shorten", lambda self, *args: None)
+
+
+def forget_the_windows_that_reach_into_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    update = PrefixEnds._update
+
+    def mutant(self: PrefixEnds, tile: Any) -> None:
+        children, tile.children = tile.children, []
+        update(self, tile)
+        tile.children = children
+
+    monkeypatch.setattr(PrefixEnds, "_update", mutant)
+
+
 @pytest.mark.parametrize(
     "mutate",
     [
+        take_every_tile_for_a_usable_end,
+        forget_the_windows_that_reach_into_a_tile,
         clear_no_reused_blocks,
         take_a_block_for_its_first_tile,
         forget_hashes_of_blocks_of_several_tiles,

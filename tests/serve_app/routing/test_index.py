@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from itertools import product
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,12 +12,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvarn.vllm.access.cache_events import CacheEvent
 from serve_app.engine.tile_log import TileLog
-from serve_app.routing import Namespace, PrefixIndex, chain, token_array
+from serve_app.routing import Namespace, PrefixIndex, chain, end_name, token_array
 from serve_app.routing import index as index_module
 from serve_app.routing.types import TileChange
 
-CHAINS = [[100 * start + link for link in range(6)] for start in range(4)]
+CHAINS = [[100 * start + 2 * link for link in range(6)] for start in range(4)]
 TILES = [tile for links in CHAINS for tile in links]
+NAMES = [*TILES, *map(end_name, TILES)]
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -26,20 +28,22 @@ class IndexMachine(RuleBasedStateMachine):
         super().__init__()
         self.index = PrefixIndex(1000)
         self.held: dict[str, set[int]] = {}
+        self.has_ends: dict[str, bool] = {}
         self.sequence: dict[str, int] = {}
         self.reserved: dict[str, tuple[str, set[int]]] = {}
         self.count = 0
 
-    @rule(replica=st.sampled_from("abc"), tiles=st.sets(st.sampled_from(TILES)))
-    def snapshot(self, replica: str, tiles: set[int]) -> None:
+    @rule(replica=st.sampled_from("abc"), tiles=st.sets(st.sampled_from(NAMES)), has_ends=st.booleans())
+    def snapshot(self, replica: str, tiles: set[int], has_ends: bool) -> None:
         self.held[replica], self.sequence[replica] = set(tiles), 7
+        self.has_ends[replica] = has_ends
         self.reserved = {key: held for key, held in self.reserved.items() if held[0] != replica}
-        self.index.replace(replica, 1, 7, tiles)
+        self.index.replace(replica, 1, 7, tiles, has_ends)
 
     @rule(
         replica=st.sampled_from("abc"),
-        stored=st.sets(st.sampled_from(TILES)),
-        removed=st.sets(st.sampled_from(TILES)),
+        stored=st.sets(st.sampled_from(NAMES)),
+        removed=st.sets(st.sampled_from(NAMES)),
     )
     def delta(self, replica: str, stored: set[int], removed: set[int]) -> None:
         sequence = self.sequence.get(replica, 0) + 1
@@ -61,13 +65,14 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.drop(replica)
         self.reserved = {key: held for key, held in self.reserved.items() if held[0] != replica}
 
-    @rule(replica=st.sampled_from("abc"), links=st.sampled_from(CHAINS))
-    def reserve(self, replica: str, links: list[int]) -> None:
+    @rule(replica=st.sampled_from("abc"), links=st.sampled_from(CHAINS), most=st.integers(-1, 6))
+    def reserve(self, replica: str, links: list[int], most: int) -> None:
         self.count += 1
         if replica in self.held:
-            self.index.reserve(str(self.count), replica, links)
+            self.index.reserve(str(self.count), replica, links, most)
             others = set().union(*(tiles for owner, tiles in self.reserved.values() if owner == replica))
-            self.reserved[str(self.count)] = (replica, set(links) - self.held[replica] - others)
+            ends = {end_name(links[most - 1])} if self.has_ends[replica] and most > 0 else set()
+            self.reserved[str(self.count)] = (replica, ends.union(links) - self.held[replica] - others)
 
     @rule(data=st.data())
     def settle(self, data: st.DataObject) -> None:
@@ -78,14 +83,17 @@ class IndexMachine(RuleBasedStateMachine):
 
     @invariant()
     def matches_are_exact(self) -> None:
-        for links in CHAINS:
+        for links, most in product(CHAINS, (None, -1, 3)):
             expected = {}
             for replica, held in self.held.items():
                 tiles = held.union(*(tiles for owner, tiles in self.reserved.values() if owner == replica))
                 depth = next((i for i, link in enumerate(links) if link not in tiles), len(links))
+                if self.has_ends[replica]:
+                    usable = links[: depth if most is None else max(0, min(depth, most))]
+                    depth = max((i for i, link in enumerate(usable, 1) if end_name(link) in tiles), default=0)
                 if depth:
                     expected[replica] = depth
-            assert self.index.match(links) == expected
+            assert self.index.match(links, most) == expected
         for replica, held in self.held.items():
             reserved = {tile for owner, tiles in self.reserved.values() if owner == replica for tile in tiles}
             assert self.index.tiles(replica) == len(held | reserved)
@@ -163,6 +171,22 @@ async def test_events_become_names_that_gateways_work_out_too() -> None:
         assert (change.sequence, change.stored, set(change.removed)) == (5, [], set(links[:2]))
     whole = await taken(log)
     assert (whole.sequence, whole.stored, whole.is_whole) == (5, [], True)
+
+
+async def test_ends_have_names_while_their_prefix_is_usable() -> None:
+    log = TileLog(1, "m", "auto", 4, has_ends=True)
+    ids = list(range(12))
+    links = chain(token_array(ids), 4, Namespace("m", "auto", 4).root())
+    ends = [*map(end_name, links)]
+    async with aclosing(log.watch()) as changes:
+        assert (await anext(changes)).has_ends
+        log.take([CacheEvent(stored=[10, 11, 12], token_ids=ids), CacheEvent(begun=[11, 12])])
+        change = await anext(changes)
+        assert (set(change.stored), change.removed) == ({*links, *ends[1:]}, [])
+        log.take([CacheEvent(removed=[12]), CacheEvent(begun=[10, 99], ceased=[11, 12, 98])])
+        change = await anext(changes)
+        assert (change.stored, set(change.removed)) == (ends[:1], {links[2], *ends[1:]})
+    assert set((await taken(log)).stored) == {*links[:2], ends[0]}
 
 
 async def test_a_salt_keeps_prefixes_apart() -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from random import Random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -23,6 +24,7 @@ from serve_app.routing import (
     Headroom,
     Namespace,
     OutputLengths,
+    Pricer,
     Prompt,
     QueuedRequest,
     Rejection,
@@ -33,6 +35,7 @@ from serve_app.routing import (
     Router,
     SessionHomes,
     choose,
+    end_name,
     pause_s,
     token_array,
 )
@@ -355,6 +358,59 @@ def test_replicas_with_other_tiles_and_dtypes_route_in_one_fleet() -> None:
     router.index.replace("c", 1, 2, prompt.chain(16, root))
     tuned = router.choose(RequestNeed(512, 1), Prompt(prompt.token_ids, adapter="tuned"), NOW_S)
     assert {c.replica_id: c.cached_tiles for c in tuned.explain()} == {"a": 0, "b": 0, "c": 31}
+
+
+def test_prefixes_of_a_mixed_model_are_found_up_to_their_ends_only() -> None:
+    router = Router(GATEWAY)
+    prompt = Prompt(token_array(range(512)))
+    links = prompt.chain(128, Namespace("", "auto", 128).root())
+    ends = [*map(end_name, links)]
+    for replica, names in {"mixed": [*links, ends[1], ends[3]], "plain": links, "endless": links}.items():
+        router.update(replica, snapshot(), NOW_S)
+        router.index.replace(replica, 1, 1, names, has_ends=replica != "plain")
+
+    def cached(tokens: int) -> dict[str, int]:
+        explained = router.choose(RequestNeed(tokens, 1), prompt, NOW_S).explain()
+        return {candidate.replica_id: candidate.cached_tiles for candidate in explained}
+
+    assert cached(513) == {"mixed": 4, "plain": 4, "endless": 0}
+    assert cached(512) == {"mixed": 2, "plain": 3, "endless": 0}  # engines compute the last token
+
+
+def test_a_dispatch_to_a_mixed_model_counts_as_cached_up_to_the_prompts_end() -> None:
+    router = Router(GATEWAY)
+    router.update("r", snapshot(), NOW_S)
+    router.index.replace("r", 1, 1, (), has_ends=True)
+    prompt, shorter = Prompt(token_array(range(512))), Prompt(token_array(range(300)))
+    router.admit("first", RequestNeed(512, 1), prompt, NOW_S)
+
+    def cached(tokens: Prompt) -> list[int]:
+        need = RequestNeed(len(tokens), 1)
+        return [candidate.cached_tiles for candidate in router.choose(need, tokens, NOW_S).explain()]
+
+    assert (cached(prompt), cached(shorter)) == ([3], [0])
+    router.release("first")
+    assert cached(prompt) == [0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "blocks"), [(100, 1 + 4), (512, 4 + 16), (1024, 8 + 31), (2048, 16 + 31), (8192, 64 + 31)]
+)
+def test_a_request_takes_blocks_for_windows_and_states_too(tokens: int, blocks: int) -> None:
+    capacity = CacheCapacity("auto", 128, 1, 95, 1 << 20, other_blocks=31, other_tokens=1000)
+    replica = ReplicaState("r", CacheSnapshot(1, 1, capacity, CacheLoad(free_blocks=95)))
+    headroom = Headroom.of(replica, CostWeights())
+    candidate = Pricer(RequestNeed(tokens - 1, 1), CostWeights()).price(headroom, 0, explain=True)
+    assert (candidate.blocks, candidate.rejection) == (blocks, None)
+    longer = Pricer(RequestNeed(8192, 1), CostWeights()).price(headroom, 0, explain=True)
+    assert longer.rejection is Rejection.PAST_CACHE
+
+
+def test_a_small_cache_holds_a_sequence_with_a_part_of_its_windows() -> None:
+    capacity = CacheCapacity("auto", 128, 1, 20, 1 << 20, other_blocks=31, other_tokens=1000)
+    tokens = capacity.longest_sequence()
+    assert tokens < 1000
+    assert tokens / 128 + 31 * tokens / 1000 == pytest.approx(20, abs=0.1)
 
 
 def test_a_dispatch_counts_as_cached_until_it_ends_without_an_event() -> None:

@@ -1,0 +1,180 @@
+"""Cached prefixes that every cache group of a model with several can use.
+
+Layers with full attention keep all tiles of a prefix. Layers with a window need the last tokens of a prefix, and layers
+with a state the state at its end, so that a request can use a cached prefix only where these are cached too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    make_block_hash_with_group_id,
+    maybe_convert_block_hash,
+)
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A cache group beside the tiles'.
+
+    Attributes:
+        index: its index in vLLM.
+        step: hashes per block.
+        needed: cached blocks that a prefix needs at its end.
+    """
+
+    index: int
+    step: int
+    needed: int
+
+
+@dataclass(eq=False, slots=True)
+class _Tile:
+    """A tile of some prompt.
+
+    Attributes:
+        hashes: vLLM's hashes of the prefixes that end inside it; the last one is its own.
+        parent: the tile before it; None for the first one of a prompt.
+        children: the tiles behind it.
+        runs: consecutive blocks of each other group that are cached up to its end, at most those needed.
+    """
+
+    hashes: list[BlockHash]
+    parent: _Tile | None
+    runs: list[int]
+    children: list[_Tile] = field(default_factory=list)
+
+
+class PrefixEnds:
+    """Follows which tiles end a prefix that every cache group can use.
+
+    Learns of tiles as vLLM caches a request's blocks. What is cached is looked up in the block pool, for tiles that
+    vLLM's cache events name, so that neither the order of events nor the number of copies of a block matters.
+
+    Args:
+        scheduler: vLLM's, whose cache has more than one group.
+        group: index of the group of the tiles.
+        tile_tokens: tokens per block of that group.
+    """
+
+    def __init__(self, scheduler: Scheduler, group: int, tile_tokens: int) -> None:
+        coordinator = scheduler.kv_cache_manager.coordinator
+        self._managers = coordinator.single_type_managers
+        self._pool = scheduler.kv_cache_manager.block_pool
+        self._group = group
+        self._hashes_per_tile = tile_tokens // self._pool.hash_block_size
+        self._others = [
+            _Group(
+                index, manager.block_size // self._pool.hash_block_size, _needed_blocks(manager.kv_cache_spec)
+            )
+            for index, manager in enumerate(self._managers)
+            if index != group
+        ]
+        self._tiles: dict[BlockHash, _Tile] = {}
+        self._tile_of: dict[Any, _Tile] = {}  # by the hash of a block of any group, as events have it
+        self._changed: dict[_Tile, None] = {}
+        self._usable: set[BlockHash] = set()
+        self._cache_blocks = coordinator.cache_blocks
+        coordinator.cache_blocks = self._follow_cached_blocks
+
+    def changes(self, events: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+        """Return the tiles, by their hash in events, that began and ceased to end a usable prefix since the last call.
+
+        Args:
+            events: vLLM's cache events since the last call, of all groups.
+        """
+        for event in events:
+            kind = type(event).__name__
+            if kind == "AllBlocksCleared":
+                self._changed |= dict.fromkeys(self._tiles.values())
+            elif kind == "BlockRemoved":
+                removed = map(self._tile_of.get, event.block_hashes)
+                self._changed |= dict.fromkeys(tile for tile in removed if tile is not None)
+        before: dict[BlockHash, bool] = {}
+        while self._changed:
+            tile = next(iter(self._changed))
+            del self._changed[tile]
+            before.setdefault(tile.hashes[-1], tile.hashes[-1] in self._usable)
+            self._update(tile)
+        began = [h for h, was_usable in before.items() if not was_usable and h in self._usable]
+        ceased = [h for h, was_usable in before.items() if was_usable and h not in self._usable]
+        return [*map(maybe_convert_block_hash, began)], [*map(maybe_convert_block_hash, ceased)]
+
+    def _follow_cached_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        first = self._cached_tiles(request)
+        self._cache_blocks(request, num_computed_tokens)
+        for number in range(first, self._cached_tiles(request)):
+            self._note(request, number)
+
+    def _cached_tiles(self, request: Request) -> int:
+        """Leading tiles of `request` whose blocks of all groups have been cached, if vLLM keeps them at all."""
+        cached = (m.num_cached_block.get(request.request_id, 0) * m.block_size for m in self._managers)
+        return int(min(cached)) // self._managers[self._group].block_size
+
+    def _note(self, request: Request, number: int) -> None:
+        """Note that a request's tile has been cached, and what vLLM keeps of the other groups in it."""
+        size = self._hashes_per_tile
+        hashes = [request.block_hashes[place] for place in range(number * size, (number + 1) * size)]
+        tile = self._tiles.get(hashes[-1])
+        if tile is None:
+            parent = self._tiles.get(request.block_hashes[number * size - 1]) if number else None
+            if number and parent is None:
+                return  # cached before this object followed
+            tile = self._tiles[hashes[-1]] = _Tile(hashes, parent, [0] * len(self._others))
+            if parent is not None:
+                parent.children.append(tile)
+        self._changed[tile] = None
+
+    def _update(self, tile: _Tile) -> None:
+        """Look up what of a tile is cached."""
+        own = tile.hashes[-1]
+        runs = [self._run(tile, place, group) for place, group in enumerate(self._others)]
+        if runs != tile.runs:
+            tile.runs = runs
+            self._changed |= dict.fromkeys(tile.children)
+        is_cached = self._is_cached(own, self._group)
+        if is_cached and all(run >= group.needed for run, group in zip(runs, self._others, strict=True)):
+            self._usable.add(own)
+        else:
+            self._usable.discard(own)
+        self._tile_of[maybe_convert_block_hash(own)] = tile
+        if not is_cached and not tile.children:
+            self._forget(tile)
+
+    def _run(self, tile: _Tile, place: int, group: _Group) -> int:
+        """Consecutive blocks of a group that are cached up to the end of a tile, at most those needed."""
+        run = 0
+        for block_hash in tile.hashes[:: -group.step]:
+            if not self._is_cached(block_hash, group.index):
+                return min(run, group.needed)
+            self._tile_of[maybe_convert_block_hash(block_hash)] = tile
+            run += 1
+        before = tile.parent.runs[place] if tile.parent is not None else group.needed
+        return min(run + before, group.needed)
+
+    def _is_cached(self, block_hash: BlockHash, group: int) -> bool:
+        key = make_block_hash_with_group_id(block_hash, group)
+        return self._pool.cached_block_hash_to_block.get_one_block(key) is not None
+
+    def _forget(self, tile: _Tile) -> None:
+        """Forget a tile that is not cached and has none behind it."""
+        del self._tiles[tile.hashes[-1]]
+        for block_hash in tile.hashes:
+            self._tile_of.pop(maybe_convert_block_hash(block_hash), None)
+        if tile.parent is not None:
+            tile.parent.children.remove(tile)
+            self._changed[tile.parent] = None
+
+
+def _needed_blocks(spec: Any) -> int:
+    """Cached blocks at the end of a prefix that layers with `spec` need, so that a request can use the prefix."""
+    window = getattr(spec, "sliding_window", None)
+    return -(-(window - 1) // spec.block_size) if window else 1
