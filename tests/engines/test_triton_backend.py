@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vllm import LLM
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.metrics.reader import Counter
 
+from kvarn.vllm.gpu.triton_plan import TritonMetadata, TritonMetadataBuilder
 from tests.support.engines import (
     Answer,
     ask,
@@ -146,9 +149,28 @@ def undrafted(model: Path) -> list[Answer]:
         return ask(llm, DRAFTED_PROMPTS, max_tokens=DRAFTED_TOKENS)
 
 
+def plan_as_runner_v2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan a drafter's passes as vLLM's second model runner does, which this vLLM has on GPUs only.
+
+    It calls `build` for them, with the longest length that the model allows.
+    """
+
+    def build_for_drafting(
+        self: TritonMetadataBuilder, common: CommonAttentionMetadata, draft_index: int
+    ) -> TritonMetadata:
+        return self.build(0, replace(common, max_seq_len=SETTINGS["max_model_len"]))
+
+    monkeypatch.setattr(TritonMetadataBuilder, "build_for_drafting", build_for_drafting)
+
+
 @pytest.mark.parametrize(
-    ("method", "count", "heads"),
-    [("ngram", 5, {}), ("draft_model", 3, {}), ("draft_model", 2, {"kv_heads": 2})],
+    ("method", "count", "heads", "runner"),
+    [
+        ("ngram", 5, {}, 1),
+        ("draft_model", 3, {}, 1),
+        ("draft_model", 3, {}, 2),
+        ("draft_model", 2, {"kv_heads": 2}, 1),
+    ],
 )
 def test_drafts_change_nothing(
     model: Path,
@@ -156,11 +178,14 @@ def test_drafts_change_nothing(
     method: str,
     count: int,
     heads: dict[str, int],
+    runner: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Drafts are accepted and rejected across the end of a tile; a draft model has the target's shape or another."""
     use_triton_backend(monkeypatch)
+    if runner == 2:
+        plan_as_runner_v2(monkeypatch)
     drafts: dict[str, Any] = {"method": method, "num_speculative_tokens": count}
     if method == "ngram":
         drafts["prompt_lookup_max"] = 2

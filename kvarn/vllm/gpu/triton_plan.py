@@ -6,7 +6,7 @@ step is one CUDA graph. The host plans prefill chunks, whose lengths it knows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -144,7 +144,20 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> TritonMetadata:
-        common = common_attn_metadata
+        # Runner V2 plans the passes of its drafter here too; only the first pass of a draft model has chunks.
+        return self._plan(common_attn_metadata, uncounted=int(self._follows_a_sample))
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> TritonMetadata:
+        """Plan a pass of runner V1's drafter, whose lengths may count the sampled token in their maximum alone."""
+        uncounted, lengths = 0, common_attn_metadata.seq_lens_cpu_upper_bound
+        if self._follows_a_sample and draft_index == 0 and lengths is not None:
+            uncounted = min(max(common_attn_metadata.max_seq_len - int(lengths.max()), 0), 1)
+        return self._plan(common_attn_metadata, uncounted)
+
+    def _plan(self, common: CommonAttentionMetadata, uncounted: int) -> TritonMetadata:
+        """Plan a step of requests that have `uncounted` tokens more than the host's lengths say."""
         refuse_noncausal(common.causal)
         offsets = common.query_start_loc_cpu.numpy().astype(np.int64)
         longer = np.flatnonzero(np.diff(offsets) > self._most_queries)
@@ -156,19 +169,8 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
             slot_rows=self._token_rows[0, :tokens],
             page_rows=self._token_rows[1, :tokens],
             decode=self._plan_decode(common, offsets[: decodes + 1], slot_of) if decodes else None,
-            prefill=self._plan_prefill(common, decodes, offsets, slot_of) if len(longer) else [],
+            prefill=self._plan_prefill(common, decodes, offsets, uncounted, slot_of) if len(longer) else [],
         )
-
-    def build_for_drafting(
-        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
-    ) -> TritonMetadata:
-        """Plan a pass of a drafter; vLLM counts the sampled token in a draft model's first pass on the device only."""
-        common = common_attn_metadata
-        lengths = common.seq_lens_cpu_upper_bound
-        if self._follows_a_sample and draft_index == 0 and lengths is not None:
-            missing = common.max_seq_len - int(lengths.max())
-            common = replace(common, seq_lens_cpu_upper_bound=lengths + min(max(missing, 0), 1))
-        return self.build(0, common, fast_build=True)
 
     def _plan_decode(
         self, common: CommonAttentionMetadata, offsets: np.ndarray, slot_of: Tensor
@@ -207,7 +209,12 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
         return batch
 
     def _plan_prefill(
-        self, common: CommonAttentionMetadata, decodes: int, offsets: np.ndarray, slot_of: Tensor
+        self,
+        common: CommonAttentionMetadata,
+        decodes: int,
+        offsets: np.ndarray,
+        uncounted: int,
+        slot_of: Tensor,
     ) -> list[PrefillWave]:
         lengths = common.seq_lens_cpu_upper_bound
         assert lengths is not None, "vLLM passed no sequence lengths on the host"
@@ -216,7 +223,7 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
             prefill_plan.Chunks(
                 rows=np.arange(decodes, requests),
                 first=offsets[decodes:],
-                seq_lens=lengths.numpy()[decodes:requests].astype(np.int64),
+                seq_lens=lengths.numpy()[decodes:requests].astype(np.int64) + uncounted,
                 group=self._group,
                 raw=self._raw_chunks,
             ),
