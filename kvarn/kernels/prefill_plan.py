@@ -89,34 +89,35 @@ def plan_prefill(
     Args:
         chunks: the chunks.
         block_table: [R, W] int32.
-        slot_of: [blocks] int32, slot of each block or -1; blocks past its end have none.
+        slot_of: [blocks] int32, slot of each block or -1; the last is -1 and serves all blocks from there on.
         page_count: number of pages; those of the largest chunk, its context and its own tiles, at least.
-        slot_rows, page_rows: [N] int32, slot * group + row and page * group + row of each token of the chunks, -1 for
-            none; written.
+        slot_rows, page_rows: [N] int32, slot * group + row and page * group + row of each token of the chunks, negative
+            for none; written.
 
     Returns:
         Waves in the order of their tokens.
     """
     wave_starts, base = _waves((chunks.context_tiles + chunks.own_tiles).tolist(), page_count)
     own_page = base + chunks.context_tiles - chunks.first_tile  # its raw tile t is in page own_page + t
-    entries, sizes = _entries(chunks, wave_starts, base, own_page)
+    (row, tile, tile_page, reads_record), sizes = _entries(chunks, wave_starts, base, own_page)
     query_tiles = _own_tiles(chunks)
     tables = _page_tables(chunks, base, own_page, *query_tiles)
-    row, tile, page, keeps_slot, page_row, entry, first_query, key_lens, page_table = _to_device(
+    # Every operation on the device costs the host more than the few numbers that it would compute from others.
+    place, page, without_slot, page_row, entry, group_row, first_query, key_lens, page_table = _to_device(
         [
-            *entries,
+            row * block_table.shape[1] + tile,
+            tile_page,
+            -reads_record.astype(np.int32),  # all bits set, which makes any slot -1
             *_tokens(chunks, own_page, first_entry=sum(sizes)),
             *_query_tiles(chunks, wave_starts, *query_tiles),
             tables.ravel(),
         ],
         slot_of.device,
     )
-    block = block_table[row, tile]
-    has_slot = (keeps_slot > 0) & (block < slot_of.shape[0])
-    slot = torch.where(has_slot, slot_of[torch.where(has_slot, block, 0)], -1)
-    token_slot = slot[entry]
+    block = block_table.flatten().index_select(0, place)
+    slot = slot_of.index_select(0, block.clamp(max=slot_of.shape[0] - 1)).bitwise_or_(without_slot)
     page_rows.copy_(page_row)
-    slot_rows.copy_(torch.where(token_slot >= 0, token_slot * chunks.group + page_row % chunks.group, -1))
+    torch.add(group_row, slot.index_select(0, entry), alpha=chunks.group, out=slot_rows)
 
     ends = [*wave_starts[1:], len(base)]
     tiles = np.add.reduceat(chunks.own_tiles, wave_starts)
@@ -154,8 +155,8 @@ def _entries(
     """List the tiles of each wave that it began, fills and reads, then all tiles that have tokens of the chunks.
 
     Returns:
-        Row, tile, page, and whether the raw tile in its slot is meant; and the number of entries of each of the first
-        three kinds in each wave.
+        Row, tile, page, and whether its record is meant and not the raw tile in its slot; and the number of entries of
+        each of the first three kinds in each wave.
     """
     count = len(base)
     wave = np.repeat(np.arange(len(wave_starts)), np.diff([*wave_starts, count]))
@@ -172,18 +173,22 @@ def _entries(
     starts = np.cumsum(lengths) - lengths
     tile = np.arange(lengths.sum()) + np.repeat(tile_of_run - starts, lengths)
     page = tile + np.repeat(page_of_run, lengths)
-    keeps_slot = np.repeat((kind_of_run == 0) | (kind_of_run == 3), lengths)
-    keeps_slot[starts[(kind_of_run == 2) & (lengths > 0)]] = True  # tile 0, the sink
-    return (np.repeat(chunks.rows[order % count], lengths), tile, page, keeps_slot), sizes
+    reads_record = np.repeat((kind_of_run == 1) | (kind_of_run == 2), lengths)
+    reads_record[starts[(kind_of_run == 2) & (lengths > 0)]] = False  # tile 0, the sink
+    return (np.repeat(chunks.rows[order % count], lengths), tile, page, reads_record), sizes
 
 
-def _tokens(chunks: Chunks, own_page: np.ndarray, first_entry: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the page row of each token, and the entry of its tile, the first of which is `first_entry`."""
+def _tokens(
+    chunks: Chunks, own_page: np.ndarray, first_entry: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the page row of each token, the entry of its tile, the first of which is `first_entry`, and its row in
+    that tile."""
     lengths = np.diff(chunks.first)
     position = _ranges(lengths) + np.repeat(chunks.start, lengths)
     own_entry = first_entry + np.cumsum(chunks.own_tiles) - chunks.own_tiles - chunks.first_tile
     page_row = position + np.repeat(own_page * chunks.group, lengths)
-    return page_row, position // chunks.group + np.repeat(own_entry, lengths)
+    tile = position // chunks.group
+    return page_row, tile + np.repeat(own_entry, lengths), position - tile * chunks.group
 
 
 def _query_tiles(

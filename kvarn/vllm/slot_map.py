@@ -51,7 +51,7 @@ class SlotMap:
         return np.fromiter((self._slot_of.get(int(b), NO_SLOT) for b in block_ids), np.int64, len(block_ids))
 
     def on_device(self, device: torch.device) -> torch.Tensor:
-        """The map as [blocks] int32 on `device`, up to the last block that had a slot; `NO_SLOT` for none.
+        """The map as [blocks] int32 on `device`, beyond the last block that had a slot; `NO_SLOT` for none.
 
         Copies only the changes since the last call, without waiting for the device.
         """
@@ -61,7 +61,7 @@ class SlotMap:
             return self._table
         blocks = np.fromiter(self._changed, np.int64, len(self._changed))
         self._changed.clear()
-        if (needed := int(blocks.max()) + 1) > self._table.shape[0]:
+        if (needed := int(blocks.max()) + 2) > self._table.shape[0]:
             grown = torch.full((2 * needed,), NO_SLOT, dtype=torch.int32, device=device)
             grown[: self._table.shape[0]] = self._table
             self._table = grown

@@ -82,7 +82,7 @@ def _planner(bench: PrefillBench, step: StepShape, device: torch.device) -> Call
     lengths = tokens + context
     width = int(-(-lengths.max() // bench.group))
     table = torch.randperm(len(chunks) * width, device=device).view(len(chunks), width).int()
-    slot_of = torch.full((table.numel(),), -1, dtype=torch.int32, device=device)
+    slot_of = torch.full((table.numel() + 1,), -1, dtype=torch.int32, device=device)
     slot_of[table[:, 0].long()] = torch.arange(len(chunks), dtype=torch.int32, device=device)
     rows = torch.empty(2, int(tokens.sum()), dtype=torch.int32, device=device)
 

@@ -33,6 +33,13 @@ def test_the_device_follows_the_plans() -> None:
     assert slot_map.slots(np.array([0, 5, 900])).tolist() == [2, NO_SLOT, 1]
 
 
+def test_the_last_entry_serves_all_blocks_beyond_it() -> None:
+    slot_map = SlotMap()
+    for block in range(40):
+        apply(slot_map, [(block, block)], [])
+        assert slot_map.on_device(CPU)[-1] == NO_SLOT
+
+
 def test_plans_between_two_reads_add_up() -> None:
     slot_map = SlotMap()
     apply(slot_map, [(3, 0)], [])
