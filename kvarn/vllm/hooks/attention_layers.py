@@ -31,10 +31,10 @@ def install() -> None:
     @wraps(stock_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         config = get_current_vllm_config()
-        if config.cache_config.cache_dtype in PRESETS and is_idle(
-            kwargs.get(_WINDOW), config.model_config.max_model_len
-        ):
-            del kwargs[_WINDOW]
+        if config.cache_config.cache_dtype in PRESETS:
+            if is_idle(kwargs.get(_WINDOW), config.model_config.max_model_len):
+                del kwargs[_WINDOW]
+            kwargs.setdefault(_CACHE, config.cache_config)  # vLLM's Falcon passes none
         if kwargs.get(_WINDOW) is not None:
             kwargs.update(_unquantized(kwargs))
         stock_init(self, *args, **kwargs)
