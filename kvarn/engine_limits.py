@@ -10,6 +10,7 @@ from kvarn.model import KvShape
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.cache_settings import KVarNConfig, slots_within, tile_bytes
+from kvarn.vllm.mixed_layers import OtherLayers, block_use
 from kvarn.vllm.slots import NO_DRAFTS, Speculation, most_tail_slots
 
 
@@ -22,13 +23,14 @@ class EngineLimits:
         slots: raw tiles that the side pool holds.
         side_pool_bytes: memory of the side pool per rank.
         requests_in_slots: concurrent requests that the slots always suffice for.
-        blocks: tiles, of all layers and heads, that the cache holds.
+        blocks: those that the cache holds, each of tiles of all quantized layers, or of what other layers keep.
         cache_tokens: tokens in those blocks.
         max_model_len: maximum request length, in tokens.
         longest_requests: concurrent requests of that length that fit into the blocks.
         requests_at_once: concurrent requests that max_num_seqs and the slots allow.
         tokens_each: request length up to which `requests_at_once` fit into the blocks.
         first: the tightest limit: "max_num_seqs", "side pool" or "blocks".
+        other_blocks: blocks that a request of `max_model_len` tokens holds for layers with windows or states.
     """
 
     max_num_seqs: int
@@ -42,6 +44,7 @@ class EngineLimits:
     requests_at_once: int
     tokens_each: int | None
     first: str
+    other_blocks: int = 0
 
     @property
     def sentence(self) -> str:
@@ -67,6 +70,8 @@ def engine_limits(
     settings: KVarNConfig | None = None,
     speculation: Speculation = NO_DRAFTS,
     drafter: KvShape | None = None,
+    others: OtherLayers | None = None,
+    smallest_block: int = 16,
 ) -> EngineLimits:
     """Compute the limits of an engine with a quantized cache.
 
@@ -78,17 +83,24 @@ def engine_limits(
         settings: cache settings; None for the defaults.
         speculation: what a step may compute beyond the tokens it keeps.
         drafter: shape of the quantized layers of a draft model, None if it has none.
+        others: one rank's layers beside full attention, None if there are none.
+        smallest_block: fewest tokens per block that the kernels of layers with a window support.
 
     Raises:
         ValueError: the side pool is too small for one request, or the heads do not fit a record.
     """
     group = get_preset(cache_dtype).group
-    slot = block = 0
+    slot = drafters = 0
     for model in filter(None, (shape, drafter)):
         layout = TileLayout.of_heads(get_preset(cache_dtype), model.head_dim)
-        heads = max(model.kv_heads // tensor_parallel_size, 1) * model.layers
-        slot += tile_bytes(group, layout.head_dim, heads)
-        block += heads * layout.nbytes
+        heads = max(model.kv_heads // tensor_parallel_size, 1)
+        slot += tile_bytes(group, layout.head_dim, heads * model.layers)
+        if model is shape:
+            use = block_use(
+                layout, model.layers, heads, others or OtherLayers(), max_model_len, smallest_block
+            )
+        else:
+            drafters = heads * model.layers * layout.nbytes
     tails = most_tail_slots(group, speculation)
     slots = slots_within(settings or KVarNConfig(), max_num_seqs, slot, tails)
     in_slots = slots // (1 + tails)  # its first tile, and those it fills
@@ -96,9 +108,9 @@ def engine_limits(
     first = "max_num_seqs" if max_num_seqs <= in_slots else "side pool"
     blocks = longest = tokens_each = None
     if cache_bytes is not None:
-        blocks = max(cache_bytes // block - 1, 0)  # vLLM reserves the null block
-        longest = blocks // -(-max_model_len // group)
-        tokens_each = blocks // at_once * group
+        blocks = max(cache_bytes // (use.nbytes + drafters) - 1, 0)  # vLLM reserves the null block
+        longest = blocks // use.of_sequence(max_model_len)
+        tokens_each = use.tokens_within(blocks // at_once)
         first = "blocks" if longest < at_once else first
     return EngineLimits(
         max_num_seqs=max_num_seqs,
@@ -106,12 +118,13 @@ def engine_limits(
         side_pool_bytes=slots * slot,
         requests_in_slots=in_slots,
         blocks=blocks,
-        cache_tokens=None if blocks is None else blocks * group,
+        cache_tokens=None if blocks is None else blocks * use.tokens,
         max_model_len=max_model_len,
         longest_requests=longest,
         requests_at_once=at_once,
         tokens_each=tokens_each,
         first=first,
+        other_blocks=use.others,
     )
 
 
@@ -123,6 +136,8 @@ def limits_table(limits: EngineLimits) -> Table:
     made.add_row("side pool", f"{limits.requests_in_slots:,}", pool)
     if limits.blocks is not None:
         cache = f"{limits.blocks:,} blocks, {limits.cache_tokens:,} tokens"
+        if limits.other_blocks:
+            cache += f"; each request holds up to {limits.other_blocks:,} for windows or states"
         made.add_row(f"blocks, at {limits.max_model_len:,} tokens", f"{limits.longest_requests:,}", cache)
     made.caption, made.caption_justify = limits.sentence, "left"
     return made

@@ -266,7 +266,8 @@ def limits_of(app: App) -> EngineLimits | None:
     engine = app.config.engine
     if engine.kv_cache_dtype not in PRESETS:
         return None
-    shape = ModelShape.read(app.config.model, engine.max_model_len)
+    ranks = engine.tensor_parallel_size
+    shape = ModelShape.read(app.config.model, engine.max_model_len, ranks, engine.dtype, engine.device)
     try:
         return engine_limits(
             KvShape(shape.layers, shape.kv_heads, shape.head_dim),
@@ -274,10 +275,12 @@ def limits_of(app: App) -> EngineLimits | None:
             engine.max_num_seqs,
             engine.max_model_len or shape.context_limit,
             engine.kv_cache_memory_bytes,
-            engine.tensor_parallel_size,
+            ranks,
             KVarNConfig(**engine.kvarn_settings),  # type: ignore[arg-type]
             NO_DRAFTS if engine.speculative is None else engine.speculative.speculation,
             _drafter_shape(app.config, shape),
+            shape.others(ranks),
+            smallest_block=32 if engine.device == "cpu" else 16,
         )
     except ValueError as error:
         raise LaunchError(str(error)) from None

@@ -203,6 +203,13 @@ def cache_table(state: cluster_pb2.GetCacheStateResponse, model_dir: Path) -> Ta
             f"{held_in_bf16:,}",
             f"{held / held_in_bf16:.2f}x" if held_in_bf16 else "",
         )
+        if capacity.other_blocks:
+            made.caption = (
+                "Tokens of the layers with full attention. In addition, a sequence of "
+                f"{capacity.other_tokens:,} tokens or more holds {capacity.other_blocks:,} blocks for layers with "
+                "windows or states."
+            )
+            made.caption_justify = "left"
     return made
 
 

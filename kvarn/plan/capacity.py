@@ -13,13 +13,13 @@ from kvarn.plan.hardware import ATTENTION_OF_COPY, COPY_PART, GPUS, WEIGHTS_OF_C
 from kvarn.plan.model_shape import ModelShape, PlanError
 from kvarn.presets import MAX_QUERIES, PRESETS, get_preset
 from kvarn.tile import TileLayout, padded_head_dim
+from kvarn.vllm.mixed_layers import STATES_PER_LAYER, BlockUse, block_use
 
 BLOCK_TOKENS = 16  # vLLM's default block size
 SLOTS_PER_SEQUENCE = 3  # tail, sink and a retained sink, see kvarn.vllm.cache_settings
 STEP_TOKENS = 8192  # tokens per prefill step, vLLM's default on large GPUs
 WORKING_BYTES = 2 * 2**30  # activations, CUDA graphs and the CUDA context: an assumption
 PAGE_BYTES = 2 * 2  # keys and values in float16
-STATES_PER_LAYER = 2  # of a sequence: the current one, and the one at the last block's end (mode `align`)
 SHORT_SEQUENCES, SHORT_TOKENS = 64, 500
 DTYPES = ("auto", "fp8", *PRESETS)
 
@@ -193,11 +193,11 @@ class _Planner:
 
     def row(self, dtype: str, available: float, cache_gib: float | None) -> PlanRow:
         try:
-            block_tokens, head_bytes = self._block(dtype)
+            use = self._block_use(dtype)
         except ValueError as error:
             return PlanRow(dtype, 0, 0, 0, 0, 0, 0, 0, 0, None, refused=str(error))
-        block_bytes = self.shape.layers * self.kv_heads * head_bytes
-        other_bytes = self._other_bytes(dtype, self.context, block_bytes)
+        block_tokens, block_bytes = use.tokens, use.nbytes
+        other_bytes = self._other_bytes(dtype, self.context, use)
         full_bytes = ceil(self.context / block_tokens) * block_bytes
         sequence_bytes = full_bytes + other_bytes
         slot_bytes = self._slot_bytes(get_preset(dtype).group) if dtype in PRESETS else 0
@@ -222,7 +222,7 @@ class _Planner:
             pool = pages + self.slots_per_sequence * slot_bytes * max(sequences, 0)
             cache = max(available - pool, 0)
         blocks = int((cache - max(sequences, 0) * other_bytes) // block_bytes)
-        bytes_per_token = block_bytes / block_tokens
+        bytes_per_token = self._bytes_per_token(dtype, use)
         step_s = self._step_s(dtype, max(sequences, 1), bytes_per_token, slot_bytes)
         return PlanRow(
             dtype=dtype,
@@ -238,40 +238,33 @@ class _Planner:
             other_bytes=other_bytes,
             full_attention_share=full_bytes / sequence_bytes,
             short_bytes=SHORT_SEQUENCES
-            * (
-                ceil(SHORT_TOKENS / block_tokens) * block_bytes
-                + self._other_bytes(dtype, SHORT_TOKENS, block_bytes)
-            ),
+            * (ceil(SHORT_TOKENS / block_tokens) * block_bytes + self._other_bytes(dtype, SHORT_TOKENS, use)),
         )
 
-    def _block(self, dtype: str) -> tuple[int, int]:
-        """(tokens per block, bytes per block and KV head).
-
-        Beside states, a block of a preset holds one state in the tiles of all layers, and another one in each layer.
-        """
+    def _block_use(self, dtype: str) -> BlockUse:
+        """How sequences fill blocks; for other dtypes than presets, without the blocks of windows."""
+        shape = self.shape
         if dtype in PRESETS:
-            layout = TileLayout.of_heads(get_preset(dtype), self.shape.head_dim)
-            tokens, head_bytes, layers = layout.group, layout.nbytes, self.shape.layers
-        else:
-            element_bytes = 1 if dtype == "fp8" else self.shape.dtype_bytes
-            tokens, head_bytes, layers = (
-                BLOCK_TOKENS,
-                2 * element_bytes * BLOCK_TOKENS * self.shape.head_dim,
-                1,
-            )
-        fitting = max(1, ceil(self.shape.state_bytes / (layers * self.kv_heads * head_bytes)))
-        return fitting * tokens, fitting * head_bytes
+            layout = TileLayout.of_heads(get_preset(dtype), shape.head_dim)
+            others = shape.others(self.tensor_parallel)
+            return block_use(layout, shape.layers, self.kv_heads, others, self.context)
+        element_bytes = 1 if dtype == "fp8" else shape.dtype_bytes
+        page = 2 * element_bytes * BLOCK_TOKENS * shape.head_dim * self.kv_heads
+        fitting = max(1, ceil(shape.state_bytes / page))  # a page holds the state of a layer
+        states = STATES_PER_LAYER * ceil(shape.state_layers / shape.layers)
+        return BlockUse(fitting * BLOCK_TOKENS, shape.layers * fitting * page, states, 1)
 
-    def _other_bytes(self, dtype: str, tokens: int, block_bytes: int) -> int:
+    def _bytes_per_token(self, dtype: str, use: BlockUse) -> float:
+        """Bytes of a token in the layers with full attention, without what pads a page."""
+        if dtype not in PRESETS:
+            return use.nbytes / use.tokens
+        layout = TileLayout.of_heads(get_preset(dtype), self.shape.head_dim)
+        return self.shape.layers * self.kv_heads * layout.nbytes / layout.group
+
+    def _other_bytes(self, dtype: str, tokens: int, use: BlockUse) -> int:
         """Cache of one sequence in the layers without full attention."""
-        return self._window_bytes(dtype, tokens) + self._state_blocks(dtype, block_bytes) * block_bytes
-
-    def _state_blocks(self, dtype: str, block_bytes: int) -> int:
-        """Blocks of one sequence for states: vLLM puts one into each page of a block, or as many as fit."""
-        if not self.shape.state_layers:
-            return 0
-        per_block = block_bytes // self.shape.state_bytes if dtype in PRESETS else self.shape.layers
-        return STATES_PER_LAYER * ceil(self.shape.state_layers / per_block)
+        blocks = use.beside(tokens) * use.nbytes
+        return blocks if dtype in PRESETS else blocks + self._window_bytes(dtype, tokens)
 
     def _window_bytes(self, dtype: str, tokens: int) -> int:
         """Cache of one sequence in the layers with a window, which keep the model's dtype beside a preset."""

@@ -9,9 +9,9 @@ from typing import Any
 from kvarn.errors import KVarNError
 from kvarn.layer_kinds import STATES, layer_kinds, quantized_layers
 from kvarn.model import context_limit, head_size, read_config, resolve_model, text_config
-from kvarn.vllm.mixed_layers import state_bytes
+from kvarn.vllm.mixed_layers import OtherLayers, state_bytes
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
 
 
 class PlanError(KVarNError):
@@ -46,14 +46,34 @@ class ModelShape:
     state_layers: int = 0
     state_bytes: int = 0
 
+    def others(self, tensor_parallel: int = 1) -> OtherLayers:
+        """What the layers beside full attention hold on one of `tensor_parallel` GPUs, in the model's dtype."""
+        kv_heads = max(1, self.kv_heads // tensor_parallel)
+        return OtherLayers(
+            windows=self.window_layers,
+            window=self.window,
+            token_bytes=2 * self.dtype_bytes * self.head_dim * kv_heads,
+            states=self.state_layers,
+            state_bytes=self.state_bytes,
+        )
+
     @classmethod
-    def read(cls, name_or_dir: str, max_model_len: int | None = None, tensor_parallel: int = 1) -> ModelShape:
+    def read(
+        cls,
+        name_or_dir: str,
+        max_model_len: int | None = None,
+        tensor_parallel: int = 1,
+        dtype: str = "auto",
+        device: str = "cuda",
+    ) -> ModelShape:
         """Read the shape of a model, by name or directory.
 
         Args:
             name_or_dir: the model.
             max_model_len: length of the longest sequence, in tokens; None: the model's limit.
             tensor_parallel: number of GPUs.
+            dtype: vLLM's `dtype`; "auto": that of the configuration.
+            device: where the model will run, "cuda" or "cpu".
 
         Raises:
             ModelError: there is no such model, or its config is not JSON.
@@ -68,7 +88,7 @@ class ModelShape:
                 "give a model with multi-head or grouped-query attention"
             )
         try:
-            return cls._of(config, directory, max_model_len, tensor_parallel)
+            return cls._of(config, directory, max_model_len, tensor_parallel, dtype, device)
         except KeyError as error:
             raise PlanError(
                 f"{directory / 'config.json'} has no {error}: give the config of a decoder-only transformer"
@@ -76,10 +96,17 @@ class ModelShape:
 
     @classmethod
     def _of(
-        cls, config: dict[str, Any], directory: Path, max_model_len: int | None, tensor_parallel: int
+        cls,
+        config: dict[str, Any],
+        directory: Path,
+        max_model_len: int | None,
+        tensor_parallel: int,
+        dtype: str,
+        device: str,
     ) -> ModelShape:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+        if dtype == "auto":
+            dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
         dtype_bytes = DTYPE_BYTES.get(dtype, 2)
         head_dim = head_size(config)
         kv_heads = config.get("num_key_value_heads") or heads
@@ -100,13 +127,13 @@ class ModelShape:
             window_layers=0 if state_layers else config["num_hidden_layers"] - layers,
             window=config.get("sliding_window") or 0,
             state_layers=state_layers,
-            state_bytes=_state_bytes(directory, dtype, tensor_parallel) if state_layers else 0,
+            state_bytes=_state_bytes(directory, dtype, tensor_parallel, device) if state_layers else 0,
         )
 
 
-def _state_bytes(directory: Path, dtype: str, tensor_parallel: int) -> int:
+def _state_bytes(directory: Path, dtype: str, tensor_parallel: int, device: str) -> int:
     try:
-        return state_bytes(directory, dtype, tensor_parallel)
+        return state_bytes(directory, dtype, tensor_parallel, device)
     except Exception as error:  # each model's classes fail in their own way
         reason = str(error).strip().partition("\n")[0]
         raise PlanError(

@@ -21,9 +21,10 @@ from kvarn.tile import TileLayout
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vllm.config import ModelConfig, ParallelConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
     from vllm.v1.core.sched.scheduler import Scheduler
 
+STATES_PER_LAYER = 2  # of a sequence: the current one, and the one at the last block's end (mode `align`)
 STATE_ALIGNMENT = 64  # bytes; states are tensors of several dtypes
 PAGE_ALIGNMENT = 512  # bytes; vLLM 0.27 clears pages in steps of the largest power of two that divides them
 
@@ -45,8 +46,7 @@ def splits_quantized(model: ModelConfig) -> bool:
     Groups have as many layers as the rarest kind, or as the most frequent one where that is less than 1.5 as many.
     """
     counts = Counter(layer_kinds(config_of(model)))
-    fewest, most = min(counts.values()), max(counts.values())
-    return counts[FULL] > (most if most < 1.5 * fewest else fewest)
+    return counts[FULL] > _layers_per_group(min(counts.values()), max(counts.values()))
 
 
 def num_quantized_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
@@ -198,8 +198,12 @@ def block_sizes(supported: Iterable[Any], group: int, smallest: int) -> list[int
 
     vLLM looks prefixes up in steps of a multiple of all layers' blocks, which these keep at one tile.
     """
-    sizes = takewhile(lambda size: size <= group, (smallest << i for i in count()))
-    return [size for size in sizes if any(_takes(accepted, size) for accepted in supported)]
+    powers = _powers_of_two(smallest, group)
+    return [size for size in powers if any(_takes(accepted, size) for accepted in supported)]
+
+
+def _powers_of_two(smallest: int, largest: int) -> list[int]:
+    return list(takewhile(lambda size: size <= largest, (smallest << i for i in count())))
 
 
 def _takes(accepted: Any, size: int) -> bool:
@@ -262,13 +266,105 @@ def state_pages(vllm_config: Any) -> StatePages:
     return StatePages(_ceil_div(state, tile), state)
 
 
-def state_bytes(model_dir: Path, dtype: str, tensor_parallel: int) -> int:
+@dataclass(frozen=True)
+class OtherLayers:
+    """One rank's layers beside full attention, by a model's configuration; of the two kinds, a model has one.
+
+    Attributes:
+        windows: layers with a window.
+        window: its tokens.
+        token_bytes: bytes of a token in one of them.
+        states: layers with a state.
+        state_bytes: bytes of one layer's state.
+    """
+
+    windows: int = 0
+    window: int = 0
+    token_bytes: int = 0
+    states: int = 0
+    state_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class BlockUse:
+    """How sequences fill the blocks of a quantized cache.
+
+    Attributes:
+        tokens: tokens per block of tiles.
+        nbytes: bytes of a block of any kind on one rank, over all layers.
+        others: most blocks that a sequence holds beside those of its tiles.
+        others_tokens: tokens of the shortest sequence that holds them.
+    """
+
+    tokens: int
+    nbytes: int
+    others: int = 0
+    others_tokens: int = 0
+
+    def beside(self, tokens: int) -> int:
+        """Blocks that a sequence of `tokens` tokens holds beside those of its tiles."""
+        if tokens >= self.others_tokens:
+            return self.others
+        return _ceil_div(self.others * tokens, self.others_tokens)
+
+    def of_sequence(self, tokens: int) -> int:
+        """All blocks of a sequence of `tokens` tokens."""
+        return _ceil_div(tokens, self.tokens) + self.beside(tokens)
+
+    def tokens_within(self, blocks: int) -> int:
+        """Tokens of the longest sequence that `blocks` blocks hold, in whole blocks."""
+        longest = max(0, blocks - self.others) * self.tokens
+        if longest < self.others_tokens:
+            longest = int(blocks / (1 / self.tokens + self.others / self.others_tokens))
+            longest -= longest % self.tokens
+        return longest
+
+
+def block_use(
+    layout: TileLayout, layers: int, kv_heads: int, others: OtherLayers, max_tokens: int, smallest: int = 16
+) -> BlockUse:
+    """Compute how an engine will fill blocks, as its layers and vLLM's cache groups will have them.
+
+    Args:
+        layout: the quantized layers' records.
+        layers: number of quantized layers.
+        kv_heads: KV heads on a rank.
+        others: the other layers.
+        max_tokens: length of the longest sequence.
+        smallest: fewest tokens per block that the kernels of layers with a window support.
+    """
+    tile = kv_heads * layout.nbytes
+    if others.states:
+        tiles = _ceil_div(others.state_bytes, layers * tile)
+        nbytes = tiles * layers * tile
+        states = STATES_PER_LAYER * _ceil_div(others.states, nbytes // others.state_bytes)
+        return BlockUse(tiles * layout.group, nbytes, states, 1)
+    if others.windows:
+        reach = min(others.window, max_tokens)
+        sizes = _powers_of_two(smallest, layout.group)
+        local = LocalLayers(others.windows, others.token_bytes, others.window - 1, sizes)
+        pages = share_pages(tile, layout.group, layers, local, max_tokens)
+        held = _ceil_div(reach, pages.block_tokens) + 1
+        per_group = _layers_per_group(layers, others.windows)
+        groups = _ceil_div(others.windows, per_group)
+        return BlockUse(layout.group, per_group * pages.nbytes, groups * held, reach)
+    return BlockUse(layout.group, layers * tile)
+
+
+def _layers_per_group(one: int, other: int) -> int:
+    """Layers of a cache group of vLLM, of two kinds with `one` and `other` layers."""
+    fewest, most = sorted((one, other))
+    return most if most < 1.5 * fewest else fewest
+
+
+def state_bytes(model_dir: Path, dtype: str, tensor_parallel: int, device: str) -> int:
     """Bytes of one layer's state on one rank, for the layers of a model that keep one. No weights are read.
 
     Args:
         model_dir: directory with the model's config.json.
         dtype: the model's dtype.
         tensor_parallel: number of ranks that share a layer's heads.
+        device: "cpu" or "cuda", where the engine will run: vLLM may keep states in another dtype on this machine.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -276,9 +372,12 @@ def state_bytes(model_dir: Path, dtype: str, tensor_parallel: int) -> int:
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import ModelRegistry
+    from vllm.platforms import current_platform
     from vllm.v1.kv_cache_interface import MambaSpec
 
     config = EngineArgs(str(model_dir), dtype=dtype, skip_tokenizer_init=True).create_engine_config()
+    if device != "cpu" and current_platform.is_cpu():
+        _undo_state_dtype_of_cpus(config)
     config.parallel_config.tensor_parallel_size = tensor_parallel  # such a machine is not at hand
     model, _ = ModelRegistry.resolve_model_cls(
         config.model_config.architecture, model_config=config.model_config
@@ -287,6 +386,13 @@ def state_bytes(model_dir: Path, dtype: str, tensor_parallel: int) -> int:
     dtypes = model.get_mamba_state_dtype_from_config(config)
     size = int(MambaSpec(block_size=1, shapes=shapes, dtypes=dtypes).page_size_bytes)
     return _ceil_div(size, STATE_ALIGNMENT) * STATE_ALIGNMENT
+
+
+def _undo_state_dtype_of_cpus(config: VllmConfig) -> None:
+    """Let the model choose the dtype of its states again: on some CPUs, vLLM has replaced it."""
+    config.cache_config.mamba_ssm_cache_dtype = "auto"
+    config.model_config.config_updated = False
+    config.try_verify_and_update_config()
 
 
 def _state_bytes(layer: Any) -> int:

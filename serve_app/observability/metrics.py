@@ -59,7 +59,10 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0)
 _DECISION_SECONDS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 0.1)
 
-CACHE_CAPACITY = _gauge("cache_capacity_tokens", "Tokens the KV cache can hold.")
+CACHE_CAPACITY = _gauge(
+    "cache_capacity_tokens",
+    "Tokens the KV cache can hold, if layers with windows or states took none of its blocks.",
+)
 CACHE_TOKENS = _gauge(
     "cache_tokens",
     "Tokens of cache space by state: free is empty, evictable holds prefixes not in use, live is in use. "
@@ -71,7 +74,8 @@ CACHE_RESERVED = _gauge(
 )
 CACHE_SAVED = _gauge(
     "cache_saved_bytes",
-    "Memory saved by quantization: size of the cached tiles in fp16, less their actual size.",
+    "Memory saved by quantization: size of the cached tiles in fp16, less their actual size. Where layers have "
+    "windows or states, these count with the most blocks that running requests hold for them.",
 )
 SLOT_CAPACITY = _gauge("side_pool_capacity_slots", "fp16 tiles of the side pool.")
 SLOTS = _gauge(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,8 +20,12 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.models import llama
 
-from kvarn.plan.capacity import make_plan
+from kvarn.plan.model_shape import ModelShape
+from kvarn.presets import get_preset
+from kvarn.tile import TileLayout
+from kvarn.vllm.access.telemetry import cache_state
 from kvarn.vllm.hooks import RefusalError, attention_layers
+from kvarn.vllm.mixed_layers import block_use, other_blocks
 from kvarn.vllm.versions import packs_states
 from tests.support.engines import (
     PRESET,
@@ -124,8 +127,8 @@ def serve_alike(directory: Path, family: str) -> None:
             (hit,) = ask(llm, [prompt])
             block = scheduler_of(llm).block_tokens
             assert hit.cached == LENGTH // block * block == expected > 0
-            if made.has_states:
-                assert_planned_as_served(model, llm)
+            if other_blocks(scheduler_of(llm))[0]:
+                assert_blocks_as_limited(model, llm)
             with chunks_of(llm, 77):
                 chunked = ask_cold(llm, prompt)
             assert llm.reset_prefix_cache()
@@ -137,26 +140,21 @@ def serve_alike(directory: Path, family: str) -> None:
             assert max(first_differences([cold], [ask_cold(llm, prompt)])) < 0.7
 
 
-def assert_planned_as_served(model: Path, llm: Any) -> None:
-    """Compare what `kvarn plan` computes with the blocks and states of an engine of the same model."""
-    scheduler, vllm_config = scheduler_of(llm), llm.llm_engine.vllm_config
-    entries = json.loads((model / "config.json").read_text())
-    published = model / "published"  # a configuration with the dtype that the engine serves
-    published.mkdir()
-    entries["dtype"] = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    (published / "config.json").write_text(json.dumps(entries))
-    planned = {row.dtype: row for row in make_plan(str(published), "h100", context=MAX_MODEL_LEN).rows}
-    row, groups = planned["kvarn_k4v4_g128"], scheduler.kv_cache_config.kv_cache_groups
-    tiles = groups[scheduler.cache_group]
-    held = sum(
-        group.kv_cache_spec.max_memory_usage_bytes(vllm_config) // group.kv_cache_spec.page_size_bytes
-        for group in groups
-        if group is not tiles
-    )
-    block_bytes = len(tiles.layer_names) * tiles.kv_cache_spec.page_size_bytes
-    assert row.block_tokens == scheduler.block_tokens
-    assert row.bytes_per_token * row.block_tokens == block_bytes
-    assert row.other_bytes == held * block_bytes
+def assert_blocks_as_limited(model: Path, llm: Any) -> None:
+    """Compare the blocks that `kvarn plan` and `kvarn serve` compute with those of an engine of the same model."""
+    scheduler = scheduler_of(llm)
+    state, vllm_config = cache_state(llm.llm_engine.engine_core.engine_core), llm.llm_engine.vllm_config
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    shape = ModelShape.read(str(model), MAX_MODEL_LEN, dtype=dtype, device="cpu")
+    layout = TileLayout.of_heads(get_preset("kvarn_k4v4_g128"), shape.head_dim)
+    use = block_use(layout, shape.layers, shape.kv_heads, shape.others(), MAX_MODEL_LEN, smallest=32)
+    assert (use.tokens, use.nbytes) == (state["tile_tokens"], state["bytes_per_tile"])
+    assert (use.others, use.others_tokens) == (state["other_blocks"], state["other_tokens"])
+    if shape.state_layers:
+        groups = scheduler.kv_cache_config.kv_cache_groups
+        specs = [group.kv_cache_spec for group in groups if group is not groups[scheduler.cache_group]]
+        most = (spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes for spec in specs)
+        assert use.others == sum(most)
 
 
 def end_passes_at_states(monkeypatch: pytest.MonkeyPatch) -> None:

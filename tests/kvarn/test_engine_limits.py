@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvarn.cli.doctor import Diagnosis, render
 from kvarn.cli.output import out
@@ -14,6 +16,7 @@ from kvarn.engine_limits import EngineLimits, engine_limits
 from kvarn.errors import KVarNError
 from kvarn.model import KvShape
 from kvarn.vllm.cache_settings import GIB, KVarNConfig, side_pool_slots, slot_bytes
+from kvarn.vllm.mixed_layers import BlockUse, OtherLayers
 from serve_app.config import AppConfig, EngineConfig
 from serve_app.engine.engine_deployment import engine_args
 from serve_app.launch import App, LaunchError, check_model, limits_of, read_app
@@ -42,6 +45,42 @@ def test_each_of_the_three_may_come_first() -> None:
     assert (cache.first, cache.requests_at_once, cache.longest_requests) == ("blocks", 64, 1725 // 64)
     assert (cache.blocks, cache.cache_tokens, cache.tokens_each) == (1725, 220_800, 1725 // 64 * 128)
     assert "64 requests run at once only if each has at most 3,328 tokens, and 26 of 8,192" in cache.sentence
+
+
+@pytest.mark.parametrize(
+    ("others", "block", "block_tokens", "beside"),
+    [
+        # 32 tokens of a window fill a page better than a tile, whose page they widen; 30 layers are a group.
+        (OtherLayers(windows=90, window=1024, token_bytes=2 * 2 * 3 * 64), 30 * 24_576, 128, 3 * 33),
+        # A block holds two states of 250 KB, so that 35 layers with two each take 36 blocks.
+        (OtherLayers(states=35, state_bytes=250_000), 30 * 3 * 6912, 128, 2 * 18),
+        # A state of three blocks' size has a block of as many tiles.
+        (OtherLayers(states=5, state_bytes=3 * 30 * 3 * 6912), 3 * 30 * 3 * 6912, 3 * 128, 2 * 5),
+    ],
+)
+def test_windows_and_states_take_blocks_of_every_request(
+    others: OtherLayers, block: int, block_tokens: int, beside: int
+) -> None:
+    made = engine_limits(SHAPE, "kvarn_k4v2_g128", 64, 8192, GIB, others=others)
+    blocks = GIB // block - 1
+    assert (made.blocks, made.other_blocks) == (blocks, beside)
+    assert made.longest_requests == blocks // (-(-8192 // block_tokens) + beside)
+
+
+@given(
+    use=st.builds(
+        BlockUse,
+        tokens=st.sampled_from([64, 128, 640]),
+        nbytes=st.just(1),
+        others=st.integers(1, 500),
+        others_tokens=st.sampled_from([1, 96, 4096]),
+    ),
+    blocks=st.integers(0, 2000),
+)
+def test_the_longest_sequence_within_blocks(use: BlockUse, blocks: int) -> None:
+    tokens = use.tokens_within(blocks)
+    assert tokens == 0 or use.of_sequence(tokens) <= blocks
+    assert use.of_sequence(tokens + 2 * use.tokens) > blocks
 
 
 def test_without_a_cache_size_blocks_are_not_guessed() -> None:

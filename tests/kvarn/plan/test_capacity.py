@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from kvarn.cli import app
@@ -65,9 +66,10 @@ def test_windows_take_the_same_memory_at_any_length(llama_8b: str, tmp_path: Pat
     room = 0.92 * GPUS["h100"].memory_bytes - ModelShape.read(llama_8b).weight_bytes
     for dtype in ("auto", "kvarn_k4v2_g128"):
         assert mixed[dtype].bytes_per_token == plain[dtype].bytes_per_token / 4
-        assert mixed[dtype].sequences > 2 * plain[dtype].sequences
+        assert mixed[dtype].sequences > 1.9 * plain[dtype].sequences
         assert longer[dtype].sequences > mixed[dtype].sequences / 4
         for row in (mixed[dtype], longer[dtype]):
+            assert windows <= row.other_bytes < 1.7 * windows  # a part of each page may be unused
             held = row.tokens * row.bytes_per_token + row.sequences * windows
             assert held < room * (1 - row.side_pool_share)
     in_window, without = (rows(model=m, gpu="h100", context=1024) for m in (str(directory), llama_8b))
@@ -122,6 +124,15 @@ def test_states_take_the_same_memory_at_any_length(granite_4: str) -> None:
             assert row.short_bytes > 64 * (500 * row.bytes_per_token + smallest)
         assert short[dtype].full_attention_share < longer[dtype].full_attention_share < 1
     assert longer["auto"].full_attention_share > longer["kvarn_k4v2_g128"].full_attention_share
+
+
+def test_states_have_the_dtype_of_the_device(granite_4: str) -> None:
+    """vLLM keeps them in float32 on CPUs with bfloat16 instructions, which may plan for a GPU."""
+    convolution, states = 3 * (128 * 64 + 2 * 128), 128 * 64 * 128
+    assert ModelShape.read(granite_4).state_bytes == pytest.approx(2 * (convolution + states), abs=64)
+    with_float32 = 2 * convolution + 4 * states
+    expected = with_float32 if torch.cpu._is_avx512_bf16_supported() else 2 * (convolution + states)
+    assert ModelShape.read(granite_4, device="cpu").state_bytes == pytest.approx(expected, abs=64)
 
 
 def test_states_are_shared_out_over_gpus(granite_4: str) -> None:
