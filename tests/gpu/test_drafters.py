@@ -9,21 +9,10 @@ import pytest
 import torch
 from vllm import LLM
 
-from tests.gpu.test_engine import RESIDUES, SETTINGS, assert_alike
-from tests.gpu.test_families import WITHOUT_COMPILATION
+from tests.gpu.answering_alike import assert_alike, assert_served_alike
+from tests.gpu.test_engine import RESIDUES, SETTINGS, WITHOUT_COMPILATION
 from tests.support.drafters import make_eagle_head, make_model_with_mtp_head
-from tests.support.engines import (
-    Answer,
-    ask,
-    ask_and_preempt,
-    ask_cold,
-    assert_nothing_left,
-    chunks_of,
-    engine,
-    make_llama,
-    prompt_of,
-    scheduler_of,
-)
+from tests.support.engines import Answer, ask_cold, engine, make_llama, prompt_of, scheduler_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -80,11 +69,4 @@ def test_a_head_inside_the_model_changes_no_answer(tmp_path: Path, monkeypatch: 
 def check(llm: LLM, undrafted: list[Answer]) -> None:
     """Assert that an engine gives the expected answers however it serves them, and keeps nothing."""
     assert_alike([ask_cold(llm, prompt, max_tokens=TOKENS) for prompt in PROMPTS], undrafted)
-    assert llm.reset_prefix_cache()
-    assert_alike(ask(llm, PROMPTS, TOKENS), undrafted)
-    assert_alike(ask(llm, PROMPTS, TOKENS), undrafted)  # from the cache
-    with chunks_of(llm, 77):
-        assert_alike([ask_cold(llm, prompt, max_tokens=TOKENS) for prompt in PROMPTS[::3]], undrafted[::3])
-    assert llm.reset_prefix_cache()
-    assert_alike(ask_and_preempt(llm, PROMPTS[::8], TOKENS), undrafted[::8])
-    assert_nothing_left(llm)
+    assert_served_alike(llm, PROMPTS, undrafted)

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.gpu.test_engine import SETTINGS, assert_alike
-from tests.support.engines import (
-    TILE,
-    ask,
-    ask_and_preempt,
-    ask_cold,
-    assert_nothing_left,
-    chunks_of,
-    engine,
-    first_differences,
-    prompt_of,
-)
+from tests.gpu.answering_alike import assert_served_alike
+from tests.gpu.test_engine import SETTINGS, WITHOUT_COMPILATION
+from tests.support.engines import TILE, ask_cold, engine, first_differences, prompt_of
 from tests.support.families import FAMILIES, make_family
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -42,7 +32,6 @@ SERVED = (
 )
 IN_BFLOAT16 = ("Gemma 3", "gpt-oss", "Granite 4", "Nemotron-H", "Falcon-H1", "Qwen3-Next", "LFM2")
 LENGTHS = range(2 * TILE, 4 * TILE, 19)
-WITHOUT_COMPILATION: dict[str, Any] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 
 
 @pytest.mark.parametrize("family", SERVED)
@@ -62,17 +51,7 @@ def test_a_family_answers_alike_however_it_is_served(
     prompts = [prompt_of(length, length) for length in LENGTHS]
     with engine(monkeypatch, model, **settings) as llm:
         cold = [ask_cold(llm, prompt) for prompt in prompts]
-        assert llm.reset_prefix_cache()
-        assert_alike(ask(llm, prompts), cold)
-        hits = ask(llm, prompts)
-        assert all(answer.cached >= TILE for answer in hits[-1 if made.has_states else 0 :])
-        assert_alike(hits, cold)
-        if made.chunked:
-            with chunks_of(llm, 77):
-                assert_alike([ask_cold(llm, prompt) for prompt in prompts], cold)
-        assert llm.reset_prefix_cache()
-        assert_alike(ask_and_preempt(llm, prompts[:4], max_tokens=6), cold[:4])
-        assert_nothing_left(llm)
+        assert_served_alike(llm, prompts, cold, chunked=made.chunked, has_states=made.has_states)
     with engine(monkeypatch, model, **{**settings, "kv_cache_dtype": "auto"}) as llm:
         differences = first_differences(cold, [ask_cold(llm, prompt) for prompt in prompts])
     assert sum(differences) / len(differences) < 0.2

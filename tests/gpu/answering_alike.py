@@ -1,0 +1,56 @@
+"""Comparison of answers that differ by rounding alone, however an engine serves their requests."""
+
+from __future__ import annotations
+
+from vllm import LLM
+
+from tests.support.engines import (
+    TILE,
+    Answer,
+    ask,
+    ask_and_preempt,
+    ask_cold,
+    assert_nothing_left,
+    chunks_of,
+    first_differences,
+    matching_fraction,
+)
+
+# The rounding of linear layers depends on the number of rows in the batch, and flipped codes amplify it.
+TOLERANCE = 0.3
+
+
+def assert_alike(ours: list[Answer], theirs: list[Answer]) -> None:
+    """Assert that the first tokens' log-probabilities agree and nearly all tokens are the same."""
+    assert all(difference < TOLERANCE for difference in first_differences(ours, theirs))
+    same = matching_fraction([a.tokens for a in ours], [a.tokens for a in theirs])
+    assert same >= 0.97, f"{same:.1%} of the tokens are the same"
+
+
+def assert_served_alike(
+    llm: LLM, prompts: list[list[int]], cold: list[Answer], *, chunked: bool = True, has_states: bool = False
+) -> None:
+    """Assert that a batch, prefix hits, chunks and preempted requests answer as each prompt alone on an empty cache
+    did, and that nothing is left in the engine.
+
+    Args:
+        llm: the engine.
+        prompts: prompts of at least two tiles.
+        cold: their answers.
+        chunked: whether the model takes chunks of any size.
+        has_states: whether only the latest prompts can be hit: vLLM keeps few states.
+    """
+    tokens = len(cold[0].tokens)
+    assert llm.reset_prefix_cache()
+    assert_alike(ask(llm, prompts, tokens), cold)
+    hits = ask(llm, prompts, tokens)
+    assert all(answer.cached >= TILE for answer in hits[-1 if has_states else 0 :])
+    assert_alike(hits, cold)
+    if chunked:
+        with chunks_of(llm, 77):
+            some = [ask_cold(llm, prompt, max_tokens=tokens) for prompt in prompts[::3]]
+        assert_alike(some, cold[::3])
+    assert llm.reset_prefix_cache()
+    few = slice(0, len(prompts), max(1, len(prompts) // 4))
+    assert_alike(ask_and_preempt(llm, prompts[few], tokens), cold[few])
+    assert_nothing_left(llm)
