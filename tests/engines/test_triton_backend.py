@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from vllm import LLM
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.metrics.reader import Counter
 
+from kvarn.kernels import quantize
 from kvarn.vllm.gpu.triton_plan import TritonMetadata, TritonMetadataBuilder
 from tests.support.engines import (
     Answer,
@@ -27,7 +29,7 @@ from tests.support.engines import (
 from tests.support.families import EXPERTS, make_model
 
 PRESET = "kvarn_k4v2_g64"
-GROUP = 64
+GROUP, LAYERS = 64, 2
 SETTINGS = {"kv_cache_dtype": PRESET, "skip_tokenizer_init": True, "max_model_len": 512, "max_num_seqs": 4}
 TOKENS = 4  # decoding from 126 tokens fills a tile and opens the next
 TOLERANCE = 0.05  # rotated queries and attention weights are float16 on a GPU, float64 on a CPU
@@ -90,9 +92,20 @@ def test_chunks_that_exceed_the_pages_run_in_waves(
     )
     ours = builder[0][0].get_metadata_builder()
     monkeypatch.setattr(ours, "_page_count", 2)
+    quantized: list[int] = []
+    stock = quantize.quantize_pages
+
+    def quantize_pages(pages: torch.Tensor, numbers: torch.Tensor, blocks: torch.Tensor, *rest: Any) -> None:
+        quantized.extend(blocks.tolist())
+        stock(pages, numbers, blocks, *rest)
+
+    monkeypatch.setattr(quantize, "quantize_pages", quantize_pages)
     assert llm.reset_prefix_cache()
     for answer, theirs in zip(ask(llm, PROMPTS, max_tokens=TOKENS), expected, strict=True):
         answer.assert_same(theirs, TOLERANCE)
+    # Once per layer, though a wave's pages are filled twice.
+    assert len(quantized) == LAYERS * sum(len(given) // GROUP for given in PROMPTS)
+    assert set(Counts(quantized).values()) == {LAYERS}
 
 
 def test_raw_chunks_read_a_whole_prompt_raw(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

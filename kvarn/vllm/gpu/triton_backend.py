@@ -140,15 +140,22 @@ class TritonLayer(KVarNLayer):
     ) -> None:
         waves = attn_metadata.prefill
         starts = [0, *(wave.first for wave in waves[1:])]
-        for start, wave in zip_longest(starts, waves):
+        for start, wave in zip_longest(starts, waves):  # any of them may read what another one stores
             end = attn_metadata.num_actual_tokens if wave is None else wave.last
             self._store(query, key, value, records, attn_metadata, slice(start, end), wave)
+            if wave is not None:
+                filled = wave.filled
+                quantize.quantize_pages(
+                    self.workspace.pages, filled.pages, filled.blocks, records, self.layout
+                )
         if attn_metadata.decode is not None:
             self._decode(attn_metadata.decode, records, output)
         for wave in waves:
             if len(waves) > 1:  # the pages hold the tiles of the last wave
                 self._store(query, key, value, records, attn_metadata, slice(wave.first, wave.last), wave)
-            self._prefill(wave, records, output)
+            self._attend_pages(wave, records, output)
+        if waves:
+            rotate.unrotate(output[waves[0].first : waves[-1].last])
 
     def _store(
         self,
@@ -161,7 +168,7 @@ class TritonLayer(KVarNLayer):
         wave: PrefillWave | None,
     ) -> None:
         """Rotate tokens into the side pool and the wave's pages, beside the rows of their tiles that earlier steps
-        stored, and quantize the tiles they fill."""
+        stored."""
         work = self.workspace
         if wave is not None:
             pages.fill_pages(kv_cache, self.pool, work.pages, wave.begun, self.layout)
@@ -175,8 +182,6 @@ class TritonLayer(KVarNLayer):
             work.pages,
             metadata.page_rows[tokens],
         )
-        if wave is not None:
-            quantize.quantize_pages(work.pages, wave.filled.pages, wave.filled.blocks, kv_cache, self.layout)
 
     def _decode(self, batch: DecodeBatch, kv_cache: Tensor, output: Tensor) -> None:
         work = self.workspace
@@ -200,12 +205,12 @@ class TritonLayer(KVarNLayer):
             self.sinks,
         )
 
-    def _prefill(self, wave: PrefillWave, kv_cache: Tensor, output: Tensor) -> None:
+    def _attend_pages(self, wave: PrefillWave, kv_cache: Tensor, output: Tensor) -> None:
+        """Attend the wave's pages; `output` is left rotated."""
         work = self.workspace
         pages.fill_pages(kv_cache, self.pool, work.pages, wave.context, self.layout)
-        output = output[wave.first : wave.last]
-        attended = rotate.float16_rows(output)  # in place: another buffer would take the cache's memory
-        self.page_attention.attend(
-            work.rotated[wave.first : wave.last], work.pages, wave, self.scale, attended
-        )
-        rotate.unrotate(output)
+        tokens = slice(wave.first, wave.last)
+        attended = rotate.float16_rows(
+            output[tokens]
+        )  # in place: another buffer would take the cache's memory
+        self.page_attention.attend(work.rotated[tokens], work.pages, wave, self.scale, attended)
