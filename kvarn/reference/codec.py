@@ -21,6 +21,7 @@ FLOAT16_TINY = 2.0**-24  # smallest positive float16
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
 E4M3_MIN_NORMAL = 2.0**-6
+GAIN_SHARE = {2: 0.8}  # of the gain of values with that many bits; all of it with more
 
 
 def to_e4m3(x: Tensor) -> Tensor:
@@ -64,19 +65,21 @@ def quantize_value(value: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Te
     channel_scale [..., D] float16).
 
     Each token's range is widened to include 0, which bounds |zero| by the range and so keeps it representable in e4m3.
-    The channel's scale includes the gain that makes rounding unbiased.
+    The channel's scale includes the gain that undoes the shrinkage of rounding.
     """
     _, channel_scale = variance_norm.normalize(value)
     scale, _ = _scale_and_zero_around_0(value / channel_scale[..., None, :], bits)
     channel_scale = channel_scale * magnitude(scale, E4M3_MAX / (2**bits - 1))
     channel_scale = to_float16(channel_scale.clamp_min(FLOAT16_TINY))
     y = value / channel_scale.float()[..., None, :]
-    scale, zero = (to_e4m3(factor) for factor in _scale_and_zero_around_0(y, bits))
+    scale, zero = _scale_and_zero_around_0(y, bits)
+    scale = to_e4m3(scale)
+    zero = to_e4m3(rtn.nearest_zero(y, scale.float(), zero, bits, lambda x: to_e4m3(x).float()))
     codes = rtn.round_to_codes(y, scale.float()[..., :, None], zero.float()[..., :, None], bits)
     steps = scale.float().masked_fill(scale == 0, torch.inf)[
         ..., :, None
     ]  # tokens weigh alike, large ones too
-    gain = unbiased_gain(y / steps, codes + zero.float()[..., :, None] / steps)
+    gain = partial_gain(unbiased_gain(y / steps, codes + zero.float()[..., :, None] / steps), bits)
     return codes, scale, zero, to_float16((channel_scale.float() * gain).clamp_min(FLOAT16_TINY))
 
 
@@ -90,6 +93,11 @@ def unbiased_gain(x: Tensor, rounded: Tensor) -> Tensor:
     square, product = (x * x).sum(-2), (x * rounded).sum(-2)
     is_sound = product > square / 2
     return torch.where(is_sound, square / torch.where(is_sound, product, 1.0), 1.0)
+
+
+def partial_gain(gain: Tensor, bits: int) -> Tensor:
+    """Return the part of `unbiased_gain` that values of that many bits get, since a gain amplifies their noise too."""
+    return 1 + GAIN_SHARE[bits] * (gain - 1) if bits in GAIN_SHARE else gain
 
 
 def _scale_and_zero_around_0(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:

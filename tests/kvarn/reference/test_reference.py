@@ -118,15 +118,50 @@ def test_the_narrowed_range_beats_min_and_max_on_normal_values(count: int, bits:
     assert error(*rtn.narrowed_range(x, 1, bits)) < at_most * error(x.amin(1), x.amax(1))
 
 
-@pytest.mark.parametrize("layout", [TileLayout(preset, 64) for preset in PRESETS.values()], ids=str)
-def test_rounded_values_are_not_biased_towards_zero(layout: TileLayout) -> None:
-    """A regression of a channel's rounded values on its values has the slope 1."""
-    _, value = normal_tiles(layout, 8)
-    codes, scale, zero, channel_scale = codec.quantize_value(value, layout.preset.value_bits)
+def slopes(value: Tensor, bits: int) -> Tensor:
+    """Slopes of the regressions of each channel's rounded values on its values."""
+    codes, scale, zero, channel_scale = codec.quantize_value(value, bits)
     step = scale.float()[..., None]
     rounded = (codes * step + zero.float()[..., None]) * channel_scale.float()[..., None, :]
-    slope = (value * rounded / step**2).sum(-2) / (value**2 / step**2).sum(-2)
-    torch.testing.assert_close(slope, torch.ones_like(slope), rtol=0, atol=2e-3)
+    return (value * rounded / step**2).sum(-2) / (value**2 / step**2).sum(-2)
+
+
+@pytest.mark.parametrize("layout", [TileLayout(preset, 64) for preset in PRESETS.values()], ids=str)
+def test_the_gain_undoes_the_shrinkage_of_rounding(
+    layout: TileLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, value = normal_tiles(layout, 8)
+    bits, share = layout.preset.value_bits, codec.GAIN_SHARE.get(layout.preset.value_bits, 1.0)
+    ours = slopes(value, bits)
+    monkeypatch.setattr(codec, "GAIN_SHARE", {bits: 0.0})
+    without = slopes(value, bits)
+    assert bits > 2 or without.mean() < 0.97
+    torch.testing.assert_close(1 - ours, (1 - share) * (1 - without), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("count", [64, 128, 256])
+def test_the_zero_is_the_one_of_several_with_the_least_error(count: int) -> None:
+    x = torch.randn(2000, count, generator=torch.Generator().manual_seed(0))
+    x[0] = 0.0
+    scale, first = rtn.scale_and_zero(*rtn.narrowed_range(x, 1, 2), 2)
+    zero = rtn.nearest_zero(x, scale, first, 2, lambda zero: zero)
+
+    def error(zero: Tensor) -> Tensor:
+        rounded = rtn.round_to_codes(x, scale[:, None], zero[:, None], 2) * scale[:, None] + zero[:, None]
+        return (x - rounded).square().sum(1)
+
+    assert (error(zero) <= error(first) * 1.0001).all()
+    assert error(zero).sum() < 0.98 * error(first).sum()
+    assert zero[0] == 0
+    moves = ((zero - first) / scale)[1:].unique()
+    assert len((moves * 100).round().unique()) > 3
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5])
+def test_three_bits_and_more_take_the_middle_of_the_range(bits: int) -> None:
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
+    scale, zero = rtn.scale_and_zero(*rtn.narrowed_range(x, 1, bits), bits)
+    assert torch.equal(rtn.nearest_zero(x, scale, zero, bits, Tensor.half), zero.half())
 
 
 def test_a_channel_that_rounding_leaves_nothing_of_keeps_its_scale() -> None:
