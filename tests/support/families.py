@@ -99,7 +99,7 @@ FAMILIES: dict[str, Family] = {
         "Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 2}
     ),
     "Falcon": Family("FalconConfig", {"num_kv_heads": 1, "alibi": False}),
-    "FlexOlmo": Family("FlexOlmoConfig", EXPERTS),
+    "FlexOlmo": Family("FlexOlmoConfig", {**EXPERTS, "moe_intermediate_size": 256}),
     "Gemma": Family("GemmaConfig", {"head_dim": 64}),
     "GLM": Family("GlmConfig", {"head_dim": 64}),
     "GLM-4": Family("Glm4Config", {"head_dim": 64}),
