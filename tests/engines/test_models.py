@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from traceback import format_exc
@@ -106,6 +107,8 @@ def test_a_family_answers_alike_however_it_is_served(
         pytest.skip("runs with --long")
     if FAMILIES[family].has_states and not packs_states():
         pytest.skip("needs a vLLM whose blocks hold pages of several sizes")
+    if (module := FAMILIES[family].requires) and find_spec(module) is None:
+        pytest.skip(f"needs {module}")
     processes.run(serve_alike, tmp_path, family, spoils=FAMILIES[family].spoils_process)
 
 

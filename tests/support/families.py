@@ -46,6 +46,7 @@ class Family:
         long: whether only `--long` runs it.
         weights: how its weights are quantized, one of `METHODS`; None: float32.
         chunked: whether vLLM answers alike with `auto`, too, when it computes the same tokens in other steps.
+        requires: a module that vLLM imports for it, and that a CPU's environment may lack.
     """
 
     config: str
@@ -54,6 +55,7 @@ class Family:
     long: bool = True
     weights: str | None = None
     chunked: bool = True
+    requires: str | None = None
 
     @property
     def has_states(self) -> bool:
@@ -153,6 +155,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "Mistral 0.1 in its window": Family("MistralConfig", {"sliding_window": MAX_MODEL_LEN}, long=False),
     **{f"Llama, {method}": quantized(method) for method in METHODS},
+    "Llama 4 in its chunk": Family(
+        "Llama4TextConfig",
+        {"head_dim": 64, "attention_chunk_size": MAX_MODEL_LEN, **EXPERTS, "num_experts_per_tok": 1},
+    ),
     "Phi-3 in its window": Family("Phi3Config", {"sliding_window": 2047}),
     "Gemma 3 in its window": Family("Gemma3TextConfig", {"head_dim": 64, "sliding_window": 4096}),
     "Gemma 3": Family("Gemma3TextConfig", {"head_dim": 256, **WINDOWS}, long=False),
@@ -172,6 +178,12 @@ DELTA_NET = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 64,
     "linear_value_head_dim": 64,
+}
+QWEN_3_5 = {
+    **DELTA_NET,
+    "head_dim": 128,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_hidden_layers": 3,
 }
 CONVOLUTIONS = {  # under the names of the published configurations, which vLLM reads
     "layer_types": ["conv", "full_attention", "conv"],
@@ -232,14 +244,15 @@ STATES: dict[str, Family] = {
     ),
     "Qwen3-Next": Family(
         "Qwen3NextConfig",
-        {
-            **{**DELTA_NET, **EXPERTS, "shared_expert_intermediate_size": 64, "head_dim": 128},
-            **{
-                "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-                "num_hidden_layers": 3,
-            },
-        },
+        {**QWEN_3_5, **EXPERTS, "shared_expert_intermediate_size": 64},
         {"dtype": "bfloat16"},
+    ),
+    "Qwen3.5": Family("Qwen3_5TextConfig", QWEN_3_5, {"dtype": "bfloat16"}, requires="torchvision"),
+    "Qwen3.5 MoE": Family(
+        "Qwen3_5MoeTextConfig",
+        {**QWEN_3_5, **EXPERTS, "shared_expert_intermediate_size": 64},
+        {"dtype": "bfloat16"},
+        requires="torchvision",
     ),
     "LFM2": Family("Lfm2Config", CONVOLUTIONS, chunked=False),
     "LFM2 MoE": Family("Lfm2MoeConfig", {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1}, chunked=False),
@@ -265,7 +278,7 @@ REFUSED: dict[str, tuple[Family, str]] = {
     "Llama, heads of 512": (Family("LlamaConfig", {"head_dim": 512}), "at most 256 channels per head"),
     "Llama 4": (
         Family("Llama4TextConfig", {"head_dim": 64, "attention_chunk_size": 128, **EXPERTS}),
-        "layers of type chunked_attention",
+        "attention in chunks as full attention, up to a chunk; set max_model_len to 128 or less",
     ),
     "Mamba": (Family("MambaConfig"), NO_ATTENTION),
 }

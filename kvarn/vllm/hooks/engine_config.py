@@ -43,6 +43,7 @@ def install() -> None:
         config = stock_create(self, *args, **kwargs)
         _refuse_unsupported(config, preset)
         config.cache_config.sliding_window = None  # what passed is idle, or some layers' own
+        _open_chunks(config.model_config)
         _set_layout(config)
         _set_scheduler(config)
         _log_limits(config)
@@ -294,6 +295,11 @@ def _local_attention(model: Any) -> str | None:
     """What to change where layers that read less than the sequence are not supported, None where they are."""
     kinds = set(layer_kinds(config_of(model)))
     window = getattr(model.hf_text_config, "sliding_window", None)
+    if model.attention_chunk_size is not None:
+        chunk = model.attention_chunk_size
+        if not is_idle(chunk, model.max_model_len):
+            return f"serves attention in chunks as full attention, up to a chunk; set max_model_len to {chunk} or less"
+        kinds.discard(CHUNKED)
     if other := kinds - {FULL, SLIDING}:
         return f"does not support layers of type {min(other)}; give a model without them"
     if is_mixed(model):
@@ -308,6 +314,13 @@ def _local_attention(model: Any) -> str | None:
     return (
         f"serves a sliding window as full attention, up to its length; set max_model_len to {window} or less"
     )
+
+
+def _open_chunks(model: Any) -> None:
+    """Let layers whose chunk holds the longest sequence have full attention."""
+    if model.attention_chunk_size is not None:
+        model.attention_chunk_size = None
+        model.hf_text_config.attention_chunk_size = None
 
 
 def _has_own_scheduler(config: Any) -> bool:

@@ -259,6 +259,10 @@ WINDOWED: dict[str, Any] = {
             {**WINDOWED, "layer_types": ["chunked_attention", "full_attention"]},
             "layers of type chunked_attention; give a model without them, or use kv_cache_dtype='auto'",
         ),
+        (
+            {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 512},
+            "as full attention, up to a chunk; set max_model_len to 512 or less, or use kv_cache_dtype='auto'",
+        ),
         ({"alibi": True}, "does not support ALiBi; use kv_cache_dtype='auto'"),
         ({"architectures": ["BertModel"], "model_type": "bert"}, "decoder-only generation"),
         (
@@ -281,6 +285,7 @@ WINDOWED: dict[str, Any] = {
         "sliding window",
         "linear attention",
         "few windows",
+        "chunks of no size",
         "chunks",
         "ALiBi",
         "encoder",
@@ -293,6 +298,13 @@ def test_unsupported_models_are_refused(tmp_path: Path, changes: dict[str, Any],
     model = write_config(tmp_path, **changes)
     with pytest.raises(RefusalError, match=sentence):
         configure(model)
+
+
+def test_chunks_of_the_longest_sequence_are_full_attention(tmp_path: Path) -> None:
+    kinds = ["chunked_attention", "full_attention"]
+    model = configure(write_config(tmp_path, layer_types=kinds, attention_chunk_size=1024)).model_config
+    assert (model.max_model_len, model.attention_chunk_size) == (1024, None)
+    assert model.hf_text_config.attention_chunk_size is None
 
 
 WITH_STATES: dict[str, Any] = {
