@@ -20,6 +20,7 @@ from kvarn.vllm.mixed_layers import BlockUse, OtherLayers
 from serve_app.config import AppConfig, EngineConfig
 from serve_app.engine.engine_deployment import engine_args
 from serve_app.launch import App, LaunchError, check_model, limits_of, read_app
+from tests.support.families import FAMILIES, make_config
 
 SHAPE = KvShape(layers=30, kv_heads=3, head_dim=64)
 SLOT = 2 * 2 * 30 * 3 * 64 * 128
@@ -65,6 +66,24 @@ def test_windows_and_states_take_blocks_of_every_request(
     blocks = GIB // block - 1
     assert (made.blocks, made.other_blocks) == (blocks, beside)
     assert made.longest_requests == blocks // (-(-8192 // block_tokens) + beside)
+
+
+@pytest.mark.parametrize(("device", "blocks"), [("cpu", (32, 64, 128)), ("cuda", (16, 32, 64, 128))])
+def test_limits_of_an_application_know_its_models_windows(
+    tmp_path: Path, device: str, blocks: tuple[int, ...]
+) -> None:
+    family = FAMILIES["Gemma 3"]  # two layers with a window of 96 tokens beside one with full attention
+    engine = {
+        **SMALL_ENGINE,
+        "max_model_len": 1024,
+        "device": device,
+        "kv_cache_dtype": "kvarn_k4v4_g128",
+        "dtype": "bfloat16",
+    }
+    config = AppConfig.model_validate({"model": str(make_config(tmp_path, family)), "engine": engine})
+    made = limits_of(App("app", config, {}))
+    assert made is not None
+    assert made.other_blocks in [2 * (-(-96 // block) + 1) for block in blocks]
 
 
 @given(
