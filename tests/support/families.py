@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.support.quantized import METHODS, quantize_weights
 
@@ -259,6 +259,58 @@ STATES: dict[str, Family] = {
 }
 FAMILIES |= STATES
 
+VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN_VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "depth": 1,
+    "num_heads": 2,
+    "out_hidden_size": 256,
+    "window_size": 112,
+    "fullatt_block_indexes": [0],
+}
+MULTIMODAL_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [8, 12, 12]}
+
+
+def multimodal(config: str, text: dict[str, Any], vision: dict[str, Any], **changes: Any) -> Family:
+    """A model that also reads images, served for requests of text alone."""
+    parts = {"text_config": {**COMMON, **text}, "vision_config": vision}
+    settings = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
+    return Family(config, {**parts, **changes}, settings, requires="torchvision")
+
+
+FAMILIES |= {
+    "Gemma 3 with images": multimodal(
+        "Gemma3Config",
+        {"head_dim": 256, **WINDOWS, "model_type": "gemma3_text"},
+        {**VISION, "model_type": "siglip_vision_model"},
+        mm_tokens_per_image=4,
+    ),
+    "Llava": multimodal(
+        "LlavaConfig",
+        {"model_type": "llama"},
+        {**VISION, "model_type": "clip_vision_model", "projection_dim": 64},
+        image_token_index=500,
+        image_seq_length=4,
+    ),
+    "Qwen2.5-VL": multimodal(
+        "Qwen2_5_VLConfig",
+        {"model_type": "qwen2_5_vl_text", "rope_parameters": MULTIMODAL_ROPE},
+        QWEN_VISION,
+        image_token_id=500,
+        video_token_id=501,
+        vision_start_token_id=502,
+        vision_end_token_id=503,
+    ),
+}
+
 MLA = {
     "kv_lora_rank": 32,
     "q_lora_rank": None,
@@ -287,7 +339,7 @@ REFUSED: dict[str, tuple[Family, str]] = {
 def make_config(directory: Path, family: Family) -> Path:
     """Save the configuration of a family, without weights."""
     config = getattr(transformers, family.config)(**{**COMMON, **family.changes})
-    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    config.architectures = [_auto_class(config)._model_mapping[type(config)].__name__]
     config.save_pretrained(directory)
     return directory
 
@@ -309,4 +361,8 @@ def make_model(directory: Path, config: str, changes: dict[str, Any]) -> Path:
 
 def save_model(config: Any, directory: Path) -> None:
     """Save a model with random float32 weights."""
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    _auto_class(config).from_config(config, dtype=torch.float32).save_pretrained(directory)
+
+
+def _auto_class(config: Any) -> Any:
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
