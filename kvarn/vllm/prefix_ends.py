@@ -67,7 +67,8 @@ class PrefixEnds:
 
     def __init__(self, scheduler: Scheduler, group: int, tile_tokens: int) -> None:
         coordinator = scheduler.kv_cache_manager.coordinator
-        self._managers = coordinator.single_type_managers
+        managers = coordinator.single_type_managers
+        self._cached_tiles: dict[str, int] = managers[group].num_cached_block  # by request
         self._pool = scheduler.kv_cache_manager.block_pool
         self._group = group
         self._hashes_per_tile = tile_tokens // self._pool.hash_block_size
@@ -75,7 +76,7 @@ class PrefixEnds:
             _Group(
                 index, manager.block_size // self._pool.hash_block_size, _needed_blocks(manager.kv_cache_spec)
             )
-            for index, manager in enumerate(self._managers)
+            for index, manager in enumerate(managers)
             if index != group
         ]
         self._tiles: dict[BlockHash, _Tile] = {}
@@ -109,15 +110,15 @@ class PrefixEnds:
         return [*map(maybe_convert_block_hash, began)], [*map(maybe_convert_block_hash, ceased)]
 
     def _follow_cached_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        first = self._cached_tiles(request)
+        """Cache blocks as vLLM does, and note the tiles among them; decoding requests call this in every step."""
+        before = self._cached_tiles.get(request.request_id, 0)
         self._cache_blocks(request, num_computed_tokens)
-        for number in range(first, self._cached_tiles(request)):
-            self._note(request, number)
-
-    def _cached_tiles(self, request: Request) -> int:
-        """Leading tiles of `request` whose blocks of all groups have been cached, if vLLM keeps them at all."""
-        cached = (m.num_cached_block.get(request.request_id, 0) * m.block_size for m in self._managers)
-        return int(min(cached)) // self._managers[self._group].block_size
+        after = self._cached_tiles.get(request.request_id, 0)
+        if after != before:
+            for number in range(
+                max(0, before - 1), after
+            ):  # with drafts, other groups may follow a tile later
+                self._note(request, number)
 
     def _note(self, request: Request, number: int) -> None:
         """Note that a request's tile has been cached, and what vLLM keeps of the other groups in it."""
