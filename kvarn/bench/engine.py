@@ -200,13 +200,23 @@ class WorkloadResult:
 
 @dataclass(frozen=True)
 class EngineResult:
-    """Results of one cache dtype; if its engine did not run, `reason` says why and the rest is empty."""
+    """Results of one cache dtype; if its engine did not run, `reason` says why and the rest is empty.
+
+    Attributes:
+        start_s: seconds until the engine was ready.
+        num_blocks, block_size: blocks of the cache, and tokens of a block.
+        capacity_tokens: tokens that the cache holds; where layers differ, those of requests as long as the longest of
+            the workloads.
+        reason: the last error of an engine that did not run.
+        tensor_parallel_size: number of GPUs.
+    """
 
     kv_cache_dtype: str
     workloads: list[WorkloadResult] = field(default_factory=list)
     start_s: float = 0.0
     num_blocks: int = 0
     block_size: int = 0
+    capacity_tokens: int = 0
     reason: str | None = None
     tensor_parallel_size: int = 1
 
@@ -215,11 +225,6 @@ class EngineResult:
         """The cache dtype, with the number of GPUs if more than one."""
         size = self.tensor_parallel_size
         return self.kv_cache_dtype if size == 1 else f"{self.kv_cache_dtype}, {size} GPUs"
-
-    @property
-    def capacity_tokens(self) -> int:
-        """Tokens that the cache holds."""
-        return self.num_blocks * self.block_size
 
 
 def parse_workloads(text: str) -> tuple[Workload, ...]:
@@ -341,7 +346,7 @@ def record(bench: EngineBench, results: list[EngineResult]) -> dict[str, Any]:
         "settings": {**asdict(bench), "workloads": workloads},
         "versions": versions(),
         "machine": machine(),
-        "results": [{**asdict(result), "capacity_tokens": result.capacity_tokens} for result in results],
+        "results": [asdict(result) for result in results],
     }
 
 

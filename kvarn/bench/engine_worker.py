@@ -14,6 +14,8 @@ from typing import Any
 
 from kvarn.bench.drafts_at_rate import engine_settings, replays
 from kvarn.bench.shapes import load_format
+from kvarn.layer_kinds import quantized_layers
+from kvarn.model import text_config
 from kvarn.worker import answer, take_standard_output
 
 # vLLM ran its largest step at startup: this batch only triggers what decoding allocates.
@@ -28,7 +30,7 @@ def main() -> None:
     start = time.perf_counter()
     engine = _start_engine(settings)
     start_s = time.perf_counter() - start
-    vocab_size = json.loads((Path(settings["model"]) / "config.json").read_text())["vocab_size"]
+    vocab_size = text_config(Path(settings["model"]))["vocab_size"]
     warm_up = [(WARM_UP_PROMPT_TOKENS, WARM_UP_OUTPUT_TOKENS)] * _max_num_seqs(settings)
     answer(answers, _time_batch(engine, *_requests(warm_up, vocab_size)))
     for lengths in settings["lengths"]:
@@ -37,9 +39,17 @@ def main() -> None:
             _time_batch(engine, *requests)
         for _ in range(settings["repeats"]):
             answer(answers, _time_batch(engine, *requests))
-    cache = engine.vllm_config.cache_config
-    answer(answers, {"start_s": start_s, "num_blocks": cache.num_gpu_blocks, "block_size": cache.block_size})
+    answer(answers, {"start_s": start_s, **_cache_size(engine.vllm_config)})
     engine.engine_core.shutdown()
+
+
+def _cache_size(vllm_config: Any) -> dict[str, int]:
+    """The cache's size in blocks and in tokens, of the longest requests where kinds of layers hold blocks apart."""
+    cache, max_model_len = vllm_config.cache_config, vllm_config.model_config.max_model_len
+    config = text_config(Path(vllm_config.model_config.model))
+    alike = quantized_layers(config, max_model_len) == config["num_hidden_layers"]
+    tokens = cache.num_gpu_blocks * cache.block_size if alike else cache.kv_cache_size_tokens
+    return {"num_blocks": cache.num_gpu_blocks, "block_size": cache.block_size, "capacity_tokens": tokens}
 
 
 def _start_engine(settings: dict[str, Any]) -> Any:
@@ -68,7 +78,7 @@ def _start_engine(settings: dict[str, Any]) -> Any:
         tensor_parallel_size=settings["tensor_parallel_size"],
         distributed_executor_backend=settings["distributed_executor_backend"],
         load_format=load_format(settings["shape"]),
-        skip_tokenizer_init=settings["shape"] is not None,
+        skip_tokenizer_init=True,
         **engine_settings(drafts, settings["acceptance"]),
         **memory,
     )

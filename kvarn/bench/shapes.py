@@ -15,48 +15,64 @@ from kvarn.model import DEFAULT_MODEL, read_config, resolve_model
 MAX_POSITIONS = 1 << 20
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32_000,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
 SHAPES: dict[str, dict[str, Any]] = {
-    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-             "num_key_value_heads": 3, "head_dim": 64},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "head_dim": 64},
-    "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "head_dim": 128},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "head_dim": 128},
-    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-            "num_key_value_heads": 8, "head_dim": 128},
+    "135m": {**LLAMA, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64},
+    "1b": {**LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
+    "4b": {**LLAMA, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    "8b": {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    "70b": {**LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+            "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128},
+    "gemma-3-12b": {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 262_208,
+        "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 1024,
+        "layer_types": (5 * ["sliding_attention"] + ["full_attention"]) * 8,
+    },
+    "gpt-oss-20b": {
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "vocab_size": 201_088,
+        "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4,
+        "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 12,
+    },
+    "qwen3.5-27b": {
+        "architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "vocab_size": 248_320,
+        "hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 64, "num_attention_heads": 24,
+        "num_key_value_heads": 4, "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 48,
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "tie_word_embeddings": False,
+        "layer_types": (3 * ["linear_attention"] + ["full_attention"]) * 16,
+    },
 }  # fmt: skip
-"""Llama models by size."""
+"""Configurations by name: Llamas by size, and models that mix full attention with other layers."""
 
 
 def write_shape(shape: dict[str, Any], directory: Path) -> Path:
-    """Write the config.json of a Llama of `shape`, see `SHAPES`, to `directory` and return the directory.
-
-    Its vocabulary has 32,000 tokens.
-    """
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 32_000,
-        "max_position_embeddings": MAX_POSITIONS,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500_000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        **shape,
-    }
+    """Write the config.json of `shape`, see `SHAPES`, to `directory` and return the directory."""
+    config = {"max_position_embeddings": MAX_POSITIONS, "torch_dtype": "bfloat16", **shape}
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     return directory
 
 
 def add_tokenizer(directory: Path) -> None:
-    """Add the default model's tokenizer and chat template to a shape's directory, and enlarge its vocabulary to fit."""
+    """Add the default model's tokenizer and chat template to a shape's directory, whose vocabulary must hold it."""
     source = resolve_model(DEFAULT_MODEL)
     for name in TOKENIZER_FILES:
         shutil.copyfile(source / name, directory / name)
-    config = {**read_config(directory), "vocab_size": read_config(source)["vocab_size"]}
+    config = read_config(directory)
+    config["vocab_size"] = max(config["vocab_size"], read_config(source)["vocab_size"])
     (directory / "config.json").write_text(json.dumps(config, indent=2))
 
 

@@ -11,6 +11,7 @@ from kvarn.bench.bench_settings import BenchError
 from kvarn.bench.engine import EngineBench, Workload
 from kvarn.bench.prefix_order import SchedulerBench
 from tests.support.engines import make_llama
+from tests.support.families import WINDOWS, make_model
 
 SMALL = {"dtype": "float32", "repeats": 1, "enforce_eager": True, "kv_cache_memory_gib": 0.25}
 
@@ -44,6 +45,17 @@ def test_speed_and_capacity_of_each_dtype(tmp_path, shallow_model_dir):
     assert [of["prompt_tokens"] for of in record["settings"]["workloads"]] == [150, 200, "lognormal(60,0.5)"]
     assert record["results"][1]["capacity_tokens"] == kvarn.capacity_tokens
     assert record["versions"]["torch"]
+
+
+def test_capacity_of_layers_that_differ_is_that_of_whole_requests(tmp_path):
+    config = {**WINDOWS, "max_position_embeddings": 8192, "num_key_value_heads": 2, "head_dim": 64}
+    model = make_model(tmp_path, "Olmo3Config", config)
+    bench = EngineBench(
+        model=str(model), kv_cache_dtypes=("kvarn_k4v2_g128",), workloads=(Workload(1, 4000, 2),), **SMALL
+    )
+    (result,) = engine.run(bench, lambda *progress: None)
+    # Windows hold blocks of their own beside those of the full layer.
+    assert 4002 < result.capacity_tokens < 0.8 * result.num_blocks * result.block_size
 
 
 def test_drafts_are_accepted_as_set(shallow_model_dir):

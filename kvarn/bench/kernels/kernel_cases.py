@@ -32,7 +32,7 @@ from kvarn.bench.kernels.kernel_settings import (
     StepShape,
 )
 from kvarn.bench.kernels.rivals import RIVALS, Rival
-from kvarn.bench.shapes import write_shape
+from kvarn.bench.shapes import LLAMA, write_shape
 from kvarn.kernels import decode, decode_work, quantize
 from kvarn.kernels.launch_settings import DecodeLaunch
 from kvarn.presets import get_preset
@@ -401,7 +401,7 @@ def engine_config(bench: AttentionBench, longest: int, step_tokens: int, request
     }
     with tempfile.TemporaryDirectory(prefix="kvarn-bench-") as directory:
         return EngineArgs(
-            model=str(write_shape(heads, Path(directory))),
+            model=str(write_shape({**LLAMA, **heads}, Path(directory))),
             dtype="bfloat16",
             kv_cache_dtype=bench.preset,
             max_model_len=longest,

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from rich.console import Console
+from transformers import AutoConfig
 from typer.testing import CliRunner
+from vllm import ModelRegistry
 
 from kvarn import worker
 from kvarn.bench import drafts_at_rate, engine, plot
@@ -15,7 +17,10 @@ from kvarn.bench.batch_lengths import Lognormal, parse_batches
 from kvarn.bench.bench_settings import BenchError
 from kvarn.bench.drafts_at_rate import ACCEPTANCE, ReplayingDrafter
 from kvarn.bench.engine import EngineBench, EngineResult, Workload, WorkloadResult, parse_workloads
+from kvarn.bench.shapes import SHAPES, model_directory
 from kvarn.cli import app
+from kvarn.layer_kinds import FULL, layer_kinds, quantized_layers
+from kvarn.model import text_config
 
 
 @pytest.mark.parametrize(
@@ -30,7 +35,7 @@ def test_results_measured_before_a_failure_are_kept(tmp_path, monkeypatch, endin
         if empty.kv_cache_dtype != "auto":
             raise ending
         at = WorkloadResult("4x1000+64", 12.5, 0.5, 1000.0, 20.0, [])
-        return EngineResult("auto", [at] * len(bench.workloads), 1.0, 100, 16)
+        return EngineResult("auto", [at] * len(bench.workloads), 1.0, 100, 16, 1600)
 
     monkeypatch.setattr(engine, "_measure", measure)
     path = tmp_path / "out.json"
@@ -62,8 +67,8 @@ def test_a_rival_that_did_not_run_is_listed(tmp_path):
     bench = EngineBench(kv_cache_dtypes=("auto", "kvarn_k4v2_g128", "fp8"), workloads=(workload,))
     at = WorkloadResult("4x1000+64", 10.0, 0.5, 1000.0, 20.0, [])
     results = [
-        EngineResult("auto", [at], 1.0, 100, 16),
-        EngineResult("kvarn_k4v2_g128", [at], 1.0, 100, 128),
+        EngineResult("auto", [at], 1.0, 100, 16, 1600),
+        EngineResult("kvarn_k4v2_g128", [at], 1.0, 100, 128, 12_800),
         EngineResult("fp8", reason="ValueError: no such cache"),
     ]
     assert bench.may_fail("fp8", 1)
@@ -77,12 +82,31 @@ def test_a_rival_that_did_not_run_is_listed(tmp_path):
     assert "holds 8.00x" in (tmp_path / "chart.svg").read_text()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_is_a_model_that_vllm_knows(shape):
+    with model_directory("", shape) as directory:
+        config = text_config(directory)
+        (name,) = config["architectures"]
+        assert name in ModelRegistry.get_supported_archs()
+        assert AutoConfig.from_pretrained(directory).model_type == config["model_type"]
+        kinds = layer_kinds(config)
+        assert len(kinds) in (0, config["num_hidden_layers"])
+        assert quantized_layers(config, 20_000) == (kinds.count(FULL) or config["num_hidden_layers"])
+
+
 def test_scaling_over_gpus_is_relative_to_the_same_cache_on_fewer():
     workloads = (Workload(4, 1000, 64),)
     bench = EngineBench(kv_cache_dtypes=("auto",), tensor_parallel_sizes=(1, 2), workloads=workloads)
     one, two = (
         EngineResult(
-            "auto", [WorkloadResult("4x1000+64", speed, 0.5, 1000.0, 20.0, [])], 1.0, 100, 16, None, size
+            "auto",
+            [WorkloadResult("4x1000+64", speed, 0.5, 1000.0, 20.0, [])],
+            1.0,
+            100,
+            16,
+            1600,
+            None,
+            size,
         )
         for size, speed in ((1, 10.0), (2, 15.0))
     )

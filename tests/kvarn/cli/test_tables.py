@@ -153,7 +153,11 @@ def test_engine(sizes: tuple[int, ...]) -> None:
     ]
     bench = EngineBench(workloads=(Workload(32, 16384, 128), Workload(1, 9, 9)), tensor_parallel_sizes=sizes)
     names = ("auto", "int4_per_token_head", "kvarn_k4v2_g128")
-    results = [EngineResult(name, reached, 1.0, 99_999, 128, None, size) for size in sizes for name in names]
+    results = [
+        EngineResult(name, reached, 1.0, 99_999, 128, 99_999 * 128, None, size)
+        for size in sizes
+        for name in names
+    ]
     text = rendered(engine.table(bench, results))
     assert {"10101.1", "20202.2", "12.345", "1.00"} <= figures(text)
     assert all(result.label in text for result in results)

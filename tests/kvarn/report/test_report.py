@@ -72,7 +72,9 @@ def quality_record() -> dict:
 
 def engine_record() -> dict:
     bench = EngineBench(workloads=(Workload(2, 100, 8), Workload(3, Lognormal(90, 0.5), 8)), seed=4)
-    ran = EngineResult("auto", [WorkloadResult("2 x 100 + 8", 20.0, 0.5, 400.0, 21.5, [])], 9.0, 100, 128)
+    ran = EngineResult(
+        "auto", [WorkloadResult("2 x 100 + 8", 20.0, 0.5, 400.0, 21.5, [])], 9.0, 100, 128, 12_800
+    )
     return record(bench, [ran, EngineResult("fp8", reason="no AVX-512")])
 
 
