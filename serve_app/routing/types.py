@@ -14,7 +14,8 @@ class CacheCapacity:
 
     `tile_tokens` is the number of tokens in one block, `bytes_per_tile` counts all its layers and heads;
     `max_requests` run at once, 0 if the engine sets no limit. Beside the blocks of its tokens, a sequence of at least
-    `other_tokens` tokens holds `other_blocks` for layers with windows or states, and a shorter one a proportional part.
+    `other_tokens` tokens holds `other_blocks` after its prompt for layers with windows or states, and a shorter one a
+    proportional part.
     """
 
     cache_dtype: str
@@ -38,6 +39,7 @@ class CacheCapacity:
         tokens = (self.total_blocks - self.other_blocks) * self.tile_tokens
         if tokens < self.other_tokens:  # it holds only a part of `other_blocks`
             tokens = int(self.total_blocks / (1 / self.tile_tokens + self.other_blocks / self.other_tokens))
+            tokens -= tokens % self.tile_tokens
         return max(tokens, self.tile_tokens)
 
 
