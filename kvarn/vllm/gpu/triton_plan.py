@@ -122,9 +122,10 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
         impl = layers[0]
         self._group: int = impl.layout.group
         _refuse_other_heads(layers)
-        self._follows_a_sample = impl.is_drafter and bool(_more_queries(vllm_config))
+        self._follows_a_sample = bool(_more_queries(vllm_config)) and all(x.is_drafter for x in layers)
         self._most_queries = self.reorder_batch_threshold + self._follows_a_sample
         self._slot_map: SlotMap = impl.slot_map
+        self._max_model_len: int = vllm_config.model_config.max_model_len
         self._page_count: int = impl.workspace.pages.shape[1]
         config = KVarNConfig.of(vllm_config)
         self._raw_chunks, self._split = config.raw_chunks, config.split_tiles or 0
@@ -144,7 +145,8 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> TritonMetadata:
-        # Runner V2 plans the passes of its drafter here too; only the first pass of a draft model has chunks.
+        # Runner V2 plans the passes of its drafter here too; only the first pass of a draft model has chunks. Runner
+        # V1 calls this for a drafter's own cache in the target's steps and uses nothing of it.
         return self._plan(common_attn_metadata, uncounted=int(self._follows_a_sample))
 
     def build_for_drafting(
@@ -223,7 +225,9 @@ class TritonMetadataBuilder(AttentionMetadataBuilder[TritonMetadata]):
             prefill_plan.Chunks(
                 rows=np.arange(decodes, requests),
                 first=offsets[decodes:],
-                seq_lens=lengths.numpy()[decodes:requests].astype(np.int64) + uncounted,
+                seq_lens=np.minimum(
+                    lengths.numpy()[decodes:requests].astype(np.int64) + uncounted, self._max_model_len
+                ),
                 group=self._group,
                 raw=self._raw_chunks,
             ),
