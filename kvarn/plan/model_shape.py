@@ -106,7 +106,8 @@ class ModelShape:
     ) -> ModelShape:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         if dtype == "auto":
-            dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+            named = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+            dtype = "bfloat16" if named == "float32" else named  # as vLLM chooses
         dtype_bytes = DTYPE_BYTES.get(dtype, 2)
         head_dim = head_size(config)
         kv_heads = config.get("num_key_value_heads") or heads
