@@ -17,6 +17,12 @@ def layer_kinds(config: Mapping[str, Any]) -> list[str]:
     return list(config.get("layer_types") or config.get("layers_block_type") or ())
 
 
+def smallest_block(device: str) -> int:
+    """Fewest tokens per block that vLLM's kernels for layers with a window take on "cuda" or "cpu"."""
+    # Before vLLM 0.29, CPU kernels were chosen by the tiles' block, and those for its size take multiples of 32.
+    return 32 if device == "cpu" else 16
+
+
 def is_idle(limit: Any, max_model_len: int) -> bool:
     """Whether a limit, in tokens, covers the longest sequence, so that the layer has full attention."""
     return isinstance(limit, int) and limit >= max_model_len

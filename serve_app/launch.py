@@ -26,6 +26,7 @@ from kvarn.adapters import read_adapter
 from kvarn.dtypes import check_cache_dtype
 from kvarn.engine_limits import EngineLimits, engine_limits
 from kvarn.errors import KVarNError
+from kvarn.layer_kinds import smallest_block
 from kvarn.model import (
     KvShape,
     check_tokenizer,
@@ -280,7 +281,7 @@ def limits_of(app: App) -> EngineLimits | None:
             NO_DRAFTS if engine.speculative is None else engine.speculative.speculation,
             _drafter_shape(app.config, shape),
             shape.others(ranks),
-            smallest_block=32 if engine.device == "cpu" else 16,
+            smallest_block=smallest_block(engine.device),
         )
     except ValueError as error:
         raise LaunchError(str(error)) from None

@@ -14,7 +14,7 @@ from itertools import count, takewhile
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from kvarn.layer_kinds import FULL, has_local_layers, layer_kinds, quantized_layers
+from kvarn.layer_kinds import FULL, has_local_layers, layer_kinds, quantized_layers, smallest_block
 from kvarn.presets import PRESETS, get_preset
 from kvarn.tile import TileLayout
 
@@ -292,7 +292,7 @@ class BlockUse:
     Attributes:
         tokens: tokens per block of tiles.
         nbytes: bytes of a block of any kind on one rank, over all layers.
-        others: most blocks that a sequence holds beside those of its tiles.
+        others: most blocks that a sequence holds after its prompt, beside those of its tiles.
         others_tokens: tokens of the shortest sequence that holds them.
     """
 
@@ -413,8 +413,7 @@ def _block_sizes(local: list[Any], group: int) -> list[int]:
     """Tokens per block that the backends of all `local` layers support."""
     from vllm.platforms import current_platform
 
-    # Before vLLM 0.29, CPU kernels were chosen by the tiles' block, and those for its size take multiples of 32.
-    smallest = 32 if current_platform.is_cpu() else 16
+    smallest = smallest_block("cpu" if current_platform.is_cpu() else "cuda")
     backends = {layer.attn_backend for layer in local}
     accepted = [block_sizes(b.get_supported_kernel_block_sizes(), group, smallest) for b in backends]
     return [size for size in accepted[0] if all(size in sizes for sizes in accepted)]

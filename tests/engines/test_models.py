@@ -21,6 +21,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.models import llama
 
+from kvarn.layer_kinds import smallest_block
 from kvarn.plan.model_shape import ModelShape
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
@@ -150,7 +151,9 @@ def assert_blocks_as_limited(model: Path, llm: Any) -> None:
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     shape = ModelShape.read(str(model), MAX_MODEL_LEN, dtype=dtype, device="cpu")
     layout = TileLayout.of_heads(get_preset("kvarn_k4v4_g128"), shape.head_dim)
-    use = block_use(layout, shape.layers, shape.kv_heads, shape.others(), MAX_MODEL_LEN, smallest=32)
+    use = block_use(
+        layout, shape.layers, shape.kv_heads, shape.others(), MAX_MODEL_LEN, smallest_block("cpu")
+    )
     assert (use.tokens, use.nbytes) == (state["tile_tokens"], state["bytes_per_tile"])
     assert (use.others, use.others_tokens) == (state["other_blocks"], state["other_tokens"])
     if shape.state_layers:
