@@ -50,7 +50,7 @@ class _Tile:
     hashes: list[BlockHash]
     parent: _Tile | None
     runs: list[int]
-    children: list[_Tile] = field(default_factory=list)
+    children: dict[_Tile, None] = field(default_factory=dict)
 
 
 class PrefixEnds:
@@ -115,9 +115,8 @@ class PrefixEnds:
         self._cache_blocks(request, num_computed_tokens)
         after = self._cached_tiles.get(request.request_id, 0)
         if after != before:
-            for number in range(
-                max(0, before - 1), after
-            ):  # with drafts, other groups may follow a tile later
+            # With drafts, other groups may follow a tile later.
+            for number in range(max(0, before - 1), after):
                 self._note(request, number)
 
     def _note(self, request: Request, number: int) -> None:
@@ -131,7 +130,7 @@ class PrefixEnds:
                 return  # cached before this object followed
             tile = self._tiles[hashes[-1]] = _Tile(hashes, parent, [0] * len(self._others))
             if parent is not None:
-                parent.children.append(tile)
+                parent.children[tile] = None
         self._changed[tile] = None
 
     def _update(self, tile: _Tile) -> None:
@@ -171,7 +170,7 @@ class PrefixEnds:
         for block_hash in tile.hashes:
             self._tile_of.pop(maybe_convert_block_hash(block_hash), None)
         if tile.parent is not None:
-            tile.parent.children.remove(tile)
+            del tile.parent.children[tile]
             self._changed[tile.parent] = None
 
 
