@@ -15,9 +15,8 @@ MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check_shape(name: str, x: Tensor | np.ndarray, shape: tuple[int | None, ...]) -> None:
     """Raise a ValueError that names the argument unless x has the shape (None: any size)."""
     if x.ndim == len(shape):
-        for size, want in zip(
-            x.shape, shape, strict=True
-        ):  # no generator: thirty of these run per layer and chunk
+        # No generator: thirty of these run per layer and chunk.
+        for size, want in zip(x.shape, shape, strict=True):
             if want is not None and size != want:
                 break
         else:

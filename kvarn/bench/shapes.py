@@ -67,7 +67,7 @@ def write_shape(shape: dict[str, Any], directory: Path) -> Path:
 
 
 def add_tokenizer(directory: Path) -> None:
-    """Add the default model's tokenizer and chat template to a shape's directory, whose vocabulary must hold it."""
+    """Add the default model's tokenizer and chat template to a shape's directory, and enlarge a smaller vocabulary."""
     source = resolve_model(DEFAULT_MODEL)
     for name in TOKENIZER_FILES:
         shutil.copyfile(source / name, directory / name)

@@ -64,8 +64,8 @@ def quantize_value(value: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Te
     """Quantize rotated values [..., G, D] float32 -> (codes [..., G, D] uint8, scale, zero [..., G] float8_e4m3fn,
     channel_scale [..., D] float16).
 
-    Each token's range is widened to include 0, which bounds |zero| by the range and so keeps it representable in e4m3.
-    The channel's scale includes the gain that undoes the shrinkage of rounding.
+    Each token's range is widened to include 0, which nearly bounds |zero| by the range, so that e4m3 can represent it;
+    a chosen zero beyond that saturates. The channel's scale includes the gain that undoes the shrinkage of rounding.
     """
     _, channel_scale = variance_norm.normalize(value)
     scale, _ = _scale_and_zero_around_0(value / channel_scale[..., None, :], bits)

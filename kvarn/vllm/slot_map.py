@@ -51,7 +51,7 @@ class SlotMap:
         return np.fromiter((self._slot_of.get(int(b), NO_SLOT) for b in block_ids), np.int64, len(block_ids))
 
     def on_device(self, device: torch.device) -> torch.Tensor:
-        """The map as [blocks] int32 on `device`, beyond the last block that had a slot; `NO_SLOT` for none.
+        """The map as [blocks] int32 on `device`: `NO_SLOT` for none, and last, for all blocks beyond.
 
         Copies only the changes since the last call, without waiting for the device.
         """

@@ -167,7 +167,7 @@ class PrefixIndex:
     ) -> None:
         """Count `chain` as held by `replica_id` until events confirm it or `settle` is called.
 
-        Of ends, it will surely have that of the longest prefix that the prompt itself could use, of `most` tiles.
+        Of ends, count that of the longest prefix that the prompt itself could use, of `most` tiles.
         """
         holder = self._holders.get(replica_id)
         if holder is None:

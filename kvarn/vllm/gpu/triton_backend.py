@@ -210,7 +210,6 @@ class TritonLayer(KVarNLayer):
         work = self.workspace
         pages.fill_pages(kv_cache, self.pool, work.pages, wave.context, self.layout)
         tokens = slice(wave.first, wave.last)
-        attended = rotate.float16_rows(
-            output[tokens]
-        )  # in place: another buffer would take the cache's memory
+        # In place: another buffer would take the cache's memory.
+        attended = rotate.float16_rows(output[tokens])
         self.page_attention.attend(work.rotated[tokens], work.pages, wave, self.scale, attended)

@@ -25,7 +25,7 @@ class Step:
         rows, width = len(self.tokens), 12
         self.table = torch.randperm(rows * width, generator=torch.Generator().manual_seed(seed)).int()
         self.table = self.table.view(rows, width)
-        # Blocks past the end of the map have no slot, as the last in it.
+        # The last block of the map has no slot, nor have those past its end.
         self.slot_of = torch.full((rows * width - 7,), -1, dtype=torch.int32)
         for slot, block in enumerate(rng.sample(range(len(self.slot_of) - 1), len(self.slot_of) // 2)):
             self.slot_of[block] = slot
