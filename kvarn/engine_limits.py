@@ -90,17 +90,15 @@ def engine_limits(
         ValueError: the side pool is too small for one request, or the heads do not fit a record.
     """
     group = get_preset(cache_dtype).group
-    slot = drafters = 0
-    for model in filter(None, (shape, drafter)):
-        layout = TileLayout.of_heads(get_preset(cache_dtype), model.head_dim)
-        heads = max(model.kv_heads // tensor_parallel_size, 1)
-        slot += tile_bytes(group, layout.head_dim, heads * model.layers)
-        if model is shape:
-            use = block_use(
-                layout, model.layers, heads, others or OtherLayers(), max_model_len, smallest_block
-            )
-        else:
-            drafters = heads * model.layers * layout.nbytes
+    slot, uses = 0, []
+    for model, beside in ((shape, others), (drafter, None)):
+        if model is not None:
+            layout = TileLayout.of_heads(get_preset(cache_dtype), model.head_dim)
+            heads = max(model.kv_heads // tensor_parallel_size, 1)
+            slot += tile_bytes(group, layout.head_dim, heads * model.layers)
+            beside = beside or OtherLayers()
+            uses.append(block_use(layout, model.layers, heads, beside, max_model_len, smallest_block))
+    use, block = uses[0], sum(of_model.nbytes for of_model in uses)
     tails = most_tail_slots(group, speculation)
     slots = slots_within(settings or KVarNConfig(), max_num_seqs, slot, tails)
     in_slots = slots // (1 + tails)  # its first tile, and those it fills
@@ -108,7 +106,7 @@ def engine_limits(
     first = "max_num_seqs" if max_num_seqs <= in_slots else "side pool"
     blocks = longest = tokens_each = None
     if cache_bytes is not None:
-        blocks = max(cache_bytes // (use.nbytes + drafters) - 1, 0)  # vLLM reserves the null block
+        blocks = max(cache_bytes // block - 1, 0)  # vLLM reserves the null block
         longest = blocks // use.of_sequence(max_model_len)
         tokens_each = use.tokens_within(blocks // at_once)
         first = "blocks" if longest < at_once else first
