@@ -30,7 +30,8 @@ def main() -> None:
     start = time.perf_counter()
     engine = _start_engine(settings)
     start_s = time.perf_counter() - start
-    vocab_size = text_config(Path(settings["model"]))["vocab_size"]
+    config = text_config(Path(settings["model"]))
+    vocab_size = config["vocab_size"]
     warm_up = [(WARM_UP_PROMPT_TOKENS, WARM_UP_OUTPUT_TOKENS)] * _max_num_seqs(settings)
     answer(answers, _time_batch(engine, *_requests(warm_up, vocab_size)))
     for lengths in settings["lengths"]:
@@ -39,14 +40,13 @@ def main() -> None:
             _time_batch(engine, *requests)
         for _ in range(settings["repeats"]):
             answer(answers, _time_batch(engine, *requests))
-    answer(answers, {"start_s": start_s, **_cache_size(engine.vllm_config)})
+    answer(answers, {"start_s": start_s, **_cache_size(engine.vllm_config, config)})
     engine.engine_core.shutdown()
 
 
-def _cache_size(vllm_config: Any) -> dict[str, int]:
+def _cache_size(vllm_config: Any, config: dict[str, Any]) -> dict[str, int]:
     """The cache's size in blocks and in tokens, of the longest requests where kinds of layers hold blocks apart."""
     cache, max_model_len = vllm_config.cache_config, vllm_config.model_config.max_model_len
-    config = text_config(Path(vllm_config.model_config.model))
     alike = quantized_layers(config, max_model_len) == config["num_hidden_layers"]
     tokens = cache.num_gpu_blocks * cache.block_size if alike else cache.kv_cache_size_tokens
     return {"num_blocks": cache.num_gpu_blocks, "block_size": cache.block_size, "capacity_tokens": tokens}
