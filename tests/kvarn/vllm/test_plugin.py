@@ -47,6 +47,7 @@ from kvarn.vllm.hooks import HookError, RefusalError, engine_config, page_size, 
 from kvarn.vllm.mixed_layers import is_mixed, num_quantized_layers
 from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
 from tests.support.engines import use_triton_backend
+from tests.support.families import VISION
 from tests.support.scheduling import MODEL_CONFIG, make_scheduler
 
 PRESET = "kvarn_k4v2_g128"
@@ -215,16 +216,7 @@ PALIGEMMA = {
         "vocab_size": 512,
         "max_position_embeddings": 1024,
     },
-    "vision_config": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-        "projection_dim": 256,
-    },
+    "vision_config": {"model_type": "siglip_vision_model", **VISION, "projection_dim": 256},
     "projection_dim": 256,
     "image_token_index": 511,
 }
