@@ -102,16 +102,14 @@ def tile_bytes(group: int, head_dim: int, heads_and_layers: int) -> int:
     return 2 * 2 * group * head_dim * heads_and_layers
 
 
-def slot_bytes(vllm_config: VllmConfig) -> int:
-    """Bytes of one slot on one rank, over the layers of the model and of its drafter."""
-    group = tile_tokens(vllm_config)
+def slot_bytes(vllm_config: VllmConfig, group: int | None = None) -> int:
+    """Bytes of one slot on one rank, over the layers of the model and of its drafter; `group` as `side_pool_slots`."""
+    group = group or _group_of(vllm_config)
     return sum(_slot_bytes(group, *model) for model in _quantized_models(vllm_config))
 
 
-def tile_tokens(vllm_config: VllmConfig) -> int:
-    """Tokens per tile; a block has several tiles only beside state layers."""
-    cache = vllm_config.cache_config
-    return min(cache.block_size, get_preset(cache.cache_dtype).group)
+def _group_of(vllm_config: VllmConfig) -> int:
+    return get_preset(vllm_config.cache_config.cache_dtype).group
 
 
 def _slot_bytes(group: int, model: ModelConfig, parallel: ParallelConfig) -> int:
@@ -136,11 +134,18 @@ def speculation_of(vllm_config: VllmConfig) -> Speculation:
     return Speculation(vllm_config.num_speculative_tokens * in_flight, lookahead_tokens(vllm_config))
 
 
-def side_pool_slots(vllm_config: VllmConfig) -> int:
-    """Number of slots of the side pool; see `slots_within`."""
+def side_pool_slots(vllm_config: VllmConfig, group: int | None = None) -> int:
+    """Number of slots of the side pool; see `slots_within`.
+
+    Args:
+        vllm_config: the engine's configuration.
+        group: tokens per tile, None for the preset's. The configuration's block size is not that: beside layers with
+            a window or a state, vLLM sets it to another one.
+    """
+    group = group or _group_of(vllm_config)
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-    tails = most_tail_slots(tile_tokens(vllm_config), speculation_of(vllm_config))
-    return slots_within(KVarNConfig.of(vllm_config), max_num_seqs, slot_bytes(vllm_config), tails)
+    tails = most_tail_slots(group, speculation_of(vllm_config))
+    return slots_within(KVarNConfig.of(vllm_config), max_num_seqs, slot_bytes(vllm_config, group), tails)
 
 
 def slots_within(config: KVarNConfig, max_num_seqs: int, one_slot: int, tails: int) -> int:

@@ -91,7 +91,7 @@ class SlotPlanning(VllmScheduler):
         self.block_tokens: int = spec.block_size
         self.tile_tokens = self.block_tokens // spec.tiles
         self._tile_stride = tile_stride(self.kv_cache_config, self.cache_group)
-        self.slots = SlotTable(side_pool_slots(self.vllm_config), self.tile_tokens)
+        self.slots = SlotTable(side_pool_slots(self.vllm_config, self.tile_tokens), self.tile_tokens)
         self.speculation = speculation_of(self.vllm_config)
         self.preemptions = 0
         self.wait_counts = WaitCounts()

@@ -350,6 +350,18 @@ def test_state_layers_need_blocks_of_several_page_sizes(
         configure(model)
 
 
+def test_the_scheduler_plans_as_many_slots_as_layers_have(tmp_path: Path) -> None:
+    """vLLM's engine core sets the block size to that of the smallest blocks before it makes the scheduler."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    model = write_config(tmp_path, **WINDOWED, num_hidden_layers=3, layer_types=kinds)
+    config = configure(model)
+    settings = {"kvarn": {"side_pool_gib": 7.5 * slot_bytes(config) / 2**30}}
+    config = configure(model, max_num_seqs=10, additional_config=settings)
+    assert side_pool_slots(config) == 7
+    config.cache_config.block_size = 32
+    assert side_pool_slots(config) == 7
+
+
 def test_quantized_layers_alone_have_slots(tmp_path: Path) -> None:
     """Layers with a window keep vLLM's own cache."""
     kinds = ["sliding_attention", "sliding_attention", "full_attention"]

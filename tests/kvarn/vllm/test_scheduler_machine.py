@@ -451,7 +451,7 @@ DIFFERENT = [[number % VOCABULARY, number // VOCABULARY] * 5 for number in range
 
 
 def test_wait_reasons_are_reported() -> None:
-    one_request = 4 * slot_bytes(make_scheduler(64, 8).vllm_config) / GIB
+    one_request = 4 * slot_bytes(make_scheduler(64, 8).vllm_config, GROUP) / GIB
     after = waiting_after_a_step
     assert after(DIFFERENT) == {"waiting": 0}
     assert after(DIFFERENT, max_running=1) == {"waiting": 2}
