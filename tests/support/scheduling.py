@@ -91,6 +91,7 @@ def make_scheduler(
     retention: int | None = None,
     states: int = 0,
     tiles: int = 1,
+    stages: int = 1,
     **kvarn: Any,
 ) -> KVarNScheduler | KVarNAsyncScheduler:
     """Make a scheduler; a step has at most `chunk` tokens (0: no limit) and `drafts` draft tokens per request.
@@ -98,7 +99,8 @@ def make_scheduler(
     `method` is vLLM's method of speculative decoding. vLLM's second model runner gets resumed requests as if they
     were new. `windows` are further cache groups, the first in front of the tiles' and the others behind it: tokens of
     the window, and of a block. `retention` is the distance of the windows that vLLM keeps (None: all). `states` is the
-    number of further groups of layers with a state, and `tiles` the tiles per block beside them.
+    number of further groups of layers with a state, and `tiles` the tiles per block beside them. `stages` is the number
+    of pipeline stages.
     """
     config = copy.deepcopy(_base_config())
     block_size *= tiles
@@ -109,6 +111,7 @@ def make_scheduler(
     config.scheduler_config.policy = policy
     config.scheduler_config.long_prefill_token_threshold = chunk
     config.scheduler_config.async_scheduling = asynchronous
+    config.parallel_config.pipeline_parallel_size = stages
     config.additional_config = {"kvarn": kvarn}
     config.kv_events_config = CACHE_EVENTS
     if drafts:
@@ -530,7 +533,11 @@ class Observer:
 
 
 class World:
-    """A scheduler and a worker, whose invariants are checked after every step."""
+    """A scheduler and a worker, whose invariants are checked after every step.
+
+    The worker stands for all stages of a pipeline: each runs the same steps in the same order, and the scheduler learns
+    nothing of a step before the last stage has run it.
+    """
 
     def __init__(self, scheduler: KVarNScheduler | KVarNAsyncScheduler, worker: Worker | None = None) -> None:
         self.scheduler = scheduler
@@ -548,6 +555,8 @@ class World:
         self.observer = Observer(scheduler)
         self.evicted_in_use = False
         self.is_asynchronous = isinstance(scheduler, KVarNAsyncScheduler)
+        stages = scheduler.vllm_config.parallel_config.pipeline_parallel_size
+        self.most_in_flight = stages + self.is_asynchronous
         evictable_blocks(self.pool)
 
     def submit(
@@ -596,8 +605,7 @@ class World:
         result = self.worker.execute(output)
         if output.total_num_scheduled_tokens:
             self.in_flight.append((output, result))
-        depth = 2 if self.is_asynchronous else 1
-        if len(self.in_flight) == depth or not output.total_num_scheduled_tokens:
+        if len(self.in_flight) == self.most_in_flight or not output.total_num_scheduled_tokens:
             self._deliver()
         self.check()
         self.sound = True

@@ -60,6 +60,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         windows=st.sampled_from(WINDOWS),
         retention=st.sampled_from([None, 0, 2 * GROUP]),
         states=st.sampled_from(STATES),
+        stages=st.sampled_from([1, 1, 2, 3]),
     )
     def start(
         self, drafts: int, windows: list[tuple[int, int]], states: tuple[int, int], **settings: Any
@@ -74,6 +75,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             settings["states"], settings["tiles"] = states
             settings["num_blocks"] *= 1 + states[0]
             settings["retention"] = settings["retention"] and settings["retention"] * states[1]
+        if states[0]:  # with several stages, an engine refuses them, and the layers of a drafter
+            settings["stages"] = 1
+        if settings["stages"] > 1:
+            settings["method"] = "ngram"
+            settings["v2_runner"] |= settings["asynchronous"]  # vLLM's first runner has not both
         settings["windows"] = windows
         self.world = World(make_scheduler(drafts=drafts, **settings))
 
