@@ -36,9 +36,9 @@ class KVarNConfig:
         split_tiles: on GPUs, tiles after which decode cuts a sequence whatever the rest of the batch, so that a
             row's attention has the same bits in every batch; prefill then does not split the keys of short chunks
             either. None: the work of a step is divided equally.
-        side_pool_gib: maximum memory of the side pool on one rank, over all its layers, in GiB. None: two
-            slots for each of `max_num_seqs`, three with a draft model, and the retained sinks. With less,
-            requests wait until slots are free.
+        side_pool_gib: maximum memory of the side pool on one rank, over all its layers, in GiB; of pipeline stages,
+            on that with most layers. None: two slots for each of `max_num_seqs`, three with a draft model, and
+            the retained sinks. With less, requests wait until slots are free.
         order: admission order of waiting requests. "prefix": longest cached prefix first; "fcfs": vLLM's
             order.
         window: number of oldest waiting requests that the prefix order considers.
@@ -103,7 +103,10 @@ def tile_bytes(group: int, head_dim: int, heads_and_layers: int) -> int:
 
 
 def slot_bytes(vllm_config: VllmConfig, group: int | None = None) -> int:
-    """Bytes of one slot on one rank, over the layers of the model and of its drafter; `group` as `side_pool_slots`."""
+    """Bytes of one slot on the rank with most layers, over those of the model and of its drafter.
+
+    All ranks have as many slots as it can hold. `group` is as for `side_pool_slots`.
+    """
     group = group or _group_of(vllm_config)
     return sum(_slot_bytes(group, *model) for model in _quantized_models(vllm_config))
 

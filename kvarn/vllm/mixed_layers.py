@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count, takewhile
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from kvarn.layer_kinds import FULL, has_local_layers, layer_kinds, quantized_layers, smallest_block
+from kvarn.layer_kinds import FULL, SLIDING, has_local_layers, layer_kinds, quantized_layers, smallest_block
 from kvarn.presets import PRESETS, get_preset
 from kvarn.tile import TileLayout
 
@@ -50,10 +51,34 @@ def splits_quantized(model: ModelConfig) -> bool:
 
 
 def num_quantized_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Number of layers of one rank whose cache is quantized."""
-    if is_mixed(model) or model.is_hybrid:
+    """Most layers of any rank whose cache is quantized."""
+    if model.is_hybrid:  # in one pipeline stage
         return quantized_layers(config_of(model), model.max_model_len)
-    return model.get_num_layers(parallel)
+    if is_mixed(model):
+        return max(kinds[FULL] for kinds in stage_kinds(model, parallel))
+    return max(map(len, _stages(model, parallel)))
+
+
+def stage_kinds(model: ModelConfig, parallel: ParallelConfig) -> list[Counter[str]]:
+    """How many layers of each kind the pipeline stages of a model that names its kinds have."""
+    kinds = layer_kinds(config_of(model))
+    return [Counter(kinds[stage.start : stage.stop]) for stage in _stages(model, parallel)]
+
+
+def _stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[range, ...]:
+    """The layers of each pipeline stage."""
+    from vllm import envs
+
+    layers, stages = model.get_total_num_hidden_layers(), parallel.pipeline_parallel_size
+    return _divide(layers, stages, envs.VLLM_PP_LAYER_PARTITION)
+
+
+@cache
+def _divide(layers: int, stages: int, partition: str | None) -> tuple[range, ...]:
+    """Divide layers as vLLM does, which logs an uneven division each time, and reads `partition` itself."""
+    from vllm.distributed.utils import get_pp_indices
+
+    return tuple(range(*get_pp_indices(layers, stage, stages)) for stage in range(stages))
 
 
 def quantized_group(groups: Sequence[Any]) -> int:
@@ -220,7 +245,10 @@ def is_quantized(layer: Any) -> bool:
 
 
 def pages_of(vllm_config: Any) -> SharedPages | None:
-    """The pages that the layers of a model share; None if all are quantized, or none is."""
+    """The pages that the layers of a model share; None if all are quantized, or none is.
+
+    They are the same in every pipeline stage: all of the model's layers are counted.
+    """
     compilation = getattr(vllm_config, "compilation_config", None)
     layers = list(getattr(compilation, "static_forward_context", {}).values())
     quantized = [layer for layer in layers if is_quantized(layer)]
@@ -229,12 +257,13 @@ def pages_of(vllm_config: Any) -> SharedPages | None:
     if not quantized or not local:
         return None
     layout = TileLayout.of_heads(get_preset(quantized[0].kv_cache_dtype), quantized[0].head_size)
+    kinds = Counter(layer_kinds(config_of(vllm_config.model_config)))
     return share_pages(
         tile_bytes=quantized[0].num_kv_heads * layout.nbytes,
         group=layout.group,
-        quantized_layers=len(quantized),
+        quantized_layers=kinds[FULL],
         local=LocalLayers(
-            layers=len(local),
+            layers=kinds[SLIDING],
             token_bytes=max(map(_token_bytes, local)),
             reach=max(layer.sliding_window for layer in local) - 1,
             block_sizes=_block_sizes(local, layout.group),

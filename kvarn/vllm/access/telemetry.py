@@ -24,7 +24,7 @@ class CacheState:
     several; or some tokens of as many layers with a window; or as many states as fit. Beside the blocks of its
     tiles, a sequence holds up to `other_blocks` for layers with windows or states: as many if it has `other_tokens`
     tokens, a proportional part if it is shorter. Counts are blocks, slots, requests or tokens as named;
-    `bytes_per_tile` is bytes of one block over all its layers and heads on one rank.
+    `bytes_per_tile` is bytes of one block over all its layers and heads on one rank, of the first pipeline stage.
     `free_blocks` hold nothing; `evictable_blocks` hold cached prefixes that no running request uses;
     `used_blocks` belong to running requests; the three sum to `total_blocks`. Slots are fp16 tiles of the
     side pool: a tail slot per tile being filled, a sink slot per first tile; both draw on `slots_total`. Of

@@ -13,7 +13,7 @@ from kvarn.presets import PRESETS, Preset, get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.hooks import Hook, HookError, RefusalError, untested
 from kvarn.vllm.hooks.engine_probe import doctor_probe
-from kvarn.vllm.mixed_layers import config_of, is_mixed, splits_quantized
+from kvarn.vllm.mixed_layers import config_of, is_mixed, splits_quantized, stage_kinds
 from kvarn.vllm.versions import bypasses_workers, packs_states, returns_routed_experts
 
 TARGET = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
@@ -202,7 +202,7 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "does not support context parallelism; use tensor_parallel_size instead."
     if parallel.pipeline_parallel_size > 1:
-        yield "does not support pipeline parallelism; use tensor_parallel_size instead."
+        yield from _stage_problems(config)
     if bypasses_workers(config):
         yield "passes no slots through vLLM's first Ray executor; leave VLLM_USE_RAY_V2_EXECUTOR_BACKEND out."
     if returns_routed_experts(config):
@@ -230,6 +230,20 @@ def _state_problems(config: Any) -> Iterator[str]:
         yield f"does not support layers with a window beside layers with a state; {USE_AUTO}"
     if config.speculative_config is not None:
         yield "does not support drafts for a model with state layers; leave speculative_config out."
+
+
+def _stage_problems(config: Any) -> Iterator[str]:
+    """Yield what is not supported where each stage of a pipeline has a part of the layers, as `_problems` does."""
+    model = config.model_config
+    if model.is_hybrid:  # a block's tiles would be of other layers in each stage, and so would their number
+        yield "does not support pipeline parallelism beside state layers; use tensor_parallel_size instead."
+    elif is_mixed(model) and any(len(kinds) < 2 for kinds in stage_kinds(model, config.parallel_config)):
+        yield (
+            "needs full-attention layers and layers with a window in every pipeline stage; lower "
+            "pipeline_parallel_size, or divide the layers otherwise with VLLM_PP_LAYER_PARTITION."
+        )
+    if config.speculative_config is not None:
+        yield "does not support drafts with pipeline parallelism; leave speculative_config out."
 
 
 def _speculation_problems(config: Any, preset: Preset) -> Iterator[str]:

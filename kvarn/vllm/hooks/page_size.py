@@ -7,6 +7,7 @@ from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
+from kvarn.layer_kinds import FULL, SLIDING
 from kvarn.presets import PRESETS, get_preset
 from kvarn.tile import HEAD_DIMS, TileLayout
 from kvarn.vllm.hooks import Hook
@@ -135,7 +136,8 @@ def _mixed_difference(layout: TileLayout) -> str | None:
     for layer in local:
         layer.__dict__.update(sliding_window=4 * group, kv_cache_torch_dtype=torch.bfloat16)
     config = default_config(name, group)
-    config.model_config = SimpleNamespace(max_model_len=64 * group)
+    kinds = SimpleNamespace(layer_types=[FULL, SLIDING, SLIDING])
+    config.model_config = SimpleNamespace(max_model_len=64 * group, hf_text_config=kinds)
     config.cache_config.kv_cache_layout = "LBHNC"
     for runner, specs in _specs([full, *local], config).items():
         blocks, pages = {s.block_size for s in specs.values()}, {s.page_size_bytes for s in specs.values()}

@@ -118,6 +118,7 @@ HOOK = Hook(
     (
         ROUTED_EXPERTS,
         "vllm.config:CompilationConfig.static_forward_context",
+        "vllm.config:ModelConfig.get_total_num_hidden_layers",
         "vllm.distributed.kv_events:AllBlocksCleared",
         "vllm.distributed.kv_events:BlockRemoved.block_hashes",
         "vllm.distributed.kv_events:BlockStored.block_hashes",
@@ -127,6 +128,7 @@ HOOK = Hook(
         "vllm.distributed.kv_events:BlockStored.parent_block_hash",
         "vllm.distributed.kv_events:BlockStored.token_ids",
         "vllm.distributed.kv_events:KVEventBatch.events",
+        "vllm.distributed.utils:get_pp_indices",
         "vllm.v1.attention.backend:AttentionBackend.validate_configuration",
         "vllm.v1.attention.backend:AttentionCGSupport.UNIFORM_BATCH",
         "vllm.v1.attention.backend:AttentionImpl.process_weights_after_loading",

@@ -17,6 +17,7 @@ from kvarn.tile import TileLayout
 from kvarn.vllm.mixed_layers import (
     LocalLayers,
     block_sizes,
+    pages_of,
     quantized_group,
     share_pages,
     splits_quantized,
@@ -108,3 +109,40 @@ def test_tiles_are_counted_over_the_pages_between_them(others: int) -> None:
     assert tile_stride(SimpleNamespace(kv_cache_groups=[group], kv_cache_tensors=tensors), 0) == 5 * (
         1 + others
     )
+
+
+class _Kernels:
+    """An attention backend of layers with a window."""
+
+    @staticmethod
+    def get_supported_kernel_block_sizes() -> list[Any]:
+        return [MultipleOf(16)]
+
+
+def _stage(quantized: int, local: int) -> Any:
+    """The configuration of an engine's worker that has these layers of a model with two and six of these kinds."""
+    full = SimpleNamespace(
+        kv_cache_dtype="kvarn_k4v4_g128", head_size=64, num_kv_heads=2, sliding_window=None
+    )
+    window = SimpleNamespace(
+        kv_cache_dtype="auto",
+        kv_cache_torch_dtype=torch.bfloat16,
+        head_size=64,
+        head_size_v=64,
+        num_kv_heads=2,
+        sliding_window=1000,
+        attn_backend=_Kernels,
+    )
+    layers = {str(i): layer for i, layer in enumerate([full] * quantized + [window] * local)}
+    kinds = SimpleNamespace(layer_types=[FULL] * 2 + [SLIDING] * 6)
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+        model_config=SimpleNamespace(max_model_len=1024, hf_text_config=kinds),
+    )
+
+
+def test_every_pipeline_stage_has_the_same_pages() -> None:
+    """Those of a stage's own layers would differ: blocks of 32 and of 64 tokens."""
+    whole = pages_of(_stage(2, 6))
+    assert whole is not None
+    assert pages_of(_stage(1, 1)) == pages_of(_stage(1, 5)) == whole

@@ -59,6 +59,9 @@ def write_config(directory: Path, **changes: Any) -> Path:
     return directory
 
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return write_config(tmp_path)
@@ -100,6 +103,40 @@ def test_side_pool_stays_within_its_memory_cap(model: Path) -> None:
     assert side_pool_slots(configure(model, max_num_seqs=10, additional_config=settings)) == 7
 
 
+@pytest.mark.parametrize("partition", [None, "1,1,3"])
+def test_every_pipeline_stage_has_the_slots_that_the_largest_can_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition: str | None
+) -> None:
+    if partition is not None:
+        monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", partition)
+    model = write_config(tmp_path, num_hidden_layers=5)
+    largest = 2 if partition is None else 3
+    cap = (
+        7.5 * largest * 2 * 2 * 2 * 128 * 64 / 2**30
+    )  # layers, keys and values, fp16, heads, tokens, channels
+    settings = {"pipeline_parallel_size": 3, "additional_config": {"kvarn": {"side_pool_gib": cap}}}
+    config = configure(model, max_num_seqs=10, **settings)
+    for rank in range(3):
+        config.parallel_config.rank = rank
+        assert side_pool_slots(config) == 7
+
+
+def test_every_pipeline_stage_needs_layers_of_both_kinds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    model = write_config(tmp_path, **WINDOWED, num_hidden_layers=4, layer_types=kinds)
+    sentence = "layers with a window in every pipeline stage; lower pipeline_parallel_size, or divide"
+    with pytest.raises(RefusalError, match=sentence):
+        configure(model, pipeline_parallel_size=2)
+    kinds[3] = "full_attention"
+    model = write_config(tmp_path, **WINDOWED, num_hidden_layers=4, layer_types=kinds)
+    assert configure(model, pipeline_parallel_size=2).parallel_config.world_size == 2
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,3")
+    with pytest.raises(RefusalError, match=sentence):
+        configure(model, pipeline_parallel_size=2)
+
+
 def test_layers_of_other_shapes_share_one_group_and_its_block_table(model: Path) -> None:
     """As the layers of a draft model do, quantized or not."""
     config = configure(model)
@@ -131,7 +168,7 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
         ({"additional_config": {"kvarn": {"allow_untested_vllm": 1}}}, "give true or false"),
         ({"block_size": 64}, "leave block_size out or set it to 128"),
         ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "context parallelism"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism; use tensor_parallel_size"),
+        ({"pipeline_parallel_size": 2, "speculative_config": NGRAM}, "leave speculative_config out"),
         ({"kv_cache_dtype_skip_layers": ["0"]}, "leave kv_cache_dtype_skip_layers out"),
         ({"scheduler_cls": Scheduler}, "derive yours from kvarn.vllm.scheduler.SlotPlanning"),
         (
@@ -190,7 +227,7 @@ def test_unsupported_settings_are_refused(model: Path, settings: dict[str, Any],
         {"attention_backend": "FLASH_ATTN"},
         {"attention_config": {"backend_per_kind": {"full_attention": "FLASH_ATTN"}}},
         {"block_size": 64},
-        {"pipeline_parallel_size": 2},
+        {"pipeline_parallel_size": 2, "speculative_config": NGRAM},
     ],
     ids=lambda settings: next(iter(settings)),
 )
@@ -323,11 +360,12 @@ WITH_STATES: dict[str, Any] = {
         ({"sliding_window": 64}, {}, "a window beside layers with a state; use kv_cache_dtype='auto'"),
         (
             {},
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            {"speculative_config": NGRAM},
             "drafts for a model with state layers; leave speculative_config out",
         ),
+        ({}, {"pipeline_parallel_size": 2}, "beside state layers; use tensor_parallel_size instead"),
     ],
-    ids=["states alone", "windows", "a window", "drafts"],
+    ids=["states alone", "windows", "a window", "drafts", "pipeline"],
 )
 def test_what_state_layers_cannot_have_is_refused(
     tmp_path: Path, changes: dict[str, Any], settings: dict[str, Any], sentence: str
