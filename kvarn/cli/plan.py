@@ -20,6 +20,7 @@ def plan(
     ] = DEFAULT_MODEL,
     gpu: Annotated[str, typer.Option(help=f"GPU model: {', '.join(GPUS)}.")] = "h200",
     tp: Annotated[int, typer.Option(help="Tensor parallel size, in GPUs.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages, each of --tp GPUs.")] = 1,
     context: Annotated[str, typer.Option(help="Sequence length, in tokens, e.g. 32k.")] = "8k",
     rate: Annotated[float | None, typer.Option(help="Requests per second to plan for.")] = None,
     output_tokens: Annotated[int, typer.Option(help="Tokens generated per request, with --rate.")] = 512,
@@ -54,6 +55,7 @@ def plan(
             max_num_seqs,
             drafts,
             acceptance,
+            pp,
         )
         if as_json:
             out.print_json(json.dumps(record(made)))

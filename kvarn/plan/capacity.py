@@ -39,6 +39,7 @@ class Plan:
     acceptance: float
     weight_gib_per_gpu: float
     rows: list[PlanRow]
+    pipeline_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def make_plan(
     max_num_seqs: int | None = None,
     drafts: int = 0,
     acceptance: float = 0.8,
+    pipeline_parallel: int = 1,
 ) -> Plan:
     """Plan every cache dtype.
 
@@ -102,6 +104,7 @@ def make_plan(
         max_num_seqs: sequences that the side pool is sized for; None for as many as fit.
         drafts: draft tokens per sequence and step; what drafting takes is not counted.
         acceptance: probability that a draft is accepted if those before it are.
+        pipeline_parallel: pipeline stages, each of `tensor_parallel` GPUs.
 
     Raises:
         ModelError: there is no such model.
@@ -109,6 +112,7 @@ def make_plan(
     """
     shape = ModelShape.read(model, context, max(tensor_parallel, 1))
     _check(shape, gpu, tensor_parallel, context, utilization)
+    _check_stages(shape, pipeline_parallel, drafts)
     for option, value in (("--rate", rate), ("--cache-gib", cache_gib), ("--max-num-seqs", max_num_seqs)):
         _check_positive(option, value)
     _check_positive("--output-tokens", output_tokens)
@@ -119,14 +123,22 @@ def make_plan(
     memory_gib = GPUS[gpu].memory_bytes / 2**30
     if cache_gib is not None and cache_gib > memory_gib:
         raise PlanError(f"--cache-gib is {cache_gib}: one {gpu} has {memory_gib:.1f} GiB, give at most that")
-    weights = shape.weight_bytes / tensor_parallel
+    weights = shape.weight_bytes / (tensor_parallel * pipeline_parallel)
     available = utilization * GPUS[gpu].memory_bytes - weights - WORKING_BYTES
     if available <= 0 and cache_gib is None:
         raise PlanError(
             f"the weights take {weights / 2**30:.1f} GiB of one {gpu} and leave no memory for a cache: raise --tp"
         )
     planner = _Planner(
-        shape, GPUS[gpu], tensor_parallel, context, rate, output_tokens, max_num_seqs, drafts, acceptance
+        shape.of_stage(pipeline_parallel),
+        GPUS[gpu],
+        tensor_parallel,
+        context,
+        rate,
+        output_tokens,
+        max_num_seqs,
+        drafts,
+        acceptance,
     )
     rows = [planner.row(name, available, cache_gib) for name in DTYPES]
     return Plan(
@@ -141,6 +153,7 @@ def make_plan(
         acceptance,
         weights / 2**30,
         rows,
+        pipeline_parallel,
     )
 
 
@@ -159,6 +172,15 @@ def _check(shape: ModelShape, gpu: str, tensor_parallel: int, context: int, util
         )
 
 
+def _check_stages(shape: ModelShape, pipeline_parallel: int, drafts: int) -> None:
+    most = min(shape.layers, shape.window_layers or shape.layers)
+    if not 1 <= pipeline_parallel <= most:
+        raise PlanError(f"--pp is {pipeline_parallel}: give 1 to {most} stages for this model")
+    if pipeline_parallel > 1 and (shape.state_layers or drafts):
+        beside = "layers with a state" if shape.state_layers else "drafts"
+        raise PlanError(f"--pp is {pipeline_parallel}: a pipeline does not support {beside}, use --tp")
+
+
 def _check_positive(option: str, value: float | None) -> None:
     if value is not None and not 0 < value < inf:
         raise PlanError(f"{option} is {value}: give a number above 0")
@@ -166,6 +188,8 @@ def _check_positive(option: str, value: float | None) -> None:
 
 @dataclass(frozen=True)
 class _Planner:
+    """Computes rows; `shape` is that of the largest pipeline stage, with the weights of the whole model."""
+
     shape: ModelShape
     gpu: Gpu
     tensor_parallel: int
@@ -281,7 +305,11 @@ class _Planner:
         return PAGE_BYTES * tokens * self.kv_heads * padded_head_dim(self.shape.head_dim)
 
     def _times_s(self, dtype: str, bytes_per_token: float, slot_bytes: float) -> tuple[float, float]:
-        """Seconds to read the weights, and to read one sequence's cache with its sink and half a tail."""
+        """Seconds to read the weights, and to read one sequence's cache with its sink and half a tail.
+
+        A pipeline's stages each run a part of the sequences, one after the other: all weights are read as often as
+        there are stages, in all of these at once.
+        """
         copy = COPY_PART * self.gpu.bandwidth
         attention = ATTENTION_OF_COPY["kvarn" if dtype in PRESETS else dtype] * copy
         weights = self.shape.weight_bytes / self.tensor_parallel / (WEIGHTS_OF_COPY * copy)
@@ -307,6 +335,8 @@ class _Planner:
 def table(plan: Plan) -> Table:
     """The plan's rows, with ratios to the unquantized cache."""
     where = f"{plan.tensor_parallel} x {plan.gpu}" if plan.tensor_parallel > 1 else plan.gpu
+    if plan.pipeline_parallel > 1:
+        where = f"{plan.pipeline_parallel} stages of {where}"
     made = Table(title=f"{plan.model} on {where}, {plan.context:,} tokens per sequence")
     made.add_column("cache dtype", no_wrap=True)
     made.add_column("tokens held", justify="right", overflow="fold")

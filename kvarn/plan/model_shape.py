@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,15 @@ class ModelShape:
             token_bytes=2 * self.dtype_bytes * self.head_dim * kv_heads,
             states=self.state_layers,
             state_bytes=self.state_bytes,
+        )
+
+    def of_stage(self, stages: int) -> ModelShape:
+        """The shape of the largest of a pipeline's stages, except that `weight_bytes` stay those of the model.
+
+        vLLM divides all layers evenly by default; each kind of layers is taken to be, too.
+        """
+        return replace(
+            self, layers=ceil(self.layers / stages), window_layers=ceil(self.window_layers / stages)
         )
 
     @classmethod

@@ -96,7 +96,8 @@ def _quality_cells(protocol: str, row: Record) -> list[str]:
 
 
 def _plan(record: Record) -> Iterator[str]:
-    where = f"{record['tensor_parallel']} x {record['gpu']}"
+    stages = record.get("pipeline_parallel", 1)  # not in records of earlier versions
+    where = f"{stages * record['tensor_parallel']} x {record['gpu']}"
     yield f"<h2>Capacity: {escape(record['model'])} on {escape(where)}</h2>"
     yield f"<p>{record['context']:,} tokens per sequence; decode times from memory bandwidth alone.</p>"
     rows = [row for row in record["rows"] if not row["refused"]]
@@ -139,7 +140,7 @@ def _plan(record: Record) -> Iterator[str]:
     )
     yield _command(
         f"kvarn plan --model {record['model']} --gpu {record['gpu']} --tp {record['tensor_parallel']} "
-        f"--context {record['context']}{rate} --json"
+        f"--pp {stages} --context {record['context']}{rate} --json"
     )
 
 

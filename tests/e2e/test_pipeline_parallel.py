@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 from vllm import LLM
 
+from kvarn.layer_kinds import smallest_block
+from kvarn.plan.model_shape import ModelShape
+from kvarn.presets import get_preset
+from kvarn.tile import TileLayout
 from kvarn.vllm.cache_settings import GIB
+from kvarn.vllm.mixed_layers import block_use
 from tests.support.engines import (
     MIB,
     PRESET,
@@ -24,15 +29,17 @@ from tests.support.engines import (
     chunks_of,
     engine,
     make_matmuls_row_invariant,
+    num_blocks,
     prompt_of,
     scheduler_of,
 )
-from tests.support.families import WINDOWS, make_model
+from tests.support.families import MAX_MODEL_LEN, WINDOWS, make_model
 
 PROMPTS = [prompt_of(3 * TILE + 40 + 30 * number, number) for number in range(3)]
 SLIDING, FULL = "sliding_attention", "full_attention"
 SLOT_BYTES_OF_LAYER = 2 * 2 * TILE * 2 * 64  # keys and values, fp16, tokens, KV heads, channels
 CAPPED_SLOTS = 12
+CACHE_BYTES = 16 * MIB
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,14 @@ def slots_of_layers(worker: Any) -> list[int]:
     return [len(impl.pool) for impl in impls if hasattr(impl, "pool")]
 
 
+def planned_block_bytes(model: Path) -> int:
+    """Bytes of a block on the rank with most layers, as `kvarn plan` computes them for two stages."""
+    shape = ModelShape.read(str(model), MAX_MODEL_LEN, dtype="float32", device="cpu").of_stage(2)
+    layout = TileLayout.of_heads(get_preset(PRESET), shape.head_dim)
+    others, smallest = shape.others(), smallest_block("cpu")
+    return block_use(layout, shape.layers, shape.kv_heads, others, MAX_MODEL_LEN, smallest).nbytes
+
+
 @pytest.mark.parametrize("pipeline", PIPELINES.values(), ids=PIPELINES)
 def test_stages_answer_like_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline
@@ -94,7 +109,8 @@ def test_stages_answer_like_one_process(
     settings = {
         "kv_cache_dtype": PRESET,
         "skip_tokenizer_init": True,
-        "kv_cache_memory_bytes": 16 * MIB,
+        "max_model_len": MAX_MODEL_LEN,
+        "kv_cache_memory_bytes": CACHE_BYTES,
         "additional_config": {"kvarn": {"side_pool_gib": cap}},
     }
     with engine(monkeypatch, model, **settings) as llm:
@@ -103,6 +119,7 @@ def test_stages_answer_like_one_process(
         slots = scheduler_of(llm).slots.num_slots
         assert llm.collective_rpc(slots_of_layers) == [[slots] * layers for layers in pipeline.quantized]
         assert slots == CAPPED_SLOTS
+        assert num_blocks(llm) == CACHE_BYTES // planned_block_bytes(model)
         cold = [ask_cold(llm, prompt) for prompt in PROMPTS]
         together, hits = ask(llm, PROMPTS), ask(llm, PROMPTS)
         assert all(hit.cached >= 3 * TILE for hit in hits)

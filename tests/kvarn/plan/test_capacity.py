@@ -161,6 +161,24 @@ def test_heads_are_shared_out_over_gpus(llama_8b: str) -> None:
     assert two.tokens > 2 * one.tokens
 
 
+def test_layers_are_shared_out_over_pipeline_stages(llama_8b: str) -> None:
+    settings = {"model": llama_8b, "gpu": "h100", "cache_gib": 16}
+    one, two, three = (rows(**settings, pipeline_parallel=stages) for stages in (1, 2, 3))
+    for dtype in ("auto", "kvarn_k4v2_g128"):
+        assert two[dtype].bytes_per_token == one[dtype].bytes_per_token / 2
+        assert (
+            three[dtype].bytes_per_token == one[dtype].bytes_per_token * 11 / 32
+        )  # of the largest of 10, 11, 11
+        assert two[dtype].tokens == pytest.approx(2 * one[dtype].tokens, rel=0.001)
+    busy = [rows(**settings, context=4096, max_num_seqs=8, pipeline_parallel=n)["auto"] for n in (1, 2)]
+    assert busy[0].decode_ms / 2 < busy[1].decode_ms < busy[0].decode_ms  # each stage reads its weights twice
+
+
+def test_what_a_pipeline_does_not_support_is_refused(granite_4: str) -> None:
+    with pytest.raises(PlanError, match="does not support layers with a state, use --tp"):
+        make_plan(granite_4, "h200", pipeline_parallel=2)
+
+
 def test_a_rate_keeps_more_running_where_steps_are_longer(llama_8b: str) -> None:
     plans = [rows(model=llama_8b, gpu="h200", rate=rate)["kvarn_k4v2_g128"].running for rate in (1.0, 2.0)]
     assert 2 * plans[0] < plans[1]
@@ -172,6 +190,8 @@ def test_a_rate_keeps_more_running_where_steps_are_longer(llama_8b: str) -> None
     [
         ({"gpu": "h9"}, "unknown GPU 'h9'"),
         ({"tensor_parallel": 3}, "--tp is 3"),
+        ({"pipeline_parallel": 33}, "--pp is 33: give 1 to 32 stages"),
+        ({"pipeline_parallel": 2, "drafts": 3}, "a pipeline does not support drafts"),
         ({"context": 10**6}, "--context is 1000000"),
         ({"utilization": 1.5}, "--utilization is 1.5"),
         ({"gpu": "t4"}, "raise --tp"),
