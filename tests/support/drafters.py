@@ -167,7 +167,7 @@ def make_eagle_head(directory: Path, method: str, kv_heads: int) -> Path:
         config = {
             "architectures": ["LlamaForCausalLMEagle3"],
             "draft_vocab_size": vocabulary,
-            "eagle_aux_hidden_state_layer_ids": [0, 1, 1],
+            "eagle_aux_hidden_state_layer_ids": [0, 1, 2],  # vLLM 0.33 takes a repeated layer once
         }
     weights = {f"{name}.weight": 0.08 * torch.randn(shape) for name, shape in shapes.items()}
     weights.update({f"{name}.weight": torch.ones(hidden) for name in norms})
