@@ -75,10 +75,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             settings["states"], settings["tiles"] = states
             settings["num_blocks"] *= 1 + states[0]
             settings["retention"] = settings["retention"] and settings["retention"] * states[1]
-        if states[0]:  # with several stages, an engine refuses them, and the layers of a drafter
+        if states[0]:  # with several stages, an engine refuses them, and drafts
             settings["stages"] = 1
         if settings["stages"] > 1:
-            settings["method"] = "ngram"
+            drafts = 0
             settings["v2_runner"] |= settings["asynchronous"]  # vLLM's first runner has not both
         settings["windows"] = windows
         self.world = World(make_scheduler(drafts=drafts, **settings))
