@@ -75,9 +75,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             settings["states"], settings["tiles"] = states
             settings["num_blocks"] *= 1 + states[0]
             settings["retention"] = settings["retention"] and settings["retention"] * states[1]
-        if states[0]:  # with several stages, an engine refuses them, and drafts
+        # Engines refuse stages beside states; before vLLM 0.32 nothing shows that stages are sound.
+        if states[0] or not packs_states():
             settings["stages"] = 1
-        if settings["stages"] > 1:
+        if settings["stages"] > 1:  # beside which engines refuse drafts
             drafts = 0
             settings["v2_runner"] |= settings["asynchronous"]  # vLLM's first runner has not both
         settings["windows"] = windows
