@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from vllm import LLM
 
-from kvarn.layer_kinds import smallest_block
+from kvarn.layer_kinds import FULL, SLIDING, smallest_block
 from kvarn.plan.model_shape import ModelShape
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
@@ -36,7 +36,6 @@ from tests.support.engines import (
 from tests.support.families import MAX_MODEL_LEN, WINDOWS, make_model
 
 PROMPTS = [prompt_of(3 * TILE + 40 + 30 * number, number) for number in range(3)]
-SLIDING, FULL = "sliding_attention", "full_attention"
 SLOT_BYTES_OF_LAYER = 2 * 2 * TILE * 2 * 64  # keys and values, fp16, tokens, KV heads, channels
 CAPPED_SLOTS = 12
 CACHE_BYTES = 16 * MIB

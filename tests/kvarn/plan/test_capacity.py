@@ -166,9 +166,8 @@ def test_layers_are_shared_out_over_pipeline_stages(llama_8b: str) -> None:
     one, two, three = (rows(**settings, pipeline_parallel=stages) for stages in (1, 2, 3))
     for dtype in ("auto", "kvarn_k4v2_g128"):
         assert two[dtype].bytes_per_token == one[dtype].bytes_per_token / 2
-        assert (
-            three[dtype].bytes_per_token == one[dtype].bytes_per_token * 11 / 32
-        )  # of the largest of 10, 11, 11
+        # of the largest of 10, 11 and 11 layers
+        assert three[dtype].bytes_per_token == one[dtype].bytes_per_token * 11 / 32
         assert two[dtype].tokens == pytest.approx(2 * one[dtype].tokens, rel=0.001)
     busy = [rows(**settings, context=4096, max_num_seqs=8, pipeline_parallel=n)["auto"] for n in (1, 2)]
     assert busy[0].decode_ms / 2 < busy[1].decode_ms < busy[0].decode_ms  # each stage reads its weights twice

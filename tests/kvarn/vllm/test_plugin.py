@@ -111,9 +111,8 @@ def test_every_pipeline_stage_has_the_slots_that_the_largest_can_hold(
         monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", partition)
     model = write_config(tmp_path, num_hidden_layers=5)
     largest = 2 if partition is None else 3
-    cap = (
-        7.5 * largest * 2 * 2 * 2 * 128 * 64 / 2**30
-    )  # layers, keys and values, fp16, heads, tokens, channels
+    # layers, keys and values, fp16, heads, tokens, channels
+    cap = 7.5 * largest * 2 * 2 * 2 * 128 * 64 / 2**30
     settings = {"pipeline_parallel_size": 3, "additional_config": {"kvarn": {"side_pool_gib": cap}}}
     config = configure(model, max_num_seqs=10, **settings)
     for rank in range(3):
