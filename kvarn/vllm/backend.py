@@ -90,10 +90,6 @@ class KVarNBackend(AttentionBackend):
     def supports_sink(cls) -> bool:
         return True
 
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False
-
 
 BACKENDS: dict[str, type[KVarNBackend]] = {
     name: type(

@@ -39,6 +39,8 @@ class KVarNConfig:
         side_pool_gib: maximum memory of the side pool on one rank, over all its layers, in GiB; of pipeline stages,
             on that with most layers. None: two slots for each of `max_num_seqs`, three with a draft model, and
             the retained sinks. With less, requests wait until slots are free.
+        host_sinks: beside a KV connector, first tiles kept raw in host memory, for prefixes whose blocks the connector
+            brings back; without its first tile a prefix is computed again. None: four for each of `max_num_seqs`.
         order: admission order of waiting requests. "prefix": longest cached prefix first; "fcfs": vLLM's
             order.
         window: number of oldest waiting requests that the prefix order considers.
@@ -53,6 +55,7 @@ class KVarNConfig:
     raw_chunks: bool = False
     split_tiles: int | None = None
     side_pool_gib: float | None = None
+    host_sinks: int | None = None
     order: str = "prefix"
     window: int = 256
     max_overtakes: int = 128
@@ -61,6 +64,7 @@ class KVarNConfig:
 
     def __post_init__(self) -> None:
         self._check("retained_sinks", _is_count, "a number of slots >= 0")
+        self._check("host_sinks", lambda x: _is_count(x) and x > 0, "a number of tiles > 0")
         for switch in ("raw_chunks", "allow_untested_vllm"):
             self._check(switch, lambda x: isinstance(x, bool), "true or false")
         self._check("split_tiles", lambda x: _is_count(x) and x > 0, "a number of tiles > 0")
@@ -149,6 +153,14 @@ def side_pool_slots(vllm_config: VllmConfig, group: int | None = None) -> int:
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     tails = most_tail_slots(group, speculation_of(vllm_config))
     return slots_within(KVarNConfig.of(vllm_config), max_num_seqs, slot_bytes(vllm_config, group), tails)
+
+
+def host_sinks(vllm_config: VllmConfig) -> int:
+    """Number of first tiles that host memory holds raw for a KV connector; 0 without one."""
+    if vllm_config.kv_transfer_config is None:
+        return 0
+    set_number = KVarNConfig.of(vllm_config).host_sinks
+    return 4 * vllm_config.scheduler_config.max_num_seqs if set_number is None else set_number
 
 
 def slots_within(config: KVarNConfig, max_num_seqs: int, one_slot: int, tails: int) -> int:

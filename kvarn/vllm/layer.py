@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 
 from kvarn.presets import MAX_QUERIES, get_preset
 from kvarn.tile import TileLayout
-from kvarn.vllm.cache_settings import side_pool_slots
+from kvarn.vllm.cache_settings import host_sinks, side_pool_slots
 from kvarn.vllm.hooks import RefusalError
 from kvarn.vllm.hooks.refusals import refuse
 from kvarn.vllm.slot_map import SlotMap, find_slot_map
@@ -28,6 +28,8 @@ class KVarNLayer(AttentionImpl[Any]):
     Attributes:
         slot_map: the worker's block -> slot map, one object for all layers of a model.
         pool: [slots, 2, KV heads, group, head_dim] float16 side pool of rotated raw tiles (keys, values).
+        host_sinks: [places, 2, KV heads, group, head_dim] float16 in host memory: first tiles of prefixes that a KV
+            connector may load.
         supports_raw_chunks: whether the device backend supports `KVarNConfig.raw_chunks`.
         supports_split_tiles: whether the device backend supports `KVarNConfig.split_tiles`.
         supports_soft_cap: whether the device backend supports soft-capped scores.
@@ -88,6 +90,7 @@ class KVarNLayer(AttentionImpl[Any]):
             refuse(RefusalError(f"The {kv_cache_dtype} cache cannot hold this layer: {error}."))
         vllm_config = get_current_vllm_config()
         self._num_slots = side_pool_slots(vllm_config)
+        self._num_host_sinks = host_sinks(vllm_config)
         self.slot_map = find_slot_map(vllm_config) or SlotMap()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -98,12 +101,25 @@ class KVarNLayer(AttentionImpl[Any]):
         """
         if hasattr(self, "pool"):
             return
-        group, head_dim = self.layout.preset.group, self.layout.head_dim
-        self.pool = torch.zeros(
-            (self._num_slots, 2, self.num_kv_heads, group, head_dim),
-            dtype=torch.float16,
-            device=current_platform.device_type,
+        tile = (2, self.num_kv_heads, self.layout.preset.group, self.layout.head_dim)
+        device = torch.device(current_platform.device_type)
+        self.pool = torch.zeros((self._num_slots, *tile), dtype=torch.float16, device=device)
+        self.host_sinks = torch.empty(
+            (self._num_host_sinks, *tile), dtype=torch.float16, pin_memory=device.type == "cuda"
         )
+        self.slot_map.add_layer(self)
+
+    def copy_tiles(self, saved: list[tuple[int, int]], restored: list[tuple[int, int]]) -> None:
+        """Copy tiles between the side pool and host memory, without waiting for the device.
+
+        Args:
+            saved: (slot, place in `host_sinks`) pairs, copied first.
+            restored: (place, slot) pairs.
+        """
+        for slot, place in saved:
+            self.host_sinks[place].copy_(self.pool[slot], non_blocking=True)
+        for place, slot in restored:
+            self.pool[slot].copy_(self.host_sinks[place], non_blocking=True)
 
     def forward(
         self,

@@ -20,13 +20,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.request import Request, RequestStatus
 
 from kvarn.vllm.admission_order import PrefixOrder, WaitingRequest, hold_sharers
-from kvarn.vllm.cache_settings import KVarNConfig, side_pool_slots, speculation_of
+from kvarn.vllm.cache_settings import KVarNConfig, host_sinks, side_pool_slots, speculation_of
 from kvarn.vllm.hooks import RefusalError
 from kvarn.vllm.hooks.private_names import check_scheduler
 from kvarn.vllm.hooks.refusals import refuse
 from kvarn.vllm.kept_prefixes import evict_first, kept_tokens, shared_blocks
 from kvarn.vllm.mixed_layers import most_states, quantized_group, tile_stride
-from kvarn.vllm.slots import SLOT_PLAN, ScheduledTokens, SlotPlan, SlotTable, tail_slots
+from kvarn.vllm.slots import SLOT_PLAN, HostSinks, ScheduledTokens, SlotPlan, SlotTable, tail_slots
 from kvarn.vllm.versions import max_active_requests
 
 if TYPE_CHECKING:  # the mixins use vLLM's scheduler, which only the final class derives from
@@ -39,6 +39,9 @@ logger = init_logger(__name__)
 RUNNABLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)  # of those that wait
 SLOTS_LACK = (
     "Requests wait for slots of the side pool (%d); raise kvarn.side_pool_gib, or kvarn.retained_sinks."
+)
+LOADS_LATE = (
+    "The KV connector %s loads only in the step that reads what it loads, so nothing is loaded from it."
 )
 BLOCKS_LACK = "Requests wait until the %d blocks of the KV cache hold what they are expected to grow to."
 
@@ -91,14 +94,23 @@ class SlotPlanning(VllmScheduler):
         self.block_tokens: int = spec.block_size
         self.tile_tokens = self.block_tokens // spec.tiles
         self._tile_stride = tile_stride(self.kv_cache_config, self.cache_group)
-        self.slots = SlotTable(side_pool_slots(self.vllm_config, self.tile_tokens), self.tile_tokens)
+        self.slots = SlotTable(
+            side_pool_slots(self.vllm_config, self.tile_tokens),
+            self.tile_tokens,
+            HostSinks(host_sinks(self.vllm_config)),
+        )
         self.speculation = speculation_of(self.vllm_config)
         self.preemptions = 0
         self.wait_counts = WaitCounts()
         self.drafts_proposed = self.drafts_accepted = 0
         self._last_hashes: dict[str, Hashable | None] = {}  # of the first blocks of requests that departed
+        self._loading: list[str] = []  # requests for which a connector began to load in this step
+        self._not_loaded: set[str] = set()  # requests whose load failed, so that vLLM freed their blocks
         self._allocate = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_if_admitted
+        if self.connector is not None:
+            self._match_connector = self.connector.get_num_new_matched_tokens
+            self.connector.get_num_new_matched_tokens = self._match_whole_prefix
 
     def _clear_reused_blocks(self) -> None:
         """Let workers clear the new blocks of every group that attends without tiles, as vLLM does from 0.28 on.
@@ -118,15 +130,42 @@ class SlotPlanning(VllmScheduler):
         return output
 
     def _allocate_if_admitted(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
-        """Allocate as vLLM's `allocate_slots` does; a request that does not run yet must be admitted first."""
-        if request.status != RequestStatus.RUNNING:
+        """Allocate as vLLM's `allocate_slots` does; a request that does not run yet must be admitted first.
+
+        One that holds blocks was admitted before a connector loaded them.
+        """
+        if request.status != RequestStatus.RUNNING and not self._blocks_of_requests().get(request.request_id):
             hit = kwargs.get("new_computed_blocks")
             if not self._admits(request, hit.blocks[self.cache_group] if hit is not None else ()):
                 return None
         allocated = self._allocate(request, *args, **kwargs)
         if allocated is None and request.status != RequestStatus.RUNNING:
             self.wait_counts.lacking = "blocks"
+        if allocated is not None and kwargs.get("delay_cache_blocks"):
+            self._loading.append(request.request_id)
         return allocated
+
+    def _match_whole_prefix(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens to load from the connector behind the first `num_computed_tokens`, and whether asynchronously.
+
+        As with vLLM's own hits, these are whole blocks, and the last token stays to be computed. Without its raw first
+        tile in host memory a prefix cannot be read as it was written. A load in the request's own step is not used:
+        other requests could hit its blocks before the engine knows that it failed.
+        """
+        matched, is_async = self._match_connector(request, num_computed_tokens)
+        if not matched:
+            return matched, is_async
+        if not is_async:
+            logger.warning_once(LOADS_LATE, type(self.connector).__name__)
+            return 0, False
+        matched = min(matched, request.num_tokens - 1 - num_computed_tokens)
+        matched -= matched % self.block_tokens
+        is_usable = matched > 0 and self._first_hash(request) in self.slots.host
+        return (matched, True) if is_usable else (0, False)
+
+    def reset_connector_cache(self) -> bool:
+        self.slots.host.clear()
+        return super().reset_connector_cache()
 
     def _admits(self, request: Request, hit: Sequence[KVCacheBlock]) -> bool:
         """Whether the side pool has slots for `request`, whose prefix is cached in the blocks `hit`."""
@@ -174,6 +213,12 @@ class SlotPlanning(VllmScheduler):
         self._note_last_hash(request)
         return super()._free_request(request, *args, **kwargs)
 
+    def _update_waiting_for_remote_kv(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        updated = super()._update_waiting_for_remote_kv(request, *args, **kwargs)
+        if not self._blocks_of_requests().get(request.request_id):
+            self._not_loaded.add(request.request_id)
+        return updated
+
     def _note_last_hash(self, request: Request) -> None:
         """Keep the hash of the first block of `request`, which is about to free its blocks.
 
@@ -183,6 +228,11 @@ class SlotPlanning(VllmScheduler):
         blocks = self._blocks_of_requests().get(request.request_id)
         if blocks:
             self._last_hashes[request.request_id] = self._tile_hash(blocks[0])
+
+    def _first_hash(self, request: Request) -> Hashable | None:
+        """The hash that the first block of `request` has in the prefix cache once it is full."""
+        hashes = resolve_block_hashes(request.block_hashes, self.hash_block_size, self.block_tokens)
+        return make_block_hash_with_group_id(hashes[0], self.cache_group) if hashes else None
 
     def _tile_hash(self, block: KVCacheBlock) -> Hashable | None:
         """The hash under which a whole block of tiles is in the prefix cache.
@@ -220,7 +270,11 @@ class SlotPlanning(VllmScheduler):
             self._scheduled_tokens(r, n, len(drafts.get(r, ())))
             for r, n in output.num_scheduled_tokens.items()
         ]
-        departed = {r: self._last_hashes.pop(r, None) for r in output.finished_req_ids | preempted}
+        scheduled += [self._loading_tokens(request_id) for request_id in self._loading]
+        gone = output.finished_req_ids | preempted | self._not_loaded
+        departed = {request_id: self._last_hashes.pop(request_id, None) for request_id in gone}
+        self._loading.clear()
+        self._not_loaded.clear()
         return self.slots.step(scheduled, departed, block_hash, evict)
 
     def _scheduled_tokens(self, request_id: str, num_tokens: int, drafts: int) -> ScheduledTokens:
@@ -240,7 +294,18 @@ class SlotPlanning(VllmScheduler):
         blocks = self._blocks_of_requests()[request_id]
         touched = [self._tile(blocks, n) for n in range(start // group, -(-(end + ahead) // group))]
         undecided = unsure + drafts + ahead
-        return ScheduledTokens(request_id, start, end + ahead, self._tile(blocks, 0), touched, undecided)
+        sink_hash = self._first_hash(request) if self.slots.host.capacity else None
+        return ScheduledTokens(
+            request_id, start, end + ahead, self._tile(blocks, 0), touched, undecided, sink_hash
+        )
+
+    def _loading_tokens(self, request_id: str) -> ScheduledTokens:
+        """The empty range behind the tokens that a connector loads for a request."""
+        request, blocks = self.requests[request_id], self._blocks_of_requests()[request_id]
+        end = request.num_computed_tokens
+        return ScheduledTokens(
+            request_id, end, end, self._tile(blocks, 0), (), sink_hash=self._first_hash(request)
+        )
 
 
 class GrowthReservation(SlotPlanning):

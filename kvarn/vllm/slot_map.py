@@ -12,6 +12,7 @@ from kvarn.vllm.slots import SLOT_PLAN
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
+    from kvarn.vllm.layer import KVarNLayer
     from kvarn.vllm.slots import SlotPlan
 
 NO_SLOT = -1
@@ -24,10 +25,17 @@ class SlotMap:
         self._slot_of: dict[int, int] = {}
         self._taken: set[int] = set()  # slots that hold a block
         self._changed: set[int] = set()  # blocks whose slot is not on the device yet
+        self._layers: list[KVarNLayer] = []
         self._table = torch.full((1,), NO_SLOT, dtype=torch.int32)
 
+    def add_layer(self, layer: KVarNLayer) -> None:
+        """Copy the tiles of `layer` to host memory and back, too."""
+        self._layers.append(layer)
+
     def apply(self, scheduler_output: SchedulerOutput) -> None:
-        """Apply the step's `SlotPlan`; vLLM's own warm-up steps carry none.
+        """Apply the step's `SlotPlan` before the step runs; vLLM's own warm-up steps carry none.
+
+        Copies are queued on the device behind the steps before, which wrote what is saved, and in front of this one.
 
         Raises:
             RuntimeError: an earlier step's plan did not arrive, so that two blocks would write the same slot.
@@ -35,6 +43,8 @@ class SlotMap:
         plan: SlotPlan | None = getattr(scheduler_output, SLOT_PLAN, None)
         if plan is None:
             return
+        for layer in self._layers:
+            layer.copy_tiles(plan.saved, plan.restored)
         for block in plan.released:
             self._taken.remove(self._slot_of.pop(block))
         for block, slot in plan.assigned:

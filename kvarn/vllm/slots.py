@@ -7,7 +7,8 @@ resulting `SlotPlan` to every worker, so that all ranks agree and no worker keep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 SLOT_PLAN = "kvarn_slot_plan"
@@ -20,7 +21,7 @@ class ScheduledTokens:
 
     `sink` is the block of the request's first tile, `blocks` are the blocks of the tiles that `start:end`
     touches. The last `drafts` tokens are undecided: drafts that a step may reject, and positions that only
-    drafters write.
+    drafters write. `sink_hash` is the hash that the first tile's block has once it is full, if it is known.
     """
 
     request_id: str
@@ -29,6 +30,7 @@ class ScheduledTokens:
     sink: int
     blocks: Sequence[int]
     drafts: int = 0
+    sink_hash: Hashable | None = None
 
     @property
     def sure_end(self) -> int:
@@ -38,10 +40,19 @@ class ScheduledTokens:
 
 @dataclass
 class SlotPlan:
-    """A worker's changes before a step: first forget `released` block ids, then map `assigned` (block, slot) pairs."""
+    """A worker's changes before a step, in this order.
 
+    Attributes:
+        saved: (slot, place) pairs; the slot's tile is copied to host memory.
+        released: block ids to forget.
+        assigned: (block, slot) pairs to map.
+        restored: (place, slot) pairs; the slot's tile is copied from host memory.
+    """
+
+    saved: list[tuple[int, int]] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     assigned: list[tuple[int, int]] = field(default_factory=list)
+    restored: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,47 @@ class _Sink:
     rank: int = 0
 
 
+class HostSinks:
+    """Assigns `capacity` places in host memory to raw first tiles, by their blocks' hashes.
+
+    A KV connector copies blocks, and a block holds a tile's record only. What readers of a first tile need besides, its
+    raw rows, is copied to host memory when the tile's block gets its hash, and from there to a slot when a connector
+    loads a prefix that begins with it. The least recently used tile makes room for another.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._place_of: OrderedDict[Hashable, int] = OrderedDict()  # least recently used first
+
+    def __contains__(self, block_hash: Hashable) -> bool:
+        return block_hash in self._place_of
+
+    def add(self, block_hash: Hashable, needed: Collection[Hashable] = ()) -> int | None:
+        """The place to copy a tile to, or None if it is held already or all others are `needed`."""
+        if block_hash in self._place_of:
+            self._place_of.move_to_end(block_hash)
+            return None
+        if len(self._place_of) < self.capacity:
+            place = len(self._place_of)
+        else:
+            victim = next((held for held in self._place_of if held not in needed), None)
+            if victim is None:
+                return None
+            place = self._place_of.pop(victim)
+        self._place_of[block_hash] = place
+        return place
+
+    def place(self, block_hash: Hashable) -> int | None:
+        """The place that holds a tile, None if none does."""
+        if block_hash in self._place_of:
+            self._place_of.move_to_end(block_hash)
+        return self._place_of.get(block_hash)
+
+    def clear(self) -> None:
+        """Forget all tiles, whose prefixes the connector has forgotten."""
+        self._place_of.clear()
+
+
 class SlotTable:
     """Assigns the `num_slots` slots of the side pool to blocks, one step at a time.
 
@@ -127,11 +179,15 @@ class SlotTable:
     The scheduler admits requests only while the `tail_slots` of each and all sinks fit. If a tail still
     finds no slot, a live sink gives up its slot, and its block also leaves the prefix cache. A request
     without its sink reads that tile's record instead: `sinks_missing` counts such requests.
+
+    Beside a KV connector, first tiles that get a hash are also copied to `host`. A request whose prefix the
+    connector loaded finds the block of its first tile without a slot, and gets the tile from there.
     """
 
-    def __init__(self, num_slots: int, group: int) -> None:
+    def __init__(self, num_slots: int, group: int, host: HostSinks | None = None) -> None:
         self.num_slots = num_slots
         self.sinks_missing = 0
+        self.host = HostSinks(0) if host is None else host
         self._group = group
         self._free = list(range(num_slots - 1, -1, -1))
         self._slot_of: dict[int, int] = {}
@@ -141,6 +197,8 @@ class SlotTable:
         self._live: dict[int, _Sink] = {}
         self._idle: dict[int, _Sink] = {}  # longest idle first
         self._without_sink: set[str] = set()
+        self._unsaved: dict[int, Hashable] = {}  # sinks that got this hash in the last step
+        self._needed: set[Hashable | None] = set()  # hashes of the first tiles that the step may restore
         self._evicted_rank = 0
 
     @property
@@ -172,11 +230,19 @@ class SlotTable:
     ) -> SlotPlan:
         """Advance by one engine step and return the workers' changes.
 
+        Requests that a connector is loading are `scheduled` once, with an empty range behind what it loads, and have
+        their first tile from then on.
+
         `departed` requests finished or were preempted since the last step; each has the prefix-cache hash of
         its first block at that moment, which may have come with the output of its last step. `block_hash`
         returns a block's current hash, `evict` removes blocks from the prefix cache.
         """
         plan = SlotPlan()
+        admitted = [tokens for tokens in scheduled if self._is_admitted(tokens, departed)]
+        self._needed = {tokens.sink_hash for tokens in admitted}
+        for block, hash_of_block in self._unsaved.items():
+            self._save(block, hash_of_block, plan)
+        self._unsaved.clear()
         for block in self._filled:
             self._release(block, plan)
         self._filled.clear()
@@ -186,7 +252,10 @@ class SlotTable:
             self._release(block, plan)
         for tokens in scheduled:
             self._pass_tiles(tokens, plan)
+        for tokens in admitted:
             self._use_sink(tokens)
+        for tokens in admitted:
+            self._restore_sink(tokens, plan, evict)
         for tokens in scheduled:
             self._place_tiles(tokens, plan, evict)
         for tokens in scheduled:
@@ -210,8 +279,9 @@ class SlotTable:
         sink = self._live[block]
         sink.users -= 1
         if not sink.users:
-            if sink.block_hash is None:
+            if sink.block_hash is None and last_hash is not None:
                 sink.block_hash = last_hash
+                self._save(block, last_hash, plan)
             self._retire_sink(block, block_hash(block), evict, plan)
 
     def _retire_sink(
@@ -227,9 +297,11 @@ class SlotTable:
         else:
             evict({block})
 
+    def _is_admitted(self, tokens: ScheduledTokens, departed: Mapping[str, Hashable | None]) -> bool:
+        """Whether a step is the first of its request, or the first after it departed."""
+        return tokens.request_id in departed or tokens.request_id not in self._sink_of
+
     def _use_sink(self, tokens: ScheduledTokens) -> None:
-        if tokens.request_id in self._sink_of:
-            return
         block = self._sink_of[tokens.request_id] = tokens.sink
         if block not in self._live:
             self._live[block] = self._idle.pop(block, _Sink())
@@ -262,6 +334,21 @@ class SlotTable:
                 self._assign(block, plan, evict)
                 tails[tile] = block
 
+    def _restore_sink(
+        self, tokens: ScheduledTokens, plan: SlotPlan, evict: Callable[[set[int]], None]
+    ) -> None:
+        """Give the computed first tile of an admitted request a slot, if it has none and host memory has the tile."""
+        if tokens.start >= self._group and tokens.sink not in self._slot_of:
+            place = self.host.place(tokens.sink_hash)
+            if place is not None:
+                self._assign(tokens.sink, plan, evict)
+                plan.restored.append((place, self._slot_of[tokens.sink]))
+
+    def _save(self, block: int, block_hash: Hashable, plan: SlotPlan) -> None:
+        """Copy a full first tile to host memory, where it has a slot and is not held yet."""
+        if block in self._slot_of and (place := self.host.add(block_hash, self._needed)) is not None:
+            plan.saved.append((self._slot_of[block], place))
+
     def _note_sink(self, tokens: ScheduledTokens, block_hash: Callable[[int], Hashable | None]) -> None:
         if tokens.sink not in self._slot_of:
             self.sinks_missing += tokens.request_id not in self._without_sink
@@ -271,6 +358,8 @@ class SlotTable:
             sink.is_full = True
             if sink.block_hash is None:
                 sink.block_hash = block_hash(tokens.sink)
+                if sink.block_hash is not None:
+                    self._unsaved[tokens.sink] = sink.block_hash
 
     def _assign(self, block: int, plan: SlotPlan, evict: Callable[[set[int]], None]) -> None:
         if not self._free:

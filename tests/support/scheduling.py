@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from functools import cache
 from math import gcd
 from operator import le
@@ -22,7 +24,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from vllm import SamplingParams
-from vllm.config import KVEventsConfig, SpeculativeConfig, VllmConfig
+from vllm.config import KVEventsConfig, KVTransferConfig, SpeculativeConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingConnectorMetadata,
+    OffloadingWorkerMetadata,
+)
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import xxhash
 from vllm.v1.core.kv_cache_utils import (
@@ -33,7 +39,7 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -46,9 +52,12 @@ from kvarn.vllm.slot_map import SlotMap
 from kvarn.vllm.spec import KVarNSpec
 from serve_app.engine.tile_log import TileLog
 from serve_app.routing import Namespace, PrefixIndex, TileChange, chain, token_array
+from tests.support.block_store import ModelledStore, Transfers
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
+
+    from kvarn.vllm.layer import KVarNLayer
 
 GROUP = 4
 VOCABULARY = 3
@@ -92,6 +101,7 @@ def make_scheduler(
     states: int = 0,
     tiles: int = 1,
     stages: int = 1,
+    connector: dict[str, Any] | None = None,
     **kvarn: Any,
 ) -> KVarNScheduler | KVarNAsyncScheduler:
     """Make a scheduler; a step has at most `chunk` tokens (0: no limit) and `drafts` draft tokens per request.
@@ -100,7 +110,8 @@ def make_scheduler(
     were new. `windows` are further cache groups, the first in front of the tiles' and the others behind it: tokens of
     the window, and of a block. `retention` is the distance of the windows that vLLM keeps (None: all). `states` is the
     number of further groups of layers with a state, and `tiles` the tiles per block beside them. `stages` is the number
-    of pipeline stages.
+    of pipeline stages. `connector` has the settings of vLLM's OffloadingConnector, if it names its bytes, or of a
+    `ModelledStore` (None: no connector).
     """
     config = copy.deepcopy(_base_config())
     block_size *= tiles
@@ -114,6 +125,15 @@ def make_scheduler(
     config.parallel_config.pipeline_parallel_size = stages
     config.additional_config = {"kvarn": kvarn}
     config.kv_events_config = CACHE_EVENTS
+    if connector is not None:
+        is_vllms = "cpu_bytes_to_use" in connector
+        config.kv_transfer_config = KVTransferConfig(
+            kv_connector="OffloadingConnector" if is_vllms else "ModelledStore",
+            kv_connector_module_path=None if is_vllms else "tests.support.block_store",
+            kv_role="kv_both",
+            kv_load_failure_policy="recompute",
+            kv_connector_extra_config=connector if is_vllms else {"directory": "", **connector},
+        )
     if drafts:
         config.speculative_config = SpeculativeConfig(
             method="ngram",
@@ -213,6 +233,14 @@ class _Cache:
         self.shift = shift
         self.raw: dict[int, list[int | None]] = {}
         self.record: dict[int, int] = {}
+        self.host: dict[int, list[int | None]] = {}
+        slot_map.add_layer(cast("KVarNLayer", self))
+
+    def copy_tiles(self, saved: list[tuple[int, int]], restored: list[tuple[int, int]]) -> None:
+        for slot, place in saved:
+            self.host[place] = list(self.raw[slot])
+        for place, slot in restored:
+            self.raw[slot] = list(self.host[place])
 
     def slot(self, block: int) -> int | None:
         return self._slot_map._slot_of.get(block)
@@ -346,6 +374,116 @@ class Drafter:
         self.cache.quantize(blocks, contents, start, end)
 
 
+@dataclass
+class Transfer:
+    """A copy between blocks and a tier: (name or number in the tier, block) pairs, and the steps until it is done."""
+
+    request_id: str
+    pairs: list[tuple[Any, int]]
+    steps: int
+    is_load: bool = True
+
+
+class Tier(ABC):
+    """The worker's half of a KV connector; its copies are as late as the connector allows."""
+
+    def __init__(self, cache: _Cache) -> None:
+        self._cache = cache
+
+    @abstractmethod
+    def begin(self, output: SchedulerOutput) -> set[int]:
+        """Copy in front of a step, and return the blocks that were to be loaded and are gone."""
+
+    @abstractmethod
+    def end(self, output: SchedulerOutput, gone: set[int]) -> KVConnectorOutput:
+        """Copy behind a step, and say which requests need not wait any longer."""
+
+
+class _StoreTier(Tier):
+    """The worker of a `ModelledStore`."""
+
+    def __init__(self, cache: _Cache, store: ModelledStore) -> None:
+        super().__init__(cache)
+        self._store = store
+        self._loads: list[Transfer] = []
+
+    def begin(self, output: SchedulerOutput) -> set[int]:
+        steps = self._store.steps_of_a_load
+        transfers = cast("Transfers", output.kv_connector_metadata)
+        self._loads += [Transfer(request_id, pairs, steps) for request_id, pairs in transfers.loads.items()]
+        due = [pair for load in self._loads if not load.steps for pair in load.pairs]
+        return {block for name, block in due if not self._load(name, block)}
+
+    def _load(self, name: str, block: int) -> bool:
+        found = self._store.take(name)
+        if found is not None:
+            self._cache.record[block] = found
+        return found is not None
+
+    def end(self, output: SchedulerOutput, gone: set[int]) -> KVConnectorOutput:
+        for name, block in cast("Transfers", output.kv_connector_metadata).stores:
+            self._store.records[name] = self._cache.record[block]
+        loaded = {load.request_id for load in self._loads if not load.steps}
+        self._loads = [load for load in self._loads if load.steps]
+        for load in self._loads:
+            load.steps -= 1
+        return KVConnectorOutput(finished_recving=loaded, invalid_block_ids=gone)
+
+
+class _OffloadingTier(Tier):
+    """The worker of vLLM's OffloadingConnector, which stores from the next step on, or before a block is reused."""
+
+    STEPS = 2
+
+    def __init__(self, cache: _Cache) -> None:
+        super().__init__(cache)
+        self._chunks: dict[int, int | None] = {}
+        self._jobs: dict[int, Transfer] = {}
+        self._done: dict[int, int] = {}
+        self._loaded: set[str] = set()
+
+    def begin(self, output: SchedulerOutput) -> set[int]:
+        transfers = cast("OffloadingConnectorMetadata", output.kv_connector_metadata)
+        for number in transfers.jobs_to_flush or ():
+            if number in transfers.store_jobs:
+                self._add(number, transfers.store_jobs.pop(number), is_load=False)
+            if number in self._jobs:
+                self._copy(number)
+        return set()
+
+    def end(self, output: SchedulerOutput, gone: set[int]) -> KVConnectorOutput:
+        for number in [number for number, job in self._jobs.items() if not job.steps]:
+            self._copy(number)
+        for job in self._jobs.values():
+            job.steps -= 1
+        transfers = cast("OffloadingConnectorMetadata", output.kv_connector_metadata)
+        for number, job in transfers.load_jobs.items():
+            self._add(number, job, is_load=True)
+        for number, job in transfers.store_jobs.items():
+            self._add(number, job, is_load=False)
+        loaded, self._loaded = self._loaded, set()
+        done, self._done = self._done, {}
+        return KVConnectorOutput(
+            finished_recving=loaded, kv_connector_worker_meta=OffloadingWorkerMetadata(completed_jobs=done)
+        )
+
+    def _add(self, number: int, job: Any, is_load: bool) -> None:
+        tier, blocks = (job.src_spec, job.dst_spec) if is_load else (job.dst_spec, job.src_spec)
+        pairs = list(zip(tier.block_ids.tolist(), blocks.block_ids.tolist(), strict=True))
+        self._jobs[number] = Transfer(job.req_id, pairs, self.STEPS, is_load)
+
+    def _copy(self, number: int) -> None:
+        job = self._jobs.pop(number)
+        for chunk, block in job.pairs:
+            if job.is_load:
+                self._cache.record[block] = cast("int", self._chunks[chunk])
+            else:
+                self._chunks[chunk] = self._cache.record.get(block)
+        self._done[number] = 1
+        if job.is_load:
+            self._loaded.add(job.request_id)
+
+
 class Worker:
     """A worker that handles hashes as a device backend handles keys and values.
 
@@ -368,6 +506,7 @@ class Worker:
         self.tiles, self.tile_stride = 1, 1  # per block, and between blocks
         self.windows: dict[int, _Window | _State] = {}  # other layers, by cache group
         self.window_blocks: dict[str, dict[int, list[int]]] = {}
+        self.tier: Tier | None = None
 
     @classmethod
     def of(cls, scheduler: KVarNScheduler | KVarNAsyncScheduler) -> Worker:
@@ -378,6 +517,10 @@ class Worker:
         made.tile_group = scheduler.cache_group
         made.tiles = scheduler.block_tokens // scheduler.tile_tokens
         made.tile_stride = tile_stride(scheduler.kv_cache_config, scheduler.cache_group)
+        if isinstance(scheduler.connector, ModelledStore):
+            made.tier = _StoreTier(made.cache, scheduler.connector)
+        elif scheduler.connector is not None:
+            made.tier = _OffloadingTier(made.cache)
         for i, group in enumerate(scheduler.kv_cache_config.kv_cache_groups):
             spec = group.kv_cache_spec
             if isinstance(spec, MambaSpec):
@@ -399,6 +542,8 @@ class Worker:
         for request_id in output.finished_req_ids:
             self.tokens.pop(request_id, None)
         starts = self._take_requests(output)
+        gone = self.tier.begin(output) if self.tier else set()
+        unread = {r for r, blocks in self.blocks.items() if not gone.isdisjoint(blocks)}
         drafts = {r: self._drafts(r, given) for r, given in output.scheduled_spec_decode_tokens.items()}
         spans = [(r, starts[r], starts[r] + n) for r, n in output.num_scheduled_tokens.items()]
         for span in spans:
@@ -408,12 +553,21 @@ class Worker:
         for span in spans:
             self.quantize(*span)
         for span in spans:
-            self.read(*span)
-        sampled = [self._sample(request_id, end, drafts.get(request_id, [])) for request_id, _, end in spans]
+            if span[0] not in unread:
+                self.read(*span)
+        sampled = [
+            [0] if request_id in unread else self._sample(request_id, end, drafts.get(request_id, []))
+            for request_id, _, end in spans
+        ]
         for span in spans:
             self._propose(*span)
         ids = [request_id for request_id, _, _ in spans]
-        return ModelRunnerOutput(ids, {r: i for i, r in enumerate(ids)}, sampled_token_ids=sampled)
+        return ModelRunnerOutput(
+            ids,
+            {r: i for i, r in enumerate(ids)},
+            sampled_token_ids=sampled,
+            kv_connector_output=self.tier.end(output, gone) if self.tier else None,
+        )
 
     def _take_requests(self, output: SchedulerOutput) -> dict[str, int]:
         starts = {}
@@ -603,7 +757,7 @@ class World:
         for new in output.scheduled_new_reqs:
             self.hits += new.num_computed_tokens // GROUP
         result = self.worker.execute(output)
-        if output.total_num_scheduled_tokens:
+        if output.total_num_scheduled_tokens or self.worker.tier is not None:
             self.in_flight.append((output, result))
         if len(self.in_flight) == self.most_in_flight or not output.total_num_scheduled_tokens:
             self._deliver()
@@ -670,7 +824,9 @@ class World:
             self.pool.evict_blocks({block})
 
     def reset_cache(self, with_running: bool) -> None:
+        """Reset the prefix cache; vLLM cannot take their blocks from all requests beside a connector."""
         self.give_blocks_back()
+        with_running &= self.scheduler.connector is None
         self.scheduler.reset_prefix_cache(reset_running_requests=with_running)
 
     def drain(self) -> None:

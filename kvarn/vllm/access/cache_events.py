@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_events import MEDIUM_GPU
+
 from kvarn.vllm.mixed_layers import block_tokens, full_attention_group
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from kvarn.vllm.prefix_ends import PrefixEnds
 
 CACHE_EVENTS_METHOD = "kvarn_cache_events"
+IN_CACHE = (None, MEDIUM_GPU)
+"""Where the blocks of the prefix cache are; a KV connector's events name other media."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,9 @@ def cache_events(core: EngineCore) -> list[tuple[Any, ...]]:
     if not isinstance(log, _EventLog):
         log.shutdown()
         log = scheduler.kv_event_publisher = _EventLog(_prefix_ends(scheduler, group))
-    events, log.events = log.events, []
-    events += scheduler.kv_cache_manager.take_events() or ()  # from outside a step, such as a reset
+    published, log.events = log.events, []
+    published += scheduler.kv_cache_manager.take_events() or ()  # from outside a step, such as a reset
+    events = [event for event in published if getattr(event, "medium", None) in IN_CACHE]
     changes = [
         _change(event, scheduler) for event in events if getattr(event, "group_idx", None) in (None, group)
     ]

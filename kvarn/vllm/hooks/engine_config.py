@@ -19,6 +19,7 @@ from kvarn.vllm.versions import bypasses_workers, packs_states, returns_routed_e
 TARGET = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
 DEFAULT_MAX_NUM_SEQS = 64
 DRAFTS_OF_TEXT = ("ngram", "suffix", "custom_class")  # methods whose drafter has no cache
+CONNECTORS = ("OffloadingConnector",)  # of vLLM's own, those that copy whole blocks
 FIRST_WITH_STATES = "0.32"
 USE_AUTO = "use kv_cache_dtype='auto' for this model."
 
@@ -186,7 +187,7 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
     if config.cache_config.kv_cache_dtype_skip_layers:
         yield "quantizes every layer; leave kv_cache_dtype_skip_layers out."
     if config.kv_transfer_config is not None:
-        yield "does not support KV connectors; leave kv_transfer_config out."
+        yield from _connector_problems(config)
     if config.speculative_config is not None:
         yield from _speculation_problems(config, preset)
     if 0 < config.scheduler_config.long_prefill_token_threshold <= config.num_speculative_tokens:
@@ -230,6 +231,42 @@ def _state_problems(config: Any) -> Iterator[str]:
         yield f"does not support layers with a window beside layers with a state; {USE_AUTO}"
     if config.speculative_config is not None:
         yield "does not support drafts for a model with state layers; leave speculative_config out."
+
+
+def _connector_problems(config: Any) -> Iterator[str]:
+    """Yield what is not supported beside a KV connector, as `_problems` does."""
+    from vllm.platforms import current_platform
+
+    transfer, drafter = config.kv_transfer_config, config.speculative_config
+    if not _copies_blocks(transfer):
+        yield (
+            f"needs a KV connector that copies whole blocks, for which {transfer.kv_connector} was not tried; use "
+            f"{', '.join(CONNECTORS)} or a class of yours with copies_blocks = True, or leave kv_transfer_config out."
+        )
+    if transfer.kv_connector in CONNECTORS and current_platform.is_cpu():
+        yield f"has {transfer.kv_connector} on GPUs only; leave kv_transfer_config out."
+    if transfer.kv_role != "kv_both":
+        yield (
+            "keeps the raw first tiles of prefixes in the engine that computed them; set kv_transfer_config's kv_role "
+            "to 'kv_both'."
+        )
+    if config.model_config.is_hybrid or is_mixed(config.model_config):
+        yield "supports KV connectors where every layer is full attention; leave kv_transfer_config out."
+    if config.parallel_config.pipeline_parallel_size > 1:
+        yield "does not support KV connectors with pipeline parallelism; leave kv_transfer_config out."
+    if drafter is not None and drafter.method not in DRAFTS_OF_TEXT:
+        yield "supports KV connectors beside drafts of the text alone; set speculative_config's method to 'ngram'."
+
+
+def _copies_blocks(transfer: Any) -> bool:
+    """Whether a KV connector is known, or says, to copy whole blocks as bytes."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    if transfer.kv_connector in CONNECTORS:
+        return True
+    if not transfer.kv_connector_module_path:
+        return False
+    return bool(getattr(KVConnectorFactory.get_connector_class(transfer), "copies_blocks", False))
 
 
 def _stage_problems(config: Any) -> Iterator[str]:

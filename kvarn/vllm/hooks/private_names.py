@@ -15,6 +15,7 @@ _NAME = "private names"
 SCHEDULER_ATTRIBUTES = (
     "_pause_state",
     "block_size",
+    "connector",
     "hash_block_size",
     "kv_cache_config.kv_cache_groups",
     "kv_cache_config.needs_kv_cache_zeroing",
@@ -128,6 +129,8 @@ HOOK = Hook(
         "vllm.distributed.kv_events:BlockStored.parent_block_hash",
         "vllm.distributed.kv_events:BlockStored.token_ids",
         "vllm.distributed.kv_events:KVEventBatch.events",
+        "vllm.distributed.kv_events:MEDIUM_GPU",
+        "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.get_connector_class",
         "vllm.distributed.utils:get_pp_indices",
         "vllm.v1.attention.backend:AttentionBackend.validate_configuration",
         "vllm.v1.attention.backend:AttentionCGSupport.UNIFORM_BATCH",

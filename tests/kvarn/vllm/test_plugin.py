@@ -59,6 +59,13 @@ def write_config(directory: Path, **changes: Any) -> Path:
     return directory
 
 
+def block_store(**settings: Any) -> KVTransferConfig:
+    """A connector that says that it copies blocks."""
+    module = "tests.support.block_store"
+    defaults = {"kv_connector": "BlockStore", "kv_connector_module_path": module, "kv_role": "kv_both"}
+    return KVTransferConfig(**{**defaults, **settings})
+
+
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 
 
@@ -183,8 +190,18 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
         ),
         (
             {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
-            "leave kv_transfer_config out",
+            "ExampleConnector was not tried; use OffloadingConnector or a class of yours",
         ),
+        (
+            {"kv_transfer_config": KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")},
+            "has OffloadingConnector on GPUs only; leave kv_transfer_config out",
+        ),
+        ({"kv_transfer_config": block_store(kv_role="kv_consumer")}, "set kv_transfer_config's kv_role to"),
+        (
+            {"kv_transfer_config": block_store(), "pipeline_parallel_size": 2},
+            "KV connectors with pipeline parallelism; leave kv_transfer_config out",
+        ),
+        ({"additional_config": {"kvarn": {"host_sinks": 0}}}, "give a number of tiles > 0"),
         (
             {"additional_config": {"kvarn": {"retained": 1}}},
             "no setting retained; use allow_untested_vllm, expected_output_tokens",

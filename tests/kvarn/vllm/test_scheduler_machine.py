@@ -24,9 +24,10 @@ from kvarn.vllm.access.telemetry import waiting_by_reason
 from kvarn.vllm.cache_settings import GIB, slot_bytes
 from kvarn.vllm.prefix_ends import PrefixEnds
 from kvarn.vllm.scheduler import SlotPlanning
-from kvarn.vllm.slots import ScheduledTokens, SlotPlan, SlotTable, tail_slots
+from kvarn.vllm.slots import HostSinks, ScheduledTokens, SlotPlan, SlotTable, tail_slots
 from kvarn.vllm.versions import packs_states, waiting_requests
 from serve_app.routing import PrefixIndex
+from tests.support.block_store import ModelledStore
 from tests.support.scheduling import GROUP, VOCABULARY, Worker, World, continuation, make_scheduler
 
 MAX_REQUESTS = 10
@@ -35,6 +36,18 @@ EVENTS = 60  # per example
 # Cache groups of layers with a window: its tokens, and those of a block.
 WINDOWS: list[list[tuple[int, int]]] = [[], [], [(6, 2)], [(3, 2), (9, 4)], [(5, 2), (5, 2)]]
 # Numbers of cache groups of layers with a state, and of tiles per block; without such groups a block is one tile.
+OFFLOADED_BLOCK = 4096  # bytes that vLLM's OffloadingConnector takes at least
+# What a KV connector does (None: there is none).
+CONNECTORS = [
+    None,
+    None,
+    {"asynchronous": False},
+    {"asynchronous": True},
+    {"asynchronous": True},
+    {"asynchronous": True, "most_blocks": 6},
+    {"cpu_bytes_to_use": 40 * OFFLOADED_BLOCK},
+    {"cpu_bytes_to_use": 6 * OFFLOADED_BLOCK},
+]
 STATES = [(0, 1), (0, 1), (1, 1), (1, 2), (2, 3)]
 logging.getLogger("vllm").setLevel(logging.ERROR)  # it logs every reset of the cache
 
@@ -61,10 +74,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         retention=st.sampled_from([None, 0, 2 * GROUP]),
         states=st.sampled_from(STATES),
         stages=st.sampled_from([1, 1, 2, 3]),
+        connector=st.sampled_from(CONNECTORS),
+        host_sinks=st.sampled_from([None, 1, 3]),
     )
     def start(
         self, drafts: int, windows: list[tuple[int, int]], states: tuple[int, int], **settings: Any
     ) -> None:
+        if settings["connector"] is not None:  # beside which engines refuse all of these
+            windows, states = [], (0, 1)
+            settings["stages"], settings["method"] = 1, "ngram"
         if settings["chunk"]:  # an engine refuses more drafts
             drafts = min(drafts, settings["chunk"] - 1)
         if windows:  # whose layers vLLM gives no drafter here
@@ -157,6 +175,32 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(with_running=st.booleans())
     def reset_cache(self, with_running: bool) -> None:
         self.world.reset_cache(with_running)
+
+    @precondition(
+        lambda self: (
+            self.world.scheduler.connector is not None
+            and self.world.answered
+            and len(self.world.prompts) < MAX_REQUESTS - 2
+        )
+    )
+    @rule(place=st.integers(1, 6), length=st.integers(GROUP + 1, MAX_PROMPT), max_tokens=st.integers(1, 6))
+    def return_later(self, place: int, length: int, max_tokens: int) -> None:
+        """Submit part of one of the last conversations once its blocks are in the tier only."""
+        for _ in range(3):
+            self.world.take_blocks(left=0)
+            self.world.give_blocks_back()
+            self.world.submit(self.world.answered[-place:][0][:length], max_tokens)
+            self.world.step()
+
+    @precondition(lambda self: self.world.scheduler.connector is not None)
+    @rule(lost=st.sampled_from([None, 1, 1, 3]))
+    def break_the_tier(self, lost: int | None) -> None:
+        """Let the next blocks that are loaded be gone, or empty the tier."""
+        connector = self.world.scheduler.connector
+        if lost is None:
+            self.world.scheduler.reset_connector_cache()
+        elif isinstance(connector, ModelledStore):
+            connector.loses = lost
 
     def teardown(self) -> None:
         if hasattr(self, "world") and self.world.sound:
@@ -339,6 +383,38 @@ def forget_hashes_of_blocks_of_several_tiles(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(SlotPlanning, "_plan_slots", mutant)
 
 
+def load_without_the_first_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SlotTable, "_restore_sink", lambda self, *args: None)
+
+
+def load_what_has_no_first_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostSinks, "__contains__", lambda self, block_hash: True)
+
+
+def give_a_needed_place_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = HostSinks.add
+    monkeypatch.setattr(HostSinks, "add", lambda self, block_hash, needed: add(self, block_hash))
+
+
+def keep_the_slot_of_a_failed_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = SlotPlanning._plan_slots
+
+    def mutant(self: SlotPlanning, *args: Any) -> SlotPlan:
+        self._not_loaded.clear()
+        return plan(self, *args)
+
+    monkeypatch.setattr(SlotPlanning, "_plan_slots", mutant)
+
+
+def compute_no_token_of_a_loaded_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mutant(self: SlotPlanning, request: Any, computed: int) -> tuple[int | None, bool]:
+        matched, is_async = self._match_connector(request, computed)
+        known = self._first_hash(request) in self.slots.host
+        return (matched, is_async) if is_async and known else (0, False)
+
+    monkeypatch.setattr(SlotPlanning, "_match_whole_prefix", mutant)
+
+
 def take_every_tile_for_a_usable_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrefixIndex, "_shorten", lambda self, *args: None)
 
@@ -357,6 +433,11 @@ def forget_the_windows_that_reach_into_a_tile(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     "mutate",
     [
+        load_without_the_first_tile,
+        load_what_has_no_first_tile,
+        give_a_needed_place_away,
+        keep_the_slot_of_a_failed_load,
+        compute_no_token_of_a_loaded_prompt,
         take_every_tile_for_a_usable_end,
         forget_the_windows_that_reach_into_a_tile,
         clear_no_reused_blocks,

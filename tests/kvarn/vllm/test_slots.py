@@ -6,7 +6,15 @@ import itertools
 
 import pytest
 
-from kvarn.vllm.slots import ScheduledTokens, SlotTable, Speculation, most_tail_slots, tail_slots
+from kvarn.vllm.slots import (
+    HostSinks,
+    ScheduledTokens,
+    SlotPlan,
+    SlotTable,
+    Speculation,
+    most_tail_slots,
+    tail_slots,
+)
 
 GROUP = 4
 
@@ -209,3 +217,35 @@ def test_a_cached_block_does_not_outlive_its_sink() -> None:
     evicted.clear()
     table.step([], {"a": "late"}, lambda block: "late", evicted.update)
     assert evicted == {1}
+
+
+def test_of_tiles_in_host_memory_the_least_recently_used_makes_room() -> None:
+    host = HostSinks(2)
+    assert (host.add("a"), host.add("b")) == (0, 1)
+    assert host.add("a") is None, "it is held"
+    assert host.place("b") == 1
+    assert host.add("c") == 0
+    assert [name in host for name in "abc"] == [False, True, True]
+    assert host.add("d", needed={"b", "c"}) is None
+    host.clear()
+    assert host.place("c") is None
+    assert host.add("e") == 0
+
+
+def test_a_loaded_first_tile_comes_from_host_memory_and_stays_as_long_as_its_request() -> None:
+    table = SlotTable(3, GROUP, HostSinks(1))
+
+    def step(*scheduled: ScheduledTokens, departed: tuple[str, ...] = ()) -> SlotPlan:
+        return table.step(
+            scheduled, dict.fromkeys(departed), lambda block: f"hash-{block}", lambda blocks: None
+        )
+
+    first = step(ScheduledTokens("a", 0, 4, 1, [1], sink_hash="hash-1"))
+    assert not first.saved
+    assert step(departed=("a",)).saved == [(first.assigned[0][1], 0)]
+    loading = step(ScheduledTokens("b", 8, 8, 7, [], sink_hash="hash-1"))
+    ((block, slot),) = loading.assigned
+    assert block == 7
+    assert loading.restored == [(0, slot)]
+    assert not step(ScheduledTokens("b", 8, 9, 7, [9], sink_hash="hash-1")).restored
+    assert table.sinks_missing == 0
