@@ -156,6 +156,15 @@ class EngineConfig(StrictSettings):
     speculative: SpeculativeConfig | None = Field(
         default=None, description="draft tokens, for fewer steps per answer; None: one token per step"
     )
+    kv_transfer_config: dict[str, Any] | None = Field(
+        default=None,
+        description="vLLM's: a KV connector, which brings evicted blocks back; None: no connector",
+    )
+    host_sinks: int | None = Field(
+        default=None,
+        ge=1,
+        description="raw first tiles to keep in host memory beside a KV connector; None: 4 x max_num_seqs",
+    )
     allow_untested_vllm: bool = Field(
         default=False, description="start on a vLLM version that KVarN was not tested on"
     )
@@ -205,6 +214,7 @@ class EngineConfig(StrictSettings):
         settings = {
             "side_pool_gib": self.side_pool_gib,
             "retained_sinks": self.retained_sinks,
+            "host_sinks": self.host_sinks,
             "allow_untested_vllm": self.allow_untested_vllm or None,
         }
         return {name: value for name, value in settings.items() if value is not None}

@@ -159,20 +159,21 @@ def check_model(app: App) -> Path:
     cache_dtype = app.config.engine.kv_cache_dtype
     if cache_dtype not in PRESETS:
         _check_in_another_process("args.engine.kv_cache_dtype", check_cache_dtype, cache_dtype)
-    if app.config.engine.speculative is not None:
-        _check_drafter(app.config)
+    _check_with_vllm(app.config)
     return directory
 
 
-def _check_drafter(config: AppConfig) -> None:
-    """Check the engines' drafter, and have vLLM check its configuration where the engines' device is present."""
+def _check_with_vllm(config: AppConfig) -> None:
+    """Have vLLM check the engines' drafter and KV connector where the engines' device is present."""
     drafter, engine = config.engine.speculative, config.engine
     if drafter is not None and drafter.model is not None and engine.load_format != "dummy":
         check_weights(resolve_model(drafter.model))
-    if engine.device == "cpu" or torch.cuda.device_count():
+    given = [name for name in ("speculative", "kv_transfer_config") if getattr(engine, name) is not None]
+    if given and (engine.device == "cpu" or torch.cuda.device_count()):
         from serve_app.engine.engine_deployment import check_engine_config
 
-        _check_in_another_process("args.engine.speculative", check_engine_config, config.model, engine)
+        place = f"args.engine.{' and '.join(given)}"
+        _check_in_another_process(place, check_engine_config, config.model, engine)
 
 
 def check_parsers(app: App, model_dir: Path) -> None:

@@ -33,6 +33,7 @@ from serve_app.security.engine_access import EngineGuard
 
 if TYPE_CHECKING:
     from vllm import AsyncEngineArgs
+    from vllm.config import KVTransferConfig
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -164,6 +165,7 @@ def engine_args(model: str, config: EngineConfig, reasoning_parser: str | None =
         distributed_executor_backend=config.distributed_executor_backend,
         enforce_eager=config.enforce_eager,
         speculative_config=speculative_settings(config),
+        kv_transfer_config=_transfer_config(config),
         enable_prefix_caching=True,
         structured_outputs_config=StructuredOutputsConfig(backend=choose_backend(tokenizer)),
         additional_config={"kvarn": config.kvarn_settings},
@@ -182,6 +184,16 @@ def speculative_settings(config: EngineConfig) -> dict[str, Any] | None:
     if drafts is None:
         return None
     return drafts.vllm_settings(None if drafts.model is None else resolve_model(drafts.model))
+
+
+def _transfer_config(config: EngineConfig) -> KVTransferConfig | None:
+    """vLLM's `kv_transfer_config` of the engines: a connector in both directions, whose failed loads are computed."""
+    from vllm.config import KVTransferConfig
+
+    if config.kv_transfer_config is None:
+        return None
+    defaults = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+    return KVTransferConfig(**{**defaults, **config.kv_transfer_config})
 
 
 def check_engine_config(model: str, config: EngineConfig) -> None:

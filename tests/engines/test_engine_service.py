@@ -495,3 +495,22 @@ async def test_an_output_with_drafts_is_resumed_exactly_and_its_acceptance_is_pu
         )
         assert 0 < load.drafts_accepted <= load.drafts_proposed
     assert not replica.monitor.snapshot.load.drafts_proposed
+
+
+async def test_a_connector_brings_evicted_prefixes_back(thinking_dir: Path, tmp_path: Path) -> None:
+    transfer = {
+        "kv_connector": "BlockStore",
+        "kv_connector_module_path": "tests.support.block_store",
+        "kv_connector_extra_config": {"directory": str(tmp_path), "asynchronous": True},
+    }
+    async with serving(thinking_dir, kv_transfer_config=transfer) as tiered:
+        tile = tiered.monitor.snapshot.capacity.tile_tokens
+        blocks = tiered.monitor.snapshot.capacity.total_blocks
+        answer: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+        prompt = [7 * i % 1000 for i in range(3 * tile + 9)]
+        first = await tiered.ask(prompt, **answer)
+        for other in range(1, blocks // 3 + 2):
+            await tiered.ask([(7 * i + other) % 1000 for i in range(3 * tile + 9)], **answer)
+        again = await tiered.ask(prompt, **answer)
+    assert (first[0].cached_tokens, again[0].cached_tokens) == (0, 3 * tile)
+    assert tokens_of(again) == tokens_of(first)

@@ -174,3 +174,12 @@ def test_a_drafter_is_checked_before_anything_starts(
     with pytest.raises(KVarNError, match=sentence) as refused:
         check_model(App("app", AppConfig.model_validate(app), {}))
     assert "\n" not in str(refused.value)
+
+
+def test_a_connector_is_checked_before_anything_starts(model_dir: Path) -> None:
+    transfer = {"kv_connector": "OffloadingConnector"}
+    app = {"model": str(model_dir), "engine": {**SMALL_ENGINE, "kv_transfer_config": transfer}}
+    sentence = "args.engine.kv_transfer_config: .* has OffloadingConnector on GPUs only"
+    with pytest.raises(KVarNError, match=sentence) as refused:
+        check_model(App("app", AppConfig.model_validate(app), {}))
+    assert "\n" not in str(refused.value)

@@ -95,8 +95,8 @@ def test_drafts_are_passed_to_vllm_under_its_names() -> None:
 
 def test_set_engine_settings_are_passed_to_the_cache() -> None:
     assert EngineConfig(kv_cache_memory_gib=1).kvarn_settings == {}
-    brave = EngineConfig(kv_cache_memory_gib=1, retained_sinks=0, allow_untested_vllm=True)
-    assert brave.kvarn_settings == {"retained_sinks": 0, "allow_untested_vllm": True}
+    brave = EngineConfig(kv_cache_memory_gib=1, retained_sinks=0, host_sinks=9, allow_untested_vllm=True)
+    assert brave.kvarn_settings == {"retained_sinks": 0, "host_sinks": 9, "allow_untested_vllm": True}
 
 
 @pytest.mark.parametrize(

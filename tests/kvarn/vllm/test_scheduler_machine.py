@@ -199,6 +199,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         connector = self.world.scheduler.connector
         if lost is None:
             self.world.scheduler.reset_connector_cache()
+            self.world.step()  # vLLM's connector needs one between two resets
         elif isinstance(connector, ModelledStore):
             connector.loses = lost
 
