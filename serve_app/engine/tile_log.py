@@ -13,8 +13,11 @@ from serve_app.rpc.feed import Feed
 
 @dataclass(slots=True)
 class _Tile:
+    """A tile with `copies` in the cache; `is_offloaded` if a KV connector can bring it back."""
+
     name: int
     copies: int = 1
+    is_offloaded: bool = False
 
 
 class TileLog:
@@ -52,6 +55,7 @@ class TileLog:
             for block in event.removed:
                 self._remove(block, before)
             self._store(event, before)
+            self._move_offloaded(event, before)
             self._move_ends(event, before)
         stored = [name for name, was_held in before.items() if not was_held and name in self._names]
         removed = [name for name, was_held in before.items() if was_held and name not in self._names]
@@ -87,10 +91,25 @@ class TileLog:
         if tile is None:
             return
         tile.copies -= 1
-        if every_copy or not tile.copies:
-            before.setdefault(tile.name, True)
-            self._names.discard(tile.name)
-            del self._tiles[block]
+        if every_copy or not (tile.copies or tile.is_offloaded):
+            self._forget(block, before)
+
+    def _forget(self, block: int, before: dict[int, bool]) -> None:
+        tile = self._tiles.pop(block)
+        before.setdefault(tile.name, True)
+        self._names.discard(tile.name)
+
+    def _move_offloaded(self, event: CacheEvent, before: dict[int, bool]) -> None:
+        """Note what a KV connector has; what it took after the cache removed it has no name any more."""
+        for block in event.offloaded:
+            if block in self._tiles:
+                self._tiles[block].is_offloaded = True
+        for block in event.dropped:
+            tile = self._tiles.get(block)
+            if tile is not None:
+                tile.is_offloaded = False
+                if not tile.copies:
+                    self._forget(block, before)
 
     def _move_ends(self, event: CacheEvent, before: dict[int, bool]) -> None:
         for block in event.ceased:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from kvarn.vllm.prefix_ends import PrefixEnds
 
 CACHE_EVENTS_METHOD = "kvarn_cache_events"
-IN_CACHE = (None, MEDIUM_GPU)
-"""Where the blocks of the prefix cache are; a KV connector's events name other media."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class CacheEvent:
     and hold `token_ids` in equal parts; `adapter` and `salt` keep prefixes apart. A hash shared by several
     blocks is stored and removed once per block. `cleared` means that the cache is empty. Where layers with windows
     or states are beside full attention, blocks in `begun` now end a prefix that all layers can use, and those in
-    `ceased` no longer do.
+    `ceased` no longer do. A KV connector now holds `offloaded` blocks, and `dropped` ones no longer.
     """
 
     stored: list[int] = field(default_factory=list)
@@ -41,6 +39,8 @@ class CacheEvent:
     cleared: bool = False
     begun: list[int] = field(default_factory=list)
     ceased: list[int] = field(default_factory=list)
+    offloaded: list[int] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
 
 
 class _EventLog:
@@ -71,14 +71,13 @@ def cache_events(core: EngineCore) -> list[tuple[Any, ...]]:
     if not isinstance(log, _EventLog):
         log.shutdown()
         log = scheduler.kv_event_publisher = _EventLog(_prefix_ends(scheduler, group))
-    published, log.events = log.events, []
-    published += scheduler.kv_cache_manager.take_events() or ()  # from outside a step, such as a reset
-    events = [event for event in published if getattr(event, "medium", None) in IN_CACHE]
+    events, log.events = log.events, []
+    events += scheduler.kv_cache_manager.take_events() or ()  # from outside a step, such as a reset
     changes = [
         _change(event, scheduler) for event in events if getattr(event, "group_idx", None) in (None, group)
     ]
     if log.ends is not None:
-        begun, ceased = log.ends.changes(events)
+        begun, ceased = log.ends.changes([event for event in events if _is_in_cache(event)])
         if begun or ceased:
             changes.append(CacheEvent(begun=begun, ceased=ceased))
     return [tuple(vars(change).values()) for change in changes]  # astuple would copy every token id
@@ -102,6 +101,9 @@ async def read_cache_events(engine: AsyncLLM) -> list[CacheEvent]:
 def _change(event: Any, scheduler: Scheduler) -> CacheEvent:
     """Convert one of vLLM's events, identified by its class name: the fields differ between versions."""
     kind = type(event).__name__
+    if not _is_in_cache(event):
+        hashes = list(getattr(event, "block_hashes", ()))
+        return CacheEvent(offloaded=hashes) if kind == "BlockStored" else CacheEvent(dropped=hashes)
     if kind == "BlockRemoved":
         return CacheEvent(removed=list(event.block_hashes))
     if kind == "BlockStored" and event.block_size == block_tokens(scheduler):
@@ -114,6 +116,11 @@ def _change(event: Any, scheduler: Scheduler) -> CacheEvent:
             salt=_salt(event, adapter),
         )
     return CacheEvent(cleared=kind == "AllBlocksCleared")
+
+
+def _is_in_cache(event: Any) -> bool:
+    """Whether an event is of the prefix cache; those of a KV connector name another medium."""
+    return getattr(event, "medium", None) in (None, MEDIUM_GPU)
 
 
 def _salt(event: Any, adapter: str) -> str:

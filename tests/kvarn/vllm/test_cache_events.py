@@ -42,11 +42,18 @@ def test_the_wire_form_is_a_tuple_of_the_fields() -> None:
     later = stored(block_hashes=[8], parent_block_hash=7, extra_keys=[("no salt behind a parent",)])
     removed = BlockRemoved(block_hashes=[7, 8], medium="GPU")
     assert cache_events(core_of(adapted, later, removed, AllBlocksCleared())) == [
-        ([7], None, [1, 2, 3, 4], "adapter", "salt", [], False, [], []),
-        ([8], 7, [1, 2, 3, 4], "", "", [], False, [], []),
-        ([], None, [], "", "", [7, 8], False, [], []),
-        ([], None, [], "", "", [], True, [], []),
+        ([7], None, [1, 2, 3, 4], "adapter", "salt", [], False, [], [], [], []),
+        ([8], 7, [1, 2, 3, 4], "", "", [], False, [], [], [], []),
+        ([], None, [], "", "", [7, 8], False, [], [], [], []),
+        ([], None, [], "", "", [], True, [], [], [], []),
     ]
+
+
+def test_what_a_connector_says_of_its_own_memory_is_no_change_of_the_cache() -> None:
+    taken = stored(medium="CPU", block_size=0, token_ids=[])
+    gone = BlockRemoved(block_hashes=[7], medium="CPU")
+    changes = [CacheEvent(*change) for change in cache_events(core_of(taken, gone))]
+    assert changes == [CacheEvent(offloaded=[7]), CacheEvent(dropped=[7])]
 
 
 def test_blocks_of_another_size_or_group_are_no_change() -> None:

@@ -189,6 +189,21 @@ async def test_ends_have_names_while_their_prefix_is_usable() -> None:
     assert set((await taken(log)).stored) == {*links[:2], ends[0]}
 
 
+async def test_a_tile_that_a_connector_has_is_held_until_the_connector_drops_it() -> None:
+    log = TileLog(1, "m", "auto", 4)
+    ids = list(range(8))
+    links = chain(token_array(ids), 4, Namespace("m", "auto", 4).root())
+    log.take([CacheEvent(stored=[10, 11], token_ids=ids), CacheEvent(offloaded=[10, 11, 12])])
+    log.take([CacheEvent(removed=[10, 11])])
+    assert set((await taken(log)).stored) == set(links)
+    log.take([CacheEvent(dropped=[11, 12])])
+    assert (await taken(log)).stored == links[:1]
+    log.take([CacheEvent(stored=[10], token_ids=ids[:4]), CacheEvent(dropped=[10])])
+    assert (await taken(log)).stored == links[:1]
+    log.take([CacheEvent(removed=[10])])
+    assert (await taken(log)).stored == []
+
+
 async def test_a_salt_keeps_prefixes_apart() -> None:
     log = TileLog(1, "m", "auto", 4)
     log.take([CacheEvent(stored=[1], token_ids=[1, 2, 3, 4], salt="x")])
