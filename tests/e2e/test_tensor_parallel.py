@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.block_store import block_store
 from tests.support.engines import MIB, ask, engine, make_llama
 
 RANKS_TOLERANCE = 0.02  # nats: matmuls of a rank have other shapes, and the codes amplify their rounding
@@ -25,8 +26,13 @@ def test_tensor_parallel_in_processes_equals_one_process(
     with engine(monkeypatch, model, **settings) as llm:
         expected = ask(llm, prompts)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    settings["kv_transfer_config"] = block_store(directory=str(tmp_path / "blocks"))
     with engine(monkeypatch, model, in_process=False, tensor_parallel_size=2, **settings) as llm:
-        for answers in (ask(llm, prompts), ask(llm, prompts)):
-            for answer, single in zip(answers, expected, strict=True):
-                answer.assert_same(single, RANKS_TOLERANCE)
-    assert all(answer.cached > 0 for answer in answers)
+        computed, cached = ask(llm, prompts), ask(llm, prompts)
+        assert llm.reset_prefix_cache()
+        loaded = ask(llm, prompts)
+    for answers in (computed, cached, loaded):
+        for answer, single in zip(answers, expected, strict=True):
+            answer.assert_same(single, RANKS_TOLERANCE)
+    assert [answer.cached for answer in loaded] == [answer.cached for answer in cached]
+    assert all(answer.cached > 0 for answer in loaded)

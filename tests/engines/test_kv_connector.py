@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from vllm import LLM
-from vllm.config import KVTransferConfig
 
+from tests.support.block_store import block_store
 from tests.support.engines import (
     PRESET,
     TILE,
@@ -38,13 +38,7 @@ def llm(
     shallow_model_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LLM]:
     """An engine whose connector keeps blocks in a directory."""
-    transfer = KVTransferConfig(
-        kv_connector="BlockStore",
-        kv_connector_module_path="tests.support.block_store",
-        kv_role="kv_both",
-        kv_load_failure_policy="recompute",
-        kv_connector_extra_config={"directory": str(tmp_path_factory.mktemp("blocks")), "asynchronous": True},
-    )
+    transfer = block_store(str(tmp_path_factory.mktemp("blocks")))
     make_matmuls_row_invariant(monkeypatch)
     with engine(monkeypatch, shallow_model_dir, kv_cache_dtype=PRESET, kv_transfer_config=transfer) as llm:
         yield llm

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -16,6 +17,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 STEPS_OF_AN_ASYNCHRONOUS_LOAD = 3
+
+
+def block_store(directory: str = "", name: str = "BlockStore", **settings: Any) -> KVTransferConfig:
+    """vLLM's setting of the connector `name`, which loads asynchronously; for its settings see `BlockStore`."""
+    return KVTransferConfig(
+        kv_connector=name,
+        kv_connector_module_path=__name__,
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config={"directory": directory, "asynchronous": True, **settings},
+    )
 
 
 @dataclass
@@ -42,6 +54,7 @@ class BlockStore(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         settings = vllm_config.kv_transfer_config.kv_connector_extra_config
         self._directory = Path(settings["directory"])
+        self._directory.mkdir(exist_ok=True)
         self._asynchronous = settings.get("asynchronous", False)
         self._most_blocks = settings.get("most_blocks")
         self._loses = settings.get("loses", False)

@@ -52,7 +52,7 @@ from kvarn.vllm.slot_map import SlotMap
 from kvarn.vllm.spec import KVarNSpec
 from serve_app.engine.tile_log import TileLog
 from serve_app.routing import Namespace, PrefixIndex, TileChange, chain, token_array
-from tests.support.block_store import ModelledStore, Transfers
+from tests.support.block_store import ModelledStore, Transfers, block_store
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
@@ -126,13 +126,10 @@ def make_scheduler(
     config.additional_config = {"kvarn": kvarn}
     config.kv_events_config = CACHE_EVENTS
     if connector is not None:
-        is_vllms = "cpu_bytes_to_use" in connector
-        config.kv_transfer_config = KVTransferConfig(
-            kv_connector="OffloadingConnector" if is_vllms else "ModelledStore",
-            kv_connector_module_path=None if is_vllms else "tests.support.block_store",
-            kv_role="kv_both",
-            kv_load_failure_policy="recompute",
-            kv_connector_extra_config=connector if is_vllms else {"directory": "", **connector},
+        config.kv_transfer_config = (
+            KVTransferConfig("OffloadingConnector", kv_role="kv_both", kv_connector_extra_config=connector)
+            if "cpu_bytes_to_use" in connector
+            else block_store(name="ModelledStore", **connector)
         )
     if drafts:
         config.speculative_config = SpeculativeConfig(

@@ -46,6 +46,7 @@ from kvarn.vllm.cache_settings import side_pool_slots, slot_bytes
 from kvarn.vllm.hooks import HookError, RefusalError, engine_config, page_size, private_names
 from kvarn.vllm.mixed_layers import is_mixed, num_quantized_layers
 from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
+from tests.support.block_store import block_store
 from tests.support.engines import use_triton_backend
 from tests.support.families import VISION
 from tests.support.scheduling import MODEL_CONFIG, make_scheduler
@@ -57,13 +58,6 @@ def write_config(directory: Path, **changes: Any) -> Path:
     """Write a model directory that holds only a Llama's config.json with `changes`."""
     (directory / "config.json").write_text(json.dumps({**MODEL_CONFIG, **changes}))
     return directory
-
-
-def block_store(**settings: Any) -> KVTransferConfig:
-    """A connector that says that it copies blocks."""
-    module = "tests.support.block_store"
-    defaults = {"kv_connector": "BlockStore", "kv_connector_module_path": module, "kv_role": "kv_both"}
-    return KVTransferConfig(**{**defaults, **settings})
 
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
@@ -196,7 +190,10 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
             {"kv_transfer_config": KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")},
             "has OffloadingConnector on GPUs only; leave kv_transfer_config out",
         ),
-        ({"kv_transfer_config": block_store(kv_role="kv_consumer")}, "set kv_transfer_config's kv_role to"),
+        (
+            {"kv_transfer_config": replace(block_store(), kv_role="kv_consumer")},
+            "set kv_transfer_config's kv_role to 'kv_both'",
+        ),
         (
             {"kv_transfer_config": block_store(), "pipeline_parallel_size": 2},
             "KV connectors with pipeline parallelism; leave kv_transfer_config out",
