@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -66,6 +67,15 @@ class WaitCounts:
     held_for_prefix: int = 0
 
 
+@dataclass(frozen=True)
+class _Load:
+    """What a connector loads for a request: `tokens` that end at position `end`, since `start_s`."""
+
+    tokens: int
+    end: int
+    start_s: float
+
+
 class SlotPlanning(VllmScheduler):
     """Mixin for a vLLM scheduler class that admits requests only while the side pool has slots for the tiles
     they fill, and that attaches a `SlotPlan` to every SchedulerOutput.
@@ -79,6 +89,8 @@ class SlotPlanning(VllmScheduler):
         preemptions: requests preempted since the engine started.
         wait_counts: reasons why requests wait.
         drafts_proposed, drafts_accepted: draft tokens verified since the engine started, and those that were right.
+        loaded_tokens, loading_s: tokens that a KV connector brought back since then, and the time that requests
+            waited for them.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -104,6 +116,8 @@ class SlotPlanning(VllmScheduler):
         self.wait_counts = WaitCounts()
         self.drafts_proposed = self.drafts_accepted = 0
         self._last_hashes: dict[str, Hashable | None] = {}  # of the first blocks of requests that departed
+        self.loaded_tokens, self.loading_s = 0, 0.0
+        self._loads: dict[str, _Load] = {}  # of requests that wait for a connector
         self._loading: list[str] = []  # requests for which a connector began to load in this step
         self._not_loaded: set[str] = set()  # requests whose load failed, so that vLLM freed their blocks
         self._allocate = self.kv_cache_manager.allocate_slots
@@ -143,6 +157,9 @@ class SlotPlanning(VllmScheduler):
             self.wait_counts.lacking = "blocks"
         if allocated is not None and kwargs.get("delay_cache_blocks"):
             self._loading.append(request.request_id)
+            tokens = kwargs["num_external_computed_tokens"]
+            end = kwargs.get("num_new_computed_tokens", 0) + tokens
+            self._loads[request.request_id] = _Load(tokens, end, time.monotonic())
         return allocated
 
     def _match_whole_prefix(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -211,10 +228,14 @@ class SlotPlanning(VllmScheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._note_last_hash(request)
+        self._loads.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)
 
     def _update_waiting_for_remote_kv(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         updated = super()._update_waiting_for_remote_kv(request, *args, **kwargs)
+        load = self._loads.pop(request.request_id)
+        self.loaded_tokens += max(0, load.tokens - (load.end - request.num_computed_tokens))
+        self.loading_s += time.monotonic() - load.start_s
         if not self._blocks_of_requests().get(request.request_id):
             self._not_loaded.add(request.request_id)
         return updated

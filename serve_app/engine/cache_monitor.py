@@ -157,7 +157,12 @@ class CacheMonitor:
 
 def _counts(load: CacheLoad) -> CacheLoad:
     return replace(
-        load, prefill_tokens_per_s=0.0, inter_token_latency_s=0.0, drafts_proposed=0, drafts_accepted=0
+        load,
+        prefill_tokens_per_s=0.0,
+        inter_token_latency_s=0.0,
+        drafts_proposed=0,
+        drafts_accepted=0,
+        loading_s=0.0,
     )
 
 

@@ -22,6 +22,7 @@ class EngineMetrics:
         self._shape = shape
         self._preemptions = 0
         self._missing_sinks = 0
+        self._loaded_tokens = 0
         self._drafts = {"accepted": 0, "rejected": 0}
 
     def record(self, snapshot: CacheSnapshot) -> None:
@@ -52,6 +53,8 @@ class EngineMetrics:
         record.add(metrics.PREEMPTIONS, load.preemptions - self._preemptions)
         record.add(metrics.MISSING_SINKS, load.sinks_missing - self._missing_sinks)
         self._preemptions, self._missing_sinks = load.preemptions, load.sinks_missing
+        record.add(metrics.LOADED_TOKENS, load.loaded_tokens - self._loaded_tokens)
+        self._loaded_tokens = load.loaded_tokens
         rejected = load.drafts_proposed - load.drafts_accepted
         for result, count in (("accepted", load.drafts_accepted), ("rejected", rejected)):
             record.add(metrics.DRAFTS, count - self._drafts[result], result=result)

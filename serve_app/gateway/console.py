@@ -130,6 +130,8 @@ def _replica(replica: ReplicaState) -> dict[str, Any]:
         "preemptions": load.preemptions,
         "drafts_proposed": load.drafts_proposed,
         "drafts_accepted": load.drafts_accepted,
+        "loaded": load.loaded_tokens,
+        "load_tokens_per_s": load.loaded_tokens / load.loading_s if load.loading_s else 0.0,
     }
 
 

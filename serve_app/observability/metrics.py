@@ -103,6 +103,9 @@ PREEMPTIONS = _counter("preemptions", "Requests preempted: the engine freed thei
 DRAFTS = _counter(
     "draft_tokens", "Draft tokens of speculative decoding by result: accepted or rejected.", "result"
 )
+LOADED_TOKENS = _counter(
+    "loaded_tokens", "Prompt tokens whose blocks a KV connector brought back into the cache."
+)
 MISSING_SINKS = _counter(
     "missing_sinks", "First tiles read from their quantized record because no slot was free."
 )
@@ -123,6 +126,7 @@ ENGINE_METRICS = (
     GENERATED_TOKENS,
     QUANTIZED_TILES,
     PREEMPTIONS,
+    LOADED_TOKENS,
     DRAFTS,
     MISSING_SINKS,
 )

@@ -52,7 +52,8 @@ class CacheLoad:
     `waiting_for_slots` and `waiting_for_blocks` are queued at or behind a request that lacks these,
     `waiting_for_prefix` are held back until another request has computed the prefix they share, and the rest wait
     for their turn. Of the `drafts_proposed` tokens that speculative decoding verified since the engine started,
-    `drafts_accepted` were right.
+    `drafts_accepted` were right. A KV connector brought `loaded_tokens` back since then, for which requests waited
+    `loading_s` seconds in all.
     """
 
     free_blocks: int = 0
@@ -73,6 +74,8 @@ class CacheLoad:
     preemptions: int = 0
     drafts_proposed: int = 0
     drafts_accepted: int = 0
+    loaded_tokens: int = 0
+    loading_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
     inter_token_latency_s: float = 0.0
 

@@ -491,7 +491,13 @@ def test_metrics_are_exported_under_their_names(client: Client) -> None:
         client.generate_once(long, max_tokens=100, ignore_eos=True)
     with pytest.raises(InvalidRequestError):
         client.generate_once("")
-    of_events = (metrics.PREEMPTIONS, metrics.MISSING_SINKS, metrics.RESUMES, metrics.DRAFTS)
+    of_events = (
+        metrics.PREEMPTIONS,
+        metrics.MISSING_SINKS,
+        metrics.RESUMES,
+        metrics.DRAFTS,
+        metrics.LOADED_TOKENS,
+    )
     rare = {metric.exported for metric in of_events}
     expected = {metric.exported for metric in metrics.ALL_METRICS} - rare
     with suppress(AssertionError):

@@ -512,5 +512,9 @@ async def test_a_connector_brings_evicted_prefixes_back(thinking_dir: Path, tmp_
         for other in range(1, blocks // 3 + 2):
             await tiered.ask([(7 * i + other) % 1000 for i in range(3 * tile + 9)], **answer)
         again = await tiered.ask(prompt, **answer)
+        states = tiered.monitor.watch()
+        load = await anext(s.load async for s in states if s.load.loaded_tokens)
+    assert load.loaded_tokens >= 3 * tile
+    assert load.loading_s > 0
     assert (first[0].cached_tokens, again[0].cached_tokens) == (0, 3 * tile)
     assert tokens_of(again) == tokens_of(first)

@@ -31,7 +31,8 @@ class CacheState:
     the `waiting_requests`, `for_slots` and `for_blocks` count the requests queued behind one that lacked
     these in the last step, and `for_prefix` the requests held back while another computes their prefix; the
     rest wait their turn. Of the `drafts_proposed` tokens that speculative decoding verified since the engine
-    started, `drafts_accepted` were right.
+    started, `drafts_accepted` were right. A KV connector brought `loaded_tokens` back since then, for which requests
+    waited `loading_s` seconds in all.
     """
 
     cache_dtype: str
@@ -57,6 +58,8 @@ class CacheState:
     waiting_for_prefix: int = 0
     drafts_proposed: int = 0
     drafts_accepted: int = 0
+    loaded_tokens: int = 0
+    loading_s: float = 0.0
     other_blocks: int = 0
     other_tokens: int = 0
 
@@ -93,6 +96,8 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
         preemptions=getattr(scheduler, "preemptions", 0),
         drafts_proposed=getattr(scheduler, "drafts_proposed", 0),
         drafts_accepted=getattr(scheduler, "drafts_accepted", 0),
+        loaded_tokens=getattr(scheduler, "loaded_tokens", 0),
+        loading_s=getattr(scheduler, "loading_s", 0.0),
         other_blocks=others,
         other_tokens=other_tokens,
         **waiting_by_reason(scheduler, len(waiting)),

@@ -332,7 +332,7 @@ def test_the_states_of_the_cache_sum_to_its_capacity() -> None:
     capacity = CacheCapacity("kvarn_k4v2_g128", 128, 622_080, 100, 1024, 8)
     load = CacheLoad(60, 30, 10, {"a": 12, "b": 3}, preemptions=2, sinks_missing=1)
     load = replace(load, waiting_requests=7, waiting_for_slots=4, waiting_for_prefix=2)
-    load = replace(load, drafts_proposed=12, drafts_accepted=9)
+    load = replace(load, drafts_proposed=12, drafts_accepted=9, loaded_tokens=384)
     for sequence in (1, 2):
         engine.record(CacheSnapshot(1, sequence, capacity, load))
     values = recorder.values
@@ -346,6 +346,7 @@ def test_the_states_of_the_cache_sum_to_its_capacity() -> None:
     assert values[metrics.CACHE_SAVED,] == 40 * (fp16_block - 622_080)
     assert values[metrics.PREEMPTIONS,] == 2
     assert values[metrics.MISSING_SINKS,] == 1
+    assert values[metrics.LOADED_TOKENS,] == 384
     assert [values[metrics.DRAFTS, result] for result in ("accepted", "rejected")] == [9, 3]
 
 
