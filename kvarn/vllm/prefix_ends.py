@@ -114,10 +114,8 @@ class PrefixEnds:
         before = self._cached_tiles.get(request.request_id, 0)
         self._cache_blocks(request, num_computed_tokens)
         after = self._cached_tiles.get(request.request_id, 0)
-        if after != before:
-            # With drafts, other groups may follow a tile later.
-            for number in range(max(0, before - 1), after):
-                self._note(request, number)
+        for number in range(before, after):
+            self._note(request, number)
 
     def _note(self, request: Request, number: int) -> None:
         """Note that a request's tile has been cached, and what vLLM keeps of the other groups in it."""
