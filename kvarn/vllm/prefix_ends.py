@@ -1,11 +1,12 @@
 """Cached prefixes that every cache group of a model with several can use.
 
-Layers with full attention keep all tiles of a prefix. Layers with a window need the last tokens of a prefix, and layers
+Layers with full attention need all of a prefix. Layers with a window need the last tokens of a prefix, and layers
 with a state the state at its end, so that a request can use a cached prefix only where these are cached too.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,13 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
     maybe_convert_block_hash,
 )
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
+
+ALL = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class _Group:
     Attributes:
         index: its index in vLLM.
         step: hashes per block.
-        needed: cached blocks that a prefix needs at its end.
+        needed: cached blocks that a prefix needs at its end; `ALL` for all of them.
     """
 
     index: int
@@ -174,5 +178,7 @@ class PrefixEnds:
 
 def _needed_blocks(spec: Any) -> int:
     """Cached blocks at the end of a prefix that layers with `spec` need, so that a request can use the prefix."""
+    if isinstance(spec, FullAttentionSpec):  # a second group of it, which caches of other dtypes may have
+        return ALL
     window = getattr(spec, "sliding_window", None)
     return -(-(window - 1) // spec.block_size) if window else 1

@@ -38,7 +38,14 @@ from vllm.v1.core.kv_cache_utils import (
     init_none_hash,
 )
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -96,7 +103,7 @@ def make_scheduler(
     drafts: int = 0,
     method: str = "ngram",
     v2_runner: bool = False,
-    windows: Sequence[tuple[int, int]] = (),
+    windows: Sequence[tuple[int | None, int]] = (),
     retention: int | None = None,
     states: int = 0,
     tiles: int = 1,
@@ -108,10 +115,10 @@ def make_scheduler(
 
     `method` is vLLM's method of speculative decoding. vLLM's second model runner gets resumed requests as if they
     were new. `windows` are further cache groups, the first in front of the tiles' and the others behind it: tokens of
-    the window, and of a block. `retention` is the distance of the windows that vLLM keeps (None: all). `states` is the
-    number of further groups of layers with a state, and `tiles` the tiles per block beside them. `stages` is the number
-    of pipeline stages. `connector` has the settings of vLLM's OffloadingConnector, if it names its bytes, or of a
-    `ModelledStore` (None: no connector).
+    the window (None: all), and of a block. `retention` is the distance of the windows that vLLM keeps (None: all).
+    `states` is the number of further groups of layers with a state, and `tiles` the tiles per block beside them.
+    `stages` is the number of pipeline stages. `connector` has the settings of vLLM's OffloadingConnector, if it names
+    its bytes, or of a `ModelledStore` (None: no connector).
     """
     config = copy.deepcopy(_base_config())
     block_size *= tiles
@@ -163,10 +170,14 @@ def make_scheduler(
     return scheduler
 
 
-def _window_spec(window: int, block_size: int) -> SlidingWindowSpec:
-    return SlidingWindowSpec(
-        block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=window
-    )
+def _window_spec(window: int | None, block_size: int) -> AttentionSpec:
+    shape: dict[str, Any] = {
+        "block_size": block_size,
+        "num_kv_heads": 1,
+        "head_size": 8,
+        "dtype": torch.float32,
+    }
+    return SlidingWindowSpec(**shape, sliding_window=window) if window else FullAttentionSpec(**shape)
 
 
 def _state_spec(block_size: int) -> MambaSpec:
@@ -523,7 +534,8 @@ class Worker:
             if isinstance(spec, MambaSpec):
                 made.windows[i] = _State(spec.block_size)
             elif i != made.tile_group:
-                made.windows[i] = _Window(spec.sliding_window, spec.block_size, made.cache)
+                reach = spec.sliding_window or scheduler.max_model_len
+                made.windows[i] = _Window(reach, spec.block_size, made.cache)
         return made
 
     def tiles_of(self, blocks: Sequence[int]) -> list[int]:

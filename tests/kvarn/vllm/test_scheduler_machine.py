@@ -17,6 +17,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from vllm.v1.core.kv_cache_utils import get_group_id
 from vllm.v1.request import RequestStatus
 
 from kvarn.vllm import scheduler as kvarn_scheduler
@@ -33,8 +34,15 @@ from tests.support.scheduling import GROUP, VOCABULARY, Worker, World, continuat
 MAX_REQUESTS = 10
 MAX_PROMPT = 26  # the smallest pool holds it and its answer
 EVENTS = 60  # per example
-# Cache groups of layers with a window: its tokens, and those of a block.
-WINDOWS: list[list[tuple[int, int]]] = [[], [], [(6, 2)], [(3, 2), (9, 4)], [(5, 2), (5, 2)]]
+# Cache groups of other layers with attention: tokens of their window, None for all, and of a block.
+WINDOWS: list[list[tuple[int | None, int]]] = [
+    [],
+    [],
+    [(6, 2)],
+    [(3, 2), (9, 4)],
+    [(5, 2), (5, 2)],
+    [(None, 2), (6, 2)],
+]
 # Numbers of cache groups of layers with a state, and of tiles per block; without such groups a block is one tile.
 OFFLOADED_BLOCK = 4096  # bytes that vLLM's OffloadingConnector takes at least
 # What a KV connector does (None: there is none).
@@ -78,7 +86,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         host_sinks=st.sampled_from([None, 1, 3]),
     )
     def start(
-        self, drafts: int, windows: list[tuple[int, int]], states: tuple[int, int], **settings: Any
+        self, drafts: int, windows: list[tuple[int | None, int]], states: tuple[int, int], **settings: Any
     ) -> None:
         if settings["connector"] is not None:  # beside which engines refuse all of these
             windows, states = [], (0, 1)
@@ -520,6 +528,20 @@ def test_a_first_tile_that_fills_in_a_requests_last_step_is_cached_with_its_sink
     """vLLM may hash it only when that step's output returns, just before the request departs."""
     world = World(make_scheduler(14, max_running=2, asynchronous=asynchronous, drafts=drafts))
     fill_the_first_tile_in_the_last_step(world, follower)
+
+
+@pytest.mark.parametrize("block", [2, GROUP])
+def test_a_prefix_ends_nowhere_behind_a_tile_that_a_second_group_with_full_attention_lost(block: int) -> None:
+    """Engines with a cache of another dtype have such groups, as many as vLLM divides their layers into."""
+    world = World(make_scheduler(40, max_running=1, windows=[(None, block)]))
+    prompt = [0] * (4 * GROUP)
+    world.submit(prompt, max_tokens=1)
+    while world.prompts:
+        world.step()
+    world.check_expected_hits([prompt])
+    lost = next(b for b in world.pool.blocks if b.block_hash and get_group_id(b.block_hash) == 0)
+    world.pool.evict_blocks({lost.block_id})
+    world.check_expected_hits([prompt[:n] for n in range(1, len(prompt))])
 
 
 def waiting_after_a_step(prompts: list[list[int]], **settings: Any) -> dict[str, int]:
