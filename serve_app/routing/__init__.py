@@ -22,6 +22,7 @@ from serve_app.routing.types import (
     ReplicaState,
     RequestNeed,
     TileChange,
+    usable_tiles,
 )
 
 __all__ = [
@@ -57,4 +58,5 @@ __all__ = [
     "extend_chain",
     "pause_s",
     "token_array",
+    "usable_tiles",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, overload
 
 from serve_app.routing.cost import UNMEASURED_INTER_TOKEN_S, CostWeights, prefill_s_per_token
-from serve_app.routing.types import CacheCapacity, Rejection, ReplicaState, RequestNeed
+from serve_app.routing.types import CacheCapacity, Rejection, ReplicaState, RequestNeed, usable_tiles
 
 SLOTS_PER_REQUEST = 2  # its tail, and its first tile kept raw
 
@@ -153,7 +153,7 @@ class Pricer:
         prompt, tile, evictable = self._prompt_tokens, replica.tile_tokens, replica.evictable_blocks
         uncached_tokens = prompt - cached_tiles * tile
         if uncached_tokens <= 0:
-            cached_tiles = (prompt - 1) // tile  # engines compute at least the last prompt token
+            cached_tiles = usable_tiles(prompt, tile)
             uncached_tokens = prompt - cached_tiles * tile
         new_blocks = -(-self._likely_tokens // tile) - cached_tiles
         if replica.mixed is not None:

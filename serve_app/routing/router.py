@@ -14,7 +14,7 @@ from serve_app.routing.index import PrefixIndex
 from serve_app.routing.lengths import OutputLengths
 from serve_app.routing.reservations import Reservations
 from serve_app.routing.sessions import SessionHomes
-from serve_app.routing.types import CacheSnapshot, Caller, ReplicaState, RequestNeed
+from serve_app.routing.types import CacheSnapshot, Caller, ReplicaState, RequestNeed, usable_tiles
 
 LATE_S = 2.5  # silence beyond this costs a replica traffic; replicas report every second
 SLOWNESS_WEIGHT = 0.1
@@ -190,7 +190,7 @@ class Router:
             request_id,
             replica_id,
             chains.get(kind, ())[chosen.cached_tiles :],
-            _usable_tiles(need, kind) - chosen.cached_tiles,
+            usable_tiles(need.prompt_tokens, kind[1]) - chosen.cached_tiles,
         )
         self._homes.remember(caller, replica_id)
         replica.breaker.sent()
@@ -256,7 +256,7 @@ class Router:
         depths: dict[str, int] = {}
         key = 0
         for kind, links in chains.items():
-            matched = self.index.match(links, _usable_tiles(need, kind))
+            matched = self.index.match(links, usable_tiles(need.prompt_tokens, kind[1]))
             depths |= matched
             deepest = max(matched.values(), default=0)
             key ^= links[deepest] if deepest < len(links) else 0
@@ -313,11 +313,6 @@ class Router:
         if kind not in self._roots:
             self._roots[kind] = Namespace(self._model, *kind).root()
         return self._roots[kind]
-
-
-def _usable_tiles(need: RequestNeed, kind: TileKind) -> int:
-    """Tiles of a prompt that a cache can spare an engine, which computes at least the last token."""
-    return (need.prompt_tokens - 1) // kind[1]
 
 
 def _slowness(previous: float, actual_s: float, predicted_s: float) -> float:

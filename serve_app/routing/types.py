@@ -181,6 +181,11 @@ class RequestNeed:
         return -(-self.likely_tokens // tile_tokens)
 
 
+def usable_tiles(tokens: int, tile_tokens: int) -> int:
+    """Tiles of a prompt of `tokens` tokens that a cache can spare an engine, which computes at least the last token."""
+    return (tokens - 1) // tile_tokens
+
+
 class Rejection(Enum):
     """Why a replica cannot take a request."""
 

@@ -10,7 +10,14 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from serve_app.routing import CacheCapacity, CacheLoad, CacheSnapshot, RequestNeed, Reservations
+from serve_app.routing import (
+    CacheCapacity,
+    CacheLoad,
+    CacheSnapshot,
+    RequestNeed,
+    Reservations,
+    usable_tiles,
+)
 
 PUBLISH_S = 0.05
 
@@ -275,7 +282,7 @@ class ModelledEngine:
 
     def _start(self, sequence: Running) -> bool:
         """Look up the prefix of a request and start it if there are blocks for its first chunk."""
-        named = self.cache.hit(sequence.chain[: (sequence.length - 1) // self.model.tile_tokens])
+        named = self.cache.hit(sequence.chain[: usable_tiles(sequence.length, self.model.tile_tokens)])
         sequence.named, sequence.computed = named, len(named) * self.model.tile_tokens
         first = min(sequence.length, sequence.computed + self.model.batch_tokens)
         if not self._grow_to(sequence, first):

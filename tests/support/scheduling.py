@@ -58,7 +58,7 @@ from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
 from kvarn.vllm.slot_map import SlotMap
 from kvarn.vllm.spec import KVarNSpec
 from serve_app.engine.tile_log import TileLog
-from serve_app.routing import Namespace, PrefixIndex, TileChange, chain, token_array
+from serve_app.routing import Namespace, PrefixIndex, TileChange, chain, token_array, usable_tiles
 from tests.support.block_store import ModelledStore, Transfers, block_store
 
 if TYPE_CHECKING:
@@ -691,7 +691,7 @@ class Observer:
     def _expected_hit(self, index: PrefixIndex, prompt: list[int]) -> int:
         root = Namespace("model", "dtype", self._tile_tokens).root()
         links = chain(token_array(prompt), self._tile_tokens, root)
-        usable = (len(prompt) - 1) // self._tile_tokens
+        usable = usable_tiles(len(prompt), self._tile_tokens)
         return min(index.match(links, usable).get("engine", 0), usable) * self._tile_tokens
 
 
