@@ -57,6 +57,7 @@ from kvarn.kernels.records import (
 )
 from kvarn.kernels.rotate import signs
 from kvarn.kernels.sink_logits import add_sinks
+from kvarn.kernels.soft_cap import soft_capped
 from kvarn.tile import TileLayout
 
 FEW_PARTS = 32  # up to this many per pair on average, one program combines them for several query rows
@@ -101,13 +102,14 @@ def _attend_raw_piece(
     PIECE: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):
     """Attend rows `start` to `start + PIECE` of a raw tile, up to `filled`; a query row sees the first `visible`."""
     rows = start + tl.arange(0, PIECE)
     at = rows[:, None] * D + tl.arange(0, D)[None, :]
     key = tl.load(raw + at, mask=rows[:, None] < filled, other=0.0)
     key = tl.trans(contracted_view(tl.trans(key), D, PIECE))
-    score = tl.dot(key, q) * row_scale[None, :]
+    score = soft_capped(tl.dot(key, q) * row_scale[None, :], SOFT_CAP)
     # In the axes of `scale_rows`, so that m and l have one layout in both loops.
     N: tl.constexpr = acc.shape[1]
     is_filled = (rows < filled)[:, None, None, None]
@@ -131,6 +133,7 @@ def _attend_record(
     offsets,  # of the record's value codes, factors by channel and factors by token, in bytes
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):
     """Attend the tile of one record."""
     D: tl.constexpr = acc.shape[0]
@@ -153,7 +156,13 @@ def _attend_record(
         bias_rows(bias, KEY_BITS, D, G, N),
     )
     score = scale_rows(score, by_row(by_token, G) * key_unit, G, N)
-    p, alpha, m, l = _softmax_step(score * row_scale[None, :], tl.max(score, 0) * row_scale, sees, m, l)
+    p, alpha, m, l = _softmax_step(
+        soft_capped(score * row_scale[None, :], SOFT_CAP),
+        soft_capped(tl.max(score, 0) * row_scale, SOFT_CAP),
+        sees,
+        m,
+        l,
+    )
 
     value_scale = by_row(by_token + G // 2, G) * value_unit
     value_zero = by_row(by_token + G, G) * E4M3_UNIT
@@ -211,6 +220,7 @@ def _decode_part(
     VALUE_CODES: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
     BY_TOKEN: tl.constexpr,
+    SOFT_CAP: tl.constexpr,  # of the scores, 0 for none
 ):
     ROWS: tl.constexpr = TOKENS * PER_HEAD
     unit, end, row = program_share(UnitStarts, FirstRows, rows, programs, H, SPLIT)
@@ -262,7 +272,7 @@ def _decode_part(
             )
             seen = visible if QueryStart is None else visible[None, :]
             m, l, acc = _attend_raw_piece(
-                raw, start, filled, seen, q_operand, row_scale, m, l, acc, H, PIECE, D, G
+                raw, start, filled, seen, q_operand, row_scale, m, l, acc, H, PIECE, D, G, SOFT_CAP
             )
 
         q_weighted = (q.to(tl.float32) * step_weights(channels, KEY_BITS, D, G)).to(tl.float16)
@@ -273,7 +283,7 @@ def _decode_part(
             record = record_at(Cache, tl.load(table + tile).to(tl.int64), head, H, RECORD, PAGE)
             sees = None if QueryStart is None else tile < row_tile
             m, l, acc = _attend_record(
-                record, record_queries, units, sees, m, l, acc, offsets, KEY_BITS, VALUE_BITS
+                record, record_queries, units, sees, m, l, acc, offsets, KEY_BITS, VALUE_BITS, SOFT_CAP
             )
 
         query_row = tl.arange(0, N)
@@ -428,6 +438,7 @@ def decode(
     out: Tensor,
     query_start: Tensor | None = None,
     sinks: Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> None:
     """Attend the newest tokens of each request: one, or in a speculative step up to `shape.queries`.
 
@@ -451,6 +462,7 @@ def decode(
         out: [N, Hq, D] float32, bfloat16 or float16, un-rotated; written where a request has a token.
         query_start: [R + 1] int32, first query token of each request; required if `shape.queries` > 1.
         sinks: [Hq], a logit per query head that takes its share of the softmax and has no value.
+        soft_cap: bound c of the scores, which become c * tanh(score / c); 0 for none.
 
     Raises:
         ValueError: if a shape, stride or dtype is not as above, or `parts` is too small.
@@ -510,6 +522,7 @@ def decode(
         N=shape.columns,
         PIECE=shape.piece,
         **record_constants(layout, cache),
+        SOFT_CAP=soft_cap,
         num_warps=shape.warps,
         num_stages=NUM_STAGES,
     )
@@ -543,6 +556,7 @@ def warm_up(
     split: int = 0,
     page_bytes: int | None = None,
     sinks: Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> None:
     """Compile every variant of `decode` that a model needs, by launching it on requests without tokens.
 
@@ -554,7 +568,7 @@ def warm_up(
         query_counts: values of `DecodeShape.queries`.
         split: `DecodeShape.split`.
         page_bytes: as in `empty_cache`.
-        sinks: as in `decode`.
+        sinks, soft_cap: as in `decode`.
     """
     heads, device = pool.shape[2], pool.device
     cache = empty_cache(heads, layout, page_bytes, device)
@@ -585,4 +599,5 @@ def warm_up(
                 torch.zeros_like(batch, dtype=dtype),
                 start,
                 sinks,
+                soft_cap,
             )

@@ -33,14 +33,16 @@ from kvarn.kernels.record_values import (
     tokens_twice,
 )
 from kvarn.kernels.records import record_at
+from kvarn.kernels.soft_cap import soft_capped
 
 
 @triton.jit
-def _softmax_step(score, row_scale, sees, m, l):
+def _softmax_step(score, row_scale, soft_cap: tl.constexpr, sees, m, l):
     """Update an online softmax, in base 2, with the scores [M, T] of T more tokens.
 
     Args:
         row_scale: [M], factors > 0 of the scores, or None for 1.
+        soft_cap: bound of the scores after that, 0 for none.
         sees: [M] bool, the rows that see these tokens, or None for all.
 
     Returns:
@@ -49,12 +51,13 @@ def _softmax_step(score, row_scale, sees, m, l):
     score_max = tl.max(score, 1)
     if row_scale is not None:
         score_max *= row_scale
+    score_max = soft_capped(score_max, soft_cap)
     if sees is not None:
         score_max = tl.where(sees, score_max, UNSEEN)
     m_new = tl.maximum(m, score_max)
     base = m_new if sees is None else tl.where(sees, m_new, -UNSEEN)  # weights of 0
     exponent = score if row_scale is None else score * row_scale[:, None]
-    p = tl.exp2(exponent - base[:, None])
+    p = tl.exp2(soft_capped(exponent, soft_cap) - base[:, None])
     alpha = tl.exp2(m - m_new)
     return p, alpha, m_new, l * alpha + tl.sum(p, 1)
 
@@ -74,15 +77,16 @@ def _attend_raw_piece(
     PIECE: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):
     """Attend rows `start` to `start + PIECE` of a raw tile, up to `filled`; a query row sees the first `visible`."""
     rows = start + tl.arange(0, PIECE)
     at = rows[:, None] * D + tl.arange(0, D)[None, :]
     key = in_shared_order(tl.load(raw + at, mask=rows[:, None] < filled), PIECE, D)
     key = tl.where(rows[:, None] < filled, key, 0.0)
-    score = tl.dot(q, tl.trans(key)) * row_scale[:, None]
+    score = soft_capped(tl.dot(q, tl.trans(key)) * row_scale[:, None], SOFT_CAP)
     score = tl.where((rows[None, :] < visible) & (rows < filled)[None, :], score, UNSEEN)
-    p, alpha, m, l = _softmax_step(score, None, None, m, l)
+    p, alpha, m, l = _softmax_step(score, None, 0.0, None, m, l)
     value = tl.load(raw + H * G * D + at, mask=rows[:, None] < filled, other=0.0)
     return m, l, tl.dot(p.to(tl.float16), value, acc * alpha[:, None])
 
@@ -130,6 +134,7 @@ def _attend_record(
     VALUE_CODES: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
     BY_TOKEN: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):
     """Attend the tile of one record, and load the next.
 
@@ -147,7 +152,7 @@ def _attend_record(
         G,
         D,
     )
-    p, alpha, m, l = _softmax_step(tl.dot(q, tl.trans(key)), row_scale * 16.0, sees, m, l)
+    p, alpha, m, l = _softmax_step(tl.dot(q, tl.trans(key)), row_scale * 16.0, SOFT_CAP, sees, m, l)
     value = scaled(
         code_pairs(value_words, VALUE_BITS, 0, G, D, False),
         value_scale[None, :],
@@ -208,6 +213,7 @@ def decode_rows(
     VALUE_CODES: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
     BY_TOKEN: tl.constexpr,
+    SOFT_CAP: tl.constexpr,  # of the scores, 0 for none
 ):
     ROWS: tl.constexpr = TOKENS * PER_HEAD
     unit, end, row = program_share(UnitStarts, FirstRows, rows, programs, H, SPLIT)
@@ -248,7 +254,9 @@ def decode_rows(
                 G,
             )
             seen = visible if QueryStart is None else visible[:, None]
-            m, l, acc = _attend_raw_piece(raw, start, filled, seen, q, row_scale, m, l, acc, H, PIECE, D, G)
+            m, l, acc = _attend_raw_piece(
+                raw, start, filled, seen, q, row_scale, m, l, acc, H, PIECE, D, G, SOFT_CAP
+            )
 
         table = BlockTable + request * table_stride
         tiles = first_tile - raw_units  # the tile of unit u is u + tiles
@@ -277,6 +285,7 @@ def decode_rows(
                 VALUE_CODES,
                 BY_CHANNEL,
                 BY_TOKEN,
+                SOFT_CAP,
             )
 
         at = part_index(unit, row, head, H, SPLIT) * ROWS + query_row

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvarn.checks import check_packed, check_sinks, check_tensor
 from kvarn.kernels.sink_logits import add_sinks
+from kvarn.kernels.soft_cap import soft_capped
 
 
 @triton.jit(
@@ -37,6 +38,7 @@ def _attend_pages(
     D: tl.constexpr,
     G: tl.constexpr,
     BLOCK: tl.constexpr,
+    SOFT_CAP: tl.constexpr,  # of the scores, 0 for none
 ):
     blocks_per_tile: tl.constexpr = G // BLOCK
     block = tl.program_id(0) % blocks_per_tile
@@ -58,7 +60,7 @@ def _attend_pages(
         page = tl.load(PageTable + tile * table_stride + index).to(tl.int64)
         source = Pages + (page * G * H + head // PER_HEAD) * D + token[:, None] * (H * D) + channel[None, :]
         visible = (index * G + token)[None, :] <= position[:, None]
-        score = tl.dot(q, tl.trans(tl.load(source))) * scale_log2
+        score = soft_capped(tl.dot(q, tl.trans(tl.load(source))) * scale_log2, SOFT_CAP)
         score = tl.where(visible, score, -1e30)
         m_new = tl.maximum(m, tl.max(score, 1))
         p, alpha = tl.exp2(score - m_new[:, None]), tl.exp2(m - m_new)
@@ -81,6 +83,7 @@ def attend_pages(
     scale: float,
     out: Tensor,
     sinks: Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> None:
     """Attend query tiles over their pages, causally.
 
@@ -93,6 +96,7 @@ def attend_pages(
         scale: softmax scale.
         out: [N, Hq, D] float16, rotated; written. Rows of D channels may have any equal distance.
         sinks: [Hq], a logit per query head that takes its share of the softmax and has no value.
+        soft_cap: bound c of the scores, which become c * tanh(score / c); 0 for none.
 
     Raises:
         ValueError: if a shape, stride or dtype is not as above.
@@ -127,6 +131,7 @@ def attend_pages(
             D=head_dim,
             G=group,
             BLOCK=64,
+            SOFT_CAP=soft_cap,
             num_warps=4,
             num_stages=3
             if head_dim < 256
@@ -134,8 +139,13 @@ def attend_pages(
         )
 
 
-def warm_up(query: Tensor, pages: Tensor, sinks: Tensor | None = None) -> None:
-    """Compile this module's kernel, by attending one token of `query` [N, Hq, D] float16 over page 0, with `sinks`."""
+def warm_up(query: Tensor, pages: Tensor, sinks: Tensor | None = None, soft_cap: float = 0.0) -> None:
+    """Compile this module's kernel, by attending one token of `query` [N, Hq, D] float16 over page 0.
+
+    Args:
+        sinks, soft_cap: as in `attend_pages`.
+    """
     zero_and_one = torch.arange(2, dtype=torch.int32, device=query.device)
     one, page_table = torch.ones_like(zero_and_one[:1]), torch.zeros_like(zero_and_one[:1, None])
-    attend_pages(query[:1], pages, zero_and_one, one, page_table, 1.0, torch.empty_like(query[:1]), sinks)
+    out = torch.empty_like(query[:1])
+    attend_pages(query[:1], pages, zero_and_one, one, page_table, 1.0, out, sinks, soft_cap)

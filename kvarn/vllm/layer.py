@@ -32,7 +32,6 @@ class KVarNLayer(AttentionImpl[Any]):
             connector may load.
         supports_raw_chunks: whether the device backend supports `KVarNConfig.raw_chunks`.
         supports_split_tiles: whether the device backend supports `KVarNConfig.split_tiles`.
-        supports_soft_cap: whether the device backend supports soft-capped scores.
         max_queries: maximum tokens per request that a step with drafts may have.
         limits_draft_passes: whether `max_queries` also limits the passes of a draft model.
         is_drafter: whether the layer is one of a draft model.
@@ -44,7 +43,6 @@ class KVarNLayer(AttentionImpl[Any]):
 
     supports_raw_chunks: ClassVar[bool] = False
     supports_split_tiles: ClassVar[bool] = False
-    supports_soft_cap: ClassVar[bool] = False
     max_queries: ClassVar[int] = MAX_QUERIES
     limits_draft_passes: ClassVar[bool] = False
     max_heads_per_kv_head: ClassVar[float] = math.inf
@@ -71,7 +69,6 @@ class KVarNLayer(AttentionImpl[Any]):
             {
                 "ALiBi": alibi_slopes is not None,
                 "a sliding window": sliding_window is not None,
-                "logit soft-capping": bool(logits_soft_cap) and not self.supports_soft_cap,
                 f"attention of type {attn_type!r}": attn_type != AttentionType.DECODER,
                 "KV sharing between layers": kv_sharing_target_layer_name is not None,
                 **{name: value is not None for name, value in extra.items()},

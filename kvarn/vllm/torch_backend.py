@@ -181,8 +181,6 @@ class _Batch:
 class TorchLayer(KVarNLayer):
     """One layer on a CPU."""
 
-    supports_soft_cap = True
-
     def attend(
         self,
         query: torch.Tensor,

@@ -32,6 +32,7 @@ PRESET = "kvarn_k4v2_g64"
 GROUP, LAYERS = 64, 2
 SETTINGS = {"kv_cache_dtype": PRESET, "skip_tokenizer_init": True, "max_model_len": 512, "max_num_seqs": 4}
 TOKENS = 4  # decoding from 126 tokens fills a tile and opens the next
+SOFT_CAP = 1.0  # of scores that random keys make larger
 TOLERANCE = 0.05  # rotated queries and attention weights are float16 on a GPU, float64 on a CPU
 
 
@@ -133,13 +134,16 @@ def test_padded_heads_answer_as_on_the_cpu_backend(tmp_path: Path, monkeypatch: 
         answer.assert_same(expected, TOLERANCE)
 
 
-def test_windows_beside_tiles_and_sinks_answer_as_on_the_cpu_backend(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("config", "changes"), [("GptOssConfig", EXPERTS), ("Gemma2Config", {"attn_logit_softcapping": SOFT_CAP})]
+)
+def test_windows_beside_tiles_with_sinks_or_soft_caps_answer_as_on_the_cpu_backend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str, changes: dict[str, Any]
 ) -> None:
     """Blocks of the cache have padding between them."""
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
     layers = {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]}
-    mixed = make_model(tmp_path, "GptOssConfig", {**heads, **layers, **EXPERTS})
+    mixed = make_model(tmp_path, config, {**heads, **layers, **changes})
     weights = load_file(mixed / "model.safetensors")
     sinks = {name: torch.full_like(x, 4.0) for name, x in weights.items() if name.endswith("sinks")}
     save_file({**weights, **sinks}, mixed / "model.safetensors", {"format": "pt"})

@@ -15,6 +15,7 @@ from tests.support.families import FAMILIES, make_family
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 SERVED = (
+    "Gemma 2",  # with soft-capped scores
     "Gemma 3",
     "OLMo 3",
     "Ministral",
@@ -30,7 +31,7 @@ SERVED = (
     "Llama, 12 heads of 192 over 2",
     "Llama, 16 heads of 128 over 1",
 )
-IN_BFLOAT16 = ("Gemma 3", "gpt-oss", "Granite 4", "Nemotron-H", "Falcon-H1", "Qwen3-Next", "LFM2")
+IN_BFLOAT16 = ("Gemma 2", "Gemma 3", "gpt-oss", "Granite 4", "Nemotron-H", "Falcon-H1", "Qwen3-Next", "LFM2")
 WITH_DELTA_NETS = ("Qwen3-Next",)  # whose prompts vLLM computes with FlashInfer on Hopper, by default
 LENGTHS = range(2 * TILE, 4 * TILE, 19)
 

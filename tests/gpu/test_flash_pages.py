@@ -49,8 +49,10 @@ def test_flash_attention_and_our_kernel_agree(
     pages = torch.randn(2, pages_needed, GROUP, kv_heads, head_dim, generator=generator, device=device).half()
     query = torch.randn(tokens, query_heads, head_dim, generator=generator, device=device).half()
     scale = head_dim**-0.5
-    for sinks in (None, torch.linspace(-2, 5, query_heads, device=device).bfloat16()):
+    logits = torch.linspace(-2, 5, query_heads, device=device).bfloat16()
+    for sinks, soft_cap in ((None, 0.0), (logits, 0.0), (logits, 1.0)):
         expected, out = torch.empty_like(query), torch.empty_like(query)
-        TritonPages(sinks).attend(query, pages, wave, scale, expected)
-        page_attention(kv_heads, head_dim, device, sinks=sinks).attend(query, pages, wave, scale, out)
+        TritonPages(sinks, soft_cap).attend(query, pages, wave, scale, expected)
+        flash = page_attention(kv_heads, head_dim, device, sinks=sinks, soft_cap=soft_cap)
+        flash.attend(query, pages, wave, scale, out)
         assert (out - expected).abs().max() <= 2e-3 * expected.abs().max()

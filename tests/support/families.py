@@ -166,7 +166,7 @@ FAMILIES: dict[str, Family] = {
     "Ministral": Family("MinistralConfig", {"head_dim": 64, **WINDOWS}),
     "Cohere 2": Family("Cohere2Config", {"head_dim": 64, **WINDOWS}),
     "EXAONE 4": Family("Exaone4Config", WINDOWS),
-    "Gemma 2": Family("Gemma2Config", {"head_dim": 64, **WINDOWS}, long=False),
+    "Gemma 2": Family("Gemma2Config", {"head_dim": 64, "attn_logit_softcapping": 2.0, **WINDOWS}, long=False),
     "gpt-oss": Family(
         "GptOssConfig", {"head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOWS}
     ),

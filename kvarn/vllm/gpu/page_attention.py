@@ -50,7 +50,7 @@ class FlashPages:
         head_dim: channels per head.
         device: a CUDA device.
         splits_keys: whether to split keys.
-        sinks: as in `prefill.attend_pages`.
+        sinks, soft_cap: as in `prefill.attend_pages`.
     """
 
     def __init__(
@@ -61,8 +61,9 @@ class FlashPages:
         device: torch.device,
         splits_keys: bool = True,
         sinks: Tensor | None = None,
+        soft_cap: float = 0.0,
     ) -> None:
-        self._sinks = sinks
+        self._sinks, self._soft_cap = sinks, soft_cap
         self._version, self._kv_heads, self._processors = version, kv_heads, processors(device)
         # Output and logarithm of the sum of each row and split.
         of_splits = self._processors * FLASH_BLOCK_ROWS * (head_dim + 1) * FLOAT32_BYTES
@@ -119,6 +120,7 @@ class FlashPages:
             seqused_k=key_lens,
             softmax_scale=scale,
             causal=True,
+            softcap=self._soft_cap,
             block_table=page_table,
             out=out,
             fa_version=self._version,
@@ -129,22 +131,30 @@ class FlashPages:
 
 
 class TritonPages:
-    """Our own kernel; `sinks` are as in `prefill.attend_pages`."""
+    """Our own kernel; `sinks` and `soft_cap` are as in `prefill.attend_pages`."""
 
     scratch_bytes = 0
 
-    def __init__(self, sinks: Tensor | None = None) -> None:
-        self._sinks = sinks
+    def __init__(self, sinks: Tensor | None = None, soft_cap: float = 0.0) -> None:
+        self._sinks, self._soft_cap = sinks, soft_cap
 
     def attend(self, query: Tensor, pages: Tensor, wave: PrefillWave, scale: float, out: Tensor) -> None:
         """See `PageAttention`."""
         prefill.attend_pages(
-            query, pages, wave.first_query, wave.key_lens, wave.page_table, scale, out, self._sinks
+            query,
+            pages,
+            wave.first_query,
+            wave.key_lens,
+            wave.page_table,
+            scale,
+            out,
+            self._sinks,
+            self._soft_cap,
         )
 
     def warm_up(self, query: Tensor, pages: Tensor) -> None:
         """See `PageAttention`."""
-        prefill.warm_up(query, pages, self._sinks)
+        prefill.warm_up(query, pages, self._sinks, self._soft_cap)
 
 
 def page_attention(
@@ -153,15 +163,17 @@ def page_attention(
     device: torch.device,
     splits_keys: bool = True,
     sinks: Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> PageAttention:
     """Return the FlashAttention that vLLM uses for heads of `head_dim` on this GPU, else our own kernel.
 
-    With `splits_keys`, FlashAttention may split the keys of short chunks; `sinks` are as in `prefill.attend_pages`.
+    With `splits_keys`, FlashAttention may split the keys of short chunks; `sinks` and `soft_cap` are as in
+    `prefill.attend_pages`.
     """
     if current_platform.is_cuda():
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
         version = get_flash_attn_version(head_size=head_dim)
         if version is not None:
-            return FlashPages(version, kv_heads, head_dim, device, splits_keys, sinks)
-    return TritonPages(sinks)
+            return FlashPages(version, kv_heads, head_dim, device, splits_keys, sinks, soft_cap)
+    return TritonPages(sinks, soft_cap)

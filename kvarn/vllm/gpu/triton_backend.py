@@ -107,7 +107,12 @@ class TritonLayer(KVarNLayer):
         )
         fixed = KVarNConfig.of(self._vllm_config).split_tiles is not None
         self.page_attention = page_attention(
-            self.num_kv_heads, self.layout.head_dim, device, splits_keys=not fixed, sinks=self.sinks
+            self.num_kv_heads,
+            self.layout.head_dim,
+            device,
+            splits_keys=not fixed,
+            sinks=self.sinks,
+            soft_cap=self.soft_cap,
         )
         self.scratch_bytes = self.page_attention.scratch_bytes
         if self.workspace.is_new:
@@ -126,7 +131,15 @@ class TritonLayer(KVarNLayer):
         decode_plan.warm_up(layout.group, work.query_counts, self.pool.device)
         split = KVarNConfig.of(self._vllm_config).split_tiles or 0
         decode.warm_up(
-            self.pool, self.num_heads, dtype, layout, work.query_counts, split, page_bytes, self.sinks
+            self.pool,
+            self.num_heads,
+            dtype,
+            layout,
+            work.query_counts,
+            split,
+            page_bytes,
+            self.sinks,
+            self.soft_cap,
         )
 
     def attend(
@@ -203,6 +216,7 @@ class TritonLayer(KVarNLayer):
             output[: batch.tokens],
             batch.query_start,
             self.sinks,
+            self.soft_cap,
         )
 
     def _attend_pages(self, wave: PrefillWave, kv_cache: Tensor, output: Tensor) -> None:

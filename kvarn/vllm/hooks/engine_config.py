@@ -171,9 +171,6 @@ def _problems(config: Any, preset: Preset) -> Iterator[str]:
         yield f"{local}, or {USE_AUTO}"
     if model.uses_alibi:
         yield f"does not support ALiBi; {USE_AUTO}"
-    capped = getattr(model.hf_text_config, "attn_logit_softcapping", None)
-    if capped and not device_backend().layer.supports_soft_cap:
-        yield f"supports soft-capped logits on CPUs only; {USE_AUTO}"
     if getattr(model.hf_text_config, "num_kv_shared_layers", None):
         yield f"does not support KV sharing between layers; {USE_AUTO}"
     if model.is_mm_prefix_lm:

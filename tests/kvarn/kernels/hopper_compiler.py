@@ -23,6 +23,7 @@ from kvarn.tile import TileLayout
 from tests.kvarn.kernels.plain_function_kernel import stores_half
 
 QUERY_HEADS, KV_HEADS = 8, 2
+SOFT_CAP = 50.0
 QUERIES = [1, 4, MAX_QUERIES]  # 4 and 16 query rows per program for one decode kernel, 64 for the other
 PLAIN_FUNCTION = "plain_function"  # in place of PRESET:HEAD_DIM: compile `stores_half`
 
@@ -69,9 +70,10 @@ def compile_layout(layout: TileLayout) -> None:
     quantize.warm_up(pool, raw_pages, layout)
     pages.warm_up(pool, raw_pages, layout)
     decode_plan.warm_up(group, QUERIES, device)
-    for sinks in (None, torch.zeros(QUERY_HEADS)):
-        prefill.warm_up(rotated, raw_pages, sinks)
-    decode.warm_up(pool, QUERY_HEADS, torch.bfloat16, layout, QUERIES)
+    for sinks, soft_cap in ((None, 0.0), (torch.zeros(QUERY_HEADS), 0.0), (None, SOFT_CAP)):
+        prefill.warm_up(rotated, raw_pages, sinks, soft_cap)
+    for queries, soft_cap in ((QUERIES, 0.0), ([1, MAX_QUERIES], SOFT_CAP)):
+        decode.warm_up(pool, QUERY_HEADS, torch.bfloat16, layout, queries, soft_cap=soft_cap)
 
 
 def main() -> None:

@@ -1,13 +1,16 @@
 """The Triton kernels against the references: on a GPU if there is one, else in Triton's interpreter."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from kvarn.kernels import decode, decode_plan, decode_work, pages, prefill, quantize, rotate
+from kvarn.kernels import decode, decode_plan, decode_work, pages, prefill, quantize, rotate, soft_cap
 from kvarn.presets import PRESETS, get_preset
 from kvarn.reference import attention, codec, hadamard
 from kvarn.tile import TileLayout
@@ -22,6 +25,7 @@ LAYOUTS = [
 K4V2 = TileLayout(get_preset("kvarn_k4v2_g128"), 128)
 SMALL = TileLayout(get_preset("kvarn_k4v4_g64"), 64)
 NO_SLOT = -1
+SOFT_CAP = 1.5
 
 
 def describe(value: object) -> str | None:
@@ -243,12 +247,14 @@ class Sequence:
         seed: int = 0,
         queries: int = 1,
         sink_logits: Tensor | None = None,
+        soft_cap: float = 0.0,
     ) -> None:
         group, head_dim = layout.group, layout.head_dim
         generator = torch.Generator().manual_seed(seed)
         count = -(-tokens // group)
         raw = tiles(layout, count, heads, seed)
-        self.layout, self.tokens, self.sink, self.sink_logits = layout, tokens, sink, sink_logits
+        self.layout, self.tokens, self.sink = layout, tokens, sink
+        self.sink_logits, self.soft_cap = sink_logits, soft_cap
         self.positions = torch.arange(tokens - queries, tokens)
         self.query = torch.randn(tokens, heads * per_head, head_dim, generator=generator)
         flat = raw.permute(1, 0, 3, 2, 4).reshape(2, count * group, heads, head_dim)
@@ -291,6 +297,7 @@ class Sequence:
             self.scale,
             self.layout,
             sinks=self.sink_logits,
+            soft_cap=self.soft_cap,
         )
 
 
@@ -349,6 +356,7 @@ def decoded(
         out,
         query_start,
         None if sink_logits is None else sink_logits.to(DEVICE),
+        sequences[0].soft_cap,
     )
     beyond = out[len(newest) :]
     assert (beyond == 0).all() if queries == 1 else beyond.isnan().all()
@@ -475,6 +483,14 @@ class TestDecode:
         expected = made.expected(made.positions)
         assert_near(decoded([made], programs, queries=queries), expected, 6e-3)
 
+    @pytest.mark.parametrize("programs", [1, 40], ids=["whole", "several programs per head"])
+    @pytest.mark.parametrize("queries", [1, 3, 12])
+    def test_soft_caps_bound_the_scores_but_not_the_sinks(self, queries: int, programs: int) -> None:
+        logits = torch.linspace(-3, 3, 6)
+        made = Sequence(SMALL, 330, 2, 3, True, queries=queries, sink_logits=logits, soft_cap=SOFT_CAP)
+        expected = made.expected(made.positions)
+        assert_near(decoded([made], programs, queries=queries), expected, 6e-3)
+
     @pytest.mark.parametrize(
         ("queries", "query_start", "message"),
         [
@@ -534,6 +550,24 @@ class TestDecode:
             )
         with pytest.raises(ValueError, match="work has room for 1 rows and 3 programs: expected 2 and 3"):
             decode_work.plan_work(int32([70, 70]), int32([NO_SLOT] * 2), 64, shape, work)
+
+
+@triton.jit
+def _cap_scores(Scores, Out, N: tl.constexpr, CAP: tl.constexpr):
+    """Write the soft-capped scores [N], in base 2."""
+    at = tl.arange(0, N)
+    tl.store(Out + at, soft_cap.soft_capped(tl.load(Scores + at), CAP))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # in the interpreter
+@pytest.mark.parametrize("cap", [0.0, 0.5, 50.0])
+def test_scores_of_any_size_stay_within_their_soft_cap(cap: float) -> None:
+    of_any_size = torch.tensor([1e-30, 1e-3, 1.0, 40.0, 80.0, 1e4, 1e30, torch.inf])
+    scores = torch.cat([of_any_size, -of_any_size])
+    out = torch.full((16,), torch.nan, device=DEVICE)
+    _cap_scores[(1,)](scores.to(DEVICE), out, N=16, CAP=cap)
+    expected = cap / math.log(2) * (scores.double() * math.log(2) / cap).tanh() if cap else scores
+    torch.testing.assert_close(out.cpu(), expected.float(), rtol=1e-5, atol=2e-6 * cap)
 
 
 class TestWork:
@@ -628,14 +662,21 @@ class TestPrefill:
         ("start", "dtype"), [(0, torch.float32), (70, torch.float32), (70, torch.float16)]
     )
     @pytest.mark.parametrize(
-        "sink_logits", [None, torch.tensor([-30.0, 0.0, 3.0, 6.0])], ids=["plain", "with sinks"]
+        ("sink_logits", "soft_cap"),
+        [(None, 0.0), (torch.tensor([-30.0, 0.0, 3.0, 6.0]), 0.0), (None, SOFT_CAP)],
+        ids=["plain", "with sinks", "capped"],
     )
     def test_query_tiles_follow_the_read_rule(
-        self, layout: TileLayout, start: int, dtype: torch.dtype, sink_logits: Tensor | None
+        self,
+        layout: TileLayout,
+        start: int,
+        dtype: torch.dtype,
+        sink_logits: Tensor | None,
+        soft_cap: float,
     ) -> None:
-        group, per_head = layout.group, 2
+        group = layout.group
         sequence = Sequence(
-            layout, 2 * group + 9, heads=2, per_head=per_head, sink=False, sink_logits=sink_logits
+            layout, 2 * group + 9, 2, per_head=2, sink=False, sink_logits=sink_logits, soft_cap=soft_cap
         )
         positions = torch.arange(start, sequence.tokens)
         raw, recorded = sequence.pages_of_tiles()
@@ -656,6 +697,7 @@ class TestPrefill:
             sequence.scale,
             rotate.float16_rows(out),
             None if sink_logits is None else sink_logits.to(DEVICE),
+            soft_cap,
         )
         rotate.unrotate(out)
         assert_near(out, sequence.expected(positions), 6e-3)

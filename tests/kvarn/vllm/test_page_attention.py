@@ -43,14 +43,14 @@ def test_a_gpu_gets_the_flash_attention_that_vllm_uses_there(monkeypatch, flash,
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: False)
     assert isinstance(page_attention.page_attention(8, 256, CPU), TritonPages)
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
-    chosen = page_attention.page_attention(8, 256, CPU)
+    chosen = page_attention.page_attention(8, 256, CPU, soft_cap=30.0)
     assert asked == [256]
     if version is None:
         assert isinstance(chosen, TritonPages)
         return
     query, pages = torch.zeros(1, 32, 256).half(), torch.zeros(2, 1, 128, 8, 256).half()
     chosen.warm_up(query, pages)
-    assert {call["fa_version"] for call in flash} == {version}
+    assert {(call["fa_version"], call["softcap"]) for call in flash} == {(version, 30.0)}
     # Version 4 compiles its kernels when they first run.
     assert [call["num_splits"] for call in flash] == ([1, 2] if version == 4 else [1])
 

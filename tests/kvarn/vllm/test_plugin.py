@@ -431,15 +431,6 @@ def test_one_cache_group_for_layers_with_and_without_windows_is_refused(model: P
         configure(model, disable_hybrid_kv_cache_manager=True)
 
 
-def test_soft_caps_are_refused_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = write_config(tmp_path, attn_logit_softcapping=50.0)
-    use_triton_backend(monkeypatch)
-    with pytest.raises(
-        RefusalError, match="supports soft-capped logits on CPUs only; use kv_cache_dtype='auto'"
-    ):
-        configure(model)
-
-
 def test_many_query_heads_per_kv_head_are_refused_on_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
