@@ -29,7 +29,7 @@ class CacheCapacity(_message.Message):
     def __init__(self, cache_dtype: _Optional[str] = ..., tile_tokens: _Optional[int] = ..., bytes_per_tile: _Optional[int] = ..., total_blocks: _Optional[int] = ..., total_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_requests: _Optional[int] = ..., other_blocks: _Optional[int] = ..., other_tokens: _Optional[int] = ...) -> None: ...
 
 class CacheLoad(_message.Message):
-    __slots__ = ("free_blocks", "evictable_blocks", "used_blocks", "reserved_blocks", "tail_slots_used", "sink_slots_used", "sink_slots_idle", "sinks_missing", "running_requests", "waiting_requests", "waiting_prefill_tokens", "preemptions", "prefill_tokens_per_s", "inter_token_latency_s", "pending_prefill_tokens", "waiting_for_slots", "waiting_for_blocks", "waiting_for_prefix", "drafts_proposed", "drafts_accepted", "loaded_tokens", "loading_s")
+    __slots__ = ("free_blocks", "evictable_blocks", "used_blocks", "reserved_blocks", "tail_slots_used", "sink_slots_used", "sink_slots_idle", "sinks_missing", "running_requests", "waiting_requests", "waiting_prefill_tokens", "preemptions", "prefill_tokens_per_s", "inter_token_latency_s", "pending_prefill_tokens", "waiting_for_slots", "waiting_for_blocks", "waiting_for_prefix", "drafts_proposed", "drafts_accepted", "loaded_tokens", "loading_s", "evictable_other_blocks")
     class ReservedBlocksEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +66,7 @@ class CacheLoad(_message.Message):
     DRAFTS_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     LOADED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOADING_S_FIELD_NUMBER: _ClassVar[int]
+    EVICTABLE_OTHER_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     free_blocks: int
     evictable_blocks: int
     used_blocks: int
@@ -88,7 +89,8 @@ class CacheLoad(_message.Message):
     drafts_accepted: int
     loaded_tokens: int
     loading_s: float
-    def __init__(self, free_blocks: _Optional[int] = ..., evictable_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., reserved_blocks: _Optional[_Mapping[str, int]] = ..., tail_slots_used: _Optional[int] = ..., sink_slots_used: _Optional[int] = ..., sink_slots_idle: _Optional[int] = ..., sinks_missing: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., inter_token_latency_s: _Optional[float] = ..., pending_prefill_tokens: _Optional[_Mapping[str, int]] = ..., waiting_for_slots: _Optional[int] = ..., waiting_for_blocks: _Optional[int] = ..., waiting_for_prefix: _Optional[int] = ..., drafts_proposed: _Optional[int] = ..., drafts_accepted: _Optional[int] = ..., loaded_tokens: _Optional[int] = ..., loading_s: _Optional[float] = ...) -> None: ...
+    evictable_other_blocks: int
+    def __init__(self, free_blocks: _Optional[int] = ..., evictable_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., reserved_blocks: _Optional[_Mapping[str, int]] = ..., tail_slots_used: _Optional[int] = ..., sink_slots_used: _Optional[int] = ..., sink_slots_idle: _Optional[int] = ..., sinks_missing: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., inter_token_latency_s: _Optional[float] = ..., pending_prefill_tokens: _Optional[_Mapping[str, int]] = ..., waiting_for_slots: _Optional[int] = ..., waiting_for_blocks: _Optional[int] = ..., waiting_for_prefix: _Optional[int] = ..., drafts_proposed: _Optional[int] = ..., drafts_accepted: _Optional[int] = ..., loaded_tokens: _Optional[int] = ..., loading_s: _Optional[float] = ..., evictable_other_blocks: _Optional[int] = ...) -> None: ...
 
 class CacheSnapshot(_message.Message):
     __slots__ = ("epoch", "sequence", "capacity", "load", "draining")

@@ -36,7 +36,7 @@ class EngineMetrics:
         record.set(metrics.CACHE_RESERVED, sum(load.reserved_blocks.values()) * tile)
         saved_per_block = tile * self._shape.bytes_per_token_16_bit - capacity.bytes_per_tile
         others = min(load.used_blocks, load.running_requests * capacity.other_blocks)
-        tiles = load.used_blocks - others + load.evictable_blocks
+        tiles = load.used_blocks - others + load.evictable_tiles
         record.set(metrics.CACHE_SAVED, tiles * saved_per_block)
         record.set(metrics.SLOT_CAPACITY, capacity.total_slots)
         record.set(metrics.SLOTS, load.tail_slots_used, use="tail")

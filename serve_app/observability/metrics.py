@@ -75,7 +75,7 @@ CACHE_RESERVED = _gauge(
 CACHE_SAVED = _gauge(
     "cache_saved_bytes",
     "Memory saved by quantization: size of the cached tiles in fp16, less their actual size. Where layers have "
-    "windows or states, the most blocks that running requests hold for them are subtracted first.",
+    "windows or states, their cached blocks and the most that running requests hold for them do not count.",
 )
 SLOT_CAPACITY = _gauge("side_pool_capacity_slots", "fp16 tiles of the side pool.")
 SLOTS = _gauge(

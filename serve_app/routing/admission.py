@@ -29,6 +29,7 @@ class Headroom:
     open_blocks: int
     free_blocks: int
     evictable_blocks: int
+    evictable_tiles: int
     used_share: float
     block_share: float
     mixed: CacheCapacity | None
@@ -56,6 +57,7 @@ class Headroom:
             open_blocks=open_blocks,
             free_blocks=max(load.free_blocks - replica.reserved_blocks, 0),
             evictable_blocks=load.evictable_blocks,
+            evictable_tiles=load.evictable_tiles,
             used_share=1 - open_blocks / total_blocks,
             block_share=1 / total_blocks,
             mixed=capacity if capacity.other_blocks else None,
@@ -150,7 +152,7 @@ class Pricer:
             The price in seconds, and why the replica cannot take the request, None if it can; with `explain`, the
             same with all terms.
         """
-        prompt, tile, evictable = self._prompt_tokens, replica.tile_tokens, replica.evictable_blocks
+        prompt, tile, idle_tiles = self._prompt_tokens, replica.tile_tokens, replica.evictable_tiles
         uncached_tokens = prompt - cached_tiles * tile
         if uncached_tokens <= 0:
             cached_tiles = usable_tiles(prompt, tile)
@@ -158,10 +160,13 @@ class Pricer:
         new_blocks = -(-self._likely_tokens // tile) - cached_tiles
         if replica.mixed is not None:
             new_blocks += replica.mixed.blocks_beside(self._likely_tokens)
-        blocks = new_blocks + (cached_tiles if cached_tiles < evictable else evictable)
+        blocks = new_blocks + (cached_tiles if cached_tiles < idle_tiles else idle_tiles)
         evicted_tiles = 0
         if new_blocks > replica.free_blocks:
+            evictable = replica.evictable_blocks
             evicted_tiles = min(new_blocks - replica.free_blocks, evictable)
+            if idle_tiles < evictable:  # others go with them
+                evicted_tiles = evicted_tiles * idle_tiles // evictable
 
         rejection = replica.rejection
         if self._total_tokens > replica.max_tokens:

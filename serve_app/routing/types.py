@@ -53,7 +53,7 @@ class CacheLoad:
     `waiting_for_prefix` are held back until another request has computed the prefix they share, and the rest wait
     for their turn. Of the `drafts_proposed` tokens that speculative decoding verified since the engine started,
     `drafts_accepted` were right. A KV connector brought `loaded_tokens` back since then, for which requests waited
-    `loading_s` seconds in all.
+    `loading_s` seconds in all. Of the `evictable_blocks`, `evictable_other_blocks` hold windows or states.
     """
 
     free_blocks: int = 0
@@ -76,8 +76,14 @@ class CacheLoad:
     drafts_accepted: int = 0
     loaded_tokens: int = 0
     loading_s: float = 0.0
+    evictable_other_blocks: int = 0
     prefill_tokens_per_s: float = 0.0
     inter_token_latency_s: float = 0.0
+
+    @property
+    def evictable_tiles(self) -> int:
+        """Blocks of tiles of cached prefixes that no request uses."""
+        return self.evictable_blocks - self.evictable_other_blocks
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import asyncio
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -877,8 +877,8 @@ class World:
         self._check_tails()
         self._check_slots()
         assert self.scheduler.slots.sinks_missing == 0
-        evictable = sum(b.ref_cnt == 0 and b.block_hash is not None for b in self.pool.blocks)
-        assert evictable_blocks(self.pool) == evictable
+        idle = [b.block_hash for b in self.pool.blocks if b.ref_cnt == 0 and b.block_hash is not None]
+        assert evictable_blocks(self.pool) == Counter(map(get_group_id, idle))
 
     def _check_cached_blocks(self) -> None:
         """Check that every cached block has its record, and every cached first tile also its raw rows.

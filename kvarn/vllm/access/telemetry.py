@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvarn.vllm.access.block_count import evictable_blocks
-from kvarn.vllm.mixed_layers import block_tokens, other_blocks
+from kvarn.vllm.mixed_layers import block_tokens, full_attention_group, other_blocks
 from kvarn.vllm.versions import waiting_requests
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ class CacheState:
     tiles, a sequence holds up to `other_blocks` for layers with windows or states: as many if it has `other_tokens`
     tokens, a proportional part if it is shorter. Counts are blocks, slots, requests or tokens as named;
     `bytes_per_tile` is bytes of one block over all its layers and heads on one rank, of the first pipeline stage.
-    `free_blocks` hold nothing; `evictable_blocks` hold cached prefixes that no running request uses;
+    `free_blocks` hold nothing; `evictable_blocks` hold cached prefixes that no running request uses,
+    `evictable_other_blocks` of them windows or states;
     `used_blocks` belong to running requests; the three sum to `total_blocks`. Slots are fp16 tiles of the
     side pool: a tail slot per tile being filled, a sink slot per first tile; both draw on `slots_total`. Of
     the `waiting_requests`, `for_slots` and `for_blocks` count the requests queued behind one that lacked
@@ -60,6 +61,7 @@ class CacheState:
     drafts_accepted: int = 0
     loaded_tokens: int = 0
     loading_s: float = 0.0
+    evictable_other_blocks: int = 0
     other_blocks: int = 0
     other_tokens: int = 0
 
@@ -69,7 +71,7 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
     scheduler = core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
     groups = scheduler.kv_cache_config.kv_cache_groups
-    evictable = evictable_blocks(pool)
+    evictable = evictable_blocks(pool).total()
     available = pool.get_num_free_blocks()
     total = pool.num_gpu_blocks - 1  # one block is vLLM's null block
     slots = getattr(scheduler, "slots", None)
@@ -98,6 +100,7 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
         drafts_accepted=getattr(scheduler, "drafts_accepted", 0),
         loaded_tokens=getattr(scheduler, "loaded_tokens", 0),
         loading_s=getattr(scheduler, "loading_s", 0.0),
+        evictable_other_blocks=evictable - evictable_blocks(pool)[full_attention_group(scheduler)],
         other_blocks=others,
         other_tokens=other_tokens,
         **waiting_by_reason(scheduler, len(waiting)),

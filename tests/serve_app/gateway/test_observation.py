@@ -354,9 +354,10 @@ def test_blocks_of_windows_and_states_save_nothing() -> None:
     recorder = Remembered()
     engine = EngineMetrics(recorder, KvShape(layers=30, kv_heads=3, head_dim=64))
     capacity = CacheCapacity("kvarn_k4v2_g128", 128, 622_080, 100, 1024, other_blocks=5, other_tokens=96)
-    engine.record(CacheSnapshot(1, 1, capacity, CacheLoad(60, 10, 30, running_requests=4)))
+    load = CacheLoad(60, 10, 30, running_requests=4, evictable_other_blocks=7)
+    engine.record(CacheSnapshot(1, 1, capacity, load))
     saved_per_tile = 128 * 2 * 2 * 30 * 3 * 64 - 622_080
-    assert recorder.values[metrics.CACHE_SAVED,] == (10 + 30 - 4 * 5) * saved_per_tile
+    assert recorder.values[metrics.CACHE_SAVED,] == (10 - 7 + 30 - 4 * 5) * saved_per_tile
 
 
 def test_tiles_are_counted_for_quantized_caches_only() -> None:

@@ -52,6 +52,7 @@ def snapshot(
     tile: int = 128,
     used: int = 0,
     evictable: int = 0,
+    evictable_others: int = 0,
     reserved: dict[str, int] | None = None,
     draining: bool = False,
     context: int = 1 << 20,
@@ -64,6 +65,7 @@ def snapshot(
     load = CacheLoad(
         free_blocks=total - used - evictable,
         evictable_blocks=evictable,
+        evictable_other_blocks=evictable_others,
         used_blocks=used,
         reserved_blocks=reserved or {},
         prefill_tokens_per_s=1000.0,
@@ -278,6 +280,17 @@ def test_a_prefix_in_use_costs_no_room_and_an_idle_one_does() -> None:
     assert (
         decide(need, [full], {"r": 8}) is Rejection.NO_ROOM
     )  # 8 idle tiles are taken, and a ninth is needed
+
+
+def test_idle_blocks_of_windows_are_no_idle_tiles() -> None:
+    need = RequestNeed(prompt_tokens=8 * 128 + 1, max_tokens=127)
+    in_use = ReplicaState("r", snapshot(total=17, used=9, evictable=8, evictable_others=8))
+    assert decide(need, [in_use], {"r": 8}) is None
+    evicted = []
+    for others in (0, 6, 8):
+        full = ReplicaState("r", snapshot(total=24, used=16, evictable=8, evictable_others=others))
+        evicted += [Pricer(RequestNeed(400, 112), WEIGHTS).price(*headrooms([full]), 0, True).evicted_tiles]
+    assert evicted == [4, 1, 0]  # of four blocks, as many as are tiles among those that may go
 
 
 def test_another_replicas_cache_is_used_unless_it_is_too_busy() -> None:
