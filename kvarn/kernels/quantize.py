@@ -305,41 +305,6 @@ def _range_around_0(x, column_factor, row_factor, COVERED: tl.constexpr):
 
 
 @triton.jit
-def _nearest_zero(steps, per_step, scale, zero, MOVE: tl.constexpr, BITS: tl.constexpr):
-    """Return the zeros as e4m3; see `rtn.nearest_zero`.
-
-    Args:
-        steps: [M, N] float32, values in steps of their row.
-        per_step: [M] float32, 1 / scale, or 0.
-        scale, zero: [M] float32.
-    """
-    nearest = to_e4m3(zero)
-    if MOVE > 0:
-        least = _squared_error(steps, nearest, per_step, BITS)
-        for move in tl.static_range(4):
-            moves = (1 + move // 2) * (1 - 2 * (move % 2))
-            other = to_e4m3(zero + (moves * MOVE) * scale)
-            error = _squared_error(steps, other, per_step, BITS)
-            nearest = tl.where(error < least, other, nearest)
-            least = tl.minimum(error, least)
-    return nearest
-
-
-@triton.jit
-def _squared_error(steps, zero, per_step, BITS: tl.constexpr):
-    """Sum of the squared errors of a row's codes for a zero, in steps.
-
-    A value's distance to its code comes from folding the line of codes at its middle, half by half: fewer instructions
-    than rounding, and a subtraction takes an absolute value for free.
-    """
-    distance = tl.abs(steps - (from_e4m3(zero) * per_step + ((1 << BITS) - 1) / 2)[:, None])
-    for bit in tl.static_range(1, BITS):
-        distance = tl.abs(distance - (1 << BITS >> bit) / 2)
-    distance -= 0.5
-    return tl.sum(distance * distance, 1)
-
-
-@triton.jit
 def _unbiased_gain(squares, products):
     """Return the gain of each column from its values' squares and products with what they are rounded to; see
     `codec.unbiased_gain`."""
@@ -360,7 +325,6 @@ def _store_value(
     by_token,
     BITS: tl.constexpr,
     COVERED: tl.constexpr,  # fraction of the range
-    ZERO_MOVE: tl.constexpr,  # steps, or 0
     GAIN_SHARE: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
@@ -374,12 +338,10 @@ def _store_value(
     channel_scale = channel_scale * channel_unit
     channel_scale = channel_scale * _magnitude((high - low) / LEVELS, E4M3_MAX / LEVELS)
     channel_scale = to_float16(tl.maximum(channel_scale, FLOAT16_TINY))
-    per_channel = channel_unit * _inverse(channel_scale.to(tl.float32))
-    low, high = _range_around_0(rows, per_channel, token_unit, COVERED)
-    scale = to_e4m3((high - low) / LEVELS)
-    per_step = _reciprocal(from_e4m3(scale))
-    steps = rows.to(tl.float32) * ((token_unit * per_step)[:, None] * per_channel[None, :])
-    zero = _nearest_zero(steps, per_step, from_e4m3(scale), low, ZERO_MOVE, BITS)
+    low, high = _range_around_0(
+        rows, channel_unit * _inverse(channel_scale.to(tl.float32)), token_unit, COVERED
+    )
+    scale, zero = to_e4m3((high - low) / LEVELS), to_e4m3(low)
 
     place = row_place(token, G)
     tl.store(by_channel + 2 * D + row_place(channel, D), channel_scale)
@@ -432,7 +394,6 @@ def _quantize_tiles(
     VALUE_BITS: tl.constexpr,
     KEY_COVERED: tl.constexpr,
     VALUE_COVERED: tl.constexpr,
-    ZERO_MOVE: tl.constexpr,
     GAIN_SHARE: tl.constexpr,
     RECORD: tl.constexpr,
     PAGE: tl.constexpr,
@@ -462,7 +423,6 @@ def _quantize_tiles(
             by_token,
             VALUE_BITS,
             VALUE_COVERED,
-            ZERO_MOVE,
             GAIN_SHARE,
             D,
             G,
@@ -536,7 +496,6 @@ def _launch(
             H=heads,
             KEY_COVERED=rtn.narrowing(layout.preset.key_bits, layout.group),
             VALUE_COVERED=rtn.narrowing(layout.preset.value_bits, layout.head_dim),
-            ZERO_MOVE=rtn.ZERO_MOVES.get(layout.preset.value_bits, 0.0),
             GAIN_SHARE=codec.GAIN_SHARE.get(layout.preset.value_bits, 1.0),
             **record_constants(layout, cache),
             num_warps=max(MIN_WARPS, layout.head_dim * layout.group // ELEMENTS_PER_WARP),

@@ -58,8 +58,6 @@ class KVarNSettings:
         iterations: maximum iterations of variance normalization; 0 disables it.
         progress: gain below which iterations stop, see `variance_norm.PROGRESS`.
         narrowed: whether ranges of keys and values are narrowed, see `rtn.narrowed_range`; not in the paper.
-        chosen_zeros: whether zeros of values are chosen by their rounding error, see `rtn.nearest_zero`; not in the
-            paper.
         unbiased: whether a channel's values have a gain against the shrinkage of rounding, see
             `codec.partial_gain`; not in the paper.
         token_scales: storage dtype of token-axis factors.
@@ -72,7 +70,6 @@ class KVarNSettings:
     iterations: int = variance_norm.ITERATIONS
     progress: float = variance_norm.PROGRESS
     narrowed: bool = True
-    chosen_zeros: bool = True
     unbiased: bool = True
     token_scales: torch.dtype = codec.E4M3
     rotates_keys: bool = True
@@ -121,12 +118,7 @@ def _kvarn_value(settings: KVarNSettings, value: Tensor) -> Tensor:
         channel_scale = channel_scale * codec.magnitude(scale, codec.E4M3_MAX / (2**bits - 1))
         channel_scale = _stored(channel_scale.clamp_min(codec.FLOAT16_TINY))[..., None, :]
         y = x / channel_scale
-        scale, zero = around_0(y)
-        scale = _stored(scale, settings.token_scales)
-        if settings.chosen_zeros:
-            zero = rtn.nearest_zero(y, scale, zero, bits, partial(_stored, dtype=settings.token_scales))
-        else:
-            zero = _stored(zero, settings.token_scales)
+        scale, zero = (_stored(factor, settings.token_scales) for factor in around_0(y))
         rounded = _rounded(y, scale, zero, bits, -1)
         if settings.unbiased:
             step = scale.masked_fill(scale == 0, torch.inf)[..., None]
@@ -214,13 +206,7 @@ def _turboquant(name: str, key_bits: int, value_bits: int) -> Format:
 
 def _paper(key_bits: int, value_bits: int) -> Format:
     settings = KVarNSettings(
-        key_bits,
-        value_bits,
-        progress=0.0,
-        narrowed=False,
-        chosen_zeros=False,
-        unbiased=False,
-        token_scales=torch.float16,
+        key_bits, value_bits, progress=0.0, narrowed=False, unbiased=False, token_scales=torch.float16
     )
     return settings.format(f"kvarn_paper_k{key_bits}v{value_bits}")
 
@@ -230,7 +216,6 @@ def _normalization_only(key_bits: int, value_bits: int) -> Format:
         key_bits,
         value_bits,
         narrowed=False,
-        chosen_zeros=False,
         unbiased=False,
         token_scales=torch.float16,
         rotates_keys=False,
@@ -289,7 +274,6 @@ def _knobs() -> list[Knob]:
         variants("rotate_values", {"no": KVarNSettings(rotates_values=False), "yes": KVarNSettings()}),
         rules("chunk", {"exact": {}, "raw": {"raw_chunk": True}}),
         variants("range", {"min_max": KVarNSettings(narrowed=False), "narrowed": KVarNSettings()}),
-        variants("zeros", {"first": KVarNSettings(chosen_zeros=False), "chosen": KVarNSettings()}),
         variants("gain", {"none": KVarNSettings(unbiased=False), "unbiased": KVarNSettings()}),
         variants("bits", bits),
     ]

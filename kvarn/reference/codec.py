@@ -64,17 +64,15 @@ def quantize_value(value: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Te
     """Quantize rotated values [..., G, D] float32 -> (codes [..., G, D] uint8, scale, zero [..., G] float8_e4m3fn,
     channel_scale [..., D] float16).
 
-    Each token's range is widened to include 0, which nearly bounds |zero| by the range, so that e4m3 can represent it;
-    a chosen zero beyond that saturates. The channel's scale includes the gain that undoes the shrinkage of rounding.
+    Each token's range is widened to include 0, which bounds |zero| by the range and so keeps it representable in e4m3.
+    The channel's scale includes the gain that undoes the shrinkage of rounding.
     """
     _, channel_scale = variance_norm.normalize(value)
     scale, _ = _scale_and_zero_around_0(value / channel_scale[..., None, :], bits)
     channel_scale = channel_scale * magnitude(scale, E4M3_MAX / (2**bits - 1))
     channel_scale = to_float16(channel_scale.clamp_min(FLOAT16_TINY))
     y = value / channel_scale.float()[..., None, :]
-    scale, zero = _scale_and_zero_around_0(y, bits)
-    scale = to_e4m3(scale)
-    zero = to_e4m3(rtn.nearest_zero(y, scale.float(), zero, bits, lambda x: to_e4m3(x).float()))
+    scale, zero = (to_e4m3(factor) for factor in _scale_and_zero_around_0(y, bits))
     codes = rtn.round_to_codes(y, scale.float()[..., :, None], zero.float()[..., :, None], bits)
     steps = scale.float().masked_fill(scale == 0, torch.inf)[
         ..., :, None

@@ -12,16 +12,12 @@ bits the range is narrowed around its middle by a factor that depends only on th
 tiles are close to Gaussian. docs/decisions/0002-narrowed-ranges.md has the measurements.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 # Width of the range that codes of that many bits should cover, in standard deviations; 4 and more cover all of it.
 COVERED_STDS = {2: 3.5, 3: 4.36}
 EXPECTED_RANGE_STDS = {64: 4.69, 128: 5.19, 256: 5.65}  # mean of max - min of that many normal values
-# Codes of that many bits try zeros moved by 0, 1 and 2 times this many steps up and down; others take the first.
-ZERO_MOVES = {2: 0.15}
 
 
 def narrowing(bits: int, count: int) -> float:
@@ -41,36 +37,6 @@ def narrowed_range(x: Tensor, axis: int, bits: int) -> tuple[Tensor, Tensor]:
 def scale_and_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return scale and zero of the range low .. high: float32 -> (scale, zero) float32, same shape, scale >= 0."""
     return (high - low) / (2**bits - 1), low
-
-
-def nearest_zero(
-    x: Tensor, scale: Tensor, zero: Tensor, bits: int, stored: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Return the zero of least squared rounding error along the last axis, of several near `zero`.
-
-    The middle of a range depends on two values alone, and a tile's row has only a few levels to place.
-
-    Args:
-        x: values to round.
-        scale, zero: float32, without the last axis.
-        bits: bits per code.
-        stored: rounds a zero to how it is stored, and back to float32.
-    """
-    nearest = stored(zero)
-    least = _squared_error(x, scale, nearest, bits)
-    for moves in (1, -1, 2, -2) if bits in ZERO_MOVES else ():
-        other = stored(zero + moves * ZERO_MOVES[bits] * scale)
-        error = _squared_error(x, scale, other, bits)
-        nearest = torch.where(error < least, other, nearest)
-        least = torch.minimum(error, least)
-    return nearest
-
-
-def _squared_error(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Sum along the last axis, in steps."""
-    scale, zero = scale[..., None], zero[..., None]
-    steps = (x - zero) / scale.masked_fill(scale == 0, torch.inf)
-    return (steps - round_to_codes(x, scale, zero, bits)).square().sum(-1)
 
 
 def round_to_codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
