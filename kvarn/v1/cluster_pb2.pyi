@@ -123,7 +123,7 @@ class ExplainRouteResponse(_message.Message):
     def __init__(self, chosen_replica_id: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., near: _Optional[int] = ..., queued_requests: _Optional[int] = ...) -> None: ...
 
 class RouteCandidate(_message.Message):
-    __slots__ = ("replica_id", "refusal", "cached_tiles", "uncached_tokens", "blocks", "occupancy_after", "evicted_tiles", "first_token_s", "occupancy_s", "eviction_s", "penalty_s", "price_s", "sharing_s", "delay_s", "session_s")
+    __slots__ = ("replica_id", "refusal", "cached_tiles", "uncached_tokens", "blocks", "occupancy_after", "evicted_tiles", "first_token_s", "occupancy_s", "eviction_s", "penalty_s", "price_s", "sharing_s", "delay_s", "session_s", "offloaded_tiles", "load_s")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     CACHED_TILES_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +139,8 @@ class RouteCandidate(_message.Message):
     SHARING_S_FIELD_NUMBER: _ClassVar[int]
     DELAY_S_FIELD_NUMBER: _ClassVar[int]
     SESSION_S_FIELD_NUMBER: _ClassVar[int]
+    OFFLOADED_TILES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     refusal: str
     cached_tiles: int
@@ -154,4 +156,6 @@ class RouteCandidate(_message.Message):
     sharing_s: float
     delay_s: float
     session_s: float
-    def __init__(self, replica_id: _Optional[str] = ..., refusal: _Optional[str] = ..., cached_tiles: _Optional[int] = ..., uncached_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., occupancy_after: _Optional[float] = ..., evicted_tiles: _Optional[int] = ..., first_token_s: _Optional[float] = ..., occupancy_s: _Optional[float] = ..., eviction_s: _Optional[float] = ..., penalty_s: _Optional[float] = ..., price_s: _Optional[float] = ..., sharing_s: _Optional[float] = ..., delay_s: _Optional[float] = ..., session_s: _Optional[float] = ...) -> None: ...
+    offloaded_tiles: int
+    load_s: float
+    def __init__(self, replica_id: _Optional[str] = ..., refusal: _Optional[str] = ..., cached_tiles: _Optional[int] = ..., uncached_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., occupancy_after: _Optional[float] = ..., evicted_tiles: _Optional[int] = ..., first_token_s: _Optional[float] = ..., occupancy_s: _Optional[float] = ..., eviction_s: _Optional[float] = ..., penalty_s: _Optional[float] = ..., price_s: _Optional[float] = ..., sharing_s: _Optional[float] = ..., delay_s: _Optional[float] = ..., session_s: _Optional[float] = ..., offloaded_tiles: _Optional[int] = ..., load_s: _Optional[float] = ...) -> None: ...

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 
 from kvarn.vllm.access.cache_events import CacheEvent
-from serve_app.routing import Namespace, TileChange, end_name, extend_chain
+from serve_app.routing import Namespace, TileChange, end_name, extend_chain, tier_name
 from serve_app.rpc.feed import Feed
 
 
@@ -29,16 +29,24 @@ class TileLog:
         cache_dtype: data type of the cache.
         tile_tokens: tokens per block.
         has_ends: whether events say which tiles end a prefix that every layer can use; otherwise all do.
+        has_tier: whether events say what a KV connector holds.
     """
 
     def __init__(
-        self, epoch: int, model: str, cache_dtype: str, tile_tokens: int, has_ends: bool = False
+        self,
+        epoch: int,
+        model: str,
+        cache_dtype: str,
+        tile_tokens: int,
+        has_ends: bool = False,
+        has_tier: bool = False,
     ) -> None:
         self._epoch = epoch
         self._model = model
         self._cache_dtype = cache_dtype
         self._tile_tokens = tile_tokens
         self._has_ends = has_ends
+        self._has_tier = has_tier
         self._sequence = 1
         self._tiles: dict[int, _Tile] = {}
         self._ends: dict[int, int] = {}
@@ -80,11 +88,11 @@ class TileLog:
             name = extend_chain(name, array("I", event.token_ids[place * size : (place + 1) * size]))
             tile = self._tiles.get(block)
             if tile is None:
-                before.setdefault(name, False)
-                self._names.add(name)
+                self._hold(name, before)
                 self._tiles[block] = _Tile(name)
             else:
                 tile.copies += 1
+                self._lose(tier_name(name), before)
 
     def _remove(self, block: int, before: dict[int, bool], every_copy: bool = False) -> None:
         tile = self._tiles.get(block)
@@ -93,11 +101,21 @@ class TileLog:
         tile.copies -= 1
         if every_copy or not (tile.copies or tile.is_offloaded):
             self._forget(block, before)
+        elif not tile.copies:
+            self._hold(tier_name(tile.name), before)
 
     def _forget(self, block: int, before: dict[int, bool]) -> None:
-        tile = self._tiles.pop(block)
-        before.setdefault(tile.name, True)
-        self._names.discard(tile.name)
+        name = self._tiles.pop(block).name
+        self._lose(name, before)
+        self._lose(tier_name(name), before)
+
+    def _hold(self, name: int, before: dict[int, bool]) -> None:
+        before.setdefault(name, name in self._names)
+        self._names.add(name)
+
+    def _lose(self, name: int, before: dict[int, bool]) -> None:
+        before.setdefault(name, name in self._names)
+        self._names.discard(name)
 
     def _move_offloaded(self, event: CacheEvent, before: dict[int, bool]) -> None:
         """Note what a KV connector has; what it took after the cache removed it has no name any more."""
@@ -115,14 +133,12 @@ class TileLog:
         for block in event.ceased:
             name = self._ends.pop(block, None)
             if name is not None:
-                before.setdefault(name, True)
-                self._names.discard(name)
+                self._lose(name, before)
         for block in event.begun:
             tile = self._tiles.get(block)
             if tile is not None:
                 name = self._ends[block] = end_name(tile.name)
-                before.setdefault(name, False)
-                self._names.add(name)
+                self._hold(name, before)
 
     def _parent_name(self, event: CacheEvent) -> int | None:
         """Return the name of the stored tiles' parent; None if it is unknown, so they cannot be named."""
@@ -136,5 +152,11 @@ class TileLog:
 
     def _whole(self) -> TileChange:
         return TileChange(
-            self._epoch, self._sequence, list(self._names), [], is_whole=True, has_ends=self._has_ends
+            self._epoch,
+            self._sequence,
+            list(self._names),
+            [],
+            is_whole=True,
+            has_ends=self._has_ends,
+            has_tier=self._has_tier,
         )

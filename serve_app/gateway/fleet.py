@@ -197,7 +197,9 @@ class ReplicaConnection:
             if event.HasField("snapshot"):
                 whole = event.snapshot
                 epoch = whole.epoch
-                index.replace(self._replica_id, epoch, whole.sequence, whole.tiles, whole.has_ends)
+                index.replace(
+                    self._replica_id, epoch, whole.sequence, whole.tiles, whole.has_ends, whole.has_tier
+                )
                 continue
             delta = event.delta
             if not index.apply(self._replica_id, epoch, delta.sequence, delta.stored, delta.removed):

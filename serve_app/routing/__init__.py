@@ -4,7 +4,15 @@ from serve_app.routing.admission import Candidate, Headroom, Pricer
 from serve_app.routing.breaker import Breaker
 from serve_app.routing.choice import Decision, choose
 from serve_app.routing.cost import CostWeights
-from serve_app.routing.hashing import Namespace, Prompt, chain, end_name, extend_chain, token_array
+from serve_app.routing.hashing import (
+    Namespace,
+    Prompt,
+    chain,
+    end_name,
+    extend_chain,
+    tier_name,
+    token_array,
+)
 from serve_app.routing.index import TILE_BYTES, PrefixIndex
 from serve_app.routing.lengths import OutputLengths
 from serve_app.routing.queue import FairQueue, QueuedRequest
@@ -57,6 +65,7 @@ __all__ = [
     "end_name",
     "extend_chain",
     "pause_s",
+    "tier_name",
     "token_array",
     "usable_tiles",
 ]

@@ -17,8 +17,8 @@ class Headroom:
     """Remaining capacity and speed of one replica, computed once per change of its state and never modified.
 
     `used_share` includes reserved blocks; `mixed` is the capacity of a cache where a sequence takes blocks beside those
-    of its tiles. The last five are the replica's part of each price: seconds, except `delay_share`, which is per second
-    of prefill, and `evict_tile_s`, which is per evicted tile.
+    of its tiles. The last six are the replica's part of each price: seconds, except `delay_share`, which is per second
+    of prefill, and `evict_tile_s` and `load_tile_s`, which are per tile that is evicted or loaded.
     """
 
     replica_id: str
@@ -38,6 +38,7 @@ class Headroom:
     delay_share: float
     sharing_s: float
     evict_tile_s: float
+    load_tile_s: float
     staleness_s: float
 
     @classmethod
@@ -66,6 +67,7 @@ class Headroom:
             delay_share=weights.delay * max(load.waiting_requests, replica.starting_requests),
             sharing_s=weights.sharing * active * (load.inter_token_latency_s or UNMEASURED_INTER_TOKEN_S),
             evict_tile_s=capacity.tile_tokens * replica.recompute_rate * s_per_token,
+            load_tile_s=capacity.tile_tokens * load.loading_s / max(load.loaded_tokens, 1),
             staleness_s=replica.staleness_s,
         )
 
@@ -73,8 +75,9 @@ class Headroom:
 class Candidate(NamedTuple):
     """One replica considered for one request: the blocks it takes there, its price, and any rejection.
 
-    `blocks` are reserved beyond the `cached_tiles` found; `evicted_tiles` are cached prefixes they displace. The
-    seven terms from `first_token_s` to `session_s` are seconds and add up to `price_s`.
+    `blocks` are reserved beyond the `cached_tiles` found, of which a KV connector loads `offloaded_tiles`;
+    `evicted_tiles` are cached prefixes they displace. The seven terms from `first_token_s` to `session_s` are seconds
+    and add up to `price_s`; `load_s` is a part of the first.
     """
 
     replica_id: str
@@ -92,6 +95,8 @@ class Candidate(NamedTuple):
     session_s: float = 0.0
     price_s: float = 0.0
     rejection: Rejection | None = None
+    offloaded_tiles: int = 0
+    load_s: float = 0.0
 
     def exported(self) -> dict[str, Any]:
         """Return the fields by their names in `RouteCandidate` and in spans."""
@@ -136,15 +141,20 @@ class Pricer:
         self._occupancy_power = weights.occupancy_power
 
     @overload
-    def price(self, replica: Headroom, cached_tiles: int) -> tuple[float, Rejection | None]: ...
+    def price(
+        self, replica: Headroom, cached_tiles: int, offloaded_tiles: int = 0
+    ) -> tuple[float, Rejection | None]: ...
 
     @overload
-    def price(self, replica: Headroom, cached_tiles: int, explain: Literal[True]) -> Candidate: ...
+    def price(
+        self, replica: Headroom, cached_tiles: int, offloaded_tiles: int = 0, *, explain: Literal[True]
+    ) -> Candidate: ...
 
     def price(
-        self, replica: Headroom, cached_tiles: int, explain: bool = False
+        self, replica: Headroom, cached_tiles: int, offloaded_tiles: int = 0, *, explain: bool = False
     ) -> tuple[float, Rejection | None] | Candidate:
-        """Price the request on a replica that holds the first `cached_tiles` tiles of its prompt.
+        """Price the request on a replica that holds the first `cached_tiles` tiles of its prompt, with
+        `offloaded_tiles` of them outside its cache.
 
         Every decision calls this for every replica, so that only what choosing needs is returned by default.
 
@@ -157,10 +167,15 @@ class Pricer:
         if uncached_tokens <= 0:
             cached_tiles = usable_tiles(prompt, tile)
             uncached_tokens = prompt - cached_tiles * tile
-        new_blocks = -(-self._likely_tokens // tile) - cached_tiles
+        held_tiles, load_s = cached_tiles, 0.0
+        if offloaded_tiles:
+            offloaded_tiles = min(offloaded_tiles, cached_tiles)
+            held_tiles -= offloaded_tiles
+            load_s = offloaded_tiles * replica.load_tile_s
+        new_blocks = -(-self._likely_tokens // tile) - held_tiles
         if replica.mixed is not None:
             new_blocks += replica.mixed.blocks_beside(self._likely_tokens)
-        blocks = new_blocks + (cached_tiles if cached_tiles < idle_tiles else idle_tiles)
+        blocks = new_blocks + (held_tiles if held_tiles < idle_tiles else idle_tiles)
         evicted_tiles = 0
         if new_blocks > replica.free_blocks:
             evictable = replica.evictable_blocks
@@ -177,7 +192,7 @@ class Pricer:
 
         occupancy = replica.used_share + blocks * replica.block_share
         prefill_s = uncached_tokens * replica.s_per_token
-        first_token_s = replica.pending_s + prefill_s
+        first_token_s = replica.pending_s + prefill_s + load_s
         delay_s = replica.delay_share * prefill_s
         occupancy_s = self._full_cache_s * occupancy**self._occupancy_power if occupancy > 0 else 0.0
         eviction_s = evicted_tiles * replica.evict_tile_s
@@ -204,6 +219,8 @@ class Pricer:
             session_s=session_s,
             price_s=price_s,
             rejection=rejection,
+            offloaded_tiles=offloaded_tiles,
+            load_s=load_s,
         )
 
 

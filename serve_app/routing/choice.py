@@ -13,6 +13,8 @@ from serve_app.routing.admission import Candidate, Headroom, Pricer
 from serve_app.routing.cost import CostWeights
 from serve_app.routing.types import Rejection, RequestNeed
 
+NONE_OFFLOADED: Mapping[str, int] = {}
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -39,6 +41,7 @@ def choose(
     key: int = 0,
     excluded: Collection[str] = (),
     home: str | None = None,
+    offloaded_tiles: Mapping[str, int] = NONE_OFFLOADED,
 ) -> Decision:
     """Choose the replica with the least price among those that can hold `need`.
 
@@ -54,18 +57,21 @@ def choose(
         key: the hash of the shortest prefix that no replica holds.
         excluded: replicas that must not be chosen.
         home: the replica that served the request's session last, if any.
+        offloaded_tiles: how many of `cached_tiles` each replica has to load; a missing replica has to load none.
     """
     if excluded:
         replicas = [
             _excluding(replica) if replica.replica_id in excluded else replica for replica in replicas
         ]
     pricer = Pricer(need, weights, home)
-    price, depth_of = pricer.price, cached_tiles.get
+    price, depth_of, load_of = pricer.price, cached_tiles.get, offloaded_tiles.get
     willing: list[tuple[float, Headroom]] = []
     rejections: list[Rejection] = []
     least_s = inf
     for replica in replicas:
-        price_s, rejection = price(replica, depth_of(replica.replica_id, 0))
+        replica_id = replica.replica_id
+        to_load = load_of(replica_id, 0) if offloaded_tiles else 0
+        price_s, rejection = price(replica, depth_of(replica_id, 0), to_load)
         if rejection is not None:
             rejections.append(rejection)
             continue
@@ -73,13 +79,13 @@ def choose(
         if price_s < least_s:
             least_s = price_s
 
-    explain = partial(_explain, pricer, replicas, cached_tiles)
+    explain = partial(_explain, pricer, replicas, cached_tiles, offloaded_tiles)
     if not willing:
         return Decision(None, rejections, explain)
     limit_s = weights.near(least_s)
     near = [replica for price_s, replica in willing if price_s <= limit_s]
     best = near[0] if len(near) == 1 else max(near, key=lambda replica: _rank(replica.replica_id, key, home))
-    (chosen,) = _explain(pricer, [best], cached_tiles)
+    (chosen,) = _explain(pricer, [best], cached_tiles, offloaded_tiles)
     return Decision(chosen, rejections, explain, len(near))
 
 
@@ -88,9 +94,13 @@ def _excluding(replica: Headroom) -> Headroom:
 
 
 def _explain(
-    pricer: Pricer, replicas: Sequence[Headroom], cached_tiles: Mapping[str, int]
+    pricer: Pricer,
+    replicas: Sequence[Headroom],
+    cached_tiles: Mapping[str, int],
+    offloaded_tiles: Mapping[str, int],
 ) -> list[Candidate]:
-    return [pricer.price(replica, cached_tiles.get(replica.replica_id, 0), True) for replica in replicas]
+    found = ((r, cached_tiles.get(r.replica_id, 0), offloaded_tiles.get(r.replica_id, 0)) for r in replicas)
+    return [pricer.price(*one, explain=True) for one in found]
 
 
 def _rank(replica_id: str, key: int, home: str | None) -> tuple[bool, int, str]:

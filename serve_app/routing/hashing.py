@@ -43,6 +43,11 @@ def end_name(tile: int) -> int:
     return tile ^ 1
 
 
+def tier_name(tile: int) -> int:
+    """Return the name of the fact that only a KV connector holds the tile of the prefix hashed to `tile`."""
+    return tile ^ 2
+
+
 def chain(token_ids: array[int], tile_tokens: int, root: int) -> list[int]:
     """Hash every prefix of `token_ids` that ends with a full tile, shortest first."""
     size = tile_tokens * TOKEN_BYTES

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain as concatenated
 from itertools import repeat
 from operator import and_, or_
 
-from serve_app.routing.hashing import end_name
+from serve_app.routing.hashing import end_name, tier_name
 
 TILE_BYTES = 200  # upper bound of the index's memory per tile
 SWEEP_TILES = 1024  # tiles cleared of lost replicas each time events are applied
@@ -22,8 +22,8 @@ RECOMPUTE_WEIGHT = 0.002
 class _Holder:
     """One replica's part of the index.
 
-    `bit` marks its tiles, and the names of usable ends among them; `unconfirmed` maps tiles that no event has confirmed
-    to the request that reserved them.
+    `bit` marks its tiles, and the names of usable ends and of tiles in a tier among them; `unconfirmed` maps tiles that
+    no event has confirmed to the request that reserved them.
     """
 
     bit: int
@@ -52,6 +52,7 @@ class PrefixIndex:
         self._holders: dict[str, _Holder] = {}
         self._owner: dict[int, str] = {}
         self._end_bits = 0  # of replicas whose prefixes can be used at known ends only
+        self._tier_bits = 0  # of replicas that hold tiles outside their cache, too
         self._lost_bits = 0
         self._sweeping_bits = 0
         self._reservations: dict[str, tuple[str, int, Sequence[int]]] = {}
@@ -76,15 +77,23 @@ class PrefixIndex:
         return holder.recompute_rate if holder else 0.0
 
     def replace(
-        self, replica_id: str, epoch: int, sequence: int, tiles: Iterable[int], has_ends: bool = False
+        self,
+        replica_id: str,
+        epoch: int,
+        sequence: int,
+        tiles: Iterable[int],
+        has_ends: bool = False,
+        has_tier: bool = False,
     ) -> None:
         """Take a snapshot: `tiles` are all tiles of the replica at state `sequence` of engine life `epoch`.
 
-        With `has_ends`, a prefix can be used up to a tile only if `end_name` of that tile is among them, too.
+        With `has_ends`, a prefix can be used up to a tile only if `end_name` of that tile is among them, too. With
+        `has_tier`, a tile must be loaded to be used if `tier_name` of it is among them.
         """
         self.drop(replica_id)
         bit = self._free_bit()
         self._end_bits |= bit if has_ends else 0
+        self._tier_bits |= bit if has_tier else 0
         holder = self._holders[replica_id] = _Holder(bit, epoch, sequence)
         self._owner[bit] = replica_id
         for tile in tiles:
@@ -115,6 +124,7 @@ class PrefixIndex:
         if holder is not None:
             del self._owner[holder.bit]
             self._end_bits &= ~holder.bit
+            self._tier_bits &= ~holder.bit
             self._lost_bits |= holder.bit
             self._start_sweep()
 
@@ -144,6 +154,22 @@ class PrefixIndex:
         if self._end_bits:
             self._shorten(depths, chain, len(chain) if most is None else most)
         return depths
+
+    def offloaded(self, chain: Sequence[int], depths: Mapping[str, int]) -> dict[str, int]:
+        """Count those of the `depths` leading tiles of `chain` that each replica has to load; those with none are left
+        out."""
+        counts: dict[str, int] = {}
+        if not self._tier_bits:
+            return counts
+        for place, tile in enumerate(chain[: max(depths.values(), default=0)]):
+            held = self._mask(tier_name(tile)) & self._tier_bits
+            while held:
+                bit = held & -held
+                held ^= bit
+                replica = self._owner[bit]
+                if place < depths.get(replica, 0):
+                    counts[replica] = counts.get(replica, 0) + 1
+        return counts
 
     def _shorten(self, depths: dict[str, int], chain: Sequence[int], most: int) -> None:
         """Shorten what replicas hold of `chain` to the last end that they can use."""

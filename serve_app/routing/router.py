@@ -254,10 +254,12 @@ class Router:
         caller: Caller,
     ) -> Decision:
         depths: dict[str, int] = {}
+        offloaded: dict[str, int] = {}
         key = 0
         for kind, links in chains.items():
             matched = self.index.match(links, usable_tiles(need.prompt_tokens, kind[1]))
             depths |= matched
+            offloaded |= self.index.offloaded(links, matched)
             deepest = max(matched.values(), default=0)
             key ^= links[deepest] if deepest < len(links) else 0
         headrooms = [
@@ -266,7 +268,8 @@ class Router:
             else self._refresh(replica_id, replica, now_s)
             for replica_id, replica in self._replicas.items()
         ]
-        return choose(need, headrooms, depths, self._weights, key, excluded, self._homes.find(caller))
+        home = self._homes.find(caller)
+        return choose(need, headrooms, depths, self._weights, key, excluded, home, offloaded)
 
     def _refresh(self, replica_id: str, replica: _Replica, now_s: float) -> Headroom:
         replica.headroom_until_s = replica.heard_s + LATE_S if replica.breaker.is_closed else now_s

@@ -109,7 +109,8 @@ class CacheSnapshot:
 class TileChange:
     """Change number `sequence` of engine life `epoch`: all tiles if `is_whole`, else a delta.
 
-    With `has_ends`, which only a whole change says, the tiles include the names of usable ends (`end_name`).
+    With `has_ends`, which only a whole change says, the tiles include the names of usable ends (`end_name`); with
+    `has_tier`, those of tiles that only a KV connector holds (`tier_name`).
     """
 
     epoch: int
@@ -118,6 +119,7 @@ class TileChange:
     removed: list[int]
     is_whole: bool = False
     has_ends: bool = False
+    has_tier: bool = False
 
 
 class BreakerState(Enum):

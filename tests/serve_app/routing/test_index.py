@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvarn.vllm.access.cache_events import CacheEvent
 from serve_app.engine.tile_log import TileLog
-from serve_app.routing import Namespace, PrefixIndex, chain, end_name, token_array
+from serve_app.routing import Namespace, PrefixIndex, chain, end_name, tier_name, token_array
 from serve_app.routing import index as index_module
 from serve_app.routing.types import TileChange
 
@@ -190,18 +190,37 @@ async def test_ends_have_names_while_their_prefix_is_usable() -> None:
 
 
 async def test_a_tile_that_a_connector_has_is_held_until_the_connector_drops_it() -> None:
-    log = TileLog(1, "m", "auto", 4)
+    log = TileLog(1, "m", "auto", 4, has_tier=True)
     ids = list(range(8))
     links = chain(token_array(ids), 4, Namespace("m", "auto", 4).root())
-    log.take([CacheEvent(stored=[10, 11], token_ids=ids), CacheEvent(offloaded=[10, 11, 12])])
-    log.take([CacheEvent(removed=[10, 11])])
-    assert set((await taken(log)).stored) == set(links)
-    log.take([CacheEvent(dropped=[11, 12])])
-    assert (await taken(log)).stored == links[:1]
-    log.take([CacheEvent(stored=[10], token_ids=ids[:4]), CacheEvent(dropped=[10])])
-    assert (await taken(log)).stored == links[:1]
-    log.take([CacheEvent(removed=[10])])
+    away = [*map(tier_name, links)]
+    async with aclosing(log.watch()) as changes:
+        assert (await anext(changes)).has_tier
+        log.take([CacheEvent(stored=[10, 11], token_ids=ids), CacheEvent(offloaded=[10, 11, 12])])
+        assert (await anext(changes)).stored == links
+        log.take([CacheEvent(removed=[10, 11])])
+        assert (await anext(changes)).stored == away
+        log.take([CacheEvent(dropped=[11, 12])])
+        assert set((await anext(changes)).removed) == {links[1], away[1]}
+        log.take([CacheEvent(stored=[10], token_ids=ids[:4]), CacheEvent(dropped=[10])])
+        assert (await anext(changes)).removed == away[:1]
+        log.take([CacheEvent(removed=[10])])
+        assert (await anext(changes)).removed == links[:1]
     assert (await taken(log)).stored == []
+
+
+def test_tiles_to_load_are_counted_among_those_that_match() -> None:
+    links = [100, 104, 108, 112]
+    index = PrefixIndex(100)
+    index.replace("a", 1, 1, [*links[:3], tier_name(links[1]), tier_name(links[2])], has_tier=True)
+    index.replace("b", 1, 1, [*links, tier_name(links[2])])
+    index.replace("c", 1, 1, [links[0]], has_tier=True)
+    depths = index.match(links)
+    assert depths == {"a": 3, "b": len(links), "c": 1}
+    assert index.offloaded(links, depths) == {"a": 2}
+    assert index.offloaded(links[:2], {"a": 2}) == {"a": 1}
+    index.apply("a", 1, 2, [], [tier_name(links[1]), tier_name(links[2])])
+    assert index.offloaded(links, depths) == {}
 
 
 async def test_a_salt_keeps_prefixes_apart() -> None:

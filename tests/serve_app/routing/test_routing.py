@@ -39,6 +39,7 @@ from serve_app.routing import (
     choose,
     end_name,
     pause_s,
+    tier_name,
     token_array,
 )
 
@@ -289,8 +290,28 @@ def test_idle_blocks_of_windows_are_no_idle_tiles() -> None:
     evicted = []
     for others in (0, 6, 8):
         full = ReplicaState("r", snapshot(total=24, used=16, evictable=8, evictable_others=others))
-        evicted += [Pricer(RequestNeed(400, 112), WEIGHTS).price(*headrooms([full]), 0, True).evicted_tiles]
+        evicted += [
+            Pricer(RequestNeed(400, 112), WEIGHTS).price(*headrooms([full]), 0, explain=True).evicted_tiles
+        ]
     assert evicted == [4, 1, 0]  # of four blocks, as many as are tiles among those that may go
+
+
+def test_tiles_to_load_take_room_and_the_time_that_loads_took() -> None:
+    need = RequestNeed(prompt_tokens=8 * 128 + 1, max_tokens=127)
+    state = snapshot(total=20, used=4, evictable=8)
+    state = replace(state, load=replace(state.load, loaded_tokens=1280, loading_s=0.1))
+    (here,) = headrooms([ReplicaState("r", state)])
+    pricer = Pricer(need, WEIGHTS)
+    held, half, away = (pricer.price(here, 8, tiles, explain=True) for tiles in (0, 4, 99))
+    assert [c.offloaded_tiles for c in (held, half, away)] == [0, 4, 8]
+    assert [c.load_s for c in (held, half, away)] == pytest.approx([0, 0.04, 0.08])
+    assert away.first_token_s - held.first_token_s == pytest.approx(0.08)
+    assert away.uncached_tokens == held.uncached_tokens
+    assert [c.blocks for c in (held, half, away)] == [9, 9, 9]
+    in_use = ReplicaState("r", snapshot(total=10, used=9))
+    (full,) = headrooms([in_use])
+    assert pricer.price(full, 8)[1] is None
+    assert pricer.price(full, 8, 1)[1] is Rejection.NO_ROOM
 
 
 def test_another_replicas_cache_is_used_unless_it_is_too_busy() -> None:
@@ -390,6 +411,16 @@ def test_prefixes_of_a_mixed_model_are_found_up_to_their_ends_only() -> None:
 
     assert cached(513) == {"mixed": 4, "plain": 4, "endless": 0}
     assert cached(512) == {"mixed": 2, "plain": 3, "endless": 0}  # engines compute the last token
+
+
+def test_a_decision_shows_what_a_connector_has_to_load() -> None:
+    router = Router(GATEWAY)
+    prompt = Prompt(token_array(range(513)))
+    links = prompt.chain(128, Namespace("", "auto", 128).root())
+    router.update("r", snapshot(), NOW_S)
+    router.index.replace("r", 1, 1, [*links, tier_name(links[0]), tier_name(links[3])], has_tier=True)
+    (candidate,) = router.choose(RequestNeed(513, 1), prompt, NOW_S).explain()
+    assert (candidate.cached_tiles, candidate.offloaded_tiles) == (4, 2)
 
 
 def test_a_dispatch_to_a_mixed_model_counts_as_cached_up_to_the_prompts_end() -> None:
