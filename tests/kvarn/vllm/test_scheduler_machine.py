@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from vllm.v1.core.kv_cache_utils import get_group_id
 from vllm.v1.request import RequestStatus
 
 from kvarn.vllm import scheduler as kvarn_scheduler
-from kvarn.vllm.access.telemetry import waiting_by_reason
+from kvarn.vllm.access.telemetry import cache_state, waiting_by_reason
 from kvarn.vllm.cache_settings import GIB, slot_bytes
 from kvarn.vllm.prefix_ends import PrefixEnds
 from kvarn.vllm.scheduler import SlotPlanning
@@ -542,6 +543,18 @@ def test_a_prefix_ends_nowhere_behind_a_tile_that_a_second_group_with_full_atten
     lost = next(b for b in world.pool.blocks if b.block_hash and get_group_id(b.block_hash) == 0)
     world.pool.evict_blocks({lost.block_id})
     world.check_expected_hits([prompt[:n] for n in range(1, len(prompt))])
+
+
+def test_idle_blocks_of_windows_are_reported_apart() -> None:
+    world = World(make_scheduler(60, max_running=1, windows=[(6, 2), (9, 4)]))
+    prompt = [0] * (4 * GROUP + 1)
+    world.submit(prompt, max_tokens=1)
+    while world.prompts:
+        world.step()
+    core: Any = SimpleNamespace(scheduler=world.scheduler, vllm_config=world.scheduler.vllm_config)
+    state = cache_state(core)
+    assert state["evictable_other_blocks"] > 0
+    assert state["evictable_blocks"] == len(prompt) // GROUP + state["evictable_other_blocks"]
 
 
 def waiting_after_a_step(prompts: list[list[int]], **settings: Any) -> dict[str, int]:
