@@ -209,7 +209,15 @@ def check_engine_config(model: str, config: EngineConfig) -> None:
     except (ImportError, NotImplementedError) as error:  # a method that needs a package, or another model
         raise ValueError(str(error)) from None
     except ValidationError as error:
-        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        raise ValueError(_first_problem(error)) from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One sentence for the first of vLLM's findings, with the field's name where the finding lacks it."""
+    first = error.errors()[0]
+    names = [str(part) for part in first["loc"]]
+    message = first["msg"].removeprefix("Value error, ")
+    return message if first["type"] == "value_error" else ": ".join([*names, message])
 
 
 def _adapter_args(config: EngineConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from kvarn.model import KvShape
 from kvarn.vllm.cache_settings import GIB, KVarNConfig, side_pool_slots, slot_bytes
 from kvarn.vllm.mixed_layers import BlockUse, OtherLayers
 from serve_app.config import AppConfig, EngineConfig
-from serve_app.engine.engine_deployment import engine_args
+from serve_app.engine.engine_deployment import check_engine_config, engine_args
 from serve_app.launch import App, LaunchError, check_model, limits_of, read_app
 from tests.support.families import FAMILIES, make_config
 
@@ -182,4 +182,24 @@ def test_a_connector_is_checked_before_anything_starts(model_dir: Path) -> None:
     sentence = "args.engine.kv_transfer_config: .* has OffloadingConnector on GPUs only"
     with pytest.raises(KVarNError, match=sentence) as refused:
         check_model(App("app", AppConfig.model_validate(app), {}))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("transfer", "sentence"),
+    [
+        ({"kv_connectr": "OffloadingConnector"}, "kv_connectr: Unexpected keyword argument"),
+        (
+            {"kv_connector": "OffloadingConnector", "kv_role": "sink"},
+            "kv_role: Input should be 'kv_producer'",
+        ),
+        ({"kv_connector": "Nonsense"}, "Unsupported connector type: Nonsense"),
+    ],
+)
+def test_mistakes_in_a_connector_are_one_sentence(
+    model_dir: Path, transfer: dict[str, Any], sentence: str
+) -> None:
+    config = EngineConfig.model_validate({**SMALL_ENGINE, "kv_transfer_config": transfer})
+    with pytest.raises(ValueError, match=f"^{sentence}") as refused:
+        check_engine_config(str(model_dir), config)
     assert "\n" not in str(refused.value)
