@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from vllm import LLM
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
+from vllm.v1.kv_offload.base import CanonicalKVCaches
 
 from tests.support.block_store import block_store
 from tests.support.engines import (
@@ -137,3 +143,22 @@ def test_loads_in_a_requests_own_step_are_not_used(llm: LLM, monkeypatch: pytest
         (computed,) = ask_later(llm, prompt_of(LONGEST))
     assert computed.cached == 0
     computed.assert_same(first)
+
+
+def test_vllms_connector_takes_each_record_as_one_piece(llm: LLM) -> None:
+    caches = get_kv_transfer_group()._caches
+    core = llm.llm_engine.engine_core.engine_core
+    registered: list[CanonicalKVCaches] = []
+    spec: Any = SimpleNamespace(
+        replicated_layout=False,
+        config=SimpleNamespace(canonical_layout=False, parallel=SimpleNamespace(rank=0)),
+        get_worker=registered.append,
+    )
+    worker = OffloadingConnectorWorker(spec, core.vllm_config, core.scheduler.kv_cache_config)
+    worker.register_kv_caches(caches)
+    (of_vllm,) = registered
+    for cache, seen in zip(caches.values(), of_vllm.tensors, strict=True):
+        assert seen.tensor.data_ptr() == cache.data_ptr()
+        assert torch.equal(seen.tensor.view(torch.uint8), cache.flatten(1))
+    (layers,) = of_vllm.group_data_refs
+    assert [layer.page_size_bytes for layer in layers] == [cache[0].numel() for cache in caches.values()]
