@@ -11,10 +11,19 @@ ATTENTION = (FULL, "attention", "hybrid")
 STATES = ("linear_attention", "mamba", "conv", "hybrid")
 """Names of layers that keep a state of fixed size instead of keys and values."""
 
+BESIDE_THE_QUERY = ("cohere2", "cohere2_moe")
+"""Models whose window does not count the query's own token, as vLLM has it from 0.29 on."""
+
 
 def layer_kinds(config: Mapping[str, Any]) -> list[str]:
     """The kind of each layer; empty if the configuration names none."""
     return list(config.get("layer_types") or config.get("layers_block_type") or ())
+
+
+def window_tokens(config: Mapping[str, Any]) -> int:
+    """Tokens that a layer with a window reads, the query's own among them; 0 if the configuration names no window."""
+    window = config.get("sliding_window") or 0
+    return window + 1 if window and config.get("model_type") in BESIDE_THE_QUERY else window
 
 
 def smallest_block(device: str) -> int:

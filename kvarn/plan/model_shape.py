@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvarn.errors import KVarNError
-from kvarn.layer_kinds import STATES, layer_kinds, quantized_layers
+from kvarn.layer_kinds import STATES, layer_kinds, quantized_layers, window_tokens
 from kvarn.model import context_limit, head_size, read_config, resolve_model, text_config
 from kvarn.vllm.mixed_layers import OtherLayers, state_bytes
 
@@ -136,7 +136,7 @@ class ModelShape:
             dtype_bytes=dtype_bytes,
             context_limit=limit,
             window_layers=0 if state_layers else config["num_hidden_layers"] - layers,
-            window=config.get("sliding_window") or 0,
+            window=window_tokens(config),
             state_layers=state_layers,
             state_bytes=_state_bytes(directory, dtype, tensor_parallel, device) if state_layers else 0,
         )

@@ -12,6 +12,7 @@ from kvarn.plan.capacity import make_plan
 from kvarn.plan.hardware import GPUS
 from kvarn.plan.model_shape import ModelShape, PlanError
 from kvarn.presets import PRESETS
+from tests.support.families import FAMILIES, make_config
 
 LLAMA_8B = {
     "num_hidden_layers": 32,
@@ -74,6 +75,11 @@ def test_windows_take_the_same_memory_at_any_length(llama_8b: str, tmp_path: Pat
             assert held < room * (1 - row.side_pool_share)
     in_window, without = (rows(model=m, gpu="h100", context=1024) for m in (str(directory), llama_8b))
     assert in_window == without
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("Gemma 2", 96), ("Cohere 2", 97)])
+def test_a_window_counts_the_querys_token_or_does_not(tmp_path: Path, family: str, tokens: int) -> None:
+    assert ModelShape.read(str(make_config(tmp_path, FAMILIES[family]))).window == tokens
 
 
 GRANITE_4 = {  # Granite-4-H-Small's decoder
