@@ -102,7 +102,7 @@ class KVarNLayer(AttentionImpl[Any]):
         device = torch.device(current_platform.device_type)
         self.pool = torch.zeros((self._num_slots, *tile), dtype=torch.float16, device=device)
         self.host_sinks = torch.empty(
-            (self._num_host_sinks, *tile), dtype=torch.float16, pin_memory=device.type == "cuda"
+            (self._num_host_sinks, *tile), dtype=torch.float16, device="cpu", pin_memory=device.type == "cuda"
         )
         self.slot_map.add_layer(self)
 

@@ -41,9 +41,7 @@ RUNNABLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)  # of those that wai
 SLOTS_LACK = (
     "Requests wait for slots of the side pool (%d); raise kvarn.side_pool_gib, or kvarn.retained_sinks."
 )
-LOADS_LATE = (
-    "The KV connector %s loads only in the step that reads what it loads, so nothing is loaded from it."
-)
+LOADS_LATE = "What the KV connector %s would load in the step that reads it is computed instead."
 BLOCKS_LACK = "Requests wait until the %d blocks of the KV cache hold what they are expected to grow to."
 
 
@@ -67,13 +65,14 @@ class WaitCounts:
     held_for_prefix: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Load:
-    """What a connector loads for a request: `tokens` that end at position `end`, since `start_s`."""
+    """What a connector loads for a request: `tokens` that end at position `end`, from `start_s` to `end_s`."""
 
     tokens: int
     end: int
     start_s: float
+    end_s: float = 0.0
 
 
 class SlotPlanning(VllmScheduler):
@@ -89,8 +88,8 @@ class SlotPlanning(VllmScheduler):
         preemptions: requests preempted since the engine started.
         wait_counts: reasons why requests wait.
         drafts_proposed, drafts_accepted: draft tokens verified since the engine started, and those that were right.
-        loaded_tokens, loading_s: tokens that a KV connector brought back since then, and the time that requests
-            waited for them.
+        loaded_tokens, loading_s: tokens that a KV connector brought back since then, and the time that their loads
+            took in all.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -177,12 +176,17 @@ class SlotPlanning(VllmScheduler):
             return 0, False
         matched = min(matched, request.num_tokens - 1 - num_computed_tokens)
         matched -= matched % self.block_tokens
-        is_usable = matched > 0 and self._first_hash(request) in self.slots.host
-        return (matched, True) if is_usable else (0, False)
+        has_sink = num_computed_tokens > 0 or self._first_hash(request) in self.slots.host
+        return (matched, True) if matched > 0 and has_sink else (0, False)
 
     def reset_connector_cache(self) -> bool:
-        self.slots.host.clear()
-        return super().reset_connector_cache()
+        emptied: bool = super().reset_connector_cache()
+        if emptied:
+            self.slots.host.clear()
+            note_emptied = getattr(self.kv_event_publisher, "note_emptied", None)
+            if note_emptied is not None:  # vLLM's connectors publish no event
+                note_emptied()
+        return emptied
 
     def _admits(self, request: Request, hit: Sequence[KVCacheBlock]) -> bool:
         """Whether the side pool has slots for `request`, whose prefix is cached in the blocks `hit`."""
@@ -200,7 +204,8 @@ class SlotPlanning(VllmScheduler):
 
     def _tail_slots(self, request: Request) -> int:
         total = request.num_prompt_tokens + request.max_tokens
-        uncomputed = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
+        computed = 0 if request.request_id in self._loads else request.num_computed_tokens  # a load may fail
+        uncomputed = request.num_tokens + request.num_output_placeholders - computed
         return tail_slots(total, uncomputed, self.tile_tokens, self.speculation)
 
     def _blocks_of_requests(self) -> dict[str, list[KVCacheBlock]]:
@@ -234,11 +239,19 @@ class SlotPlanning(VllmScheduler):
     def _update_waiting_for_remote_kv(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         updated = super()._update_waiting_for_remote_kv(request, *args, **kwargs)
         load = self._loads.pop(request.request_id)
-        self.loaded_tokens += max(0, load.tokens - (load.end - request.num_computed_tokens))
-        self.loading_s += time.monotonic() - load.start_s
+        loaded = load.tokens - (load.end - request.num_computed_tokens)
+        if loaded > 0:
+            self.loaded_tokens += loaded
+            self.loading_s += load.end_s - load.start_s
         if not self._blocks_of_requests().get(request.request_id):
             self._not_loaded.add(request.request_id)
         return updated
+
+    def _update_from_kv_xfer_finished(self, kv_connector_output: Any, *args: Any, **kwargs: Any) -> Any:
+        for request_id in kv_connector_output.finished_recving or ():
+            if request_id in self._loads:
+                self._loads[request_id].end_s = time.monotonic()
+        return super()._update_from_kv_xfer_finished(kv_connector_output, *args, **kwargs)
 
     def _note_last_hash(self, request: Request) -> None:
         """Keep the hash of the first block of `request`, which is about to free its blocks.

@@ -40,19 +40,19 @@ class ScheduledTokens:
 
 @dataclass
 class SlotPlan:
-    """A worker's changes before a step, in this order.
+    """A worker's changes before a step: first the copies, then the map of blocks.
 
     Attributes:
         saved: (slot, place) pairs; the slot's tile is copied to host memory.
+        restored: (place, slot) pairs; the slot's tile is then copied from host memory.
         released: block ids to forget.
         assigned: (block, slot) pairs to map.
-        restored: (place, slot) pairs; the slot's tile is copied from host memory.
     """
 
     saved: list[tuple[int, int]] = field(default_factory=list)
+    restored: list[tuple[int, int]] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     assigned: list[tuple[int, int]] = field(default_factory=list)
-    restored: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class SlotTable:
         self._live: dict[int, _Sink] = {}
         self._idle: dict[int, _Sink] = {}  # longest idle first
         self._without_sink: set[str] = set()
-        self._unsaved: dict[int, Hashable] = {}  # sinks that got this hash in the last step
+        self._unsaved: dict[int, Hashable] = {}  # sinks that got this hash, or another user, in the last step
         self._needed: set[Hashable | None] = set()  # hashes of the first tiles that the step may restore
         self._evicted_rank = 0
 
@@ -305,8 +305,11 @@ class SlotTable:
         block = self._sink_of[tokens.request_id] = tokens.sink
         if block not in self._live:
             self._live[block] = self._idle.pop(block, _Sink())
-        self._live[block].users += 1
-        self._live[block].uses += 1
+        sink = self._live[block]
+        sink.users += 1
+        sink.uses += 1
+        if sink.block_hash is not None:
+            self._unsaved[block] = sink.block_hash  # it is used, and may not be in host memory any more
 
     def _pass_tiles(self, tokens: ScheduledTokens, plan: SlotPlan) -> None:
         """Release tails behind the step, and those that only a drafter has written and the step computes wholly."""

@@ -36,6 +36,7 @@ def test_offloaded_prefixes_answer_as_computed_ones(
         kv_cache_memory_bytes=256 * MIB,
         gpu_memory_utilization=0.5,  # must be free at start: others may use the GPU
         kv_transfer_config=transfer,
+        additional_config={"kvarn": {"host_sinks": len(prompts) + 2}},
     ) as llm:
         computed = [ask_cold(llm, prompt) for prompt in prompts]
         loaded = [_ask_later(llm, prompt) for prompt in prompts]

@@ -196,12 +196,14 @@ class ModelledStore(BlockStore):
     Attributes:
         records: contents of each stored block, by the name of its prefix.
         loses: number of the next loaded blocks that are gone when the worker loads them.
+        lost: names of blocks that are gone when it loads them.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self.records: dict[str, int] = {}
         self.loses = 0
+        self.lost: set[str] = set()
 
     @property
     def steps_of_a_load(self) -> int:
@@ -212,6 +214,9 @@ class ModelledStore(BlockStore):
         """The contents of a block that is loaded, None if it is gone."""
         if self.loses:
             self.loses -= 1
+            self.lost.add(name)
+        if name in self.lost:
+            self.lost.remove(name)
             self.records.pop(name, None)
         return self.records.get(name)
 

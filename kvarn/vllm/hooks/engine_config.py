@@ -259,10 +259,8 @@ def _copies_blocks(transfer: Any) -> bool:
     """Whether a KV connector is known, or says, to copy whole blocks as bytes."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    if transfer.kv_connector in CONNECTORS:
-        return True
     if not transfer.kv_connector_module_path:
-        return False
+        return transfer.kv_connector in CONNECTORS
     return bool(getattr(KVConnectorFactory.get_connector_class(transfer), "copies_blocks", False))
 
 

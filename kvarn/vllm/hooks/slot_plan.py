@@ -50,6 +50,7 @@ HOOK = Hook(
         "vllm.v1.core.sched.async_scheduler:AsyncScheduler",
         "vllm.v1.core.sched.scheduler:Scheduler._preempt_request",
         "vllm.v1.core.sched.scheduler:Scheduler._free_request",
+        "vllm.v1.core.sched.scheduler:Scheduler._update_from_kv_xfer_finished",
         "vllm.v1.core.sched.scheduler:Scheduler._update_waiting_for_remote_kv",
         "vllm.v1.core.sched.scheduler:Scheduler.reset_connector_cache",
         "vllm.v1.core.sched.scheduler:Scheduler.make_spec_decoding_stats",

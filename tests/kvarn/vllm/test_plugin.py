@@ -198,6 +198,16 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
             {"kv_transfer_config": block_store(), "pipeline_parallel_size": 2},
             "KV connectors with pipeline parallelism; leave kv_transfer_config out",
         ),
+        (
+            {
+                "kv_transfer_config": KVTransferConfig(
+                    "OffloadingConnector",
+                    kv_role="kv_both",
+                    kv_connector_module_path="vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector",
+                )
+            },
+            "for which OffloadingConnector was not tried",
+        ),
         ({"additional_config": {"kvarn": {"host_sinks": 0}}}, "give a number of tiles > 0"),
         (
             {"additional_config": {"kvarn": {"retained": 1}}},

@@ -44,7 +44,6 @@ WINDOWS: list[list[tuple[int | None, int]]] = [
     [(5, 2), (5, 2)],
     [(None, 2), (6, 2)],
 ]
-# Numbers of cache groups of layers with a state, and of tiles per block; without such groups a block is one tile.
 OFFLOADED_BLOCK = 4096  # bytes that vLLM's OffloadingConnector takes at least
 # What a KV connector does (None: there is none).
 CONNECTORS = [
@@ -57,6 +56,7 @@ CONNECTORS = [
     {"cpu_bytes_to_use": 40 * OFFLOADED_BLOCK},
     {"cpu_bytes_to_use": 6 * OFFLOADED_BLOCK},
 ]
+# Numbers of cache groups of layers with a state, and of tiles per block; without such groups a block is one tile.
 STATES = [(0, 1), (0, 1), (1, 1), (1, 2), (2, 3)]
 logging.getLogger("vllm").setLevel(logging.ERROR)  # it logs every reset of the cache
 
@@ -492,6 +492,48 @@ def test_a_tile_scheduled_and_then_preempted_in_one_step_is_not_cached() -> None
     world.step()  # the first request takes the last block; the second one has priority and preempts it
     assert world.scheduler.preemptions == 1
     world.drain()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_requests_whose_loads_fail_in_part_have_their_slots(asynchronous: bool) -> None:
+    settings: dict[str, Any] = {
+        "max_running": 5,
+        "retained_sinks": 0,
+        "chunk": 3,
+        "asynchronous": asynchronous,
+    }
+    world = World(make_scheduler(60, connector={}, **settings))
+    store = world.scheduler.connector
+    assert isinstance(store, ModelledStore)
+    prompts = [[10 + family] * (2 * GROUP + 1) for family in range(4)]
+    for prompt in prompts:
+        world.submit(prompt, max_tokens=1)
+    while world.prompts:
+        world.step()
+    world.step()
+    assert world.scheduler.reset_prefix_cache()
+    store.lost = {name for name in store.records if len(world.known[bytes.fromhex(name)]) > GROUP}
+    for prompt in prompts:
+        world.submit(prompt, max_tokens=1)
+    world.drain()
+    assert world.scheduler.loaded_tokens == len(prompts) * GROUP
+
+
+def test_the_first_tile_of_a_prefix_in_use_stays_in_host_memory() -> None:
+    world = World(make_scheduler(80, max_running=2, retained_sinks=2, connector={}, host_sinks=2))
+
+    def ask(family: int) -> None:
+        world.submit([10 + family] * (GROUP + 1), max_tokens=1)
+        while world.prompts:
+            world.step()
+        world.step()
+
+    ask(0)
+    hot = next(iter(world.scheduler.slots.host._place_of))
+    for other in range(1, 6):
+        ask(other)
+        ask(0)
+    assert hot in world.scheduler.slots.host
 
 
 def test_drafts_past_the_end_of_an_answer_have_their_slots() -> None:
