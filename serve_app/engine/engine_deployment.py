@@ -188,13 +188,18 @@ def speculative_settings(config: EngineConfig) -> dict[str, Any] | None:
 
 
 def _transfer_config(config: EngineConfig) -> KVTransferConfig | None:
-    """vLLM's `kv_transfer_config` of the engines: a connector in both directions, whose failed loads are computed."""
+    """vLLM's `kv_transfer_config` of the engines: a connector in both directions, whose failed loads are computed.
+
+    OffloadingConnector names every block of what it moves only if it is told to.
+    """
     from vllm.config import KVTransferConfig
 
     if config.kv_transfer_config is None:
         return None
     defaults = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
-    return KVTransferConfig(**{**defaults, **config.kv_transfer_config})
+    transfer = KVTransferConfig(**{**defaults, **config.kv_transfer_config})
+    transfer.kv_connector_extra_config.setdefault("self_describing_kv_events", True)
+    return transfer
 
 
 def check_engine_config(model: str, config: EngineConfig) -> None:

@@ -13,11 +13,10 @@ from serve_app.rpc.feed import Feed
 
 @dataclass(slots=True)
 class _Tile:
-    """A tile with `copies` in the cache; `is_offloaded` if a KV connector can bring it back."""
+    """A tile with `copies` in the cache; without any, a KV connector holds it."""
 
     name: int
     copies: int = 1
-    is_offloaded: bool = False
 
 
 class TileLog:
@@ -49,6 +48,7 @@ class TileLog:
         self._has_tier = has_tier
         self._sequence = 1
         self._tiles: dict[int, _Tile] = {}
+        self._offloaded: set[int] = set()  # blocks that a KV connector holds
         self._ends: dict[int, int] = {}
         self._names: set[int] = set()
         self._feed = Feed(self._whole)
@@ -60,10 +60,13 @@ class TileLog:
             if event.cleared:
                 for block in list(self._tiles):
                     self._remove(block, before, every_copy=True)
+            if event.emptied:
+                self._drop(list(self._offloaded), before)
             for block in event.removed:
                 self._remove(block, before)
             self._store(event, before)
-            self._move_offloaded(event, before)
+            self._offloaded.update(event.offloaded)
+            self._drop(event.dropped, before)
             self._move_ends(event, before)
         stored = [name for name, was_held in before.items() if not was_held and name in self._names]
         removed = [name for name, was_held in before.items() if was_held and name not in self._names]
@@ -98,11 +101,13 @@ class TileLog:
         tile = self._tiles.get(block)
         if tile is None:
             return
-        tile.copies -= 1
-        if every_copy or not (tile.copies or tile.is_offloaded):
-            self._forget(block, before)
-        elif not tile.copies:
+        tile.copies = 0 if every_copy else tile.copies - 1
+        if tile.copies:
+            return
+        if block in self._offloaded:
             self._hold(tier_name(tile.name), before)
+        else:
+            self._forget(block, before)
 
     def _forget(self, block: int, before: dict[int, bool]) -> None:
         name = self._tiles.pop(block).name
@@ -117,17 +122,13 @@ class TileLog:
         before.setdefault(name, name in self._names)
         self._names.discard(name)
 
-    def _move_offloaded(self, event: CacheEvent, before: dict[int, bool]) -> None:
-        """Note what a KV connector has; what it took after the cache removed it has no name any more."""
-        for block in event.offloaded:
-            if block in self._tiles:
-                self._tiles[block].is_offloaded = True
-        for block in event.dropped:
+    def _drop(self, blocks: Iterable[int], before: dict[int, bool]) -> None:
+        """Note that a KV connector no longer holds `blocks`."""
+        for block in blocks:
+            self._offloaded.discard(block)
             tile = self._tiles.get(block)
-            if tile is not None:
-                tile.is_offloaded = False
-                if not tile.copies:
-                    self._forget(block, before)
+            if tile is not None and not tile.copies:
+                self._forget(block, before)
 
     def _move_ends(self, event: CacheEvent, before: dict[int, bool]) -> None:
         for block in event.ceased:

@@ -110,11 +110,13 @@ class PrefixIndex:
         for tile in removed:
             holder.unconfirmed.pop(tile, None)
             self._clear(holder, tile)
-            _remember(holder, tile)
+            if not self._is_of_tier(holder, tile):
+                _remember(holder, tile)
         for tile in stored:
             holder.unconfirmed.pop(tile, None)
             self._set(holder, tile)
-            _recall(holder, tile)
+            if not self._is_of_tier(holder, tile):
+                _recall(holder, tile)
         self._sweep(SWEEP_TILES)
         return True
 
@@ -215,6 +217,10 @@ class PrefixIndex:
             if holder.unconfirmed.get(tile) == request_id:
                 del holder.unconfirmed[tile]
                 self._clear(holder, tile)
+
+    def _is_of_tier(self, holder: _Holder, name: int) -> bool:
+        """Whether `name` says that only a KV connector holds a tile, instead of naming one."""
+        return bool(holder.bit & self._tier_bits and self._mask(tier_name(name)) & holder.bit)
 
     def _mask(self, tile: int) -> int:
         return self._tiles.get(tile, 0) | self._unswept.get(tile, 0)

@@ -27,7 +27,8 @@ class CacheEvent:
     and hold `token_ids` in equal parts; `adapter` and `salt` keep prefixes apart. A hash shared by several
     blocks is stored and removed once per block. `cleared` means that the cache is empty. Where layers with windows
     or states are beside full attention, blocks in `begun` now end a prefix that all layers can use, and those in
-    `ceased` no longer do. A KV connector now holds `offloaded` blocks, and `dropped` ones no longer.
+    `ceased` no longer do. A KV connector now holds `offloaded` blocks, and `dropped` ones no longer; `emptied` means
+    that it holds none.
     """
 
     stored: list[int] = field(default_factory=list)
@@ -41,6 +42,13 @@ class CacheEvent:
     ceased: list[int] = field(default_factory=list)
     offloaded: list[int] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
+    emptied: bool = False
+
+
+class _Emptied:
+    """A KV connector has forgotten all blocks."""
+
+    medium = "all of the connector's"
 
 
 class _EventLog:
@@ -55,6 +63,10 @@ class _EventLog:
 
     def publish(self, batch: Any) -> None:
         self.events += batch.events
+
+    def note_emptied(self) -> None:
+        """Note that a KV connector has forgotten all blocks."""
+        self.events.append(_Emptied())
 
     def get_publisher_config(self) -> None:
         """No address for data-parallel peers to listen on."""
@@ -102,7 +114,9 @@ def _change(event: Any, scheduler: Scheduler) -> CacheEvent:
     """Convert one of vLLM's events, identified by its class name: the fields differ between versions."""
     kind = type(event).__name__
     if not _is_in_cache(event):
-        hashes = list(getattr(event, "block_hashes", ()))
+        if isinstance(event, _Emptied):
+            return CacheEvent(emptied=True)
+        hashes = list(event.block_hashes)
         return CacheEvent(offloaded=hashes) if kind == "BlockStored" else CacheEvent(dropped=hashes)
     if kind == "BlockRemoved":
         return CacheEvent(removed=list(event.block_hashes))

@@ -42,10 +42,10 @@ def test_the_wire_form_is_a_tuple_of_the_fields() -> None:
     later = stored(block_hashes=[8], parent_block_hash=7, extra_keys=[("no salt behind a parent",)])
     removed = BlockRemoved(block_hashes=[7, 8], medium="GPU")
     assert cache_events(core_of(adapted, later, removed, AllBlocksCleared())) == [
-        ([7], None, [1, 2, 3, 4], "adapter", "salt", [], False, [], [], [], []),
-        ([8], 7, [1, 2, 3, 4], "", "", [], False, [], [], [], []),
-        ([], None, [], "", "", [7, 8], False, [], [], [], []),
-        ([], None, [], "", "", [], True, [], [], [], []),
+        ([7], None, [1, 2, 3, 4], "adapter", "salt", [], False, [], [], [], [], False),
+        ([8], 7, [1, 2, 3, 4], "", "", [], False, [], [], [], [], False),
+        ([], None, [], "", "", [7, 8], False, [], [], [], [], False),
+        ([], None, [], "", "", [], True, [], [], [], [], False),
     ]
 
 

@@ -209,6 +209,28 @@ async def test_a_tile_that_a_connector_has_is_held_until_the_connector_drops_it(
     assert (await taken(log)).stored == []
 
 
+async def test_a_connector_may_report_a_tile_after_the_cache_removed_it() -> None:
+    log = TileLog(1, "m", "auto", 4, has_tier=True)
+    ids = list(range(4))
+    (link,) = chain(token_array(ids), 4, Namespace("m", "auto", 4).root())
+    log.take([CacheEvent(stored=[10], token_ids=ids), CacheEvent(removed=[10]), CacheEvent(offloaded=[10])])
+    assert (await taken(log)).stored == []
+    log.take([CacheEvent(stored=[10], token_ids=ids)])
+    log.take([CacheEvent(cleared=True)])
+    assert set((await taken(log)).stored) == {link, tier_name(link)}
+    log.take([CacheEvent(emptied=True)])
+    assert (await taken(log)).stored == []
+
+
+def test_a_tile_that_moves_between_cache_and_connector_is_not_computed_again() -> None:
+    index = PrefixIndex(100)
+    index.replace("r", 1, 1, [100], has_tier=True)
+    for sequence in range(2, 200, 2):
+        index.apply("r", 1, sequence, [tier_name(100)], [])
+        index.apply("r", 1, sequence + 1, [], [tier_name(100)])
+    assert index.recompute_rate("r") == 0
+
+
 def test_tiles_to_load_are_counted_among_those_that_match() -> None:
     links = [100, 104, 108, 112]
     index = PrefixIndex(100)
