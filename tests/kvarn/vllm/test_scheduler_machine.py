@@ -401,11 +401,6 @@ def load_what_has_no_first_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HostSinks, "__contains__", lambda self, block_hash: True)
 
 
-def give_a_needed_place_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    add = HostSinks.add
-    monkeypatch.setattr(HostSinks, "add", lambda self, block_hash, needed: add(self, block_hash))
-
-
 def keep_the_slot_of_a_failed_load(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = SlotPlanning._plan_slots
 
@@ -445,7 +440,6 @@ def forget_the_windows_that_reach_into_a_tile(monkeypatch: pytest.MonkeyPatch) -
     [
         load_without_the_first_tile,
         load_what_has_no_first_tile,
-        give_a_needed_place_away,
         keep_the_slot_of_a_failed_load,
         compute_no_token_of_a_loaded_prompt,
         take_every_tile_for_a_usable_end,

@@ -232,20 +232,28 @@ def test_of_tiles_in_host_memory_the_least_recently_used_makes_room() -> None:
     assert host.add("e") == 0
 
 
+def host_step(table: SlotTable, *scheduled: ScheduledTokens, departed: tuple[str, ...] = ()) -> SlotPlan:
+    return table.step(scheduled, dict.fromkeys(departed), lambda block: f"hash-{block}", lambda blocks: None)
+
+
 def test_a_loaded_first_tile_comes_from_host_memory_and_stays_as_long_as_its_request() -> None:
     table = SlotTable(3, GROUP, HostSinks(1))
-
-    def step(*scheduled: ScheduledTokens, departed: tuple[str, ...] = ()) -> SlotPlan:
-        return table.step(
-            scheduled, dict.fromkeys(departed), lambda block: f"hash-{block}", lambda blocks: None
-        )
-
-    first = step(ScheduledTokens("a", 0, 4, 1, [1], sink_hash="hash-1"))
+    first = host_step(table, ScheduledTokens("a", 0, 4, 1, [1], sink_hash="hash-1"))
     assert not first.saved
-    assert step(departed=("a",)).saved == [(first.assigned[0][1], 0)]
-    loading = step(ScheduledTokens("b", 8, 8, 7, [], sink_hash="hash-1"))
+    assert host_step(table, departed=("a",)).saved == [(first.assigned[0][1], 0)]
+    loading = host_step(table, ScheduledTokens("b", 8, 8, 7, [], sink_hash="hash-1"))
     ((block, slot),) = loading.assigned
     assert block == 7
     assert loading.restored == [(0, slot)]
-    assert not step(ScheduledTokens("b", 8, 9, 7, [9], sink_hash="hash-1")).restored
+    assert not host_step(table, ScheduledTokens("b", 8, 9, 7, [9], sink_hash="hash-1")).restored
+    assert table.sinks_missing == 0
+
+
+def test_a_tile_that_a_step_restores_makes_no_room_for_one_that_it_saves() -> None:
+    table = SlotTable(5, GROUP, HostSinks(1))
+    host_step(table, ScheduledTokens("a", 0, 4, 1, [1], sink_hash="hash-1"))
+    host_step(table, departed=("a",))
+    host_step(table, ScheduledTokens("b", 0, 4, 2, [2], sink_hash="hash-2"))
+    plan = host_step(table, ScheduledTokens("c", 8, 8, 7, [], sink_hash="hash-1"))
+    assert (plan.saved, len(plan.restored)) == ([], 1)
     assert table.sinks_missing == 0
