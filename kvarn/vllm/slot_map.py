@@ -43,8 +43,9 @@ class SlotMap:
         plan: SlotPlan | None = getattr(scheduler_output, SLOT_PLAN, None)
         if plan is None:
             return
-        for layer in self._layers:
-            layer.copy_tiles(plan.saved, plan.restored)
+        if plan.saved or plan.restored:
+            for layer in self._layers:
+                layer.copy_tiles(plan.saved, plan.restored)
         for block in plan.released:
             self._taken.remove(self._slot_of.pop(block))
         for block, slot in plan.assigned:
