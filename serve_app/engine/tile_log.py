@@ -115,12 +115,14 @@ class TileLog:
         self._lose(tier_name(name), before)
 
     def _hold(self, name: int, before: dict[int, bool]) -> None:
-        before.setdefault(name, name in self._names)
-        self._names.add(name)
+        if name not in self._names:
+            before.setdefault(name, False)
+            self._names.add(name)
 
     def _lose(self, name: int, before: dict[int, bool]) -> None:
-        before.setdefault(name, name in self._names)
-        self._names.discard(name)
+        if name in self._names:
+            before.setdefault(name, True)
+            self._names.remove(name)
 
     def _drop(self, blocks: Iterable[int], before: dict[int, bool]) -> None:
         """Note that a KV connector no longer holds `blocks`."""
