@@ -145,8 +145,7 @@ class BlockStore(KVConnectorBase_V1, SupportsHMA):
         for request_id, pairs in self._transfers.loads.items():
             for name, block in pairs:
                 self._load(name, block)
-            if self._asynchronous:
-                self._waiting[request_id] = STEPS_OF_AN_ASYNCHRONOUS_LOAD
+            self._waiting[request_id] = STEPS_OF_AN_ASYNCHRONOUS_LOAD
 
     def _load(self, name: str, block: int) -> None:
         try:
@@ -204,11 +203,6 @@ class ModelledStore(BlockStore):
         self.records: dict[str, int] = {}
         self.loses = 0
         self.lost: set[str] = set()
-
-    @property
-    def steps_of_a_load(self) -> int:
-        """Steps between a match and the one that has the blocks, 0 for the same one."""
-        return STEPS_OF_AN_ASYNCHRONOUS_LOAD if self._asynchronous else 0
 
     def take(self, name: str) -> int | None:
         """The contents of a block that is loaded, None if it is gone."""

@@ -59,7 +59,12 @@ from kvarn.vllm.slot_map import SlotMap
 from kvarn.vllm.spec import KVarNSpec
 from serve_app.engine.tile_log import TileLog
 from serve_app.routing import Namespace, PrefixIndex, TileChange, chain, token_array, usable_tiles
-from tests.support.block_store import ModelledStore, Transfers, block_store
+from tests.support.block_store import (
+    STEPS_OF_AN_ASYNCHRONOUS_LOAD,
+    ModelledStore,
+    Transfers,
+    block_store,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
@@ -399,12 +404,12 @@ class Tier(ABC):
         self._cache = cache
 
     @abstractmethod
-    def begin(self, output: SchedulerOutput) -> set[int]:
-        """Copy in front of a step, and return the blocks that were to be loaded and are gone."""
+    def begin(self, output: SchedulerOutput) -> None:
+        """Copy in front of a step."""
 
     @abstractmethod
-    def end(self, output: SchedulerOutput, gone: set[int]) -> KVConnectorOutput:
-        """Copy behind a step, and say which requests need not wait any longer."""
+    def end(self, output: SchedulerOutput) -> KVConnectorOutput:
+        """Copy behind a step, and say which requests need not wait any longer, and which blocks were gone."""
 
 
 class _StoreTier(Tier):
@@ -414,13 +419,14 @@ class _StoreTier(Tier):
         super().__init__(cache)
         self._store = store
         self._loads: list[Transfer] = []
+        self._gone: set[int] = set()
 
-    def begin(self, output: SchedulerOutput) -> set[int]:
-        steps = self._store.steps_of_a_load
+    def begin(self, output: SchedulerOutput) -> None:
         transfers = cast("Transfers", output.kv_connector_metadata)
+        steps = STEPS_OF_AN_ASYNCHRONOUS_LOAD
         self._loads += [Transfer(request_id, pairs, steps) for request_id, pairs in transfers.loads.items()]
         due = [pair for load in self._loads if not load.steps for pair in load.pairs]
-        return {block for name, block in due if not self._load(name, block)}
+        self._gone = {block for name, block in due if not self._load(name, block)}
 
     def _load(self, name: str, block: int) -> bool:
         found = self._store.take(name)
@@ -428,14 +434,14 @@ class _StoreTier(Tier):
             self._cache.record[block] = found
         return found is not None
 
-    def end(self, output: SchedulerOutput, gone: set[int]) -> KVConnectorOutput:
+    def end(self, output: SchedulerOutput) -> KVConnectorOutput:
         for name, block in cast("Transfers", output.kv_connector_metadata).stores:
             self._store.records[name] = self._cache.record[block]
         loaded = {load.request_id for load in self._loads if not load.steps}
         self._loads = [load for load in self._loads if load.steps]
         for load in self._loads:
             load.steps -= 1
-        return KVConnectorOutput(finished_recving=loaded, invalid_block_ids=gone)
+        return KVConnectorOutput(finished_recving=loaded, invalid_block_ids=self._gone)
 
 
 class _OffloadingTier(Tier):
@@ -450,16 +456,15 @@ class _OffloadingTier(Tier):
         self._done: dict[int, int] = {}
         self._loaded: set[str] = set()
 
-    def begin(self, output: SchedulerOutput) -> set[int]:
+    def begin(self, output: SchedulerOutput) -> None:
         transfers = cast("OffloadingConnectorMetadata", output.kv_connector_metadata)
         for number in transfers.jobs_to_flush or ():
             if number in transfers.store_jobs:
                 self._add(number, transfers.store_jobs.pop(number), is_load=False)
             if number in self._jobs:
                 self._copy(number)
-        return set()
 
-    def end(self, output: SchedulerOutput, gone: set[int]) -> KVConnectorOutput:
+    def end(self, output: SchedulerOutput) -> KVConnectorOutput:
         for number in [number for number, job in self._jobs.items() if not job.steps]:
             self._copy(number)
         for job in self._jobs.values():
@@ -551,8 +556,8 @@ class Worker:
         for request_id in output.finished_req_ids:
             self.tokens.pop(request_id, None)
         starts = self._take_requests(output)
-        gone = self.tier.begin(output) if self.tier else set()
-        unread = {r for r, blocks in self.blocks.items() if not gone.isdisjoint(blocks)}
+        if self.tier is not None:
+            self.tier.begin(output)
         drafts = {r: self._drafts(r, given) for r, given in output.scheduled_spec_decode_tokens.items()}
         spans = [(r, starts[r], starts[r] + n) for r, n in output.num_scheduled_tokens.items()]
         for span in spans:
@@ -562,12 +567,8 @@ class Worker:
         for span in spans:
             self.quantize(*span)
         for span in spans:
-            if span[0] not in unread:
-                self.read(*span)
-        sampled = [
-            [0] if request_id in unread else self._sample(request_id, end, drafts.get(request_id, []))
-            for request_id, _, end in spans
-        ]
+            self.read(*span)
+        sampled = [self._sample(request_id, end, drafts.get(request_id, [])) for request_id, _, end in spans]
         for span in spans:
             self._propose(*span)
         ids = [request_id for request_id, _, _ in spans]
@@ -575,7 +576,7 @@ class Worker:
             ids,
             {r: i for i, r in enumerate(ids)},
             sampled_token_ids=sampled,
-            kv_connector_output=self.tier.end(output, gone) if self.tier else None,
+            kv_connector_output=self.tier.end(output) if self.tier else None,
         )
 
     def _take_requests(self, output: SchedulerOutput) -> dict[str, int]:
