@@ -164,9 +164,9 @@ class SlotPlanning(VllmScheduler):
     def _match_whole_prefix(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens to load from the connector behind the first `num_computed_tokens`, and whether asynchronously.
 
-        As with vLLM's own hits, these are whole blocks, and the last token stays to be computed. Without its raw first
-        tile in host memory a prefix cannot be read as it was written. A load in the request's own step is not used:
-        other requests could hit its blocks before the engine knows that it failed.
+        As with vLLM's own hits, these are whole blocks, and the last token stays to be computed. Unless its first tile
+        is cached, or raw in host memory, a prefix cannot be read as it was written. A load in the request's own step is
+        not used: other requests could hit its blocks before the engine knows that it failed.
         """
         matched, is_async = self._match_connector(request, num_computed_tokens)
         if not matched:

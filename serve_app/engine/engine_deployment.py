@@ -190,7 +190,7 @@ def speculative_settings(config: EngineConfig) -> dict[str, Any] | None:
 def _transfer_config(config: EngineConfig) -> KVTransferConfig | None:
     """vLLM's `kv_transfer_config` of the engines: a connector in both directions, whose failed loads are computed.
 
-    OffloadingConnector names every block of what it moves only if it is told to.
+    Without self-describing events, OffloadingConnector names only the last block of each chunk that it moves.
     """
     from vllm.config import KVTransferConfig
 

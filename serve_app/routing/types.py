@@ -52,8 +52,8 @@ class CacheLoad:
     `waiting_for_slots` and `waiting_for_blocks` are queued at or behind a request that lacks these,
     `waiting_for_prefix` are held back until another request has computed the prefix they share, and the rest wait
     for their turn. Of the `drafts_proposed` tokens that speculative decoding verified since the engine started,
-    `drafts_accepted` were right. A KV connector brought `loaded_tokens` back since then, for which requests waited
-    `loading_s` seconds in all. Of the `evictable_blocks`, `evictable_other_blocks` hold windows or states.
+    `drafts_accepted` were right. A KV connector brought `loaded_tokens` back since then, whose loads took `loading_s`
+    seconds in all. Of the `evictable_blocks`, `evictable_other_blocks` hold windows or states.
     """
 
     free_blocks: int = 0

@@ -32,8 +32,8 @@ class CacheState:
     the `waiting_requests`, `for_slots` and `for_blocks` count the requests queued behind one that lacked
     these in the last step, and `for_prefix` the requests held back while another computes their prefix; the
     rest wait their turn. Of the `drafts_proposed` tokens that speculative decoding verified since the engine
-    started, `drafts_accepted` were right. A KV connector brought `loaded_tokens` back since then, for which requests
-    waited `loading_s` seconds in all.
+    started, `drafts_accepted` were right. A KV connector brought `loaded_tokens` back since then, whose loads took
+    `loading_s` seconds in all.
     """
 
     cache_dtype: str

@@ -159,6 +159,7 @@ HOOK = Hook(
         "vllm.v1.core.kv_cache_utils:KVCacheBlock.block_id",
         "vllm.v1.core.kv_cache_utils:KVCacheBlock.is_null",
         "vllm.v1.core.kv_cache_utils:KVCacheBlock.ref_cnt",
+        "vllm.v1.core.kv_cache_utils:get_group_id",
         "vllm.v1.core.kv_cache_utils:make_block_hash_with_group_id",
         "vllm.v1.core.kv_cache_utils:resolve_block_hashes",
         "vllm.v1.core.sched.interface:PauseState.UNPAUSED",
