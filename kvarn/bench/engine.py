@@ -130,6 +130,13 @@ class EngineBench:
     distributed_executor_backend: Annotated[
         str | None, Option(help="Executor of the ranks: mp or ray; vLLM chooses by default.")
     ] = None
+    engine_args: Annotated[
+        str,
+        Option(
+            help="Further engine arguments of vLLM for every engine, as a JSON object, e.g. "
+            '{"gdn_prefill_backend": "triton"}.'
+        ),
+    ] = "{}"
 
     def __post_init__(self) -> None:
         for name in ("repeats", "max_num_batched_tokens", "max_num_seqs"):
@@ -162,6 +169,11 @@ class EngineBench:
         if self.distributed_executor_backend not in (None, "mp", "ray"):
             raise BenchError(
                 f"distributed_executor_backend is {self.distributed_executor_backend!r}: give mp or ray"
+            )
+        if not _is_json_object(self.engine_args):
+            raise BenchError(
+                f"engine_args is {self.engine_args!r}: give a JSON object of vLLM's engine arguments, "
+                'e.g. {"gdn_prefill_backend": "triton"}'
             )
 
     @property
@@ -353,6 +365,13 @@ def record(bench: EngineBench, results: list[EngineResult]) -> dict[str, Any]:
 def write(path: Path, bench: EngineBench, results: list[EngineResult]) -> None:
     """Write `record` to `path`; raise ResultFileError if that fails."""
     write_results(path, record(bench, results))
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def _against(value: float | None, base: float | None, form: str) -> str:

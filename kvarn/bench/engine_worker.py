@@ -81,6 +81,7 @@ def _start_engine(settings: dict[str, Any]) -> Any:
         skip_tokenizer_init=True,
         **engine_settings(drafts, settings["acceptance"]),
         **memory,
+        **json.loads(settings["engine_args"]),
     )
     return LLMEngine.from_engine_args(args)
 

@@ -77,6 +77,18 @@ def test_drafts_are_accepted_as_set(shallow_model_dir):
     assert "3 drafts, each accepted with probability 1; 4.00 tokens per step" in shown
 
 
+def test_engines_get_further_arguments(shallow_model_dir):
+    bench = EngineBench(
+        model=str(shallow_model_dir),
+        kv_cache_dtypes=("auto",),
+        workloads=(Workload(1, 40, 2),),
+        engine_args='{"block_size": 32}',
+        **SMALL,
+    )
+    (result,) = engine.run(bench, lambda *progress: None)
+    assert result.block_size == 32
+
+
 def test_a_failed_engine_shows_its_log(shallow_model_dir):
     bench = EngineBench(
         model=str(shallow_model_dir),

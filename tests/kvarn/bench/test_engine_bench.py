@@ -126,6 +126,8 @@ def test_scaling_over_gpus_is_relative_to_the_same_cache_on_fewer():
         ({"distributed_executor_backend": "uni"}, "'uni': give mp or ray"),
         ({"shape": "9b"}, "shape '9b' is not known"),
         ({"drafts": 16}, "drafts is 16: give 0 to 15 tokens"),
+        ({"engine_args": "[]"}, r"engine_args is '\[\]': give a JSON object of vLLM's engine arguments"),
+        ({"engine_args": "seed=1"}, "engine_args is 'seed=1': give a JSON object"),
         ({"acceptance": 1.5}, "acceptance is 1.5: give a probability, from 0 to 1"),
         ({"dtype": "int8"}, "unknown dtype 'int8': choose from auto, bfloat16"),
         (
