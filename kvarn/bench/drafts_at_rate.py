@@ -1,14 +1,16 @@
-"""Drafters that cost nothing and of whose drafts a set share is accepted, for vLLM's `custom_class`."""
+"""Drafters that cost next to nothing and of whose drafts a set share is accepted."""
 
 from __future__ import annotations
 
 import random
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 
 ACCEPTANCE = "bench_acceptance"  # key of vLLM's additional_config
+_DRAFTER_ON_DEVICE = "vllm.v1.worker.gpu.spec_decode.ngram"  # proposes as many tokens as asked, found or not
 _FIXED_TOKEN = 1
 _KEY_TOKENS = 16  # prompts of random tokens differ in these
 
@@ -17,18 +19,22 @@ def engine_settings(drafts: int, acceptance: float) -> dict[str, Any]:
     """Arguments of an engine with `drafts` draft tokens per step, each accepted with probability `acceptance` if all
     before it are.
 
-    On a GPU vLLM itself draws what it accepts, so that the rounding of dummy weights does not matter. It cannot on a
-    CPU: there the drafter replays what the same requests got before, and spoils drafts at random.
+    On a GPU vLLM itself draws what it accepts, so that the rounding of dummy weights does not matter, and from 0.32 on
+    the drafter is one that runs there, as draft models and heads do: steps are scheduled ahead. On a CPU the drafter
+    replays what the same requests got before, and spoils drafts at random.
     """
     if not drafts:
         return {}
-    config: dict[str, Any] = {"method": "custom_class", "num_speculative_tokens": drafts}
+    config: dict[str, Any] = {"num_speculative_tokens": drafts}
     if replays():
-        config["model"] = f"{__name__}.ReplayingDrafter"
+        config.update(method="custom_class", model=f"{__name__}.ReplayingDrafter")
     else:
         rates = [acceptance**place for place in range(1, drafts + 1)]
-        config["model"] = f"{__name__}.FixedDrafter"
         config.update(rejection_sample_method="synthetic", synthetic_acceptance_rates=rates)
+        if find_spec(_DRAFTER_ON_DEVICE):
+            config.update(method="ngram", prompt_lookup_min=1, prompt_lookup_max=1)
+        else:
+            config.update(method="custom_class", model=f"{__name__}.FixedDrafter")
     return {"speculative_config": config, "additional_config": {ACCEPTANCE: acceptance}}
 
 

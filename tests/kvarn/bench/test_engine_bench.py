@@ -192,9 +192,12 @@ def test_replayed_drafts_are_right_as_often_as_set(acceptance):
     assert drafter.propose([[]], np.array([20]), answer[None]) == [[]], "a prompt's chunk"
 
 
-def test_on_a_gpu_vllm_draws_what_it_accepts(monkeypatch):
+@pytest.mark.parametrize("on_device", [True, False])
+def test_on_a_gpu_vllm_draws_what_it_accepts(monkeypatch, on_device):
     monkeypatch.setattr(drafts_at_rate, "replays", lambda: False)
+    monkeypatch.setattr(drafts_at_rate, "find_spec", lambda name: on_device)
     drafts = drafts_at_rate.engine_settings(3, 0.5)["speculative_config"]
     assert drafts["synthetic_acceptance_rates"] == [0.5, 0.25, 0.125]
-    assert drafts["model"].endswith(".FixedDrafter")
+    assert drafts["method"] == ("ngram" if on_device else "custom_class")
+    assert ("model" in drafts) != on_device
     assert drafts_at_rate.engine_settings(0, 0.5) == {}
