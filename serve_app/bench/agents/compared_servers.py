@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -42,6 +43,8 @@ START_S = 1200.0  # weights, compilation and CUDA graphs included
 STOP_S = 60.0
 POLL_S = 0.25
 
+OFFLOADS = "+offload"
+
 ServerKind = Literal["kvarn", "vllm"]
 
 
@@ -51,36 +54,39 @@ class ServerSpec(NamedTuple):
     Attributes:
         kind: "kvarn" for this application, "vllm" for `vllm serve`.
         kv_cache_dtype: dtype of its KV cache.
+        offloads: whether vLLM's OffloadingConnector keeps evicted blocks in host memory.
     """
 
     kind: ServerKind
     kv_cache_dtype: str
+    offloads: bool = False
 
     @property
     def label(self) -> str:
         """The server as the command line takes it."""
-        return f"{self.kind}:{self.kv_cache_dtype}"
+        return f"{self.kind}:{self.kv_cache_dtype}{OFFLOADS if self.offloads else ''}"
 
     def __str__(self) -> str:
         return self.label
 
 
 def parse_servers(text: str) -> tuple[ServerSpec, ...]:
-    """`"kvarn:kvarn_k4v2_g128,vllm:fp8"` -> two servers.
+    """`"kvarn:kvarn_k4v2_g128+offload,vllm:fp8"` -> two servers.
 
     Raises:
         BenchError: an entry has another form, or its cache dtype is unknown.
     """
     servers = []
     for entry in comma_separated(text):
-        kind, _, dtype = entry.partition(":")
+        kind, _, dtype = entry.removesuffix(OFFLOADS).partition(":")
         if kind not in get_args(ServerKind) or not dtype:
             raise BenchError(
-                f"server {entry!r} is not understood: give kvarn:CACHE_DTYPE or vllm:CACHE_DTYPE, e.g. vllm:auto"
+                f"server {entry!r} is not understood: give kvarn:CACHE_DTYPE or vllm:CACHE_DTYPE, e.g. vllm:auto; "
+                f"{OFFLOADS} after it adds host memory"
             )
         with value_errors():
             check_cache_dtype(dtype)
-        servers.append(ServerSpec(cast(ServerKind, kind), dtype))
+        servers.append(ServerSpec(cast(ServerKind, kind), dtype, entry.endswith(OFFLOADS)))
     return tuple(servers)
 
 
@@ -99,7 +105,8 @@ class CompareSettings:
         Option(
             parser=parse_servers,
             help="Comma-separated servers to start and measure in turn, kvarn:CACHE_DTYPE or vllm:CACHE_DTYPE, e.g. "
-            "vllm:auto,vllm:fp8,kvarn:kvarn_k4v2_g128; ratios are to the first.",
+            "vllm:auto,vllm:fp8,kvarn:kvarn_k4v2_g128; ratios are to the first. With +offload after the dtype, vLLM's "
+            "OffloadingConnector keeps evicted blocks in host memory.",
         ),
     ] = ()
     compare_model: Annotated[str, Option(help="Model that compared servers serve, by name or directory.")] = (
@@ -109,6 +116,7 @@ class CompareSettings:
     dtype: ModelDtype = "bfloat16"
     replicas: Annotated[int, Option(help="Engines per server, each on its own GPU.")] = 1
     kv_cache_memory_gib: Annotated[float, Option(help="Cache memory per engine, side pool included.")] = 1.0
+    offload_gib: Annotated[float, Option(help="Host memory per engine of servers with +offload.")] = 8.0
     max_num_seqs: Annotated[int, Option(help="Maximum concurrent requests per engine.")] = 64
     max_num_batched_tokens: Annotated[int, Option(help="Maximum tokens per step, prefill included.")] = 2048
     enforce_eager: EnforceEager = False
@@ -116,8 +124,9 @@ class CompareSettings:
     def __post_init__(self) -> None:
         for name in ("replicas", "max_num_seqs", "max_num_batched_tokens"):
             check_at_least(name, getattr(self, name), 1)
-        if not self.kv_cache_memory_gib > 0:
-            raise BenchError(f"kv_cache_memory_gib is {self.kv_cache_memory_gib}: give a size above 0")
+        for name in ("kv_cache_memory_gib", "offload_gib"):
+            if not getattr(self, name) > 0:
+                raise BenchError(f"{name} is {getattr(self, name)}: give a size above 0")
         check_shape(self.shape)
         with value_errors():
             check_model_dtype(self.dtype)
@@ -192,6 +201,7 @@ class _Launch:
             "max_num_seqs": settings.max_num_seqs,
             "max_num_batched_tokens": settings.max_num_batched_tokens,
             "enforce_eager": settings.enforce_eager,
+            **({"kv_transfer_config": self._connector()} if self.spec.offloads else {}),
         }
         gateway = {"port": _free_port(), "http": {"port": port}}
         application = {
@@ -220,6 +230,9 @@ class _Launch:
             "max-num-batched-tokens": settings.max_num_batched_tokens,
             "data-parallel-size": settings.replicas,
         }
+        if self.spec.offloads:
+            both = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+            options["kv-transfer-config"] = json.dumps({**self._connector(), **both})
         command = [sys.executable, "-m", *_vllm_serve(), str(self.model_dir)]
         command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
         return [
@@ -231,6 +244,11 @@ class _Launch:
     def vllm_environment(self) -> dict[str, str]:
         """Environment of `vllm serve`: without our plugin unless the cache is ours."""
         return {} if self.spec.kv_cache_dtype in PRESETS else {"VLLM_PLUGINS": ""}
+
+    def _connector(self) -> dict[str, Any]:
+        """vLLM's `kv_transfer_config` of a server that keeps evicted blocks in host memory."""
+        memory = {"cpu_bytes_to_use": int(self.settings.offload_gib * 2**30)}
+        return {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": memory}
 
     def _blocks_gib(self) -> float:
         """Memory of the cache's blocks per engine: what the side pool of a quantized cache leaves.

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
 from kvarn import cli
@@ -23,8 +24,15 @@ from serve_app.bench.agents.agent_sessions import (
 from serve_app.bench.agents.agents_load import AgentsRun, TurnOutcome
 from serve_app.bench.agents.agents_settings import WORKLOADS, AgentsBench
 from serve_app.bench.agents.agents_summary import summarize_agents
-from serve_app.bench.agents.compared_servers import CompareSettings, parse_servers
+from serve_app.bench.agents.compared_servers import (
+    CompareSettings,
+    ServerKind,
+    ServerSpec,
+    _Launch,
+    parse_servers,
+)
 from serve_app.bench.load import CallOutcome
+from serve_app.config import EngineConfig
 from serve_app.request.prompts import PromptEncoder
 from serve_app.request.request_errors import CapacityError
 from tests.support.gateway_servers import CACHED, Running, running_servers
@@ -155,8 +163,9 @@ def test_settings_out_of_range_are_one_sentence(settings: dict[str, object], sen
 
 
 def test_servers_are_read_and_refused_by_name() -> None:
-    servers = parse_servers("kvarn:kvarn_k4v2_g128, vllm:auto")
-    assert [str(spec) for spec in servers] == ["kvarn:kvarn_k4v2_g128", "vllm:auto"]
+    servers = parse_servers("kvarn:kvarn_k4v2_g128+offload, vllm:auto")
+    assert [str(spec) for spec in servers] == ["kvarn:kvarn_k4v2_g128+offload", "vllm:auto"]
+    assert [spec.offloads for spec in servers] == [True, False]
     for text, sentence in (("sglang:auto", "'sglang:auto' is not understood"), ("vllm", "e.g. vllm:auto")):
         with pytest.raises(BenchError, match=sentence):
             parse_servers(text)
@@ -164,6 +173,28 @@ def test_servers_are_read_and_refused_by_name() -> None:
         parse_servers("kvarn:kvarn_k9")
     with pytest.raises(BenchError, match="replicas is 0"):
         CompareSettings(replicas=0)
+    with pytest.raises(BenchError, match=r"offload_gib is 0\.0: give a size above 0"):
+        CompareSettings(offload_gib=0.0)
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+def test_both_kinds_of_servers_keep_evicted_blocks_in_as_much_memory(tmp_path: Path, offloads: bool) -> None:
+    def launch(kind: ServerKind) -> _Launch:
+        spec = ServerSpec(kind, "auto", offloads)
+        return _Launch(spec, CompareSettings(offload_gib=2), tmp_path, 128)
+
+    launch("kvarn").application(1, tmp_path)
+    (application,) = yaml.safe_load((tmp_path / "app.yaml").read_text())["applications"]
+    ours = application["args"]["engine"].get("kv_transfer_config")
+    command = launch("vllm").vllm(1)
+    if not offloads:
+        assert ours is None
+        assert "--kv-transfer-config" not in command
+        return
+    theirs = json.loads(command[command.index("--kv-transfer-config") + 1])
+    assert ours == {name: theirs[name] for name in ours}
+    assert ours["kv_connector_extra_config"] == {"cpu_bytes_to_use": 2 << 30}
+    assert EngineConfig(**application["args"]["engine"]).kv_transfer_config == ours
 
 
 def test_named_workloads_are_those_of_the_documents() -> None:
