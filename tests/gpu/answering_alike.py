@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from triton import knobs
 from vllm import LLM
 
 from tests.support.engines import (
@@ -23,6 +29,21 @@ HIT_AT_ONCE = 4  # prompts, few enough that the side pool keeps the first tile o
 
 SAME_TOKENS = 0.97  # of answers in float16
 SAME_IN_BFLOAT16 = 0.9  # whose products round 8 times coarser
+
+
+@contextmanager
+def compiling_nothing() -> Iterator[None]:
+    """Assert that none of our kernels is compiled in this process meanwhile."""
+    compiled: list[str] = []
+
+    def note(*, repr: str, fn: Any, **_: Any) -> None:
+        if fn.module.startswith("kvarn."):
+            compiled.append(repr)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knobs.runtime, "jit_post_compile_hook", note)
+        yield
+    assert compiled == []
 
 
 def assert_alike(ours: list[Answer], theirs: list[Answer], least: float = SAME_TOKENS) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu.answering_alike import SAME_IN_BFLOAT16, SAME_TOKENS, assert_served_alike
+from tests.gpu.answering_alike import SAME_IN_BFLOAT16, SAME_TOKENS, assert_served_alike, compiling_nothing
 from tests.gpu.test_engine import SETTINGS, WITHOUT_COMPILATION
 from tests.support.engines import TILE, ask_cold, engine, first_differences, prompt_of
 from tests.support.families import FAMILIES, make_family
@@ -53,7 +53,7 @@ def test_a_family_answers_alike_however_it_is_served(
         **({"gdn_prefill_backend": "triton"} if family in WITH_DELTA_NETS else {}),
     }
     prompts = [prompt_of(length, length) for length in LENGTHS]
-    with engine(monkeypatch, model, **settings) as llm:
+    with engine(monkeypatch, model, **settings) as llm, compiling_nothing():
         cold = [ask_cold(llm, prompt) for prompt in prompts]
         assert_served_alike(
             llm,
