@@ -11,7 +11,7 @@ from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.cache_settings import KVarNConfig, slots_within, tile_bytes
 from kvarn.vllm.mixed_layers import OtherLayers, block_use
-from kvarn.vllm.slots import NO_DRAFTS, Speculation, most_tail_slots
+from kvarn.vllm.slots import NO_DRAFTS, Speculation, most_tail_slots, tail_slots
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class EngineLimits:
         max_num_seqs: maximum concurrent requests.
         slots: raw tiles that the side pool holds.
         side_pool_bytes: memory of the side pool per rank.
-        requests_in_slots: concurrent requests that the slots always suffice for.
+        requests_in_slots: concurrent requests that the slots suffice for once their prompts are computed.
         blocks: those that the cache holds, each of tiles of all quantized layers, or of what other layers keep.
         cache_tokens: tokens in those blocks.
         max_model_len: maximum request length, in tokens.
@@ -101,7 +101,8 @@ def engine_limits(
     use, block = uses[0], sum(of_model.nbytes for of_model in uses)
     tails = most_tail_slots(group, speculation)
     slots = slots_within(settings or KVarNConfig(), max_num_seqs, slot, tails)
-    in_slots = slots // (1 + tails)  # its first tile, and those it fills
+    decoding = tail_slots(2 * group, 1, group, speculation)
+    in_slots = slots // (1 + decoding)  # its first tile, and those it fills
     at_once = min(max_num_seqs, in_slots)
     first = "max_num_seqs" if max_num_seqs <= in_slots else "side pool"
     blocks = longest = tokens_each = None

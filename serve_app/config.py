@@ -145,7 +145,7 @@ class EngineConfig(StrictSettings):
     retained_sinks: int | None = Field(
         default=None,
         ge=0,
-        description="raw first tiles to retain for unused prefixes; None: max_num_seqs",
+        description="slots of the side pool for first tiles of unused prefixes; None: a quarter of max_num_seqs",
     )
     lora: dict[AdapterName, str] = Field(
         default={}, description="LoRA adapters: the name that requests give as model -> local directory"
@@ -162,8 +162,8 @@ class EngineConfig(StrictSettings):
     )
     host_sinks: int | None = Field(
         default=None,
-        ge=1,
-        description="raw first tiles to keep in host memory beside a KV connector; None: 4 x max_num_seqs",
+        ge=0,
+        description="raw first tiles of cached prefixes to keep in host memory; None: 4 x max_num_seqs",
     )
     allow_untested_vllm: bool = Field(
         default=False, description="start on a vLLM version that KVarN was not tested on"

@@ -28,8 +28,8 @@ class KVarNConfig:
     """Settings of the quantized cache and its scheduler.
 
     Attributes:
-        retained_sinks: first tiles of cached prefixes kept raw in slots of the side pool while no running
-            request uses them. None: `max_num_seqs`.
+        retained_sinks: slots of the side pool beyond those that running requests surely need, for first tiles of
+            cached prefixes that none of them uses. None: a quarter of `max_num_seqs`.
         raw_chunks: whether a prompt's chunk reads all of its own tiles raw instead of each token's own tile
             only: slightly more accurate, but what a token reads then depends on where chunks and the cached
             prefix end.
@@ -39,8 +39,9 @@ class KVarNConfig:
         side_pool_gib: maximum memory of the side pool on one rank, over all its layers, in GiB; of pipeline stages,
             on that with most layers. None: two slots for each of `max_num_seqs`, three with a draft model, and
             the retained sinks. With less, requests wait until slots are free.
-        host_sinks: beside a KV connector, first tiles kept raw in host memory, for prefixes whose blocks the connector
-            brings back; without its first tile a prefix is computed again. None: four for each of `max_num_seqs`.
+        host_sinks: first tiles kept raw in host memory, for cached prefixes whose first tile has no slot and for those
+            that a KV connector brings back; without its first tile a prefix is computed again. None: four for each of
+            `max_num_seqs`.
         order: admission order of waiting requests. "prefix": longest cached prefix first; "fcfs": vLLM's
             order.
         window: number of oldest waiting requests that the prefix order considers.
@@ -64,7 +65,7 @@ class KVarNConfig:
 
     def __post_init__(self) -> None:
         self._check("retained_sinks", _is_count, "a number of slots >= 0")
-        self._check("host_sinks", lambda x: _is_count(x) and x > 0, "a number of tiles > 0")
+        self._check("host_sinks", _is_count, "a number of tiles >= 0")
         for switch in ("raw_chunks", "allow_untested_vllm"):
             self._check(switch, lambda x: isinstance(x, bool), "true or false")
         self._check("split_tiles", lambda x: _is_count(x) and x > 0, "a number of tiles > 0")
@@ -156,9 +157,7 @@ def side_pool_slots(vllm_config: VllmConfig, group: int | None = None) -> int:
 
 
 def host_sinks(vllm_config: VllmConfig) -> int:
-    """Number of first tiles that host memory holds raw for a KV connector; 0 without one."""
-    if vllm_config.kv_transfer_config is None:
-        return 0
+    """Number of first tiles that host memory holds raw."""
     set_number = KVarNConfig.of(vllm_config).host_sinks
     return 4 * vllm_config.scheduler_config.max_num_seqs if set_number is None else set_number
 
@@ -175,7 +174,7 @@ def slots_within(config: KVarNConfig, max_num_seqs: int, one_slot: int, tails: i
     Raises:
         ValueError: if the cap does not hold one request.
     """
-    retained = max_num_seqs if config.retained_sinks is None else config.retained_sinks
+    retained = math.ceil(max_num_seqs / 4) if config.retained_sinks is None else config.retained_sinks
     one_request = 1 + tails
     wanted = max(one_request, tails * max_num_seqs + retained)
     if config.side_pool_gib is None:

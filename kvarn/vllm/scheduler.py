@@ -179,10 +179,16 @@ class SlotPlanning(VllmScheduler):
         has_sink = num_computed_tokens > 0 or self._first_hash(request) in self.slots.host
         return (matched, True) if matched > 0 and has_sink else (0, False)
 
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        emptied: bool = super().reset_prefix_cache(*args, **kwargs)
+        if emptied and self.connector is None:  # which keeps blocks, and must find their first tiles
+            self.slots.forget_host_tiles(self._hash_of_tile)
+        return emptied
+
     def reset_connector_cache(self) -> bool:
         emptied: bool = super().reset_connector_cache()
         if emptied:
-            self.slots.host.clear()
+            self.slots.forget_host_tiles(self._hash_of_tile)
             note_emptied = getattr(self.kv_event_publisher, "note_emptied", None)
             if note_emptied is not None:  # vLLM's connectors publish no event
                 note_emptied()
@@ -278,6 +284,10 @@ class SlotPlanning(VllmScheduler):
         found: Hashable | None = block.block_hash
         return None if covered is not None and covered % self.block_tokens else found
 
+    def _hash_of_tile(self, tile: int) -> Hashable | None:
+        """The `_tile_hash` of a tile's block."""
+        return self._tile_hash(self.kv_cache_manager.block_pool.blocks[tile // self._tile_stride])
+
     def _tile(self, blocks: Sequence[KVCacheBlock], number: int) -> int:
         """The id of a request's tile, as workers address it: that of its block where a block is one tile."""
         block, place = divmod(number, self.block_tokens // self.tile_tokens)
@@ -293,9 +303,6 @@ class SlotPlanning(VllmScheduler):
         self.preemptions += len(preempted)
         pool = self.kv_cache_manager.block_pool
 
-        def block_hash(tile: int) -> Hashable | None:
-            return self._tile_hash(pool.blocks[tile // self._tile_stride])
-
         def evict(tiles: set[int]) -> None:
             pool.evict_blocks({tile // self._tile_stride for tile in tiles})
 
@@ -309,7 +316,7 @@ class SlotPlanning(VllmScheduler):
         departed = {request_id: self._last_hashes.pop(request_id, None) for request_id in gone}
         self._loading.clear()
         self._not_loaded.clear()
-        return self.slots.step(scheduled, departed, block_hash, evict)
+        return self.slots.step(scheduled, departed, self._hash_of_tile, evict)
 
     def _scheduled_tokens(self, request_id: str, num_tokens: int, drafts: int) -> ScheduledTokens:
         """The tokens of a step from the first position that it may compute to the last that it may write.

@@ -124,35 +124,45 @@ class _Sink:
     rank: int = 0
 
 
+@dataclass(frozen=True)
+class _PrefixCache:
+    """vLLM's prefix cache: `block_hash` returns a block's current hash, `evict` removes blocks."""
+
+    block_hash: Callable[[int], Hashable | None]
+    evict: Callable[[set[int]], None]
+
+
 class HostSinks:
     """Assigns `capacity` places in host memory to raw first tiles, by their blocks' hashes.
 
-    A KV connector copies blocks, and a block holds a tile's record only. What readers of a first tile need besides, its
-    raw rows, is copied to host memory when the tile's block gets its hash, and from there to a slot when a connector
-    loads a prefix that begins with it. The least recently used tile makes room for another.
+    A cached block holds a tile's record only. What readers of a first tile need besides, its raw rows, is copied to
+    host memory when the tile's block gets its hash, and from there to a slot when a request hits the block without one,
+    or a KV connector loads it. The least recently used tile makes room for another.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self._free = list(range(capacity - 1, -1, -1))
         self._place_of: OrderedDict[Hashable, int] = OrderedDict()  # least recently used first
 
     def __contains__(self, block_hash: Hashable) -> bool:
         return block_hash in self._place_of
 
-    def add(self, block_hash: Hashable, needed: Collection[Hashable] = ()) -> int | None:
-        """The place to copy a tile to, or None if it is held already or all others are `needed`."""
+    def add(
+        self, block_hash: Hashable, needed: Collection[Hashable] = ()
+    ) -> tuple[int, Hashable | None] | None:
+        """The place to copy a tile to and the tile that it held, or None if there is no need or all are `needed`."""
         if block_hash in self._place_of:
             self._place_of.move_to_end(block_hash)
             return None
-        if len(self._place_of) < self.capacity:
-            place = len(self._place_of)
-        else:
+        victim = None
+        if not self._free:
             victim = next((held for held in self._place_of if held not in needed), None)
             if victim is None:
                 return None
-            place = self._place_of.pop(victim)
-        self._place_of[block_hash] = place
-        return place
+            self._free.append(self._place_of.pop(victim))
+        place = self._place_of[block_hash] = self._free.pop()
+        return place, victim
 
     def place(self, block_hash: Hashable) -> int | None:
         """The place that holds a tile, None if none does."""
@@ -160,9 +170,10 @@ class HostSinks:
             self._place_of.move_to_end(block_hash)
         return self._place_of.get(block_hash)
 
-    def clear(self) -> None:
-        """Forget all tiles, whose prefixes the connector has forgotten."""
-        self._place_of.clear()
+    def forget_all_but(self, kept: Collection[Hashable]) -> None:
+        """Forget the tiles that are not `kept`."""
+        for block_hash in [held for held in self._place_of if held not in kept]:
+            self._free.append(self._place_of.pop(block_hash))
 
 
 class SlotTable:
@@ -171,17 +182,17 @@ class SlotTable:
     Lifetimes: a tail slot lives until the step after its tile filled, or until its request departs (finishes
     or is preempted). A tile completed only by drafts stays a tail until its request computes tokens behind
     it. A sink slot is *live* while a running request reads it, then *idle* as long as its block stays in the
-    prefix cache under the same hash. When slots run out, the idle sink of the lowest rank is evicted,
-    together with its block's entry in the prefix cache, so that no later hit finds a sink missing. Ranks are
-    LFU with dynamic aging (Arlitt et al., 2000): a sink that becomes idle ranks its number of uses above the
-    last evicted one, so that a formerly hot sink ages out.
+    prefix cache under the same hash. First tiles that get a hash are also copied to `host`. When slots run
+    out, the idle sink of the lowest rank is evicted, and a request that hits its block gets the tile back
+    from there; once host memory lacks it, too, its block leaves the prefix cache, so that no later hit finds
+    a sink missing. Ranks are LFU with dynamic aging (Arlitt et al., 2000): a sink that becomes idle ranks its
+    number of uses above the last evicted one, so that a formerly hot sink ages out.
 
     The scheduler admits requests only while the `tail_slots` of each and all sinks fit. If a tail still
     finds no slot, a live sink gives up its slot, and its block also leaves the prefix cache. A request
     without its sink reads that tile's record instead: `sinks_missing` counts such requests.
 
-    Beside a KV connector, first tiles that get a hash are also copied to `host`. A request whose prefix the
-    connector loaded finds the block of its first tile without a slot, and gets the tile from there.
+    A request whose prefix a KV connector loaded also finds the block of its first tile without a slot.
     """
 
     def __init__(self, num_slots: int, group: int, host: HostSinks | None = None) -> None:
@@ -196,6 +207,7 @@ class SlotTable:
         self._sink_of: dict[str, int] = {}
         self._live: dict[int, _Sink] = {}
         self._idle: dict[int, _Sink] = {}  # longest idle first
+        self._slotless: dict[Hashable, set[int]] = {}  # evicted idle sinks' blocks by hash, in host memory
         self._without_sink: set[str] = set()
         self._unsaved: dict[int, Hashable] = {}  # sinks that got this hash, or another user, in the last step
         self._needed: set[Hashable | None] = set()  # hashes of the first tiles that the step may restore
@@ -237,17 +249,17 @@ class SlotTable:
         its first block at that moment, which may have come with the output of its last step. `block_hash`
         returns a block's current hash, `evict` removes blocks from the prefix cache.
         """
-        plan = SlotPlan()
+        plan, cache = SlotPlan(), _PrefixCache(block_hash, evict)
         admitted = [tokens for tokens in scheduled if self._is_admitted(tokens, departed)]
         self._needed = {tokens.sink_hash for tokens in admitted}
         for block, hash_of_block in self._unsaved.items():
-            self._save(block, hash_of_block, plan)
+            self._save(block, hash_of_block, cache, plan)
         self._unsaved.clear()
         for block in self._filled:
             self._release(block, plan)
         self._filled.clear()
         for request_id, last_hash in departed.items():
-            self._depart(request_id, last_hash, block_hash, evict, plan)
+            self._depart(request_id, last_hash, cache, plan)
         for block in [b for b, sink in self._idle.items() if block_hash(b) != sink.block_hash]:
             self._release(block, plan)
         for tokens in scheduled:
@@ -255,20 +267,27 @@ class SlotTable:
         for tokens in admitted:
             self._use_sink(tokens)
         for tokens in admitted:
-            self._restore_sink(tokens, plan, evict)
+            self._restore_sink(tokens, cache, plan)
         for tokens in scheduled:
-            self._place_tiles(tokens, plan, evict)
+            self._place_tiles(tokens, cache, plan)
         for tokens in scheduled:
             self._note_sink(tokens, block_hash)
         return plan
 
+    def forget_host_tiles(self, block_hash: Callable[[int], Hashable | None]) -> None:
+        """Forget what is in host memory, except for the tiles of cached blocks that have no slot.
+
+        `block_hash` returns a block's current hash.
+        """
+        cached = (
+            (name, {b for b in blocks if block_hash(b) == name}) for name, blocks in self._slotless.items()
+        )
+        self._slotless = {name: blocks for name, blocks in cached if blocks}
+        self.host.forget_all_but(self._slotless)
+        self._unsaved.clear()
+
     def _depart(
-        self,
-        request_id: str,
-        last_hash: Hashable | None,
-        block_hash: Callable[[int], Hashable | None],
-        evict: Callable[[set[int]], None],
-        plan: SlotPlan,
+        self, request_id: str, last_hash: Hashable | None, cache: _PrefixCache, plan: SlotPlan
     ) -> None:
         self._without_sink.discard(request_id)
         for tail in self._tails_of.pop(request_id, {}).values():
@@ -281,21 +300,19 @@ class SlotTable:
         if not sink.users:
             if sink.block_hash is None and last_hash is not None:
                 sink.block_hash = last_hash
-                self._save(block, last_hash, plan)
-            self._retire_sink(block, block_hash(block), evict, plan)
+                self._save(block, last_hash, cache, plan)
+            self._retire_sink(block, cache, plan)
 
-    def _retire_sink(
-        self, block: int, current: Hashable | None, evict: Callable[[set[int]], None], plan: SlotPlan
-    ) -> None:
+    def _retire_sink(self, block: int, cache: _PrefixCache, plan: SlotPlan) -> None:
         """Keep an unused sink while its block is cached; a cached block must not outlive its sink."""
         sink = self._live.pop(block)
-        if sink.block_hash is None or current != sink.block_hash:
+        if sink.block_hash is None or cache.block_hash(block) != sink.block_hash:
             self._release(block, plan)
         elif block in self._slot_of:
             sink.rank = self._evicted_rank + sink.uses
             self._idle[block] = sink
         else:
-            evict({block})
+            cache.evict({block})
 
     def _is_admitted(self, tokens: ScheduledTokens, departed: Mapping[str, Hashable | None]) -> bool:
         """Whether a step is the first of its request, or the first after it departed."""
@@ -320,37 +337,44 @@ class SlotTable:
         for tile in [tile for tile in tails if tile < begun or tile in whole]:
             self._release(tails.pop(tile), plan)
 
-    def _place_tiles(
-        self, tokens: ScheduledTokens, plan: SlotPlan, evict: Callable[[set[int]], None]
-    ) -> None:
+    def _place_tiles(self, tokens: ScheduledTokens, cache: _PrefixCache, plan: SlotPlan) -> None:
         group = self._group
         for tile, block in enumerate(tokens.blocks, tokens.start // group):
             if tile == 0:
                 if block not in self._slot_of:
-                    self._assign(block, plan, evict)
+                    self._assign(block, cache, plan)
                 continue
             tails = self._tails_of.setdefault(tokens.request_id, {})
             if (tile + 1) * group <= tokens.sure_end:
                 if tile in tails:
                     self._filled.append(tails.pop(tile))
             elif block not in self._slot_of:
-                self._assign(block, plan, evict)
+                self._assign(block, cache, plan)
                 tails[tile] = block
 
-    def _restore_sink(
-        self, tokens: ScheduledTokens, plan: SlotPlan, evict: Callable[[set[int]], None]
-    ) -> None:
+    def _restore_sink(self, tokens: ScheduledTokens, cache: _PrefixCache, plan: SlotPlan) -> None:
         """Give the computed first tile of an admitted request a slot, if it has none and host memory has the tile."""
         if tokens.start >= self._group and tokens.sink not in self._slot_of:
             place = self.host.place(tokens.sink_hash)
             if place is not None:
-                self._assign(tokens.sink, plan, evict)
+                self._slotless.get(tokens.sink_hash, set()).discard(tokens.sink)
+                self._assign(tokens.sink, cache, plan)
                 plan.restored.append((place, self._slot_of[tokens.sink]))
 
-    def _save(self, block: int, block_hash: Hashable, plan: SlotPlan) -> None:
+    def _save(self, block: int, block_hash: Hashable, cache: _PrefixCache, plan: SlotPlan) -> None:
         """Copy a full first tile to host memory, where it has a slot and is not held yet."""
-        if block in self._slot_of and (place := self.host.add(block_hash, self._needed)) is not None:
-            plan.saved.append((self._slot_of[block], place))
+        if block not in self._slot_of:
+            return
+        added = self.host.add(block_hash, self._needed)
+        if added is None:
+            return
+        place, victim = added
+        plan.saved.append((self._slot_of[block], place))
+        lost = {
+            slotless for slotless in self._slotless.pop(victim, ()) if cache.block_hash(slotless) == victim
+        }
+        if lost:
+            cache.evict(lost)
 
     def _note_sink(self, tokens: ScheduledTokens, block_hash: Callable[[int], Hashable | None]) -> None:
         if tokens.sink not in self._slot_of:
@@ -364,20 +388,25 @@ class SlotTable:
                 if sink.block_hash is not None:
                     self._unsaved[tokens.sink] = sink.block_hash
 
-    def _assign(self, block: int, plan: SlotPlan, evict: Callable[[set[int]], None]) -> None:
+    def _assign(self, block: int, cache: _PrefixCache, plan: SlotPlan) -> None:
         if not self._free:
-            self._make_room(plan, evict)
+            self._make_room(cache, plan)
         slot = self._free.pop()
         self._slot_of[block] = slot
         plan.assigned.append((block, slot))
 
-    def _make_room(self, plan: SlotPlan, evict: Callable[[set[int]], None]) -> None:
+    def _make_room(self, cache: _PrefixCache, plan: SlotPlan) -> None:
+        in_host = None
         if self._idle:
             victim = min(self._idle, key=lambda block: self._idle[block].rank)
             self._evicted_rank = self._idle[victim].rank
+            in_host = self._idle[victim].block_hash
         else:
             victim = next(block for block, sink in self._live.items() if sink.is_full)
-        evict({victim})
+        if in_host in self.host:
+            self._slotless.setdefault(in_host, set()).add(victim)
+        else:
+            cache.evict({victim})
         self._release(victim, plan)
 
     def _release(self, block: int, plan: SlotPlan) -> None:

@@ -139,16 +139,18 @@ def test_aborted_request_frees_its_blocks_and_slots(llm: LLM) -> None:
     assert pool.get_num_free_blocks() == free_while_running + 4
 
 
-def test_more_prefixes_than_retained_sinks_stay_exact(llm: LLM) -> None:
-    """A prefix whose sink is evicted leaves the prefix cache too and is recomputed."""
+def test_prefixes_whose_first_tiles_have_no_slot_stay_exact(llm: LLM) -> None:
+    """They are hit as long as host memory has the tile; then they leave the prefix cache too and are recomputed."""
     prompt = prompt_of(2 * TILE + 40, 0)
     cold = ask_cold(llm, prompt, max_tokens=OUTPUT_TOKENS)
     slots = scheduler_of(llm).slots
-    for number in range(1, slots.num_slots + 1):
-        ask(llm, [prompt_of(TILE + 1, number)], max_tokens=1)
-    (again,) = ask(llm, [prompt], OUTPUT_TOKENS)
-    assert again.cached == 0
-    again.assert_same(cold)
+    assert slots.num_slots < slots.host.capacity
+    for others, cached in ((slots.num_slots, 2 * TILE), (slots.host.capacity + slots.num_slots, 0)):
+        for number in range(1, others + 1):
+            ask(llm, [prompt_of(TILE + 1, 100 * others + number)], max_tokens=1)
+        (again,) = ask(llm, [prompt], OUTPUT_TOKENS)
+        assert again.cached == cached
+        again.assert_same(cold)
     assert slots.sinks_missing == 0
 
 

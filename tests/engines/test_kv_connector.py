@@ -130,7 +130,7 @@ def test_a_full_tier_keeps_what_it_has(llm: LLM, monkeypatch: pytest.MonkeyPatch
 
 def test_a_prefix_without_its_first_tile_is_computed(llm: LLM) -> None:
     first = cold(llm, prompt_of(LONGEST))
-    scheduler_of(llm).slots.host.clear()
+    scheduler_of(llm).slots.host.forget_all_but(())
     (computed,) = ask_later(llm, prompt_of(LONGEST))
     assert computed.cached == 0
     computed.assert_same(first)

@@ -37,10 +37,10 @@ def limits(max_num_seqs: int = 16, cache_gib: float | None = 1, **settings: floa
 
 def test_each_of_the_three_may_come_first() -> None:
     plenty = limits(cache_gib=4)
-    assert (plenty.first, plenty.requests_at_once, plenty.slots) == ("max_num_seqs", 16, 48)
+    assert (plenty.first, plenty.requests_at_once, plenty.slots) == ("max_num_seqs", 16, 36)
     assert "16 requests run at once, each of up to 8,192 tokens" in plenty.sentence
     pool = limits(side_pool_gib=12 * SLOT / GIB)
-    assert (pool.first, pool.requests_at_once, pool.side_pool_bytes) == ("side pool", 4, 12 * SLOT)
+    assert (pool.first, pool.requests_at_once, pool.side_pool_bytes) == ("side pool", 6, 12 * SLOT)
     assert "raise side_pool_gib" in pool.sentence
     cache = limits(max_num_seqs=64)
     assert (cache.first, cache.requests_at_once, cache.longest_requests) == ("blocks", 64, 1725 // 64)
@@ -112,7 +112,7 @@ def test_the_doctor_shows_them_for_a_yaml() -> None:
     with out.capture() as shown:
         out.print(render(Diagnosis({}, {}, [], [], made)))
     text = " ".join(shown.get().split())
-    assert "48 slots" in text
+    assert "36 slots" in text
     assert "1,725 blocks" in text
     assert "limits first" in text
 

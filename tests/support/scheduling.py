@@ -32,6 +32,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import xxhash
 from vllm.v1.core.kv_cache_utils import (
+    KVCacheBlock,
     get_block_hash,
     get_group_id,
     get_request_block_hasher,
@@ -899,19 +900,24 @@ class World:
                 held = other.rows.get(block.block_id)
                 assert held == contents[-other.block_tokens :], "a cached window has something else"
             elif len(contents) % self.scheduler.block_tokens == 0:  # no request looks up a part of a block
-                self._check_cached_tiles(block.block_id, contents, models)
+                self._check_cached_tiles(block, contents, models)
 
-    def _check_cached_tiles(self, block: int, contents: list[int], models: list[_Cache]) -> None:
+    def _check_cached_tiles(self, block: KVCacheBlock, contents: list[int], models: list[_Cache]) -> None:
         first = len(contents) // GROUP - self.worker.tiles
-        for tile, cached in enumerate(self.worker.tiles_of([block]), start=first):
+        for tile, cached in enumerate(self.worker.tiles_of([block.block_id]), start=first):
             rows = contents[tile * GROUP : (tile + 1) * GROUP]
             for model in models:
                 assert model.record.get(cached) == rows[-1], "a cached block has no valid record"
                 if tile == 0:
-                    slot = model.slot(cached)
-                    assert slot is not None, "a cached first tile has no sink slot"
+                    slot, place = (
+                        model.slot(cached),
+                        self.scheduler.slots.host._place_of.get(block.block_hash),
+                    )
+                    held = model.raw if slot is not None else model.host
+                    at = slot if slot is not None else place
+                    assert at is not None, "a cached first tile is raw in neither a slot nor host memory"
                     kept = GROUP - model.shift
-                    assert model.raw[slot][:kept] == rows[model.shift :], "a sink slot holds something else"
+                    assert held[at][:kept] == rows[model.shift :], "a first tile is kept as something else"
 
     def _check_tails(self) -> None:
         """Check that a running request's partial tile has a slot with its raw rows and completed tiles have none."""

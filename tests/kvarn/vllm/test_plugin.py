@@ -93,7 +93,7 @@ def test_an_unquantized_cache_is_left_alone(model: Path) -> None:
 
 
 def test_side_pool_follows_max_num_seqs_and_the_setting(model: Path) -> None:
-    assert side_pool_slots(configure(model, max_num_seqs=10)) == 30
+    assert side_pool_slots(configure(model, max_num_seqs=10)) == 23
     settings = {"kvarn": {"retained_sinks": 5}}
     assert side_pool_slots(configure(model, max_num_seqs=10, additional_config=settings)) == 25
 
@@ -152,7 +152,7 @@ def test_layers_of_other_shapes_share_one_group_and_its_block_table(model: Path)
 
 def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pytest.LogCaptureFixture) -> None:
     configure(model, max_num_seqs=10)
-    assert "30 slots of 0.1 MiB, 4 MiB per rank" in caplog_vllm.text
+    assert "23 slots of 0.1 MiB, 3 MiB per rank" in caplog_vllm.text
     assert "max_num_seqs, kvarn.retained_sinks and kvarn.side_pool_gib change that" in caplog_vllm.text
 
 
@@ -208,7 +208,7 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
             },
             "for which OffloadingConnector was not tried",
         ),
-        ({"additional_config": {"kvarn": {"host_sinks": 0}}}, "give a number of tiles > 0"),
+        ({"additional_config": {"kvarn": {"host_sinks": -1}}}, "give a number of tiles >= 0"),
         (
             {"additional_config": {"kvarn": {"retained": 1}}},
             "no setting retained; use allow_untested_vllm, expected_output_tokens",

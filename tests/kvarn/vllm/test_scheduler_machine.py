@@ -84,7 +84,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         states=st.sampled_from(STATES),
         stages=st.sampled_from([1, 1, 2, 3]),
         connector=st.sampled_from(CONNECTORS),
-        host_sinks=st.sampled_from([None, 1, 3]),
+        host_sinks=st.sampled_from([None, 0, 1, 3]),
     )
     def start(
         self, drafts: int, windows: list[tuple[int | None, int]], states: tuple[int, int], **settings: Any
@@ -323,9 +323,24 @@ def keep_the_sink_of_an_evicted_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def drop_a_sink_but_not_its_cached_block(monkeypatch: pytest.MonkeyPatch) -> None:
     make_room = SlotTable._make_room
-    monkeypatch.setattr(
-        SlotTable, "_make_room", lambda self, plan, evict: make_room(self, plan, lambda blocks: None)
-    )
+
+    def mutant(self: SlotTable, cache: Any, plan: SlotPlan) -> None:
+        make_room(self, replace(cache, evict=lambda blocks: None), plan)
+
+    monkeypatch.setattr(SlotTable, "_make_room", mutant)
+
+
+def keep_a_block_whose_first_tile_leaves_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    save = SlotTable._save
+
+    def mutant(self: SlotTable, block: int, block_hash: Hashable, cache: Any, plan: SlotPlan) -> None:
+        save(self, block, block_hash, replace(cache, evict=lambda blocks: None), plan)
+
+    monkeypatch.setattr(SlotTable, "_save", mutant)
+
+
+def take_a_first_tile_for_saved_before_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SlotTable, "_save", lambda self, block, block_hash, *args: self.host.add(block_hash))
 
 
 def forget_hashes_that_came_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,6 +472,8 @@ def forget_the_windows_that_reach_into_a_tile(monkeypatch: pytest.MonkeyPatch) -
         take_drafts_as_accepted,
         keep_the_sink_of_an_evicted_block,
         drop_a_sink_but_not_its_cached_block,
+        keep_a_block_whose_first_tile_leaves_host_memory,
+        take_a_first_tile_for_saved_before_it_is,
         forget_hashes_that_came_late,
         admit_without_asking_for_slots,
         plan_without_lookahead,

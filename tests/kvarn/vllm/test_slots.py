@@ -221,15 +221,15 @@ def test_a_cached_block_does_not_outlive_its_sink() -> None:
 
 def test_of_tiles_in_host_memory_the_least_recently_used_makes_room() -> None:
     host = HostSinks(2)
-    assert (host.add("a"), host.add("b")) == (0, 1)
+    assert (host.add("a"), host.add("b")) == ((0, None), (1, None))
     assert host.add("a") is None, "it is held"
     assert host.place("b") == 1
-    assert host.add("c") == 0
+    assert host.add("c") == (0, "a")
     assert [name in host for name in "abc"] == [False, True, True]
     assert host.add("d", needed={"b", "c"}) is None
-    host.clear()
-    assert host.place("c") is None
-    assert host.add("e") == 0
+    host.forget_all_but({"b"})
+    assert ("b" in host, "c" in host) == (True, False)
+    assert host.add("e") == (0, None)
 
 
 def host_step(table: SlotTable, *scheduled: ScheduledTokens, departed: tuple[str, ...] = ()) -> SlotPlan:
@@ -247,6 +247,34 @@ def test_a_loaded_first_tile_comes_from_host_memory_and_stays_as_long_as_its_req
     assert loading.restored == [(0, slot)]
     assert not host_step(table, ScheduledTokens("b", 8, 9, 7, [9], sink_hash="hash-1")).restored
     assert table.sinks_missing == 0
+
+
+def test_an_evicted_sink_stays_cached_as_long_as_host_memory_has_its_tile() -> None:
+    table, evicted = SlotTable(2, GROUP, HostSinks(1)), set[int]()
+
+    def step(*scheduled: ScheduledTokens, departed: tuple[str, ...] = ()) -> SlotPlan:
+        return table.step(scheduled, dict.fromkeys(departed), lambda block: f"hash-{block}", evicted.update)
+
+    step(ScheduledTokens("a", 0, 4, 1, [1], sink_hash="hash-1"))
+    step(departed=("a",))
+    step(ScheduledTokens("b", 0, 5, 2, [2, 3], sink_hash="hash-2"))  # takes the idle sink's slot
+    assert (evicted, table.num_idle_sinks) == (set(), 0)
+    step(
+        ScheduledTokens("b", 5, 6, 2, [3], sink_hash="hash-2")
+    )  # whose first tile takes the place in host memory
+    assert evicted == {1}
+
+
+def test_a_hit_on_a_sink_without_a_slot_restores_it() -> None:
+    table = SlotTable(2, GROUP, HostSinks(2))
+    host_step(table, ScheduledTokens("a", 0, 4, 1, [1], sink_hash="hash-1"))
+    host_step(table, departed=("a",))
+    host_step(table, ScheduledTokens("b", 0, 5, 2, [2, 3], sink_hash="hash-2"))
+    plan = host_step(table, ScheduledTokens("c", 4, 6, 1, [4], sink_hash="hash-1"), departed=("b",))
+    assert len(plan.restored) == 1
+    assert table.sinks_missing == 0
+    table.forget_host_tiles(lambda block: None)
+    assert "hash-1" not in table.host
 
 
 def test_a_tile_that_a_step_restores_makes_no_room_for_one_that_it_saves() -> None:
