@@ -16,7 +16,9 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
     maybe_convert_block_hash,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+
+from kvarn.vllm.versions import groups_that_drop
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -33,11 +35,24 @@ class _Group:
         index: its index in vLLM.
         step: hashes per block.
         needed: cached blocks that a prefix needs at its end; `ALL` for all of them.
+        drops: whether vLLM finds a prefix there only with one more block, and drops that.
+        given: blocks that count as cached in front of a prompt.
     """
 
     index: int
     step: int
     needed: int
+    drops: bool
+    given: int
+
+    @classmethod
+    def of(cls, index: int, manager: Any, hash_tokens: int, tile_tokens: int, drops: bool) -> _Group:
+        """The group `index` of vLLM's `manager`, which may drop the last block of a hit."""
+        needed = _needed_blocks(manager.kv_cache_spec)
+        drops = drops and not isinstance(manager.kv_cache_spec, MambaSpec)
+        # vLLM rounds a hit that is shorter than the window to whole tiles before it drops a block of less than a tile.
+        is_rounded = drops and needed != ALL and manager.block_size < tile_tokens
+        return cls(index, manager.block_size // hash_tokens, needed, drops, given=0 if is_rounded else needed)
 
 
 @dataclass(eq=False, slots=True)
@@ -60,6 +75,9 @@ class _Tile:
 class PrefixEnds:
     """Follows which tiles end a prefix that every cache group can use.
 
+    Where vLLM drops the last block of a hit, an end is named by the tile of that block: a request that has it, too, can
+    use the prefix before it.
+
     Learns of tiles as vLLM caches a request's blocks. What is cached is looked up in the block pool, for tiles that
     vLLM's cache events name, so that neither the order of events nor the number of copies of a block matters.
 
@@ -76,10 +94,10 @@ class PrefixEnds:
         self._pool = scheduler.kv_cache_manager.block_pool
         self._group = group
         self._hashes_per_tile = tile_tokens // self._pool.hash_block_size
+        dropping = groups_that_drop(scheduler)
+        self._drops_last = bool(dropping)
         self._others = [
-            _Group(
-                index, manager.block_size // self._pool.hash_block_size, _needed_blocks(manager.kv_cache_spec)
-            )
+            _Group.of(index, manager, self._pool.hash_block_size, tile_tokens, drops=index in dropping)
             for index, manager in enumerate(managers)
             if index != group
         ]
@@ -143,13 +161,28 @@ class PrefixEnds:
             tile.runs = runs
             self._changed |= dict.fromkeys(tile.children)
         is_cached = self._is_cached(own, self._group)
-        if is_cached and all(run >= group.needed for run, group in zip(runs, self._others, strict=True)):
+        if is_cached and self._is_end(tile):
             self._usable.add(own)
         else:
             self._usable.discard(own)
         self._tile_of[maybe_convert_block_hash(own)] = tile
         if not is_cached and not tile.children:
             self._forget(tile)
+
+    def _is_end(self, tile: _Tile) -> bool:
+        """Whether the other groups have what a prefix needs that ends with a tile, or is hit with it and drops it."""
+        end = tile.parent if self._drops_last else tile
+        if end is None:
+            return False
+        return all(
+            end.runs[place] >= group.needed and (not group.drops or self._holds_first_block(tile, group))
+            for place, group in enumerate(self._others)
+        )
+
+    def _holds_first_block(self, tile: _Tile, group: _Group) -> bool:
+        block_hash = tile.hashes[group.step - 1]
+        self._tile_of[maybe_convert_block_hash(block_hash)] = tile
+        return self._is_cached(block_hash, group.index)
 
     def _run(self, tile: _Tile, place: int, group: _Group) -> int:
         """Consecutive blocks of a group that are cached up to the end of a tile, at most those needed."""
@@ -159,7 +192,7 @@ class PrefixEnds:
                 return min(run, group.needed)
             self._tile_of[maybe_convert_block_hash(block_hash)] = tile
             run += 1
-        before = tile.parent.runs[place] if tile.parent is not None else group.needed
+        before = tile.parent.runs[place] if tile.parent is not None else group.given
         return min(run + before, group.needed)
 
     def _is_cached(self, block_hash: BlockHash, group: int) -> bool:

@@ -152,6 +152,16 @@ def max_active_requests(scheduler: Scheduler) -> int:
     return active
 
 
+def groups_that_drop(scheduler: Scheduler) -> set[int]:
+    """Cache groups in which vLLM drops the last block of a hit, for a drafter that reads the model's hidden states.
+
+    From 0.33 on, the hash of a block may cover the next token instead, so that none does.
+    """
+    coordinator = scheduler.kv_cache_manager.coordinator
+    dropping = getattr(coordinator, "drop_eagle_group_ids", coordinator.eagle_group_ids)
+    return set(dropping)
+
+
 def returns_routed_experts(vllm_config: VllmConfig) -> bool:
     """Whether answers carry the experts that served each token; from 0.31 on that is an auxiliary output."""
     aux_output = getattr(vllm_config, "aux_output_config", None)

@@ -63,6 +63,7 @@ class CacheMonitor:
     Attributes:
         epoch: identifies this run of the engine.
         reservations: blocks and prefill that gateways reserved here for their requests, by gateway.
+        state: the engine's state as last read.
     """
 
     def __init__(self, read: Callable[[], Awaitable[CacheState]], step_timeout_s: float = 30) -> None:
@@ -77,12 +78,12 @@ class CacheMonitor:
         self.prefill_tokens_per_s = Speed()
         self.inter_token_latency_s = Rate()
         self.snapshot: CacheSnapshot
-        self._state: CacheState
+        self.state: CacheState
 
     async def start(self) -> None:
         """Read the engine's state for the first time."""
-        self._state = await self._read()
-        self.snapshot = CacheSnapshot(self.epoch, 1, _capacity(self._state), self._load(self._state))
+        self.state = await self._read()
+        self.snapshot = CacheSnapshot(self.epoch, 1, _capacity(self.state), self._load(self.state))
 
     async def run(self) -> None:
         """Publish changes until cancelled or the engine dies."""
@@ -91,7 +92,7 @@ class CacheMonitor:
             await self._read_state()
             for gateway_id in self.reservations.owners():
                 self.reservations.settle(gateway_id)
-            self._publish(self._load(self._state))
+            self._publish(self._load(self.state))
             await asyncio.sleep(MIN_INTERVAL_S)
 
     def touch(self) -> None:
@@ -123,8 +124,8 @@ class CacheMonitor:
         try:
             while not (await asyncio.wait([reading], timeout=IDLE_INTERVAL_S))[0]:
                 if time.monotonic() - asked_s < self._step_timeout_s:
-                    self._publish(self._load(self._state))
-            self._state = reading.result()
+                    self._publish(self._load(self.state))
+            self.state = reading.result()
         finally:
             reading.cancel()
 

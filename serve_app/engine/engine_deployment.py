@@ -79,6 +79,7 @@ class Engine:
             capacity.tile_tokens,
             has_ends=capacity.other_blocks > 0,
             has_tier=config.kv_transfer_config is not None,
+            drops_last=self._monitor.state.drops_last,
         )
         self._monitoring = asyncio.create_task(self._monitor.run())
         shape = kv_shape(resolve_model(model), capacity.max_model_len)

@@ -29,6 +29,7 @@ class TileLog:
         tile_tokens: tokens per block.
         has_ends: whether events say which tiles end a prefix that every layer can use; otherwise all do.
         has_tier: whether events say what a KV connector holds.
+        drops_last: whether the engine computes the last tile of every cached prefix again.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class TileLog:
         tile_tokens: int,
         has_ends: bool = False,
         has_tier: bool = False,
+        drops_last: bool = False,
     ) -> None:
         self._epoch = epoch
         self._model = model
@@ -46,6 +48,7 @@ class TileLog:
         self._tile_tokens = tile_tokens
         self._has_ends = has_ends
         self._has_tier = has_tier
+        self._drops_last = drops_last
         self._sequence = 1
         self._tiles: dict[int, _Tile] = {}
         self._offloaded: set[int] = set()  # blocks that a KV connector holds
@@ -162,4 +165,5 @@ class TileLog:
             is_whole=True,
             has_ends=self._has_ends,
             has_tier=self._has_tier,
+            drops_last=self._drops_last,
         )

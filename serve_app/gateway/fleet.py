@@ -198,7 +198,13 @@ class ReplicaConnection:
                 whole = event.snapshot
                 epoch = whole.epoch
                 index.replace(
-                    self._replica_id, epoch, whole.sequence, whole.tiles, whole.has_ends, whole.has_tier
+                    self._replica_id,
+                    epoch,
+                    whole.sequence,
+                    whole.tiles,
+                    has_ends=whole.has_ends,
+                    has_tier=whole.has_tier,
+                    drops_last=whole.drops_last,
                 )
                 continue
             delta = event.delta

@@ -53,6 +53,7 @@ class PrefixIndex:
         self._owner: dict[int, str] = {}
         self._end_bits = 0  # of replicas whose prefixes can be used at known ends only
         self._tier_bits = 0  # of replicas that hold tiles outside their cache, too
+        self._dropping_bits = 0  # of replicas that compute the last tile of a cached prefix again
         self._lost_bits = 0
         self._sweeping_bits = 0
         self._reservations: dict[str, tuple[str, int, Sequence[int]]] = {}
@@ -84,16 +85,19 @@ class PrefixIndex:
         tiles: Iterable[int],
         has_ends: bool = False,
         has_tier: bool = False,
+        drops_last: bool = False,
     ) -> None:
         """Take a snapshot: `tiles` are all tiles of the replica at state `sequence` of engine life `epoch`.
 
         With `has_ends`, a prefix can be used up to a tile only if `end_name` of that tile is among them, too. With
-        `has_tier`, a tile must be loaded to be used if `tier_name` of it is among them.
+        `has_tier`, a tile must be loaded to be used if `tier_name` of it is among them. With `drops_last`, the replica
+        computes the last tile of a cached prefix again; ends are then named by the tile that it drops.
         """
         self.drop(replica_id)
         bit = self._free_bit()
         self._end_bits |= bit if has_ends else 0
         self._tier_bits |= bit if has_tier else 0
+        self._dropping_bits |= bit if drops_last else 0
         holder = self._holders[replica_id] = _Holder(bit, epoch, sequence)
         self._owner[bit] = replica_id
         for tile in tiles:
@@ -127,6 +131,7 @@ class PrefixIndex:
             del self._owner[holder.bit]
             self._end_bits &= ~holder.bit
             self._tier_bits &= ~holder.bit
+            self._dropping_bits &= ~holder.bit
             self._lost_bits |= holder.bit
             self._start_sweep()
 
@@ -135,7 +140,8 @@ class PrefixIndex:
 
         Args:
             chain: the names of a prompt's tiles.
-            most: tiles that are looked up at most where prefixes have ends: engines compute a prompt's last token.
+            most: tiles that are looked up at most where prefixes have ends or lose their last tile: engines compute a
+                prompt's last token.
         """
         masks: Iterator[int] = map(self._tiles.get, chain, repeat(0))
         if self._unswept:
@@ -153,8 +159,11 @@ class PrefixIndex:
                     depths[owner[bit]] = depth
                 if not held:
                     break
+        most = len(chain) if most is None else most
         if self._end_bits:
-            self._shorten(depths, chain, len(chain) if most is None else most)
+            self._shorten(depths, chain, most)
+        if self._dropping_bits:
+            self._drop_last(depths, most)
         return depths
 
     def offloaded(self, chain: Sequence[int], depths: Mapping[str, int]) -> dict[str, int]:
@@ -189,6 +198,14 @@ class PrefixIndex:
                 bit = found & -found
                 found ^= bit
                 depths[self._owner[bit]] = depth
+
+    def _drop_last(self, depths: dict[str, int], most: int) -> None:
+        """Leave out the last tile of at most `most` where replicas compute it again."""
+        dropping = [replica for replica in depths if self._holders[replica].bit & self._dropping_bits]
+        for replica in dropping:
+            kept = min(depths.pop(replica), most) - 1
+            if kept > 0:
+                depths[replica] = kept
 
     def reserve(
         self, request_id: str, replica_id: str, chain: Sequence[int], most: int | None = None

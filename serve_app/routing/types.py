@@ -110,7 +110,8 @@ class TileChange:
     """Change number `sequence` of engine life `epoch`: all tiles if `is_whole`, else a delta.
 
     With `has_ends`, which only a whole change says, the tiles include the names of usable ends (`end_name`); with
-    `has_tier`, those of tiles that only a KV connector holds (`tier_name`).
+    `has_tier`, those of tiles that only a KV connector holds (`tier_name`). With `drops_last`, the engine computes the
+    last tile of every cached prefix again.
     """
 
     epoch: int
@@ -120,6 +121,7 @@ class TileChange:
     is_whole: bool = False
     has_ends: bool = False
     has_tier: bool = False
+    drops_last: bool = False
 
 
 class BreakerState(Enum):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvarn.vllm.access.block_count import evictable_blocks
 from kvarn.vllm.mixed_layers import block_tokens, full_attention_group, other_blocks
-from kvarn.vllm.versions import waiting_requests
+from kvarn.vllm.versions import groups_that_drop, waiting_requests
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -33,7 +33,7 @@ class CacheState:
     these in the last step, and `for_prefix` the requests held back while another computes their prefix; the
     rest wait their turn. Of the `drafts_proposed` tokens that speculative decoding verified since the engine
     started, `drafts_accepted` were right. A KV connector brought `loaded_tokens` back since then, whose loads took
-    `loading_s` seconds in all.
+    `loading_s` seconds in all. With `drops_last`, the last tile of every cached prefix is computed again.
     """
 
     cache_dtype: str
@@ -64,6 +64,7 @@ class CacheState:
     evictable_other_blocks: int = 0
     other_blocks: int = 0
     other_tokens: int = 0
+    drops_last: bool = False
 
 
 def cache_state(core: EngineCore) -> dict[str, int | str]:
@@ -103,6 +104,7 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
         evictable_other_blocks=evictable - evictable_blocks(pool)[full_attention_group(scheduler)],
         other_blocks=others,
         other_tokens=other_tokens,
+        drops_last=bool(groups_that_drop(scheduler)),
         **waiting_by_reason(scheduler, len(waiting)),
     )
     return asdict(state)

@@ -29,16 +29,22 @@ class IndexMachine(RuleBasedStateMachine):
         self.index = PrefixIndex(1000)
         self.held: dict[str, set[int]] = {}
         self.has_ends: dict[str, bool] = {}
+        self.drops_last: dict[str, bool] = {}
         self.sequence: dict[str, int] = {}
         self.reserved: dict[str, tuple[str, set[int]]] = {}
         self.count = 0
 
-    @rule(replica=st.sampled_from("abc"), tiles=st.sets(st.sampled_from(NAMES)), has_ends=st.booleans())
-    def snapshot(self, replica: str, tiles: set[int], has_ends: bool) -> None:
+    @rule(
+        replica=st.sampled_from("abc"),
+        tiles=st.sets(st.sampled_from(NAMES)),
+        has_ends=st.booleans(),
+        drops_last=st.booleans(),
+    )
+    def snapshot(self, replica: str, tiles: set[int], has_ends: bool, drops_last: bool) -> None:
         self.held[replica], self.sequence[replica] = set(tiles), 7
-        self.has_ends[replica] = has_ends
+        self.has_ends[replica], self.drops_last[replica] = has_ends, drops_last
         self.reserved = {key: held for key, held in self.reserved.items() if held[0] != replica}
-        self.index.replace(replica, 1, 7, tiles, has_ends)
+        self.index.replace(replica, 1, 7, tiles, has_ends, drops_last=drops_last)
 
     @rule(
         replica=st.sampled_from("abc"),
@@ -91,7 +97,9 @@ class IndexMachine(RuleBasedStateMachine):
                 if self.has_ends[replica]:
                     usable = links[: depth if most is None else max(0, min(depth, most))]
                     depth = max((i for i, link in enumerate(usable, 1) if end_name(link) in tiles), default=0)
-                if depth:
+                if self.drops_last[replica]:
+                    depth = (depth if most is None else min(depth, most)) - 1
+                if depth > 0:
                     expected[replica] = depth
             assert self.index.match(links, most) == expected
         for replica, held in self.held.items():
