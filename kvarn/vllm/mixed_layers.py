@@ -139,11 +139,32 @@ def other_blocks(scheduler: Scheduler) -> tuple[int, int]:
         spec = group.kv_cache_spec
         if index == full:
             continue
-        reach = min(getattr(spec, "sliding_window", None) or scheduler.max_model_len, scheduler.max_model_len)
         states = most_states(spec)
-        blocks += _ceil_div(reach, spec.block_size) + 1 if states is None else states
-        tokens = max(tokens, reach if states is None else 1)
+        if states is None:
+            held, reach = _local_blocks(spec, scheduler.max_model_len)
+        else:
+            held, reach = states, 1
+        blocks += held
+        tokens = max(tokens, reach)
     return blocks, tokens
+
+
+def _local_blocks(spec: Any, max_tokens: int) -> tuple[int, int]:
+    """Most blocks that a sequence holds in a group of layers that attend to a window or a chunk, and its tokens then.
+
+    A window may begin and end within a block; chunks begin with one.
+    """
+    chunk = getattr(spec, "attention_chunk_size", None)
+    if chunk:
+        reach = min(chunk, max_tokens)
+        return _ceil_div(reach, spec.block_size), reach
+    reach = min(getattr(spec, "sliding_window", None) or max_tokens, max_tokens)
+    return _window_blocks(reach, spec.block_size), reach
+
+
+def _window_blocks(tokens: int, block_tokens: int) -> int:
+    """Most blocks that `tokens` consecutive tokens touch."""
+    return _ceil_div(tokens - 1, block_tokens) + 1
 
 
 def tile_stride(cache_config: Any, group: int) -> int:
@@ -373,7 +394,7 @@ def block_use(
         sizes = _powers_of_two(smallest, layout.group)
         local = LocalLayers(others.windows, others.token_bytes, others.window - 1, sizes)
         pages = share_pages(tile, layout.group, layers, local, max_tokens)
-        held = _ceil_div(reach, pages.block_tokens) + 1
+        held = _window_blocks(reach, pages.block_tokens)
         per_group = _layers_per_group(layers, others.windows)
         groups = _ceil_div(others.windows, per_group)
         return BlockUse(layout.group, per_group * pages.nbytes, groups * held, reach)

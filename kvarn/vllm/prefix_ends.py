@@ -1,7 +1,8 @@
 """Cached prefixes that every cache group of a model with several can use.
 
-Layers with full attention need all of a prefix. Layers with a window need the last tokens of a prefix, and layers
-with a state the state at its end, so that a request can use a cached prefix only where these are cached too.
+Layers with full attention need all of a prefix. Layers with a window need its last tokens, layers that attend in chunks
+those of its last chunk, and layers with a state the state at its end, so that a request can use a cached prefix only
+where these are cached too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
     maybe_convert_block_hash,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, MambaSpec
 
 from kvarn.vllm.versions import groups_that_drop
 
@@ -34,7 +35,9 @@ class _Group:
     Attributes:
         index: its index in vLLM.
         step: hashes per block.
-        needed: cached blocks that a prefix needs at its end; `ALL` for all of them.
+        needed: most cached blocks that a prefix needs at its end; `ALL` for all of them.
+        block_tokens: tokens per block.
+        chunk: tokens that attend to each other, of layers that attend in chunks; 0 for others.
         drops: whether vLLM finds a prefix there only with one more block, and drops that.
         given: blocks that count as cached in front of a prompt.
     """
@@ -42,17 +45,34 @@ class _Group:
     index: int
     step: int
     needed: int
+    block_tokens: int
+    chunk: int
     drops: bool
     given: int
 
     @classmethod
     def of(cls, index: int, manager: Any, hash_tokens: int, tile_tokens: int, drops: bool) -> _Group:
         """The group `index` of vLLM's `manager`, which may drop the last block of a hit."""
-        needed = _needed_blocks(manager.kv_cache_spec)
-        drops = drops and not isinstance(manager.kv_cache_spec, MambaSpec)
+        spec, block = manager.kv_cache_spec, manager.block_size
+        needed = _needed_blocks(spec)
+        drops = drops and not isinstance(spec, MambaSpec)
         # vLLM rounds a hit that is shorter than the window to whole tiles before it drops a block of less than a tile.
-        is_rounded = drops and needed != ALL and manager.block_size < tile_tokens
-        return cls(index, manager.block_size // hash_tokens, needed, drops, given=0 if is_rounded else needed)
+        is_rounded = drops and needed != ALL and block < tile_tokens
+        return cls(
+            index,
+            step=block // hash_tokens,
+            needed=needed,
+            block_tokens=block,
+            chunk=spec.attention_chunk_size if isinstance(spec, ChunkedLocalAttentionSpec) else 0,
+            drops=drops,
+            given=0 if is_rounded else needed,
+        )
+
+    def needed_at(self, end: int) -> int:
+        """Cached blocks that a prefix of `end` tokens needs at its end."""
+        if not self.chunk:
+            return self.needed
+        return end // self.block_tokens - end // self.chunk * self.chunk // self.block_tokens
 
 
 @dataclass(eq=False, slots=True)
@@ -60,12 +80,14 @@ class _Tile:
     """A tile of some prompt.
 
     Attributes:
+        end: tokens of the prefix that ends with it.
         hashes: vLLM's hashes of the prefixes that end inside it; the last one is its own.
         parent: the tile before it; None for the first one of a prompt.
         children: the tiles behind it.
         runs: consecutive blocks of each other group that are cached up to its end, at most those needed.
     """
 
+    end: int
     hashes: list[BlockHash]
     parent: _Tile | None
     runs: list[int]
@@ -93,6 +115,7 @@ class PrefixEnds:
         self._cached_tiles: dict[str, int] = managers[group].num_cached_block  # by request
         self._pool = scheduler.kv_cache_manager.block_pool
         self._group = group
+        self._tile_tokens = tile_tokens
         self._hashes_per_tile = tile_tokens // self._pool.hash_block_size
         dropping = groups_that_drop(scheduler)
         self._drops_last = bool(dropping)
@@ -148,7 +171,8 @@ class PrefixEnds:
             parent = self._tiles.get(request.block_hashes[number * size - 1]) if number else None
             if number and parent is None:
                 return  # cached before this object followed
-            tile = self._tiles[hashes[-1]] = _Tile(hashes, parent, [0] * len(self._others))
+            end = (number + 1) * self._tile_tokens
+            tile = self._tiles[hashes[-1]] = _Tile(end, hashes, parent, [0] * len(self._others))
             if parent is not None:
                 parent.children[tile] = None
         self._changed[tile] = None
@@ -175,7 +199,8 @@ class PrefixEnds:
         if end is None:
             return False
         return all(
-            end.runs[place] >= group.needed and (not group.drops or self._holds_first_block(tile, group))
+            end.runs[place] >= group.needed_at(end.end)
+            and (not group.drops or self._holds_first_block(tile, group))
             for place, group in enumerate(self._others)
         )
 
@@ -210,8 +235,10 @@ class PrefixEnds:
 
 
 def _needed_blocks(spec: Any) -> int:
-    """Cached blocks at the end of a prefix that layers with `spec` need, so that a request can use the prefix."""
+    """Most cached blocks at a prefix's end that layers with `spec` need, so that a request can use the prefix."""
     if isinstance(spec, FullAttentionSpec):  # a second group of it, which caches of other dtypes may have
         return ALL
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        return -(-spec.attention_chunk_size // spec.block_size)
     window = getattr(spec, "sliding_window", None)
     return -(-(window - 1) // spec.block_size) if window else 1

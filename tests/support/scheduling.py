@@ -41,6 +41,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
@@ -111,6 +112,7 @@ def make_scheduler(
     method: str = "ngram",
     v2_runner: bool = False,
     windows: Sequence[tuple[int | None, int]] = (),
+    chunks: Sequence[int] = (),
     retention: int | None = None,
     states: int = 0,
     tiles: int = 1,
@@ -122,7 +124,8 @@ def make_scheduler(
 
     `method` is vLLM's method of speculative decoding. vLLM's second model runner gets resumed requests as if they
     were new. `windows` are further cache groups, the first in front of the tiles' and the others behind it: tokens of
-    the window (None: all), and of a block. `retention` is the distance of the windows that vLLM keeps (None: all).
+    the window (None: all), and of a block; `chunks` those whose queries read from the start of their chunk of so many
+    tokens. `retention` is the distance of the windows that vLLM keeps (None: all).
     `states` is the number of further groups of layers with a state, and `tiles` the tiles per block beside them.
     `stages` is the number of pipeline stages. `connector` has the settings of vLLM's OffloadingConnector, if it names
     its bytes, or of a `ModelledStore` (None: no connector).
@@ -163,6 +166,7 @@ def make_scheduler(
         tile_tokens=block_size // tiles,
     )
     groups = [KVCacheGroupSpec([f"window {i}"], _window_spec(*w)) for i, w in enumerate(windows)]
+    groups += [KVCacheGroupSpec([f"chunk {i}"], _chunk_spec(chunk)) for i, chunk in enumerate(chunks)]
     groups += [KVCacheGroupSpec([f"state {i}"], _state_spec(block_size)) for i in range(states)]
     groups.insert(min(1, len(groups)), KVCacheGroupSpec(["layer"], spec))
     cache_config = KVCacheConfig(num_blocks, [], groups)
@@ -178,13 +182,16 @@ def make_scheduler(
 
 
 def _window_spec(window: int | None, block_size: int) -> AttentionSpec:
-    shape: dict[str, Any] = {
-        "block_size": block_size,
-        "num_kv_heads": 1,
-        "head_size": 8,
-        "dtype": torch.float32,
-    }
+    shape = _shape(block_size)
     return SlidingWindowSpec(**shape, sliding_window=window) if window else FullAttentionSpec(**shape)
+
+
+def _chunk_spec(chunk: int) -> ChunkedLocalAttentionSpec:
+    return ChunkedLocalAttentionSpec(**_shape(GROUP), attention_chunk_size=chunk)
+
+
+def _shape(block_size: int) -> dict[str, Any]:
+    return {"block_size": block_size, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
 
 
 def _state_spec(block_size: int) -> MambaSpec:
@@ -313,9 +320,19 @@ class _Window:
             rows[position % self.block_tokens] = contents[position]
 
     def read(self, blocks: list[int], contents: list[int], start: int, end: int) -> None:
-        for position in range(max(0, start - self.tokens + 1), end):
+        for position in range(self._first(start), end):
             rows = self.rows.get(blocks[position // self.block_tokens], [])
             assert rows[position % self.block_tokens] == contents[position], "a window has something else"
+
+    def _first(self, query: int) -> int:
+        return max(0, query - self.tokens + 1)
+
+
+class _Chunks(_Window):
+    """The rows of the layers of one cache group, of which a query reads its chunk of `tokens` up to itself."""
+
+    def _first(self, query: int) -> int:
+        return query // self.tokens * self.tokens
 
 
 class _State:
@@ -540,6 +557,8 @@ class Worker:
             spec = group.kv_cache_spec
             if isinstance(spec, MambaSpec):
                 made.windows[i] = _State(spec.block_size)
+            elif isinstance(spec, ChunkedLocalAttentionSpec):
+                made.windows[i] = _Chunks(spec.attention_chunk_size, spec.block_size, made.cache)
             elif i != made.tile_group:
                 reach = spec.sliding_window or scheduler.max_model_len
                 made.windows[i] = _Window(reach, spec.block_size, made.cache)

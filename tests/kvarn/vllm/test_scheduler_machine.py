@@ -24,6 +24,7 @@ from vllm.v1.request import RequestStatus
 from kvarn.vllm import scheduler as kvarn_scheduler
 from kvarn.vllm.access.telemetry import cache_state, waiting_by_reason
 from kvarn.vllm.cache_settings import GIB, slot_bytes
+from kvarn.vllm.mixed_layers import other_blocks
 from kvarn.vllm.prefix_ends import PrefixEnds
 from kvarn.vllm.scheduler import SlotPlanning
 from kvarn.vllm.slots import HostSinks, ScheduledTokens, SlotPlan, SlotTable, tail_slots
@@ -37,7 +38,8 @@ MAX_PROMPT = 26  # the smallest pool holds it and its answer
 EVENTS = 60  # per example
 OFFLOADED_BLOCK = 4096  # bytes that vLLM's OffloadingConnector takes at least
 # What an engine has beside tiles: engines refuse most pairs of these, so that one is drawn. `windows` are cache groups
-# of other layers with attention, by the tokens of their window, None for all, and of a block.
+# of other layers with attention, by the tokens of their window, None for all, and of a block; `chunks` are others, by
+# the tokens of their chunks.
 FEATURES: list[dict[str, Any]] = [
     {},
     {"method": "draft_model"},
@@ -48,6 +50,8 @@ FEATURES: list[dict[str, Any]] = [
     {"windows": [(None, 2), (6, 2)]},
     {"windows": [(6, 4)], "method": "eagle"},
     {"windows": [(3, 2), (9, 4)], "method": "eagle"},
+    {"chunks": [8]},
+    {"chunks": [12], "windows": [(6, GROUP)]},
     {"states": 1, "tiles": 1},
     {"states": 1, "tiles": 2},
     {"states": 2, "tiles": 3},
@@ -95,7 +99,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             drafts = min(drafts, settings["chunk"] - 1)
         if "stages" in features:  # vLLM's first runner has not both
             settings["v2_runner"] |= settings["asynchronous"]
-        settings["num_blocks"] *= 1 + 2 * len(features.get("windows", ())) + features.get("states", 0)
+        others = [*features.get("windows", ()), *features.get("chunks", ())]
+        settings["num_blocks"] *= 1 + 2 * len(others) + features.get("states", 0)
         settings["retention"] = settings["retention"] and settings["retention"] * features.get("tiles", 1)
         self.world = World(make_scheduler(drafts=drafts, **settings, **features))
 
@@ -610,6 +615,26 @@ def test_a_drafter_that_reads_hidden_states_computes_the_last_tile_again(
         world.step()
     assert world.observer.expected_hits([prompt]) == [3 * GROUP]
     world.check_expected_hits([prompt[:n] for n in range(1, len(prompt))])
+
+
+@pytest.mark.parametrize(
+    "others",
+    [{"windows": [(6, 2)]}, {"windows": [(9, 4)]}, {"chunks": [8]}, {"chunks": [8], "windows": [(3, 2)]}],
+    ids=str,
+)
+def test_an_answer_holds_the_blocks_that_layers_with_windows_and_chunks_are_reported_to_need(
+    others: dict[str, Any],
+) -> None:
+    world = World(make_scheduler(80, max_running=1, **others))
+    request = world.submit([0], max_tokens=40)
+    tiles = world.scheduler.cache_group
+    held = []
+    while world.prompts:
+        world.step()
+        blocks = world.scheduler.kv_cache_manager.get_blocks(request.request_id).blocks
+        others_held = [block for group, of_group in enumerate(blocks) if group != tiles for block in of_group]
+        held.append(sum(not block.is_null for block in others_held))
+    assert max(held) == other_blocks(world.scheduler)[0]
 
 
 def test_idle_blocks_of_windows_are_reported_apart() -> None:
