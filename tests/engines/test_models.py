@@ -46,6 +46,7 @@ from tests.support.engines import (
 )
 from tests.support.families import (
     FAMILIES,
+    GGUF,
     MAX_MODEL_LEN,
     REFUSED,
     WINDOWS,
@@ -53,6 +54,7 @@ from tests.support.families import (
     make_family,
     make_model,
 )
+from tests.support.quantized import multiply_gguf_on_cpus
 from tests.support.scheduling import CACHE_EVENTS, Observer
 
 LENGTH = 3 * TILE + 40
@@ -122,6 +124,8 @@ def serve_alike(directory: Path, family: str) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_matmuls_row_invariant(monkeypatch)
         end_passes_at_states(monkeypatch)
+        if made.weights == GGUF:
+            multiply_gguf_on_cpus(monkeypatch)
         quantized = {**settings, "kv_cache_dtype": "kvarn_k4v4_g128", "kv_events_config": CACHE_EVENTS}
         with engine(monkeypatch, model, **quantized) as llm:
             observer = Observer(scheduler_of(llm))

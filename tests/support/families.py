@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tests.support.quantized import METHODS, quantize_weights
+from tests.support.quantized import GGUF_PLUGIN, METHODS, quantize_weights, write_gguf
 
 MAX_MODEL_LEN = 1024
 COMMON: dict[str, Any] = {
@@ -44,7 +44,7 @@ class Family:
         changes: what differs from `COMMON` in it.
         settings: further settings of the engine.
         long: whether only `--long` runs it.
-        weights: how its weights are quantized, one of `METHODS`; None: float32.
+        weights: how its weights are quantized, one of `METHODS` or `GGUF`; None: float32.
         chunked: whether vLLM answers alike with `auto`, too, when it computes the same tokens in other steps.
         requires: a module that vLLM imports for it, and that a CPU's environment may lack.
     """
@@ -81,6 +81,7 @@ def quantized(method: str) -> Family:
     return Family("LlamaConfig", settings={"dtype": dtype}, weights=method)
 
 
+GGUF = "GGUF"
 ON_TRANSFORMERS = {"model_impl": "transformers"}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 ROUTED_EXPERTS = {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
@@ -155,6 +156,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "Mistral 0.1 in its window": Family("MistralConfig", {"sliding_window": MAX_MODEL_LEN}, long=False),
     **{f"Llama, {method}": quantized(method) for method in METHODS},
+    "Qwen3, GGUF": Family("Qwen3Config", {"head_dim": 64}, weights=GGUF, requires=GGUF_PLUGIN),
     "Llama 4 in its chunk": Family(
         "Llama4TextConfig",
         {"head_dim": 64, "attention_chunk_size": MAX_MODEL_LEN, **EXPERTS, "num_experts_per_tok": 1},
@@ -345,8 +347,10 @@ def make_config(directory: Path, family: Family) -> Path:
 
 
 def make_family(directory: Path, family: Family) -> Path:
-    """Save the model of a family."""
+    """Save the model of a family, and return what engines load."""
     make_model(directory, family.config, family.changes)
+    if family.weights == GGUF:
+        return write_gguf(directory, COMMON["num_hidden_layers"])
     if family.weights is not None:
         quantize_weights(directory, family.weights)
     return directory

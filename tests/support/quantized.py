@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 GROUP = 64
 BITS = torch.arange(8) * 4
 AWQ_ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+GGUF_PLUGIN = "vllm_gguf_plugin"  # vLLM's, which loads such files
+GGUF_MATRICES = GGMLQuantizationType.Q8_0
 Tensors = dict[str, Tensor]
 
 
@@ -112,3 +118,39 @@ METHODS: dict[str, tuple[Callable[[Tensor], Tensors], dict[str, Any]]] = {
         {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
     ),
 }
+
+
+def write_gguf(directory: Path, layers: int) -> Path:
+    """Replace the weights of the Qwen3 in `directory` by a GGUF file, whose matrices have 8 bits, and return that."""
+    weights, file = directory / "model.safetensors", directory / "model.gguf"
+    names = get_tensor_name_map(MODEL_ARCH.QWEN3, layers)
+    writer = GGUFWriter(file, "qwen3")
+    for name, weight in load_file(weights).items():
+        dtype = GGUF_MATRICES if weight.dim() == 2 else GGMLQuantizationType.F32
+        writer.add_tensor(
+            names.get_name(name, (".weight",)), quantize(weight.numpy(), dtype), raw_dtype=dtype
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    weights.unlink()
+    return file
+
+
+def multiply_gguf_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dequantize weights in place of the kernels of vLLM's plugin, all of which need a GPU."""
+
+    def ggml_dequantize(weight: Tensor, kind: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        values = torch.from_numpy(dequantize(weight.numpy(), GGMLQuantizationType(kind)))
+        return values.to(dtype).reshape(rows, columns)
+
+    def multiply(weight: Tensor, x: Tensor, kind: int, rows: int) -> Tensor:
+        # Each row alone: a BLAS rounds by the number of rows.
+        values = ggml_dequantize(weight, kind, rows, x.shape[-1], x.dtype)
+        return torch.stack([values @ row for row in x])
+
+    ops = import_module(f"{GGUF_PLUGIN}.ops")
+    monkeypatch.setattr(ops, "ggml_dequantize", ggml_dequantize)
+    monkeypatch.setattr(ops, "ggml_mul_mat_a8", multiply)
+    monkeypatch.setattr(ops, "ggml_mul_mat_vec_a8", multiply)
