@@ -9,7 +9,7 @@ from rich.table import Table
 from kvarn.model import KvShape
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
-from kvarn.vllm.cache_settings import KVarNConfig, slots_within, tile_bytes
+from kvarn.vllm.cache_settings import GIB, KVarNConfig, blocks_in_tier, slots_within, tile_bytes
 from kvarn.vllm.mixed_layers import OtherLayers, block_use
 from kvarn.vllm.slots import NO_DRAFTS, Speculation, most_tail_slots, tail_slots
 
@@ -31,6 +31,10 @@ class EngineLimits:
         tokens_each: request length up to which `requests_at_once` fit into the blocks.
         first: the tightest limit: "max_num_seqs", "side pool" or "blocks".
         other_blocks: blocks that a request of `max_model_len` tokens holds for layers with windows or states.
+        host_sinks: raw first tiles that host memory holds.
+        host_sink_bytes: host memory of these, over all ranks.
+        tier_bytes: host memory of vLLM's OffloadingConnector.
+        tier_tokens: tokens that this holds.
     """
 
     max_num_seqs: int
@@ -45,6 +49,15 @@ class EngineLimits:
     tokens_each: int | None
     first: str
     other_blocks: int = 0
+    host_sinks: int = 0
+    host_sink_bytes: int = 0
+    tier_bytes: int = 0
+    tier_tokens: int = 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that an engine takes for its tier and for raw first tiles."""
+        return self.tier_bytes + self.host_sink_bytes
 
     @property
     def sentence(self) -> str:
@@ -72,6 +85,8 @@ def engine_limits(
     drafter: KvShape | None = None,
     others: OtherLayers | None = None,
     smallest_block: int = 16,
+    host_sinks: int = 0,
+    tier_bytes: int = 0,
 ) -> EngineLimits:
     """Compute the limits of an engine with a quantized cache.
 
@@ -85,6 +100,8 @@ def engine_limits(
         drafter: shape of the quantized layers of a draft model, None if it has none.
         others: one rank's layers beside full attention, None if there are none.
         smallest_block: fewest tokens per block that the kernels of layers with a window support.
+        host_sinks: raw first tiles that host memory holds.
+        tier_bytes: host memory of vLLM's OffloadingConnector, 0 without it.
 
     Raises:
         ValueError: the side pool is too small for one request, or the heads do not fit a record.
@@ -124,6 +141,10 @@ def engine_limits(
         tokens_each=tokens_each,
         first=first,
         other_blocks=use.others,
+        host_sinks=host_sinks,
+        host_sink_bytes=host_sinks * slot * tensor_parallel_size,
+        tier_bytes=tier_bytes,
+        tier_tokens=blocks_in_tier(tier_bytes, block * tensor_parallel_size) * use.tokens,
     )
 
 
@@ -138,5 +159,15 @@ def limits_table(limits: EngineLimits) -> Table:
         if limits.other_blocks:
             cache += f"; each request holds up to {limits.other_blocks:,} for windows or states"
         made.add_row(f"blocks, at {limits.max_model_len:,} tokens", f"{limits.longest_requests:,}", cache)
+    if limits.host_sinks:
+        made.add_row(
+            "first tiles in host memory", "", _host_memory(limits.host_sinks, "tiles", limits.host_sink_bytes)
+        )
+    if limits.tier_bytes:
+        made.add_row("tier in host memory", "", _host_memory(limits.tier_tokens, "tokens", limits.tier_bytes))
     made.caption, made.caption_justify = limits.sentence, "left"
     return made
+
+
+def _host_memory(count: int, unit: str, nbytes: int) -> str:
+    return f"{count:,} {unit}, {nbytes / GIB:,.1f} GiB"

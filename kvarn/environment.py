@@ -22,9 +22,15 @@ def machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "memory": f"{memory_bytes() / 2**30:.1f} GiB",
         "gpu": ", ".join(_gpu_names()) or "none",
     }
+
+
+def memory_bytes() -> int:
+    """Memory of this machine."""
+    total: int = psutil.virtual_memory().total
+    return total
 
 
 def ray_worker_niceness() -> int:

@@ -220,6 +220,12 @@ class EngineConfig(StrictSettings):
         return {name: value for name, value in settings.items() if value is not None}
 
     @property
+    def tier_bytes(self) -> int:
+        """Host memory of vLLM's OffloadingConnector, 0 without it."""
+        settings = (self.kv_transfer_config or {}).get("kv_connector_extra_config") or {}
+        return int(settings.get("cpu_bytes_to_use") or 0)
+
+    @property
     def least_replicas(self) -> int:
         """Minimum number of replicas."""
         return self.num_replicas if self.autoscaling is None else self.autoscaling.min_replicas

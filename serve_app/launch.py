@@ -37,7 +37,7 @@ from kvarn.model import (
 )
 from kvarn.plan.model_shape import ModelShape
 from kvarn.presets import PRESETS
-from kvarn.vllm.cache_settings import KVarNConfig
+from kvarn.vllm.cache_settings import KVarNConfig, num_host_sinks
 from kvarn.vllm.slots import NO_DRAFTS
 from serve_app.config import GIB, AppConfig, EngineConfig
 from serve_app.local_ray import STOP_TIMEOUT_S, adopt_orphans, end_descendants
@@ -270,6 +270,7 @@ def limits_of(app: App) -> EngineLimits | None:
         return None
     ranks = engine.tensor_parallel_size
     shape = ModelShape.read(app.config.model, engine.max_model_len, ranks, engine.dtype, engine.device)
+    settings = KVarNConfig(**engine.kvarn_settings)  # type: ignore[arg-type]
     try:
         return engine_limits(
             KvShape(shape.layers, shape.kv_heads, shape.head_dim),
@@ -278,11 +279,13 @@ def limits_of(app: App) -> EngineLimits | None:
             engine.max_model_len or shape.context_limit,
             engine.kv_cache_memory_bytes,
             ranks,
-            KVarNConfig(**engine.kvarn_settings),  # type: ignore[arg-type]
+            settings,
             NO_DRAFTS if engine.speculative is None else engine.speculative.speculation,
             _drafter_shape(app.config, shape),
             shape.others(ranks),
             smallest_block=smallest_block(engine.device),
+            host_sinks=num_host_sinks(settings, engine.max_num_seqs),
+            tier_bytes=engine.tier_bytes,
         )
     except ValueError as error:
         raise LaunchError(str(error)) from None

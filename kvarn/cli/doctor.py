@@ -15,9 +15,10 @@ from rich.table import Column, Table
 from kvarn.cli.connection import serving_errors
 from kvarn.cli.output import AsJson, err, missing_packages, out, quiet_vllm
 from kvarn.engine_limits import EngineLimits, limits_table
-from kvarn.environment import machine, ray_worker_niceness, versions
+from kvarn.environment import machine, memory_bytes, ray_worker_niceness, versions
 from kvarn.model import resolve_model
 from kvarn.presets import PRESETS, Preset
+from kvarn.vllm.cache_settings import GIB
 
 if TYPE_CHECKING:
     from serve_app.launch import App
@@ -101,19 +102,38 @@ def examine(limits: EngineLimits | None = None, parsers: Sequence[Check] = ()) -
         parsers: checks of their parsers, if known.
     """
     tests = [self_test(preset) for preset in PRESETS.values()]
-    return Diagnosis(versions(), machine(), check_hooks(), tests, limits, list(parsers), warnings())
+    return Diagnosis(versions(), machine(), check_hooks(), tests, limits, list(parsers), warnings(limits))
 
 
-def warnings() -> list[str]:
-    """Return one sentence for each setting of this machine that slows applications down."""
-    niceness = ray_worker_niceness()
+def warnings(limits: EngineLimits | None = None) -> list[str]:
+    """Return one sentence for each thing about this machine that slows applications down or does not fit them.
+
+    Args:
+        limits: of the engines that are to run here, if known.
+    """
+    found = [_warning_of_niceness(ray_worker_niceness())]
+    if limits is not None:
+        found.append(_warning_of_host_memory(limits.host_bytes, memory_bytes()))
+    return [warning for warning in found if warning]
+
+
+def _warning_of_host_memory(needed: int, present: int) -> str:
+    if needed <= present:
+        return ""
+    return (
+        f"each engine takes {needed / GIB:,.1f} GiB of host memory for its tier and for raw first tiles, and "
+        f"this machine has {present / GIB:,.1f} GiB: lower cpu_bytes_to_use or host_sinks, or use a larger machine"
+    )
+
+
+def _warning_of_niceness(niceness: int) -> str:
     if niceness <= 0:
-        return []
-    return [
+        return ""
+    return (
         f"Ray's workers on this machine, engines included, run at niceness {niceness} above this command's: beside "
         "other work they get little of the CPUs. Start Ray with RAY_worker_niceness=0 in its environment, as "
         "`kvarn serve` does"
-    ]
+    )
 
 
 def check_parsers(app: App) -> Check:

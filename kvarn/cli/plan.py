@@ -38,6 +38,9 @@ def plan(
         float,
         typer.Option(help="Probability that a draft is accepted if those before it are, with --drafts."),
     ] = 0.8,
+    tier_gib: Annotated[
+        float | None, typer.Option(help="Host memory of an engine's KV connector, in GiB; by default none.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Estimate tokens, sequences and decode time for each cache dtype from the model's config alone."""
@@ -56,6 +59,7 @@ def plan(
             drafts,
             acceptance,
             pp,
+            tier_gib,
         )
         if as_json:
             out.print_json(json.dumps(record(made)))

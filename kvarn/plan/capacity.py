@@ -13,10 +13,16 @@ from kvarn.plan.hardware import ATTENTION_OF_COPY, COPY_PART, GPUS, WEIGHTS_OF_C
 from kvarn.plan.model_shape import ModelShape, PlanError
 from kvarn.presets import MAX_QUERIES, PRESETS, get_preset
 from kvarn.tile import TileLayout, padded_head_dim
+from kvarn.vllm.cache_settings import (
+    GIB,
+    HOST_SINKS_PER_SEQUENCE,
+    RETAINED_SINKS_PER_SEQUENCE,
+    blocks_in_tier,
+)
 from kvarn.vllm.mixed_layers import STATES_PER_LAYER, BlockUse, block_use
 
 BLOCK_TOKENS = 16  # vLLM's default block size
-SLOTS_PER_SEQUENCE = 3  # tail, sink and a retained sink, see kvarn.vllm.cache_settings
+SLOTS_PER_SEQUENCE = 2 + RETAINED_SINKS_PER_SEQUENCE  # tail and sink, see kvarn.vllm.cache_settings
 STEP_TOKENS = 8192  # tokens per prefill step, vLLM's default on large GPUs
 WORKING_BYTES = 2 * 2**30  # activations, CUDA graphs and the CUDA context: an assumption
 PAGE_BYTES = 2 * 2  # keys and values in float16
@@ -40,11 +46,12 @@ class Plan:
     weight_gib_per_gpu: float
     rows: list[PlanRow]
     pipeline_parallel: int = 1
+    tier_gib: float | None = None
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One cache dtype; bytes are per GPU.
+    """One cache dtype; bytes are per GPU unless host memory is named.
 
     Attributes:
         bytes_per_token: cache of one token in all layers with full attention.
@@ -58,6 +65,8 @@ class PlanRow:
         other_bytes: what a sequence of `context` tokens holds in layers with a window or a state.
         full_attention_share: fraction of such a sequence's cache in the layers with full attention.
         short_bytes: what 64 sequences of 500 tokens hold in all layers.
+        tier_tokens: tokens that a KV connector's tier holds in the host memory of the plan; 0 without a tier.
+        host_sink_bytes: host memory of the raw first tiles of idle prefixes, for all GPUs of an engine.
     """
 
     dtype: str
@@ -74,6 +83,8 @@ class PlanRow:
     other_bytes: int = 0
     full_attention_share: float = 0
     short_bytes: int = 0
+    tier_tokens: int = 0
+    host_sink_bytes: int = 0
 
 
 def make_plan(
@@ -89,6 +100,7 @@ def make_plan(
     drafts: int = 0,
     acceptance: float = 0.8,
     pipeline_parallel: int = 1,
+    tier_gib: float | None = None,
 ) -> Plan:
     """Plan every cache dtype.
 
@@ -105,6 +117,7 @@ def make_plan(
         drafts: draft tokens per sequence and step; what drafting takes is not counted.
         acceptance: probability that a draft is accepted if those before it are.
         pipeline_parallel: pipeline stages, each of `tensor_parallel` GPUs.
+        tier_gib: host memory of an engine's KV connector in GiB; None without one.
 
     Raises:
         ModelError: there is no such model.
@@ -113,7 +126,15 @@ def make_plan(
     shape = ModelShape.read(model, context, max(tensor_parallel, 1))
     _check(shape, gpu, tensor_parallel, context, utilization)
     _check_stages(shape, pipeline_parallel, drafts)
-    for option, value in (("--rate", rate), ("--cache-gib", cache_gib), ("--max-num-seqs", max_num_seqs)):
+    if tier_gib is not None:
+        _check_tier(shape, pipeline_parallel)
+    positive = {
+        "--rate": rate,
+        "--cache-gib": cache_gib,
+        "--max-num-seqs": max_num_seqs,
+        "--tier-gib": tier_gib,
+    }
+    for option, value in positive.items():
         _check_positive(option, value)
     _check_positive("--output-tokens", output_tokens)
     if drafts not in range(MAX_QUERIES):
@@ -139,6 +160,7 @@ def make_plan(
         max_num_seqs,
         drafts,
         acceptance,
+        tier_gib,
     )
     rows = [planner.row(name, available, cache_gib) for name in DTYPES]
     return Plan(
@@ -154,6 +176,7 @@ def make_plan(
         weights / 2**30,
         rows,
         pipeline_parallel,
+        tier_gib,
     )
 
 
@@ -181,6 +204,15 @@ def _check_stages(shape: ModelShape, pipeline_parallel: int, drafts: int) -> Non
         raise PlanError(f"--pp is {pipeline_parallel}: a pipeline does not support {beside}, use --tp")
 
 
+def _check_tier(shape: ModelShape, pipeline_parallel: int) -> None:
+    if shape.window_layers or shape.state_layers:
+        raise PlanError(
+            "--tier-gib: KV connectors are refused beside layers with windows or states, leave it out"
+        )
+    if pipeline_parallel > 1:
+        raise PlanError("--tier-gib: KV connectors are refused in pipeline stages, use --tp")
+
+
 def _check_positive(option: str, value: float | None) -> None:
     if value is not None and not 0 < value < inf:
         raise PlanError(f"{option} is {value}: give a number above 0")
@@ -199,9 +231,10 @@ class _Planner:
     max_num_seqs: int | None
     drafts: int
     acceptance: float
+    tier_gib: float | None
 
     @property
-    def slots_per_sequence(self) -> int:
+    def slots_per_sequence(self) -> float:
         """Slots that the side pool holds per sequence; with drafts, those of a draft model."""
         return SLOTS_PER_SEQUENCE + bool(self.drafts)
 
@@ -263,7 +296,17 @@ class _Planner:
             full_attention_share=full_bytes / sequence_bytes,
             short_bytes=SHORT_SEQUENCES
             * (ceil(SHORT_TOKENS / block_tokens) * block_bytes + self._other_bytes(dtype, SHORT_TOKENS, use)),
+            tier_tokens=self._tier_tokens(use),
+            host_sink_bytes=HOST_SINKS_PER_SEQUENCE
+            * (self.max_num_seqs or max(sequences, 0))
+            * slot_bytes
+            * self.tensor_parallel,
         )
+
+    def _tier_tokens(self, use: BlockUse) -> int:
+        if self.tier_gib is None:
+            return 0
+        return blocks_in_tier(self.tier_gib * GIB, use.nbytes * self.tensor_parallel) * use.tokens
 
     def _block_use(self, dtype: str) -> BlockUse:
         """How sequences fill blocks; for other dtypes than presets, without the blocks of windows."""
@@ -343,6 +386,8 @@ def table(plan: Plan) -> Table:
     headings = ["seqs", "side\npool", "step\nms", "tok/s"]
     if plan.rate is not None:
         headings.append(f"at\n{plan.rate:.3g}/s")
+    if plan.tier_gib is not None:
+        headings.append("tokens\nin tier")
     for heading in headings:
         made.add_column(heading, justify="right", no_wrap=True)
     first = plan.rows[0]
@@ -360,6 +405,8 @@ def table(plan: Plan) -> Table:
         if plan.rate is not None:
             fits = row.running is not None and row.running <= row.sequences
             cells.append("too many" if not fits or row.running is None else f"{row.running:.1f}")
+        if plan.tier_gib is not None:
+            cells.append(f"{row.tier_tokens:,}")
         made.add_row(row.dtype, *cells)
     refused = "".join(f"{row.dtype}: {row.refused}\n" for row in plan.rows if row.refused)
     made.caption = (
@@ -369,6 +416,7 @@ def table(plan: Plan) -> Table:
     )
     if first.other_bytes:
         made.caption += f"; {_held_beside(plan)}"
+    made.caption += f"; {_held_by_hosts(plan)}"
     if plan.drafts:
         made.caption += f"; {plan.drafts} drafts, each accepted with probability {plan.acceptance:g}"
     return made
@@ -384,6 +432,13 @@ def _held_beside(plan: Plan) -> str:
         for row in shown
     ]
     return "; ".join(held)
+
+
+def _held_by_hosts(plan: Plan) -> str:
+    """The host memory of an engine: its tier, if it has one, and for presets the raw first tiles of idle prefixes."""
+    tier = "" if plan.tier_gib is None else f"tier of {plan.tier_gib:g} GiB of host memory, and "
+    sinks = max(row.host_sink_bytes for row in plan.rows) / GIB
+    return f"{tier}up to {sinks:,.1f} GiB of host memory for raw first tiles"
 
 
 def record(plan: Plan) -> dict[str, Any]:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 GIB = 2**30
+HOST_PAGE_BYTES = 4096
+HOST_SINKS_PER_SEQUENCE = 4  # of max_num_seqs
+RETAINED_SINKS_PER_SEQUENCE = 0.25
 ORDERS = ("prefix", "fcfs")
 DRAFT_MODEL_METHODS = ("draft_model", "eagle", "eagle3", "mtp")
 """Methods of vLLM's speculative decoding whose drafter has layers with a cache."""
@@ -158,8 +161,17 @@ def side_pool_slots(vllm_config: VllmConfig, group: int | None = None) -> int:
 
 def host_sinks(vllm_config: VllmConfig) -> int:
     """Number of first tiles that host memory holds raw."""
-    set_number = KVarNConfig.of(vllm_config).host_sinks
-    return 4 * vllm_config.scheduler_config.max_num_seqs if set_number is None else set_number
+    return num_host_sinks(KVarNConfig.of(vllm_config), vllm_config.scheduler_config.max_num_seqs)
+
+
+def num_host_sinks(config: KVarNConfig, max_num_seqs: int) -> int:
+    """Number of first tiles that host memory holds raw in an engine of `max_num_seqs`."""
+    return HOST_SINKS_PER_SEQUENCE * max_num_seqs if config.host_sinks is None else config.host_sinks
+
+
+def blocks_in_tier(tier_bytes: float, block_bytes: int) -> int:
+    """Blocks of `block_bytes` over all ranks that vLLM's OffloadingConnector holds in host memory, in whole pages."""
+    return int(tier_bytes // (-(-block_bytes // HOST_PAGE_BYTES) * HOST_PAGE_BYTES))
 
 
 def slots_within(config: KVarNConfig, max_num_seqs: int, one_slot: int, tails: int) -> int:
@@ -174,7 +186,11 @@ def slots_within(config: KVarNConfig, max_num_seqs: int, one_slot: int, tails: i
     Raises:
         ValueError: if the cap does not hold one request.
     """
-    retained = math.ceil(max_num_seqs / 4) if config.retained_sinks is None else config.retained_sinks
+    retained = (
+        math.ceil(RETAINED_SINKS_PER_SEQUENCE * max_num_seqs)
+        if config.retained_sinks is None
+        else config.retained_sinks
+    )
     one_request = 1 + tails
     wanted = max(one_request, tails * max_num_seqs + retained)
     if config.side_pool_gib is None:

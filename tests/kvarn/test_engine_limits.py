@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,22 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
+from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 
+from kvarn.cli import doctor
 from kvarn.cli.doctor import Diagnosis, render
 from kvarn.cli.output import out
 from kvarn.engine_limits import EngineLimits, engine_limits
 from kvarn.errors import KVarNError
 from kvarn.model import KvShape
-from kvarn.vllm.cache_settings import GIB, KVarNConfig, side_pool_slots, slot_bytes
+from kvarn.vllm.cache_settings import GIB, KVarNConfig, blocks_in_tier, side_pool_slots, slot_bytes
 from kvarn.vllm.mixed_layers import BlockUse, OtherLayers
 from serve_app.config import AppConfig, EngineConfig
 from serve_app.engine.engine_deployment import check_engine_config, engine_args
 from serve_app.launch import App, LaunchError, check_model, limits_of, read_app
 from tests.support.families import FAMILIES, make_config
+from tests.support.scheduling import make_scheduler
 
 SHAPE = KvShape(layers=30, kv_heads=3, head_dim=64)
 SLOT = 2 * 2 * 30 * 3 * 64 * 128
@@ -115,6 +120,49 @@ def test_the_doctor_shows_them_for_a_yaml() -> None:
     assert "36 slots" in text
     assert "1,725 blocks" in text
     assert "limits first" in text
+
+
+def test_the_doctor_counts_host_memory_beside_a_connector(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = read_app(APP_YAML)
+    transfer = {
+        "kv_connector": "OffloadingConnector",
+        "kv_connector_extra_config": {"cpu_bytes_to_use": 2 * GIB},
+    }
+    engine = app.config.engine.model_copy(update={"kv_transfer_config": transfer, "host_sinks": 100})
+    made = limits_of(replace(app, config=app.config.model_copy(update={"engine": engine})))
+    assert made is not None
+    record = 30 * 3 * 6912
+    assert (made.tier_tokens, made.host_sink_bytes) == (
+        2 * GIB // (-(-record // 4096) * 4096) * 128,
+        100 * SLOT,
+    )
+    monkeypatch.setattr(doctor, "ray_worker_niceness", lambda: 0)
+    monkeypatch.setattr(doctor, "memory_bytes", lambda: made.host_bytes)
+    assert doctor.warnings(made) == []
+    monkeypatch.setattr(doctor, "memory_bytes", lambda: made.host_bytes - 1)
+    (warning,) = doctor.warnings(made)
+    assert "takes 2.3 GiB of host memory" in warning
+    with out.capture() as shown:
+        out.print(render(Diagnosis({}, {}, [], [], made)))
+    text = " ".join(shown.get().split())
+    assert "100 tiles, 0.3 GiB" in text
+    assert f"{made.tier_tokens:,} tokens, 2.0 GiB" in text
+
+
+@pytest.mark.parametrize("block_bytes", [64, 4096, 5000])
+def test_a_tier_has_the_blocks_of_vllms_connector(block_bytes: int) -> None:
+    scheduler = make_scheduler(24, max_running=1, connector={"cpu_bytes_to_use": 100_000})
+    config = build_offloading_config(scheduler.vllm_config, scheduler.kv_cache_config)
+    spec = CPUOffloadingSpec(replace(config, worker_kv_bytes_per_block=block_bytes))
+    assert blocks_in_tier(100_000, block_bytes) == spec.num_chunks > 0
+
+
+def test_a_connector_of_unknown_memory_needs_host_memory_for_first_tiles_alone() -> None:
+    app = read_app(APP_YAML)
+    engine = app.config.engine.model_copy(update={"kv_transfer_config": {"kv_connector": "Another"}})
+    made = limits_of(replace(app, config=app.config.model_copy(update={"engine": engine})))
+    assert made is not None
+    assert made.host_bytes == made.host_sink_bytes == 4 * engine.max_num_seqs * SLOT
 
 
 def test_a_side_pool_for_no_request_is_one_sentence(tmp_path: Path) -> None:

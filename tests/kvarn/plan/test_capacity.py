@@ -184,6 +184,35 @@ def test_what_a_pipeline_does_not_support_is_refused(granite_4: str) -> None:
         make_plan(granite_4, "h200", pipeline_parallel=2)
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_tier_holds_records_alone(llama_8b: str, gpus: int) -> None:
+    planned = rows(model=llama_8b, gpu="h200", tensor_parallel=gpus, max_num_seqs=32, tier_gib=64)
+    block = -(-32 * 8 * 13_440 // 4096) * 4096
+    first_tile = 32 * 8 * 2 * 2 * 128 * 128
+    assert planned["kvarn_k4v2_g128"].tier_tokens == 64 * 2**30 // block * 128
+    assert planned["kvarn_k4v2_g128"].host_sink_bytes == 4 * 32 * first_tile
+    assert planned["auto"].tier_tokens == 64 * 2**30 // (32 * 8 * 2 * 2 * 128)
+    assert planned["auto"].host_sink_bytes == 0
+    assert not any(row.tier_tokens for row in rows(model=llama_8b, gpu="h200").values())
+
+
+def test_a_tier_beside_what_refuses_connectors_is_refused(llama_8b: str, granite_4: str) -> None:
+    with pytest.raises(PlanError, match="beside layers with windows or states"):
+        make_plan(granite_4, "h200", tier_gib=8)
+    with pytest.raises(PlanError, match="in pipeline stages"):
+        make_plan(llama_8b, "h200", pipeline_parallel=2, tier_gib=8)
+
+
+def test_the_command_prints_what_a_tier_holds(llama_8b: str) -> None:
+    result = CliRunner().invoke(
+        app, ["plan", "--model", llama_8b, "--tier-gib", "64", "--max-num-seqs", "32"]
+    )
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    assert "2,556,416" in text
+    assert "tier of 64 GiB of host memory, and up to 2.0 GiB of host memory for raw first tiles" in text
+
+
 def test_a_rate_keeps_more_running_where_steps_are_longer(llama_8b: str) -> None:
     plans = [rows(model=llama_8b, gpu="h200", rate=rate)["kvarn_k4v2_g128"].running for rate in (1.0, 2.0)]
     assert 2 * plans[0] < plans[1]
