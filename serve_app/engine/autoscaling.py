@@ -25,7 +25,7 @@ class ReplicaLoad:
     Attributes:
         cache_tokens: capacity of its cache.
         committed_tokens: cache space in use, or reserved for admitted requests at their likely length.
-        prefill_tokens: prompt tokens not computed yet.
+        prefill_tokens: prompt tokens that wait to be computed, without those that a cache or a tier holds.
         prefill_tokens_per_s: measured prefill speed; 0 until measured.
         running_requests: requests it serves.
         queued_tokens: cache space for requests that no replica has headroom for; gateways report it to every
@@ -116,10 +116,12 @@ def replica_load(snapshot: CacheSnapshot, demand: Demand) -> ReplicaLoad:
     """Return the load of a replica with cache state `snapshot` to which gateways report `demand`."""
     capacity, load = snapshot.capacity, snapshot.load
     committed_blocks = load.used_blocks + sum(load.reserved_blocks.values())
+    # The engine counts waiting prompts as if nothing of them was cached, gateways what is neither cached nor computed.
+    prefill_tokens = min(load.waiting_prefill_tokens, sum(load.pending_prefill_tokens.values()))
     return ReplicaLoad(
         cache_tokens=capacity.total_blocks * capacity.tile_tokens,
         committed_tokens=committed_blocks * capacity.tile_tokens,
-        prefill_tokens=load.waiting_prefill_tokens,
+        prefill_tokens=prefill_tokens,
         prefill_tokens_per_s=load.prefill_tokens_per_s,
         running_requests=load.running_requests,
         queued_tokens=demand.queued_tokens,

@@ -125,13 +125,33 @@ def test_more_load_never_means_fewer_replicas(loads: list[ReplicaLoad], more: fl
 def test_a_replica_reports_its_cache_and_the_gateways_demand() -> None:
     capacity = CacheCapacity("kvarn_k4v2_g128", 128, 1, 100, 1024)
     load = CacheLoad(
-        80, 10, 10, {"a": 12, "b": 3}, running_requests=2, waiting_prefill_tokens=5, prefill_tokens_per_s=50
+        80,
+        10,
+        10,
+        {"a": 12, "b": 3},
+        {"a": 9},
+        running_requests=2,
+        waiting_prefill_tokens=5,
+        prefill_tokens_per_s=50,
     )
     reported = replica_load(CacheSnapshot(1, 1, capacity, load), Demand(700, 1.5))
     assert reported == ReplicaLoad(12_800, (10 + 15) * 128, 5, 50, 2, 700, 1.5)
     by_metric = {name: {"one": value} for name, value in reported.report().items()}
     assert loads_from_metrics({**by_metric, "ongoing_requests": {"one": 0.0, "new": 0.0}}) == [reported]
     assert loads_from_metrics({}) == []
+
+
+def test_waiting_prompts_that_a_cache_or_a_tier_holds_need_no_replica() -> None:
+    capacity = CacheCapacity("kvarn_k4v2_g128", 128, 1, 1000, 65_536)
+    load = CacheLoad(900, 0, 100, running_requests=1, waiting_requests=9, prefill_tokens_per_s=1000)
+
+    def wanted(**tokens: Any) -> int:
+        snapshot = CacheSnapshot(1, 1, capacity, replace(load, **tokens))
+        return desired(replica_load(snapshot, Demand(0, 0)))
+
+    assert wanted(waiting_prefill_tokens=40_000, pending_prefill_tokens={"a": 25_000, "b": 15_000}) == 4
+    assert wanted(waiting_prefill_tokens=40_000, pending_prefill_tokens={"a": 2_000, "b": 1_000}) == 1
+    assert wanted(waiting_prefill_tokens=1_000, pending_prefill_tokens={"a": 40_000}) == 1  # one prompt runs
 
 
 def test_serve_accepts_the_options_and_calls_the_policy() -> None:
