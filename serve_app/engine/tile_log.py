@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ class TileLog:
         self._drops_last = drops_last
         self._sequence = 1
         self._tiles: dict[int, _Tile] = {}
-        self._offloaded: set[int] = set()  # blocks that a KV connector holds
+        self._offloaded: Counter[int] = Counter()  # copies of blocks that a KV connector holds
         self._ends: dict[int, int] = {}
         self._names: set[int] = set()
         self._feed = Feed(self._whole)
@@ -64,7 +65,7 @@ class TileLog:
                 for block in list(self._tiles):
                     self._remove(block, before, every_copy=True)
             if event.emptied:
-                self._drop(list(self._offloaded), before)
+                self._drop(list(self._offloaded.elements()), before)
             for block in event.removed:
                 self._remove(block, before)
             self._store(event, before)
@@ -128,9 +129,15 @@ class TileLog:
             self._names.remove(name)
 
     def _drop(self, blocks: Iterable[int], before: dict[int, bool]) -> None:
-        """Note that a KV connector no longer holds `blocks`."""
+        """Note that a KV connector no longer holds a copy of `blocks`.
+
+        Where it moves several blocks as one, it holds those at a fork of prompts once for each branch.
+        """
         for block in blocks:
-            self._offloaded.discard(block)
+            self._offloaded[block] -= 1
+            if self._offloaded[block] > 0:
+                continue
+            del self._offloaded[block]
             tile = self._tiles.get(block)
             if tile is not None and not tile.copies:
                 self._forget(block, before)

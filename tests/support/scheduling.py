@@ -127,8 +127,8 @@ def make_scheduler(
     the window (None: all), and of a block; `chunks` those whose queries read from the start of their chunk of so many
     tokens. `retention` is the distance of the windows that vLLM keeps (None: all).
     `states` is the number of further groups of layers with a state, and `tiles` the tiles per block beside them.
-    `stages` is the number of pipeline stages. `connector` has the settings of vLLM's OffloadingConnector, if it names
-    its bytes, or of a `ModelledStore` (None: no connector).
+    `stages` is the number of pipeline stages. `connector` has the settings of vLLM's OffloadingConnector, which the
+    application has say what it holds, if it names its bytes, or of a `ModelledStore` (None: no connector).
     """
     config = copy.deepcopy(_base_config())
     block_size *= tiles
@@ -144,7 +144,11 @@ def make_scheduler(
     config.kv_events_config = CACHE_EVENTS
     if connector is not None:
         config.kv_transfer_config = (
-            KVTransferConfig("OffloadingConnector", kv_role="kv_both", kv_connector_extra_config=connector)
+            KVTransferConfig(
+                "OffloadingConnector",
+                kv_role="kv_both",
+                kv_connector_extra_config={"self_describing_kv_events": True, **connector},
+            )
             if "cpu_bytes_to_use" in connector
             else block_store(name="ModelledStore", **connector)
         )
@@ -179,6 +183,13 @@ def make_scheduler(
     )
     scheduler.use_v2_model_runner = v2_runner
     return scheduler
+
+
+def _chunk_blocks(config: VllmConfig) -> int:
+    """Blocks that vLLM's OffloadingConnector moves as one."""
+    assert config.kv_transfer_config is not None
+    chunk_tokens: int = config.kv_transfer_config.kv_connector_extra_config.get("block_size", GROUP)
+    return chunk_tokens // GROUP
 
 
 def _window_spec(window: int | None, block_size: int) -> AttentionSpec:
@@ -430,6 +441,10 @@ class Tier(ABC):
     def end(self, output: SchedulerOutput) -> KVConnectorOutput:
         """Copy behind a step, and say which requests need not wait any longer, and which blocks were gone."""
 
+    def held(self) -> set[int | None]:
+        """Records that gateways may know of; none of a connector that does not say what it holds."""
+        return set()
+
 
 class _StoreTier(Tier):
     """The worker of a `ModelledStore`."""
@@ -468,9 +483,10 @@ class _OffloadingTier(Tier):
 
     STEPS = 2
 
-    def __init__(self, cache: _Cache) -> None:
+    def __init__(self, cache: _Cache, chunk_blocks: int) -> None:
         super().__init__(cache)
-        self._chunks: dict[int, int | None] = {}
+        self._chunk_blocks = chunk_blocks
+        self._records: dict[tuple[int, int], int | None] = {}  # by number of a chunk, and place in it
         self._jobs: dict[int, Transfer] = {}
         self._done: dict[int, int] = {}
         self._loaded: set[str] = set()
@@ -501,19 +517,26 @@ class _OffloadingTier(Tier):
 
     def _add(self, number: int, job: Any, is_load: bool) -> None:
         tier, blocks = (job.src_spec, job.dst_spec) if is_load else (job.dst_spec, job.src_spec)
-        pairs = list(zip(tier.block_ids.tolist(), blocks.block_ids.tolist(), strict=True))
+        chunks, ids = tier.block_ids.tolist(), blocks.block_ids.tolist()
+        first = blocks.block_indices[0] % self._chunk_blocks  # a load may begin and end within a chunk
+        assert len(chunks) == -(-(first + len(ids)) // self._chunk_blocks)
+        places = (divmod(place, self._chunk_blocks) for place in range(first, first + len(ids)))
+        pairs = [((chunks[chunk], place), block) for (chunk, place), block in zip(places, ids, strict=True)]
         self._jobs[number] = Transfer(job.req_id, pairs, self.STEPS, is_load)
 
     def _copy(self, number: int) -> None:
         job = self._jobs.pop(number)
-        for chunk, block in job.pairs:
+        for place, block in job.pairs:
             if job.is_load:
-                self._cache.record[block] = cast("int", self._chunks[chunk])
+                self._cache.record[block] = cast("int", self._records[place])
             else:
-                self._chunks[chunk] = self._cache.record.get(block)
+                self._records[place] = self._cache.record.get(block)
         self._done[number] = 1
         if job.is_load:
             self._loaded.add(job.request_id)
+
+    def held(self) -> set[int | None]:
+        return set(self._records.values())
 
 
 class Worker:
@@ -552,7 +575,7 @@ class Worker:
         if isinstance(scheduler.connector, ModelledStore):
             made.tier = _StoreTier(made.cache, scheduler.connector)
         elif scheduler.connector is not None:
-            made.tier = _OffloadingTier(made.cache)
+            made.tier = _OffloadingTier(made.cache, _chunk_blocks(scheduler.vllm_config))
         for i, group in enumerate(scheduler.kv_cache_config.kv_cache_groups):
             spec = group.kv_cache_spec
             if isinstance(spec, MambaSpec):
@@ -840,8 +863,8 @@ class World:
         """Check that a gateway expects the hit of each prompt that the engine would have.
 
         It may expect less once a running request has lost a tile, behind which the next one has no name, and of a
-        prompt of whole tiles where vLLM drops the last block of a hit in several groups. Beside a connector it expects
-        what that holds, too.
+        prompt of whole tiles where vLLM drops the last block of a hit in several groups. Beside a connector it also
+        expects what that holds, and nothing else.
         """
         if self.observer.drops_last and self.worker.windows:
             whole = [prompt for prompt in prompts if len(prompt) % self.scheduler.block_tokens == 0]
@@ -850,11 +873,23 @@ class World:
             prompts = [prompt for prompt in prompts if prompt not in whole]
         hits = [found_in_cache(self.scheduler, prompt) for prompt in prompts]
         expected = self.observer.expected_hits(prompts)
-        if self.scheduler.connector is not None:
+        if self.worker.tier is not None:
             assert all(map(le, hits, expected)) or self.evicted_in_use, "a gateway expects too short a hit"
+            for prompt, tokens in zip(prompts, expected, strict=True):
+                self._check_held(prompt[:tokens])
             return
         assert expected == hits or self.evicted_in_use, "a gateway expects another hit"
         assert all(map(le, expected, hits)), "a gateway expects too long a hit"
+
+    def _check_held(self, prefix: list[int]) -> None:
+        """Check that every tile of a prefix is cached, or that the tier has its record."""
+        assert self.worker.tier is not None
+        cached = {b.block_hash for b in self.pool.blocks if b.block_hash is not None}
+        in_cache = {tuple(self.known[get_block_hash(block_hash)]) for block_hash in cached}
+        in_tier, contents = self.worker.tier.held(), contents_of(prefix)
+        for end in range(GROUP, len(prefix) + 1, GROUP):
+            held = tuple(contents[:end]) in in_cache or contents[end - 1] in in_tier
+            assert held, "a gateway expects a tile that is nowhere"
 
     def abort(self, place: int) -> None:
         if self.prompts:

@@ -197,6 +197,28 @@ async def test_ends_have_names_while_their_prefix_is_usable() -> None:
     assert set((await taken(log)).stored) == {*links[:2], ends[0]}
 
 
+async def test_a_tile_that_a_connector_has_twice_is_held_until_it_drops_both() -> None:
+    """A connector that moves two blocks as one has a block twice where prompts fork behind it."""
+    log = TileLog(1, "m", "auto", 4, has_tier=True)
+    ids, other = list(range(8)), [0, 1, 2, 3, 9, 9, 9, 9]
+    links = chain(token_array(ids), 4, Namespace("m", "auto", 4).root())
+    log.take(
+        [CacheEvent(stored=[10, 11], token_ids=ids), CacheEvent(stored=[12], parent=10, token_ids=other[4:])]
+    )
+    log.take(
+        [CacheEvent(offloaded=[10, 11]), CacheEvent(offloaded=[10, 12]), CacheEvent(removed=[10, 11, 12])]
+    )
+    log.take([CacheEvent(dropped=[10, 12]), CacheEvent(dropped=[99])])
+    assert set((await taken(log)).stored) == {*links, *map(tier_name, links)}
+    log.take([CacheEvent(dropped=[10, 11])])
+    assert (await taken(log)).stored == []
+    log.take(
+        [CacheEvent(stored=[10], token_ids=ids[:4]), CacheEvent(offloaded=[10]), CacheEvent(offloaded=[10])]
+    )
+    log.take([CacheEvent(removed=[10]), CacheEvent(emptied=True)])
+    assert (await taken(log)).stored == []
+
+
 async def test_a_tile_that_a_connector_has_is_held_until_the_connector_drops_it() -> None:
     log = TileLog(1, "m", "auto", 4, has_tier=True)
     ids = list(range(8))
