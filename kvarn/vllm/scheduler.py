@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.request import Request, RequestStatus
 
+from kvarn.vllm.access.telemetry import load_meter
 from kvarn.vllm.admission_order import PrefixOrder, WaitingRequest, hold_sharers
 from kvarn.vllm.cache_settings import KVarNConfig, host_sinks, side_pool_slots, speculation_of
 from kvarn.vllm.hooks import RefusalError
@@ -67,12 +67,10 @@ class WaitCounts:
 
 @dataclass
 class _Load:
-    """What a connector loads for a request: `tokens` that end at position `end`, from `start_s` to `end_s`."""
+    """What a connector loads for a request: `tokens` that end at position `end`."""
 
     tokens: int
     end: int
-    start_s: float
-    end_s: float = 0.0
 
 
 class SlotPlanning(VllmScheduler):
@@ -88,8 +86,7 @@ class SlotPlanning(VllmScheduler):
         preemptions: requests preempted since the engine started.
         wait_counts: reasons why requests wait.
         drafts_proposed, drafts_accepted: draft tokens verified since the engine started, and those that were right.
-        loaded_tokens, loading_s: tokens that a KV connector brought back since then, and the time that their loads
-            took in all.
+        loads: what a KV connector brought back since then.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -115,7 +112,7 @@ class SlotPlanning(VllmScheduler):
         self.wait_counts = WaitCounts()
         self.drafts_proposed = self.drafts_accepted = 0
         self._last_hashes: dict[str, Hashable | None] = {}  # of the first blocks of requests that departed
-        self.loaded_tokens, self.loading_s = 0, 0.0
+        self.loads = load_meter(self)
         self._loads: dict[str, _Load] = {}  # of requests that wait for a connector
         self._loading: list[str] = []  # requests for which a connector began to load in this step
         self._not_loaded: set[str] = set()  # requests whose load failed, so that vLLM freed their blocks
@@ -158,7 +155,7 @@ class SlotPlanning(VllmScheduler):
             self._loading.append(request.request_id)
             tokens = kwargs["num_external_computed_tokens"]
             end = kwargs.get("num_new_computed_tokens", 0) + tokens
-            self._loads[request.request_id] = _Load(tokens, end, time.monotonic())
+            self._loads[request.request_id] = _Load(tokens, end)
         return allocated
 
     def _match_whole_prefix(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -244,20 +241,10 @@ class SlotPlanning(VllmScheduler):
 
     def _update_waiting_for_remote_kv(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         updated = super()._update_waiting_for_remote_kv(request, *args, **kwargs)
-        load = self._loads.pop(request.request_id)
-        loaded = load.tokens - (load.end - request.num_computed_tokens)
-        if loaded > 0:
-            self.loaded_tokens += loaded
-            self.loading_s += load.end_s - load.start_s
+        del self._loads[request.request_id]
         if not self._blocks_of_requests().get(request.request_id):
             self._not_loaded.add(request.request_id)
         return updated
-
-    def _update_from_kv_xfer_finished(self, kv_connector_output: Any, *args: Any, **kwargs: Any) -> Any:
-        for request_id in kv_connector_output.finished_recving or ():
-            if request_id in self._loads:
-                self._loads[request_id].end_s = time.monotonic()
-        return super()._update_from_kv_xfer_finished(kv_connector_output, *args, **kwargs)
 
     def _note_last_hash(self, request: Request) -> None:
         """Keep the hash of the first block of `request`, which is about to free its blocks.

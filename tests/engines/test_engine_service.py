@@ -99,15 +99,15 @@ async def serving(model_dir: Path, **settings: Any) -> AsyncIterator[Replica]:
 
     from serve_app.engine.service import SERVICE_NAME, EngineService
 
-    config = EngineConfig(
-        dtype="float32",
-        kv_cache_memory_gib=0.0024,
-        max_model_len=1024,
-        max_num_seqs=4,
-        max_num_batched_tokens=512,
-        enforce_eager=True,
-        **settings,
-    )
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "kv_cache_memory_gib": 0.0024,
+        "max_model_len": 1024,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 512,
+        "enforce_eager": True,
+    }
+    config = EngineConfig(**{**defaults, **settings})
     engine = AsyncLLM.from_engine_args(engine_args(str(model_dir), config, "deepseek_r1"))
     adapters = await load_adapters(engine, config)
     log: list[TileLog] = []
@@ -497,13 +497,17 @@ async def test_an_output_with_drafts_is_resumed_exactly_and_its_acceptance_is_pu
     assert not replica.monitor.snapshot.load.drafts_proposed
 
 
-async def test_a_connector_brings_evicted_prefixes_back(thinking_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cache_dtype", "cache_gib"), [("kvarn_k4v2_g128", 0.0024), ("auto", 0.012)])
+async def test_a_connector_brings_evicted_prefixes_back(
+    thinking_dir: Path, tmp_path: Path, cache_dtype: str, cache_gib: float
+) -> None:
     transfer = {
         "kv_connector": "BlockStore",
         "kv_connector_module_path": "tests.support.block_store",
         "kv_connector_extra_config": {"directory": str(tmp_path), "asynchronous": True},
     }
-    async with serving(thinking_dir, kv_transfer_config=transfer) as tiered:
+    cache = {"kv_cache_dtype": cache_dtype, "kv_cache_memory_gib": cache_gib}
+    async with serving(thinking_dir, kv_transfer_config=transfer, **cache) as tiered:
         tile = tiered.monitor.snapshot.capacity.tile_tokens
         blocks = tiered.monitor.snapshot.capacity.total_blocks
         answer: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}

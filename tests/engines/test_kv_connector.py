@@ -73,10 +73,10 @@ def ask_later(llm: LLM, *prompts: list[int]) -> list[Answer]:
 def test_a_loaded_prefix_gives_the_answer_of_a_computed_one(llm: LLM, length: int) -> None:
     first = cold(llm, prompt_of(length))
     ask_later(llm, prompt_of(200, 1), prompt_of(200, 2))
-    before = scheduler_of(llm).loaded_tokens
+    before = scheduler_of(llm).loads.tokens
     (loaded,) = ask(llm, [prompt_of(length)])
     assert loaded.cached == (length - 1) // TILE * TILE
-    assert scheduler_of(llm).loaded_tokens - before == loaded.cached
+    assert scheduler_of(llm).loads.tokens - before == loaded.cached
     loaded.assert_same(first)
 
 
@@ -110,12 +110,12 @@ def test_loads_beside_running_requests_in_chunks(llm: LLM) -> None:
 
 def test_a_load_whose_blocks_are_gone_costs_a_computation(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     first = cold(llm, prompt_of(LONGEST))
-    before = scheduler_of(llm).loaded_tokens
+    before = scheduler_of(llm).loads.tokens
     with monkeypatch.context() as patch:
         patch.setattr(scheduler_of(llm).connector, "_loses", True)
         (computed,) = ask_later(llm, prompt_of(LONGEST))
     assert computed.cached == 0
-    assert scheduler_of(llm).loaded_tokens == before
+    assert scheduler_of(llm).loads.tokens == before
     computed.assert_same(first)
 
 

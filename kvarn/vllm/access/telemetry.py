@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,10 @@ from kvarn.vllm.mixed_layers import block_tokens, full_attention_group, other_bl
 from kvarn.vllm.versions import groups_that_drop, waiting_requests
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
+    from vllm.v1.request import Request
 
 CACHE_STATE_METHOD = "kvarn_cache_state"
 
@@ -67,6 +70,63 @@ class CacheState:
     drops_last: bool = False
 
 
+@dataclass(frozen=True)
+class _Load:
+    tokens: int
+    end: int
+    start_s: float
+
+
+class LoadMeter:
+    """Measures the loads that a scheduler's requests wait for, of vLLM's own scheduler or of ours.
+
+    Wraps the scheduler's methods that begin and end a load. A load in the step that reads it has no time of its own.
+
+    Attributes:
+        tokens: prompt tokens that a KV connector brought back.
+        seconds: the time from the steps that began their loads until the connector had finished them.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.tokens, self.seconds = 0, 0.0
+        self._loads: dict[str, _Load] = {}
+        self._requests: dict[str, Request] = scheduler.requests
+        manager = scheduler.kv_cache_manager
+        self._allocate, manager.allocate_slots = manager.allocate_slots, self._note_start
+        self._finish = scheduler._update_from_kv_xfer_finished
+        scheduler._update_from_kv_xfer_finished = self._note_end
+
+    def _note_start(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        allocated = self._allocate(request, *args, **kwargs)
+        if allocated is not None and kwargs.get("delay_cache_blocks"):
+            tokens = kwargs["num_external_computed_tokens"]
+            end = kwargs.get("num_new_computed_tokens", 0) + tokens
+            self._loads[request.request_id] = _Load(tokens, end, time.monotonic())
+        return allocated
+
+    def _note_end(self, kv_connector_output: Any, *args: Any, **kwargs: Any) -> Any:
+        for request_id in kv_connector_output.finished_recving or ():
+            load, request = self._loads.pop(request_id, None), self._requests.get(request_id)
+            if load is not None and request is not None:
+                self._add(load, request.num_computed_tokens)
+        return self._finish(kv_connector_output, *args, **kwargs)
+
+    def _add(self, load: _Load, computed: int) -> None:
+        """Add what of a load did not fail: vLLM counts as `computed` the tokens in front of the first that did."""
+        loaded = load.tokens - (load.end - computed)
+        if loaded > 0:
+            self.tokens += loaded
+            self.seconds += time.monotonic() - load.start_s
+
+
+def load_meter(scheduler: Scheduler) -> LoadMeter:
+    """The meter of a scheduler's loads; the first call begins to measure."""
+    meter: LoadMeter | None = getattr(scheduler, "kvarn_loads", None)
+    if meter is None:
+        meter = scheduler.kvarn_loads = LoadMeter(scheduler)
+    return meter
+
+
 def cache_state(core: EngineCore) -> dict[str, int | str]:
     """The `CacheState` of an engine core, as a dict that can cross its process boundary."""
     scheduler = core.scheduler
@@ -78,6 +138,7 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
     slots = getattr(scheduler, "slots", None)
     waiting = waiting_requests(scheduler)
     others, other_tokens = other_blocks(scheduler)
+    loads = load_meter(scheduler)
     state = CacheState(
         cache_dtype=str(core.vllm_config.cache_config.cache_dtype),
         tile_tokens=block_tokens(scheduler),
@@ -99,8 +160,8 @@ def cache_state(core: EngineCore) -> dict[str, int | str]:
         preemptions=getattr(scheduler, "preemptions", 0),
         drafts_proposed=getattr(scheduler, "drafts_proposed", 0),
         drafts_accepted=getattr(scheduler, "drafts_accepted", 0),
-        loaded_tokens=getattr(scheduler, "loaded_tokens", 0),
-        loading_s=getattr(scheduler, "loading_s", 0.0),
+        loaded_tokens=loads.tokens,
+        loading_s=loads.seconds,
         evictable_other_blocks=evictable - evictable_blocks(pool)[full_attention_group(scheduler)],
         other_blocks=others,
         other_tokens=other_tokens,

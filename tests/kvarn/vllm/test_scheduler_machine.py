@@ -546,7 +546,7 @@ def test_requests_whose_loads_fail_in_part_have_their_slots(asynchronous: bool) 
     for prompt in prompts:
         world.submit(prompt, max_tokens=1)
     world.drain()
-    assert world.scheduler.loaded_tokens == len(prompts) * GROUP
+    assert world.scheduler.loads.tokens == len(prompts) * GROUP
 
 
 def test_the_first_tile_of_a_prefix_in_use_stays_in_host_memory() -> None:
@@ -579,11 +579,11 @@ def test_blocks_that_a_tier_moves_together_are_all_named_and_loaded_whole(blocks
         world.give_blocks_back()
         assert found_in_cache(world.scheduler, prompt) == 0
         assert world.observer.expected_hits([prompt]) == [len(prompt) // GROUP * GROUP]
-        before = world.scheduler.loaded_tokens
+        before = world.scheduler.loads.tokens
         world.submit(prompt, max_tokens=1)
         while world.prompts:
             world.step()
-        return (world.scheduler.loaded_tokens - before) // GROUP
+        return (world.scheduler.loads.tokens - before) // GROUP
 
     prompt = [0] * (6 * GROUP + 1)
     world.submit(prompt, max_tokens=1)
