@@ -173,7 +173,7 @@ def make_scheduler(
     groups += [KVCacheGroupSpec([f"chunk {i}"], _chunk_spec(chunk)) for i, chunk in enumerate(chunks)]
     groups += [KVCacheGroupSpec([f"state {i}"], _state_spec(block_size)) for i in range(states)]
     groups.insert(min(1, len(groups)), KVCacheGroupSpec(["layer"], spec))
-    cache_config = KVCacheConfig(num_blocks, [], groups)
+    cache_config = KVCacheConfig(num_blocks, [_cache_tensor(num_blocks)] if connector else [], groups)
     if (windows or states) and hasattr(cache_config, "prefix_cache_retention_interval"):
         cache_config.prefix_cache_retention_interval = retention
     hashed = gcd(block_size, *(block for _, block in windows))
@@ -183,6 +183,12 @@ def make_scheduler(
     )
     scheduler.use_v2_model_runner = v2_runner
     return scheduler
+
+
+def _cache_tensor(num_blocks: int) -> Any:
+    """vLLM's description of the cache's memory, whose fields depend on the version; up to 0.28, tiers read its size."""
+    layers = ["layer"]
+    return SimpleNamespace(size=64 * num_blocks, shared_by=layers, layers=layers, offset=0, block_stride=0)
 
 
 def _chunk_blocks(config: VllmConfig) -> int:
