@@ -14,7 +14,7 @@ from kvarn.vllm.slots import Speculation, most_tail_slots
 from kvarn.vllm.versions import lookahead_tokens
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+    from vllm.config import KVTransferConfig, ModelConfig, ParallelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 GIB = 2**30
@@ -157,6 +157,15 @@ def side_pool_slots(vllm_config: VllmConfig, group: int | None = None) -> int:
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     tails = most_tail_slots(group, speculation_of(vllm_config))
     return slots_within(KVarNConfig.of(vllm_config), max_num_seqs, slot_bytes(vllm_config, group), tails)
+
+
+def carries_first_tiles(transfer: KVTransferConfig) -> bool:
+    """Whether a KV connector also copies the raw first tiles of prefixes, so that engines can exchange them."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    if not transfer.kv_connector_module_path:
+        return False  # none of vLLM's own
+    return bool(getattr(KVConnectorFactory.get_connector_class(transfer), "carries_first_tiles", False))
 
 
 def host_sinks(vllm_config: VllmConfig) -> int:

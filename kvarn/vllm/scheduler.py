@@ -21,7 +21,13 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvarn.vllm.access.telemetry import load_meter
 from kvarn.vllm.admission_order import PrefixOrder, WaitingRequest, hold_sharers
-from kvarn.vllm.cache_settings import KVarNConfig, host_sinks, side_pool_slots, speculation_of
+from kvarn.vllm.cache_settings import (
+    KVarNConfig,
+    carries_first_tiles,
+    host_sinks,
+    side_pool_slots,
+    speculation_of,
+)
 from kvarn.vllm.hooks import RefusalError
 from kvarn.vllm.hooks.private_names import check_scheduler
 from kvarn.vllm.hooks.refusals import refuse
@@ -118,6 +124,9 @@ class SlotPlanning(VllmScheduler):
         self._not_loaded: set[str] = set()  # requests whose load failed, so that vLLM freed their blocks
         self._allocate = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_if_admitted
+        self._loads_sinks = self.connector is not None and carries_first_tiles(
+            self.vllm_config.kv_transfer_config
+        )
         if self.connector is not None:
             self._match_connector = self.connector.get_num_new_matched_tokens
             self.connector.get_num_new_matched_tokens = self._match_whole_prefix
@@ -162,8 +171,8 @@ class SlotPlanning(VllmScheduler):
         """Tokens to load from the connector behind the first `num_computed_tokens`, and whether asynchronously.
 
         As with vLLM's own hits, these are whole blocks, and the last token stays to be computed. Unless its first tile
-        is cached, or raw in host memory, a prefix cannot be read as it was written. A load in the request's own step is
-        not used: other requests could hit its blocks before the engine knows that it failed.
+        is cached, raw in host memory, or loaded with the blocks, a prefix cannot be read as it was written. A load in
+        the request's own step is not used: other requests could hit its blocks before the engine knows that it failed.
         """
         matched, is_async = self._match_connector(request, num_computed_tokens)
         if not matched:
@@ -173,7 +182,9 @@ class SlotPlanning(VllmScheduler):
             return 0, False
         matched = min(matched, request.num_tokens - 1 - num_computed_tokens)
         matched -= matched % self.block_tokens
-        has_sink = num_computed_tokens > 0 or self._first_hash(request) in self.slots.host
+        has_sink = (
+            num_computed_tokens > 0 or self._loads_sinks or self._first_hash(request) in self.slots.host
+        )
         return (matched, True) if matched > 0 and has_sink else (0, False)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
@@ -330,9 +341,15 @@ class SlotPlanning(VllmScheduler):
     def _loading_tokens(self, request_id: str) -> ScheduledTokens:
         """The empty range behind the tokens that a connector loads for a request."""
         request, blocks = self.requests[request_id], self._blocks_of_requests()[request_id]
-        end = request.num_computed_tokens
+        load, end = self._loads[request_id], request.num_computed_tokens
         return ScheduledTokens(
-            request_id, end, end, self._tile(blocks, 0), (), sink_hash=self._first_hash(request)
+            request_id,
+            end,
+            end,
+            self._tile(blocks, 0),
+            (),
+            sink_hash=self._first_hash(request),
+            brings_sink=self._loads_sinks and load.tokens == load.end,
         )
 
 

@@ -21,7 +21,8 @@ class ScheduledTokens:
 
     `sink` is the block of the request's first tile, `blocks` are the blocks of the tiles that `start:end`
     touches. The last `drafts` tokens are undecided: drafts that a step may reject, and positions that only
-    drafters write. `sink_hash` is the hash that the first tile's block has once it is full, if it is known.
+    drafters write. `sink_hash` is the hash that the first tile's block has once it is full, if it is known. With
+    `brings_sink`, a KV connector is loading the raw first tile with the blocks.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class ScheduledTokens:
     blocks: Sequence[int]
     drafts: int = 0
     sink_hash: Hashable | None = None
+    brings_sink: bool = False
 
     @property
     def sure_end(self) -> int:
@@ -192,7 +194,8 @@ class SlotTable:
     finds no slot, a live sink gives up its slot, and its block also leaves the prefix cache. A request
     without its sink reads that tile's record instead: `sinks_missing` counts such requests.
 
-    A request whose prefix a KV connector loaded also finds the block of its first tile without a slot.
+    A request whose prefix a KV connector loaded also finds the block of its first tile without a slot. A connector
+    that carries raw first tiles itself writes them to the slot that the plan assigns as the load begins.
     """
 
     def __init__(self, num_slots: int, group: int, host: HostSinks | None = None) -> None:
@@ -353,12 +356,14 @@ class SlotTable:
                 tails[tile] = block
 
     def _restore_sink(self, tokens: ScheduledTokens, cache: _PrefixCache, plan: SlotPlan) -> None:
-        """Give the computed first tile of an admitted request a slot, if it has none and host memory has the tile."""
+        """Give the computed first tile of an admitted request a slot, if it has none and the tile comes from elsewhere:
+        from host memory, or with what a connector loads."""
         if tokens.start >= self._group and tokens.sink not in self._slot_of:
             place = self.host.place(tokens.sink_hash)
-            if place is not None:
+            if place is not None or tokens.brings_sink:
                 self._slotless.get(tokens.sink_hash, set()).discard(tokens.sink)
                 self._assign(tokens.sink, cache, plan)
+            if place is not None:
                 plan.restored.append((place, self._slot_of[tokens.sink]))
 
     def _save(self, block: int, block_hash: Hashable, cache: _PrefixCache, plan: SlotPlan) -> None:

@@ -6,6 +6,7 @@ this vLLM is one that the project was tested on (`TESTED_VLLM_VERSIONS`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
@@ -214,3 +215,15 @@ def layer_cache_shape(backend: Any, spec: Any, num_blocks: int) -> tuple[int, ..
             num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size, cache_dtype_str="auto"
         )
     )
+
+
+def has_shared_hash_seed(algorithm: str) -> bool:
+    """Whether every engine on this machine gives the same tokens the same block hash.
+
+    vLLM seeds the hashes with PYTHONHASHSEED. Without it, older versions draw a seed for each process, and newer ones
+    only for hashes that are not cryptographic.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    has_default = hasattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED") and not algorithm.startswith("xxhash")
+    return "PYTHONHASHSEED" in os.environ or has_default

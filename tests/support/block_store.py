@@ -1,7 +1,11 @@
-"""A KV connector that keeps whole blocks in a directory, by prefix: one file per block and rank."""
+"""KV connectors over directories: the settings of the shared store, and one that keeps less, for tests of its own.
+
+`BlockStore` keeps whole blocks by prefix, in one file per block and rank, without the raw first tiles.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +20,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from kvarn.vllm.store.store_settings import CONNECTOR, MODULE
+
 STEPS_OF_AN_ASYNCHRONOUS_LOAD = 3
+STORED_WITHIN_S = 30.0
 
 
 def block_store(directory: str = "", name: str = "BlockStore", **settings: Any) -> KVTransferConfig:
@@ -28,6 +35,31 @@ def block_store(directory: str = "", name: str = "BlockStore", **settings: Any) 
         kv_load_failure_policy="recompute",
         kv_connector_extra_config={"directory": directory, "asynchronous": True, **settings},
     )
+
+
+def shared_store(directory: Path, **settings: Any) -> KVTransferConfig:
+    """vLLM's setting of an engine that shares the store in `directory`; for its settings see `StoreSettings`."""
+    return KVTransferConfig(
+        kv_connector=CONNECTOR,
+        kv_connector_module_path=MODULE,
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config={"directory": str(directory), "capacity_gib": 1.0, **settings},
+    )
+
+
+def stored_files(directory: Path) -> list[Path]:
+    """The files of all blocks in a store."""
+    return sorted(path for path in directory.glob("*/*") if path.suffix != ".writing")
+
+
+def wait_for_files(directory: Path, number: int) -> list[Path]:
+    """Wait until the store holds `number` files; they are written beside the engine's steps."""
+    until_s = time.monotonic() + STORED_WITHIN_S
+    while len(files := stored_files(directory)) != number and time.monotonic() < until_s:
+        time.sleep(0.01)
+    assert len(files) == number
+    return files
 
 
 @dataclass

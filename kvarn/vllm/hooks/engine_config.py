@@ -14,7 +14,12 @@ from kvarn.tile import TileLayout
 from kvarn.vllm.hooks import Hook, HookError, RefusalError, untested
 from kvarn.vllm.hooks.engine_probe import doctor_probe
 from kvarn.vllm.mixed_layers import config_of, is_mixed, splits_quantized, stage_kinds
-from kvarn.vllm.versions import bypasses_workers, packs_states, returns_routed_experts
+from kvarn.vllm.versions import (
+    bypasses_workers,
+    has_shared_hash_seed,
+    packs_states,
+    returns_routed_experts,
+)
 
 TARGET = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
 DEFAULT_MAX_NUM_SEQS = 64
@@ -234,6 +239,8 @@ def _connector_problems(config: Any) -> Iterator[str]:
     """Yield what is not supported beside a KV connector, as `_problems` does."""
     from vllm.platforms import current_platform
 
+    from kvarn.vllm.cache_settings import carries_first_tiles
+
     transfer, drafter = config.kv_transfer_config, config.speculative_config
     if not _copies_blocks(transfer):
         yield (
@@ -243,16 +250,31 @@ def _connector_problems(config: Any) -> Iterator[str]:
     if transfer.kv_connector in CONNECTORS and current_platform.is_cpu():
         yield f"has {transfer.kv_connector} on GPUs only; leave kv_transfer_config out."
     if transfer.kv_role != "kv_both":
-        yield (
-            "keeps the raw first tiles of prefixes in the engine that computed them; set kv_transfer_config's kv_role "
-            "to 'kv_both'."
-        )
+        yield "stores and loads blocks in every engine; set kv_transfer_config's kv_role to 'kv_both'."
+    if carries_first_tiles(transfer):
+        yield from _store_problems(config)
     if config.model_config.is_hybrid or is_mixed(config.model_config):
         yield "supports KV connectors where every layer is full attention; leave kv_transfer_config out."
     if config.parallel_config.pipeline_parallel_size > 1:
         yield "does not support KV connectors with pipeline parallelism; leave kv_transfer_config out."
     if drafter is not None and drafter.method not in DRAFTS_OF_TEXT:
         yield "supports KV connectors beside drafts of the text alone; set speculative_config's method to 'ngram'."
+
+
+def _store_problems(config: Any) -> Iterator[str]:
+    """Yield what keeps engines from sharing a store, as `_problems` does."""
+    from kvarn.vllm.store.store_settings import StoreSettings
+
+    algorithm = config.cache_config.prefix_caching_hash_algo
+    try:
+        StoreSettings.of(config)
+    except ValueError as error:
+        yield f"cannot use kv_transfer_config's kv_connector_extra_config: {error}"
+    if not has_shared_hash_seed(algorithm):
+        yield (
+            f"shares blocks by hashes that are equal in all engines, and vLLM seeds those of {algorithm} at random; "
+            "set the environment variable PYTHONHASHSEED to the same number for every engine."
+        )
 
 
 def _copies_blocks(transfer: Any) -> bool:

@@ -20,6 +20,7 @@ def core_of(*events: Any) -> Any:
             kv_cache_config=SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=None)]),
             kv_event_publisher=SimpleNamespace(shutdown=lambda: None),
             kv_cache_manager=SimpleNamespace(take_events=lambda: list(events)),
+            connector=None,
         )
     )
 

@@ -46,7 +46,7 @@ from kvarn.vllm.cache_settings import side_pool_slots, slot_bytes
 from kvarn.vllm.hooks import HookError, RefusalError, engine_config, page_size, private_names
 from kvarn.vllm.mixed_layers import is_mixed, num_quantized_layers
 from kvarn.vllm.scheduler import KVarNAsyncScheduler, KVarNScheduler
-from tests.support.block_store import block_store
+from tests.support.block_store import block_store, shared_store
 from tests.support.engines import use_triton_backend
 from tests.support.families import VISION
 from tests.support.scheduling import MODEL_CONFIG, make_scheduler
@@ -60,6 +60,7 @@ def write_config(directory: Path, **changes: Any) -> Path:
     return directory
 
 
+STORE = Path("/var/blocks")
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 
 
@@ -209,6 +210,26 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
             "for which OffloadingConnector was not tried",
         ),
         ({"additional_config": {"kvarn": {"host_sinks": -1}}}, "give a number of tiles >= 0"),
+        (
+            {"kv_transfer_config": shared_store(Path("blocks"))},
+            "kv_connector_extra_config: directory is 'blocks'; give an absolute path",
+        ),
+        (
+            {"kv_transfer_config": shared_store(STORE, capacity_gib=0)},
+            "kv_connector_extra_config: capacity_gib is 0; give a size in GiB > 0",
+        ),
+        (
+            {"kv_transfer_config": shared_store(STORE, size=1)},
+            "kv_connector_extra_config: size is no setting; use capacity_gib, directory, load_timeout_s",
+        ),
+        (
+            {"kv_transfer_config": replace(shared_store(STORE), kv_connector_extra_config={})},
+            "kv_connector_extra_config: capacity_gib, directory is missing",
+        ),
+        (
+            {"kv_transfer_config": shared_store(STORE), "prefix_caching_hash_algo": "xxhash"},
+            "set the environment variable PYTHONHASHSEED to the same number for every engine",
+        ),
         (
             {"additional_config": {"kvarn": {"retained": 1}}},
             "no setting retained; use allow_untested_vllm, expected_output_tokens",

@@ -236,6 +236,16 @@ def host_step(table: SlotTable, *scheduled: ScheduledTokens, departed: tuple[str
     return table.step(scheduled, dict.fromkeys(departed), lambda block: f"hash-{block}", lambda blocks: None)
 
 
+def test_a_first_tile_that_a_connector_brings_has_a_slot_from_the_start_of_the_load() -> None:
+    table = SlotTable(2, GROUP)
+    loading = host_step(table, ScheduledTokens("a", 8, 8, 7, [], brings_sink=True))
+    assert [block for block, _ in loading.assigned] == [7]
+    assert not loading.restored
+    reading = host_step(table, ScheduledTokens("a", 8, 9, 7, [9]))
+    assert [block for block, _ in reading.assigned] == [9]
+    assert table.sinks_missing == 0
+
+
 def test_a_loaded_first_tile_comes_from_host_memory_and_stays_as_long_as_its_request() -> None:
     table = SlotTable(3, GROUP, HostSinks(1))
     first = host_step(table, ScheduledTokens("a", 0, 4, 1, [1], sink_hash="hash-1"))

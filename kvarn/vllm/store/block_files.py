@@ -1,0 +1,193 @@
+"""Blocks of the cache as files in a directory: one file per block and rank, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from errno import ENOSPC
+from pathlib import Path
+from struct import Struct, error
+from threading import Lock, get_ident
+from zlib import crc32
+
+MAGIC = b"KVARNBLK"
+HEADER = Struct("<8sQQI")  # magic, bytes of the records, bytes of the raw tile, CRC-32 of both
+TEMPORARY = ".writing"
+ABANDONED_S = 60.0  # age at which a file that is still being written belongs to a process that has ended
+FREED_SHARE = (
+    1 / 16
+)  # of the capacity, beyond what is needed, so that not every write looks for files to remove
+UNSEEN_SHARE = 1 / 64  # of the capacity that one process may write before it measures the directory again
+
+
+class BlockError(OSError):
+    """A file does not hold the block that its name says."""
+
+
+class BlockFiles:
+    """The files of one kind of blocks, in a subdirectory of `root` that only engines with equal blocks name.
+
+    Any number of processes write, read and remove. A file appears under its name once it is complete; removing it while
+    it is read harms no reader. Files beyond `capacity_bytes` in all of `root` are removed, the least recently used
+    first: a file's modification time is that of its last use.
+
+    Args:
+        root: the directory of all kinds.
+        kind: the subdirectory.
+        ranks: files of each block.
+        capacity_bytes: maximum size of all files; each process may exceed it by a 64th before it notices.
+    """
+
+    def __init__(self, root: Path, kind: str, ranks: int, capacity_bytes: int) -> None:
+        self._root = root
+        self._directory = root / kind
+        self._ranks = ranks
+        self._capacity_bytes = capacity_bytes
+        self._lock = Lock()
+        self._unseen_bytes = capacity_bytes  # written since the directory was measured last
+
+    def holds(self, name: str) -> bool:
+        """Whether every rank's file of a block exists."""
+        return all(self._path(name, rank).exists() for rank in range(self._ranks))
+
+    def names(self) -> set[str]:
+        """Names of all blocks that `holds`; none if the directory cannot be read."""
+        try:
+            entries = os.listdir(self._directory)
+        except OSError:
+            return set()
+        files = Counter(entry.rpartition(".")[0] for entry in entries if not entry.endswith(TEMPORARY))
+        return {name for name, count in files.items() if count == self._ranks}
+
+    def write(self, name: str, rank: int, records: Sequence[memoryview], raw: Sequence[memoryview]) -> None:
+        """Write one rank's file of a block.
+
+        Args:
+            name: the block, as in `read`.
+            rank: the rank.
+            records: its bytes, in parts.
+            raw: those of its raw tile; none unless the block begins a prefix.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        sizes = [sum(part.nbytes for part in parts) for parts in (records, raw)]
+        header = HEADER.pack(MAGIC, *sizes, _checksum([*records, *raw]))
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._make_room(len(header) + sum(sizes))
+        path = self._path(name, rank)
+        unfinished = path.with_suffix(f".{os.getpid()}-{get_ident()}{TEMPORARY}")
+        try:
+            with unfinished.open("wb", buffering=0) as file:
+                for part in (memoryview(header), *records, *raw):
+                    _write_all(file.fileno(), part)
+            unfinished.rename(path)
+        except OSError:
+            with suppress(OSError):
+                unfinished.unlink()
+            raise
+
+    def read(self, name: str, rank: int, records: memoryview, raw: memoryview) -> None:
+        """Read one rank's file of a block into `records` and `raw`, whose sizes are those of what was written.
+
+        Raises:
+            BlockError: the file is damaged, or of other sizes; it is removed.
+            OSError: there is no such file, or it cannot be read.
+        """
+        path = self._path(name, rank)
+        with path.open("rb", buffering=0) as file:
+            try:
+                magic, *sizes, checksum = HEADER.unpack(file.read(HEADER.size))
+            except error:
+                magic, sizes, checksum = b"", [], 0
+            whole = (magic, sizes) == (MAGIC, [records.nbytes, raw.nbytes])
+            whole = whole and all(_read_all(file.fileno(), part) for part in (records, raw))
+        if not whole or _checksum([records, raw]) != checksum:
+            self._remove(name)
+            raise BlockError(f"{path} is damaged")
+
+    def touch(self, names: Sequence[str]) -> None:
+        """Count the blocks of a prefix as used now, later ones a little before earlier ones: they are useless alone."""
+        now_ns = time.time_ns()
+        for place, name in enumerate(names):
+            for rank in range(self._ranks):
+                with suppress(OSError):
+                    os.utime(self._path(name, rank), ns=(now_ns, now_ns - place * 1000))
+
+    def clear(self) -> None:
+        """Remove all blocks of this kind."""
+        for name in self.names():
+            self._remove(name)
+
+    def _path(self, name: str, rank: int) -> Path:
+        return self._directory / f"{name}.{rank}"
+
+    def _remove(self, name: str) -> None:
+        for rank in range(self._ranks):
+            with suppress(OSError):
+                self._path(name, rank).unlink()
+
+    def _make_room(self, needed_bytes: int) -> None:
+        """Account for a file of `needed_bytes` that is about to be written.
+
+        Raises:
+            OSError: the store is too small for it.
+        """
+        if needed_bytes > self._capacity_bytes:
+            raise OSError(ENOSPC, f"A block takes {needed_bytes} bytes, more than the whole store holds")
+        with self._lock:
+            self._unseen_bytes += needed_bytes
+            if self._unseen_bytes > self._capacity_bytes * UNSEEN_SHARE:
+                self._trim(needed_bytes)
+                self._unseen_bytes = 0
+
+    def _trim(self, needed_bytes: int) -> None:
+        """Remove the least recently used files if they and `needed_bytes` exceed the capacity."""
+        files = sorted(self._measure(), reverse=True)
+        room_bytes = sum(size for _, size, _ in files) + needed_bytes - self._capacity_bytes
+        if room_bytes <= 0:
+            return
+        room_bytes += int(self._capacity_bytes * FREED_SHARE)
+        while files and room_bytes > 0:
+            _, size, path = files.pop()
+            with suppress(OSError):
+                os.unlink(path)
+            room_bytes -= size
+
+    def _measure(self) -> Iterable[tuple[int, int, str]]:
+        """Yield modification time in ns, size and path of every file of any kind; remove those never finished."""
+        for kind in os.scandir(self._root):
+            if not kind.is_dir(follow_symlinks=False):
+                continue
+            for entry in os.scandir(kind.path):
+                with suppress(OSError):
+                    status = entry.stat(follow_symlinks=False)
+                    if entry.name.endswith(TEMPORARY) and time.time() - status.st_mtime > ABANDONED_S:
+                        os.unlink(entry.path)
+                    else:
+                        yield status.st_mtime_ns, status.st_size, entry.path
+
+
+def _checksum(parts: Iterable[memoryview]) -> int:
+    checksum = 0
+    for part in parts:
+        checksum = crc32(part, checksum)
+    return checksum
+
+
+def _write_all(descriptor: int, part: memoryview) -> None:
+    while part.nbytes:
+        part = part[os.write(descriptor, part) :]
+
+
+def _read_all(descriptor: int, part: memoryview) -> bool:
+    """Fill `part`; return whether the file was long enough."""
+    while part.nbytes:
+        count = os.readv(descriptor, [part])
+        if not count:
+            return False
+        part = part[count:]
+    return True

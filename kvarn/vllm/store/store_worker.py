@@ -1,0 +1,226 @@
+"""A worker's half of the shared store: copies between the cache, or the side pool, and files, on threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+
+from kvarn.vllm.slot_map import NO_SLOT
+from kvarn.vllm.store.block_files import BlockFiles
+from kvarn.vllm.store.store_scheduler import BlockCopy, Transfers
+
+if TYPE_CHECKING:
+    from kvarn.vllm.slot_map import SlotMap
+
+logger = init_logger(__name__)
+
+READERS = 4
+WRITERS = 2
+MAX_UNWRITTEN_BYTES = 2**30  # in host memory; blocks beyond that are not saved
+UNSAVED = "The shared store did not take blocks: %s. They are computed again where they are needed."
+UNLOADED = "The shared store did not give blocks: %s. They are computed."
+
+
+@dataclass
+class _Block:
+    """A block that is being loaded into host memory.
+
+    Attributes:
+        copy: the block.
+        records: [layers, bytes of a record] uint8.
+        raw: [layers, bytes of a raw tile] uint8; no bytes unless it begins a prefix.
+    """
+
+    copy: BlockCopy
+    records: Tensor
+    raw: Tensor
+
+
+@dataclass
+class _Load:
+    """The blocks that a request waits for, and the time at which it stops waiting."""
+
+    blocks: dict[Future[_Block], int]
+    until_s: float
+
+
+class StoreWorker:
+    """Copies the blocks of one rank.
+
+    The device is read and written by the engine's own thread, between steps and in their order; files by others. A
+    request that stops waiting therefore leaves nothing that could still write its blocks.
+
+    Args:
+        caches: records of each layer by its name, [blocks, ...] uint8.
+        vllm_config: the engine's configuration.
+        files_of: returns the store of a kind.
+        load_timeout_s: time after which a request stops waiting for its blocks.
+    """
+
+    def __init__(
+        self,
+        caches: Mapping[str, Tensor],
+        vllm_config: Any,
+        files_of: Callable[[str], BlockFiles],
+        load_timeout_s: float,
+    ) -> None:
+        names = sorted(caches)
+        layers = [vllm_config.compilation_config.static_forward_context[name].impl for name in names]
+        self._caches = [caches[name] for name in names]
+        self._record_bytes = self._caches[0][0].numel()
+        self._pools: list[Tensor] = [layer.pool for layer in layers]
+        self._slot_map: SlotMap = layers[0].slot_map
+        self._rank = vllm_config.parallel_config.rank
+        self._files_of = files_of
+        self._load_timeout_s = load_timeout_s
+        self._files: BlockFiles | None = None
+        self._reading = ThreadPoolExecutor(READERS, "kvarn-store-read")
+        self._writing = ThreadPoolExecutor(WRITERS, "kvarn-store-write")
+        self._pins = self._caches[0].device.type == "cuda"
+        self._loads: dict[str, _Load] = {}
+        self._stuck: set[Future[_Block]] = set()  # reads that no request waits for any more
+        self._failed: set[int] = set()
+        self._unwritten: dict[Future[None], int] = {}
+
+    def start_loads(self, transfers: Transfers) -> None:
+        """Begin to read the blocks that requests wait for; at once without any while earlier reads are stuck."""
+        files = self._store(transfers.kind)
+        self._stuck = {read for read in self._stuck if not read.done()}
+        for request_id, copies in transfers.loads.items():
+            if self._stuck:
+                self._failed.update(copy.block for copy in copies)
+                copies = []
+            blocks = {self._reading.submit(self._read, files, copy): copy.block for copy in copies}
+            self._loads[request_id] = _Load(blocks, time.monotonic() + self._load_timeout_s)
+
+    def finish_loads(self) -> set[str]:
+        """Copy what was read to the device; return the requests that wait no longer."""
+        finished = set()
+        for request_id, load in self._loads.items():
+            for read in [read for read in load.blocks if read.done()]:
+                self._finish(read, load.blocks.pop(read))
+            if load.blocks and time.monotonic() > load.until_s:
+                self._give_up(load)
+            if not load.blocks:
+                finished.add(request_id)
+        for request_id in finished:
+            del self._loads[request_id]
+        return finished
+
+    def take_failed_blocks(self) -> set[int]:
+        """Blocks that could not be loaded, since the last call."""
+        failed, self._failed = self._failed, set()
+        return failed
+
+    def start_saves(self, transfers: Transfers) -> None:
+        """Copy the blocks to save to host memory, behind the step that fills them, and begin to write them."""
+        files = self._store(transfers.kind)
+        for write in [write for write in self._unwritten if write.done()]:
+            del self._unwritten[write]
+        firsts = [copy for copy in transfers.saves if copy.is_first]
+        tiles = {copy.block: tile for copy in firsts if (tile := self._raw_tile(copy.block))}
+        copies = [copy for copy in transfers.saves if not copy.is_first or copy.block in tiles]
+        raw_bytes = sum(part.nbytes for tile in tiles.values() for part in tile)
+        size = len(copies) * len(self._caches) * self._record_bytes + raw_bytes
+        if not copies:
+            return
+        if sum(self._unwritten.values()) + size > MAX_UNWRITTEN_BYTES:
+            logger.warning_once(UNSAVED, "it is too slow")
+            return
+        blocks = torch.tensor([copy.block for copy in copies], device=self._caches[0].device)
+        records = self._host(len(self._caches), len(copies), self._record_bytes)
+        for layer, cache in enumerate(self._caches):
+            records[layer].copy_(cache[blocks].flatten(1), non_blocking=True)
+        raw = {block: self._gather(tile) for block, tile in tiles.items()}
+        copied = torch.cuda.current_stream().record_event() if self._pins else None
+        write = self._writing.submit(self._write, files, copies, records, raw, copied)
+        self._unwritten[write] = size
+
+    def close(self) -> None:
+        """Write what is left, and end the threads."""
+        self._reading.shutdown(wait=False, cancel_futures=True)
+        self._writing.shutdown()
+
+    def _store(self, kind: str) -> BlockFiles:
+        if self._files is None:
+            self._files = self._files_of(kind)
+        return self._files
+
+    def _raw_tile(self, block: int) -> list[Tensor]:
+        """The raw tile of a block in each layer's side pool; empty if it has no slot."""
+        (slot,) = self._slot_map.slots(np.array([block]))
+        return [] if slot == NO_SLOT else [pool[slot] for pool in self._pools]
+
+    def _host(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pins)
+
+    def _gather(self, tile: Sequence[Tensor]) -> Tensor:
+        """The raw tile of each layer as [layers, bytes] uint8 in host memory."""
+        gathered = self._host(len(tile), tile[0].nbytes)
+        for place, part in zip(gathered, tile, strict=True):
+            place.copy_(_as_bytes(part), non_blocking=True)
+        return gathered
+
+    def _write(
+        self,
+        files: BlockFiles,
+        copies: Sequence[BlockCopy],
+        records: Tensor,
+        raw: dict[int, Tensor],
+        copied: torch.cuda.Event | None,
+    ) -> None:
+        """Write blocks once the device has `copied` them: `records` is [layers, blocks, bytes]."""
+        if copied is not None:
+            copied.synchronize()
+        for place, copy in enumerate(copies):
+            parts = [_view(layer) for layer in records[:, place]]
+            tile = [_view(raw[copy.block])] if copy.is_first else []
+            try:
+                files.write(copy.name, self._rank, parts, tile)
+            except OSError as error:
+                logger.warning_once(UNSAVED, str(error))
+                return
+
+    def _read(self, files: BlockFiles, copy: BlockCopy) -> _Block:
+        records = self._host(len(self._caches), self._record_bytes)
+        raw = self._host(len(self._pools), self._pools[0][0].nbytes if copy.is_first else 0)
+        files.read(copy.name, self._rank, _view(records), _view(raw))
+        return _Block(copy, records, raw)
+
+    def _finish(self, read: Future[_Block], number: int) -> None:
+        try:
+            block = read.result()
+        except OSError as error:
+            logger.warning_once(UNLOADED, str(error))
+            self._failed.add(number)
+            return
+        for cache, record in zip(self._caches, block.records, strict=True):
+            cache[number].copy_(record.view(cache.shape[1:]), non_blocking=True)
+        if block.copy.is_first:
+            # Without a slot, the request has ended, or lost its first tile to others that needed slots.
+            for part, raw in zip(self._raw_tile(number), block.raw, strict=False):
+                _as_bytes(part).copy_(raw, non_blocking=True)
+
+    def _give_up(self, load: _Load) -> None:
+        logger.warning_once(UNLOADED, "it is too slow")
+        self._stuck.update(read for read in load.blocks if not read.cancel())
+        self._failed.update(load.blocks.values())
+        load.blocks.clear()
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8).view(-1)
+
+
+def _view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in host memory."""
+    array: Any = tensor.numpy()
+    return memoryview(array).cast("B") if array.nbytes else memoryview(b"")
