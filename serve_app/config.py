@@ -118,6 +118,20 @@ class SpeculativeConfig(StrictSettings):
         )
 
 
+class SharedStoreConfig(StrictSettings):
+    """A directory in which all engines of a node store prefixes, and from which they load each other's."""
+
+    directory: str = Field(
+        pattern="^/", description="absolute path on every node with engines; made if it does not exist"
+    )
+    capacity_gib: float = Field(
+        gt=0, description="maximum size of all files; the least recently used are removed"
+    )
+    load_timeout_s: float = Field(
+        default=10, gt=0, description="a request computes what it has not loaded after this time"
+    )
+
+
 class EngineConfig(StrictSettings):
     """Settings of the engine replicas. Fields that vLLM also has keep its names and meanings."""
 
@@ -160,6 +174,9 @@ class EngineConfig(StrictSettings):
         default=None,
         description="vLLM's: a KV connector, which brings evicted blocks back; None: no connector",
     )
+    shared_store: SharedStoreConfig | None = Field(
+        default=None, description="prefixes that all engines of a node share; None: each has only its own"
+    )
     host_sinks: int | None = Field(
         default=None,
         ge=0,
@@ -189,6 +206,12 @@ class EngineConfig(StrictSettings):
     def _consistent(self) -> Self:
         if self.autoscaling and "num_replicas" in self.model_fields_set:
             raise ValueError("num_replicas and autoscaling exclude each other: set only one of them")
+        if self.shared_store is not None and self.kv_transfer_config is not None:
+            raise ValueError("shared_store and kv_transfer_config exclude each other: set only one of them")
+        if self.shared_store is not None and not self.kv_cache_dtype.startswith("kvarn"):
+            raise ValueError(
+                f"shared_store needs a quantized cache, not kv_cache_dtype {self.kv_cache_dtype}"
+            )
         if self.device == "cpu" and self.kv_cache_memory_gib is None:
             raise ValueError(
                 "kv_cache_memory_gib must be set when device is cpu, e.g. kv_cache_memory_gib: 1"
@@ -224,6 +247,11 @@ class EngineConfig(StrictSettings):
         """Host memory of vLLM's OffloadingConnector, 0 without it."""
         settings = (self.kv_transfer_config or {}).get("kv_connector_extra_config") or {}
         return int(settings.get("cpu_bytes_to_use") or 0)
+
+    @property
+    def has_connector(self) -> bool:
+        """Whether engines bring evicted blocks back."""
+        return self.kv_transfer_config is not None or self.shared_store is not None
 
     @property
     def least_replicas(self) -> int:

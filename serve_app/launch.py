@@ -168,7 +168,8 @@ def _check_with_vllm(config: AppConfig) -> None:
     drafter, engine = config.engine.speculative, config.engine
     if drafter is not None and drafter.model is not None and engine.load_format != "dummy":
         check_weights(resolve_model(drafter.model))
-    given = [name for name in ("speculative", "kv_transfer_config") if getattr(engine, name) is not None]
+    checked = ("speculative", "kv_transfer_config", "shared_store")
+    given = [name for name in checked if getattr(engine, name) is not None]
     if given and (engine.device == "cpu" or torch.cuda.device_count()):
         from serve_app.engine.engine_deployment import check_engine_config
 

@@ -17,6 +17,7 @@ from kvarn.v1 import engine_pb2_grpc
 from kvarn.vllm.access.cache_events import read_cache_events
 from kvarn.vllm.access.constraints import choose_backend
 from kvarn.vllm.access.telemetry import CacheState, read_cache_state
+from kvarn.vllm.store.store_settings import CONNECTOR, MODULE
 from serve_app.config import EngineConfig, ObservabilityConfig, is_loopback
 from serve_app.engine.autoscaling import replica_load, serve_options
 from serve_app.engine.cache_monitor import CacheMonitor
@@ -78,7 +79,7 @@ class Engine:
             capacity.cache_dtype,
             capacity.tile_tokens,
             has_ends=capacity.other_blocks > 0,
-            has_tier=config.kv_transfer_config is not None,
+            has_tier=config.has_connector,
             drops_last=self._monitor.state.drops_last,
         )
         self._monitoring = asyncio.create_task(self._monitor.run())
@@ -195,9 +196,17 @@ def _transfer_config(config: EngineConfig) -> KVTransferConfig | None:
     """
     from vllm.config import KVTransferConfig
 
+    defaults = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+    if config.shared_store is not None:
+        os.environ.setdefault("PYTHONHASHSEED", "0")  # the seed of vLLM's block hashes, equal in all engines
+        return KVTransferConfig(
+            **defaults,
+            kv_connector=CONNECTOR,
+            kv_connector_module_path=MODULE,
+            kv_connector_extra_config=config.shared_store.model_dump(),
+        )
     if config.kv_transfer_config is None:
         return None
-    defaults = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
     transfer = KVTransferConfig(**{**defaults, **config.kv_transfer_config})
     transfer.kv_connector_extra_config.setdefault("self_describing_kv_events", True)
     return transfer

@@ -233,6 +233,16 @@ def test_a_connector_is_checked_before_anything_starts(model_dir: Path) -> None:
     assert "\n" not in str(refused.value)
 
 
+def test_a_shared_store_is_checked_before_anything_starts(model_dir: Path, tmp_path: Path) -> None:
+    store = {"directory": str(tmp_path), "capacity_gib": 1}
+    config = EngineConfig.model_validate({**SMALL_ENGINE, "shared_store": store})
+    check_engine_config(str(model_dir), config)
+    mixed = {"method": "draft_model", "num_drafts": 2, "model": str(model_dir)}
+    app = {"model": str(model_dir), "engine": {**SMALL_ENGINE, "shared_store": store, "speculative": mixed}}
+    with pytest.raises(KVarNError, match="supports KV connectors beside drafts of the text alone"):
+        check_model(App("app", AppConfig.model_validate(app), {}))
+
+
 @pytest.mark.parametrize(
     ("transfer", "sentence"),
     [

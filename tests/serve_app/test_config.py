@@ -10,6 +10,9 @@ from kvarn.presets import PRESETS
 from serve_app.config import AppConfig, EngineConfig, GatewayConfig, SpeculativeConfig
 from serve_app.engine.placement import resources, thread_binding
 
+ON_CPU = {"kv_cache_memory_gib": 1}
+STORE = {"directory": "/dev/shm/kvarn", "capacity_gib": 4}
+
 
 def test_defaults_serve_the_default_model() -> None:
     config = AppConfig()
@@ -34,6 +37,16 @@ def test_a_directory_is_served_under_its_last_part() -> None:
         ({"engine": {"device": "cpu"}}, "kv_cache_memory_gib must be set"),
         ({"engine": {"kv_cache_memory_gib": 0}}, "greater than 0"),
         ({"engine": {"num_replicas": 2, "autoscaling": {"max_replicas": 3}}}, "exclude each other"),
+        (
+            {"engine": {**ON_CPU, "shared_store": STORE, "kv_transfer_config": {}}},
+            "shared_store and kv_transfer_config exclude each other",
+        ),
+        (
+            {"engine": {**ON_CPU, "shared_store": STORE, "kv_cache_dtype": "auto"}},
+            "shared_store needs a quantized cache, not kv_cache_dtype auto",
+        ),
+        ({"engine": {**ON_CPU, "shared_store": {**STORE, "directory": "blocks"}}}, "directory"),
+        ({"engine": {**ON_CPU, "shared_store": {**STORE, "capacity_gib": 0}}}, "capacity_gib"),
         ({"engine": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "at most max_replicas 2"),
         (
             {"engine": {"autoscaling": {"max_replicas": 2, "downscale_occupancy": 0.8}}},
