@@ -81,6 +81,7 @@ class Engine:
             has_ends=capacity.other_blocks > 0,
             has_tier=config.has_connector,
             drops_last=self._monitor.state.drops_last,
+            shares_store=config.shared_store is not None,
         )
         self._monitoring = asyncio.create_task(self._monitor.run())
         shape = kv_shape(resolve_model(model), capacity.max_model_len)

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 
 from kvarn.vllm.access.cache_events import CacheEvent
-from serve_app.routing import Namespace, TileChange, end_name, extend_chain, tier_name
+from serve_app.routing import Namespace, TileChange, end_name, extend_chain, store_name, tier_name
 from serve_app.rpc.feed import Feed
 
 
@@ -31,6 +31,7 @@ class TileLog:
         has_ends: whether events say which tiles end a prefix that every layer can use; otherwise all do.
         has_tier: whether events say what a KV connector holds.
         drops_last: whether the engine computes the last tile of every cached prefix again.
+        shares_store: whether that is a store that other engines share.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class TileLog:
         has_ends: bool = False,
         has_tier: bool = False,
         drops_last: bool = False,
+        shares_store: bool = False,
     ) -> None:
         self._epoch = epoch
         self._model = model
@@ -50,6 +52,7 @@ class TileLog:
         self._has_ends = has_ends
         self._has_tier = has_tier
         self._drops_last = drops_last
+        self._shares_store = shares_store
         self._sequence = 1
         self._tiles: dict[int, _Tile] = {}
         self._offloaded: Counter[int] = Counter()  # copies of blocks that a KV connector holds
@@ -69,7 +72,7 @@ class TileLog:
             for block in event.removed:
                 self._remove(block, before)
             self._store(event, before)
-            self._offloaded.update(event.offloaded)
+            self._offload(event.offloaded, before)
             self._drop(event.dropped, before)
             self._move_ends(event, before)
         stored = [name for name, was_held in before.items() if not was_held and name in self._names]
@@ -97,6 +100,8 @@ class TileLog:
             if tile is None:
                 self._hold(name, before)
                 self._tiles[block] = _Tile(name)
+                if self._shares_store and block in self._offloaded:
+                    self._hold(store_name(name), before)
             else:
                 tile.copies += 1
                 self._lose(tier_name(name), before)
@@ -128,6 +133,13 @@ class TileLog:
             before.setdefault(name, True)
             self._names.remove(name)
 
+    def _offload(self, blocks: Iterable[int], before: dict[int, bool]) -> None:
+        """Note that a KV connector holds `blocks`."""
+        self._offloaded.update(blocks)
+        if self._shares_store:
+            for tile in filter(None, map(self._tiles.get, blocks)):
+                self._hold(store_name(tile.name), before)
+
     def _drop(self, blocks: Iterable[int], before: dict[int, bool]) -> None:
         """Note that a KV connector no longer holds a copy of `blocks`.
 
@@ -139,8 +151,10 @@ class TileLog:
                 continue
             del self._offloaded[block]
             tile = self._tiles.get(block)
-            if tile is not None and not tile.copies:
-                self._forget(block, before)
+            if tile is not None:
+                self._lose(store_name(tile.name), before)
+                if not tile.copies:
+                    self._forget(block, before)
 
     def _move_ends(self, event: CacheEvent, before: dict[int, bool]) -> None:
         for block in event.ceased:
@@ -173,4 +187,5 @@ class TileLog:
             has_ends=self._has_ends,
             has_tier=self._has_tier,
             drops_last=self._drops_last,
+            shares_store=self._shares_store,
         )

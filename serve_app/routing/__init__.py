@@ -10,6 +10,7 @@ from serve_app.routing.hashing import (
     chain,
     end_name,
     extend_chain,
+    store_name,
     tier_name,
     token_array,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "end_name",
     "extend_chain",
     "pause_s",
+    "store_name",
     "tier_name",
     "token_array",
     "usable_tiles",

@@ -48,6 +48,11 @@ def tier_name(tile: int) -> int:
     return tile ^ 2
 
 
+def store_name(tile: int) -> int:
+    """Return the name of the fact that a shared store holds the tile of the prefix hashed to `tile`."""
+    return tile ^ 4
+
+
 def chain(token_ids: array[int], tile_tokens: int, root: int) -> list[int]:
     """Hash every prefix of `token_ids` that ends with a full tile, shortest first."""
     size = tile_tokens * TOKEN_BYTES

@@ -9,7 +9,7 @@ from itertools import chain as concatenated
 from itertools import repeat
 from operator import and_, or_
 
-from serve_app.routing.hashing import end_name, tier_name
+from serve_app.routing.hashing import end_name, store_name, tier_name
 
 TILE_BYTES = 200  # upper bound of the index's memory per tile
 SWEEP_TILES = 1024  # tiles cleared of lost replicas each time events are applied
@@ -22,8 +22,8 @@ RECOMPUTE_WEIGHT = 0.002
 class _Holder:
     """One replica's part of the index.
 
-    `bit` marks its tiles, and the names of usable ends and of tiles in a tier among them; `unconfirmed` maps tiles that
-    no event has confirmed to the request that reserved them.
+    `bit` marks its tiles, and the names of usable ends and of tiles in a tier or a shared store among them;
+    `unconfirmed` maps tiles that no event has confirmed to the request that reserved them.
     """
 
     bit: int
@@ -54,6 +54,7 @@ class PrefixIndex:
         self._end_bits = 0  # of replicas whose prefixes can be used at known ends only
         self._tier_bits = 0  # of replicas that hold tiles outside their cache, too
         self._dropping_bits = 0  # of replicas that compute the last tile of a cached prefix again
+        self._store_bits = 0  # of replicas that can load what any of them knows to be in their shared store
         self._lost_bits = 0
         self._sweeping_bits = 0
         self._reservations: dict[str, tuple[str, int, Sequence[int]]] = {}
@@ -86,18 +87,21 @@ class PrefixIndex:
         has_ends: bool = False,
         has_tier: bool = False,
         drops_last: bool = False,
+        shares_store: bool = False,
     ) -> None:
         """Take a snapshot: `tiles` are all tiles of the replica at state `sequence` of engine life `epoch`.
 
         With `has_ends`, a prefix can be used up to a tile only if `end_name` of that tile is among them, too. With
         `has_tier`, a tile must be loaded to be used if `tier_name` of it is among them. With `drops_last`, the replica
-        computes the last tile of a cached prefix again; ends are then named by the tile that it drops.
+        computes the last tile of a cached prefix again; ends are then named by the tile that it drops. With
+        `shares_store`, a tile whose `store_name` is among them can be loaded by every replica that shares the store.
         """
         self.drop(replica_id)
         bit = self._free_bit()
         self._end_bits |= bit if has_ends else 0
         self._tier_bits |= bit if has_tier else 0
         self._dropping_bits |= bit if drops_last else 0
+        self._store_bits |= bit if shares_store else 0
         holder = self._holders[replica_id] = _Holder(bit, epoch, sequence)
         self._owner[bit] = replica_id
         for tile in tiles:
@@ -132,6 +136,7 @@ class PrefixIndex:
             self._end_bits &= ~holder.bit
             self._tier_bits &= ~holder.bit
             self._dropping_bits &= ~holder.bit
+            self._store_bits &= ~holder.bit
             self._lost_bits |= holder.bit
             self._start_sweep()
 
@@ -146,6 +151,8 @@ class PrefixIndex:
         masks: Iterator[int] = map(self._tiles.get, chain, repeat(0))
         if self._unswept:
             masks = map(or_, masks, map(self._unswept.get, chain, repeat(0)))
+        if self._store_bits:
+            masks = map(or_, masks, map(self._storing, chain))
         owner = self._owner
         depths: dict[str, int] = {}
         held = ~self._lost_bits
@@ -170,10 +177,10 @@ class PrefixIndex:
         """Count those of the `depths` leading tiles of `chain` that each replica has to load; those with none are left
         out."""
         counts: dict[str, int] = {}
-        if not self._tier_bits:
+        if not self._tier_bits | self._store_bits:
             return counts
         for place, tile in enumerate(chain[: max(depths.values(), default=0)]):
-            held = self._mask(tier_name(tile)) & self._tier_bits
+            held = self._mask(tier_name(tile)) & self._tier_bits | self._storing(tile) & ~self._mask(tile)
             while held:
                 bit = held & -held
                 held ^= bit
@@ -235,9 +242,16 @@ class PrefixIndex:
                 del holder.unconfirmed[tile]
                 self._clear(holder, tile)
 
+    def _storing(self, tile: int) -> int:
+        """The replicas that can load `tile` from the store that they share."""
+        return self._store_bits if self._mask(store_name(tile)) & self._store_bits else 0
+
     def _is_of_tier(self, holder: _Holder, name: int) -> bool:
-        """Whether `name` says that only a KV connector holds a tile, instead of naming one."""
-        return bool(holder.bit & self._tier_bits and self._mask(tier_name(name)) & holder.bit)
+        """Whether `name` is of a tile that a KV connector holds, or says so of one."""
+        others = (
+            self._mask(tier_name(name)) & self._tier_bits | self._mask(store_name(name)) & self._store_bits
+        )
+        return bool(others & holder.bit)
 
     def _mask(self, tile: int) -> int:
         return self._tiles.get(tile, 0) | self._unswept.get(tile, 0)

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvarn.vllm.access.cache_events import CacheEvent
 from serve_app.engine.tile_log import TileLog
-from serve_app.routing import Namespace, PrefixIndex, chain, end_name, tier_name, token_array
+from serve_app.routing import Namespace, PrefixIndex, chain, end_name, store_name, tier_name, token_array
 from serve_app.routing import index as index_module
 from serve_app.routing.types import TileChange
 
@@ -273,6 +273,50 @@ def test_tiles_to_load_are_counted_among_those_that_match() -> None:
     assert index.offloaded(links[:2], {"a": 2}) == {"a": 1}
     index.apply("a", 1, 2, [], [tier_name(links[1]), tier_name(links[2])])
     assert index.offloaded(links, depths) == {}
+
+
+async def test_what_a_shared_store_holds_is_published_beside_what_the_cache_holds() -> None:
+    log = TileLog(1, "m", "auto", 4, has_tier=True, shares_store=True)
+    ids = list(range(8))
+    links = chain(token_array(ids), 4, Namespace("m", "auto", 4).root())
+    stored = [*map(store_name, links)]
+    async with aclosing(log.watch()) as changes:
+        assert (await anext(changes)).shares_store
+        log.take([CacheEvent(offloaded=[11, 12]), CacheEvent(stored=[10, 11], token_ids=ids)])
+        assert set((await anext(changes)).stored) == {*links, stored[1]}
+        log.take([CacheEvent(offloaded=[10])])
+        assert (await anext(changes)).stored == stored[:1]
+        log.take([CacheEvent(removed=[10, 11])])
+        assert (await anext(changes)).stored == [*map(tier_name, links)]
+        log.take([CacheEvent(dropped=[10])])
+        assert set((await anext(changes)).removed) == {links[0], tier_name(links[0]), stored[0]}
+        log.take([CacheEvent(emptied=True)])
+        assert set((await anext(changes)).removed) == {links[1], tier_name(links[1]), stored[1]}
+
+
+def test_replicas_can_load_what_another_one_knows_to_be_in_their_store() -> None:
+    links = [100, 200, 300, 400]
+    index = PrefixIndex(100)
+    index.replace("prefill", 1, 1, [*links[:3], *map(store_name, links[:2])], shares_store=True)
+    index.replace("decode", 1, 1, [links[0]], shares_store=True)
+    index.replace("new", 1, 1, [], shares_store=True)
+    index.replace("other", 1, 1, [links[0]])
+    depths = index.match(links)
+    assert depths == {"prefill": 3, "decode": 2, "new": 2, "other": 1}
+    assert index.offloaded(links, depths) == {"decode": 1, "new": 2}
+    index.apply("prefill", 1, 2, [], [store_name(links[0])])
+    assert index.match(links) == {"prefill": 3, "decode": 2, "other": 1}
+    index.drop("prefill")
+    assert index.match(links) == {"decode": 1, "other": 1}
+
+
+def test_a_tile_that_is_loaded_from_a_shared_store_is_not_computed_again() -> None:
+    index = PrefixIndex(100)
+    index.replace("r", 1, 1, [100, store_name(100)], shares_store=True)
+    for sequence in range(2, 200, 2):
+        index.apply("r", 1, sequence, [], [100])
+        index.apply("r", 1, sequence + 1, [100], [])
+    assert index.recompute_rate("r") == 0
 
 
 async def test_a_salt_keeps_prefixes_apart() -> None:
