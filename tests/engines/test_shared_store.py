@@ -98,13 +98,37 @@ def stored(
 
 
 @pytest.fixture(scope="module")
+def interrupted(
+    monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    """What an engine stored that ended in the middle of the step which filled the blocks."""
+    store = tmp_path_factory.mktemp("interrupted")
+
+    def end(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with start(monkeypatch, model, store) as llm, monkeypatch.context() as patch:
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        patch.setattr(list(layers.values())[-1].impl, "attend", end)
+        with pytest.raises(KeyboardInterrupt):
+            ask(llm, [prompt_of(LONGEST)])
+        get_kv_transfer_group().worker.close()  # which writes what is left
+    return stored_files(store)
+
+
+@pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("store")
 
 
 @pytest.fixture(scope="module")
 def reader(
-    monkeypatch: pytest.MonkeyPatch, model: Path, store: Path, stored: object, expected: object
+    monkeypatch: pytest.MonkeyPatch,
+    model: Path,
+    store: Path,
+    stored: object,
+    expected: object,
+    interrupted: object,
 ) -> Iterator[LLM]:
     """An engine that shares `store`; those of the other fixtures have ended, as vLLM has one connector a process."""
     with start(monkeypatch, model, store) as llm:
@@ -127,6 +151,10 @@ def filled(reader: LLM, store: Path, stored: dict[Path, bytes]) -> Iterator[list
     yield [store / path for path in stored]
     assert scheduler_of(reader).slots.sinks_missing == 0
     assert_nothing_left(reader)
+
+
+def test_an_interrupted_step_stores_nothing(interrupted: list[Path]) -> None:
+    assert interrupted == []
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -104,6 +105,8 @@ class SharedStoreConnector(KVConnectorBase_V1, SupportsHMA):
         """Blocks are stored by `wait_for_save`, all layers at once."""
 
     def wait_for_save(self) -> None:
+        if sys.exc_info()[0] is not None:
+            return  # vLLM also calls this when an error, or the engine's end, has interrupted the step
         self.worker.start_saves(self._transfers)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, set[str]]:
