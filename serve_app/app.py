@@ -13,7 +13,7 @@ from serve_app.gateway.gateway_deployment import Gateway
 
 
 def build(args: AppConfig) -> serve.Application:
-    """Return the gateways, bound to the engines.
+    """Return the gateways, bound to the engines of both kinds.
 
     Args:
         args: settings, which Serve parses from `args` in the YAML; unknown keys are errors.
@@ -22,6 +22,16 @@ def build(args: AppConfig) -> serve.Application:
     engines = engine_deployment.deployment(
         args.model, args.engine, args.observability, membership.ROUTER_CLASS, config.reasoning_parser
     )
+    prefills = None
+    if args.disaggregation is not None:
+        prefills = engine_deployment.deployment(
+            args.model,
+            args.engine,
+            args.observability,
+            membership.ROUTER_CLASS,
+            config.reasoning_parser,
+            args.disaggregation.prefill_replicas,
+        )
     return serve.deployment(
         Gateway,
         name="Gateway",
@@ -36,4 +46,6 @@ def build(args: AppConfig) -> serve.Application:
         args.engine.autoscaling,
         engines,
         adapters=tuple(args.engine.lora),
+        disaggregation=args.disaggregation,
+        prefills=prefills,
     )

@@ -132,6 +132,20 @@ class SharedStoreConfig(StrictSettings):
     )
 
 
+class DisaggregationConfig(StrictSettings):
+    """Engines that only compute prompts, for the other engines to load from `engine.shared_store`."""
+
+    prefill_replicas: int = Field(default=1, ge=1, description="engines that only compute prompts")
+    min_prompt_tokens: int = Field(
+        default=1024,
+        ge=1,
+        description="prompts of which as many tokens are neither cached nor stored are computed there",
+    )
+    prefill_timeout_s: float = Field(
+        default=30, gt=0, description="a prompt that is not computed by then is computed where it is answered"
+    )
+
+
 class EngineConfig(StrictSettings):
     """Settings of the engine replicas. Fields that vLLM also has keep its names and meanings."""
 
@@ -257,6 +271,11 @@ class EngineConfig(StrictSettings):
     def least_replicas(self) -> int:
         """Minimum number of replicas."""
         return self.num_replicas if self.autoscaling is None else self.autoscaling.min_replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """Maximum number of replicas."""
+        return self.num_replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
     @property
     def kv_cache_memory_bytes(self) -> int | None:
@@ -456,6 +475,9 @@ class AppConfig(StrictSettings):
         None, description="the model's name in the APIs; default: the last part of model"
     )
     engine: EngineConfig = EngineConfig(kv_cache_memory_gib=1)
+    disaggregation: DisaggregationConfig | None = Field(
+        None, description="engines that only compute prompts; None: each engine computes its own"
+    )
     gateway: GatewayConfig = GatewayConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
 
@@ -467,6 +489,22 @@ class AppConfig(StrictSettings):
                 "adapter, or set served_model_name"
             )
         return self
+
+    @model_validator(mode="after")
+    def _prefills_are_shared(self) -> Self:
+        if self.disaggregation is not None and self.engine.shared_store is None:
+            raise ValueError("disaggregation hands prompts over in engine.shared_store: set that, too")
+        return self
+
+    @property
+    def prefill_replicas(self) -> int:
+        """Number of engines that only compute prompts."""
+        return 0 if self.disaggregation is None else self.disaggregation.prefill_replicas
+
+    @property
+    def least_engines(self) -> int:
+        """Minimum number of engines of both kinds."""
+        return self.engine.least_replicas + self.prefill_replicas
 
     @property
     def model_name(self) -> str:

@@ -39,7 +39,7 @@ from kvarn.plan.model_shape import ModelShape
 from kvarn.presets import PRESETS
 from kvarn.vllm.cache_settings import KVarNConfig, num_host_sinks
 from kvarn.vllm.slots import NO_DRAFTS
-from serve_app.config import GIB, AppConfig, EngineConfig
+from serve_app.config import GIB, AppConfig
 from serve_app.local_ray import STOP_TIMEOUT_S, adopt_orphans, end_descendants
 from serve_app.local_ray import start as start_ray
 from serve_app.request.parser_choice import NONE, parsers_of
@@ -127,9 +127,9 @@ def check_machine(app: App) -> None:
         LaunchError: a gateway's port is in use, or the engines need more CPUs, memory or GPUs than there are.
     """
     if app.config.engine.device == "cpu":
-        _check_cpus(app.config.engine)
+        _check_cpus(app.config)
     else:
-        _check_gpus(app.config.engine)
+        _check_gpus(app.config)
     gateway = app.config.gateway
     for setting, listener in (("gateway.port", gateway), ("gateway.http.port", gateway.http)):
         if listener.port and not _is_free(listener.host, listener.port):
@@ -235,23 +235,25 @@ def _quiet() -> None:
             os.dup2(nowhere.fileno(), output)
 
 
-def _check_cpus(engine: EngineConfig) -> None:
-    needed, present = engine.least_replicas * engine.cpus_per_replica, os.cpu_count() or 1
+def _check_cpus(config: AppConfig) -> None:
+    engine = config.engine
+    needed, present = config.least_engines * engine.cpus_per_replica, os.cpu_count() or 1
     if needed > present:
         raise LaunchError(
             f"the engines need {needed:g} CPUs and this machine has {present}: "
             "lower engine.num_replicas or engine.cpus_per_replica"
         )
     cache_bytes, memory_bytes = engine.kv_cache_memory_bytes or 0, psutil.virtual_memory().total
-    if engine.least_replicas * cache_bytes > memory_bytes:
+    if config.least_engines * cache_bytes > memory_bytes:
         raise LaunchError(
-            f"the engines' caches need {engine.least_replicas * cache_bytes / GIB:.1f} GiB and this machine "
+            f"the engines' caches need {config.least_engines * cache_bytes / GIB:.1f} GiB and this machine "
             f"has {memory_bytes / GIB:.1f}: lower engine.num_replicas or engine.kv_cache_memory_gib"
         )
 
 
-def _check_gpus(engine: EngineConfig) -> None:
-    needed, present = engine.least_replicas * engine.tensor_parallel_size, torch.cuda.device_count()
+def _check_gpus(config: AppConfig) -> None:
+    engine = config.engine
+    needed, present = config.least_engines * engine.tensor_parallel_size, torch.cuda.device_count()
     if needed > present:
         raise LaunchError(
             f"the engines need {needed} GPUs and this machine has {present}: lower engine.num_replicas or "

@@ -142,8 +142,9 @@ def _row(replica: cluster_pb2.ReplicaCache) -> Iterator[RenderableType]:
     tile = capacity.tile_tokens
     yield replica.replica_id
     breaker = BREAKERS.get(breaker_state, "")
+    role = "prefill only" if capacity.is_prefill else ""
     yield Text(
-        f"{status}, {breaker}" if breaker else status, style="red" if breaker else STYLES.get(status, "")
+        ", ".join(filter(None, (status, breaker, role))), style="red" if breaker else STYLES.get(status, "")
     )
     yield Bar(capacity, load)
     blocks = (

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CacheCapacity(_message.Message):
-    __slots__ = ("cache_dtype", "tile_tokens", "bytes_per_tile", "total_blocks", "total_slots", "max_model_len", "max_requests", "other_blocks", "other_tokens")
+    __slots__ = ("cache_dtype", "tile_tokens", "bytes_per_tile", "total_blocks", "total_slots", "max_model_len", "max_requests", "other_blocks", "other_tokens", "is_prefill")
     CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     TILE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_TILE_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,7 @@ class CacheCapacity(_message.Message):
     MAX_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     OTHER_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     OTHER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IS_PREFILL_FIELD_NUMBER: _ClassVar[int]
     cache_dtype: str
     tile_tokens: int
     bytes_per_tile: int
@@ -26,7 +27,8 @@ class CacheCapacity(_message.Message):
     max_requests: int
     other_blocks: int
     other_tokens: int
-    def __init__(self, cache_dtype: _Optional[str] = ..., tile_tokens: _Optional[int] = ..., bytes_per_tile: _Optional[int] = ..., total_blocks: _Optional[int] = ..., total_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_requests: _Optional[int] = ..., other_blocks: _Optional[int] = ..., other_tokens: _Optional[int] = ...) -> None: ...
+    is_prefill: bool
+    def __init__(self, cache_dtype: _Optional[str] = ..., tile_tokens: _Optional[int] = ..., bytes_per_tile: _Optional[int] = ..., total_blocks: _Optional[int] = ..., total_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_requests: _Optional[int] = ..., other_blocks: _Optional[int] = ..., other_tokens: _Optional[int] = ..., is_prefill: _Optional[bool] = ...) -> None: ...
 
 class CacheLoad(_message.Message):
     __slots__ = ("free_blocks", "evictable_blocks", "used_blocks", "reserved_blocks", "tail_slots_used", "sink_slots_used", "sink_slots_idle", "sinks_missing", "running_requests", "waiting_requests", "waiting_prefill_tokens", "preemptions", "prefill_tokens_per_s", "inter_token_latency_s", "pending_prefill_tokens", "waiting_for_slots", "waiting_for_blocks", "waiting_for_prefix", "drafts_proposed", "drafts_accepted", "loaded_tokens", "loading_s", "evictable_other_blocks")

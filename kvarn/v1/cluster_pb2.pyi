@@ -107,20 +107,22 @@ class ExplainRouteRequest(_message.Message):
     def __init__(self, prompt: _Optional[_Union[_inference_pb2.Prompt, _Mapping]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., session_id: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class ExplainRouteResponse(_message.Message):
-    __slots__ = ("chosen_replica_id", "candidates", "prompt_tokens", "expected_tokens", "near", "queued_requests")
+    __slots__ = ("chosen_replica_id", "candidates", "prompt_tokens", "expected_tokens", "near", "queued_requests", "prefill_replica_id")
     CHOSEN_REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEAR_FIELD_NUMBER: _ClassVar[int]
     QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     chosen_replica_id: str
     candidates: _containers.RepeatedCompositeFieldContainer[RouteCandidate]
     prompt_tokens: int
     expected_tokens: int
     near: int
     queued_requests: int
-    def __init__(self, chosen_replica_id: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., near: _Optional[int] = ..., queued_requests: _Optional[int] = ...) -> None: ...
+    prefill_replica_id: str
+    def __init__(self, chosen_replica_id: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., near: _Optional[int] = ..., queued_requests: _Optional[int] = ..., prefill_replica_id: _Optional[str] = ...) -> None: ...
 
 class RouteCandidate(_message.Message):
     __slots__ = ("replica_id", "refusal", "cached_tiles", "uncached_tokens", "blocks", "occupancy_after", "evicted_tiles", "first_token_s", "occupancy_s", "eviction_s", "penalty_s", "price_s", "sharing_s", "delay_s", "session_s", "offloaded_tiles", "load_s")

@@ -27,7 +27,7 @@ from kvarn.v1 import inference_pb2 as kvarn_dot_v1_dot_inference__pb2
 from kvarn.v1 import sampling_pb2 as kvarn_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15kvarn/v1/engine.proto\x12\x08kvarn.v1\x1a\x14kvarn/v1/cache.proto\x1a\x18kvarn/v1/inference.proto\x1a\x17kvarn/v1/sampling.proto\"t\n\x15\x45ngineGenerateRequest\x12%\n\x07started\x18\x01 \x03(\x0b\x32\x14.kvarn.v1.EngineCall\x12\x11\n\tcancelled\x18\x02 \x03(\x04\x12\x0e\n\x06paused\x18\x03 \x03(\x04\x12\x11\n\tcontinued\x18\x04 \x03(\x04\"\xd0\x01\n\nEngineCall\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12(\n\x07request\x18\x02 \x01(\x0b\x32\x17.kvarn.v1.EngineRequest\x12\x16\n\ttimeout_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x32\n\x07headers\x18\x04 \x03(\x0b\x32!.kvarn.v1.EngineCall.HeadersEntry\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0c\n\n_timeout_s\"\xa3\x02\n\rEngineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x31\n\x0fsampling_params\x18\x04 \x01(\x0b\x32\x18.kvarn.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x17\n\x0freserved_blocks\x18\x06 \x01(\r\x12\x17\n\x0funcached_tokens\x18\x07 \x01(\r\x12\x17\n\x0f\x65xpected_tokens\x18\x08 \x01(\r\x12\x18\n\x10resume_token_ids\x18\t \x03(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\n \x01(\t\x12\x13\n\x0bkept_tokens\x18\x0b \x01(\r\"A\n\x16\x45ngineGenerateResponse\x12\'\n\x07outputs\x18\x01 \x03(\x0b\x32\x16.kvarn.v1.EngineOutput\"w\n\x0c\x45ngineOutput\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12&\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x15.kvarn.v1.EngineDeltaH\x00\x12&\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x15.kvarn.v1.EngineErrorH\x00\x42\x07\n\x05\x65vent\",\n\x0b\x45ngineError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xcd\x01\n\x0b\x45ngineDelta\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.kvarn.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.kvarn.v1.FinishReason\x12)\n\x0bstop_reason\x18\x05 \x01(\x0b\x32\x14.kvarn.v1.StopReason\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\"\x19\n\x17\x45ngineWatchCacheRequest\"\x19\n\x17\x45ngineWatchTilesRequest\"u\n\x18\x45ngineWatchTilesResponse\x12*\n\x08snapshot\x18\x01 \x01(\x0b\x32\x16.kvarn.v1.TileSnapshotH\x00\x12$\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x13.kvarn.v1.TileDeltaH\x00\x42\x07\n\x05\x65vent\"w\n\x18\x45ngineWatchCacheResponse\x12+\n\x08snapshot\x18\x01 \x01(\x0b\x32\x17.kvarn.v1.CacheSnapshotH\x00\x12%\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.kvarn.v1.CacheDeltaH\x00\x42\x07\n\x05\x65vent\"W\n\x13ReportDemandRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x15\n\rqueued_tokens\x18\x02 \x01(\x04\x12\x15\n\rfirst_token_s\x18\x03 \x01(\x01\"\x16\n\x14ReportDemandResponse2\xd8\x02\n\x06\x45ngine\x12Q\n\x08Generate\x12\x1f.kvarn.v1.EngineGenerateRequest\x1a .kvarn.v1.EngineGenerateResponse(\x01\x30\x01\x12U\n\nWatchCache\x12!.kvarn.v1.EngineWatchCacheRequest\x1a\".kvarn.v1.EngineWatchCacheResponse0\x01\x12M\n\x0cReportDemand\x12\x1d.kvarn.v1.ReportDemandRequest\x1a\x1e.kvarn.v1.ReportDemandResponse\x12U\n\nWatchTiles\x12!.kvarn.v1.EngineWatchTilesRequest\x1a\".kvarn.v1.EngineWatchTilesResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15kvarn/v1/engine.proto\x12\x08kvarn.v1\x1a\x14kvarn/v1/cache.proto\x1a\x18kvarn/v1/inference.proto\x1a\x17kvarn/v1/sampling.proto\"t\n\x15\x45ngineGenerateRequest\x12%\n\x07started\x18\x01 \x03(\x0b\x32\x14.kvarn.v1.EngineCall\x12\x11\n\tcancelled\x18\x02 \x03(\x04\x12\x0e\n\x06paused\x18\x03 \x03(\x04\x12\x11\n\tcontinued\x18\x04 \x03(\x04\"\xd0\x01\n\nEngineCall\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12(\n\x07request\x18\x02 \x01(\x0b\x32\x17.kvarn.v1.EngineRequest\x12\x16\n\ttimeout_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x32\n\x07headers\x18\x04 \x03(\x0b\x32!.kvarn.v1.EngineCall.HeadersEntry\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0c\n\n_timeout_s\"\xce\x02\n\rEngineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x31\n\x0fsampling_params\x18\x04 \x01(\x0b\x32\x18.kvarn.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x17\n\x0freserved_blocks\x18\x06 \x01(\r\x12\x17\n\x0funcached_tokens\x18\x07 \x01(\r\x12\x17\n\x0f\x65xpected_tokens\x18\x08 \x01(\r\x12\x18\n\x10resume_token_ids\x18\t \x03(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\n \x01(\t\x12\x13\n\x0bkept_tokens\x18\x0b \x01(\r\x12\x11\n\thand_over\x18\x0c \x01(\x08\x12\x16\n\x0eis_handed_over\x18\r \x01(\x08\"A\n\x16\x45ngineGenerateResponse\x12\'\n\x07outputs\x18\x01 \x03(\x0b\x32\x16.kvarn.v1.EngineOutput\"w\n\x0c\x45ngineOutput\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12&\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x15.kvarn.v1.EngineDeltaH\x00\x12&\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x15.kvarn.v1.EngineErrorH\x00\x42\x07\n\x05\x65vent\",\n\x0b\x45ngineError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xcd\x01\n\x0b\x45ngineDelta\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.kvarn.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.kvarn.v1.FinishReason\x12)\n\x0bstop_reason\x18\x05 \x01(\x0b\x32\x14.kvarn.v1.StopReason\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\"\x19\n\x17\x45ngineWatchCacheRequest\"\x19\n\x17\x45ngineWatchTilesRequest\"u\n\x18\x45ngineWatchTilesResponse\x12*\n\x08snapshot\x18\x01 \x01(\x0b\x32\x16.kvarn.v1.TileSnapshotH\x00\x12$\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x13.kvarn.v1.TileDeltaH\x00\x42\x07\n\x05\x65vent\"w\n\x18\x45ngineWatchCacheResponse\x12+\n\x08snapshot\x18\x01 \x01(\x0b\x32\x17.kvarn.v1.CacheSnapshotH\x00\x12%\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.kvarn.v1.CacheDeltaH\x00\x42\x07\n\x05\x65vent\"W\n\x13ReportDemandRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x15\n\rqueued_tokens\x18\x02 \x01(\x04\x12\x15\n\rfirst_token_s\x18\x03 \x01(\x01\"\x16\n\x14ReportDemandResponse2\xd8\x02\n\x06\x45ngine\x12Q\n\x08Generate\x12\x1f.kvarn.v1.EngineGenerateRequest\x1a .kvarn.v1.EngineGenerateResponse(\x01\x30\x01\x12U\n\nWatchCache\x12!.kvarn.v1.EngineWatchCacheRequest\x1a\".kvarn.v1.EngineWatchCacheResponse0\x01\x12M\n\x0cReportDemand\x12\x1d.kvarn.v1.ReportDemandRequest\x1a\x1e.kvarn.v1.ReportDemandResponse\x12U\n\nWatchTiles\x12!.kvarn.v1.EngineWatchTilesRequest\x1a\".kvarn.v1.EngineWatchTilesResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,27 +43,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENGINECALL_HEADERSENTRY']._serialized_start=375
   _globals['_ENGINECALL_HEADERSENTRY']._serialized_end=421
   _globals['_ENGINEREQUEST']._serialized_start=438
-  _globals['_ENGINEREQUEST']._serialized_end=729
-  _globals['_ENGINEGENERATERESPONSE']._serialized_start=731
-  _globals['_ENGINEGENERATERESPONSE']._serialized_end=796
-  _globals['_ENGINEOUTPUT']._serialized_start=798
-  _globals['_ENGINEOUTPUT']._serialized_end=917
-  _globals['_ENGINEERROR']._serialized_start=919
-  _globals['_ENGINEERROR']._serialized_end=963
-  _globals['_ENGINEDELTA']._serialized_start=966
-  _globals['_ENGINEDELTA']._serialized_end=1171
-  _globals['_ENGINEWATCHCACHEREQUEST']._serialized_start=1173
-  _globals['_ENGINEWATCHCACHEREQUEST']._serialized_end=1198
-  _globals['_ENGINEWATCHTILESREQUEST']._serialized_start=1200
-  _globals['_ENGINEWATCHTILESREQUEST']._serialized_end=1225
-  _globals['_ENGINEWATCHTILESRESPONSE']._serialized_start=1227
-  _globals['_ENGINEWATCHTILESRESPONSE']._serialized_end=1344
-  _globals['_ENGINEWATCHCACHERESPONSE']._serialized_start=1346
-  _globals['_ENGINEWATCHCACHERESPONSE']._serialized_end=1465
-  _globals['_REPORTDEMANDREQUEST']._serialized_start=1467
-  _globals['_REPORTDEMANDREQUEST']._serialized_end=1554
-  _globals['_REPORTDEMANDRESPONSE']._serialized_start=1556
-  _globals['_REPORTDEMANDRESPONSE']._serialized_end=1578
-  _globals['_ENGINE']._serialized_start=1581
-  _globals['_ENGINE']._serialized_end=1925
+  _globals['_ENGINEREQUEST']._serialized_end=772
+  _globals['_ENGINEGENERATERESPONSE']._serialized_start=774
+  _globals['_ENGINEGENERATERESPONSE']._serialized_end=839
+  _globals['_ENGINEOUTPUT']._serialized_start=841
+  _globals['_ENGINEOUTPUT']._serialized_end=960
+  _globals['_ENGINEERROR']._serialized_start=962
+  _globals['_ENGINEERROR']._serialized_end=1006
+  _globals['_ENGINEDELTA']._serialized_start=1009
+  _globals['_ENGINEDELTA']._serialized_end=1214
+  _globals['_ENGINEWATCHCACHEREQUEST']._serialized_start=1216
+  _globals['_ENGINEWATCHCACHEREQUEST']._serialized_end=1241
+  _globals['_ENGINEWATCHTILESREQUEST']._serialized_start=1243
+  _globals['_ENGINEWATCHTILESREQUEST']._serialized_end=1268
+  _globals['_ENGINEWATCHTILESRESPONSE']._serialized_start=1270
+  _globals['_ENGINEWATCHTILESRESPONSE']._serialized_end=1387
+  _globals['_ENGINEWATCHCACHERESPONSE']._serialized_start=1389
+  _globals['_ENGINEWATCHCACHERESPONSE']._serialized_end=1508
+  _globals['_REPORTDEMANDREQUEST']._serialized_start=1510
+  _globals['_REPORTDEMANDREQUEST']._serialized_end=1597
+  _globals['_REPORTDEMANDRESPONSE']._serialized_start=1599
+  _globals['_REPORTDEMANDRESPONSE']._serialized_end=1621
+  _globals['_ENGINE']._serialized_start=1624
+  _globals['_ENGINE']._serialized_end=1968
 # @@protoc_insertion_point(module_scope)

@@ -41,7 +41,7 @@ class EngineCall(_message.Message):
     def __init__(self, number: _Optional[int] = ..., request: _Optional[_Union[EngineRequest, _Mapping]] = ..., timeout_s: _Optional[float] = ..., headers: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class EngineRequest(_message.Message):
-    __slots__ = ("request_id", "gateway_id", "prompt_token_ids", "sampling_params", "cache_salt", "reserved_blocks", "uncached_tokens", "expected_tokens", "resume_token_ids", "adapter", "kept_tokens")
+    __slots__ = ("request_id", "gateway_id", "prompt_token_ids", "sampling_params", "cache_salt", "reserved_blocks", "uncached_tokens", "expected_tokens", "resume_token_ids", "adapter", "kept_tokens", "hand_over", "is_handed_over")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,8 @@ class EngineRequest(_message.Message):
     RESUME_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HAND_OVER_FIELD_NUMBER: _ClassVar[int]
+    IS_HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     gateway_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -64,7 +66,9 @@ class EngineRequest(_message.Message):
     resume_token_ids: _containers.RepeatedScalarFieldContainer[int]
     adapter: str
     kept_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., gateway_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., reserved_blocks: _Optional[int] = ..., uncached_tokens: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., resume_token_ids: _Optional[_Iterable[int]] = ..., adapter: _Optional[str] = ..., kept_tokens: _Optional[int] = ...) -> None: ...
+    hand_over: bool
+    is_handed_over: bool
+    def __init__(self, request_id: _Optional[str] = ..., gateway_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., reserved_blocks: _Optional[int] = ..., uncached_tokens: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., resume_token_ids: _Optional[_Iterable[int]] = ..., adapter: _Optional[str] = ..., kept_tokens: _Optional[int] = ..., hand_over: _Optional[bool] = ..., is_handed_over: _Optional[bool] = ...) -> None: ...
 
 class EngineGenerateResponse(_message.Message):
     __slots__ = ("outputs",)

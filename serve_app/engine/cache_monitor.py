@@ -59,6 +59,7 @@ class CacheMonitor:
     Args:
         read: reads the engine's state.
         step_timeout_s: longest time that a step may keep the engine from answering.
+        is_prefill: whether the engine only computes prompts.
 
     Attributes:
         epoch: identifies this run of the engine.
@@ -66,8 +67,11 @@ class CacheMonitor:
         state: the engine's state as last read.
     """
 
-    def __init__(self, read: Callable[[], Awaitable[CacheState]], step_timeout_s: float = 30) -> None:
+    def __init__(
+        self, read: Callable[[], Awaitable[CacheState]], step_timeout_s: float = 30, is_prefill: bool = False
+    ) -> None:
         self._read = read
+        self._is_prefill = is_prefill
         self._step_timeout_s = step_timeout_s
         self.epoch = time.time_ns()
         self.reservations = Reservations()
@@ -83,7 +87,8 @@ class CacheMonitor:
     async def start(self) -> None:
         """Read the engine's state for the first time."""
         self.state = await self._read()
-        self.snapshot = CacheSnapshot(self.epoch, 1, _capacity(self.state), self._load(self.state))
+        capacity = replace(_capacity(self.state), is_prefill=self._is_prefill)
+        self.snapshot = CacheSnapshot(self.epoch, 1, capacity, self._load(self.state))
 
     async def run(self) -> None:
         """Publish changes until cancelled or the engine dies."""

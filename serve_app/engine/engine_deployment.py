@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -17,6 +18,7 @@ from kvarn.v1 import engine_pb2_grpc
 from kvarn.vllm.access.cache_events import read_cache_events
 from kvarn.vllm.access.constraints import choose_backend
 from kvarn.vllm.access.telemetry import CacheState, read_cache_state
+from kvarn.vllm.store.hand_over import HandOver
 from kvarn.vllm.store.store_settings import CONNECTOR, MODULE
 from serve_app.config import EngineConfig, ObservabilityConfig, is_loopback
 from serve_app.engine.autoscaling import replica_load, serve_options
@@ -51,6 +53,7 @@ class Engine:
         observability: where to export spans.
         reasoning_parser: the setting of the gateways, which the engine shares so that constraints begin after
             the reasoning.
+        is_prefill: whether it only computes prompts, which the other engines load from the shared store.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -59,6 +62,7 @@ class Engine:
         config: EngineConfig,
         observability: ObservabilityConfig,
         reasoning_parser: str | None = None,
+        is_prefill: bool = False,
     ) -> None:
         # Only replicas import vLLM: it takes seconds, and the deploying process does not need it.
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -66,11 +70,11 @@ class Engine:
         from serve_app.engine.service import SERVICE_NAME, EngineService
 
         self._config = config
-        _bind_threads(config)
+        _bind_threads(config, is_prefill)
         with surfacing_core_errors():
             self._engine = AsyncLLM.from_engine_args(engine_args(model, config, reasoning_parser))
         adapters = await load_adapters(self._engine, config)
-        self._monitor = CacheMonitor(self._read_cache, config.longest_step_s)
+        self._monitor = CacheMonitor(self._read_cache, config.longest_step_s, is_prefill)
         await self._monitor.start()
         capacity = self._monitor.snapshot.capacity
         self._tiles = TileLog(
@@ -91,7 +95,14 @@ class Engine:
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._spans = Tracing("kvarn-engine", replica_id, observability.tracing)
         self._service = EngineService(
-            self._engine, self._monitor, self._tiles, metrics, self._spans, self._demands, adapters
+            self._engine,
+            self._monitor,
+            self._tiles,
+            metrics,
+            self._spans,
+            self._demands,
+            adapters,
+            _hand_over(config),
         )
         guard = EngineGuard(encrypted=not is_loopback(config.host))
         self._server = GrpcServer(
@@ -143,6 +154,12 @@ class Engine:
         if events:
             self._tiles.take(events)
         return state
+
+
+def _hand_over(config: EngineConfig) -> HandOver | None:
+    """What hands prompts over to other engines, if there is a store that they share."""
+    store = config.shared_store
+    return None if store is None else HandOver(Path(store.directory), config.tensor_parallel_size)
 
 
 def engine_args(model: str, config: EngineConfig, reasoning_parser: str | None = None) -> AsyncEngineArgs:
@@ -268,8 +285,9 @@ def deployment(
     observability: ObservabilityConfig,
     router_class: str,
     reasoning_parser: str | None = None,
+    prefill_replicas: int = 0,
 ) -> serve.Application:
-    """Return the Serve deployment of all engine replicas.
+    """Return the Serve deployment of all engine replicas that answer, or of those that only compute prompts.
 
     Args:
         model: a known model's name or a local directory.
@@ -277,13 +295,14 @@ def deployment(
         observability: where to export spans.
         router_class: "module:Class" of the request router through which gateways discover replicas.
         reasoning_parser: the setting of the gateways.
+        prefill_replicas: number of replicas that only compute prompts; 0: those that answer.
     """
-    scale: dict[str, Any] = {"num_replicas": config.num_replicas}
-    if config.autoscaling is not None:
+    scale: dict[str, Any] = {"num_replicas": prefill_replicas or config.num_replicas}
+    if config.autoscaling is not None and not prefill_replicas:
         scale = {"autoscaling_config": serve_options(config.autoscaling)}
     return serve.deployment(
         Engine,
-        name="Engine",
+        name="Prefill" if prefill_replicas else "Engine",
         **scale,
         health_check_period_s=1,
         health_check_timeout_s=30,
@@ -292,13 +311,14 @@ def deployment(
             request_router_class=router_class, request_routing_stats_period_s=0.5
         ),
         **resources(config),
-    ).bind(model, config, observability, reasoning_parser)
+    ).bind(model, config, observability, reasoning_parser, is_prefill=prefill_replicas > 0)
 
 
-def _bind_threads(config: EngineConfig) -> None:
+def _bind_threads(config: EngineConfig, is_prefill: bool) -> None:
     """Bind this replica to distinct CPUs: vLLM would bind every engine of a node to the same ones."""
     if config.device == "cpu":
         rank = serve.get_replica_context().rank.local_rank
+        rank += config.most_replicas if is_prefill else 0
         allowed = sorted(os.sched_getaffinity(0))
         binding = thread_binding(allowed, rank, config.cpus_per_replica, config.tensor_parallel_size)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = binding

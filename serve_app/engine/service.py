@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 from opentelemetry.trace import Span
@@ -18,6 +18,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
 from kvarn.vllm.access.constraints import ConstraintChecks, ConstraintError
 from kvarn.vllm.kept_prefixes import keep_tokens
+from kvarn.vllm.store.hand_over import HandOver
 from serve_app.engine.cache_monitor import CacheMonitor
 from serve_app.engine.call_server import CallServer, Write
 from serve_app.engine.engine_metrics import EngineMetrics
@@ -68,10 +69,12 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         spans: Tracing,
         demands: DemandBook,
         adapters: Mapping[str, LoRARequest] = MappingProxyType({}),
+        hand_over: HandOver | None = None,
     ) -> None:
         self._engine = engine
         self._demands = demands
         self._adapters = adapters
+        self._hand_over = hand_over
         self._monitor = monitor
         self._tiles = tiles
         self._metrics = metrics
@@ -102,7 +105,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             _engine_errors(request.sampling_params.structured_outputs.WhichOneof("constraint")),
             self._tracer.start_as_current_span("engine generate", record_exception=False) as span,
         ):
-            meter = _Meter(self._monitor, reservation, self._metrics, span)
+            counts = _Counts(prompt=not request.is_handed_over, output=not request.hand_over)
+            meter = _Meter(self._monitor, reservation, self._metrics, span, counts)
             async with aclosing(self._deltas(request, meter)) as deltas:
                 async for delta in deltas:
                     await write(delta)
@@ -143,6 +147,9 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             resumption = None
             prompt, params = list(request.prompt_token_ids), to_vllm(request.sampling_params)
             await self._constraints.check(params)
+        hand_over = self._hand_over if request.hand_over else None
+        if hand_over is not None:
+            hand_over.ask(params)
         if request.kept_tokens:
             keep_tokens(params, request.kept_tokens)
         salt = request.cache_salt or None
@@ -164,6 +171,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                     raise BadRequestError(_UNMET)
                 if resumption is not None:
                     resumption.write_text(delta)
+                if hand_over is not None and delta.finish_reason:
+                    await hand_over.wait(output)
                 yield delta
                 if delta.finish_reason:
                     return  # a stop string that vLLM does not know of may end a resumed request
@@ -212,11 +221,21 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             self._monitor.touch()
 
 
+class _Counts(NamedTuple):
+    """What a call adds to the metrics: of a prompt that is handed over, each replica counts its part."""
+
+    prompt: bool
+    output: bool
+
+
 class _Meter:
     """Measures one request: prefill speed by its first output, inter-token latency by the others."""
 
-    def __init__(self, monitor: CacheMonitor, reservation: str, metrics: EngineMetrics, span: Span) -> None:
+    def __init__(
+        self, monitor: CacheMonitor, reservation: str, metrics: EngineMetrics, span: Span, counts: _Counts
+    ) -> None:
         self._monitor = monitor
+        self._counts = counts
         self._reservation = reservation
         self._metrics = metrics
         self._span = span
@@ -233,7 +252,8 @@ class _Meter:
             self._count_prefill(output)
             self._monitor.touch()
         self._last_s = now
-        self._metrics.generated(tokens)
+        if self._counts.output:
+            self._metrics.generated(tokens)
         self._count_blocks(tokens)
         self._monitor.reservations.grow(self._reservation, tokens)
 
@@ -247,7 +267,8 @@ class _Meter:
 
     def _count_prefill(self, output: RequestOutput) -> None:
         prompt, cached = len(output.prompt_token_ids or ()), output.num_cached_tokens or 0
-        self._metrics.started(prompt, cached)
+        if self._counts.prompt:
+            self._metrics.started(prompt, cached)
         self._span.set_attributes({"kvarn.prompt_tokens": prompt, "kvarn.cached_tokens": cached})
         self._span.add_event("first token")
         self._tokens = prompt

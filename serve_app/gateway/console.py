@@ -111,6 +111,7 @@ def _replica(replica: ReplicaState) -> dict[str, Any]:
         .removeprefix("REPLICA_STATUS_")
         .lower(),
         "breaker": replica.breaker.name.lower(),
+        "is_prefill": capacity.is_prefill,
         "cache_dtype": capacity.cache_dtype,
         "capacity": capacity.total_blocks * tile,
         "live": load.used_blocks * tile,

@@ -13,7 +13,7 @@ from random import Random
 from kvarn.v1 import cluster_pb2, engine_pb2, inference_pb2, sampling_pb2
 from serve_app.config import RoutingConfig
 from serve_app.gateway.admission_queue import AdmissionQueue
-from serve_app.gateway.engine_call import EngineCall, ReplicaError
+from serve_app.gateway.engine_call import EngineCall, Prefill, ReplicaError
 from serve_app.gateway.engine_stream import Relayed
 from serve_app.gateway.fleet import Fleet
 from serve_app.gateway.generation import Generation, new_key
@@ -55,6 +55,7 @@ class Dispatcher:
         default_max_tokens: for requests that set none.
         scale_from_zero: makes requests wait while there are no replicas; None rejects them.
         adapters: names of LoRA adapters, which requests may give in place of the model's.
+        prefill: has prompts computed by replicas that do nothing else; None: there are none.
     """
 
     def __init__(
@@ -71,10 +72,12 @@ class Dispatcher:
         default_max_tokens: int,
         scale_from_zero: ScaleFromZero | None = None,
         adapters: Sequence[str] = (),
+        prefill: Prefill | None = None,
     ) -> None:
         self._gateway_id = gateway_id
         self._model_name = model_name
         self._adapters = adapters
+        self._prefill = prefill
         self._encoder = encoder
         self._router = router
         self._queue = queue
@@ -171,7 +174,11 @@ class Dispatcher:
         need = self._router.need(len(ids), sampling.max_tokens)
         prompt = Prompt(token_array(ids), request.cache_salt, adapter)
         caller = _with_session(caller, request)
-        decision = self._router.choose(need, prompt, time.monotonic(), caller=caller)
+        now_s = time.monotonic()
+        decision = self._router.choose(need, prompt, now_s, caller=caller)
+        prefill = None
+        if self._prefill is not None and decision.chosen is not None:
+            prefill = self._prefill.choose(prompt, decision.chosen, now_s)
         return cluster_pb2.ExplainRouteResponse(
             chosen_replica_id=decision.chosen.replica_id if decision.chosen else "",
             candidates=[wire.candidate_to_proto(candidate) for candidate in sorted(decision.explain())],
@@ -179,6 +186,7 @@ class Dispatcher:
             expected_tokens=need.expected_tokens,
             near=decision.near,
             queued_requests=len(self._queue),
+            prefill_replica_id=prefill.replica_id if prefill else "",
         )
 
     async def _call(self, generation: Generation, tried: list[str], observation: Observation) -> EngineCall:
@@ -190,10 +198,22 @@ class Dispatcher:
             observation.queued(generation.queued_s)
         observation.routed(decision, generation.decision_s)
         assert decision.chosen is not None
-        call = self._open(generation, generation.key, decision.chosen)
+        chosen = await self._prefilled(generation, decision.chosen)
+        call = self._open(generation, generation.key, chosen)
         if self._hedge_after_s is None or generation.output:
             return call
         return await self._hedged(generation, call, self._hedge_after_s)
+
+    async def _prefilled(self, generation: Generation, chosen: Candidate) -> Candidate:
+        """Have another replica compute the prompt if that is worthwhile; return what remains to the `chosen` one."""
+        if self._prefill is None:
+            return chosen
+        try:
+            return await self._prefill.run(generation, chosen)
+        except BaseException:
+            self._router.release(generation.key)
+            self._queue.wake()
+            raise
 
     def _response(
         self, generation: Generation, replica_id: str, delta: engine_pb2.EngineDelta, observation: Observation

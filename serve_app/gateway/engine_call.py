@@ -9,10 +9,14 @@ from collections.abc import AsyncIterator
 import grpc
 
 from kvarn.v1 import engine_pb2, inference_pb2
+from serve_app.config import DisaggregationConfig
 from serve_app.gateway.engine_stream import CallError, Relayed
 from serve_app.gateway.fleet import Fleet
-from serve_app.request.request_errors import BadRequestError, DeadlineError
-from serve_app.routing import Router
+from serve_app.gateway.generation import Generation, new_key
+from serve_app.gateway.observation import Observer
+from serve_app.observability import metrics
+from serve_app.request.request_errors import BadRequestError, DeadlineError, RequestError
+from serve_app.routing import Candidate, Prompt, RequestNeed, Router, usable_tiles
 
 _DROPPED = (inference_pb2.FINISH_REASON_ABORT, inference_pb2.FINISH_REASON_ERROR)
 
@@ -140,6 +144,93 @@ class EngineCall:
     def _failed(self, is_silence: bool = False) -> ReplicaError:
         self._router.failed(self._key, time.monotonic())
         return ReplicaError(self.replica_id, is_silence=is_silence)
+
+
+class Prefill:
+    """Has prompts computed by replicas that do nothing else, for the replicas that answer.
+
+    Args:
+        gateway_id: identifies this gateway's reservations at the engines.
+        fleet: connections to the replicas.
+        router: chooses replicas and holds reservations.
+        observer: counts what came of each prompt.
+        config: which prompts, and how long they may take.
+    """
+
+    def __init__(
+        self,
+        gateway_id: str,
+        fleet: Fleet,
+        router: Router,
+        observer: Observer,
+        config: DisaggregationConfig,
+    ) -> None:
+        self._gateway_id = gateway_id
+        self._fleet = fleet
+        self._router = router
+        self._observer = observer
+        self._config = config
+
+    def choose(self, prompt: Prompt, chosen: Candidate, now_s: float) -> Candidate | None:
+        """The replica that would compute `prompt` for the `chosen` one now; None if that one computes it itself."""
+        if chosen.uncached_tokens < self._config.min_prompt_tokens:
+            return None
+        found = self._router.choose(_need(prompt), prompt, now_s, is_prefill=True).chosen
+        return found if found and found.first_token_s <= self._config.prefill_timeout_s else None
+
+    async def run(self, generation: Generation, chosen: Candidate) -> Candidate:
+        """Have the prompt computed if that is worthwhile; return what remains to the `chosen` replica.
+
+        If no replica takes it, or the one that does fails or takes too long, all of it remains.
+        """
+        now_s, prompt = time.monotonic(), generation.prompt
+        if self.choose(prompt, chosen, now_s) is None:
+            return chosen
+        key = new_key()
+        prefill = self._router.admit(key, _need(prompt), prompt, now_s, is_prefill=True).chosen
+        assert prefill is not None  # as it was just now
+        state = self._router.replica(prefill.replica_id, now_s)
+        assert state is not None
+        tile_tokens = state.snapshot.capacity.tile_tokens
+        left = len(prompt) - usable_tiles(len(prompt), tile_tokens) * tile_tokens
+        limit_s = min(self._config.prefill_timeout_s, generation.deadline_s - now_s)
+        self._router.expect(generation.key, left, now_s)
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._compute(generation, key, prefill, limit_s)
+        except (ReplicaError, RequestError, TimeoutError):
+            self._observer.recorder.add(metrics.PREFILLS, 1, result="failed")
+            self._router.expect(generation.key, chosen.uncached_tokens, time.monotonic())
+            return chosen
+        self._observer.recorder.add(metrics.PREFILLS, 1, result="done")
+        self._router.expect(generation.key, left, time.monotonic())
+        return chosen._replace(uncached_tokens=left)
+
+    async def _compute(self, generation: Generation, key: str, prefill: Candidate, timeout_s: float) -> None:
+        """Call the replica `prefill`, which holds the reservation `key`, and wait until it has stored the prompt."""
+        try:
+            call = EngineCall(
+                self._fleet,
+                self._router,
+                key=key,
+                replica_id=prefill.replica_id,
+                message=generation.prefill_message(self._gateway_id, prefill),
+                timeout_s=timeout_s,
+                headers=generation.headers,
+            )
+        except KeyError:  # the replica was removed after it was chosen
+            self._router.release(key)
+            raise ReplicaError(prefill.replica_id, is_failure=False) from None
+        try:
+            cached = [delta.cached_tokens async for delta in call]
+        finally:
+            call.close()
+        if generation.prefill_cached_tokens is None:
+            generation.prefill_cached_tokens = cached[0]
+
+
+def _need(prompt: Prompt) -> RequestNeed:
+    return RequestNeed(len(prompt), max_tokens=1)
 
 
 def _has_answered(first: asyncio.Task[engine_pb2.EngineDelta]) -> bool:

@@ -40,12 +40,14 @@ class Fleet:
         self._drain_s = drain_s
         self._silence_s = silence_s
         self._listening = asyncio.create_task(self._listen_for_silence())
+        self._members: dict[str, list[Endpoint]] = {}
         self._connections: dict[str, ReplicaConnection] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
-    def set_members(self, endpoints: list[Endpoint]) -> None:
-        """Connect to new replicas, and disconnect from those not in `endpoints`."""
-        live = {endpoint.replica_id: endpoint for endpoint in endpoints}
+    def set_members(self, endpoints: list[Endpoint], deployment: str = "") -> None:
+        """Connect to new replicas of a deployment, and disconnect from those of it that are not in `endpoints`."""
+        self._members[deployment] = endpoints
+        live = {endpoint.replica_id: endpoint for members in self._members.values() for endpoint in members}
         for replica_id in self._connections.keys() - live.keys():
             self._remove(replica_id)
         for replica_id, endpoint in live.items():

@@ -9,16 +9,18 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from kvarn.model import resolve_model
-from serve_app.config import AutoscalingConfig, GatewayConfig, ObservabilityConfig
+from serve_app.config import AutoscalingConfig, DisaggregationConfig, GatewayConfig, ObservabilityConfig
 from serve_app.gateway import membership
 from serve_app.gateway.admission_queue import AdmissionQueue
 from serve_app.gateway.console import console, view
 from serve_app.gateway.dispatcher import Dispatcher
+from serve_app.gateway.engine_call import Prefill
 from serve_app.gateway.fleet import Fleet
 from serve_app.gateway.observation import GatewayGauges, Observer, log_to_stdout
 from serve_app.gateway.scale_from_zero import ScaleFromZero
@@ -105,6 +107,7 @@ def wire_gateway(
     observability: ObservabilityConfig,
     wake_engines: Callable[[], Awaitable[object]] | None,
     adapters: Sequence[str] = (),
+    disaggregation: DisaggregationConfig | None = None,
 ) -> GatewayParts:
     """Build the parts of a gateway bottom-up; a part is complete before another one can call it.
 
@@ -116,6 +119,7 @@ def wire_gateway(
         observability: where metrics, spans and the request log go.
         wake_engines: starts a replica if there is none; None if there always is one.
         adapters: names of LoRA adapters, which requests may give in place of the model's.
+        disaggregation: which prompts are computed by replicas that do nothing else; None: none.
 
     Raises:
         ValueError: certificates, API keys or a parser cannot be used.
@@ -147,6 +151,9 @@ def wire_gateway(
         readiness.report_change()
 
     fleet = Fleet(router, on_change, drain_s=config.drain_grace_s, silence_s=routing.silence_timeout_s)
+    prefill = None
+    if disaggregation is not None:
+        prefill = Prefill(gateway_id, fleet, router, observer, disaggregation)
     dispatcher = Dispatcher(
         gateway_id,
         model_name,
@@ -159,6 +166,7 @@ def wire_gateway(
         default_max_tokens=config.default_max_tokens,
         scale_from_zero=scale_from_zero,
         adapters=adapters,
+        prefill=prefill,
     )
     shown = lambda: view(model_name, router.replicas(time.monotonic()), observer, queue)  # noqa: E731
     servers = GatewayServers(
@@ -188,6 +196,8 @@ class Gateway:
         autoscaling: of the engines.
         engines: handle of the engine deployment; lists its replicas, never carries requests.
         adapters: names of LoRA adapters.
+        disaggregation: which prompts are computed by replicas that do nothing else; None: none.
+        prefills: handle of the deployment of such replicas.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -199,6 +209,8 @@ class Gateway:
         autoscaling: AutoscalingConfig | None,
         engines: DeploymentHandle,
         adapters: Sequence[str] = (),
+        disaggregation: DisaggregationConfig | None = None,
+        prefills: DeploymentHandle | None = None,
     ) -> None:
         gateway_id = serve.get_replica_context().replica_id.unique_id
         scales_to_zero = autoscaling is not None and autoscaling.min_replicas == 0
@@ -210,8 +222,11 @@ class Gateway:
             observability=observability,
             wake_engines=engines.wake.remote if scales_to_zero else None,
             adapters=adapters,
+            disaggregation=disaggregation,
         )
         membership.listen(engines, parts.fleet.set_members)
+        if prefills is not None:
+            membership.listen(prefills, partial(parts.fleet.set_members, deployment="Prefill"))
         # Clients may connect as soon as the port is shared: in a rolling update, those of the gateway replaced.
         await parts.readiness.wait(STARTUP_WAIT_S)
         await parts.servers.start()

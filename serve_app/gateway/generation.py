@@ -42,6 +42,8 @@ class Generation:
         queued_s: duration of its last wait in the queue; 0 if it did not wait.
         queue_entry: its position in the queue, kept until a replica answers; None if it has not waited.
         inexact_because: why its output may differ from an uninterrupted one.
+        prefill_cached_tokens: prompt tokens that the replica which computed the prompt for another one found in its
+            cache; None if none did.
     """
 
     request_id: str
@@ -64,6 +66,7 @@ class Generation:
     queued_s: float = 0.0
     queue_entry: QueuedRequest | None = None
     inexact_because: str = ""
+    prefill_cached_tokens: int | None = None
 
     def begin(self, router: Router) -> None:
         """Prepare the next attempt, which continues the output so far."""
@@ -94,6 +97,22 @@ class Generation:
             expected_tokens=self.need.expected_tokens,
             resume_token_ids=self.output,
             kept_tokens=self.kept_tokens,
+            is_handed_over=self.prefill_cached_tokens is not None,
+        )
+
+    def prefill_message(self, gateway_id: str, chosen: Candidate) -> engine_pb2.EngineRequest:
+        """Return the request to a replica that computes the prompt for another one."""
+        return engine_pb2.EngineRequest(
+            request_id=self.request_id,
+            gateway_id=gateway_id,
+            prompt_token_ids=self.prompt.token_ids,
+            sampling_params=sampling_pb2.SamplingParams(max_tokens=1, temperature=0),
+            cache_salt=self.cache_salt,
+            adapter=self.adapter,
+            reserved_blocks=chosen.blocks,
+            uncached_tokens=chosen.uncached_tokens,
+            expected_tokens=1,
+            hand_over=True,
         )
 
     def take(self, replica_id: str, delta: engine_pb2.EngineDelta) -> inference_pb2.GenerateResponse:
@@ -102,7 +121,8 @@ class Generation:
         self.queue_entry = None
         self.usage.completion_tokens = len(self.output)
         if not self.resumptions:
-            self.usage.cached_tokens = delta.cached_tokens
+            cached = self.prefill_cached_tokens
+            self.usage.cached_tokens = delta.cached_tokens if cached is None else cached
         response = inference_pb2.GenerateResponse(
             request_id=self.request_id,
             replica_id=replica_id,

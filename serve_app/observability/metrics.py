@@ -153,6 +153,12 @@ QUEUE_WAIT = _histogram(
     "queue_wait_seconds", "Time in the gateway's queue, for requests that had to wait.", _SECONDS
 )
 RESUMES = _counter("resumes", "Resumptions of streams on another replica after theirs was lost.")
+PREFILLS = _counter(
+    "prefills",
+    "Prompts given to replicas that only compute prompts, by result: done, or failed, so that they were computed "
+    "where they were answered.",
+    "result",
+)
 BREAKER = _gauge(
     "breaker_state",
     "Circuit breaker of a replica: 0 closed, it gets all requests; 1 half-open, a probe; 2 open, none.",
@@ -169,6 +175,7 @@ GATEWAY_METRICS = (
     QUEUED_TOKENS,
     QUEUE_WAIT,
     RESUMES,
+    PREFILLS,
     BREAKER,
     TTFT,
     ITL,

@@ -67,6 +67,13 @@ class Reservations:
         sums.pending_tokens += pending_tokens
         sums.starting += 1
 
+    def expect(self, request_id: str, pending_tokens: int) -> None:
+        """Reserve the prefill of `pending_tokens` instead of as many as before."""
+        reservation = self._requests.get(request_id)
+        if reservation is not None:
+            self._sums[reservation.owner].pending_tokens += pending_tokens - reservation.pending_tokens
+            reservation.pending_tokens = pending_tokens
+
     def grow(self, request_id: str, tokens: int) -> None:
         """Count `tokens` more of a request's output; with the first of them its prefill is done."""
         reservation = self._requests.get(request_id)

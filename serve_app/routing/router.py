@@ -42,6 +42,11 @@ class _Replica:
         """Kind of its tiles; hashes of prefixes are shared within one kind only."""
         return self.snapshot.capacity.cache_dtype, self.snapshot.capacity.tile_tokens
 
+    @property
+    def is_prefill(self) -> bool:
+        """Whether it computes prompts for the others, and answers no request."""
+        return self.snapshot.capacity.is_prefill
+
 
 @dataclass(slots=True)
 class _Sent:
@@ -135,7 +140,10 @@ class Router:
 
     def is_ready(self) -> bool:
         """Whether any replica takes requests."""
-        return any(replica.reachable and not replica.snapshot.draining for replica in self._replicas.values())
+        return any(
+            replica.reachable and not replica.snapshot.draining and not replica.is_prefill
+            for replica in self._replicas.values()
+        )
 
     def max_model_len(self) -> int:
         """Longest context of any replica in tokens, 0 without replicas."""
@@ -152,9 +160,10 @@ class Router:
         now_s: float,
         excluded: Collection[str] = (),
         caller: Caller = ANYONE,
+        is_prefill: bool = False,
     ) -> Decision:
-        """Choose a replica for a request without reserving anything."""
-        return self._decide(need, self._chains(prompt), now_s, excluded, caller)
+        """Choose a replica for a request, or for its prompt alone if `is_prefill`, without reserving anything."""
+        return self._decide(need, self._chains(prompt), now_s, excluded, caller, is_prefill)
 
     def admit(
         self,
@@ -164,6 +173,7 @@ class Router:
         now_s: float,
         excluded: Collection[str] = (),
         caller: Caller = ANYONE,
+        is_prefill: bool = False,
     ) -> Decision:
         """Choose a replica and reserve the request's blocks there in the same step.
 
@@ -174,9 +184,10 @@ class Router:
             now_s: the time.
             excluded: replicas that must not be chosen.
             caller: whose session it belongs to, if any.
+            is_prefill: whether to choose among the replicas that only compute prompts, instead of among the others.
         """
         chains = self._chains(prompt)
-        decision = self._decide(need, chains, now_s, excluded, caller)
+        decision = self._decide(need, chains, now_s, excluded, caller, is_prefill)
         chosen = decision.chosen
         if chosen is None:
             return decision
@@ -196,6 +207,17 @@ class Router:
         replica.breaker.sent()
         replica.headroom = None
         return decision
+
+    def expect(self, request_id: str, uncached_tokens: int, now_s: float) -> None:
+        """Count `uncached_tokens` as what a request's replica is to compute of its prompt, from now on."""
+        sent = self._requests.get(request_id)
+        if sent is None:
+            return
+        sent.sent_s = now_s
+        self._reservations.expect(request_id, uncached_tokens)
+        replica = self._replicas.get(sent.replica_id)
+        if replica is not None:
+            replica.headroom = None
 
     def grow(self, request_id: str, tokens: int, now_s: float) -> None:
         """Count `tokens` more of a request's output; the first of them measure its replica's slowness."""
@@ -252,6 +274,7 @@ class Router:
         now_s: float,
         excluded: Collection[str],
         caller: Caller,
+        is_prefill: bool,
     ) -> Decision:
         depths: dict[str, int] = {}
         offloaded: dict[str, int] = {}
@@ -267,6 +290,7 @@ class Router:
             if (headroom := replica.headroom) is not None and now_s < replica.headroom_until_s
             else self._refresh(replica_id, replica, now_s)
             for replica_id, replica in self._replicas.items()
+            if replica.snapshot.capacity.is_prefill == is_prefill
         ]
         home = self._homes.find(caller)
         return choose(need, headrooms, depths, self._weights, key, excluded, home, offloaded)

@@ -15,7 +15,7 @@ class CacheCapacity:
     `tile_tokens` is the number of tokens in one block, `bytes_per_tile` counts all its layers and heads;
     `max_requests` run at once, 0 if the engine sets no limit. Beside the blocks of its tokens, a sequence of at least
     `other_tokens` tokens holds `other_blocks` after its prompt for layers with windows or states, and a shorter one a
-    proportional part.
+    proportional part. A replica that `is_prefill` answers no request: it computes prompts for the others.
     """
 
     cache_dtype: str
@@ -27,6 +27,7 @@ class CacheCapacity:
     max_requests: int = 0
     other_blocks: int = 0
     other_tokens: int = 0
+    is_prefill: bool = False
 
     def blocks_beside(self, tokens: int) -> int:
         """Blocks that a sequence of `tokens` tokens holds beside those of its tiles."""

@@ -25,6 +25,12 @@ def test_a_directory_is_served_under_its_last_part() -> None:
     assert AppConfig(model="/models/x", served_model_name="mine").model_name == "mine"
 
 
+def test_engines_of_both_kinds_are_counted() -> None:
+    engine = EngineConfig(**ON_CPU, num_replicas=2, shared_store=STORE)
+    assert AppConfig(engine=engine).least_engines == 2
+    assert AppConfig(engine=engine, disaggregation={"prefill_replicas": 3}).least_engines == 5
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
@@ -47,6 +53,11 @@ def test_a_directory_is_served_under_its_last_part() -> None:
         ),
         ({"engine": {**ON_CPU, "shared_store": {**STORE, "directory": "blocks"}}}, "directory"),
         ({"engine": {**ON_CPU, "shared_store": {**STORE, "capacity_gib": 0}}}, "capacity_gib"),
+        ({"disaggregation": {}}, "hands prompts over in engine.shared_store: set that, too"),
+        (
+            {"engine": {**ON_CPU, "shared_store": STORE}, "disaggregation": {"prefill_replicas": 0}},
+            "greater than or equal to 1",
+        ),
         ({"engine": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "at most max_replicas 2"),
         (
             {"engine": {"autoscaling": {"max_replicas": 2, "downscale_occupancy": 0.8}}},

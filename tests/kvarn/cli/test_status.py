@@ -46,6 +46,12 @@ def test_a_row_shows_tokens_and_a_bar() -> None:
         assert shown in row
 
 
+def test_a_replica_that_only_computes_prompts_says_so() -> None:
+    one = replica("one", 250, 500)
+    one.cache.capacity.is_prefill = True
+    assert "ready, prefill only" in rendered(one)
+
+
 def test_a_little_is_not_nothing_and_all_is_not_more() -> None:
     assert "█▒" + "·" * (BAR_CELLS - 2) in rendered(replica("one", 1, 1))
     assert "█" * (BAR_CELLS - 1) + "▒ " in rendered(replica("one", 950, 50))

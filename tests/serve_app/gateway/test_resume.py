@@ -19,10 +19,11 @@ import pytest
 
 from kvarn.v1 import cluster_pb2_grpc, engine_pb2, engine_pb2_grpc, inference_pb2, inference_pb2_grpc
 from serve_app.client import AsyncClient, NoRoomError, ServingError, UnavailableError, UnknownModelError
-from serve_app.config import RoutingConfig
+from serve_app.config import DisaggregationConfig, RoutingConfig
 from serve_app.engine.call_server import CallServer, Write
 from serve_app.gateway.admission_queue import AdmissionQueue
 from serve_app.gateway.dispatcher import Dispatcher
+from serve_app.gateway.engine_call import Prefill
 from serve_app.gateway.fleet import Fleet
 from serve_app.gateway.membership import Endpoint
 from serve_app.gateway.observation import Observer
@@ -74,6 +75,7 @@ class Engine(engine_pb2_grpc.EngineServicer):
 
     name: str
     script: Script = well
+    is_prefill: bool = False
     requests: list[engine_pb2.EngineRequest] = field(default_factory=list)
     cancelled: int = 0
     heartbeats: asyncio.Event = field(default_factory=asyncio.Event)
@@ -100,7 +102,7 @@ class Engine(engine_pb2_grpc.EngineServicer):
             raise
 
     async def WatchCache(self, request: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        capacity = CacheCapacity("auto", 16, 1, 100, 4096)
+        capacity = CacheCapacity("auto", 16, 1, 100, 4096, is_prefill=self.is_prefill)
         sequence = 0
         while True:
             sequence += 1
@@ -143,7 +145,9 @@ class Setup:
 
 
 @asynccontextmanager
-async def serving(*engines: Engine, gateways: int = 1, **routing: Any) -> AsyncIterator[Setup]:
+async def serving(
+    *engines: Engine, gateways: int = 1, disaggregation: DisaggregationConfig | None = None, **routing: Any
+) -> AsyncIterator[Setup]:
     servers: dict[str, GrpcServer] = {}
     endpoints = []
     for engine in engines:
@@ -153,7 +157,9 @@ async def serving(*engines: Engine, gateways: int = 1, **routing: Any) -> AsyncI
         endpoints.append(Endpoint(engine.name, Address(f"127.0.0.1:{await server.start()}")))
     setup = Setup(list(engines), servers, [], 0)
     for number in range(gateways):
-        gateway = await start_gateway(f"gateway{number}", setup.port, endpoints, RoutingConfig(**routing))
+        gateway = await start_gateway(
+            f"gateway{number}", setup.port, endpoints, RoutingConfig(**routing), disaggregation
+        )
         setup.gateways.append(gateway)
         setup.port = gateway.port
     try:
@@ -167,7 +173,11 @@ async def serving(*engines: Engine, gateways: int = 1, **routing: Any) -> AsyncI
 
 
 async def start_gateway(
-    name: str, port: int, endpoints: list[Endpoint], routing: RoutingConfig
+    name: str,
+    port: int,
+    endpoints: list[Endpoint],
+    routing: RoutingConfig,
+    disaggregation: DisaggregationConfig | None = None,
 ) -> SimpleNamespace:
     router = Router(name)
     recorder = Remembered()
@@ -192,6 +202,9 @@ async def start_gateway(
         config=routing,
         default_max_tokens=64,
         adapters=["adapter"],
+        prefill=None
+        if disaggregation is None
+        else Prefill(name, made.fleet, router, observer, disaggregation),
     )
     made.server = GrpcServer(f"127.0.0.1:{port}", SERVICE_NAMES, reuse_port=True)
     inference = InferenceService(made.dispatcher, Access(None), 10)

@@ -1,0 +1,128 @@
+"""The files of a shared store: complete or absent, within a capacity, and waited for by who hands a prompt over."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvarn.vllm.store import hand_over
+from kvarn.vllm.store.block_files import ABANDONED_S, HEADER, BlockError, BlockFiles
+from kvarn.vllm.store.hand_over import HandOver
+
+RECORDS, RAW = bytes(range(200)), bytes(range(100))
+SIZE = HEADER.size + len(RECORDS) + len(RAW)
+
+
+def store(root: Path, kind: str = "kind", ranks: int = 1, blocks: int = 100) -> BlockFiles:
+    """A store with room for `blocks` blocks of one rank."""
+    return BlockFiles(root, kind, ranks, blocks * SIZE)
+
+
+def write(files: BlockFiles, name: str, rank: int = 0) -> None:
+    files.write(name, rank, [memoryview(RECORDS[:50]), memoryview(RECORDS[50:])], [memoryview(RAW)])
+
+
+def read(files: BlockFiles, name: str, rank: int = 0) -> tuple[bytes, bytes]:
+    records, raw = bytearray(len(RECORDS)), bytearray(len(RAW))
+    files.read(name, rank, memoryview(records), memoryview(raw))
+    return bytes(records), bytes(raw)
+
+
+def test_what_is_written_is_read_by_another_process_of_the_same_kind(tmp_path: Path) -> None:
+    write(store(tmp_path), "a")
+    assert read(store(tmp_path), "a") == (RECORDS, RAW)
+    assert not store(tmp_path, "another kind").holds("a")
+    with pytest.raises(FileNotFoundError):
+        read(store(tmp_path), "b")
+
+
+def test_a_block_is_held_once_every_rank_has_written_it(tmp_path: Path) -> None:
+    files = store(tmp_path, ranks=2)
+    write(files, "a", rank=1)
+    assert (files.holds("a"), files.names()) == (False, set())
+    write(files, "a", rank=0)
+    assert (files.holds("a"), files.names()) == (True, {"a"})
+
+
+def test_a_block_of_another_size_is_damaged_and_removed(tmp_path: Path) -> None:
+    files = store(tmp_path, ranks=2)
+    for rank in range(2):
+        write(files, "a", rank)
+    with pytest.raises(BlockError, match="is damaged"):
+        files.read("a", 0, memoryview(bytearray(len(RECORDS))), memoryview(b""))
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_a_file_that_was_never_finished_is_no_block_and_goes_once_it_is_old(tmp_path: Path) -> None:
+    files = store(tmp_path)
+    write(files, "a")
+    unfinished = tmp_path / "kind" / "b.1-1.writing"
+    for age_s in (0, ABANDONED_S + 5):
+        unfinished.write_bytes(b"half")
+        os.utime(unfinished, (time.time() - age_s,) * 2)
+        store(tmp_path, blocks=3).write("c", 0, [memoryview(RECORDS)], [])
+        assert unfinished.exists() == (age_s == 0)
+        assert files.names() == {"a", "c"}
+
+
+def test_of_all_kinds_the_least_recently_used_block_makes_room(tmp_path: Path) -> None:
+    old, new = store(tmp_path, "old", blocks=4), store(tmp_path, "new", blocks=4)
+    for name in "abc":
+        write(old, name)
+    old.touch(["a", "b"])
+    for name in "de":
+        write(new, name)
+    held = old.names() | new.names()
+    assert {"a", "d", "e"} <= held
+    assert "c" not in held, "it was written before the others, and not used since"
+    write(new, "f")
+    assert "b" not in old.names(), "a later block of a prefix makes room before an earlier one"
+    assert {path.stat().st_size for path in tmp_path.glob("*/*")} == {SIZE}
+    assert len(list(tmp_path.glob("*/*"))) <= 4
+
+
+def test_a_block_larger_than_the_store_is_not_written(tmp_path: Path) -> None:
+    files = BlockFiles(tmp_path, "kind", 1, SIZE - 1)
+    with pytest.raises(OSError, match="more than the whole store holds"):
+        write(files, "a")
+    assert files.names() == set()
+
+
+def test_a_store_that_is_gone_holds_nothing(tmp_path: Path) -> None:
+    gone = tmp_path / "file"
+    gone.write_text("no directory")
+    files = store(gone)
+    assert (files.holds("a"), files.names()) == (False, set())
+    with pytest.raises(OSError, match="file"):
+        write(files, "a")
+
+
+async def test_a_prompt_is_handed_over_once_its_last_tile_is_stored(tmp_path: Path) -> None:
+    files = store(tmp_path, ranks=2)
+    params: Any = SimpleNamespace(extra_args=None)
+    handing = HandOver(tmp_path, 2)
+    handing.ask(params)
+    assert params.extra_args == {"kv_transfer_params": {"do_remote_decode": True}}
+    missing = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+
+    async def write_next(_: float) -> None:
+        write(files, *missing.pop(0))
+
+    output: Any = SimpleNamespace(kv_transfer_params={"kind": "kind", "names": ["a", "b"]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hand_over, "asyncio", SimpleNamespace(sleep=write_next))
+        await handing.wait(output)
+    assert not missing
+    await handing.wait(SimpleNamespace(kv_transfer_params=None))  # type: ignore[arg-type]
+
+
+async def test_a_store_that_takes_no_more_is_not_waited_for(tmp_path: Path) -> None:
+    output: Any = SimpleNamespace(kv_transfer_params={"kind": "kind", "names": ["a"]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hand_over, "STALLED_S", 0.0)
+        await HandOver(tmp_path, 1).wait(output)
