@@ -255,3 +255,36 @@ class ModelledStore(BlockStore):
     def reset_cache(self) -> bool:
         self.records.clear()
         return True
+
+
+class CarryingStore(ModelledStore):
+    """A `ModelledStore` that also holds the raw first tiles of prefixes, as the shared store does.
+
+    Attributes:
+        raw: contents of stored tiles that had a slot, by the name of their prefix.
+    """
+
+    carries_first_tiles: ClassVar[bool] = True
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self.raw: dict[str, list[int | None]] = {}
+        self._firsts: set[str] = set()
+
+    def take(self, name: str) -> int | None:
+        found = super().take(name)
+        if found is None:
+            self.raw.pop(name, None)
+        return found
+
+    def _names(self, request: Any) -> list[str]:
+        names = super()._names(request)
+        self._firsts.update(names[:1])
+        return names
+
+    def _is_held(self, name: str) -> bool:
+        return super()._is_held(name) and (name in self.raw or name not in self._firsts)
+
+    def reset_cache(self) -> bool:
+        self.raw.clear()
+        return super().reset_cache()

@@ -64,6 +64,7 @@ from serve_app.engine.tile_log import TileLog
 from serve_app.routing import Namespace, PrefixIndex, TileChange, chain, token_array, usable_tiles
 from tests.support.block_store import (
     STEPS_OF_AN_ASYNCHRONOUS_LOAD,
+    CarryingStore,
     ModelledStore,
     Transfers,
     block_store,
@@ -128,7 +129,8 @@ def make_scheduler(
     tokens. `retention` is the distance of the windows that vLLM keeps (None: all).
     `states` is the number of further groups of layers with a state, and `tiles` the tiles per block beside them.
     `stages` is the number of pipeline stages. `connector` has the settings of vLLM's OffloadingConnector, which the
-    application has say what it holds, if it names its bytes, or of a `ModelledStore` (None: no connector).
+    application has say what it holds, if it names its bytes, or of a `ModelledStore` or another one that is named
+    (None: no connector).
     """
     config = copy.deepcopy(_base_config())
     block_size *= tiles
@@ -150,7 +152,7 @@ def make_scheduler(
                 kv_connector_extra_config={"self_describing_kv_events": True, **connector},
             )
             if "cpu_bytes_to_use" in connector
-            else block_store(name="ModelledStore", **connector)
+            else block_store(**{"name": "ModelledStore", **connector})
         )
     if drafts:
         config.speculative_config = SpeculativeConfig(
@@ -472,11 +474,17 @@ class _StoreTier(Tier):
         found = self._store.take(name)
         if found is not None:
             self._cache.record[block] = found
+            slot = self._cache.slot(block)
+            if isinstance(self._store, CarryingStore) and name in self._store.raw and slot is not None:
+                self._cache.raw[slot] = list(self._store.raw[name])
         return found is not None
 
     def end(self, output: SchedulerOutput) -> KVConnectorOutput:
         for name, block in cast("Transfers", output.kv_connector_metadata).stores:
             self._store.records[name] = self._cache.record[block]
+            slot = self._cache.slot(block)
+            if isinstance(self._store, CarryingStore) and slot is not None:
+                self._store.raw[name] = list(self._cache.raw[slot])
         loaded = {load.request_id for load in self._loads if not load.steps}
         self._loads = [load for load in self._loads if load.steps]
         for load in self._loads:

@@ -74,6 +74,8 @@ FEATURES: list[dict[str, Any]] = [
     {"connector": {"cpu_bytes_to_use": 6 * OFFLOADED_BLOCK}},
     {"connector": {"cpu_bytes_to_use": 40 * OFFLOADED_BLOCK, "block_size": 2 * GROUP}},
     {"connector": {"cpu_bytes_to_use": 4 * OFFLOADED_BLOCK, "block_size": 3 * GROUP}},
+    {"connector": {"name": "CarryingStore"}},
+    {"connector": {"name": "CarryingStore", "most_blocks": 6}},
 ]
 logging.getLogger("vllm").setLevel(logging.ERROR)  # it logs every reset of the cache
 
@@ -420,6 +422,13 @@ def load_what_has_no_first_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HostSinks, "__contains__", lambda self, block_hash: True)
 
 
+def give_a_first_tile_that_is_loaded_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    loading = SlotPlanning._loading_tokens
+    monkeypatch.setattr(
+        SlotPlanning, "_loading_tokens", lambda self, *args: replace(loading(self, *args), brings_sink=False)
+    )
+
+
 def keep_the_slot_of_a_failed_load(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = SlotPlanning._plan_slots
 
@@ -471,6 +480,7 @@ def forget_the_windows_that_reach_into_a_tile(monkeypatch: pytest.MonkeyPatch) -
     [
         load_without_the_first_tile,
         load_what_has_no_first_tile,
+        give_a_first_tile_that_is_loaded_no_slot,
         keep_the_slot_of_a_failed_load,
         compute_no_token_of_a_loaded_prompt,
         take_every_tile_for_a_usable_end,
