@@ -252,10 +252,22 @@ class SlotPlanning(VllmScheduler):
 
     def _update_waiting_for_remote_kv(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         updated = super()._update_waiting_for_remote_kv(request, *args, **kwargs)
-        del self._loads[request.request_id]
+        load = self._loads.pop(request.request_id)
+        if request.num_computed_tokens < load.end:
+            self._count_as_computed(request, load.end - load.tokens)
         if not self._blocks_of_requests().get(request.request_id):
             self._not_loaded.add(request.request_id)
         return updated
+
+    def _count_as_computed(self, request: Request, local_tokens: int) -> None:
+        """Count what failed to load behind the first `local_tokens` as computed; vLLM counts it as the load begins."""
+        if request.prefill_stats is not None and not request.num_preemptions:
+            cached = request.num_computed_tokens
+            request.prefill_stats.set(
+                num_prompt_tokens=request.num_prompt_tokens,
+                num_local_cached_tokens=min(local_tokens, cached),
+                num_external_cached_tokens=max(cached - local_tokens, 0),
+            )
 
     def _note_last_hash(self, request: Request) -> None:
         """Keep the hash of the first block of `request`, which is about to free its blocks.

@@ -177,6 +177,7 @@ HOOK = Hook(
         "vllm.v1.kv_cache_interface:KVCacheGroupSpec.kv_cache_spec",
         "vllm.v1.kv_cache_interface:KVCacheGroupSpec.layer_names",
         "vllm.v1.kv_cache_interface:KVCacheSpec.page_size_bytes",
+        "vllm.v1.metrics.stats:PrefillStats.set",
         "vllm.v1.request:Request.num_output_tokens",
         "vllm.v1.request:Request.num_tokens",
         "vllm.v1.request:RequestStatus.FINISHED_LENGTH_CAPPED",
