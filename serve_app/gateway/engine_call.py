@@ -196,8 +196,7 @@ class Prefill:
         limit_s = min(self._config.prefill_timeout_s, generation.deadline_s - now_s)
         self._router.expect(generation.key, left, now_s)
         try:
-            async with asyncio.timeout(limit_s):
-                await self._compute(generation, key, prefill, limit_s)
+            await self._compute(generation, key, prefill, limit_s)
         except (ReplicaError, RequestError, TimeoutError):
             self._observer.recorder.add(metrics.PREFILLS, 1, result="failed")
             self._router.expect(generation.key, chosen.uncached_tokens, time.monotonic())
@@ -206,7 +205,7 @@ class Prefill:
         self._router.expect(generation.key, left, time.monotonic())
         return chosen._replace(uncached_tokens=left)
 
-    async def _compute(self, generation: Generation, key: str, prefill: Candidate, timeout_s: float) -> None:
+    async def _compute(self, generation: Generation, key: str, prefill: Candidate, limit_s: float) -> None:
         """Call the replica `prefill`, which holds the reservation `key`, and wait until it has stored the prompt."""
         try:
             call = EngineCall(
@@ -215,14 +214,19 @@ class Prefill:
                 key=key,
                 replica_id=prefill.replica_id,
                 message=generation.prefill_message(self._gateway_id, prefill),
-                timeout_s=timeout_s,
+                timeout_s=None,  # the engine's own would not say whose limit it was
                 headers=generation.headers,
             )
         except KeyError:  # the replica was removed after it was chosen
             self._router.release(key)
             raise ReplicaError(prefill.replica_id, is_failure=False) from None
         try:
-            cached = [delta.cached_tokens async for delta in call]
+            async with asyncio.timeout(limit_s):
+                cached = [delta.cached_tokens async for delta in call]
+        except TimeoutError:
+            if limit_s >= self._config.prefill_timeout_s:  # not because the request itself is late
+                self._router.failed(key, time.monotonic())
+            raise
         finally:
             call.close()
         if generation.prefill_cached_tokens is None:

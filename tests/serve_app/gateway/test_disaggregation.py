@@ -112,6 +112,15 @@ async def test_a_prefill_that_takes_too_long_is_cancelled() -> None:
         await assert_nothing_held(setup)
 
 
+async def test_a_prefill_replica_that_is_always_too_slow_is_avoided() -> None:
+    slow = prefill(forever)
+    soon = LONG.model_copy(update={"prefill_timeout_s": 0.1})
+    async with serving(Engine("decode"), slow, disaggregation=soon) as setup:
+        for _ in range(5):
+            assert_whole(await stream(setup.port, temperature=0))
+        assert len(slow.requests) == 3
+
+
 async def test_a_client_that_disconnects_during_the_prefill_cancels_it() -> None:
     slow = prefill(forever)
     async with serving(Engine("decode"), slow, disaggregation=LONG) as setup:
