@@ -76,7 +76,7 @@ class BlockFiles:
         """
         sizes = [sum(part.nbytes for part in parts) for parts in (records, raw)]
         header = HEADER.pack(MAGIC, *sizes, _checksum([*records, *raw]))
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._make_room(len(header) + sum(sizes))
         path = self._path(name, rank)
         unfinished = path.with_suffix(f".{os.getpid()}-{get_ident()}{TEMPORARY}")
