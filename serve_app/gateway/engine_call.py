@@ -1,4 +1,4 @@
-"""One call of an engine replica, and how its outcome counts for the replica."""
+"""Calls of engine replicas, for an answer or for a prompt alone, and how their outcomes count for the replica."""
 
 from __future__ import annotations
 
