@@ -495,6 +495,7 @@ def test_metrics_are_exported_under_their_names(client: Client) -> None:
         metrics.PREEMPTIONS,
         metrics.MISSING_SINKS,
         metrics.RESUMES,
+        metrics.PREFILLS,
         metrics.DRAFTS,
         metrics.LOADED_TOKENS,
     )
