@@ -81,7 +81,7 @@ class StoreScheduler:
             return 0, False  # its load failed, and would again as long as the store is slow
         first = num_computed_tokens // self._tokens
         self._local_blocks[request.request_id] = first
-        names = self._names(request)[first:]
+        names = self._names(request, first)
         held = next((n for n, name in enumerate(names) if not self._files.holds(name)), len(names))
         return held * self._tokens, held > 0
 
@@ -164,14 +164,14 @@ class StoreScheduler:
 
     def _copies(self, request_id: str, first: int, end: int) -> Iterator[BlockCopy]:
         known = self._known[request_id]
-        names = self._names(known.request)
-        for number in range(first, end):
-            yield BlockCopy(names[number], known.blocks[number], number == 0)
+        for number, name in enumerate(self._names(known.request, first, end), start=first):
+            yield BlockCopy(name, known.blocks[number], number == 0)
 
-    def _names(self, request: Any) -> list[str]:
+    def _names(self, request: Any, first: int = 0, end: int | None = None) -> list[str]:
+        """Names of the blocks `first:end` of a request; a step that fills none must not name them all."""
         adapter = request.lora_request
         suffix = OF_ADAPTER + _adapter_fingerprint(adapter.lora_path) if adapter else ""
-        return [block_hash.hex() + suffix for block_hash in request.block_hashes]
+        return [block_hash.hex() + suffix for block_hash in request.block_hashes[first:end]]
 
 
 _adapter_fingerprint = lru_cache(maxsize=4096)(adapter_fingerprint)  # engines load an adapter once, too
