@@ -169,7 +169,9 @@ def carries_first_tiles(transfer: KVTransferConfig) -> bool:
 
 
 def host_sinks(vllm_config: VllmConfig) -> int:
-    """Number of first tiles that host memory holds raw."""
+    """Number of first tiles that host memory holds raw; 0 without prefix caching."""
+    if not vllm_config.cache_config.enable_prefix_caching:
+        return 0
     return num_host_sinks(KVarNConfig.of(vllm_config), vllm_config.scheduler_config.max_num_seqs)
 
 

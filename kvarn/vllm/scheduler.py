@@ -316,20 +316,24 @@ class SlotPlanning(VllmScheduler):
         def evict(tiles: set[int]) -> None:
             pool.evict_blocks({tile // self._tile_stride for tile in tiles})
 
+        gone = output.finished_req_ids | preempted | self._not_loaded
+        departed = {request_id: self._last_hashes.pop(request_id, None) for request_id in gone}
         drafts = output.scheduled_spec_decode_tokens
         scheduled = [
-            self._scheduled_tokens(r, n, len(drafts.get(r, ())))
+            self._scheduled_tokens(r, n, len(drafts.get(r, ())), self.slots.is_admitted(r, departed))
             for r, n in output.num_scheduled_tokens.items()
         ]
         scheduled += [self._loading_tokens(request_id) for request_id in self._loading]
-        gone = output.finished_req_ids | preempted | self._not_loaded
-        departed = {request_id: self._last_hashes.pop(request_id, None) for request_id in gone}
         self._loading.clear()
         self._not_loaded.clear()
         return self.slots.step(scheduled, departed, self._hash_of_tile, evict)
 
-    def _scheduled_tokens(self, request_id: str, num_tokens: int, drafts: int) -> ScheduledTokens:
+    def _scheduled_tokens(
+        self, request_id: str, num_tokens: int, drafts: int, is_admitted: bool
+    ) -> ScheduledTokens:
         """The tokens of a step from the first position that it may compute to the last that it may write.
+
+        Only a request that the step admits may get its first tile from elsewhere, by its hash.
 
         Under asynchronous scheduling vLLM counts all drafts of the step in flight as accepted; each that is
         rejected moves this step back by one position. Behind the step, draft layers write `lookahead` positions.
@@ -345,7 +349,7 @@ class SlotPlanning(VllmScheduler):
         blocks = self._blocks_of_requests()[request_id]
         touched = [self._tile(blocks, n) for n in range(start // group, -(-(end + ahead) // group))]
         undecided = unsure + drafts + ahead
-        sink_hash = self._first_hash(request) if self.slots.host.capacity else None
+        sink_hash = self._first_hash(request) if is_admitted and self.slots.host.capacity else None
         return ScheduledTokens(
             request_id, start, end + ahead, self._tile(blocks, 0), touched, undecided, sink_hash
         )

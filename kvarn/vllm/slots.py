@@ -21,8 +21,8 @@ class ScheduledTokens:
 
     `sink` is the block of the request's first tile, `blocks` are the blocks of the tiles that `start:end`
     touches. The last `drafts` tokens are undecided: drafts that a step may reject, and positions that only
-    drafters write. `sink_hash` is the hash that the first tile's block has once it is full, if it is known. With
-    `brings_sink`, a KV connector is loading the raw first tile with the blocks.
+    drafters write. `sink_hash` is the hash that the first tile's block has once it is full, if it is known and the
+    step admits the request. With `brings_sink`, a KV connector is loading the raw first tile with the blocks.
     """
 
     request_id: str
@@ -253,7 +253,7 @@ class SlotTable:
         returns a block's current hash, `evict` removes blocks from the prefix cache.
         """
         plan, cache = SlotPlan(), _PrefixCache(block_hash, evict)
-        admitted = [tokens for tokens in scheduled if self._is_admitted(tokens, departed)]
+        admitted = [tokens for tokens in scheduled if self.is_admitted(tokens.request_id, departed)]
         self._needed = {tokens.sink_hash for tokens in admitted}
         for block, hash_of_block in self._unsaved.items():
             self._save(block, hash_of_block, cache, plan)
@@ -317,9 +317,9 @@ class SlotTable:
         else:
             cache.evict({block})
 
-    def _is_admitted(self, tokens: ScheduledTokens, departed: Mapping[str, Hashable | None]) -> bool:
-        """Whether a step is the first of its request, or the first after it departed."""
-        return tokens.request_id in departed or tokens.request_id not in self._sink_of
+    def is_admitted(self, request_id: str, departed: Mapping[str, Hashable | None]) -> bool:
+        """Whether a step is the first of a request, or the first after it departed."""
+        return request_id in departed or request_id not in self._sink_of
 
     def _use_sink(self, tokens: ScheduledTokens) -> None:
         block = self._sink_of[tokens.request_id] = tokens.sink
@@ -375,9 +375,8 @@ class SlotTable:
             return
         place, victim = added
         plan.saved.append((self._slot_of[block], place))
-        lost = {
-            slotless for slotless in self._slotless.pop(victim, ()) if cache.block_hash(slotless) == victim
-        }
+        slotless = self._slotless.pop(victim, set()) - self._slot_of.keys()
+        lost = {other for other in slotless if cache.block_hash(other) == victim}
         if lost:
             cache.evict(lost)
 
