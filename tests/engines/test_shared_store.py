@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from kvarn.vllm.access.cache_events import CacheEvent, cache_events
 from kvarn.vllm.store import store_worker
-from kvarn.vllm.store.block_files import BlockFiles
+from kvarn.vllm.store.block_files import BLOCKS, BlockFiles
 from tests.support.block_store import STORED_WITHIN_S, shared_store, stored_files, wait_for_files
 from tests.support.engines import (
     MIB,
@@ -93,7 +93,7 @@ def stored(
     with start(monkeypatch, model, store) as llm:
         handed_over = hand_over(llm, prompt_of(LONGEST))
         wait_for_files(store, LONGEST // TILE)
-    paths = [Path(handed_over["kind"], f"{name}.0") for name in handed_over["names"]]
+    paths = [Path(BLOCKS, handed_over["kind"], f"{name}.0") for name in handed_over["names"]]
     return {path: (store / path).read_bytes() for path in paths}
 
 
@@ -146,7 +146,7 @@ def filled(reader: LLM, store: Path, stored: dict[Path, bytes]) -> Iterator[list
     for path in stored_files(store):
         path.unlink()
     for path, content in stored.items():
-        (store / path).parent.mkdir(exist_ok=True)
+        (store / path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         (store / path).write_bytes(content)
     yield [store / path for path in stored]
     assert scheduler_of(reader).slots.sinks_missing == 0

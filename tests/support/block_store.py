@@ -50,7 +50,7 @@ def shared_store(directory: Path, **settings: Any) -> KVTransferConfig:
 
 def stored_files(directory: Path) -> list[Path]:
     """The files of all blocks in a store."""
-    return sorted(path for path in directory.glob("*/*") if path.suffix != ".writing")
+    return sorted(directory.rglob("*.[0-9]"))
 
 
 def wait_for_files(directory: Path, number: int) -> list[Path]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from errno import ENOSPC
 from pathlib import Path
@@ -16,10 +17,13 @@ from zlib import crc32
 MAGIC = b"KVARNBLK"
 HEADER = Struct("<8sQQI")  # magic, bytes of the records, bytes of the raw tile, CRC-32 of both
 TEMPORARY = ".writing"
+BLOCKS = "kvarn-blocks"  # of a store's directory, the subdirectory that is its own
+KIND = re.compile(r"[0-9a-f]{32}")
+FILE = re.compile(r"([0-9a-f]+(?:-[0-9a-f]+)?)\.\d+")
+UNFINISHED = re.compile(rf"{FILE.pattern}\.[0-9a-f-]+{re.escape(TEMPORARY)}")
 ABANDONED_S = 60.0  # age at which a file that is still being written belongs to a process that has ended
-FREED_SHARE = (
-    1 / 16
-)  # of the capacity, beyond what is needed, so that not every write looks for files to remove
+# Of the capacity, what is removed beyond what is needed, so that not every write looks for files to remove.
+FREED_SHARE = 1 / 16
 UNSEEN_SHARE = 1 / 64  # of the capacity that one process may write before it measures the directory again
 
 
@@ -28,22 +32,22 @@ class BlockError(OSError):
 
 
 class BlockFiles:
-    """The files of one kind of blocks, in a subdirectory of `root` that only engines with equal blocks name.
+    """The files of one kind of blocks, in a directory below `root` that only engines with equal blocks name.
 
     Any number of processes write, read and remove. A file appears under its name once it is complete; removing it while
-    it is read harms no reader. Files beyond `capacity_bytes` in all of `root` are removed, the least recently used
-    first: a file's modification time is that of its last use.
+    it is read harms no reader. Blocks beyond `capacity_bytes` of all kinds are removed, the least recently used first:
+    a file's modification time is that of its last use. Files that are not named like blocks are left alone.
 
     Args:
-        root: the directory of all kinds.
-        kind: the subdirectory.
+        root: the directory that engines share.
+        kind: the subdirectory, a fingerprint.
         ranks: files of each block.
         capacity_bytes: maximum size of all files; each process may exceed it by a 64th before it notices.
     """
 
     def __init__(self, root: Path, kind: str, ranks: int, capacity_bytes: int) -> None:
-        self._root = root
-        self._directory = root / kind
+        self._own = root / BLOCKS
+        self._directory = self._own / kind
         self._ranks = ranks
         self._capacity_bytes = capacity_bytes
         self._lock = Lock()
@@ -59,7 +63,7 @@ class BlockFiles:
             entries = os.listdir(self._directory)
         except OSError:
             return set()
-        files = Counter(entry.rpartition(".")[0] for entry in entries if not entry.endswith(TEMPORARY))
+        files = Counter(found[1] for entry in entries if (found := FILE.fullmatch(entry)))
         return {name for name, count in files.items() if count == self._ranks}
 
     def write(self, name: str, rank: int, records: Sequence[memoryview], raw: Sequence[memoryview]) -> None:
@@ -79,7 +83,7 @@ class BlockFiles:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._make_room(len(header) + sum(sizes))
         path = self._path(name, rank)
-        unfinished = path.with_suffix(f".{os.getpid()}-{get_ident()}{TEMPORARY}")
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}-{get_ident()}{TEMPORARY}")
         try:
             with unfinished.open("wb", buffering=0) as file:
                 for part in (memoryview(header), *records, *raw):
@@ -145,30 +149,48 @@ class BlockFiles:
                 self._unseen_bytes = 0
 
     def _trim(self, needed_bytes: int) -> None:
-        """Remove the least recently used files if they and `needed_bytes` exceed the capacity."""
-        files = sorted(self._measure(), reverse=True)
-        room_bytes = sum(size for _, size, _ in files) + needed_bytes - self._capacity_bytes
+        """Remove the least recently used blocks, of all ranks, if they and `needed_bytes` exceed the capacity."""
+        room_bytes = needed_bytes - self._capacity_bytes
+        blocks: dict[Path, list[os.DirEntry[str]]] = {}
+        used_ns: dict[Path, int] = {}
+        sizes: Counter[Path] = Counter()
+        for block, entry, status in self._measure():
+            room_bytes += status.st_size
+            if block is not None:
+                blocks.setdefault(block, []).append(entry)
+                used_ns[block] = max(used_ns.get(block, 0), status.st_mtime_ns)
+                sizes[block] += status.st_size
         if room_bytes <= 0:
             return
         room_bytes += int(self._capacity_bytes * FREED_SHARE)
-        while files and room_bytes > 0:
-            _, size, path = files.pop()
-            with suppress(OSError):
-                os.unlink(path)
-            room_bytes -= size
-
-    def _measure(self) -> Iterable[tuple[int, int, str]]:
-        """Yield modification time in ns, size and path of every file of any kind; remove those never finished."""
-        for kind in os.scandir(self._root):
-            if not kind.is_dir(follow_symlinks=False):
-                continue
-            for entry in os.scandir(kind.path):
+        for block in sorted(blocks, key=lambda block: (used_ns[block], sizes[block], block)):
+            if room_bytes <= 0:
+                return
+            for entry in blocks[block]:
                 with suppress(OSError):
+                    os.unlink(entry.path)
+            room_bytes -= sizes[block]
+
+    def _measure(self) -> Iterator[tuple[Path | None, os.DirEntry[str], os.stat_result]]:
+        """Yield every file of any kind, with its block if it is complete; remove those never finished."""
+        for entry in self._entries():
+            with suppress(OSError):
+                if found := FILE.fullmatch(entry.name):
+                    yield Path(entry.path).with_name(found[1]), entry, entry.stat(follow_symlinks=False)
+                elif UNFINISHED.fullmatch(entry.name):
                     status = entry.stat(follow_symlinks=False)
-                    if entry.name.endswith(TEMPORARY) and time.time() - status.st_mtime > ABANDONED_S:
+                    if time.time() - status.st_mtime > ABANDONED_S:
                         os.unlink(entry.path)
                     else:
-                        yield status.st_mtime_ns, status.st_size, entry.path
+                        yield None, entry, status
+
+    def _entries(self) -> Iterator[os.DirEntry[str]]:
+        """Entries of the directories of all kinds, of which others may remove any meanwhile."""
+        with suppress(OSError), os.scandir(self._own) as kinds:
+            for kind in kinds:
+                if KIND.fullmatch(kind.name) and kind.is_dir(follow_symlinks=False):
+                    with suppress(OSError), os.scandir(kind.path) as entries:
+                        yield from entries
 
 
 def _checksum(parts: Iterable[memoryview]) -> int:

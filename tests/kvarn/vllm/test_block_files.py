@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from kvarn.vllm.store import hand_over
-from kvarn.vllm.store.block_files import ABANDONED_S, HEADER, BlockError, BlockFiles
+from kvarn.vllm.store.block_files import ABANDONED_S, BLOCKS, HEADER, BlockError, BlockFiles
 from kvarn.vllm.store.hand_over import HandOver
 
 RECORDS, RAW = bytes(range(200)), bytes(range(100))
+KIND, ANOTHER_KIND = "ab" * 16, "cd" * 16
 SIZE = HEADER.size + len(RECORDS) + len(RAW)
 
 
-def store(root: Path, kind: str = "kind", ranks: int = 1, blocks: int = 100) -> BlockFiles:
+def store(root: Path, kind: str = KIND, ranks: int = 1, blocks: int = 100) -> BlockFiles:
     """A store with room for `blocks` blocks of one rank."""
     return BlockFiles(root, kind, ranks, blocks * SIZE)
 
@@ -36,7 +37,7 @@ def read(files: BlockFiles, name: str, rank: int = 0) -> tuple[bytes, bytes]:
 def test_what_is_written_is_read_by_another_process_of_the_same_kind(tmp_path: Path) -> None:
     write(store(tmp_path), "a")
     assert read(store(tmp_path), "a") == (RECORDS, RAW)
-    assert not store(tmp_path, "another kind").holds("a")
+    assert not store(tmp_path, ANOTHER_KIND).holds("a")
     with pytest.raises(FileNotFoundError):
         read(store(tmp_path), "b")
 
@@ -55,13 +56,13 @@ def test_a_block_of_another_size_is_damaged_and_removed(tmp_path: Path) -> None:
         write(files, "a", rank)
     with pytest.raises(BlockError, match="is damaged"):
         files.read("a", 0, memoryview(bytearray(len(RECORDS))), memoryview(b""))
-    assert not list(tmp_path.glob("*/*"))
+    assert not list(tmp_path.glob("*/*/*"))
 
 
 def test_a_file_that_was_never_finished_is_no_block_and_goes_once_it_is_old(tmp_path: Path) -> None:
     files = store(tmp_path)
     write(files, "a")
-    unfinished = tmp_path / "kind" / "b.1-1.writing"
+    unfinished = tmp_path / BLOCKS / KIND / "b.0.1-1.writing"
     for age_s in (0, ABANDONED_S + 5):
         unfinished.write_bytes(b"half")
         os.utime(unfinished, (time.time() - age_s,) * 2)
@@ -71,7 +72,7 @@ def test_a_file_that_was_never_finished_is_no_block_and_goes_once_it_is_old(tmp_
 
 
 def test_of_all_kinds_the_least_recently_used_block_makes_room(tmp_path: Path) -> None:
-    old, new = store(tmp_path, "old", blocks=4), store(tmp_path, "new", blocks=4)
+    old, new = store(tmp_path, KIND, blocks=4), store(tmp_path, ANOTHER_KIND, blocks=4)
     for name in "abc":
         write(old, name)
     old.touch(["a", "b"])
@@ -82,12 +83,44 @@ def test_of_all_kinds_the_least_recently_used_block_makes_room(tmp_path: Path) -
     assert "c" not in held, "it was written before the others, and not used since"
     write(new, "f")
     assert "b" not in old.names(), "a later block of a prefix makes room before an earlier one"
-    assert {path.stat().st_size for path in tmp_path.glob("*/*")} == {SIZE}
-    assert len(list(tmp_path.glob("*/*"))) <= 4
+    assert {path.stat().st_size for path in tmp_path.glob("*/*/*")} == {SIZE}
+    assert len(list(tmp_path.glob("*/*/*"))) <= 4
+
+
+def test_files_that_are_not_the_stores_are_neither_counted_nor_removed(tmp_path: Path) -> None:
+    foreign = [
+        tmp_path / "models" / "model.safetensors",
+        tmp_path / KIND / "a.0",
+        tmp_path / BLOCKS / "notes" / "a.0",
+        tmp_path / BLOCKS / KIND / "notes.txt",
+        tmp_path / BLOCKS / KIND / "notes.writing",
+        tmp_path / BLOCKS / KIND / "notes.0",
+    ]
+    for path in foreign:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(10 * SIZE))
+        os.utime(path, (0, 0))
+    files = store(tmp_path, blocks=2)
+    write(files, "a")
+    assert files.names() == {"a"}
+    for name in "bc":
+        write(files, name)
+    assert all(path.exists() for path in foreign)
+    assert "c" in files.names()
+
+
+def test_all_ranks_files_of_a_block_make_room_together(tmp_path: Path) -> None:
+    files = store(tmp_path, ranks=2, blocks=4)
+    for name in "ab":
+        for rank in range(2):
+            write(files, name, rank)
+    os.utime(tmp_path / BLOCKS / KIND / "a.0", (0, 0))
+    write(files, "c")
+    assert {path.name for path in tmp_path.glob("*/*/*")} == {"b.0", "b.1", "c.0"}
 
 
 def test_a_block_larger_than_the_store_is_not_written(tmp_path: Path) -> None:
-    files = BlockFiles(tmp_path, "kind", 1, SIZE - 1)
+    files = BlockFiles(tmp_path, KIND, 1, SIZE - 1)
     with pytest.raises(OSError, match="more than the whole store holds"):
         write(files, "a")
     assert files.names() == set()
@@ -113,7 +146,7 @@ async def test_a_prompt_is_handed_over_once_its_last_tile_is_stored(tmp_path: Pa
     async def write_next(_: float) -> None:
         write(files, *missing.pop(0))
 
-    output: Any = SimpleNamespace(kv_transfer_params={"kind": "kind", "names": ["a", "b"]})
+    output: Any = SimpleNamespace(kv_transfer_params={"kind": KIND, "names": ["a", "b"]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hand_over, "asyncio", SimpleNamespace(sleep=write_next))
         await handing.wait(output)
@@ -122,7 +155,7 @@ async def test_a_prompt_is_handed_over_once_its_last_tile_is_stored(tmp_path: Pa
 
 
 async def test_a_store_that_takes_no_more_is_not_waited_for(tmp_path: Path) -> None:
-    output: Any = SimpleNamespace(kv_transfer_params={"kind": "kind", "names": ["a"]})
+    output: Any = SimpleNamespace(kv_transfer_params={"kind": KIND, "names": ["a"]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hand_over, "STALLED_S", 0.0)
         await HandOver(tmp_path, 1).wait(output)
