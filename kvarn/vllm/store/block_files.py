@@ -54,8 +54,11 @@ class BlockFiles:
         self._unseen_bytes = capacity_bytes  # written since the directory was measured last
 
     def holds(self, name: str) -> bool:
-        """Whether every rank's file of a block exists."""
-        return all(self._path(name, rank).exists() for rank in range(self._ranks))
+        """Whether every rank's file of a block exists; not if that cannot be found out."""
+        try:
+            return all(self._path(name, rank).exists() for rank in range(self._ranks))
+        except OSError:
+            return False
 
     def names(self) -> set[str]:
         """Names of all blocks that `holds`; none if the directory cannot be read."""

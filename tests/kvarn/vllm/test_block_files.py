@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -133,6 +134,24 @@ def test_a_store_that_is_gone_holds_nothing(tmp_path: Path) -> None:
     assert (files.holds("a"), files.names()) == (False, set())
     with pytest.raises(OSError, match="file"):
         write(files, "a")
+
+
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_block_of_which_nothing_can_be_found_out_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    files = store(tmp_path)
+    write(files, "a")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    with monkeypatch.context() as patch:
+        for name in ("stat", "lstat"):
+            patch.setattr(os, name, fail)
+        held = files.holds("a")
+    assert not held
+    assert files.holds("a")
 
 
 async def test_a_prompt_is_handed_over_once_its_last_tile_is_stored(tmp_path: Path) -> None:
