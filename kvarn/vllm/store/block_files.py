@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from errno import ENOSPC
+from errno import ENOSPC, EPERM
 from pathlib import Path
+from secrets import token_hex
 from struct import Struct, error
-from threading import Lock, get_ident
+from threading import Lock
 from zlib import crc32
 
 MAGIC = b"KVARNBLK"
@@ -20,7 +22,9 @@ TEMPORARY = ".writing"
 BLOCKS = "kvarn-blocks"  # of a store's directory, the subdirectory that is its own
 KIND = re.compile(r"[0-9a-f]{32}")
 FILE = re.compile(r"([0-9a-f]+(?:-[0-9a-f]+)?)\.\d+")
-UNFINISHED = re.compile(rf"{FILE.pattern}\.[0-9a-f-]+{re.escape(TEMPORARY)}")
+UNFINISHED = re.compile(rf"{FILE.pattern}\.[0-9a-f]+{re.escape(TEMPORARY)}")
+CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 ABANDONED_S = 60.0  # age at which a file that is still being written belongs to a process that has ended
 # Of the capacity, what is removed beyond what is needed, so that not every write looks for files to remove.
 FREED_SHARE = 1 / 16
@@ -37,6 +41,8 @@ class BlockFiles:
     Any number of processes write, read and remove. A file appears under its name once it is complete; removing it while
     it is read harms no reader. Blocks beyond `capacity_bytes` of all kinds are removed, the least recently used first:
     a file's modification time is that of its last use. Files that are not named like blocks are left alone.
+
+    The directories are this user's, and nobody else may write there: otherwise nothing is written or read.
 
     Args:
         root: the directory that engines share.
@@ -56,6 +62,7 @@ class BlockFiles:
     def holds(self, name: str) -> bool:
         """Whether every rank's file of a block exists; not if that cannot be found out."""
         try:
+            self._check_owner()
             return all(self._path(name, rank).exists() for rank in range(self._ranks))
         except OSError:
             return False
@@ -63,6 +70,7 @@ class BlockFiles:
     def names(self) -> set[str]:
         """Names of all blocks that `holds`; none if the directory cannot be read."""
         try:
+            self._check_owner()
             entries = os.listdir(self._directory)
         except OSError:
             return set()
@@ -83,12 +91,12 @@ class BlockFiles:
         """
         sizes = [sum(part.nbytes for part in parts) for parts in (records, raw)]
         header = HEADER.pack(MAGIC, *sizes, _checksum([*records, *raw]))
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make_directory()
         self._make_room(len(header) + sum(sizes))
         path = self._path(name, rank)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}-{get_ident()}{TEMPORARY}")
+        unfinished = path.with_name(f"{path.name}.{token_hex(8)}{TEMPORARY}")
         try:
-            with unfinished.open("wb", buffering=0) as file:
+            with open(os.open(unfinished, CREATE, 0o600), "wb", buffering=0) as file:
                 for part in (memoryview(header), *records, *raw):
                     _write_all(file.fileno(), part)
             unfinished.rename(path)
@@ -104,8 +112,9 @@ class BlockFiles:
             BlockError: the file is damaged, or of other sizes; it is removed.
             OSError: there is no such file, or it cannot be read.
         """
+        self._check_owner()
         path = self._path(name, rank)
-        with path.open("rb", buffering=0) as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as file:
             try:
                 magic, *sizes, checksum = HEADER.unpack(file.read(HEADER.size))
             except error:
@@ -131,6 +140,20 @@ class BlockFiles:
 
     def _path(self, name: str, rank: int) -> Path:
         return self._directory / f"{name}.{rank}"
+
+    def _make_directory(self) -> None:
+        self._own.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._own.mkdir(mode=0o700, exist_ok=True)
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        self._check_owner()
+
+    def _check_owner(self) -> None:
+        """Raise OSError unless the directories exist, and nobody but this user can put files into them."""
+        for directory in (self._own, self._directory):
+            status = directory.lstat()
+            is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+            if not is_own or status.st_mode & WRITABLE_BY_OTHERS:
+                raise PermissionError(EPERM, f"{directory} is another user's, or others may write to it")
 
     def _remove(self, name: str) -> None:
         for rank in range(self._ranks):

@@ -63,7 +63,7 @@ def test_a_block_of_another_size_is_damaged_and_removed(tmp_path: Path) -> None:
 def test_a_file_that_was_never_finished_is_no_block_and_goes_once_it_is_old(tmp_path: Path) -> None:
     files = store(tmp_path)
     write(files, "a")
-    unfinished = tmp_path / BLOCKS / KIND / "b.0.1-1.writing"
+    unfinished = tmp_path / BLOCKS / KIND / "b.0.11.writing"
     for age_s in (0, ABANDONED_S + 5):
         unfinished.write_bytes(b"half")
         os.utime(unfinished, (time.time() - age_s,) * 2)
@@ -152,6 +152,45 @@ def test_a_block_of_which_nothing_can_be_found_out_is_not_held(
         held = files.holds("a")
     assert not held
     assert files.holds("a")
+
+
+def test_only_the_engines_user_may_read_what_is_stored(tmp_path: Path) -> None:
+    write(store(tmp_path / "new"), "a")
+    assert {path.stat().st_mode & 0o077 for path in (tmp_path / "new", *tmp_path.glob("new/**/*"))} == {0}
+
+
+@pytest.mark.parametrize("place", [BLOCKS, f"{BLOCKS}/{KIND}"])
+def test_a_directory_to_which_others_may_write_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    files = store(tmp_path)
+    write(files, "a")
+
+    def assert_unused() -> None:
+        assert (files.holds("a"), files.names()) == (False, set())
+        with pytest.raises(OSError, match="others may write to it"):
+            read(files, "a")
+        with pytest.raises(OSError, match="others may write to it"):
+            write(files, "b")
+
+    (tmp_path / place).chmod(0o770)
+    assert_unused()
+    (tmp_path / place).chmod(0o700)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        assert_unused()
+    (tmp_path / place).rename(tmp_path / "elsewhere")
+    (tmp_path / place).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="others may write to it"):
+        read(files, "a")
+
+
+def test_links_in_place_of_blocks_are_not_followed(tmp_path: Path) -> None:
+    files = store(tmp_path)
+    write(files, "a")
+    (tmp_path / BLOCKS / KIND / "b.0").symlink_to(tmp_path / BLOCKS / KIND / "a.0")
+    with pytest.raises(OSError, match="symbolic links"):
+        read(files, "b")
 
 
 async def test_a_prompt_is_handed_over_once_its_last_tile_is_stored(tmp_path: Path) -> None:
