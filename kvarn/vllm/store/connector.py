@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvarn.vllm.store.block_files import BlockFiles
-from kvarn.vllm.store.fingerprint import fingerprint
+from kvarn.vllm.store.fingerprint import fingerprint, identity
 from kvarn.vllm.store.store_scheduler import StoreScheduler, Transfers
 from kvarn.vllm.store.store_settings import StoreSettings
 from kvarn.vllm.store.store_worker import StoreWorker
@@ -35,6 +35,7 @@ class SharedStoreConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._settings = StoreSettings.of(vllm_config)
         self._ranks = vllm_config.parallel_config.tensor_parallel_size
+        self._identity = identity(vllm_config) if role == KVConnectorRole.SCHEDULER else {}
         self._scheduler: StoreScheduler | None = None
         self._worker: StoreWorker | None = None
 
@@ -45,7 +46,7 @@ class SharedStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def scheduler(self) -> StoreScheduler:
         """The half of the scheduler's process, made for its first step: only then vLLM has seeded its hashes."""
         if self._scheduler is None:
-            kind, events = fingerprint(self._vllm_config), self._vllm_config.kv_events_config
+            kind, events = fingerprint(self._identity), self._vllm_config.kv_events_config
             self._scheduler = StoreScheduler(
                 self._files(kind),
                 kind,

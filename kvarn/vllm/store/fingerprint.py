@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from kvarn.vllm.cache_settings import KVarNConfig
 from kvarn.vllm.versions import installed_version
 
@@ -16,35 +18,43 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
 DIGITS = 32
 
 
-def fingerprint(vllm_config: Any) -> str:
-    """Digest of everything beside tokens that an engine's blocks depend on, and of the seed of its block hashes.
+def identity(vllm_config: Any) -> dict[str, Any]:
+    """Everything beside tokens and the seed of their hashes that an engine's blocks depend on.
 
-    The weights are identified by name and revision, and where they are local files, by their sizes and modification
-    times. It is computed in the engine core, where vLLM has seeded its hashes.
+    The weights are identified by name, revision and commit, and where they are local files, by their sizes and
+    modification times: read it close to the time at which the engine loads them.
     """
     from vllm.platforms import current_platform
-    from vllm.v1.core.kv_cache_utils import NONE_HASH
 
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    return _digest(
-        {
-            "kvarn": version("kvarn"),
-            "vllm": installed_version(),
-            "device": current_platform.device_type,
-            "model": model.model,
-            "revision": model.revision,
-            "weights": list(_files(Path(model.model))),
-            "quantization": model.quantization,
-            "dtype": str(model.dtype),
-            "architecture": model.hf_text_config.to_dict(),
-            "cache_dtype": cache.cache_dtype,
-            "raw_chunks": KVarNConfig.of(vllm_config).raw_chunks,
-            "block_tokens": cache.block_size,
-            "ranks": parallel.tensor_parallel_size,
-            "hash": cache.prefix_caching_hash_algo,
-            "hash_seed": NONE_HASH.hex(),
-        }
-    )
+    load_format = str(vllm_config.load_config.load_format)
+    return {
+        "kvarn": version("kvarn"),
+        "vllm": installed_version(),
+        "device": current_platform.device_type,
+        "model": model.model,
+        "revision": model.revision,
+        "commit": _commit(model.model, model.revision),
+        "weights": list(_files(Path(model.model))),
+        "load_format": load_format,
+        "seed": model.seed if load_format.endswith("dummy") else None,
+        "quantization": model.quantization,
+        "dtype": str(model.dtype),
+        "architecture": model.hf_text_config.to_dict(),
+        "max_model_len": model.max_model_len,  # which LongRoPE chooses its factors by
+        "cache_dtype": cache.cache_dtype,
+        "raw_chunks": KVarNConfig.of(vllm_config).raw_chunks,
+        "block_tokens": cache.block_size,
+        "ranks": parallel.tensor_parallel_size,
+        "hash": cache.prefix_caching_hash_algo,
+    }
+
+
+def fingerprint(of_engine: dict[str, Any]) -> str:
+    """Digest of an engine's `identity`, and of the seed of its block hashes: computed where vLLM has seeded them."""
+    from vllm.v1.core.kv_cache_utils import NONE_HASH
+
+    return _digest({**of_engine, "hash_seed": NONE_HASH.hex()})
 
 
 def adapter_fingerprint(directory: str) -> str:
@@ -54,6 +64,17 @@ def adapter_fingerprint(directory: str) -> str:
 
 def _digest(value: Any) -> str:
     return sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:DIGITS]
+
+
+def _commit(model: str, revision: str | None) -> str | None:
+    """Commit of a model of the Hugging Face Hub that this machine keeps; None for other models."""
+    if Path(model).exists():
+        return None
+    try:
+        config = try_to_load_from_cache(model, "config.json", revision=revision)
+    except ValueError:
+        return None
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def _files(path: Path) -> Iterator[tuple[str, int, int]]:

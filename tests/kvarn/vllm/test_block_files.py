@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvarn.vllm.store import hand_over
+from kvarn.vllm.store import fingerprint, hand_over
 from kvarn.vllm.store.block_files import ABANDONED_S, BLOCKS, HEADER, BlockError, BlockFiles
 from kvarn.vllm.store.hand_over import HandOver
 
@@ -191,6 +191,48 @@ def test_links_in_place_of_blocks_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / BLOCKS / KIND / "b.0").symlink_to(tmp_path / BLOCKS / KIND / "a.0")
     with pytest.raises(OSError, match="symbolic links"):
         read(files, "b")
+
+
+def config_of(directory: Path, **changes: object) -> Any:
+    """An engine's configuration; `changes` are those of its model, and of how that is loaded."""
+    model = {"model": str(directory), "revision": None, "quantization": None, "dtype": "float32", "seed": 0}
+    model |= {"max_model_len": 4096, "hf_text_config": SimpleNamespace(to_dict=dict)}
+    load = {"load_format": "auto"}
+    for name, value in changes.items():
+        (load if name in load else model)[name] = value
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**model),
+        load_config=SimpleNamespace(**load),
+        cache_config=SimpleNamespace(
+            cache_dtype="kvarn", block_size=128, prefix_caching_hash_algo="sha256_cbor"
+        ),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        additional_config={},
+    )
+
+
+def test_engines_whose_blocks_may_differ_have_another_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digest(**changes: object) -> str:
+        return fingerprint.fingerprint(fingerprint.identity(config_of(tmp_path, **changes)))
+
+    monkeypatch.setattr("vllm.v1.core.kv_cache_utils.NONE_HASH", b"seed", raising=False)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    same = digest()
+    assert digest(seed=1) == same, "which changes no loaded weights"
+    dummy = {digest(load_format="dummy", seed=seed) for seed in range(2)}
+    others = {digest(max_model_len=8192), digest(load_format="safetensors"), *dummy}
+    of_hub = set()
+    for commit in "12":
+        snapshot = tmp_path / "hub" / commit / "config.json"
+        monkeypatch.setattr(fingerprint, "try_to_load_from_cache", lambda *_, at=str(snapshot), **__: at)
+        of_hub.add(digest(model="owner/model"))
+    read = fingerprint.identity(config_of(tmp_path))
+    weights.write_bytes(b"other weights")
+    assert fingerprint.fingerprint(read) == same, "as they were when the engine started"
+    assert len({same, digest(), *others, *of_hub}) == 8
 
 
 async def test_a_prompt_is_handed_over_once_its_last_tile_is_stored(tmp_path: Path) -> None:
