@@ -12,7 +12,7 @@ from kvarn.vllm.store.block_files import BlockFiles
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
-LOOK_S = 0.005
+POLL_INTERVAL_S = 0.005
 STALLED_S = 1.0  # without another block, after which the store takes no more
 
 
@@ -44,5 +44,5 @@ class HandOver:
             while not files.holds(name):
                 if time.monotonic() - progress_s > STALLED_S:
                     return
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(POLL_INTERVAL_S)
             progress_s = time.monotonic()
