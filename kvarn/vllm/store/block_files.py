@@ -61,11 +61,18 @@ class BlockFiles:
 
     def holds(self, name: str) -> bool:
         """Whether every rank's file of a block exists; not if that cannot be found out."""
-        try:
+        return self.count_held([name]) == 1
+
+    def count_held(self, names: Iterable[str]) -> int:
+        """Number of the leading `names` that `holds`."""
+        count = 0
+        with suppress(OSError):
             self._check_owner()
-            return all(self._path(name, rank).exists() for rank in range(self._ranks))
-        except OSError:
-            return False
+            for name in names:
+                for rank in range(self._ranks):
+                    os.stat(f"{self._directory}/{name}.{rank}")
+                count += 1
+        return count
 
     def names(self) -> set[str]:
         """Names of all blocks that `holds`; none if the directory cannot be read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +36,7 @@ class SharedStoreConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._settings = StoreSettings.of(vllm_config)
         self._ranks = vllm_config.parallel_config.tensor_parallel_size
+        self._started_ns = time.time_ns()
         self._identity = identity(vllm_config) if role == KVConnectorRole.SCHEDULER else {}
         self._scheduler: StoreScheduler | None = None
         self._worker: StoreWorker | None = None
@@ -51,6 +53,7 @@ class SharedStoreConnector(KVConnectorBase_V1, SupportsHMA):
                 self._files(kind),
                 kind,
                 self._vllm_config.cache_config.block_size,
+                self._started_ns,
                 publishes_events=bool(events and events.enable_kv_cache_events),
             )
         return self._scheduler

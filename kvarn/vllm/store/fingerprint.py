@@ -57,9 +57,18 @@ def fingerprint(of_engine: dict[str, Any]) -> str:
     return _digest({**of_engine, "hash_seed": NONE_HASH.hex()})
 
 
-def adapter_fingerprint(directory: str) -> str:
-    """Digest of a LoRA adapter: vLLM's block hashes have its name and path, not what lies there."""
-    return _digest([directory, *_files(Path(directory))])
+def adapter_fingerprint(directory: str, started_ns: int) -> str | None:
+    """Digest of a LoRA adapter: vLLM's block hashes have its name and path, not what lies there.
+
+    None if that is unknown: there are no local files, or one was changed after `started_ns`, when the engine started,
+    so that the engine may have loaded another.
+    """
+    try:
+        files = list(_files(Path(directory)))
+        changed_ns = max(_changed_ns(Path(directory, name)) for name, _, _ in files)
+    except (OSError, ValueError):
+        return None
+    return None if changed_ns > started_ns else _digest([directory, *files])
 
 
 def _digest(value: Any) -> str:
@@ -84,3 +93,9 @@ def _files(path: Path) -> Iterator[tuple[str, int, int]]:
         if file.suffix in WEIGHTS:
             status = file.stat()
             yield file.name, status.st_size, status.st_mtime_ns
+
+
+def _changed_ns(file: Path) -> int:
+    """Time at which a file was written or put in its place, the later one: copies may keep the first."""
+    status = file.stat()
+    return max(status.st_mtime_ns, status.st_ctime_ns)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import BlockHash, maybe_convert_block_hash
 
 from kvarn.vllm.store.block_files import BlockFiles
+from kvarn.vllm.store.daemon_threads import DaemonThreads
 from kvarn.vllm.store.fingerprint import adapter_fingerprint
 from kvarn.vllm.store.presence import Presence
 
+logger = init_logger(__name__)
+
+MATCH_VALID_S = 1.0  # time for which the blocks that a waiting request finds are not looked up again
+CHANGED_ADAPTER = (
+    "The files of %s are unknown, or changed since the engine started: its blocks are not shared."
+)
 MEDIUM = "STORE"  # of the events, as vLLM names its tiers
 OF_ADAPTER = "-"  # before an adapter's fingerprint in a block's name
 
@@ -45,11 +52,27 @@ class Transfers(KVConnectorMetadata):
 
 @dataclass
 class _Known:
-    """A request that holds blocks: their numbers, and how many of its leading blocks were considered for saving."""
+    """A request that holds blocks.
+
+    Attributes:
+        request: the request.
+        blocks: their numbers.
+        loaded: places of those that were loaded.
+        considered: how many of its leading blocks were considered for saving.
+    """
 
     request: Any
     blocks: list[int]
+    loaded: range
     considered: int = 0
+
+
+class _Match(NamedTuple):
+    """The blocks `first:end` of a request, which the store held at the time `at_s`, but not the one behind them."""
+
+    first: int
+    end: int
+    at_s: float
 
 
 class StoreScheduler:
@@ -59,40 +82,58 @@ class StoreScheduler:
         files: the store.
         kind: its subdirectory.
         block_tokens: tokens per block.
+        started_ns: when the engine started; adapters that were changed later are not shared.
         publishes_events: whether to publish which blocks the store holds.
     """
 
-    def __init__(self, files: BlockFiles, kind: str, block_tokens: int, publishes_events: bool) -> None:
+    def __init__(
+        self, files: BlockFiles, kind: str, block_tokens: int, started_ns: int, publishes_events: bool
+    ) -> None:
         self._files = files
         self._kind = kind
         self._tokens = block_tokens
+        self._started_ns = started_ns
         self._known: dict[str, _Known] = {}
         self._local_blocks: dict[str, int] = {}
-        self._tried: dict[
-            str, int
-        ] = {}  # preemptions of each request when the store last began to load for it
+        self._matches: dict[str, _Match] = {}
+        self._loading: dict[str, range] = {}  # places of the blocks that a request waits for
+        self._suffixes: dict[str, str | None] = {}  # of the names of a request's blocks; None: not shared
+        # Preemptions of each request when the store last began to load for it.
+        self._tried: dict[str, int] = {}
         self._loads: dict[str, list[BlockCopy]] = {}
         self._presence = Presence(files.names) if publishes_events else None
-        self._touching = ThreadPoolExecutor(1, "kvarn-store-touch")
+        self._touching = DaemonThreads(1, "kvarn-store-touch")
 
     def match(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """Tokens that the store holds behind the first `num_computed_tokens`, and whether any wait for their load."""
+        self._loading.pop(request.request_id, None)
         if self._tried.get(request.request_id) == request.num_preemptions:
             return 0, False  # its load failed, and would again as long as the store is slow
         first = num_computed_tokens // self._tokens
         self._local_blocks[request.request_id] = first
-        names = self._names(request, first)
-        held = next((n for n, name in enumerate(names) if not self._files.holds(name)), len(names))
+        match = self._matches.get(request.request_id)
+        now_s = time.monotonic()
+        if match is None or not match.first <= first <= match.end or now_s - match.at_s > MATCH_VALID_S:
+            # A request that waits for room is matched in every step: that must not look at all its files each time.
+            end = first + self._files.count_held(self._names(request, first))
+            match = self._matches[request.request_id] = _Match(first, end, now_s)
+        held = match.end - first
         return held * self._tokens, held > 0
 
     def allocated(self, request: Any, block_ids: list[int], num_external_tokens: int) -> None:
         """Note the blocks of a request, of which `num_external_tokens` are to be loaded."""
-        self._known[request.request_id] = _Known(request, list(block_ids))
+        request_id = request.request_id
+        self._matches.pop(request_id, None)
+        # After the load, vLLM allocates once more, and counts as computed what was loaded.
+        loaded = self._loading.pop(request_id, range(0))
+        loaded = range(loaded.start, min(loaded.stop, request.num_computed_tokens // self._tokens))
+        self._known[request_id] = _Known(request, list(block_ids), loaded)
         if num_external_tokens:
-            first = self._local_blocks[request.request_id]
-            copies = self._copies(request.request_id, first, first + num_external_tokens // self._tokens)
-            self._loads[request.request_id] = list(copies)
-            self._tried[request.request_id] = request.num_preemptions
+            first = self._local_blocks[request_id]
+            end = first + num_external_tokens // self._tokens
+            self._loads[request_id] = list(self._copies(request_id, first, end))
+            self._loading[request_id] = range(first, end)
+            self._tried[request_id] = request.num_preemptions
 
     def transfers(self, scheduler_output: Any) -> Transfers:
         """What the workers copy with the step that was scheduled."""
@@ -106,12 +147,17 @@ class StoreScheduler:
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """Forget a request; return what another engine needs to load its prompt, if the request asks for that."""
-        self._local_blocks.pop(request.request_id, None)
-        self._tried.pop(request.request_id, None)
-        self._loads.pop(request.request_id, None)
-        if self._known.pop(request.request_id, None) is None:
+        request_id = request.request_id
+        self._local_blocks.pop(request_id, None)
+        self._matches.pop(request_id, None)
+        self._loading.pop(request_id, None)
+        self._tried.pop(request_id, None)
+        self._loads.pop(request_id, None)
+        known = self._known.pop(request_id, None)
+        names = self._names(request) if known else []
+        self._suffixes.pop(request_id, None)
+        if not names:
             return None
-        names = self._names(request)
         self._touching.submit(self._files.touch, names)
         asked = request.kv_transfer_params or {}
         if not asked.get("do_remote_decode"):
@@ -123,6 +169,8 @@ class StoreScheduler:
         if self._presence is None:
             return []
         added, gone = self._presence.changes()
+        if not added and not gone:
+            return []
         events: list[Any] = []
         if added:
             events.append(
@@ -146,7 +194,7 @@ class StoreScheduler:
 
     def close(self) -> None:
         """End the threads."""
-        self._touching.shutdown(wait=False, cancel_futures=True)
+        self._touching.close(wait_s=0)
         if self._presence is not None:
             self._presence.close()
 
@@ -157,10 +205,18 @@ class StoreScheduler:
             drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
             filled = (known.request.num_computed_tokens + tokens - drafts) // self._tokens
             filled = min(filled, len(known.request.block_hashes))
-            for copy in self._copies(request_id, known.considered, filled):
-                if not self._files.holds(copy.name):
-                    yield copy
-            known.considered = max(known.considered, filled)
+            if filled > known.considered:
+                yield from self._unheld(known, request_id, filled)
+                known.considered = filled
+
+    def _unheld(self, known: _Known, request_id: str, filled: int) -> Iterator[BlockCopy]:
+        """The blocks to save of the leading `filled` ones: writers look whether the store holds what was computed."""
+        computed = max(known.considered, min(known.request.num_computed_tokens // self._tokens, filled))
+        hits = enumerate(self._copies(request_id, known.considered, computed), start=known.considered)
+        for number, copy in hits:
+            if number not in known.loaded and not self._files.holds(copy.name):
+                yield copy
+        yield from self._copies(request_id, computed, filled)
 
     def _copies(self, request_id: str, first: int, end: int) -> Iterator[BlockCopy]:
         known = self._known[request_id]
@@ -169,12 +225,22 @@ class StoreScheduler:
 
     def _names(self, request: Any, first: int = 0, end: int | None = None) -> list[str]:
         """Names of the blocks `first:end` of a request; a step that fills none must not name them all."""
-        adapter = request.lora_request
-        suffix = OF_ADAPTER + _adapter_fingerprint(adapter.lora_path) if adapter else ""
+        suffix = self._suffix(request)
+        if suffix is None:
+            return []
         return [block_hash.hex() + suffix for block_hash in request.block_hashes[first:end]]
 
-
-_adapter_fingerprint = lru_cache(maxsize=4096)(adapter_fingerprint)  # engines load an adapter once, too
+    def _suffix(self, request: Any) -> str | None:
+        """What names the adapter in names of a request's blocks; None if they are not shared."""
+        adapter = request.lora_request
+        if not adapter:
+            return ""
+        if request.request_id not in self._suffixes:
+            digest = adapter_fingerprint(adapter.lora_path, self._started_ns)
+            if digest is None:
+                logger.warning_once(CHANGED_ADAPTER, adapter.lora_path)
+            self._suffixes[request.request_id] = OF_ADAPTER + digest if digest else None
+        return self._suffixes[request.request_id]
 
 
 def _hash_of(name: str) -> Any:

@@ -181,6 +181,8 @@ class StoreWorker:
         if copied is not None:
             copied.synchronize()
         for place, copy in enumerate(copies):
+            if files.holds(copy.name):
+                continue  # another request, or engine, has computed it, too
             parts = [_view(layer) for layer in records[:, place]]
             tile = [_view(raw[copy.block])] if copy.is_first else []
             try:

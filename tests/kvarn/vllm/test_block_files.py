@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from pathlib import Path
+from threading import Event, Semaphore
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 from kvarn.vllm.store import fingerprint, hand_over
 from kvarn.vllm.store.block_files import ABANDONED_S, BLOCKS, HEADER, BlockError, BlockFiles
 from kvarn.vllm.store.hand_over import HandOver
+from kvarn.vllm.store.presence import Presence
+from kvarn.vllm.store.store_scheduler import StoreScheduler
 
 RECORDS, RAW = bytes(range(200)), bytes(range(100))
 KIND, ANOTHER_KIND = "ab" * 16, "cd" * 16
@@ -233,6 +236,125 @@ def test_engines_whose_blocks_may_differ_have_another_fingerprint(
     weights.write_bytes(b"other weights")
     assert fingerprint.fingerprint(read) == same, "as they were when the engine started"
     assert len({same, digest(), *others, *of_hub}) == 8
+
+
+def test_an_adapter_that_may_not_be_the_loaded_one_has_no_fingerprint(tmp_path: Path) -> None:
+    weights, hour_ns = tmp_path / "adapter_model.safetensors", 3600 * 10**9
+    weights.write_bytes(b"adapter")
+    now_ns = time.time_ns()
+    digest = fingerprint.adapter_fingerprint(str(tmp_path), now_ns + hour_ns)
+    assert digest == fingerprint.adapter_fingerprint(str(tmp_path), now_ns + 2 * hour_ns)
+    assert fingerprint.adapter_fingerprint(str(tmp_path), now_ns - hour_ns) is None
+    os.utime(weights, ns=(0, 0))
+    assert fingerprint.adapter_fingerprint(str(tmp_path), now_ns - hour_ns) is None, (
+        "an older file, put here later"
+    )
+    assert fingerprint.adapter_fingerprint(str(tmp_path), now_ns + hour_ns) not in (None, digest)
+    assert fingerprint.adapter_fingerprint("owner/adapter", now_ns + hour_ns) is None
+
+
+def test_changes_of_a_directory_are_given_once() -> None:
+    listings = [{"a", "b"}, {"b", "c"}, {"c"}, {"c"}, {"a"}]
+    looked, may_look = Event(), Semaphore(0)
+
+    def list_names() -> set[str]:
+        looked.set()
+        assert may_look.acquire(timeout=10)
+        return listings.pop(0)
+
+    presence = Presence(list_names)
+    presence.close()  # what its thread would look up, the test does
+    assert looked.wait(10)
+    may_look.release(len(listings))
+    presence._thread.join(10)
+    assert presence.changes() == ({"a", "b"}, set())
+    presence._look()
+    presence._look()
+    assert presence.changes() == ({"c"}, {"a", "b"})
+    presence._look()
+    assert presence.changes() == (set(), set())
+    presence._look()
+    assert presence.changes() == ({"a"}, {"c"})
+
+
+def request_of(*hashes: bytes, computed: int = 0, adapter: Path | None = None) -> Any:
+    return SimpleNamespace(
+        request_id="request",
+        block_hashes=hashes,
+        num_computed_tokens=computed,
+        num_preemptions=0,
+        num_prompt_tokens=len(hashes) + 1,
+        kv_transfer_params=None,
+        lora_request=SimpleNamespace(lora_path=str(adapter)) if adapter else None,
+    )
+
+
+def step_of(tokens: int) -> Any:
+    return SimpleNamespace(
+        num_scheduled_tokens={"request": tokens},
+        scheduled_spec_decode_tokens={},
+        scheduled_cached_reqs=SimpleNamespace(req_ids=[], new_block_ids=[]),
+    )
+
+
+def scheduler_of(files: BlockFiles, started_ns: int = 2**62) -> StoreScheduler:
+    """The scheduler's half for blocks of one token."""
+    return StoreScheduler(files, KIND, 1, started_ns, publishes_events=False)
+
+
+def test_files_are_looked_up_once_for_a_request_that_waits_and_not_again_once_they_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, looked = store(tmp_path), []
+    for name in ("aa", "bb"):
+        write(files, name)
+    scheduler, request = scheduler_of(files), request_of(b"\xaa", b"\xbb", b"\xcc", b"\xdd")
+    find = os.stat
+
+    def look(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        looked.append(Path(path).name)
+        return find(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", look)
+    for computed, held in ((0, 2), (0, 2), (1, 1), (2, 0), (0, 2)):
+        assert scheduler.match(request, computed) == (held, held > 0)
+    assert [name for name in looked if name.endswith(".0")] == ["aa.0", "bb.0", "cc.0"]
+    scheduler.allocated(request, [10, 11], 2)
+    assert [copy.name for copy in scheduler.transfers(step_of(0)).loads["request"]] == ["aa", "bb"]
+    looked.clear()
+    request.num_computed_tokens = 2
+    scheduler.allocated(request, [10, 11, 12, 13], 0)
+    assert [copy.name for copy in scheduler.transfers(step_of(2)).saves] == ["cc", "dd"]
+    assert not [name for name in looked if name.endswith(".0")]
+
+
+def test_a_block_that_failed_to_load_and_one_that_was_hit_are_saved(tmp_path: Path) -> None:
+    files = store(tmp_path)
+    for name in ("aa", "bb", "cc"):
+        write(files, name)
+    scheduler, request = scheduler_of(files), request_of(b"\xaa", b"\xbb", b"\xcc")
+    assert scheduler.match(request, 1) == (2, True)
+    scheduler.allocated(request, [10, 11, 12], 2)
+    files.clear()
+    request.num_computed_tokens = 2  # of which the second was loaded; the third was not
+    scheduler.allocated(request, [10, 11, 12], 0)
+    assert [copy.name for copy in scheduler.transfers(step_of(1)).saves] == ["aa", "cc"]
+
+
+def test_an_adapter_that_changed_since_the_start_is_not_shared(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"adapter")
+    files = store(tmp_path)
+    for started_ns, saved in ((2**62, 2), (0, 0)):
+        scheduler, request = scheduler_of(files, started_ns), request_of(b"\xaa", b"\xbb", adapter=adapter)
+        assert scheduler.match(request, 0) == (0, False)
+        scheduler.allocated(request, [10, 11], 0)
+        saves = scheduler.transfers(step_of(2)).saves
+        assert len(saves) == saved
+        assert scheduler.finished(request) is None
+        for copy in saves:
+            write(files, copy.name)
 
 
 async def test_a_prompt_is_handed_over_once_its_last_tile_is_stored(tmp_path: Path) -> None:
