@@ -283,6 +283,51 @@ def test_a_store_that_is_too_slow_costs_a_computation(
         answer.assert_same(expected[LONGEST])
 
 
+def test_an_unexpected_error_of_a_reader_costs_a_computation(
+    reader: LLM, filled: list[Path], expected: dict[int, Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory can be pinned")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockFiles, "read", fail)
+        (computed,) = ask(reader, [prompt_of(LONGEST)])
+    assert computed.cached == 0
+    computed.assert_same(expected[LONGEST])
+
+
+def test_steps_copy_a_bounded_part_of_what_was_read(
+    reader: LLM, filled: list[Path], expected: dict[int, Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, copied = get_kv_transfer_group().worker, []
+    copy = worker._copy_to_device
+
+    def count_copies(loaded: list[Any]) -> None:
+        copied.append(len(loaded))
+        copy(loaded)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_worker, "MAX_STEP_BYTES", 1)
+        patch.setattr(worker, "_copy_to_device", count_copies)
+        (loaded,) = ask(reader, [prompt_of(LONGEST)])
+    assert copied == [1, 1, 1]
+    assert loaded.cached == 3 * TILE
+    loaded.assert_same(expected[LONGEST])
+
+
+def test_the_blocks_that_fit_are_saved_when_the_store_is_slow(
+    reader: LLM, filled: list[Path], expected: dict[int, Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [path.stat().st_size for path in filled]
+    for path in filled:
+        path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(store_worker, "MAX_UNWRITTEN_BYTES", sum(sizes[:2]))
+        (computed,) = ask(reader, [prompt_of(LONGEST)])
+    computed.assert_same(expected[LONGEST])
+    assert wait_for_files(filled[0].parents[1], 2) == sorted(filled[:2])
+
+
 def test_a_full_store_keeps_what_was_used_last(
     reader: LLM, filled: list[Path], expected: dict[int, Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 
 from kvarn.vllm.slot_map import NO_SLOT
 from kvarn.vllm.store.block_files import BlockFiles
+from kvarn.vllm.store.daemon_threads import DaemonThreads
 from kvarn.vllm.store.store_scheduler import BlockCopy, Transfers
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ logger = init_logger(__name__)
 READERS = 4
 WRITERS = 2
 MAX_UNWRITTEN_BYTES = 2**30  # in host memory; blocks beyond that are not saved
+MAX_STEP_BYTES = 2**27  # copied to the device in one step, which delays it and takes as much of its memory
+CLOSE_S = 10.0  # for what is left to write when the engine ends
 UNSAVED = "The shared store did not take blocks: %s. They are computed again where they are needed."
 UNLOADED = "The shared store did not give blocks: %s. They are computed."
 
@@ -42,6 +45,11 @@ class _Block:
     copy: BlockCopy
     records: Tensor
     raw: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self.records.nbytes + self.raw.nbytes
 
 
 @dataclass
@@ -82,8 +90,8 @@ class StoreWorker:
         self._files_of = files_of
         self._load_timeout_s = load_timeout_s
         self._files: BlockFiles | None = None
-        self._reading = ThreadPoolExecutor(READERS, "kvarn-store-read")
-        self._writing = ThreadPoolExecutor(WRITERS, "kvarn-store-write")
+        self._reading = DaemonThreads(READERS, "kvarn-store-read")
+        self._writing = DaemonThreads(WRITERS, "kvarn-store-write")
         self._pins = self._caches[0].device.type == "cuda"
         self._loads: dict[str, _Load] = {}
         self._stuck: set[Future[_Block]] = set()  # reads that no request waits for any more
@@ -102,17 +110,26 @@ class StoreWorker:
             self._loads[request_id] = _Load(blocks, time.monotonic() + self._load_timeout_s)
 
     def finish_loads(self) -> set[str]:
-        """Copy what was read to the device; return the requests that wait no longer."""
+        """Copy what was read to the device, `MAX_STEP_BYTES` at a time; return the requests that wait no longer."""
         finished = set()
+        loaded: list[tuple[_Block, int]] = []
+        room_bytes = MAX_STEP_BYTES
         for request_id, load in self._loads.items():
             for read in [read for read in load.blocks if read.done()]:
-                self._finish(read, load.blocks.pop(read))
+                if room_bytes <= 0:
+                    break
+                number = load.blocks.pop(read)
+                if block := self._result(read, number):
+                    loaded.append((block, number))
+                    room_bytes -= block.nbytes
             if load.blocks and time.monotonic() > load.until_s:
                 self._give_up(load)
             if not load.blocks:
                 finished.add(request_id)
         for request_id in finished:
             del self._loads[request_id]
+        if loaded:
+            self._copy_to_device(loaded)
         return finished
 
     def take_failed_blocks(self) -> set[int]:
@@ -125,15 +142,8 @@ class StoreWorker:
         files = self._store(transfers.kind)
         for write in [write for write in self._unwritten if write.done()]:
             del self._unwritten[write]
-        firsts = [copy for copy in transfers.saves if copy.is_first]
-        tiles = {copy.block: tile for copy in firsts if (tile := self._raw_tile(copy.block))}
-        copies = [copy for copy in transfers.saves if not copy.is_first or copy.block in tiles]
-        raw_bytes = sum(part.nbytes for tile in tiles.values() for part in tile)
-        size = len(copies) * len(self._caches) * self._record_bytes + raw_bytes
+        copies, tiles, size = self._fitting(transfers.saves)
         if not copies:
-            return
-        if sum(self._unwritten.values()) + size > MAX_UNWRITTEN_BYTES:
-            logger.warning_once(UNSAVED, "it is too slow")
             return
         blocks = torch.tensor([copy.block for copy in copies], device=self._caches[0].device)
         records = self._host(len(self._caches), len(copies), self._record_bytes)
@@ -142,17 +152,38 @@ class StoreWorker:
         raw = {block: self._gather(tile) for block, tile in tiles.items()}
         copied = torch.cuda.current_stream().record_event() if self._pins else None
         write = self._writing.submit(self._write, files, copies, records, raw, copied)
+        write.add_done_callback(_log_failed_write)
         self._unwritten[write] = size
 
     def close(self) -> None:
-        """Write what is left, and end the threads."""
-        self._reading.shutdown(wait=False, cancel_futures=True)
-        self._writing.shutdown()
+        """Write what is left, unless that takes too long, and end the threads."""
+        self._reading.close(wait_s=0)
+        self._writing.close(wait_s=CLOSE_S)
 
     def _store(self, kind: str) -> BlockFiles:
         if self._files is None:
             self._files = self._files_of(kind)
         return self._files
+
+    def _fitting(self, saves: Sequence[BlockCopy]) -> tuple[list[BlockCopy], dict[int, list[Tensor]], int]:
+        """The leading blocks that can wait to be written, raw tiles of those that begin a prefix, and their size."""
+        copies: list[BlockCopy] = []
+        tiles: dict[int, list[Tensor]] = {}
+        size = 0
+        room_bytes = MAX_UNWRITTEN_BYTES - sum(self._unwritten.values())
+        for copy in saves:
+            tile = self._raw_tile(copy.block) if copy.is_first else []
+            if copy.is_first and not tile:
+                continue
+            needed_bytes = len(self._caches) * self._record_bytes + sum(part.nbytes for part in tile)
+            if size + needed_bytes > room_bytes:
+                logger.warning_once(UNSAVED, "it is too slow")
+                break  # later blocks of a prefix are useless without earlier ones
+            size += needed_bytes
+            copies.append(copy)
+            if tile:
+                tiles[copy.block] = tile
+        return copies, tiles, size
 
     def _raw_tile(self, block: int) -> list[Tensor]:
         """The raw tile of a block in each layer's side pool; empty if it has no slot."""
@@ -197,25 +228,45 @@ class StoreWorker:
         files.read(copy.name, self._rank, _view(records), _view(raw))
         return _Block(copy, records, raw)
 
-    def _finish(self, read: Future[_Block], number: int) -> None:
+    def _result(self, read: Future[_Block], number: int) -> _Block | None:
+        """What was read for the block `number`, which failed if that is None."""
         try:
-            block = read.result()
+            return read.result()
         except OSError as error:
             logger.warning_once(UNLOADED, str(error))
-            self._failed.add(number)
-            return
-        for cache, record in zip(self._caches, block.records, strict=True):
-            cache[number].copy_(record.view(cache.shape[1:]), non_blocking=True)
-        if block.copy.is_first:
-            # Without a slot, the request has ended, or lost its first tile to others that needed slots.
-            for part, raw in zip(self._raw_tile(number), block.raw, strict=False):
-                _as_bytes(part).copy_(raw, non_blocking=True)
+        except Exception as error:
+            logger.warning_once(UNLOADED, repr(error))
+        self._failed.add(number)
+        return None
+
+    def _copy_to_device(self, loaded: Sequence[tuple[_Block, int]]) -> None:
+        """Copy blocks in one piece each, and distribute them over the layers there."""
+        device = self._caches[0].device
+        numbers = torch.tensor([number for _, number in loaded], device=device)
+        shape = (len(loaded), len(self._caches), self._record_bytes)
+        records = torch.empty(shape, dtype=torch.uint8, device=device)
+        for place, (block, _) in zip(records, loaded, strict=True):
+            place.copy_(block.records, non_blocking=True)
+        for layer, cache in enumerate(self._caches):
+            cache[numbers] = records[:, layer].view(-1, *cache.shape[1:])
+        for block, number in loaded:
+            if block.copy.is_first:
+                # Without a slot, the request has ended, or lost its first tile to others that needed slots.
+                for part, raw in zip(self._raw_tile(number), block.raw, strict=False):
+                    _as_bytes(part).copy_(raw, non_blocking=True)
 
     def _give_up(self, load: _Load) -> None:
-        logger.warning_once(UNLOADED, "it is too slow")
-        self._stuck.update(read for read in load.blocks if not read.cancel())
-        self._failed.update(load.blocks.values())
-        load.blocks.clear()
+        """Fail the blocks that are not read yet: those that are wait for their copy only."""
+        for read in [read for read in load.blocks if not read.done()]:
+            logger.warning_once(UNLOADED, "it is too slow")
+            self._failed.add(load.blocks.pop(read))
+            if not read.cancel():
+                self._stuck.add(read)
+
+
+def _log_failed_write(write: Future[None]) -> None:
+    if not write.cancelled() and (error := write.exception()):
+        logger.warning_once(UNSAVED, repr(error))
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
