@@ -20,6 +20,7 @@ MAGIC = b"KVARNBLK"
 HEADER = Struct("<8sQQI")  # magic, bytes of the records, bytes of the raw tile, CRC-32 of both
 TEMPORARY = ".writing"
 BLOCKS = "kvarn-blocks"  # of a store's directory, the subdirectory that is its own
+CLEARED = "cleared"  # a file in the directory of a kind, of the time at which its blocks were removed last
 KIND = re.compile(r"[0-9a-f]{32}")
 FILE = re.compile(r"([0-9a-f]+(?:-[0-9a-f]+)?)\.\d+")
 UNFINISHED = re.compile(rf"{FILE.pattern}\.[0-9a-f]+{re.escape(TEMPORARY)}")
@@ -84,7 +85,21 @@ class BlockFiles:
         files = Counter(found[1] for entry in entries if (found := FILE.fullmatch(entry)))
         return {name for name, count in files.items() if count == self._ranks}
 
-    def write(self, name: str, rank: int, records: Sequence[memoryview], raw: Sequence[memoryview]) -> None:
+    def generation(self) -> int:
+        """A number that changes when any engine clears the blocks of this kind."""
+        try:
+            return (self._directory / CLEARED).stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    def write(
+        self,
+        name: str,
+        rank: int,
+        records: Sequence[memoryview],
+        raw: Sequence[memoryview],
+        generation: int | None = None,
+    ) -> None:
         """Write one rank's file of a block.
 
         Args:
@@ -92,6 +107,7 @@ class BlockFiles:
             rank: the rank.
             records: its bytes, in parts.
             raw: those of its raw tile; none unless the block begins a prefix.
+            generation: that in which the block was computed; in another one, nothing is written.
 
         Raises:
             OSError: the file cannot be written.
@@ -106,7 +122,11 @@ class BlockFiles:
             with open(os.open(unfinished, CREATE, 0o600), "wb", buffering=0) as file:
                 for part in (memoryview(header), *records, *raw):
                     _write_all(file.fileno(), part)
-            unfinished.rename(path)
+            if not self._is_outdated(generation):
+                unfinished.rename(path)
+            if self._is_outdated(generation):  # also by a clearing that looked before the file had its name
+                for outdated in (unfinished, path):
+                    outdated.unlink(missing_ok=True)
         except OSError:
             with suppress(OSError):
                 unfinished.unlink()
@@ -141,9 +161,23 @@ class BlockFiles:
                     os.utime(self._path(name, rank), ns=(now_ns, now_ns - place * 1000))
 
     def clear(self) -> None:
-        """Remove all blocks of this kind."""
-        for name in self.names():
-            self._remove(name)
+        """Remove all blocks of this kind, also those that not every rank has written, or that wait to be written.
+
+        Raises:
+            OSError: the directory cannot be read or written.
+        """
+        self._make_directory()
+        marker = os.open(self._directory / CLEARED, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            os.utime(marker, ns=(time.time_ns(),) * 2)
+        finally:
+            os.close(marker)
+        for entry in os.listdir(self._directory):
+            if FILE.fullmatch(entry):
+                (self._directory / entry).unlink(missing_ok=True)
+
+    def _is_outdated(self, generation: int | None) -> bool:
+        return generation is not None and generation != self.generation()
 
     def _path(self, name: str, rank: int) -> Path:
         return self._directory / f"{name}.{rank}"

@@ -91,8 +91,7 @@ class SharedStoreConnector(KVConnectorBase_V1, SupportsHMA):
         return self.scheduler.take_events()
 
     def reset_cache(self) -> bool:
-        self.scheduler.clear()
-        return True
+        return self.scheduler.clear()
 
     # The worker's half.
 

@@ -23,6 +23,7 @@ MATCH_VALID_S = 1.0  # time for which the blocks that a waiting request finds ar
 CHANGED_ADAPTER = (
     "The files of %s are unknown, or changed since the engine started: its blocks are not shared."
 )
+UNCLEARED = "The blocks of the shared store could not be removed: %s."
 MEDIUM = "STORE"  # of the events, as vLLM names its tiers
 OF_ADAPTER = "-"  # before an adapter's fingerprint in a block's name
 
@@ -43,11 +44,13 @@ class Transfers(KVConnectorMetadata):
         kind: the store's subdirectory.
         loads: blocks to load, by request.
         saves: blocks to save.
+        generation: that of the store.
     """
 
     kind: str = ""
     loads: dict[str, list[BlockCopy]] = field(default_factory=dict)
     saves: list[BlockCopy] = field(default_factory=list)
+    generation: int = 0
 
 
 @dataclass
@@ -143,7 +146,8 @@ class StoreScheduler:
             if new is not None and request_id not in resumed:
                 self._known[request_id].blocks += new[0]
         loads, self._loads = self._loads, {}
-        return Transfers(self._kind, loads, list(self._unsaved(scheduler_output)))
+        saves = list(self._unsaved(scheduler_output))
+        return Transfers(self._kind, loads, saves, self._files.generation() if saves else 0)
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """Forget a request; return what another engine needs to load its prompt, if the request asks for that."""
@@ -188,9 +192,15 @@ class StoreScheduler:
             events.append(BlockRemoved(block_hashes=list(map(_hash_of, gone)), medium=MEDIUM))
         return events
 
-    def clear(self) -> None:
-        """Remove all blocks that engines like this one have stored."""
-        self._files.clear()
+    def clear(self) -> bool:
+        """Remove all blocks that engines like this one have stored, or wait to store; return whether that succeeded."""
+        self._matches.clear()
+        try:
+            self._files.clear()
+        except OSError as error:
+            logger.warning(UNCLEARED, error)
+            return False
+        return True
 
     def close(self) -> None:
         """End the threads."""

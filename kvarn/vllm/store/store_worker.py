@@ -151,7 +151,7 @@ class StoreWorker:
             records[layer].copy_(cache[blocks].flatten(1), non_blocking=True)
         raw = {block: self._gather(tile) for block, tile in tiles.items()}
         copied = torch.cuda.current_stream().record_event() if self._pins else None
-        write = self._writing.submit(self._write, files, copies, records, raw, copied)
+        write = self._writing.submit(self._write, files, transfers.generation, copies, records, raw, copied)
         write.add_done_callback(_log_failed_write)
         self._unwritten[write] = size
 
@@ -203,6 +203,7 @@ class StoreWorker:
     def _write(
         self,
         files: BlockFiles,
+        generation: int,
         copies: Sequence[BlockCopy],
         records: Tensor,
         raw: dict[int, Tensor],
@@ -217,7 +218,7 @@ class StoreWorker:
             parts = [_view(layer) for layer in records[:, place]]
             tile = [_view(raw[copy.block])] if copy.is_first else []
             try:
-                files.write(copy.name, self._rank, parts, tile)
+                files.write(copy.name, self._rank, parts, tile, generation)
             except OSError as error:
                 logger.warning_once(UNSAVED, str(error))
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 from threading import Event, Semaphore
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 from kvarn.vllm.store import fingerprint, hand_over
-from kvarn.vllm.store.block_files import ABANDONED_S, BLOCKS, HEADER, BlockError, BlockFiles
+from kvarn.vllm.store.block_files import ABANDONED_S, BLOCKS, CLEARED, HEADER, BlockError, BlockFiles
+from kvarn.vllm.store.daemon_threads import DaemonThreads
 from kvarn.vllm.store.hand_over import HandOver
 from kvarn.vllm.store.presence import Presence
 from kvarn.vllm.store.store_scheduler import StoreScheduler
@@ -121,6 +123,37 @@ def test_all_ranks_files_of_a_block_make_room_together(tmp_path: Path) -> None:
     os.utime(tmp_path / BLOCKS / KIND / "a.0", (0, 0))
     write(files, "c")
     assert {path.name for path in tmp_path.glob("*/*/*")} == {"b.0", "b.1", "c.0"}
+
+
+def test_clearing_removes_what_one_rank_has_written_and_what_waits_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, another = store(tmp_path, ranks=2), store(tmp_path, ANOTHER_KIND)
+    write(files, "a")
+    write(another, "a")
+    generation, rename = files.generation(), Path.rename
+    files.write("b", 0, [memoryview(RECORDS)], [], generation)
+    assert len(list(tmp_path.glob(f"{BLOCKS}/{KIND}/*"))) == 2
+    files.clear()
+
+    def left() -> list[str]:
+        return [path.name for path in tmp_path.glob(f"{BLOCKS}/{KIND}/*") if path.name != CLEARED]
+
+    assert left() == []
+    files.write("c", 0, [memoryview(RECORDS)], [], generation)
+    assert left() == []
+
+    def clear_and_rename(path: Path, target: Path) -> Path:
+        store(tmp_path, ranks=2).clear()
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", clear_and_rename)
+        files.write("d", 0, [memoryview(RECORDS)], [], files.generation())
+    assert left() == []
+    files.write("e", 0, [memoryview(RECORDS)], [], files.generation())
+    assert left() == ["e.0"]
+    assert another.names() == {"a"}
 
 
 def test_a_block_larger_than_the_store_is_not_written(tmp_path: Path) -> None:
@@ -381,3 +414,24 @@ async def test_a_store_that_takes_no_more_is_not_waited_for(tmp_path: Path) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hand_over, "STALLED_S", 0.0)
         await HandOver(tmp_path, 1).wait(output)
+
+
+def test_a_call_that_hangs_keeps_nobody_waiting_who_closes_its_threads() -> None:
+    threads, hangs, runs = DaemonThreads(1, "test"), Event(), Event()
+    hung = threads.submit(lambda: (runs.set(), hangs.wait(30)))
+    waiting = threads.submit(int)
+    assert runs.wait(10)
+    threads.close(wait_s=0.01)
+    assert not hung.done()
+    hangs.set()
+    with pytest.raises(CancelledError):
+        waiting.result(10)
+
+
+def test_what_was_submitted_runs_before_threads_end_and_gives_its_error() -> None:
+    threads = DaemonThreads(2, "test")
+    results = [threads.submit(int, text) for text in ("1", "x", "3")]
+    threads.close(wait_s=10)
+    assert (results[0].result(0), results[2].result(0)) == (1, 3)
+    with pytest.raises(ValueError, match="invalid literal"):
+        results[1].result(0)
