@@ -155,10 +155,12 @@ class BlockFiles:
     def touch(self, names: Sequence[str]) -> None:
         """Count the blocks of a prefix as used now, later ones a little before earlier ones: they are useless alone."""
         now_ns = time.time_ns()
-        for place, name in enumerate(names):
-            for rank in range(self._ranks):
-                with suppress(OSError):
-                    os.utime(self._path(name, rank), ns=(now_ns, now_ns - place * 1000))
+        with suppress(OSError):
+            self._check_owner()
+            for place, name in enumerate(names):
+                for rank in range(self._ranks):
+                    with suppress(FileNotFoundError):
+                        os.utime(self._path(name, rank), ns=(now_ns, now_ns - place * 1000))
 
     def clear(self) -> None:
         """Remove all blocks of this kind, also those that not every rank has written, or that wait to be written.
