@@ -16,7 +16,7 @@ from serve_app.gateway.generation import Generation, new_key
 from serve_app.gateway.observation import Observer
 from serve_app.observability import metrics
 from serve_app.request.request_errors import BadRequestError, DeadlineError, RequestError
-from serve_app.routing import Candidate, Prompt, RequestNeed, Router, usable_tiles
+from serve_app.routing import Candidate, Prompt, RequestNeed, Router, RunningPrefills
 
 _DROPPED = (inference_pb2.FINISH_REASON_ABORT, inference_pb2.FINISH_REASON_ERROR)
 
@@ -170,6 +170,7 @@ class Prefill:
         self._router = router
         self._observer = observer
         self._config = config
+        self._running = RunningPrefills()
 
     def choose(self, prompt: Prompt, chosen: Candidate, now_s: float) -> Candidate | None:
         """The replica that would compute `prompt` for the `chosen` one now; None if that one computes it itself."""
@@ -181,29 +182,59 @@ class Prefill:
     async def run(self, generation: Generation, chosen: Candidate) -> Candidate:
         """Have the prompt computed if that is worthwhile; return what remains to the `chosen` replica.
 
-        If no replica takes it, or the one that does fails or takes too long, all of it remains.
+        What another request has computed at this moment is waited for. If no replica takes the rest, or the one that
+        does fails or takes too long, all of that remains.
         """
         now_s, prompt = time.monotonic(), generation.prompt
-        if self.choose(prompt, chosen, now_s) is None:
+        limit_s = min(self._config.prefill_timeout_s, generation.deadline_s - now_s)
+        chain, tile_tokens = self._router.usable_chain(chosen.replica_id, prompt)
+        if self._running.sharing(chain) is not None:
+            chosen = await self._after_others(generation, chosen, now_s + limit_s)
+            waited_s = time.monotonic() - now_s
+            now_s, limit_s = now_s + waited_s, limit_s - waited_s
+        if limit_s <= 0 or self.choose(prompt, chosen, now_s) is None:
             return chosen
         key = new_key()
         prefill = self._router.admit(key, _need(prompt), prompt, now_s, is_prefill=True).chosen
         assert prefill is not None  # as it was just now
-        state = self._router.replica(prefill.replica_id, now_s)
-        assert state is not None
-        tile_tokens = state.snapshot.capacity.tile_tokens
-        left = len(prompt) - usable_tiles(len(prompt), tile_tokens) * tile_tokens
-        limit_s = min(self._config.prefill_timeout_s, generation.deadline_s - now_s)
+        left = len(prompt) - len(chain) * tile_tokens
+        computed = chain[(len(prompt) - chosen.uncached_tokens) // tile_tokens :]
         self._router.expect(generation.key, left, now_s)
-        try:
-            await self._compute(generation, key, prefill, limit_s)
-        except (ReplicaError, RequestError, TimeoutError):
-            self._observer.recorder.add(metrics.PREFILLS, 1, result="failed")
-            self._router.expect(generation.key, chosen.uncached_tokens, time.monotonic())
-            return chosen
+        with self._running.computing(chosen.replica_id, computed) as running:
+            try:
+                await self._compute(generation, key, prefill, limit_s)
+            except (ReplicaError, RequestError, TimeoutError):
+                running.stored_tiles.set_result(0)
+                self._observer.recorder.add(metrics.PREFILLS, 1, result="failed")
+                self._router.expect(generation.key, chosen.uncached_tokens, time.monotonic())
+                return chosen
+            running.stored_tiles.set_result(len(chain))
         self._observer.recorder.add(metrics.PREFILLS, 1, result="done")
         self._router.expect(generation.key, left, time.monotonic())
         return chosen._replace(uncached_tokens=left)
+
+    async def _after_others(self, generation: Generation, chosen: Candidate, until_s: float) -> Candidate:
+        """Wait until `until_s` for others' prefills of the prompt's tiles; return what remains to the `chosen` replica.
+
+        The router counts the tiles of a prefill as cached at the replica it is for, where nobody computes them yet.
+        """
+        prompt, replica_id = generation.prompt, chosen.replica_id
+        chain, tile_tokens = self._router.usable_chain(replica_id, prompt)
+        while (shared := self._running.sharing(chain)) is not None:
+            tiles, running = shared
+            if running.replica_id != replica_id and chosen.uncached_tokens < self._config.min_prompt_tokens:
+                break  # the replica has them
+            await asyncio.wait([running.stored_tiles], timeout=until_s - time.monotonic())
+            if not running.stored_tiles.done():
+                break
+            if running.stored_tiles.cancelled():
+                uncached = self._router.uncached_tokens(replica_id, prompt)
+            else:
+                stored = min(running.stored_tiles.result(), tiles)
+                uncached = min(chosen.uncached_tokens, len(prompt) - stored * tile_tokens)
+            chosen = chosen._replace(uncached_tokens=uncached)
+            self._router.expect(generation.key, uncached, time.monotonic())
+        return chosen
 
     async def _compute(self, generation: Generation, key: str, prefill: Candidate, limit_s: float) -> None:
         """Call the replica `prefill`, which holds the reservation `key`, and wait until it has stored the prompt."""
@@ -224,7 +255,7 @@ class Prefill:
             async with asyncio.timeout(limit_s):
                 cached = [delta.cached_tokens async for delta in call]
         except TimeoutError:
-            if limit_s >= self._config.prefill_timeout_s:  # not because the request itself is late
+            if limit_s >= self._config.prefill_timeout_s:  # not if the request had waited, or is late itself
                 self._router.failed(key, time.monotonic())
             raise
         finally:

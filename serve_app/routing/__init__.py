@@ -20,6 +20,7 @@ from serve_app.routing.queue import FairQueue, QueuedRequest
 from serve_app.routing.reservations import Reservations
 from serve_app.routing.retry import RetryBudget, pause_s
 from serve_app.routing.router import Router
+from serve_app.routing.running_prefills import RunningPrefills
 from serve_app.routing.sessions import SessionHomes
 from serve_app.routing.types import (
     BreakerState,
@@ -59,6 +60,7 @@ __all__ = [
     "Reservations",
     "RetryBudget",
     "Router",
+    "RunningPrefills",
     "SessionHomes",
     "TileChange",
     "chain",

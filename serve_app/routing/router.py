@@ -153,6 +153,20 @@ class Router:
         """Return what a request takes, with the output length expected from those seen so far."""
         return RequestNeed(prompt_tokens, max_tokens, self.lengths.expect(max_tokens))
 
+    def usable_chain(self, replica_id: str, prompt: Prompt) -> tuple[list[int], int]:
+        """Names of the tiles of `prompt` that a cache can spare a replica, and their size; none of an unknown one."""
+        replica = self._replicas.get(replica_id)
+        if replica is None:
+            return [], 1
+        kind = replica.kind
+        links = prompt.chain(kind[1], self._root(kind, prompt))
+        return links[: usable_tiles(len(prompt), kind[1])], kind[1]
+
+    def uncached_tokens(self, replica_id: str, prompt: Prompt) -> int:
+        """Tokens of `prompt` that a replica neither holds, nor can load, nor is about to compute."""
+        links, tile_tokens = self.usable_chain(replica_id, prompt)
+        return len(prompt) - self.index.match(links, len(links)).get(replica_id, 0) * tile_tokens
+
     def choose(
         self,
         need: RequestNeed,

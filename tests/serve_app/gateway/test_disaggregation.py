@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import pytest
 
+from kvarn.v1 import inference_pb2
 from serve_app.client import AsyncClient
 from serve_app.config import DisaggregationConfig
 from serve_app.observability import metrics
+from serve_app.request.request_errors import DeadlineError
+from serve_app.routing import Caller
 from tests.serve_app.gateway.test_resume import (
     PROMPT,
+    TOKENS,
     Engine,
     Setup,
     assert_nothing_held,
     assert_whole,
     breaking_at,
+    expected,
+    scripted,
     serving,
     stream,
     until,
@@ -119,6 +126,103 @@ async def test_a_prefill_replica_that_is_always_too_slow_is_avoided() -> None:
         for _ in range(5):
             assert_whole(await stream(setup.port, temperature=0))
         assert len(slow.requests) == 3
+
+
+async def test_a_request_that_is_late_itself_is_no_failure_of_the_prefill_replica() -> None:
+    slow = prefill(forever)
+    async with serving(Engine("decode"), slow, disaggregation=LONG) as setup:
+        request = inference_pb2.GenerateRequest(
+            prompt=inference_pb2.Prompt(token_ids={"ids": PROMPT}), sampling_params={"max_tokens": TOKENS}
+        )
+        for count in range(1, 6):
+            with pytest.raises(DeadlineError):
+                await anext(setup.gateways[0].dispatcher.generate(request, 0.1, Caller("tenant")))
+            assert len(slow.requests) == count
+        await assert_nothing_held(setup)
+
+
+@dataclass
+class Gated:
+    """Computes the first token of a request once `gate` is set."""
+
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def __call__(self, *_: Any) -> None:
+        await self.gate.wait()
+
+
+async def streams(port: int, prompts: list[list[int]]) -> list[asyncio.Task[list[int]]]:
+    """Begin a stream for each prompt, one after the other, and give each time to reach an engine."""
+
+    async def answer(prompt: list[int]) -> list[int]:
+        async with AsyncClient(f"127.0.0.1:{port}") as client:
+            deltas = [delta async for delta in client.generate(prompt, max_tokens=TOKENS, temperature=0)]
+        return [token for delta in deltas for token in delta.token_ids]
+
+    begun = []
+    for prompt in prompts:
+        begun.append(asyncio.create_task(answer(prompt)))
+        await asyncio.sleep(0.1)
+    return begun
+
+
+async def test_a_prompt_is_computed_once_for_all_that_have_it_at_once() -> None:
+    gated = Gated()
+    async with serving(Engine("decode"), prefill(gated), disaggregation=LONG) as setup:
+        begun = await streams(setup.port, [PROMPT] * 4)
+        assert not setup.engine("decode").requests
+        gated.gate.set()
+        assert await asyncio.gather(*begun) == [expected(PROMPT)] * 4
+        assert len(setup.engine("prefill").requests) == 1
+        assert [request.uncached_tokens for request in setup.engine("decode").requests] == [TAIL] * 4
+        assert sorted(request.is_handed_over for request in setup.engine("decode").requests) == [0, 0, 0, 1]
+        assert results(setup) == {"done": 1}
+        await assert_nothing_held(setup)
+
+
+async def test_what_follows_a_shared_prefix_is_computed_once_the_prefix_is() -> None:
+    gated, longer = Gated(), [*PROMPT[:32], *range(500, 564)]
+    async with serving(Engine("decode"), prefill(gated), disaggregation=LONG) as setup:
+        begun = await streams(setup.port, [PROMPT, [*PROMPT[:32], 500], longer])
+        assert not setup.engine("decode").requests
+        assert len(setup.engine("prefill").requests) == 1
+        gated.gate.set()
+        await asyncio.gather(*begun)
+        assert [len(request.prompt_token_ids) for request in setup.engine("prefill").requests] == [40, 96]
+        assert len(setup.engine("decode").requests) == 3
+        await assert_nothing_held(setup)
+
+
+async def test_a_prompt_that_failed_elsewhere_is_computed_once_where_it_is_answered() -> None:
+    gated = Gated()
+
+    async def failing(*_: Any) -> None:
+        await gated()
+        raise scripted(grpc.StatusCode.UNAVAILABLE)
+
+    async with serving(Engine("decode"), prefill(failing), disaggregation=LONG) as setup:
+        begun = await streams(setup.port, [PROMPT] * 3)
+        gated.gate.set()
+        await asyncio.gather(*begun)
+        assert len(setup.engine("prefill").requests) == 1
+        uncached = [request.uncached_tokens for request in setup.engine("decode").requests]
+        assert uncached == [len(PROMPT), TAIL, TAIL]
+        await assert_nothing_held(setup)
+
+
+async def test_another_request_has_its_prompt_computed_when_the_first_client_leaves() -> None:
+    gated = Gated()
+    async with serving(Engine("decode"), prefill(gated), disaggregation=LONG) as setup:
+        first, *others = await streams(setup.port, [PROMPT] * 3)
+        first.cancel()
+        await until(lambda: len(setup.engine("prefill").requests) == 2)
+        await asyncio.sleep(0.1)
+        assert not setup.engine("decode").requests
+        gated.gate.set()
+        await asyncio.gather(*others)
+        assert [request.uncached_tokens for request in setup.engine("decode").requests] == [TAIL] * 2
+        assert len(setup.engine("prefill").requests) == 2
+        await assert_nothing_held(setup)
 
 
 async def test_a_client_that_disconnects_during_the_prefill_cancels_it() -> None:
