@@ -95,20 +95,22 @@ class EngineError(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class EngineDelta(_message.Message):
-    __slots__ = ("token_ids", "text", "logprobs", "finish_reason", "stop_reason", "cached_tokens")
+    __slots__ = ("token_ids", "text", "logprobs", "finish_reason", "stop_reason", "cached_tokens", "stored_tiles")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     STOP_REASON_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STORED_TILES_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     text: str
     logprobs: _containers.RepeatedCompositeFieldContainer[_inference_pb2.PositionLogprobs]
     finish_reason: _inference_pb2.FinishReason
     stop_reason: _inference_pb2.StopReason
     cached_tokens: int
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.PositionLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stop_reason: _Optional[_Union[_inference_pb2.StopReason, _Mapping]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    stored_tiles: int
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.PositionLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stop_reason: _Optional[_Union[_inference_pb2.StopReason, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., stored_tiles: _Optional[int] = ...) -> None: ...
 
 class EngineWatchCacheRequest(_message.Message):
     __slots__ = ()

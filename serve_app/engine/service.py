@@ -35,7 +35,7 @@ from serve_app.request.request_errors import (
 )
 from serve_app.request.sampling import to_vllm
 from serve_app.request.structured_outputs import engine_reasoning
-from serve_app.routing import RequestNeed
+from serve_app.routing import RequestNeed, usable_tiles
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, RequestOutput
@@ -105,7 +105,9 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             _engine_errors(request.sampling_params.structured_outputs.WhichOneof("constraint")),
             self._tracer.start_as_current_span("engine generate", record_exception=False) as span,
         ):
-            counts = _Counts(prompt=not request.is_handed_over, output=not request.hand_over)
+            counts = _Counts(
+                prompt=not (request.is_handed_over or request.hand_over), output=not request.hand_over
+            )
             meter = _Meter(self._monitor, reservation, self._metrics, span, counts)
             async with aclosing(self._deltas(request, meter)) as deltas:
                 async for delta in deltas:
@@ -172,7 +174,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                 if resumption is not None:
                     resumption.write_text(delta)
                 if hand_over is not None and delta.finish_reason:
-                    await hand_over.wait(output)
+                    delta.stored_tiles = await hand_over.wait(output)
+                    meter.handed_over(output, delta.stored_tiles)
                 yield delta
                 if delta.finish_reason:
                     return  # a stop string that vLLM does not know of may end a resumed request
@@ -222,7 +225,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
 
 
 class _Counts(NamedTuple):
-    """What a call adds to the metrics: of a prompt that is handed over, each replica counts its part."""
+    """What a call adds to the metrics at once: of a prompt that is handed over, each replica counts its part."""
 
     prompt: bool
     output: bool
@@ -256,6 +259,12 @@ class _Meter:
             self._metrics.generated(tokens)
         self._count_blocks(tokens)
         self._monitor.reservations.grow(self._reservation, tokens)
+
+    def handed_over(self, output: RequestOutput, stored_tiles: int) -> None:
+        """Count the prompt unless some of its whole tiles are missing in the store: then it is computed again."""
+        prompt, cached = len(output.prompt_token_ids or ()), output.num_cached_tokens or 0
+        if stored_tiles >= usable_tiles(prompt, self._monitor.snapshot.capacity.tile_tokens):
+            self._metrics.started(prompt, cached)
 
     def _count_blocks(self, tokens: int) -> None:
         """Count the blocks filled since the last output; the newest token is not in the cache yet."""

@@ -183,7 +183,7 @@ class Prefill:
         """Have the prompt computed if that is worthwhile; return what remains to the `chosen` replica.
 
         What another request has computed at this moment is waited for. If no replica takes the rest, or the one that
-        does fails or takes too long, all of that remains.
+        does fails or takes too long, all of that remains; so does what the store has not taken.
         """
         now_s, prompt = time.monotonic(), generation.prompt
         limit_s = min(self._config.prefill_timeout_s, generation.deadline_s - now_s)
@@ -197,19 +197,20 @@ class Prefill:
         key = new_key()
         prefill = self._router.admit(key, _need(prompt), prompt, now_s, is_prefill=True).chosen
         assert prefill is not None  # as it was just now
-        left = len(prompt) - len(chain) * tile_tokens
-        computed = chain[(len(prompt) - chosen.uncached_tokens) // tile_tokens :]
-        self._router.expect(generation.key, left, now_s)
-        with self._running.computing(chosen.replica_id, computed) as running:
+        cached_tiles = (len(prompt) - chosen.uncached_tokens) // tile_tokens
+        self._router.expect(generation.key, len(prompt) - len(chain) * tile_tokens, now_s)
+        with self._running.computing(chosen.replica_id, chain[cached_tiles:]) as running:
             try:
-                await self._compute(generation, key, prefill, limit_s)
+                last = await self._compute(generation, key, prefill, limit_s)
             except (ReplicaError, RequestError, TimeoutError):
-                running.stored_tiles.set_result(0)
-                self._observer.recorder.add(metrics.PREFILLS, 1, result="failed")
-                self._router.expect(generation.key, chosen.uncached_tokens, time.monotonic())
-                return chosen
-            running.stored_tiles.set_result(len(chain))
-        self._observer.recorder.add(metrics.PREFILLS, 1, result="done")
+                last = None
+            stored = 0 if last is None else min(last.stored_tiles, len(chain))
+            running.stored_tiles.set_result(stored)
+        is_done = last is not None and stored == len(chain)
+        self._observer.recorder.add(metrics.PREFILLS, 1, result="done" if is_done else "failed")
+        if last is not None and is_done and generation.prefill_cached_tokens is None:
+            generation.prefill_cached_tokens = last.cached_tokens
+        left = min(chosen.uncached_tokens, len(prompt) - stored * tile_tokens)
         self._router.expect(generation.key, left, time.monotonic())
         return chosen._replace(uncached_tokens=left)
 
@@ -236,8 +237,14 @@ class Prefill:
             self._router.expect(generation.key, uncached, time.monotonic())
         return chosen
 
-    async def _compute(self, generation: Generation, key: str, prefill: Candidate, limit_s: float) -> None:
-        """Call the replica `prefill`, which holds the reservation `key`, and wait until it has stored the prompt."""
+    async def _compute(
+        self, generation: Generation, key: str, prefill: Candidate, limit_s: float
+    ) -> engine_pb2.EngineDelta:
+        """Call the replica `prefill`, which holds the reservation `key`, and wait until it has stored the prompt.
+
+        Returns:
+            The last delta, which says how much of the prompt is stored.
+        """
         try:
             call = EngineCall(
                 self._fleet,
@@ -253,15 +260,13 @@ class Prefill:
             raise ReplicaError(prefill.replica_id, is_failure=False) from None
         try:
             async with asyncio.timeout(limit_s):
-                cached = [delta.cached_tokens async for delta in call]
+                return [delta async for delta in call][-1]
         except TimeoutError:
             if limit_s >= self._config.prefill_timeout_s:  # not if the request had waited, or is late itself
                 self._router.failed(key, time.monotonic())
             raise
         finally:
             call.close()
-        if generation.prefill_cached_tokens is None:
-            generation.prefill_cached_tokens = cached[0]
 
 
 def _need(prompt: Prompt) -> RequestNeed:

@@ -155,8 +155,8 @@ QUEUE_WAIT = _histogram(
 RESUMES = _counter("resumes", "Resumptions of streams on another replica after theirs was lost.")
 PREFILLS = _counter(
     "prefills",
-    "Prompts given to replicas that only compute prompts, by result: done, or failed, so that they were computed "
-    "where they were answered.",
+    "Prompts given to replicas that only compute prompts, by result: done, or failed, so that they, or what the "
+    "store has not taken, were computed where they were answered.",
     "result",
 )
 BREAKER = _gauge(

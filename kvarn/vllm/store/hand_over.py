@@ -33,16 +33,21 @@ class HandOver:
         asked: dict[str, Any] = {"kv_transfer_params": {"do_remote_decode": True}}
         params.extra_args = {**(params.extra_args or {}), **asked}
 
-    async def wait(self, output: RequestOutput) -> None:
-        """Return once the store holds the whole tiles of the prompt of a finished request, or takes no more."""
+    async def wait(self, output: RequestOutput) -> int:
+        """Wait until the store holds the whole tiles of the prompt of a finished request, or takes no more.
+
+        Returns:
+            How many of the leading ones it holds.
+        """
         stored = output.kv_transfer_params
         if not stored:
-            return
+            return 0
         files = BlockFiles(self._directory, stored["kind"], self._ranks, capacity_bytes=0)
         progress_s = time.monotonic()
-        for name in stored["names"]:
+        for place, name in enumerate(stored["names"]):
             while not files.holds(name):
                 if time.monotonic() - progress_s > STALLED_S:
-                    return
+                    return place
                 await asyncio.sleep(POLL_INTERVAL_S)
             progress_s = time.monotonic()
+        return len(stored["names"])

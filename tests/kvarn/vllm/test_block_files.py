@@ -404,16 +404,19 @@ async def test_a_prompt_is_handed_over_once_its_last_tile_is_stored(tmp_path: Pa
     output: Any = SimpleNamespace(kv_transfer_params={"kind": KIND, "names": ["a", "b"]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hand_over, "asyncio", SimpleNamespace(sleep=write_next))
-        await handing.wait(output)
+        assert await handing.wait(output) == 2
     assert not missing
-    await handing.wait(SimpleNamespace(kv_transfer_params=None))  # type: ignore[arg-type]
+    assert await handing.wait(SimpleNamespace(kv_transfer_params=None)) == 0  # type: ignore[arg-type]
 
 
 async def test_a_store_that_takes_no_more_is_not_waited_for(tmp_path: Path) -> None:
-    output: Any = SimpleNamespace(kv_transfer_params={"kind": KIND, "names": ["a"]})
+    output: Any = SimpleNamespace(kv_transfer_params={"kind": KIND, "names": ["a", "b", "c"]})
+    files = store(tmp_path, ranks=1)
+    write(files, "a", 0)
+    write(files, "c", 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hand_over, "STALLED_S", 0.0)
-        await HandOver(tmp_path, 1).wait(output)
+        assert await HandOver(tmp_path, 1).wait(output) == 1
 
 
 def test_a_call_that_hangs_keeps_nobody_waiting_who_closes_its_threads() -> None:

@@ -17,6 +17,7 @@ from serve_app.request.request_errors import DeadlineError
 from serve_app.routing import Caller
 from tests.serve_app.gateway.test_resume import (
     PROMPT,
+    TILE,
     TOKENS,
     Engine,
     Setup,
@@ -30,7 +31,7 @@ from tests.serve_app.gateway.test_resume import (
     until,
 )
 
-TAIL = len(PROMPT) % 16  # tokens behind the last whole tile
+TAIL = len(PROMPT) % TILE  # tokens behind the last whole tile
 LONG = DisaggregationConfig(min_prompt_tokens=len(PROMPT))
 
 
@@ -94,6 +95,18 @@ async def test_a_prefill_replica_that_fails_costs_a_computation(status: grpc.Sta
         assert len(failing.requests) == 1
         (answered,) = setup.engine("decode").requests
         assert (answered.is_handed_over, answered.uncached_tokens) == (False, len(PROMPT))
+        assert results(setup) == {"failed": 1}
+        await assert_nothing_held(setup)
+
+
+@pytest.mark.parametrize("stored", [0, 1])
+async def test_what_the_store_has_not_taken_is_computed_where_it_is_answered(stored: int) -> None:
+    computing = prefill()
+    computing.stores_tiles = stored
+    async with serving(Engine("decode"), computing, disaggregation=LONG) as setup:
+        assert_whole(await stream(setup.port, temperature=0))
+        (answered,) = setup.engine("decode").requests
+        assert (answered.is_handed_over, answered.uncached_tokens) == (False, len(PROMPT) - stored * TILE)
         assert results(setup) == {"failed": 1}
         await assert_nothing_held(setup)
 

@@ -44,6 +44,7 @@ from serve_app.security.engine_access import Address
 from tests.support.observing import Remembered
 
 TOKENS = 12
+TILE = 16
 PROMPT = list(range(40))
 Script = Callable[["Engine", engine_pb2.EngineRequest, int], Awaitable[None]]
 
@@ -71,11 +72,15 @@ async def well(*_: Any) -> None:
 
 @dataclass
 class Engine(engine_pb2_grpc.EngineServicer):
-    """Writes one token per message; before each, `script` is called with its position."""
+    """Writes one token per message; before each, `script` is called with its position.
+
+    Of prompts for other engines, it stores at most `stores_tiles` leading tiles.
+    """
 
     name: str
     script: Script = well
     is_prefill: bool = False
+    stores_tiles: int = 1000
     requests: list[engine_pb2.EngineRequest] = field(default_factory=list)
     cancelled: int = 0
     heartbeats: asyncio.Event = field(default_factory=asyncio.Event)
@@ -96,13 +101,15 @@ class Engine(engine_pb2_grpc.EngineServicer):
                 delta = engine_pb2.EngineDelta(token_ids=[tokens[position]], text=f"{tokens[position]} ")
                 if last:
                     delta.finish_reason = inference_pb2.FINISH_REASON_LENGTH
+                if request.hand_over:
+                    delta.stored_tiles = min(len(request.prompt_token_ids) // TILE, self.stores_tiles)
                 await write(delta)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
 
     async def WatchCache(self, request: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        capacity = CacheCapacity("auto", 16, 1, 100, 4096, is_prefill=self.is_prefill)
+        capacity = CacheCapacity("auto", TILE, 1, 100, 4096, is_prefill=self.is_prefill)
         sequence = 0
         while True:
             sequence += 1
