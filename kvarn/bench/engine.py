@@ -6,7 +6,7 @@ import json
 import random
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -82,7 +82,7 @@ class EngineBench:
     `kv_cache_memory_gib`.
 
     Raises:
-        BenchError: a number is out of range, or a shape, dtype or executor is unknown.
+        BenchError: a number is out of range, or a shape, dtype, executor or engine argument is unknown.
     """
 
     model: ModelName = DEFAULT_MODEL
@@ -175,6 +175,24 @@ class EngineBench:
                 f"engine_args is {self.engine_args!r}: give a JSON object of vLLM's engine arguments, "
                 'e.g. {"gdn_prefill_backend": "triton"}'
             )
+        self._check_engine_args(json.loads(self.engine_args))
+
+    def _check_engine_args(self, given: dict[str, Any]) -> None:
+        """Check the names of further engine arguments; importing vLLM's takes seconds."""
+        if not given:
+            return
+        from vllm.engine.arg_utils import EngineArgs
+
+        settings = {**asdict(self), "kv_cache_dtype": "", "lengths": [[(1, 1)]], "tensor_parallel_size": 1}
+        own = engine_worker.own_args(settings)
+        known = {argument.name for argument in fields(EngineArgs)}
+        for name in given:
+            if name in own:
+                raise BenchError(f"engine_args has {name}, which the benchmark sets itself: leave it out")
+            if name not in known:
+                raise BenchError(
+                    f"engine_args has {name}, which vLLM's engine does not know: correct the name"
+                )
 
     @property
     def batches(self) -> int:

@@ -53,10 +53,15 @@ def _cache_size(vllm_config: Any, config: dict[str, Any]) -> dict[str, int]:
 
 
 def _start_engine(settings: dict[str, Any]) -> Any:
-    """Start the engine without prefix caching, so that every batch computes its prompts."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    args = EngineArgs(**own_args(settings), **json.loads(settings["engine_args"]))
+    return LLMEngine.from_engine_args(args)
+
+
+def own_args(settings: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's engine arguments that the benchmark sets: without prefix caching, every batch computes its prompts."""
     utilization = settings["gpu_memory_utilization"]
     memory = (
         {"kv_cache_memory_bytes": int(settings["kv_cache_memory_gib"] * 2**30)}
@@ -65,25 +70,23 @@ def _start_engine(settings: dict[str, Any]) -> Any:
     )
     drafts = settings["drafts"]
     longest = drafts + max(sum(request) for lengths in settings["lengths"] for request in lengths)
-    args = EngineArgs(
-        model=settings["model"],
-        dtype=settings["dtype"],
-        kv_cache_dtype=settings["kv_cache_dtype"],
-        max_model_len=max(longest, WARM_UP_PROMPT_TOKENS + WARM_UP_OUTPUT_TOKENS),
-        max_num_seqs=_max_num_seqs(settings),
-        max_num_batched_tokens=settings["max_num_batched_tokens"],
-        enable_prefix_caching=False,
-        enforce_eager=settings["enforce_eager"],
-        disable_log_stats=True,
-        tensor_parallel_size=settings["tensor_parallel_size"],
-        distributed_executor_backend=settings["distributed_executor_backend"],
-        load_format=load_format(settings["shape"]),
-        skip_tokenizer_init=True,
+    return {
+        "model": settings["model"],
+        "dtype": settings["dtype"],
+        "kv_cache_dtype": settings["kv_cache_dtype"],
+        "max_model_len": max(longest, WARM_UP_PROMPT_TOKENS + WARM_UP_OUTPUT_TOKENS),
+        "max_num_seqs": _max_num_seqs(settings),
+        "max_num_batched_tokens": settings["max_num_batched_tokens"],
+        "enable_prefix_caching": False,
+        "enforce_eager": settings["enforce_eager"],
+        "disable_log_stats": True,
+        "tensor_parallel_size": settings["tensor_parallel_size"],
+        "distributed_executor_backend": settings["distributed_executor_backend"],
+        "load_format": load_format(settings["shape"]),
+        "skip_tokenizer_init": True,
         **engine_settings(drafts, settings["acceptance"]),
         **memory,
-        **json.loads(settings["engine_args"]),
-    )
-    return LLMEngine.from_engine_args(args)
+    }
 
 
 def _max_num_seqs(settings: dict[str, Any]) -> int:

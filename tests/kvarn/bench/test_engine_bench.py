@@ -127,6 +127,15 @@ def test_scaling_over_gpus_is_relative_to_the_same_cache_on_fewer():
         ({"shape": "9b"}, "shape '9b' is not known"),
         ({"drafts": 16}, "drafts is 16: give 0 to 15 tokens"),
         ({"engine_args": "[]"}, r"engine_args is '\[\]': give a JSON object of vLLM's engine arguments"),
+        (
+            {"engine_args": '{"model": "x"}'},
+            "engine_args has model, which the benchmark sets itself: leave it",
+        ),
+        (
+            {"engine_args": '{"speculative_config": {}}', "drafts": 2},
+            "engine_args has speculative_config, which the benchmark sets itself",
+        ),
+        ({"engine_args": '{"sede": 1}'}, "engine_args has sede, which vLLM's engine does not know: correct"),
         ({"engine_args": "seed=1"}, "engine_args is 'seed=1': give a JSON object"),
         ({"acceptance": 1.5}, "acceptance is 1.5: give a probability, from 0 to 1"),
         ({"dtype": "int8"}, "unknown dtype 'int8': choose from auto, bfloat16"),
