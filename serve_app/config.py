@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from ipaddress import ip_address
+from math import inf
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Self
 
@@ -215,6 +216,21 @@ class EngineConfig(StrictSettings):
     @classmethod
     def _known_preset(cls, name: str) -> str:
         return get_preset(name).name if name.startswith("kvarn") else name
+
+    @field_validator("kv_transfer_config")
+    @classmethod
+    def _sized_tier(cls, settings: dict[str, Any] | None) -> dict[str, Any] | None:
+        extra = (settings or {}).get("kv_connector_extra_config") or {}
+        if not isinstance(extra, dict):
+            raise ValueError(
+                f"kv_connector_extra_config is {extra!r}: give names and values, e.g. cpu_bytes_to_use: {64 * GIB}"
+            )
+        size = extra.get("cpu_bytes_to_use") or 0
+        if isinstance(size, bool) or not isinstance(size, int | float) or not 0 <= size < inf:
+            raise ValueError(
+                f"cpu_bytes_to_use is {size!r}: give a number of bytes, e.g. {64 * GIB} for 64 GiB"
+            )
+        return settings
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

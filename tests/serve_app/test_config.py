@@ -51,6 +51,21 @@ def test_engines_of_both_kinds_are_counted() -> None:
             {"engine": {**ON_CPU, "shared_store": STORE, "kv_cache_dtype": "auto"}},
             "shared_store needs a quantized cache, not kv_cache_dtype auto",
         ),
+        *(
+            ({"engine": {**ON_CPU, "kv_transfer_config": {"kv_connector_extra_config": extra}}}, sentence)
+            for extra, sentence in (
+                (
+                    [1],
+                    r"kv_connector_extra_config is \[1\]: give names and values, e.g. cpu_bytes_to_use: 68719",
+                ),
+                (
+                    {"cpu_bytes_to_use": "64GB"},
+                    "cpu_bytes_to_use is '64GB': give a number of bytes, e.g. 68719",
+                ),
+                ({"cpu_bytes_to_use": [1]}, r"cpu_bytes_to_use is \[1\]: give a number of bytes"),
+                ({"cpu_bytes_to_use": -1}, "cpu_bytes_to_use is -1: give a number of bytes"),
+            )
+        ),
         ({"engine": {**ON_CPU, "shared_store": {**STORE, "directory": "blocks"}}}, "directory"),
         ({"engine": {**ON_CPU, "shared_store": {**STORE, "capacity_gib": 0}}}, "capacity_gib"),
         ({"disaggregation": {}}, "hands prompts over in engine.shared_store: set that, too"),
