@@ -241,13 +241,13 @@ def _check_cpus(config: AppConfig) -> None:
     if needed > present:
         raise LaunchError(
             f"the engines need {needed:g} CPUs and this machine has {present}: "
-            "lower engine.num_replicas or engine.cpus_per_replica"
+            f"lower {_numbers_of_engines(config)} or engine.cpus_per_replica"
         )
     cache_bytes, memory_bytes = engine.kv_cache_memory_bytes or 0, psutil.virtual_memory().total
     if config.least_engines * cache_bytes > memory_bytes:
         raise LaunchError(
             f"the engines' caches need {config.least_engines * cache_bytes / GIB:.1f} GiB and this machine "
-            f"has {memory_bytes / GIB:.1f}: lower engine.num_replicas or engine.kv_cache_memory_gib"
+            f"has {memory_bytes / GIB:.1f}: lower {_numbers_of_engines(config)} or engine.kv_cache_memory_gib"
         )
 
 
@@ -256,9 +256,17 @@ def _check_gpus(config: AppConfig) -> None:
     needed, present = config.least_engines * engine.tensor_parallel_size, torch.cuda.device_count()
     if needed > present:
         raise LaunchError(
-            f"the engines need {needed} GPUs and this machine has {present}: lower engine.num_replicas or "
+            f"the engines need {needed} GPUs and this machine has {present}: lower {_numbers_of_engines(config)} or "
             "engine.tensor_parallel_size, or set engine.device: cpu"
         )
+
+
+def _numbers_of_engines(config: AppConfig) -> str:
+    """The settings that say how many engines there are at least."""
+    replicas = (
+        "engine.num_replicas" if config.engine.autoscaling is None else "engine.autoscaling.min_replicas"
+    )
+    return replicas if config.disaggregation is None else f"{replicas}, disaggregation.prefill_replicas"
 
 
 def limits_of(app: App) -> EngineLimits | None:

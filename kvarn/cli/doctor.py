@@ -37,7 +37,8 @@ def doctor(
     app = None if config is None else _read(config)
     limits = None if app is None else _limits_of(app)
     with err.status("checking versions and hooks, testing the cache (10 to 30 seconds)"):
-        report = examine(limits, [] if app is None else [check_parsers(app)])
+        parsers = [] if app is None else [check_parsers(app)]
+        report = examine(limits, parsers, 1 if app is None else app.config.least_engines)
     if as_json:
         out.print_json(json.dumps({**asdict(report), "ok": report.ok}))
     else:
@@ -94,34 +95,39 @@ class Diagnosis:
         return all(check.ok for check in (*self.hooks, *self.self_test, *self.parsers))
 
 
-def examine(limits: EngineLimits | None = None, parsers: Sequence[Check] = ()) -> Diagnosis:
+def examine(limits: EngineLimits | None = None, parsers: Sequence[Check] = (), engines: int = 1) -> Diagnosis:
     """Run all checks; takes some seconds, mostly to import vLLM.
 
     Args:
-        limits: of the engines that are to run here, if known.
+        limits: of each of the engines that are to run here, if known.
         parsers: checks of their parsers, if known.
+        engines: how many are to run here at least.
     """
     tests = [self_test(preset) for preset in PRESETS.values()]
-    return Diagnosis(versions(), machine(), check_hooks(), tests, limits, list(parsers), warnings(limits))
+    return Diagnosis(
+        versions(), machine(), check_hooks(), tests, limits, list(parsers), warnings(limits, engines)
+    )
 
 
-def warnings(limits: EngineLimits | None = None) -> list[str]:
+def warnings(limits: EngineLimits | None = None, engines: int = 1) -> list[str]:
     """Return one sentence for each thing about this machine that slows applications down or does not fit them.
 
     Args:
-        limits: of the engines that are to run here, if known.
+        limits: of each of the engines that are to run here, if known.
+        engines: how many are to run here at least.
     """
     found = [_warning_of_niceness(ray_worker_niceness())]
     if limits is not None:
-        found.append(_warning_of_host_memory(limits.host_bytes, memory_bytes()))
+        found.append(_warning_of_host_memory(limits.host_bytes, engines, memory_bytes()))
     return [warning for warning in found if warning]
 
 
-def _warning_of_host_memory(needed: int, present: int) -> str:
-    if needed <= present:
+def _warning_of_host_memory(each: int, engines: int, present: int) -> str:
+    if each * engines <= present:
         return ""
+    together = f", {engines} engines {each * engines / GIB:,.1f} GiB" if engines > 1 else ""
     return (
-        f"each engine takes {needed / GIB:,.1f} GiB of host memory for its tier and for raw first tiles, and "
+        f"each engine takes {each / GIB:,.1f} GiB of host memory for its tier and for raw first tiles{together}, and "
         f"this machine has {present / GIB:,.1f} GiB: lower cpu_bytes_to_use or host_sinks, or use a larger machine"
     )
 

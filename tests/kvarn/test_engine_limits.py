@@ -142,6 +142,10 @@ def test_the_doctor_counts_host_memory_beside_a_connector(monkeypatch: pytest.Mo
     monkeypatch.setattr(doctor, "memory_bytes", lambda: made.host_bytes - 1)
     (warning,) = doctor.warnings(made)
     assert "takes 2.3 GiB of host memory" in warning
+    monkeypatch.setattr(doctor, "memory_bytes", lambda: 3 * made.host_bytes - 1)
+    assert doctor.warnings(made, engines=2) == []
+    (warning,) = doctor.warnings(made, engines=3)
+    assert "takes 2.3 GiB of host memory for its tier and for raw first tiles, 3 engines 6.8 GiB" in warning
     with out.capture() as shown:
         out.print(render(Diagnosis({}, {}, [], [], made)))
     text = " ".join(shown.get().split())

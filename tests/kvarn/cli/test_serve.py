@@ -17,7 +17,17 @@ from kvarn.cli.chat import Answer
 from kvarn.cli.output import err, out
 from kvarn.cli.serve import Started, TextReporter, _start_progress
 from kvarn.v1 import cache_pb2, cluster_pb2
-from serve_app.launch import Dashboard, Deployment, RunningApp, _deferred_signals, read_app
+from serve_app.config import AppConfig
+from serve_app.launch import (
+    App,
+    Dashboard,
+    Deployment,
+    LaunchError,
+    RunningApp,
+    _deferred_signals,
+    check_machine,
+    read_app,
+)
 from tests.support.live import APP_YAML, write_app
 
 
@@ -79,6 +89,24 @@ def test_what_this_machine_cannot_run_is_rejected_before_anything_starts(tmp_pat
     assert words in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert capfd.readouterr() == ("", "")  # of other processes
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"cpus_per_replica": 4096, "kv_cache_memory_gib": 1},
+        {"kv_cache_memory_gib": 1 << 20},
+        {"device": "cuda", "tensor_parallel_size": 4096},
+    ],
+)
+def test_the_advice_for_a_small_machine_names_every_number_of_engines(engine):
+    store = {"directory": "/dev/shm/kvarn", "capacity_gib": 1}
+    config = AppConfig(
+        engine={**engine, "shared_store": store, "autoscaling": {"max_replicas": 2}}, disaggregation={}
+    )
+    names = r"lower engine\.autoscaling\.min_replicas, disaggregation\.prefill_replicas or engine\."
+    with pytest.raises(LaunchError, match=names):
+        check_machine(App("app", config, {}))
 
 
 def test_serve_and_doctor_refuse_a_model_without_weights(tmp_path):
