@@ -192,11 +192,13 @@ class Prefill:
             chosen = await self._after_others(generation, chosen, now_s + limit_s)
             waited_s = time.monotonic() - now_s
             now_s, limit_s = now_s + waited_s, limit_s - waited_s
-        if limit_s <= 0 or self.choose(prompt, chosen, now_s) is None:
+        if limit_s <= 0 or chosen.uncached_tokens < self._config.min_prompt_tokens:
             return chosen
         key = new_key()
         prefill = self._router.admit(key, _need(prompt), prompt, now_s, is_prefill=True).chosen
-        assert prefill is not None  # as it was just now
+        if prefill is None or prefill.first_token_s > self._config.prefill_timeout_s:
+            self._router.release(key)
+            return chosen
         cached_tiles = (len(prompt) - chosen.uncached_tokens) // tile_tokens
         self._router.expect(generation.key, len(prompt) - len(chain) * tile_tokens, now_s)
         with self._running.computing(chosen.replica_id, chain[cached_tiles:]) as running:

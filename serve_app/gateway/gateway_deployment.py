@@ -226,7 +226,7 @@ class Gateway:
         )
         membership.listen(engines, parts.fleet.set_members)
         if prefills is not None:
-            membership.listen(prefills, partial(parts.fleet.set_members, deployment="Prefill"))
+            membership.listen(prefills, partial(parts.fleet.set_members, deployment=prefills.deployment_name))
         # Clients may connect as soon as the port is shared: in a rolling update, those of the gateway replaced.
         await parts.readiness.wait(STARTUP_WAIT_S)
         await parts.servers.start()

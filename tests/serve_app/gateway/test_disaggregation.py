@@ -132,6 +132,15 @@ async def test_a_prefill_that_takes_too_long_is_cancelled() -> None:
         await assert_nothing_held(setup)
 
 
+async def test_a_prefill_that_would_take_too_long_is_not_begun() -> None:
+    at_once = LONG.model_copy(update={"prefill_timeout_s": 1e-9})
+    async with serving(Engine("decode"), prefill(), disaggregation=at_once) as setup:
+        assert_whole(await stream(setup.port, temperature=0))
+        assert not setup.engine("prefill").requests
+        assert results(setup) == {}
+        await assert_nothing_held(setup)
+
+
 async def test_a_prefill_replica_that_is_always_too_slow_is_avoided() -> None:
     slow = prefill(forever)
     soon = LONG.model_copy(update={"prefill_timeout_s": 0.1})
