@@ -136,7 +136,11 @@ class SharedStoreConfig(StrictSettings):
 class DisaggregationConfig(StrictSettings):
     """Engines that only compute prompts, for the other engines to load from `engine.shared_store`."""
 
-    prefill_replicas: int = Field(default=1, ge=1, description="engines that only compute prompts")
+    prefill_replicas: int = Field(
+        default=1,
+        ge=1,
+        description="engines that only compute prompts, for the others of their node, whose store they share",
+    )
     min_prompt_tokens: int = Field(
         default=1024,
         ge=1,

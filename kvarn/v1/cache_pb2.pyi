@@ -119,22 +119,22 @@ class CacheDelta(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., load: _Optional[_Union[CacheLoad, _Mapping]] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class TileSnapshot(_message.Message):
-    __slots__ = ("epoch", "sequence", "tiles", "has_ends", "has_tier", "drops_last", "shares_store")
+    __slots__ = ("epoch", "sequence", "tiles", "has_ends", "has_tier", "drops_last", "store_id")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TILES_FIELD_NUMBER: _ClassVar[int]
     HAS_ENDS_FIELD_NUMBER: _ClassVar[int]
     HAS_TIER_FIELD_NUMBER: _ClassVar[int]
     DROPS_LAST_FIELD_NUMBER: _ClassVar[int]
-    SHARES_STORE_FIELD_NUMBER: _ClassVar[int]
+    STORE_ID_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     sequence: int
     tiles: _containers.RepeatedScalarFieldContainer[int]
     has_ends: bool
     has_tier: bool
     drops_last: bool
-    shares_store: bool
-    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., tiles: _Optional[_Iterable[int]] = ..., has_ends: _Optional[bool] = ..., has_tier: _Optional[bool] = ..., drops_last: _Optional[bool] = ..., shares_store: _Optional[bool] = ...) -> None: ...
+    store_id: str
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., tiles: _Optional[_Iterable[int]] = ..., has_ends: _Optional[bool] = ..., has_tier: _Optional[bool] = ..., drops_last: _Optional[bool] = ..., store_id: _Optional[str] = ...) -> None: ...
 
 class TileDelta(_message.Message):
     __slots__ = ("sequence", "stored", "removed")

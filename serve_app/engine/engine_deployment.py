@@ -26,6 +26,7 @@ from serve_app.engine.cache_monitor import CacheMonitor
 from serve_app.engine.engine_metrics import EngineMetrics
 from serve_app.engine.placement import resources, thread_binding
 from serve_app.engine.startup_errors import surfacing_core_errors
+from serve_app.engine.store_id import store_id
 from serve_app.engine.tile_log import TileLog
 from serve_app.observability.demand import DemandBook
 from serve_app.observability.metrics import ENGINE_METRICS, RayRecorder, record_forever
@@ -85,7 +86,7 @@ class Engine:
             has_ends=capacity.other_blocks > 0,
             has_tier=config.has_connector,
             drops_last=self._monitor.state.drops_last,
-            shares_store=config.shared_store is not None,
+            store_id="" if config.shared_store is None else store_id(Path(config.shared_store.directory)),
         )
         self._monitoring = asyncio.create_task(self._monitor.run())
         shape = kv_shape(resolve_model(model), capacity.max_model_len)

@@ -31,7 +31,7 @@ class TileLog:
         has_ends: whether events say which tiles end a prefix that every layer can use; otherwise all do.
         has_tier: whether events say what a KV connector holds.
         drops_last: whether the engine computes the last tile of every cached prefix again.
-        shares_store: whether that is a store that other engines share.
+        store_id: names the store that the engine shares with others; "" without one.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class TileLog:
         has_ends: bool = False,
         has_tier: bool = False,
         drops_last: bool = False,
-        shares_store: bool = False,
+        store_id: str = "",
     ) -> None:
         self._epoch = epoch
         self._model = model
@@ -52,7 +52,7 @@ class TileLog:
         self._has_ends = has_ends
         self._has_tier = has_tier
         self._drops_last = drops_last
-        self._shares_store = shares_store
+        self._store_id = store_id
         self._sequence = 1
         self._tiles: dict[int, _Tile] = {}
         self._offloaded: Counter[int] = Counter()  # copies of blocks that a KV connector holds
@@ -100,7 +100,7 @@ class TileLog:
             if tile is None:
                 self._hold(name, before)
                 self._tiles[block] = _Tile(name)
-                if self._shares_store and block in self._offloaded:
+                if self._store_id and block in self._offloaded:
                     self._hold(store_name(name), before)
             else:
                 tile.copies += 1
@@ -136,7 +136,7 @@ class TileLog:
     def _offload(self, blocks: Iterable[int], before: dict[int, bool]) -> None:
         """Note that a KV connector holds `blocks`."""
         self._offloaded.update(blocks)
-        if self._shares_store:
+        if self._store_id:
             for tile in filter(None, map(self._tiles.get, blocks)):
                 self._hold(store_name(tile.name), before)
 
@@ -187,5 +187,5 @@ class TileLog:
             has_ends=self._has_ends,
             has_tier=self._has_tier,
             drops_last=self._drops_last,
-            shares_store=self._shares_store,
+            store_id=self._store_id,
         )

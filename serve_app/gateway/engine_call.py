@@ -176,7 +176,9 @@ class Prefill:
         """The replica that would compute `prompt` for the `chosen` one now; None if that one computes it itself."""
         if chosen.uncached_tokens < self._config.min_prompt_tokens:
             return None
-        found = self._router.choose(_need(prompt), prompt, now_s, is_prefill=True).chosen
+        found = self._router.choose(
+            _need(prompt), prompt, now_s, self._router.apart(chosen.replica_id), is_prefill=True
+        ).chosen
         return found if found and found.first_token_s <= self._config.prefill_timeout_s else None
 
     async def run(self, generation: Generation, chosen: Candidate) -> Candidate:
@@ -195,7 +197,9 @@ class Prefill:
         if limit_s <= 0 or chosen.uncached_tokens < self._config.min_prompt_tokens:
             return chosen
         key = new_key()
-        prefill = self._router.admit(key, _need(prompt), prompt, now_s, is_prefill=True).chosen
+        prefill = self._router.admit(
+            key, _need(prompt), prompt, now_s, self._router.apart(chosen.replica_id), is_prefill=True
+        ).chosen
         if prefill is None or prefill.first_token_s > self._config.prefill_timeout_s:
             self._router.release(key)
             return chosen

@@ -207,7 +207,7 @@ class ReplicaConnection:
                     has_ends=whole.has_ends,
                     has_tier=whole.has_tier,
                     drops_last=whole.drops_last,
-                    shares_store=whole.shares_store,
+                    store_id=whole.store_id,
                 )
                 continue
             delta = event.delta

@@ -54,7 +54,10 @@ class PrefixIndex:
         self._end_bits = 0  # of replicas whose prefixes can be used at known ends only
         self._tier_bits = 0  # of replicas that hold tiles outside their cache, too
         self._dropping_bits = 0  # of replicas that compute the last tile of a cached prefix again
-        self._store_bits = 0  # of replicas that can load what any of them knows to be in their shared store
+        self._store_bits = (
+            0  # of replicas that can load what any of them knows to be in a store that they share
+        )
+        self._stores: dict[str, int] = {}  # those of each store
         self._lost_bits = 0
         self._sweeping_bits = 0
         self._reservations: dict[str, tuple[str, int, Sequence[int]]] = {}
@@ -78,6 +81,13 @@ class PrefixIndex:
         holder = self._holders.get(replica_id)
         return holder.recompute_rate if holder else 0.0
 
+    def share_store(self, replica_id: str, other_id: str) -> bool:
+        """Whether two replicas can load what the other one stores."""
+        holder, other = self._holders.get(replica_id), self._holders.get(other_id)
+        if holder is None or other is None:
+            return False
+        return any(mask & holder.bit and mask & other.bit for mask in self._stores.values())
+
     def replace(
         self,
         replica_id: str,
@@ -87,21 +97,23 @@ class PrefixIndex:
         has_ends: bool = False,
         has_tier: bool = False,
         drops_last: bool = False,
-        shares_store: bool = False,
+        store_id: str = "",
     ) -> None:
         """Take a snapshot: `tiles` are all tiles of the replica at state `sequence` of engine life `epoch`.
 
         With `has_ends`, a prefix can be used up to a tile only if `end_name` of that tile is among them, too. With
         `has_tier`, a tile must be loaded to be used if `tier_name` of it is among them. With `drops_last`, the replica
         computes the last tile of a cached prefix again; ends are then named by the tile that it drops. With
-        `shares_store`, a tile whose `store_name` is among them can be loaded by every replica that shares the store.
+        a `store_id`, a tile whose `store_name` is among them can be loaded by every replica of the same `store_id`.
         """
         self.drop(replica_id)
         bit = self._free_bit()
         self._end_bits |= bit if has_ends else 0
         self._tier_bits |= bit if has_tier else 0
         self._dropping_bits |= bit if drops_last else 0
-        self._store_bits |= bit if shares_store else 0
+        if store_id:
+            self._store_bits |= bit
+            self._stores[store_id] = self._stores.get(store_id, 0) | bit
         holder = self._holders[replica_id] = _Holder(bit, epoch, sequence)
         self._owner[bit] = replica_id
         for tile in tiles:
@@ -137,6 +149,7 @@ class PrefixIndex:
             self._tier_bits &= ~holder.bit
             self._dropping_bits &= ~holder.bit
             self._store_bits &= ~holder.bit
+            self._stores = {name: bits for name, mask in self._stores.items() if (bits := mask & ~holder.bit)}
             self._lost_bits |= holder.bit
             self._start_sweep()
 
@@ -244,7 +257,10 @@ class PrefixIndex:
 
     def _storing(self, tile: int) -> int:
         """The replicas that can load `tile` from the store that they share."""
-        return self._store_bits if self._mask(store_name(tile)) & self._store_bits else 0
+        known = self._mask(store_name(tile)) & self._store_bits
+        if not known or len(self._stores) == 1:
+            return self._store_bits if known else 0
+        return sum(mask for mask in self._stores.values() if mask & known)
 
     def _is_of_tier(self, holder: _Holder, name: int) -> bool:
         """Whether `name` is of a tile that a KV connector holds, or says so of one."""

@@ -167,6 +167,14 @@ class Router:
         links, tile_tokens = self.usable_chain(replica_id, prompt)
         return len(prompt) - self.index.match(links, len(links)).get(replica_id, 0) * tile_tokens
 
+    def apart(self, replica_id: str) -> list[str]:
+        """Replicas that only compute prompts, for others than `replica_id`: it cannot load what they store."""
+        return [
+            other_id
+            for other_id, other in self._replicas.items()
+            if other.is_prefill and not self.index.share_store(replica_id, other_id)
+        ]
+
     def choose(
         self,
         need: RequestNeed,

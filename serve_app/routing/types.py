@@ -111,8 +111,8 @@ class TileChange:
     """Change number `sequence` of engine life `epoch`: all tiles if `is_whole`, else a delta.
 
     With `has_ends`, which only a whole change says, the tiles include the names of usable ends (`end_name`); with
-    `has_tier`, those of tiles that only a KV connector holds (`tier_name`); with `shares_store`, those of tiles in the
-    store that all replicas share which say so (`store_name`). With `drops_last`, the engine computes the last tile of
+    `has_tier`, those of tiles that only a KV connector holds (`tier_name`); with a `store_id`, those of tiles in the
+    store that all replicas with this id share (`store_name`). With `drops_last`, the engine computes the last tile of
     every cached prefix again.
     """
 
@@ -124,7 +124,7 @@ class TileChange:
     has_ends: bool = False
     has_tier: bool = False
     drops_last: bool = False
-    shares_store: bool = False
+    store_id: str = ""
 
 
 class BreakerState(Enum):

@@ -65,7 +65,7 @@ def tiles_to_proto(change: TileChange) -> engine_pb2.EngineWatchTilesResponse:
             has_ends=change.has_ends,
             has_tier=change.has_tier,
             drops_last=change.drops_last,
-            shares_store=change.shares_store,
+            store_id=change.store_id,
         )
         return engine_pb2.EngineWatchTilesResponse(snapshot=snapshot)
     delta = cache_pb2.TileDelta(sequence=change.sequence, stored=change.stored, removed=change.removed)

@@ -132,6 +132,17 @@ async def test_a_prefill_that_takes_too_long_is_cancelled() -> None:
         await assert_nothing_held(setup)
 
 
+async def test_a_prompt_is_computed_only_where_the_replica_that_answers_can_load_it_from() -> None:
+    elsewhere = prefill()
+    elsewhere.store_id = "another"
+    async with serving(Engine("decode"), elsewhere, disaggregation=LONG) as setup:
+        assert_whole(await stream(setup.port, temperature=0))
+        assert not elsewhere.requests
+        assert results(setup) == {}
+        async with AsyncClient(f"127.0.0.1:{setup.port}") as client:
+            assert (await client.explain_route(PROMPT)).prefill_replica_id == ""
+
+
 async def test_a_prefill_that_would_take_too_long_is_not_begun() -> None:
     at_once = LONG.model_copy(update={"prefill_timeout_s": 1e-9})
     async with serving(Engine("decode"), prefill(), disaggregation=at_once) as setup:

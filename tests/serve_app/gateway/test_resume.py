@@ -81,6 +81,7 @@ class Engine(engine_pb2_grpc.EngineServicer):
     script: Script = well
     is_prefill: bool = False
     stores_tiles: int = 1000
+    store_id: str = "store"
     requests: list[engine_pb2.EngineRequest] = field(default_factory=list)
     cancelled: int = 0
     heartbeats: asyncio.Event = field(default_factory=asyncio.Event)
@@ -121,7 +122,11 @@ class Engine(engine_pb2_grpc.EngineServicer):
             await self.heartbeats.wait()
 
     async def WatchTiles(self, request: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        await context.write(engine_pb2.EngineWatchTilesResponse(snapshot={"epoch": 1, "sequence": 1}))
+        await context.write(
+            engine_pb2.EngineWatchTilesResponse(
+                snapshot={"epoch": 1, "sequence": 1, "store_id": self.store_id}
+            )
+        )
         await asyncio.Event().wait()
 
 

@@ -276,12 +276,12 @@ def test_tiles_to_load_are_counted_among_those_that_match() -> None:
 
 
 async def test_what_a_shared_store_holds_is_published_beside_what_the_cache_holds() -> None:
-    log = TileLog(1, "m", "auto", 4, has_tier=True, shares_store=True)
+    log = TileLog(1, "m", "auto", 4, has_tier=True, store_id="s")
     ids = list(range(8))
     links = chain(token_array(ids), 4, Namespace("m", "auto", 4).root())
     stored = [*map(store_name, links)]
     async with aclosing(log.watch()) as changes:
-        assert (await anext(changes)).shares_store
+        assert (await anext(changes)).store_id == "s"
         log.take([CacheEvent(offloaded=[11, 12]), CacheEvent(stored=[10, 11], token_ids=ids)])
         assert set((await anext(changes)).stored) == {*links, stored[1]}
         log.take([CacheEvent(offloaded=[10])])
@@ -297,9 +297,9 @@ async def test_what_a_shared_store_holds_is_published_beside_what_the_cache_hold
 def test_replicas_can_load_what_another_one_knows_to_be_in_their_store() -> None:
     links = [100, 200, 300, 400]
     index = PrefixIndex(100)
-    index.replace("prefill", 1, 1, [*links[:3], *map(store_name, links[:2])], shares_store=True)
-    index.replace("decode", 1, 1, [links[0]], shares_store=True)
-    index.replace("new", 1, 1, [], shares_store=True)
+    index.replace("prefill", 1, 1, [*links[:3], *map(store_name, links[:2])], store_id="s")
+    index.replace("decode", 1, 1, [links[0]], store_id="s")
+    index.replace("new", 1, 1, [], store_id="s")
     index.replace("other", 1, 1, [links[0]])
     depths = index.match(links)
     assert depths == {"prefill": 3, "decode": 2, "new": 2, "other": 1}
@@ -310,9 +310,27 @@ def test_replicas_can_load_what_another_one_knows_to_be_in_their_store() -> None
     assert index.match(links) == {"decode": 1, "other": 1}
 
 
+def test_replicas_cannot_load_what_is_in_another_store() -> None:
+    links = [100, 200]
+    index = PrefixIndex(100)
+    index.replace("a1", 1, 1, [*links, *map(store_name, links)], store_id="a")
+    index.replace("a2", 1, 1, [], store_id="a")
+    index.replace("b", 1, 1, [store_name(links[0])], store_id="b")
+    index.replace("none", 1, 1, [])
+    depths = index.match(links)
+    assert depths == {"a1": 2, "a2": 2, "b": 1}
+    assert index.offloaded(links, depths) == {"a2": 2, "b": 1}
+    assert index.share_store("a1", "a2")
+    assert not any(
+        index.share_store(*pair) for pair in (("a1", "b"), ("a1", "none"), ("none", "none"), ("a1", "x"))
+    )
+    index.drop("a1")
+    assert index.match(links) == {"b": 1}
+
+
 def test_a_tile_that_is_loaded_from_a_shared_store_is_not_computed_again() -> None:
     index = PrefixIndex(100)
-    index.replace("r", 1, 1, [100, store_name(100)], shares_store=True)
+    index.replace("r", 1, 1, [100, store_name(100)], store_id="s")
     for sequence in range(2, 200, 2):
         index.apply("r", 1, sequence, [], [100])
         index.apply("r", 1, sequence + 1, [100], [])
