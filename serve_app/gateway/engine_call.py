@@ -235,7 +235,8 @@ class Prefill:
             if not running.stored_tiles.done():
                 break
             if running.stored_tiles.cancelled():
-                uncached = self._router.uncached_tokens(replica_id, prompt)
+                # tiles that the request itself reserved count as cached there, too
+                uncached = max(chosen.uncached_tokens, self._router.uncached_tokens(replica_id, prompt))
             else:
                 stored = min(running.stored_tiles.result(), tiles)
                 uncached = min(chosen.uncached_tokens, len(prompt) - stored * tile_tokens)

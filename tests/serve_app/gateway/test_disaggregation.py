@@ -246,15 +246,18 @@ async def test_a_prompt_that_failed_elsewhere_is_computed_once_where_it_is_answe
 async def test_another_request_has_its_prompt_computed_when_the_first_client_leaves() -> None:
     gated = Gated()
     async with serving(Engine("decode"), prefill(gated), disaggregation=LONG) as setup:
-        first, *others = await streams(setup.port, [PROMPT] * 3)
+        first, second = await streams(setup.port, [PROMPT] * 2)
         first.cancel()
         await until(lambda: len(setup.engine("prefill").requests) == 2)
+        others = await streams(setup.port, [PROMPT] * 2)
+        second.cancel()
+        await until(lambda: len(setup.engine("prefill").requests) == 3)
         await asyncio.sleep(0.1)
         assert not setup.engine("decode").requests
         gated.gate.set()
         await asyncio.gather(*others)
         assert [request.uncached_tokens for request in setup.engine("decode").requests] == [TAIL] * 2
-        assert len(setup.engine("prefill").requests) == 2
+        assert len(setup.engine("prefill").requests) == 3
         await assert_nothing_held(setup)
 
 
