@@ -85,9 +85,8 @@ def cache_events(core: EngineCore) -> list[tuple[Any, ...]]:
         log = scheduler.kv_event_publisher = _EventLog(_prefix_ends(scheduler, group))
     events, log.events = log.events, []
     events += scheduler.kv_cache_manager.take_events() or ()  # from outside a step, such as a reset
-    if (
-        scheduler.connector is not None
-    ):  # others may change what it holds, also while this engine takes no steps
+    if scheduler.connector is not None:
+        # Others may change what it holds, also while this engine takes no steps.
         events += scheduler.connector.take_events() or ()
     changes = [
         _change(event, scheduler) for event in events if getattr(event, "group_idx", None) in (None, group)

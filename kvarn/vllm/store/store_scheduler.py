@@ -173,8 +173,6 @@ class StoreScheduler:
         if self._presence is None:
             return []
         added, gone = self._presence.changes()
-        if not added and not gone:
-            return []
         events: list[Any] = []
         if added:
             events.append(

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-GIB = 2**30
+from kvarn.vllm.cache_settings import GIB
+
 CONNECTOR = "SharedStoreConnector"
 MODULE = "kvarn.vllm.store.connector"
 
