@@ -259,7 +259,10 @@ def test_side_pool_size_and_its_remedy_are_logged(model: Path, caplog_vllm: pyte
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_unsupported_settings_are_refused(model: Path, settings: dict[str, Any], sentence: str) -> None:
+def test_unsupported_settings_are_refused(
+    monkeypatch: pytest.MonkeyPatch, model: Path, settings: dict[str, Any], sentence: str
+) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     with pytest.raises(ValueError, match=sentence):
         configure(model, **settings)
 
