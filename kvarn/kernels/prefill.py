@@ -14,12 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import check_packed, check_sinks, check_tensor
-from kvarn.kernels.sink_logits import add_sinks
+from kvarn.kernels.rotate import float16_rows
+from kvarn.kernels.sink_logits import LOG2_E, add_sinks
 from kvarn.kernels.soft_cap import soft_capped
+
+JOINED_ROWS = 32  # rows of a program that joins parts
 
 
 @triton.jit(
-    do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["FirstQuery", "KeyLens", "PageTable"]
+    do_not_specialize=["tokens", "table_stride"],
+    do_not_specialize_on_alignment=["FirstQuery", "KeyLens", "PageTable"],
 )
 def _attend_pages(
     Query,  # [N, H * PER_HEAD, D] float16, rotated
@@ -29,7 +33,9 @@ def _attend_pages(
     PageTable,  # [T, table_stride] int32
     Sinks,  # [H * PER_HEAD], or None
     Out,  # [N, H * PER_HEAD, D] float16, out_row elements from row to row
+    LogSum,  # [H * PER_HEAD, N] float32
     scale_log2,
+    tokens,
     table_stride,
     value_pages,
     out_row,
@@ -38,6 +44,7 @@ def _attend_pages(
     D: tl.constexpr,
     G: tl.constexpr,
     BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr,
     SOFT_CAP: tl.constexpr,  # of the scores, 0 for none
 ):
     blocks_per_tile: tl.constexpr = G // BLOCK
@@ -52,7 +59,7 @@ def _attend_pages(
     channel, token = tl.arange(0, D), tl.arange(0, G)
     head_row = (row.to(tl.int64) * (H * PER_HEAD) + head)[:, None]
     q = tl.load(Query + head_row * D + channel[None, :], mask=row[:, None] < last, other=0.0)
-    position = key_len - last + row
+    position = key_len - last + row if CAUSAL else key_len - 1 + 0 * row
     acc = tl.zeros([BLOCK, D], tl.float32)
     m = tl.full([BLOCK], -1e30, tl.float32)
     l = tl.zeros([BLOCK], tl.float32)
@@ -72,6 +79,44 @@ def _attend_pages(
         l, acc = add_sinks(Sinks + head, m, l, acc)
     out = Out + head_row * out_row + channel[None, :]
     tl.store(out, (acc / l[:, None]).to(tl.float16), mask=row[:, None] < last)
+    if Sinks is not None:
+        m = tl.maximum(m, tl.load(Sinks + head).to(tl.float32) * LOG2_E)
+    log_sum = (m + tl.log2(l)) / LOG2_E
+    tl.store(LogSum + head.to(tl.int64) * tokens + row, log_sum, mask=row < last)
+
+
+@triton.jit(
+    do_not_specialize=["tokens", "log_sum_row", "part_log_sum_row"],
+    do_not_specialize_on_alignment=["LogSum", "PartLogSum"],
+)
+def _join(
+    Out,  # [N, Hq, D] float16, out_row elements from row to row; written
+    LogSum,  # [Hq, N] float32, rows of log_sum_row; written
+    Part,  # [N, Hq, D] float16
+    PartLogSum,  # [Hq, N] float32, rows of part_log_sum_row
+    tokens,
+    log_sum_row,
+    part_log_sum_row,
+    out_row,
+    QUERY_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    token, head, channel = row // QUERY_HEADS, row % QUERY_HEADS, tl.arange(0, D)
+    valid = token < tokens
+    at = head * log_sum_row + token
+    log_sum = tl.load(LogSum + at, mask=valid, other=0.0)
+    part_log_sum = tl.load(PartLogSum + head * part_log_sum_row + token, mask=valid, other=0.0)
+    largest = tl.maximum(log_sum, part_log_sum)
+    weight, part_weight = tl.exp(log_sum - largest), tl.exp(part_log_sum - largest)
+    total = weight + part_weight
+    out = Out + row[:, None] * out_row + channel[None, :]
+    x = tl.load(out, mask=valid[:, None], other=0.0).to(tl.float32)
+    part = tl.load(Part + row[:, None] * D + channel[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
+    joined = x * (weight / total)[:, None] + part * (part_weight / total)[:, None]
+    tl.store(out, joined.to(tl.float16), mask=valid[:, None])
+    tl.store(LogSum + at, largest + tl.log(total), mask=valid)
 
 
 def attend_pages(
@@ -84,19 +129,24 @@ def attend_pages(
     out: Tensor,
     sinks: Tensor | None = None,
     soft_cap: float = 0.0,
-) -> None:
-    """Attend query tiles over their pages, causally.
+    causal: bool = True,
+) -> Tensor:
+    """Attend query tiles over their pages.
 
     Args:
         query: [N, Hq, D] float16, rotated.
         pages: [2, P, G, H, D] float16, keys and values, rotated.
         first_query: [T + 1] int32, first token of each query tile; a tile has at most G tokens.
         key_lens: [T] int32, tokens up to and including each tile's last query.
-        page_table: [T, W] int32, pages of a query tile's key tiles; the last is its own tile.
+        page_table: [T, W] int32, pages of a query tile's key tiles; the last is its own tile if `causal`.
         scale: softmax scale.
         out: [N, Hq, D] float16, rotated; written. Rows of D channels may have any equal distance.
         sinks: [Hq], a logit per query head that takes its share of the softmax and has no value.
         soft_cap: bound c of the scores, which become c * tanh(score / c); 0 for none.
+        causal: whether a tile's queries see its last tokens up to their own positions only, and not all.
+
+    Returns:
+        [Hq, N] float32, the logarithm of the sum of each softmax, its sink included.
 
     Raises:
         ValueError: if a shape, stride or dtype is not as above.
@@ -113,6 +163,7 @@ def attend_pages(
     check_sinks(sinks, query)
     if out.stride() != (query_heads * out.stride(1), out.stride(1), 1):
         raise ValueError(f"out has strides {out.stride()}: expected rows of equal distance")
+    log_sum = torch.empty(query_heads, tokens, dtype=torch.float32, device=query.device)
     if tiles:
         _attend_pages[(tiles * query_heads * (group // 64),)](
             query,
@@ -122,7 +173,9 @@ def attend_pages(
             page_table,
             sinks,
             out,
+            log_sum,
             scale * log2(e),
+            tokens,
             page_table.stride(0),
             pages.stride(0),
             out.stride(1),
@@ -131,21 +184,71 @@ def attend_pages(
             D=head_dim,
             G=group,
             BLOCK=64,
+            CAUSAL=causal,
             SOFT_CAP=soft_cap,
             num_warps=4,
             num_stages=3
             if head_dim < 256
             else 1,  # two take more shared memory than a Hopper multiprocessor has
         )
+    return log_sum
 
 
-def warm_up(query: Tensor, pages: Tensor, sinks: Tensor | None = None, soft_cap: float = 0.0) -> None:
-    """Compile this module's kernel, by attending one token of `query` [N, Hq, D] float16 over page 0.
+def join(out: Tensor, log_sum: Tensor, part: Tensor, part_log_sum: Tensor) -> None:
+    """Join attention over a further part of a context to that over the parts before it.
+
+    Args:
+        out: [N, Hq, D] float16; written. Rows of D channels may have any equal distance.
+        log_sum: [Hq, N] float32, the logarithm of the sum of each softmax; written. Its rows may be strided.
+        part: [N, Hq, D] float16, attention over the part.
+        part_log_sum: [Hq, N] float32, likewise; its rows may be strided.
+
+    Raises:
+        ValueError: if a shape or dtype is not as above.
+    """
+    tokens, query_heads, head_dim = out.shape
+    check_tensor("out", out, (tokens, query_heads, head_dim), torch.float16)
+    check_packed("part", part, (tokens, query_heads, head_dim), torch.float16)
+    check_tensor("log_sum", log_sum, (query_heads, tokens), torch.float32)
+    check_tensor("part_log_sum", part_log_sum, (query_heads, tokens), torch.float32)
+    if tokens:
+        _join[(triton.cdiv(tokens * query_heads, JOINED_ROWS),)](
+            out,
+            log_sum,
+            part,
+            part_log_sum,
+            tokens,
+            log_sum.stride(0),
+            part_log_sum.stride(0),
+            out.stride(1),
+            QUERY_HEADS=query_heads,
+            D=head_dim,
+            BLOCK=JOINED_ROWS,
+            num_warps=4,
+        )
+
+
+def warm_up_join(part: Tensor, dtype: torch.dtype) -> None:
+    """Compile `join` for outputs of `dtype`, by joining one token of `part` [N, Hq, D] float16; overwritten."""
+    out = float16_rows(torch.zeros_like(part[:1], dtype=dtype))
+    log_sum = torch.zeros(part.shape[1], 1, dtype=torch.float32, device=part.device)
+    join(out, log_sum, part[:1], log_sum.clone())
+
+
+def warm_up(
+    query: Tensor, pages: Tensor, sinks: Tensor | None = None, soft_cap: float = 0.0, in_parts: bool = False
+) -> None:
+    """Compile this module's kernels, by attending one token of `query` [N, Hq, D] float16 over page 0.
 
     Args:
         sinks, soft_cap: as in `attend_pages`.
+        in_parts: whether contexts may be attended in parts.
     """
     zero_and_one = torch.arange(2, dtype=torch.int32, device=query.device)
     one, page_table = torch.ones_like(zero_and_one[:1]), torch.zeros_like(zero_and_one[:1, None])
     out = torch.empty_like(query[:1])
     attend_pages(query[:1], pages, zero_and_one, one, page_table, 1.0, out, sinks, soft_cap)
+    if in_parts:
+        attend_pages(
+            query[:1], pages, zero_and_one, one, page_table, 1.0, out, soft_cap=soft_cap, causal=False
+        )

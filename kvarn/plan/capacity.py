@@ -16,6 +16,7 @@ from kvarn.tile import TileLayout, padded_head_dim
 from kvarn.vllm.cache_settings import (
     GIB,
     HOST_SINKS_PER_SEQUENCE,
+    MAX_PAGES_BYTES,
     RETAINED_SINKS_PER_SEQUENCE,
     blocks_in_tier,
 )
@@ -343,9 +344,10 @@ class _Planner:
         return PAGE_BYTES * self.shape.layers * self.kv_heads * group * padded_head_dim(self.shape.head_dim)
 
     def _page_bytes(self, group: int) -> int:
-        """Prefill pages of one sequence and one step, shared by all layers."""
+        """Prefill pages of one sequence, or of a part of it, and one step, shared by all layers."""
+        token_bytes = PAGE_BYTES * self.kv_heads * padded_head_dim(self.shape.head_dim)
         tokens = (ceil(self.context / group) + ceil(STEP_TOKENS / group)) * group
-        return PAGE_BYTES * tokens * self.kv_heads * padded_head_dim(self.shape.head_dim)
+        return min(tokens * token_bytes, max(MAX_PAGES_BYTES, 2 * STEP_TOKENS * token_bytes))
 
     def _times_s(self, dtype: str, bytes_per_token: float, slot_bytes: float) -> tuple[float, float]:
         """Seconds to read the weights, and to read one sequence's cache with its sink and half a tail.

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from vllm.config import KVTransferConfig, ModelConfig, ParallelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
+MAX_PAGES_BYTES = (
+    280 * 2**20
+)  # of the prefill pages that all layers of a rank share; longer contexts are read in parts
 GIB = 2**30
 HOST_PAGE_BYTES = 4096
 HOST_SINKS_PER_SEQUENCE = 4  # of max_num_seqs

@@ -15,7 +15,8 @@ from vllm import LLM
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.metrics.reader import Counter
 
-from kvarn.kernels import quantize
+from kvarn.kernels import prefill, quantize
+from kvarn.vllm.gpu import triton_backend
 from kvarn.vllm.gpu.triton_plan import TritonMetadata, TritonMetadataBuilder
 from tests.support.engines import (
     Answer,
@@ -92,7 +93,7 @@ def test_chunks_that_exceed_the_pages_run_in_waves(
         llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.attn_groups
     )
     ours = builder[0][0].get_metadata_builder()
-    monkeypatch.setattr(ours, "_page_count", 2)
+    monkeypatch.setattr(ours, "_page_count", 7)  # those of the longest prompt's chunk
     quantized: list[int] = []
     stock = quantize.quantize_pages
 
@@ -107,6 +108,24 @@ def test_chunks_that_exceed_the_pages_run_in_waves(
     # Once per layer, though a wave's pages are filled twice.
     assert len(quantized) == LAYERS * sum(len(given) // GROUP for given in PROMPTS)
     assert set(Counts(quantized).values()) == {LAYERS}
+
+
+def test_a_context_that_exceeds_the_pages_is_read_in_parts(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SETTINGS, "max_num_batched_tokens": 96}
+    given = prompt(450, seed=5)
+    with pytest.MonkeyPatch.context() as patch, engine(patch, model, **settings) as llm:
+        expected = ask_cold(llm, given, max_tokens=TOKENS)
+    joined = []
+    stock = prefill.join
+    monkeypatch.setattr(prefill, "join", lambda out, *rest: joined.append(len(out)) or stock(out, *rest))
+    monkeypatch.setattr(triton_backend, "MAX_PAGES_BYTES", 1)
+    use_triton_backend(monkeypatch)
+    with engine(monkeypatch, model, **settings) as llm:
+        joined.clear()
+        ask_cold(llm, given, max_tokens=TOKENS).assert_same(expected, TOLERANCE)
+    assert len(joined) >= LAYERS
 
 
 def test_raw_chunks_read_a_whole_prompt_raw(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from kvarn.kernels.pages import PageTiles
 from kvarn.kernels.prefill_plan import Chunks, pages_for, plan_prefill
-from kvarn.vllm.gpu.page_attention import FlashPages, TritonPages, page_attention
+from kvarn.vllm.gpu.page_attention import FlashPages, PageAttention, TritonPages, attend_wave, page_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -56,3 +57,40 @@ def test_flash_attention_and_our_kernel_agree(
         flash = page_attention(kv_heads, head_dim, device, sinks=sinks, soft_cap=soft_cap)
         flash.attend(query, pages, wave, scale, out)
         assert (out - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_parts_of_a_context_join_to_the_whole(ours: bool) -> None:
+    device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
+    context, tokens, heads, head_dim = 32700, 300, 2, 128
+    blocks = -(-(context + tokens) // GROUP)
+    tiles, new = (
+        torch.randn(2, count, heads, head_dim, generator=generator, device=device).half()
+        for count in (blocks * GROUP, tokens)
+    )
+    query = torch.randn(tokens, 8, head_dim, generator=generator, device=device).half()
+    sinks = torch.linspace(-2, 5, 8, device=device).bfloat16()
+    attention: PageAttention = (
+        TritonPages(sinks) if ours else page_attention(heads, head_dim, device, sinks=sinks)
+    )
+    chunks = Chunks(np.zeros(1, np.int64), np.array([0, tokens]), np.array([context + tokens]), GROUP)
+    table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
+    none = torch.full((1,), -1, dtype=torch.int32, device=device)
+    attended = []
+    for page_count in (blocks + 4, 68):
+        rows = [torch.empty(tokens, dtype=torch.int32, device=device) for _ in range(2)]
+        (planned,) = plan_prefill(chunks, table, none, page_count, *rows)
+        assert len(planned.rest) == (page_count == 68) * 3
+        pages = torch.full((2, page_count, GROUP, heads, head_dim), torch.nan, device=device).half()
+
+        def fill(chosen: PageTiles, pages: torch.Tensor = pages) -> None:
+            by_tile = tiles.view(2, blocks, GROUP, heads, head_dim)
+            pages[:, chosen.pages.long()] = by_tile[:, chosen.blocks.long()]
+
+        fill(planned.begun)
+        pages.flatten(1, 2)[:, rows[1].long()] = new
+        out = torch.empty_like(query)
+        attend_wave(attention, query, pages, planned, head_dim**-0.5, out, fill, torch.empty_like(query))
+        attended.append(out)
+    whole, joined = attended
+    assert (joined - whole).abs().max() <= 2e-3 * whole.abs().max()

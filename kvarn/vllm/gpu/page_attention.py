@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -11,7 +12,8 @@ from vllm.utils.math_utils import cdiv
 
 from kvarn.kernels import prefill
 from kvarn.kernels.decode_work import processors
-from kvarn.kernels.prefill_plan import PrefillWave
+from kvarn.kernels.pages import PageTiles
+from kvarn.kernels.prefill_plan import PrefillWave, QueryTiles
 
 FLASH_BLOCK_ROWS = 128  # rows (query tokens x query heads per KV head) of a FlashAttention program
 MIN_SPLIT_KEYS = 2048  # fewer are attended in about the time that combining two splits takes
@@ -19,7 +21,7 @@ FLOAT32_BYTES = 4
 
 
 class PageAttention(Protocol):
-    """Causal attention of a wave's query tiles over their pages.
+    """Attention of query tiles over their pages.
 
     Attributes:
         scratch_bytes: maximum bytes that `attend` allocates.
@@ -27,13 +29,54 @@ class PageAttention(Protocol):
 
     scratch_bytes: int
 
-    def attend(self, query: Tensor, pages: Tensor, wave: PrefillWave, scale: float, out: Tensor) -> None:
-        """Attend the wave's `query` [N, Hq, D] float16 and write `out`, see `prefill.attend_pages`."""
+    def attend(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        tiles: QueryTiles,
+        scale: float,
+        out: Tensor,
+        causal: bool = True,
+    ) -> Tensor:
+        """Attend `query` [N, Hq, D] float16 and write `out`, see `prefill.attend_pages`; sinks join if `causal`."""
         ...
 
-    def warm_up(self, query: Tensor, pages: Tensor) -> None:
-        """Compile what `attend` launches, by attending a token of `query` [N, Hq, D] over page 0."""
+    def warm_up(self, query: Tensor, pages: Tensor, in_parts: bool = False) -> None:
+        """Compile what `attend` launches, by attending a token of `query` [N, Hq, D] over page 0; `in_parts` as in
+        `prefill.warm_up`."""
         ...
+
+
+def attend_wave(
+    attention: PageAttention,
+    query: Tensor,
+    pages: Tensor,
+    wave: PrefillWave,
+    scale: float,
+    out: Tensor,
+    fill: Callable[[PageTiles], None],
+    part_out: Tensor | None,
+) -> None:
+    """Attend a wave, its context in parts where it exceeds the pages.
+
+    Args:
+        attention: attention over pages.
+        query: [N, Hq, D] float16, rotated.
+        pages: [2, P, G, H, D] float16, which hold the tiles of the queries.
+        wave: the wave.
+        scale: softmax scale.
+        out: [N, Hq, D] float16, rotated; written.
+        fill: fills pages with tiles of the context.
+        part_out: [N, Hq, D] float16 workspace, where contexts may exceed the pages.
+    """
+    fill(wave.context)
+    log_sum = attention.attend(query, pages, wave, scale, out)
+    for part in wave.rest:
+        assert part_out is not None, "contexts are read in parts, without memory for them"
+        fill(part.context)
+        later = part_out[: len(query) - part.first]
+        part_log_sum = attention.attend(query[part.first :], pages, part, scale, later, causal=False)
+        prefill.join(out[part.first :], log_sum[:, part.first :], later, part_log_sum)
 
 
 class FlashPages:
@@ -78,22 +121,44 @@ class FlashPages:
         blocks = max(query_tiles, cdiv(tokens * query_heads // self._kv_heads, FLASH_BLOCK_ROWS))
         return max(1, min(self._processors // (blocks * self._kv_heads), longest // MIN_SPLIT_KEYS))
 
-    def attend(self, query: Tensor, pages: Tensor, wave: PrefillWave, scale: float, out: Tensor) -> None:
+    def attend(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        tiles: QueryTiles,
+        scale: float,
+        out: Tensor,
+        causal: bool = True,
+    ) -> Tensor:
         """See `PageAttention`."""
-        splits = self.splits(query.shape[0], wave.key_lens.shape[0], query.shape[1], wave.longest)
+        splits = self.splits(query.shape[0], tiles.key_lens.shape[0], query.shape[1], tiles.longest)
         log_sum = self._attend(
-            query, pages, wave.first_query, wave.key_lens, wave.page_table, wave.longest, scale, out, splits
+            query,
+            pages,
+            tiles.first_query,
+            tiles.key_lens,
+            tiles.page_table,
+            tiles.longest,
+            scale,
+            out,
+            splits,
+            causal,
         )
-        if self._sinks is not None:  # FlashAttention's own are in bfloat16, and version 2 has none
-            out.mul_((log_sum.T - self._sinks.float()).sigmoid().unsqueeze(-1))
+        if self._sinks is None or not causal:
+            return log_sum
+        # FlashAttention's own sinks are in bfloat16, and version 2 has none.
+        sinks = self._sinks.float()[:, None]
+        out.mul_((log_sum - sinks).sigmoid().T.unsqueeze(-1))
+        return torch.logaddexp(log_sum, sinks)
 
-    def warm_up(self, query: Tensor, pages: Tensor) -> None:
+    def warm_up(self, query: Tensor, pages: Tensor, in_parts: bool = False) -> None:
         """See `PageAttention`; version 4 is compiled when it first runs, with and without splits."""
         first_query = torch.arange(2, dtype=torch.int32, device=query.device)
         one, page_table = torch.ones_like(first_query[:1]), torch.zeros_like(first_query[:1, None])
         out = torch.empty_like(query[:1])
-        for splits in (1, 2) if self._version == 4 else (1,):
-            self._attend(query[:1], pages, first_query, one, page_table, 1, 1.0, out, splits)
+        for causal in (True, False) if in_parts else (True,):
+            for splits in (1, 2) if self._version == 4 else (1,):
+                self._attend(query[:1], pages, first_query, one, page_table, 1, 1.0, out, splits, causal)
 
     def _attend(
         self,
@@ -106,6 +171,7 @@ class FlashPages:
         scale: float,
         out: Tensor,
         splits: int,
+        causal: bool,
     ) -> Tensor:
         """Write `out`, and return [Hq, N] float32, the logarithm of the sum of each softmax."""
         from kvarn.vllm.access.flash_attention import flash_attn_varlen_func
@@ -119,7 +185,7 @@ class FlashPages:
             max_seqlen_k=longest,
             seqused_k=key_lens,
             softmax_scale=scale,
-            causal=True,
+            causal=causal,
             softcap=self._soft_cap,
             block_table=page_table,
             out=out,
@@ -138,23 +204,32 @@ class TritonPages:
     def __init__(self, sinks: Tensor | None = None, soft_cap: float = 0.0) -> None:
         self._sinks, self._soft_cap = sinks, soft_cap
 
-    def attend(self, query: Tensor, pages: Tensor, wave: PrefillWave, scale: float, out: Tensor) -> None:
+    def attend(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        tiles: QueryTiles,
+        scale: float,
+        out: Tensor,
+        causal: bool = True,
+    ) -> Tensor:
         """See `PageAttention`."""
-        prefill.attend_pages(
+        return prefill.attend_pages(
             query,
             pages,
-            wave.first_query,
-            wave.key_lens,
-            wave.page_table,
+            tiles.first_query,
+            tiles.key_lens,
+            tiles.page_table,
             scale,
             out,
-            self._sinks,
+            self._sinks if causal else None,
             self._soft_cap,
+            causal,
         )
 
-    def warm_up(self, query: Tensor, pages: Tensor) -> None:
+    def warm_up(self, query: Tensor, pages: Tensor, in_parts: bool = False) -> None:
         """See `PageAttention`."""
-        prefill.warm_up(query, pages, self._sinks, self._soft_cap)
+        prefill.warm_up(query, pages, self._sinks, self._soft_cap, in_parts)
 
 
 def page_attention(

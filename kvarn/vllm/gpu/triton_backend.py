@@ -11,12 +11,12 @@ from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 
-from kvarn.kernels import decode, decode_plan, pages, quantize, rotate
+from kvarn.kernels import decode, decode_plan, pages, prefill, quantize, rotate
 from kvarn.kernels.decode_work import MAX_HEADS, DecodeShape
 from kvarn.kernels.prefill_plan import PrefillWave, pages_for
-from kvarn.tile import TileLayout
-from kvarn.vllm.cache_settings import KVarNConfig
-from kvarn.vllm.gpu.page_attention import PageAttention, page_attention
+from kvarn.tile import FLOAT16_BYTES, TileLayout
+from kvarn.vllm.cache_settings import MAX_PAGES_BYTES, KVarNConfig
+from kvarn.vllm.gpu.page_attention import PageAttention, attend_wave, page_attention
 from kvarn.vllm.gpu.triton_plan import (
     DecodeBatch,
     TritonMetadata,
@@ -38,6 +38,8 @@ class Workspace:
         shape: query heads, KV heads and channels per head of those layers.
         rotated: [tokens, query heads, head_dim] float16, a step's rotated queries.
         pages: [2, P, group, KV heads, head_dim] float16, tiles of the prompts that a step prefills.
+        part_out: [tokens, query heads, head_dim] float16, attention over a part of a context that exceeds the pages;
+            None if none does.
         parts: partial results of the decode kernel.
         query_counts: query tokens per request that the decode kernel is compiled for.
         is_new: whether the kernels have yet to be compiled.
@@ -53,10 +55,15 @@ class Workspace:
     ) -> None:
         tokens, group, head_dim = max_tokens_in_pass(vllm_config), layout.group, layout.head_dim
         self.shape = (num_heads, num_kv_heads, head_dim)
-        page_count = pages_for(vllm_config.model_config.max_model_len, tokens, group)
+        longest = vllm_config.model_config.max_model_len
+        page_bytes = 2 * group * num_kv_heads * head_dim * FLOAT16_BYTES
+        page_count = pages_for(longest, tokens, group, MAX_PAGES_BYTES // page_bytes)
         self.rotated = torch.zeros(tokens, num_heads, head_dim, dtype=torch.float16, device=device)
         self.pages = torch.zeros(
             2, page_count, group, num_kv_heads, head_dim, dtype=torch.float16, device=device
+        )
+        self.part_out = (
+            torch.zeros_like(self.rotated) if page_count < pages_for(longest, tokens, group) else None
         )
         self.is_new = True
         self.query_counts = query_counts(vllm_config)
@@ -127,7 +134,9 @@ class TritonLayer(KVarNLayer):
         page_bytes = None if shared is None else shared.nbytes
         quantize.warm_up(self.pool, work.pages, layout, page_bytes)
         pages.warm_up(self.pool, work.pages, layout, page_bytes)
-        self.page_attention.warm_up(work.rotated, work.pages)
+        self.page_attention.warm_up(work.rotated, work.pages, in_parts=work.part_out is not None)
+        if work.part_out is not None:
+            prefill.warm_up_join(work.part_out, dtype)
         decode_plan.warm_up(layout.group, work.query_counts, self.pool.device)
         split = KVarNConfig.of(self._vllm_config).split_tiles or 0
         decode.warm_up(
@@ -222,8 +231,14 @@ class TritonLayer(KVarNLayer):
     def _attend_pages(self, wave: PrefillWave, kv_cache: Tensor, output: Tensor) -> None:
         """Attend the wave's pages; `output` is left rotated."""
         work = self.workspace
-        pages.fill_pages(kv_cache, self.pool, work.pages, wave.context, self.layout)
         tokens = slice(wave.first, wave.last)
-        # In place: another buffer would take the cache's memory.
-        attended = rotate.float16_rows(output[tokens])
-        self.page_attention.attend(work.rotated[tokens], work.pages, wave, self.scale, attended)
+        attend_wave(
+            self.page_attention,
+            work.rotated[tokens],
+            work.pages,
+            wave,
+            self.scale,
+            rotate.float16_rows(output[tokens]),  # in place: another buffer would take the cache's memory
+            lambda context: pages.fill_pages(kv_cache, self.pool, work.pages, context, self.layout),
+            work.part_out,
+        )

@@ -71,7 +71,8 @@ def compile_layout(layout: TileLayout) -> None:
     pages.warm_up(pool, raw_pages, layout)
     decode_plan.warm_up(group, QUERIES, device)
     for sinks, soft_cap in ((None, 0.0), (torch.zeros(QUERY_HEADS), 0.0), (None, SOFT_CAP)):
-        prefill.warm_up(rotated, raw_pages, sinks, soft_cap)
+        prefill.warm_up(rotated, raw_pages, sinks, soft_cap, in_parts=True)
+    prefill.warm_up_join(rotated, torch.bfloat16)
     for queries, soft_cap in ((QUERIES, 0.0), ([1, MAX_QUERIES], SOFT_CAP)):
         decode.warm_up(pool, QUERY_HEADS, torch.bfloat16, layout, queries, soft_cap=soft_cap)
 

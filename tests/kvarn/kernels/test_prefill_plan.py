@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvarn.kernels.prefill_plan import Chunks, PrefillWave, plan_prefill
+from kvarn.kernels.pages import PageTiles
+from kvarn.kernels.prefill_plan import Chunks, PrefillWave, pages_for, plan_prefill
 
 GROUP = 64
 
@@ -15,7 +16,7 @@ GROUP = 64
 class Step:
     """A step of random chunks behind decode rows, whose tokens are planned by others."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, in_parts: bool = False) -> None:
         rng = random.Random(seed)
         self.raw = rng.random() < 0.3
         count, self.decodes = rng.randint(1, 7), rng.choice([0, 0, 2])
@@ -31,6 +32,9 @@ class Step:
             self.slot_of[block] = slot
         largest = max(2 * -(-(c + t) // GROUP) + 1 for c, t in zip(self.context, self.tokens, strict=True))
         self.page_count = largest + rng.choice([0, 4, 100])
+        if in_parts:
+            own = [-(-(c % GROUP + t) // GROUP) for c, t in zip(self.context, self.tokens, strict=True)]
+            self.page_count = max(own) + rng.randint(1, 3)
         self.slot_rows, self.page_rows = (torch.full((sum(self.tokens),), -9).int() for _ in range(2))
 
     def plan(self) -> list[PrefillWave]:
@@ -47,22 +51,48 @@ class Step:
         return int(self.slot_of[block]) if block < len(self.slot_of) else -1
 
 
-def contents(step: Step, wave: PrefillWave) -> dict[int, list[tuple]]:
-    """What each page holds, in the order in which the backend writes it."""
+def written(tiles: PageTiles) -> dict[int, list[tuple]]:
+    """What `fill_pages` writes to each page."""
     held: dict[int, list[tuple]] = {}
-    for tiles in (wave.begun, wave.context):
-        for page, block, slot in torch.stack(list(tiles)).T.tolist():
-            held.setdefault(page, []).append(("slot", slot) if slot >= 0 else ("record", block))
-    for token in range(wave.first, wave.last):
-        page, row = divmod(int(step.page_rows[token]), GROUP)
-        held.setdefault(page, []).append(("token", token, row))
+    for page, block, slot in torch.stack(list(tiles)).T.tolist():
+        held.setdefault(page, []).append(("slot", slot) if slot >= 0 else ("record", block))
     return held
 
 
+def contents(step: Step, wave: PrefillWave) -> dict[int, list[tuple]]:
+    """What each page holds, in the order in which the backend writes it."""
+    held = written(wave.begun)
+    for token in range(wave.first, wave.last):
+        page, row = divmod(int(step.page_rows[token]), GROUP)
+        held.setdefault(page, []).append(("token", token, row))
+    context = written(wave.context)
+    assert not held.keys() & context.keys()
+    return held | context
+
+
+def read_later(wave: PrefillWave, at: int, own_pages: set[int]) -> list[list[tuple]]:
+    """What the query tile `at` of a wave reads in the further parts of its context."""
+    read = []
+    for part in wave.rest:
+        held = written(part.context)
+        assert not held.keys() & own_pages
+        skipped = len(wave.key_lens) - len(part.key_lens)
+        assert part.first == wave.first_query[skipped]
+        assert (part.first_query + part.first).tolist() == wave.first_query[skipped:].tolist()
+        assert part.longest == part.key_lens.max()
+        if at >= skipped:
+            tiles, odd = divmod(int(part.key_lens[at - skipped]), GROUP)
+            assert odd == 0
+            read += [held[page] for page in part.page_table[at - skipped, :tiles].tolist()]
+    return read
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
 @pytest.mark.parametrize("seed", range(60))
-def test_every_query_tile_reads_what_the_read_rule_says(seed):
-    step = Step(seed)
+def test_every_query_tile_reads_what_the_read_rule_says(seed, in_parts):
+    step = Step(seed, in_parts)
     waves = step.plan()
+    assert in_parts or not any(wave.rest for wave in waves)
     token, tile_of_wave = sum(step.tokens[: step.decodes]), iter(())
     assert (step.slot_rows[:token] == -9).all()
     assert (step.page_rows[:token] == -9).all()
@@ -82,13 +112,20 @@ def test_every_query_tile_reads_what_the_read_rule_says(seed):
                 at = next(tile_of_wave)
             first, last = max(start, tile * GROUP), min(end, (tile + 1) * GROUP)
             assert (wave.first_query[at : at + 2] + wave.first).tolist() == [token, token + last - first]
-            assert wave.key_lens[at] == last
-            pages = wave.page_table[at, : tile + 1].tolist()
-            for key_tile, page in enumerate(pages):
-                if key_tile < (start // GROUP if step.raw else tile):
+            own_pages = {int(step.page_rows[at]) // GROUP for at in range(wave.first, wave.last)}
+            later = read_later(wave, at, own_pages)
+            assert wave.key_lens[at] + len(later) * GROUP == last
+            pages = wave.page_table[at, : tile + 1 - len(later)].tolist()
+            context_tiles = start // GROUP if step.raw else tile
+            first_part = context_tiles - len(later)
+            places = [held[page] for page in pages]
+            places[first_part:first_part] = later
+            assert len(places) == tile + 1
+            for key_tile, place in enumerate(places):
+                if key_tile < context_tiles:
                     slot = step.slot(request, key_tile) if key_tile == 0 else -1
                     read = ("slot", slot) if slot >= 0 else ("record", int(step.table[request, key_tile]))
-                    assert held[page] == [read]
+                    assert place == [read]
                 else:  # raw, with the rows that earlier steps stored
                     begun = [("slot", step.slot(request, key_tile))] if start > key_tile * GROUP else []
                     if begun == [("slot", -1)]:
@@ -96,7 +133,7 @@ def test_every_query_tile_reads_what_the_read_rule_says(seed):
                     chunk_start = token - (first - start)
                     positions = range(max(start, key_tile * GROUP), min(end, (key_tile + 1) * GROUP))
                     tokens = [("token", chunk_start + at - start, at % GROUP) for at in positions]
-                    assert held[page] == begun + tokens
+                    assert place == begun + tokens
             block, slot = int(step.table[request, tile]), step.slot(request, tile)
             rows = [slot * GROUP + position % GROUP if slot >= 0 else -1 for position in range(first, last)]
             assert step.slot_rows[token : token + last - first].clamp(min=-1).tolist() == rows
@@ -121,3 +158,10 @@ def test_chunks_share_waves_as_the_pages_allow():
         for tensor in (planned[-1].page_table, planned[-1].first_query, *planned[-1].context):
             assert tensor.is_contiguous()
             assert tensor.dtype == torch.int32
+
+
+def test_the_pages_of_long_contexts_are_bounded():
+    assert pages_for(1000, 200, 64) == 16 + 4 + 2
+    assert pages_for(1000, 200, 64, most=30) == 22
+    assert pages_for(1_000_000, 200, 64, most=30) == 30
+    assert pages_for(1_000_000, 200, 64, most=5) == 2 * (4 + 2)

@@ -4,12 +4,17 @@ import math
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from vllm.platforms import current_platform
 
-from kvarn.kernels.pages import PageTiles
-from kvarn.kernels.prefill_plan import PrefillWave
+from kvarn.kernels.pages import PageTiles, fill_pages
+from kvarn.kernels.prefill_plan import Chunks, PrefillWave, plan_prefill
+from kvarn.kernels.rotate import float16_rows
+from kvarn.presets import get_preset
+from kvarn.reference import codec
+from kvarn.tile import TileLayout
 from kvarn.vllm.gpu import page_attention
 from kvarn.vllm.gpu.page_attention import FLASH_BLOCK_ROWS, MIN_SPLIT_KEYS, FlashPages, TritonPages
 
@@ -102,7 +107,54 @@ def test_sinks_take_their_share_of_what_flash_attention_returns(flash):
     sinks = torch.tensor([-300.0, 0.0, LOG_SUM, 300.0]).bfloat16()
     attention = FlashPages(3, 2, 128, CPU, sinks=sinks)
     out, pages = torch.full((3, 4, 128), 8.0).half(), torch.empty(2, 1, 128, 2, 128).half()
-    attention.attend(out.clone(), pages, wave(1, 3, 128), 1.0, out)
+    log_sum = attention.attend(out.clone(), pages, wave(1, 3, 128), 1.0, out)
+    torch.testing.assert_close(log_sum[:, 0].exp(), math.exp(LOG_SUM) + sinks.float().exp())
     weight = math.exp(LOG_SUM) / (math.exp(LOG_SUM) + 1)
     expected = torch.tensor([8.0, 8 * weight, 4.0, 0.0])[:, None].expand(4, 128)
     torch.testing.assert_close(out, expected.expand(3, 4, 128).half(), rtol=2e-3, atol=0)
+    assert flash.pop()["causal"]
+    part = torch.full_like(out, 8.0)
+    log_sum = attention.attend(part.clone(), pages, wave(1, 3, 128), 1.0, part, causal=False)
+    assert not flash.pop()["causal"]
+    assert (log_sum == LOG_SUM).all()
+    assert (part == 8.0).all()
+
+
+@pytest.mark.parametrize(("sinks", "soft_cap"), [(None, 0.0), (torch.tensor([-1.0, 5.0]), 0.0), (None, 2.0)])
+@pytest.mark.parametrize(("context", "tokens"), [(9 * 64, 1), (0, 5 * 64 + 3), (7 * 64 + 20, 100)])
+def test_parts_of_a_context_join_to_the_whole(sinks, soft_cap, context, tokens):
+    """Where a chunk's context does not fit the pages, also where it is the chunk's own tiles."""
+    layout, random = TileLayout(get_preset("kvarn_k4v4_g64"), 64), torch.Generator().manual_seed(0)
+    length, group, head_dim = context + tokens, layout.group, layout.head_dim
+    blocks = -(-length // group)
+    tiles = torch.randn(blocks, 2, 1, group, head_dim, generator=random).half()
+    records = codec.quantize(tiles[:, 0], tiles[:, 1], layout)
+    new = torch.randn(2, tokens, 1, head_dim, generator=random).half()
+    query = torch.randn(tokens, 2, head_dim, generator=random).half()
+    chunks = Chunks(np.zeros(1, np.int64), np.array([0, tokens]), np.array([length]), group)
+    own = int(chunks.own_tiles[0])
+    attended, parts = [], []
+    for page_count in (blocks + own, own + 3, own + 1):
+        rows = [torch.empty(tokens, dtype=torch.int32) for _ in range(2)]
+        table, slot_of = (
+            torch.arange(blocks, dtype=torch.int32)[None],
+            torch.tensor([0, -1], dtype=torch.int32),
+        )
+        (planned,) = plan_prefill(chunks, table, slot_of, page_count, *rows)
+        pages = torch.full((2, page_count, group, 1, head_dim), torch.nan).half()
+
+        def fill(chosen, pages=pages):
+            fill_pages(records, tiles, pages, chosen, layout)
+
+        fill(planned.begun)
+        pages.flatten(1, 2)[:, rows[1].long()] = new
+        out = torch.full(query.shape, torch.nan)
+        attention = TritonPages(sinks, soft_cap)
+        page_attention.attend_wave(
+            attention, query, pages, planned, 0.3, float16_rows(out), fill, torch.empty_like(query)
+        )
+        attended.append(float16_rows(out).clone())
+        parts.append(len(planned.rest))
+    assert parts[0] == 0 < parts[1] < parts[2]
+    for joined in attended[1:]:
+        torch.testing.assert_close(joined, attended[0], rtol=0, atol=4e-3)
