@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from shutil import rmtree
-from threading import Event
+from threading import Event, Semaphore
 from types import SimpleNamespace
 from typing import Any
 
@@ -326,6 +326,26 @@ def test_the_blocks_that_fit_are_saved_when_the_store_is_slow(
         (computed,) = ask(reader, [prompt_of(LONGEST)])
     computed.assert_same(expected[LONGEST])
     assert wait_for_files(filled[0].parents[1], 2) == sorted(filled[:2])
+
+
+def test_reads_wait_for_room_in_host_memory(
+    reader: LLM, filled: list[Path], expected: dict[int, Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = get_kv_transfer_group().worker
+    room, held = Semaphore(1), []
+    monkeypatch.setattr(worker, "_room", room)
+    copy_to_device = worker._copy_to_device
+    monkeypatch.setattr(
+        worker, "_copy_to_device", lambda blocks: held.append(len(blocks)) or copy_to_device(blocks)
+    )
+    (loaded,) = ask(reader, [prompt_of(LONGEST)])
+    assert loaded.cached == 3 * TILE
+    loaded.assert_same(expected[LONGEST])
+    assert held == [1, 1, 1]
+    filled[1].write_bytes(b"")
+    assert reader.reset_prefix_cache()
+    ask(reader, [prompt_of(LONGEST)])
+    assert room.acquire(timeout=STORED_WITHIN_S)  # also after a read that failed
 
 
 def test_a_full_store_keeps_what_was_used_last(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from threading import Semaphore
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ logger = init_logger(__name__)
 READERS = 4
 WRITERS = 2
 MAX_UNWRITTEN_BYTES = 2**30  # in host memory; blocks beyond that are not saved
+MAX_UNCOPIED_BYTES = 2**30  # read into host memory; further reads wait
 MAX_STEP_BYTES = 2**27  # copied to the device in one step, which delays it and takes as much of its memory
 CLOSE_S = 10.0  # for what is left to write when the engine ends
 UNSAVED = "The shared store did not take blocks: %s. They are computed again where they are needed."
@@ -92,6 +94,8 @@ class StoreWorker:
         self._files: BlockFiles | None = None
         self._reading = DaemonThreads(READERS, "kvarn-store-read")
         self._writing = DaemonThreads(WRITERS, "kvarn-store-write")
+        block_bytes = len(layers) * (self._record_bytes + self._pools[0][0].nbytes)
+        self._room = Semaphore(max(READERS, MAX_UNCOPIED_BYTES // block_bytes))  # for blocks that are read
         self._pins = self._caches[0].device.type == "cuda"
         self._loads: dict[str, _Load] = {}
         self._stuck: set[Future[_Block]] = set()  # reads that no request waits for any more
@@ -224,15 +228,23 @@ class StoreWorker:
                 return
 
     def _read(self, files: BlockFiles, copy: BlockCopy) -> _Block:
-        records = self._host(len(self._caches), self._record_bytes)
-        raw = self._host(len(self._pools), self._pools[0][0].nbytes if copy.is_first else 0)
-        files.read(copy.name, self._rank, _view(records), _view(raw))
+        """Read a block once there is room for it, which the end of the read leaves taken unless it fails."""
+        self._room.acquire()
+        try:
+            records = self._host(len(self._caches), self._record_bytes)
+            raw = self._host(len(self._pools), self._pools[0][0].nbytes if copy.is_first else 0)
+            files.read(copy.name, self._rank, _view(records), _view(raw))
+        except BaseException:
+            self._room.release()
+            raise
         return _Block(copy, records, raw)
 
     def _result(self, read: Future[_Block], number: int) -> _Block | None:
-        """What was read for the block `number`, which failed if that is None."""
+        """What was read for the block `number`, which failed if that is None; its room is free for others."""
         try:
-            return read.result()
+            block = read.result()
+            self._room.release()
+            return block
         except OSError as error:
             logger.warning_once(UNLOADED, str(error))
         except Exception as error:
@@ -263,6 +275,7 @@ class StoreWorker:
             self._failed.add(load.blocks.pop(read))
             if not read.cancel():
                 self._stuck.add(read)
+                read.add_done_callback(lambda ended: None if ended.exception() else self._room.release())
 
 
 def _log_failed_write(write: Future[None]) -> None:
