@@ -144,6 +144,7 @@ class SlotPlanning(VllmScheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.wait_counts.lacking = ""
+        self._put_holders_first()
         output: SchedulerOutput = super().schedule(*args, **kwargs)
         setattr(output, SLOT_PLAN, self._plan_slots(output))
         return output
@@ -153,7 +154,7 @@ class SlotPlanning(VllmScheduler):
 
         One that holds blocks was admitted before a connector loaded them.
         """
-        if request.status != RequestStatus.RUNNING and not self._blocks_of_requests().get(request.request_id):
+        if request.status != RequestStatus.RUNNING and not self._holds_blocks(request):
             hit = kwargs.get("new_computed_blocks")
             if not self._admits(request, hit.blocks[self.cache_group] if hit is not None else ()):
                 return None
@@ -166,6 +167,26 @@ class SlotPlanning(VllmScheduler):
             end = kwargs.get("num_new_computed_tokens", 0) + tokens
             self._loads[request.request_id] = _Load(tokens, end)
         return allocated
+
+    def _put_holders_first(self) -> None:
+        """Have waiting requests that hold blocks scheduled before all others, as vLLM does from 0.31 on.
+
+        Before, it tries those that it set aside in their order: a loaded request may wait behind one that waits for
+        the slots that it holds.
+        """
+        if aside := getattr(self, "skipped_waiting", None):
+            by_priority = self.policy == SchedulingPolicy.PRIORITY
+            order = sorted(aside, key=lambda r: (r.priority, r.arrival_time)) if by_priority else aside
+            self.skipped_waiting = FCFSRequestQueue(sorted(order, key=lambda r: not self._holds_blocks(r)))
+
+    def _select_waiting_queue_for_scheduling(self) -> Any:
+        """Which queue vLLM up to 0.30 takes the next request from; by priorities alone, it may be the other one."""
+        if self.skipped_waiting and self._holds_blocks(self.skipped_waiting.peek_request()):
+            return self.skipped_waiting
+        return super()._select_waiting_queue_for_scheduling()
+
+    def _holds_blocks(self, request: Request) -> bool:
+        return bool(self._blocks_of_requests().get(request.request_id))
 
     def _match_whole_prefix(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens to load from the connector behind the first `num_computed_tokens`, and whether asynchronously.
@@ -255,7 +276,7 @@ class SlotPlanning(VllmScheduler):
         load = self._loads.pop(request.request_id)
         if request.num_computed_tokens < load.end:
             self._count_as_computed(request, load.end - load.tokens)
-        if not self._blocks_of_requests().get(request.request_id):
+        if not self._holds_blocks(request):
             self._not_loaded.add(request.request_id)
         return updated
 

@@ -559,6 +559,24 @@ def test_requests_whose_loads_fail_in_part_have_their_slots(asynchronous: bool) 
     assert world.scheduler.loads.tokens == len(prompts) * GROUP
 
 
+def test_a_loaded_request_runs_before_one_that_waits_for_its_slots() -> None:
+    """Whatever their priorities: before vLLM 0.31, those alone would decide."""
+    connector = {"asynchronous": True}
+    world = World(make_scheduler(24, max_running=1, policy="priority", retained_sinks=0, connector=connector))
+    prompt = [0] * (2 * GROUP + 1)
+    world.submit(prompt, max_tokens=1)
+    while world.prompts:
+        world.step()
+    world.step()
+    world.take_blocks(left=0)
+    world.give_blocks_back()
+    world.submit(prompt, max_tokens=3, priority=1)
+    world.step()
+    assert waiting_requests(world.scheduler), "the load ended in the step that began it"
+    world.submit([1] * GROUP, max_tokens=2 * GROUP, priority=0)
+    world.drain()
+
+
 def test_the_first_tile_of_a_prefix_in_use_stays_in_host_memory() -> None:
     world = World(make_scheduler(80, max_running=2, retained_sinks=2, connector={}, host_sinks=2))
 
