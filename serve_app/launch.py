@@ -39,7 +39,7 @@ from kvarn.plan.model_shape import ModelShape
 from kvarn.presets import PRESETS
 from kvarn.vllm.cache_settings import KVarNConfig, num_host_sinks
 from kvarn.vllm.slots import NO_DRAFTS
-from serve_app.config import GIB, AppConfig
+from serve_app.config import GIB, AppConfig, EngineConfig
 from serve_app.local_ray import STOP_TIMEOUT_S, adopt_orphans, end_descendants
 from serve_app.local_ray import start as start_ray
 from serve_app.request.parser_choice import NONE, parsers_of
@@ -171,10 +171,15 @@ def _check_with_vllm(config: AppConfig) -> None:
     checked = ("speculative", "kv_transfer_config", "shared_store")
     given = [name for name in checked if getattr(engine, name) is not None]
     if given and (engine.device == "cpu" or torch.cuda.device_count()):
-        from serve_app.engine.engine_deployment import check_engine_config
-
         place = f"args.engine.{' and '.join(given)}"
-        _check_in_another_process(place, check_engine_config, config.model, engine)
+        _check_in_another_process(place, _check_engine_config, config.model, engine)
+
+
+def _check_engine_config(model: str, engine: EngineConfig) -> None:
+    """See `check_engine_config`; its module imports Ray, which this one must not before it knows Ray's mode."""
+    from serve_app.engine.engine_deployment import check_engine_config
+
+    check_engine_config(model, engine)
 
 
 def check_parsers(app: App, model_dir: Path) -> None:

@@ -92,6 +92,23 @@ def test_serves_until_ctrl_c(tmp_path, kvarn):
     assert not alive
 
 
+def test_what_an_application_stored_is_loaded_by_the_next_one(tmp_path, kvarn):
+    store = {"directory": str(tmp_path / "store"), "capacity_gib": 1}
+    path = write_app(tmp_path / "app.yaml", shared_store=store)
+    cached = []
+    for _ in range(2):
+        process = kvarn("serve", "--json", path)
+        (*_, last) = lines_until(process, '"ready"')
+        ready = json.loads(last)
+        asking = {"model": ready["model"], "prompt": list(range(100, 400)), "max_tokens": 1}
+        answer = httpx.post(ready["openai"] + "/completions", json=asking, timeout=200).json()
+        cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    assert cached == [0, 256]
+
+
 def test_sigterm_interrupts_a_start(tmp_path, kvarn):
     process = kvarn("serve", "--json", write_app(tmp_path / "app.yaml"))
     children = wait_for_child(process, "raylet")
