@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from ray import serve
 from kvarn.adapters import read_adapter, reserved_rank
 from kvarn.model import kv_shape, resolve_model
 from kvarn.v1 import engine_pb2_grpc
-from kvarn.vllm.access.cache_events import read_cache_events
+from kvarn.vllm.access.cache_events import CacheEvent, read_cache_events
 from kvarn.vllm.access.constraints import choose_backend
 from kvarn.vllm.access.telemetry import CacheState, read_cache_state
 from kvarn.vllm.store.hand_over import HandOver
@@ -75,6 +76,8 @@ class Engine:
         with surfacing_core_errors():
             self._engine = AsyncLLM.from_engine_args(engine_args(model, config, reasoning_parser))
         adapters = await load_adapters(self._engine, config)
+        first_events: list[CacheEvent] = []  # of a store that other engines have filled
+        self._take_events: Callable[[list[CacheEvent]], object] = first_events.extend
         self._monitor = CacheMonitor(self._read_cache, config.longest_step_s, is_prefill)
         await self._monitor.start()
         capacity = self._monitor.snapshot.capacity
@@ -88,6 +91,8 @@ class Engine:
             drops_last=self._monitor.state.drops_last,
             store_id="" if config.shared_store is None else store_id(Path(config.shared_store.directory)),
         )
+        self._take_events = self._tiles.take
+        self._take_events(first_events)
         self._monitoring = asyncio.create_task(self._monitor.run())
         shape = kv_shape(resolve_model(model), capacity.max_model_len)
         metrics = EngineMetrics(RayRecorder(ENGINE_METRICS), shape)
@@ -150,10 +155,10 @@ class Engine:
         self._engine.shutdown()
 
     async def _read_cache(self) -> CacheState:
-        """Read state and cache events of the same moment; before any request, there are no events."""
+        """Read state and cache events of the same moment."""
         state, events = await asyncio.gather(read_cache_state(self._engine), read_cache_events(self._engine))
         if events:
-            self._tiles.take(events)
+            self._take_events(events)
         return state
 
 
