@@ -360,7 +360,7 @@ def _combine_parts(
         l = l * alpha + tl.sum(part_l * part_alpha, 1)
         m = m_new
     if Sinks is not None:
-        l, acc = add_sinks(Sinks + head * PER_HEAD + query_row % PER_HEAD, m, l, acc)
+        m, l, acc = add_sinks(Sinks + head * PER_HEAD + query_row % PER_HEAD, m, l, acc)
     mean = acc / tl.maximum(l, 1e-30)[:, None]  # 0 in a warm-up step, which reads nothing
     if BLOCK_ROWS == 1 or D > 128:
         hadamard = tl.load(hadamard_at)

@@ -76,11 +76,9 @@ def _attend_pages(
         value = tl.load(source + value_pages, mask=(index * G + token)[:, None] < key_len, other=0.0)
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])
     if Sinks is not None:
-        l, acc = add_sinks(Sinks + head, m, l, acc)
+        m, l, acc = add_sinks(Sinks + head, m, l, acc)
     out = Out + head_row * out_row + channel[None, :]
     tl.store(out, (acc / l[:, None]).to(tl.float16), mask=row[:, None] < last)
-    if Sinks is not None:
-        m = tl.maximum(m, tl.load(Sinks + head).to(tl.float32) * LOG2_E)
     log_sum = (m + tl.log2(l)) / LOG2_E
     tl.store(LogSum + head.to(tl.int64) * tokens + row, log_sum, mask=row < last)
 
@@ -137,7 +135,7 @@ def attend_pages(
         query: [N, Hq, D] float16, rotated.
         pages: [2, P, G, H, D] float16, keys and values, rotated.
         first_query: [T + 1] int32, first token of each query tile; a tile has at most G tokens.
-        key_lens: [T] int32, tokens up to and including each tile's last query.
+        key_lens: [T] int32, tokens in each tile's pages; if `causal`, the last is that of its last query.
         page_table: [T, W] int32, pages of a query tile's key tiles; the last is its own tile if `causal`.
         scale: softmax scale.
         out: [N, Hq, D] float16, rotated; written. Rows of D channels may have any equal distance.

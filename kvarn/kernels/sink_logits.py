@@ -20,9 +20,9 @@ def add_sinks(sinks, m, l, acc):
         acc: [N, D] float32, the output before division by l.
 
     Returns:
-        l and acc, relative to the larger of m and the sink.
+        The larger of m and the sink, and l and acc relative to it.
     """
     sink = tl.load(sinks).to(tl.float32) * LOG2_E
     largest = tl.maximum(m, sink)
     alpha = tl.exp2(m - largest)
-    return l * alpha + tl.exp2(sink - largest), acc * alpha[:, None]
+    return largest, l * alpha + tl.exp2(sink - largest), acc * alpha[:, None]
