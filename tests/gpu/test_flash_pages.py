@@ -81,7 +81,8 @@ def test_parts_of_a_context_join_to_the_whole(ours: bool) -> None:
         rows = [torch.empty(tokens, dtype=torch.int32, device=device) for _ in range(2)]
         (planned,) = plan_prefill(chunks, table, none, page_count, *rows)
         assert len(planned.rest) == (page_count == 68) * 3
-        pages = torch.full((2, page_count, GROUP, heads, head_dim), torch.nan, device=device).half()
+        # What an earlier step left; the engine's pages, zeros at first, hold no NaN, by which 0 may not be multiplied.
+        pages = torch.full((2, page_count, GROUP, heads, head_dim), 1e4, device=device).half()
 
         def fill(chosen: PageTiles, pages: torch.Tensor = pages) -> None:
             by_tile = tiles.view(2, blocks, GROUP, heads, head_dim)
