@@ -407,6 +407,7 @@ def engine_config(bench: AttentionBench, longest: int, step_tokens: int, request
             max_model_len=longest,
             max_num_batched_tokens=max(step_tokens, requests, longest),
             max_num_seqs=requests,
+            additional_config={"kvarn": {"retained_sinks": requests}},  # every chunk may have three raw tiles
             skip_tokenizer_init=True,
         ).create_engine_config()
 

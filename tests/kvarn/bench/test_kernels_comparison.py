@@ -139,9 +139,11 @@ class TestCases:
         assert launch.keywords["out"].isfinite().all()
         assert case.our_bytes() == 10 * 2 * 64 * 2 + 2 * 64 * 2
 
-    @pytest.mark.parametrize("step", ["128@0", "128@128", "70@200+64@0+3@61", "1@130+1@70+90@100"])
+    @pytest.mark.parametrize(
+        "step", ["128@0", "128@128", "70@200+64@0+3@61", "1@130+1@70+90@100", "70@200+70@200"]
+    )
     def test_prefill_attends_what_the_read_rule_says(self, step: str) -> None:
-        """Chunks of whole tiles, ragged ones, and one beside requests that decode."""
+        """Chunks of whole tiles, ragged ones, one beside requests that decode, and some of three raw tiles each."""
         bench = PrefillBench(**TINY, query_heads=2, starts=(), steps=parse_steps(step))
         case = kernel_cases.PrefillCase(bench, bench.steps[0], DEVICE)
         out = case.prepare_ours()().cpu()
