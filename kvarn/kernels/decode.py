@@ -36,6 +36,7 @@ from kvarn.kernels.decode_work import (
     row_pointers,
     segment,
 )
+from kvarn.kernels.launch import launch, replayed
 from kvarn.kernels.launch_settings import FEW_ROWS
 from kvarn.kernels.records import (
     E4M3_UNIT,
@@ -421,6 +422,7 @@ def combine_batches(shape: DecodeShape) -> list[int]:
     return sorted({1, triton.cdiv(shape.programs, FEW_PARTS * pairs), triton.cdiv(shape.programs, pairs)})
 
 
+@replayed
 def decode(
     query: Tensor,
     cache: Tensor,
@@ -499,7 +501,9 @@ def decode(
         "SPLIT": shape.split,
     }
     kernel = _decode_part if shape.columns <= FEW_ROWS else decode_rows
-    kernel[(shape.programs,)](
+    launch(
+        kernel,
+        shape.programs,
         query,
         cache,
         pool,
@@ -527,7 +531,9 @@ def decode(
         num_stages=NUM_STAGES,
     )
     combine = combine_launch(shape, requests, head_dim, out.dtype)
-    _combine_parts[(triton.cdiv(rows * heads * shape.rows, combine.rows),)](
+    launch(
+        _combine_parts,
+        triton.cdiv(rows * heads * shape.rows, combine.rows),
         parts.m,
         parts.l,
         parts.acc,

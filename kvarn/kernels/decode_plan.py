@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import check_decode_batch, check_packed
+from kvarn.kernels.launch import launch
 
 ROWS_PER_PROGRAM = 128
 
@@ -125,7 +126,9 @@ def plan_decode(
     check_packed("slot_rows", slot_rows, (tokens,), torch.int32)
     check_packed("page_rows", page_rows, (tokens,), torch.int32)
     if rows:
-        _plan_decode[(triton.cdiv(rows, ROWS_PER_PROGRAM),)](
+        launch(
+            _plan_decode,
+            triton.cdiv(rows, ROWS_PER_PROGRAM),
             block_table,
             seq_lens,
             query_start,

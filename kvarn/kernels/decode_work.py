@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import check_packed, check_queries
+from kvarn.kernels.launch import launch
 from kvarn.kernels.launch_settings import FEW_ROWS, DecodeLaunch, decode_launch
 from kvarn.tile import TileLayout
 
@@ -418,7 +419,9 @@ def plan_work(
             f"expected {rows} and {shape.programs}"
         )
     if requests:
-        _plan_work[(triton.cdiv(shape.programs, _BLOCK),)](
+        launch(
+            _plan_work,
+            triton.cdiv(shape.programs, _BLOCK),
             query_start,
             seq_lens,
             sink_slots,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import check_packed, check_rows
+from kvarn.kernels.launch import launch, replayed
 from kvarn.kernels.records import (
     code_words,
     codes,
@@ -98,6 +99,7 @@ def _fill_pages(
         tl.store(out + value_pages, value.to(tl.float16))
 
 
+@replayed
 def fill_pages(cache: Tensor, pool: Tensor, pages: Tensor, tiles: PageTiles, layout: TileLayout) -> None:
     """Fill pages with tiles from records, or from slots that keep them raw.
 
@@ -119,7 +121,9 @@ def fill_pages(cache: Tensor, pool: Tensor, pages: Tensor, tiles: PageTiles, lay
     for name, numbers in tiles._asdict().items():
         check_packed(f"tiles.{name}", numbers, (count,), torch.int32)
     if count:
-        _fill_pages[(count * heads,)](
+        launch(
+            _fill_pages,
+            count * heads,
             cache,
             pool,
             pages,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import check_packed, check_sinks, check_tensor
+from kvarn.kernels.launch import launch
 from kvarn.kernels.rotate import float16_rows
 from kvarn.kernels.sink_logits import LOG2_E, add_sinks
 from kvarn.kernels.soft_cap import soft_capped
@@ -163,7 +164,9 @@ def attend_pages(
         raise ValueError(f"out has strides {out.stride()}: expected rows of equal distance")
     log_sum = torch.empty(query_heads, tokens, dtype=torch.float32, device=query.device)
     if tiles:
-        _attend_pages[(tiles * query_heads * (group // 64),)](
+        launch(
+            _attend_pages,
+            tiles * query_heads * (group // 64),
             query,
             pages,
             first_query,
@@ -210,7 +213,9 @@ def join(out: Tensor, log_sum: Tensor, part: Tensor, part_log_sum: Tensor) -> No
     check_tensor("log_sum", log_sum, (query_heads, tokens), torch.float32)
     check_tensor("part_log_sum", part_log_sum, (query_heads, tokens), torch.float32)
     if tokens:
-        _join[(triton.cdiv(tokens * query_heads, JOINED_ROWS),)](
+        launch(
+            _join,
+            triton.cdiv(tokens * query_heads, JOINED_ROWS),
             out,
             log_sum,
             part,

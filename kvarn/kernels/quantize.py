@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import check_packed, check_rows
+from kvarn.kernels.launch import launch, replayed
 from kvarn.kernels.launch_settings import settings_for
 from kvarn.kernels.records import (
     INTERPRETED,
@@ -429,6 +430,7 @@ def _quantize_tiles(
         )
 
 
+@replayed
 def quantize_slots(
     pool: Tensor,
     slots: Tensor,
@@ -456,6 +458,7 @@ def quantize_slots(
     _launch(pool, slots, blocks, cache, strides, layout, registers)
 
 
+@replayed
 def quantize_pages(pages: Tensor, tiles: Tensor, blocks: Tensor, cache: Tensor, layout: TileLayout) -> None:
     """Write the records of tiles in pages.
 
@@ -487,7 +490,9 @@ def _launch(
     check_packed("sources", sources, (blocks.shape[0],), torch.int32)
     heads = cache.shape[1]
     if blocks.shape[0]:
-        _quantize_tiles[(blocks.shape[0] * heads * 2,)](
+        launch(
+            _quantize_tiles,
+            blocks.shape[0] * heads * 2,
             tiles,
             sources,
             blocks,

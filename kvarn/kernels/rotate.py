@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import MODEL_DTYPES, check_packed, check_rows
+from kvarn.kernels.launch import launch, replayed
 from kvarn.kernels.records import INTERPRETED, to_float16
 from kvarn.reference.hadamard import hadamard_matrix
 
@@ -114,6 +115,7 @@ def _block(tokens: int) -> int:
     return 16 if tokens <= FEW_TOKENS else 64
 
 
+@replayed
 def rotate_store(
     query: Tensor,
     key: Tensor,
@@ -151,7 +153,9 @@ def rotate_store(
     if not tokens:
         return
     block = _block(tokens)
-    _rotate_store[(triton.cdiv(tokens, block) * (query_heads + 2 * heads),)](
+    launch(
+        _rotate_store,
+        triton.cdiv(tokens, block) * (query_heads + 2 * heads),
         query,
         key,
         value,
@@ -181,6 +185,7 @@ def float16_rows(out: Tensor) -> Tensor:
     return out.view(torch.float16).reshape(*out.shape[:2], -1, out.shape[2])[:, :, 0]
 
 
+@replayed
 def unrotate(out: Tensor) -> None:
     """Rotate rows back in place.
 
@@ -194,8 +199,17 @@ def unrotate(out: Tensor) -> None:
     rows, head_dim = out.shape[0] * out.shape[1], out.shape[2]
     if rows:
         x, hadamard = float16_rows(out), signs(head_dim, torch.float16, out.device)
-        _unrotate[(triton.cdiv(rows, 64),)](
-            x, hadamard, out, rows, X_ROW=x.stride(1), D=head_dim, BLOCK=64, num_warps=4
+        launch(
+            _unrotate,
+            triton.cdiv(rows, 64),
+            x,
+            hadamard,
+            out,
+            rows,
+            X_ROW=x.stride(1),
+            D=head_dim,
+            BLOCK=64,
+            num_warps=4,
         )
 
 

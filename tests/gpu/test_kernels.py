@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
-from kvarn.kernels import decode, decode_work, quantize
+from kvarn.kernels import decode, decode_work, pages, quantize, rotate
 from kvarn.presets import get_preset
 from kvarn.reference import codec, hadamard
 from kvarn.tile import TileLayout
@@ -68,3 +71,43 @@ def test_decode_over_a_million_tokens_in_a_cache_beyond_32_bits() -> None:
     expected = hadamard.rotate(torch.einsum("hmtg,thgd->hmd", weights, value)).view_as(out)
     error = (out - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert (error < 6e-3).all()
+
+
+def test_calls_that_are_repeated_for_another_layer_write_what_first_calls_write() -> None:
+    device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
+    group, head_dim, tokens = LAYOUT.group, LAYOUT.head_dim, 300
+    at = torch.arange(tokens, dtype=torch.int32, device=device)
+    tiles = torch.arange(3, dtype=torch.int32, device=device)
+    into = pages.PageTiles(tiles, tiles, torch.tensor([-1, 1, -1], dtype=torch.int32, device=device))
+
+    def random(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    def layer(packed: torch.Tensor, remembered: bool) -> list[torch.Tensor]:
+        """Run a layer whose tensors are its own; calls with keyword arguments are not remembered."""
+        query, key, value = packed.split([HEADS * PER_HEAD, HEADS, HEADS], dim=1)
+        rotated = torch.zeros(tokens, HEADS * PER_HEAD, head_dim, dtype=torch.float16, device=device)
+        pool = torch.zeros(4, 2, HEADS, group, head_dim, dtype=torch.float16, device=device)
+        raw, read = (
+            torch.zeros(2, 3, group, HEADS, head_dim, dtype=torch.float16, device=device) for _ in range(2)
+        )
+        cache = torch.zeros(3, HEADS, LAYOUT.nbytes, dtype=torch.uint8, device=device)
+        out = packed[:, : HEADS * PER_HEAD].contiguous()
+        calls: list[tuple[Callable[..., None], tuple[Any, ...], dict[str, Any]]] = [
+            (rotate.rotate_store, (query, key, value, rotated, pool, at, raw), {"page_rows": at}),
+            (quantize.quantize_pages, (raw, tiles, tiles, cache), {"layout": LAYOUT}),
+            (quantize.quantize_slots, (pool, tiles[1:2], tiles[1:2], cache), {"layout": LAYOUT}),
+            (pages.fill_pages, (cache, pool, read, into), {"layout": LAYOUT}),
+            (rotate.unrotate, (), {"out": out}),
+        ]
+        for function, arguments, last in calls:
+            if remembered:
+                function(*arguments, *last.values())
+            else:
+                function(*arguments, **last)
+        return [rotated, pool, raw, cache, read, out]
+
+    for _ in range(3):
+        packed = random(tokens, HEADS * (PER_HEAD + 2), head_dim, dtype=torch.bfloat16)
+        for ours, expected in zip(layer(packed, True), layer(packed, False), strict=True):
+            assert torch.equal(ours, expected)

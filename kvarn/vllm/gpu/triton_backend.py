@@ -13,6 +13,7 @@ from vllm.utils.math_utils import cdiv
 
 from kvarn.kernels import decode, decode_plan, pages, prefill, quantize, rotate
 from kvarn.kernels.decode_work import MAX_HEADS, DecodeShape
+from kvarn.kernels.launch import compiling
 from kvarn.kernels.prefill_plan import PrefillWave, pages_for
 from kvarn.tile import FLOAT16_BYTES, TileLayout
 from kvarn.vllm.cache_settings import MAX_PAGES_BYTES, KVarNConfig
@@ -29,6 +30,11 @@ from kvarn.vllm.mixed_layers import pages_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+def _rows(x: Tensor, tokens: slice) -> Tensor:
+    """Return `x[tokens]`, without an operation if these are all rows."""
+    return x if tokens.start == 0 and tokens.stop == len(x) else x[tokens]
 
 
 class Workspace:
@@ -124,10 +130,12 @@ class TritonLayer(KVarNLayer):
         self.scratch_bytes = self.page_attention.scratch_bytes
         if self.workspace.is_new:
             self.workspace.is_new = False
-            self._compile_kernels(act_dtype)
+            with compiling():
+                self._launch_kernels(act_dtype)
+            self._launch_kernels(act_dtype)
 
-    def _compile_kernels(self, dtype: torch.dtype) -> None:
-        """Launch every variant of every kernel once, so that none is compiled while requests wait."""
+    def _launch_kernels(self, dtype: torch.dtype) -> None:
+        """Launch every variant of every kernel once, so that none is compiled or loaded while requests wait."""
         work, layout = self.workspace, self.layout
         rotate.warm_up(work.rotated, self.pool, work.pages, dtype)
         shared = pages_of(self._vllm_config)
@@ -194,15 +202,11 @@ class TritonLayer(KVarNLayer):
         work = self.workspace
         if wave is not None:
             pages.fill_pages(kv_cache, self.pool, work.pages, wave.begun, self.layout)
+        query, key, value, slot_rows, page_rows = (
+            _rows(x, tokens) for x in (query, key, value, metadata.slot_rows, metadata.page_rows)
+        )
         rotate.rotate_store(
-            query[tokens],
-            key[tokens],
-            value[tokens],
-            work.rotated[tokens],
-            self.pool,
-            metadata.slot_rows[tokens],
-            work.pages,
-            metadata.page_rows[tokens],
+            query, key, value, work.rotated[tokens], self.pool, slot_rows, work.pages, page_rows
         )
 
     def _decode(self, batch: DecodeBatch, kv_cache: Tensor, output: Tensor) -> None:

@@ -1,0 +1,133 @@
+"""Calls that are remembered: what is launched again, at which addresses, and what is not remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvarn.kernels.launch import MAX_REMEMBERED, launch, replayed
+
+
+class Kernel:
+    """A stand-in for a compiled function of Triton, which notes its grids and arguments.
+
+    Attributes:
+        bound: launches that Triton would have bound and compiled itself.
+        launched: (programs, tensors' addresses and other arguments) of every launch.
+    """
+
+    def __init__(self, interpreted: bool = False) -> None:
+        self.arg_names = ["X", "Y", "scale", "BLOCK"]
+        self.bound = 0
+        self.launched: list[tuple[int, list[Any]]] = []
+        self._interpreted = interpreted
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def run(*arguments: Any, BLOCK: int, num_warps: int) -> Any:
+            self.bound += 1
+            self._note(grid, *arguments, BLOCK)
+            return None if self._interpreted else Compiled(self)
+
+        return run
+
+    def _note(self, grid: tuple[int, ...], *arguments: Any) -> None:
+        self.launched.append((grid[0], [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]))
+
+
+class Compiled:
+    """What a launch of `Kernel` returns."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert grid[1:] == (1, 1)
+        return lambda *arguments: self._kernel._note(grid, *arguments)
+
+
+def scaling(kernel: Kernel, constant: Tensor | None = None) -> Callable[..., None]:
+    """A remembered function that launches `kernel` on its first tensor from row 1 on and its second, or `constant`."""
+
+    @replayed
+    def scale(x: Tensor, y: Tensor, by: float, tiles: tuple[Tensor, ...] = ()) -> None:
+        if x.dtype != torch.float16:
+            raise ValueError("x is not float16")
+        launch(kernel, x.shape[0], x[1:], y if constant is None else constant, by, BLOCK=8, num_warps=4)
+
+    return scale
+
+
+def test_a_call_alike_launches_the_same_at_its_own_tensors() -> None:
+    kernel = Kernel()
+    scale = scaling(kernel)
+    calls = [(torch.zeros(4, 8).half(), torch.zeros(3)) for _ in range(3)]
+    for x, y in calls:
+        scale(x, y, 0.5)
+    assert kernel.bound == 1
+    assert kernel.launched == [(4, [x.data_ptr() + 16, y.data_ptr(), 0.5, 8]) for x, y in calls]
+
+
+def test_memory_that_is_no_argument_stays_where_it_is() -> None:
+    kernel, constant = Kernel(), torch.ones(5)
+    scale = scaling(kernel, constant)
+    for _ in range(2):
+        scale(torch.zeros(4, 8).half(), torch.zeros(3), 0.5)
+    assert kernel.bound == 1
+    assert [arguments[1] for _, arguments in kernel.launched] == [constant.data_ptr()] * 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (torch.zeros(5, 8).half(), torch.zeros(3), 0.5),
+        (torch.zeros(8, 4).half().T[:4], torch.zeros(3), 0.5),  # strides
+        (torch.zeros(4, 8).half(), torch.zeros(3).int(), 0.5),
+        (torch.zeros(4, 8).half(), torch.zeros(4)[1:], 0.5),  # an address that is no multiple of 16
+        (torch.zeros(4, 8).half(), torch.zeros(3), 0.25),
+        (torch.zeros(4, 8).half(), torch.zeros(3), 0.5, (torch.zeros(1),)),
+    ],
+)
+def test_other_arguments_are_bound_anew(other: tuple[Any, ...]) -> None:
+    kernel = Kernel()
+    scale = scaling(kernel)
+    scale(torch.zeros(4, 8).half(), torch.zeros(3), 0.5)
+    scale(*other)
+    assert kernel.bound == 2
+
+
+def test_arguments_are_checked_whenever_they_are_new() -> None:
+    scale = scaling(Kernel())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="x is not float16"):
+            scale(torch.zeros(4, 8), torch.zeros(3), 0.5)
+
+
+def test_a_view_of_what_two_arguments_share_is_not_remembered() -> None:
+    kernel = Kernel()
+    scale = scaling(kernel)
+    shared = torch.zeros(8, 8).half()
+    for _ in range(2):
+        scale(shared[:4], shared[4:], 0.5)
+    assert kernel.bound == 2
+
+
+def test_interpreted_kernels_and_keywords_are_not_remembered() -> None:
+    interpreted, compiled = Kernel(interpreted=True), Kernel()
+    scale_interpreted, scale = scaling(interpreted), scaling(compiled)
+    for _ in range(2):
+        scale_interpreted(torch.zeros(4, 8).half(), torch.zeros(3), 0.5)
+        scale(torch.zeros(4, 8).half(), torch.zeros(3), by=0.5)
+    assert interpreted.bound == compiled.bound == 2
+
+
+def test_few_calls_are_remembered() -> None:
+    kernel = Kernel()
+    scale = scaling(kernel)
+    for rows in range(2, MAX_REMEMBERED + 4):
+        for _ in range(2):
+            scale(torch.zeros(rows, 8).half(), torch.zeros(3), 0.5)
+    assert kernel.bound == MAX_REMEMBERED + 2
