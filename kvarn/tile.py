@@ -34,7 +34,7 @@ stored in the order `[lane_n, column_tile]`, those along a contracted index in t
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -279,8 +279,10 @@ class TileLayout:
     head_dim: int
 
     @classmethod
+    @cache
     def of_heads(cls, preset: Preset, head_size: int) -> "TileLayout":
-        """Return the layout for heads of `head_size` channels, padded with zeros to the next head_dim.
+        """Return the layout for heads of `head_size` channels, padded with zeros to the next head_dim: for alike heads
+        the same object.
 
         Raises:
             ValueError: if head_size is more than 256.

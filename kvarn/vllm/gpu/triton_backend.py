@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def _rows(x: Tensor, tokens: slice) -> Tensor:
     """Return `x[tokens]`, without an operation if these are all rows."""
-    return x if tokens.start == 0 and tokens.stop == len(x) else x[tokens]
+    return x if tokens.start == 0 and tokens.stop == x.shape[0] else x[tokens]
 
 
 class Workspace:

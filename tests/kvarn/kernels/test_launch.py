@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvarn.bench.kernels.kernel_cases import engine_config
+from kvarn.bench.kernels.kernel_settings import PrefillBench
+from kvarn.kernels import decode, pages, quantize, rotate
+from kvarn.kernels import launch as launch_module
 from kvarn.kernels.launch import MAX_REMEMBERED, launch, replayed
+from kvarn.presets import get_preset
+from kvarn.tile import TileLayout
+from kvarn.vllm.access.single_layer import SingleLayer
 
 
 class Kernel:
@@ -131,3 +138,43 @@ def test_few_calls_are_remembered() -> None:
         for _ in range(2):
             scale(torch.zeros(rows, 8).half(), torch.zeros(3), 0.5)
     assert kernel.bound == MAX_REMEMBERED + 2
+
+
+def test_a_second_layer_binds_no_kernel_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that decodes beside a chunk that begins and ends inside tiles, on two layers of one engine."""
+    bench = PrefillBench(preset="kvarn_k4v4_g64", head_dim=64, kv_heads=1, query_heads=2)
+    device = torch.device("cpu")
+    config = engine_config(bench, longest=256, step_tokens=72, requests=2)
+    first, second = SingleLayer(config, device), SingleLayer(config, device)
+    blocks = torch.arange(8, dtype=torch.int32).view(2, 4)
+    first.assign_slots([0, 2, 4, 5, 7])
+    step = first.plan([1, 130], [130, 200], blocks)
+    bound: list[str] = []
+    repeated: list[str] = []
+
+    def noting(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        """Launch a kernel, and have it remembered as if it were compiled."""
+        bound.append(kernel.fn.__name__)
+        launch_module.launch(kernel, *arguments, **constants)
+        if (recorded := launch_module._thread.recorded) is not None:
+            _, programs, values = recorded[-1]
+            recorded[-1] = (Repeating(kernel.fn.__name__, repeated), programs, values)
+
+    for module in (decode, pages, quantize, rotate):
+        monkeypatch.setattr(module, "launch", noting)
+    for layer in (first, second):
+        query, key, value = torch.randn(131, 4, 64).bfloat16().split([2, 1, 1], dim=1)
+        cache = torch.zeros(8, 1, TileLayout.of_heads(get_preset(bench.preset), 64).nbytes, dtype=torch.uint8)
+        layer.run(query, key, value, cache, step, torch.zeros(131, 2, 64).bfloat16())
+    assert sorted(bound) == sorted(repeated)
+    assert {"_decode_part", "_combine_parts", "_fill_pages", "_quantize_tiles", "_rotate_store"} <= set(bound)
+
+
+class Repeating:
+    """What a launch returns that notes a kernel's name when it is repeated."""
+
+    def __init__(self, name: str, repeated: list[str]) -> None:
+        self._name, self._repeated = name, repeated
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: self._repeated.append(self._name)
