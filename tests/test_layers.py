@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -116,6 +117,14 @@ def test_private_names_of_vllm_stay_in_one_package(path: Path) -> None:
     chained = ".engine_core.engine_core" in path.read_text()
     assert not chained, (
         f"{path.relative_to(ROOT)} reads the engine core: use kvarn/vllm/access/engine_core.py"
+    )
+
+
+@pytest.mark.parametrize("module", ["kvarn.cli.main", "serve_app.launch", "serve_app.app"])
+def test_what_starts_engines_imports_no_vllm(module: str) -> None:
+    """It takes seconds, which an application would start later."""
+    subprocess.run(
+        [sys.executable, "-c", f"import sys, {module}; sys.exit('vllm' in sys.modules)"], cwd=ROOT, check=True
     )
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed.kv_events import MEDIUM_GPU
-
 from kvarn.vllm.mixed_layers import block_tokens, full_attention_group
 
 if TYPE_CHECKING:
@@ -137,6 +135,8 @@ def _change(event: Any, scheduler: Scheduler) -> CacheEvent:
 
 def _is_in_cache(event: Any) -> bool:
     """Whether an event is of the prefix cache; those of a KV connector name another medium."""
+    from vllm.distributed.kv_events import MEDIUM_GPU  # here, since what deploys engines imports this module
+
     return getattr(event, "medium", None) in (None, MEDIUM_GPU)
 
 
