@@ -108,7 +108,7 @@ def agents_table(title: str, summaries: Sequence[AgentsSummary]) -> Table:
 def plot_agents(path: Path, title: str, results: Sequence[tuple[AgentsSummary, AgentsRun]]) -> None:
     """Plot turns per second over the number of agents, if it varies, and the largest number of agents over time."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FormatStrFormatter
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     most = max(run.agents for _, run in results)
     largest = [(summary.server, run) for summary, run in results if run.agents == most]
@@ -135,8 +135,9 @@ def plot_agents(path: Path, title: str, results: Sequence[tuple[AgentsSummary, A
         columns[name].grid(alpha=0.3)
         columns[name].set_xlim(0, max(run.duration_s for _, run in largest))
     columns["first"].set_yscale("log")
+    columns["first"].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     columns["first"].yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    columns["first"].yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+    columns["first"].yaxis.set_minor_formatter(NullFormatter())
     columns["first"].set_xlabel(f"seconds since the start, {most} agents")
     columns["running"].legend(fontsize=8)
     figure.suptitle(title)
