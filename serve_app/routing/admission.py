@@ -64,7 +64,8 @@ class Headroom:
             mixed=capacity if capacity.other_blocks else None,
             s_per_token=s_per_token,
             pending_s=replica.pending_tokens * s_per_token,
-            delay_share=weights.delay * max(load.waiting_requests, replica.starting_requests),
+            delay_share=weights.delay * max(load.waiting_requests, replica.starting_requests)
+            + weights.stall * load.running_requests,
             sharing_s=weights.sharing * active * (load.inter_token_latency_s or UNMEASURED_INTER_TOKEN_S),
             evict_tile_s=capacity.tile_tokens * replica.recompute_rate * s_per_token,
             load_tile_s=capacity.tile_tokens * load.loading_s / max(load.loaded_tokens, 1),

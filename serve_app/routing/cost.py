@@ -16,6 +16,8 @@ class CostWeights:
         sharing: share of an inter-token latency that each running request costs a new one.
         delay: share of its own prefill time that a request pays for each request that waits there, since later
             requests wait as long for it.
+        stall: share of its own prefill time that a request pays for each request that runs there, whose next token
+            waits as long.
         occupancy_s: price of a completely full cache.
         occupancy_power: exponent of that price over occupancy; the higher, the later it rises.
         session_s: discount of the replica that served the request's session last...
@@ -26,6 +28,7 @@ class CostWeights:
 
     sharing: float = 0.1
     delay: float = 2.0
+    stall: float = 0.2
     occupancy_s: float = 0.5
     occupancy_power: int = 4
     session_s: float = 0.2
