@@ -20,10 +20,18 @@ DEFAULTS = EngineModel()
 
 
 def main(
-    trace: Annotated[Path, typer.Option(help="Requests in Mooncake's format, one JSON object per line.")],
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Requests in Mooncake's format, one JSON object per line; not for --scenario agents."
+        ),
+    ] = None,
     replicas: Annotated[int, typer.Option(min=1)] = 8,
     load: Annotated[
-        list[float], typer.Option(help="Arrival rate, as a multiple of the trace's; may be repeated.")
+        list[float],
+        typer.Option(
+            help="Arrival rate, as a multiple of the trace's, or of 24 agents per replica; may be repeated."
+        ),
     ] = [1.0],  # noqa: B006
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}, or all.")] = "all",
     scenario: Annotated[list[Scenario], typer.Option(help="May be repeated.")] = [Scenario.TRACE],  # noqa: B006
@@ -40,6 +48,12 @@ def main(
     prefill: Annotated[
         float, typer.Option(min=1, help="Prefill throughput per replica, in tokens per second.")
     ] = DEFAULTS.prefill_tokens_per_s,
+    step: Annotated[
+        float, typer.Option(min=0, help="Duration of a step beside its tokens, in seconds.")
+    ] = DEFAULTS.step_s,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum tokens per step.")
+    ] = DEFAULTS.batch_tokens,
     deadline: Annotated[
         float, typer.Option(help="TTFT SLO in seconds; goodput counts the answers within it.")
     ] = 10.0,
@@ -57,12 +71,16 @@ def main(
         )
     if min(load) <= 0:
         raise typer.BadParameter("must be above 0", param_hint="--load")
+    if trace is None and set(scenario) != {Scenario.AGENTS}:
+        raise typer.BadParameter("is required by every scenario but agents", param_hint="--trace")
     try:
-        requests = read_trace(trace)[: limit or None]
+        requests = read_trace(trace)[: limit or None] if trace is not None else []
     except TraceError as error:
         console.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
-    engine = EngineModel(cache_tokens=cache_tokens, prefill_tokens_per_s=prefill)
+    engine = EngineModel(
+        cache_tokens=cache_tokens, prefill_tokens_per_s=prefill, step_s=step, batch_tokens=batch_tokens
+    )
     runs = [
         SimulationRun(s, p, x, replicas, seed, engine, gateways)
         for s in scenario
@@ -72,7 +90,9 @@ def main(
     results = []
     with Progress(console=console, transient=True) as progress:
         for run in runs:
-            task = progress.add_task(f"{run.scenario} x{run.load:g} {run.policy}", total=len(requests))
+            task = progress.add_task(
+                f"{run.scenario} x{run.load:g} {run.policy}", total=len(requests) or None
+            )
             cluster = run.simulate(requests, lambda ended, task=task: progress.update(task, completed=ended))  # type: ignore[misc]
             results.append(result_of(cluster, run.scenario, run.policy, run.load, deadline))
             progress.remove_task(task)

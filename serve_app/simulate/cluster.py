@@ -77,6 +77,7 @@ class Cluster:
         replicas: the model of each replica, by id.
         policy: chooses a replica for each request.
         faults: deaths of replicas.
+        after: called when a request ends; a request that it returns arrives, too.
         on_progress: called with the number of ended requests, once per 100 of them.
     """
 
@@ -86,14 +87,16 @@ class Cluster:
         replicas: dict[str, EngineModel],
         policy: Policy,
         faults: Sequence[Fault] = (),
+        after: Callable[[SimulatedOutcome], TraceRequest | None] = lambda _: None,
         on_progress: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.outcomes = [SimulatedOutcome(request) for request in requests]
+        self.outcomes: list[SimulatedOutcome] = []
         self.totals = Totals()
         self.now_s = 0.0
         self.engines: dict[str, ModelledEngine] = {}
         self.policy = policy
         self._models = replicas
+        self._after = after
         self._on_progress = on_progress
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
@@ -103,8 +106,8 @@ class Cluster:
         self._ended = 0
         for replica_id in replicas:
             self._begin_life(replica_id)
-        for outcome in self.outcomes:
-            self._at(outcome.request.arrival_s, lambda outcome=outcome: self._arrive(outcome))  # type: ignore[misc]
+        for request in requests:
+            self._expect(request)
         for fault in faults:
             self._at(fault.at_s, lambda fault=fault: self._die(fault))  # type: ignore[misc]
 
@@ -125,6 +128,10 @@ class Cluster:
 
     def _at(self, at_s: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (at_s, next(self._order), event))
+
+    def _expect(self, request: TraceRequest) -> None:
+        self.outcomes.append(outcome := SimulatedOutcome(request))
+        self._at(request.arrival_s, lambda: self._arrive(outcome))
 
     def _arrive(self, outcome: SimulatedOutcome) -> None:
         ids = outcome.request.token_ids()
@@ -267,5 +274,7 @@ class Cluster:
         outcome.end_s = self.now_s
         outcome.ends += 1
         self._ended += 1
+        if (following := self._after(outcome)) is not None:
+            self._expect(following)
         if not self._ended % 100:
             self._on_progress(self._ended)

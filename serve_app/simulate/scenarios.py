@@ -10,13 +10,15 @@ from random import Random
 from serve_app.simulate.cluster import Cluster, Fault
 from serve_app.simulate.policies import make_policy
 from serve_app.simulate.simulated_engine import EngineModel
-from serve_app.simulate.trace import TraceRequest, churn, hot_spot, names, speed_up, zero_share
+from serve_app.simulate.trace import AgentTurns, TraceRequest, churn, hot_spot, names, speed_up, zero_share
 
 FP16_TILES_PER_K4V2 = 4.74  # size of fp16 over that of kvarn_k4v2_g128 for the same tokens, at head_dim 128
 
+AGENTS_PER_REPLICA = 24  # at a load of 1
+
 
 class Scenario(StrEnum):
-    """Variation of the trace or of the fleet."""
+    """Variation of the trace or of the fleet, or, instead of the trace, agents in a closed loop."""
 
     TRACE = "trace"
     ZERO_SHARE = "zero-share"
@@ -24,6 +26,7 @@ class Scenario(StrEnum):
     CHURN = "churn"
     FAULTS = "faults"
     FP16 = "fp16"
+    AGENTS = "agents"
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,17 @@ class SimulationRun:
         if self.scenario is Scenario.FP16:
             tokens = int(engine.cache_tokens / FP16_TILES_PER_K4V2)
             engine = replace(engine, cache_dtype="auto", cache_tokens=tokens)
-        requests = speed_up(_varied(self.scenario, trace, random), self.load)
+        agents = None
+        if self.scenario is Scenario.AGENTS:
+            agents = AgentTurns(round(AGENTS_PER_REPLICA * self.replicas * self.load), random)
+            requests = agents.first_turns()
+        else:
+            requests = speed_up(_varied(self.scenario, trace, random), self.load)
         replicas = dict.fromkeys(names(self.replicas), engine)
         policy = make_policy(self.policy, engine.cache_tokens // engine.tile_tokens, self.gateways)
         faults = _faults(requests, replicas, random) if self.scenario is Scenario.FAULTS else ()
-        cluster = Cluster(requests, replicas, policy, faults, on_progress)
+        after = agents.after if agents is not None else lambda _: None
+        cluster = Cluster(requests, replicas, policy, faults, after, on_progress)
         cluster.run()
         return cluster
 

@@ -8,6 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from serve_app.simulate.cluster import SimulatedOutcome
 
 UNIT_TOKENS = 512  # prompt tokens per id in a trace's `hash_ids`
 MAX_TOKENS = 2048  # max_tokens of the trace's requests, which records only the outputs
@@ -130,6 +134,42 @@ def conversations(random: Random, count: int, rate: float, units: int = 6) -> li
         prompt = len(ids) * UNIT_TOKENS - random.randrange(UNIT_TOKENS)
         requests.append(TraceRequest(arrival_s, prompt, output, max(512, output), ids))
     return requests
+
+
+class AgentTurns:
+    """The turns of agents in a closed loop: each arrives a pause after the end of the one before, which it extends.
+
+    Sizes are those of the coding agents of `kvarn bench agents`, in units of `UNIT_TOKENS`: 3,072 shared tokens, 4,096
+    own ones at the first turn, 1,536 more per turn, 150 out, pauses of 1 s on average.
+    """
+
+    shared, first, more, turns, output_tokens, pause_s = 6, 8, 3, 12, 150, 1.0
+
+    def __init__(self, agents: int, random: Random) -> None:
+        self._agents, self._random = agents, random
+        self._own_units = self.first + self.more * (self.turns - 1)
+
+    def first_turns(self) -> list[TraceRequest]:
+        """Return the first turn of every agent."""
+        return sorted((self._turn(agent, 0, 0.0) for agent in range(self._agents)), key=lambda r: r.arrival_s)
+
+    def after(self, outcome: SimulatedOutcome) -> TraceRequest | None:
+        """Return the turn after the one that has ended, or None if it was the agent's last."""
+        ids = outcome.request.hash_ids
+        agent, last = divmod(ids[-1] - self.shared, self._own_units)
+        turn = (last + 1 - self.first) // self.more + 1
+        return self._turn(agent, turn, outcome.end_s) if turn < self.turns else None
+
+    def _turn(self, agent: int, turn: int, from_s: float) -> TraceRequest:
+        begin = self.shared + agent * self._own_units
+        ids = (*range(self.shared), *range(begin, begin + self.first + self.more * turn))
+        return TraceRequest(
+            from_s + self._random.expovariate(1 / self.pause_s),
+            len(ids) * UNIT_TOKENS,
+            self.output_tokens,
+            self.output_tokens,
+            ids,
+        )
 
 
 def names(count: int) -> Iterator[str]:

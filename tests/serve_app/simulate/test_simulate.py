@@ -13,9 +13,9 @@ import pytest
 from serve_app.simulate.cluster import Cluster, Fault
 from serve_app.simulate.policies import POLICIES, Routed, make_policy
 from serve_app.simulate.results import Result, result_of
-from serve_app.simulate.scenarios import Scenario, SimulationRun
+from serve_app.simulate.scenarios import AGENTS_PER_REPLICA, Scenario, SimulationRun
 from serve_app.simulate.simulated_engine import EngineModel
-from serve_app.simulate.trace import TraceError, TraceRequest, conversations, names, read_trace
+from serve_app.simulate.trace import AgentTurns, TraceError, TraceRequest, conversations, names, read_trace
 
 SAMPLE = Path(__file__).parent / "trace_sample.jsonl"
 SMALL = EngineModel(cache_tokens=12_800, max_model_len=12_800, max_running=16)
@@ -112,6 +112,18 @@ def test_where_round_robin_saturates_first_tokens_come_five_times_sooner() -> No
 SATURATING = 1.5
 
 
+def test_agents_stay_where_their_contexts_are() -> None:
+    """For a context that is computed again elsewhere, all that run there wait."""
+    engine = EngineModel(
+        cache_tokens=760_000, prefill_tokens_per_s=30_000.0, step_s=0.0045, batch_tokens=8192
+    )
+    by_policy = results(Scenario.AGENTS, 1.0, list(POLICIES), engine)
+    ours = by_policy["ours"]
+    assert ours.requests == 8 * AGENTS_PER_REPLICA * AgentTurns.turns
+    assert ours.hit_rate > 0.85
+    assert all(ours.goodput > 1.3 * other.goodput for other in by_policy.values() if other is not ours)
+
+
 def test_without_shared_prefixes_routing_costs_nothing() -> None:
     by_policy = results(Scenario.ZERO_SHARE, 0.8, ["least_loaded", "ours"], EngineModel(), limit=1000)
     assert by_policy["ours"].ttft_p90_s <= 1.03 * by_policy["least_loaded"].ttft_p90_s
@@ -132,7 +144,7 @@ def test_a_larger_cache_for_the_same_memory_finds_more_prefixes() -> None:
     assert k4v2.hit_rate > 1.2 * fp16.hit_rate
 
 
-@pytest.mark.parametrize("scenario", [Scenario.HOT_SPOT, Scenario.CHURN, Scenario.FAULTS])
+@pytest.mark.parametrize("scenario", [Scenario.HOT_SPOT, Scenario.CHURN, Scenario.FAULTS, Scenario.AGENTS])
 def test_every_request_is_answered(scenario: Scenario) -> None:
     trace = read_trace(SAMPLE)[:200]
     for policy in POLICIES:
