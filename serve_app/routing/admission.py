@@ -47,7 +47,8 @@ class Headroom:
         capacity, load = replica.snapshot.capacity, replica.snapshot.load
         total_blocks = max(capacity.total_blocks, 1)
         open_blocks = load.free_blocks + load.evictable_blocks - replica.reserved_blocks
-        s_per_token = prefill_s_per_token(load.prefill_tokens_per_s, replica.slowness)
+        measured = load.prefill_tokens_per_s or replica.fleet_tokens_per_s
+        s_per_token = prefill_s_per_token(measured, replica.slowness)
         active = load.running_requests + load.waiting_requests + replica.starting_requests
         return cls(
             replica_id=replica.replica_id,

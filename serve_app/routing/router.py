@@ -333,12 +333,19 @@ class Router:
             pending_tokens=self._others(load.pending_prefill_tokens)
             + self._reservations.pending_tokens(replica_id),
             starting_requests=self._reservations.starting(replica_id),
+            fleet_tokens_per_s=0.0 if load.prefill_tokens_per_s else self._fleet_tokens_per_s(),
             slowness=_faded(replica.slowness, now_s - replica.slowness_s),
             recompute_rate=self.index.recompute_rate(replica_id),
             staleness_s=max(now_s - replica.heard_s - LATE_S, 0.0),
             broken=not replica.breaker.allows(now_s),
             breaker=replica.breaker.state(now_s),
         )
+
+    def _fleet_tokens_per_s(self) -> float:
+        """Return the mean prefill speed of the replicas that have measured theirs, 0 if none has."""
+        speeds = [replica.snapshot.load.prefill_tokens_per_s for replica in self._replicas.values()]
+        measured = [speed for speed in speeds if speed]
+        return sum(measured) / len(measured) if measured else 0.0
 
     def _others(self, by_gateway: Mapping[str, int]) -> int:
         """Sum what other gateways hold, as engines report it; this gateway counts its own reservations sooner."""

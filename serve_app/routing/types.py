@@ -139,7 +139,8 @@ class ReplicaState(NamedTuple):
     """A replica as a gateway sees it; a tuple, since each decision makes a new one of the replica it chooses.
 
     `reserved_blocks` and `pending_tokens` count the requests of all gateways; `starting_requests` are this gateway's
-    own that have no slot yet. `slowness` is the ratio of actual to predicted times to first token, `recompute_rate`
+    own that have no slot yet. `fleet_tokens_per_s` is the mean prefill speed of the replicas that have measured theirs,
+    0 if none has. `slowness` is the ratio of actual to predicted times to first token, `recompute_rate`
     the share of evicted tiles that are computed again, `staleness_s` the price of its silence. A replica that is
     `broken` gets no request now, by its `breaker`; one that `is_full` has rejected a request for lack of blocks.
     """
@@ -150,6 +151,7 @@ class ReplicaState(NamedTuple):
     reachable: bool = True
     pending_tokens: int = 0
     starting_requests: int = 0
+    fleet_tokens_per_s: float = 0.0
     slowness: float = 1.0
     recompute_rate: float = 0.0
     staleness_s: float = 0.0

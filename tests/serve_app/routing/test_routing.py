@@ -480,6 +480,21 @@ def test_a_dispatch_counts_as_cached_until_it_ends_without_an_event() -> None:
     assert {c.replica_id: c.cached_tiles for c in after.explain()}[first.replica_id] == 2
 
 
+@pytest.mark.parametrize("speed", [100.0, 40_000.0])
+def test_a_replica_that_has_measured_no_prefill_is_as_fast_as_the_others(speed: float) -> None:
+    """A new one, or one that has only loaded, is neither avoided by a fast fleet nor preferred by a slow one."""
+    router = Router(GATEWAY)
+    states = {"old": speed, "new": 0.0}
+    for replica, measured in states.items():
+        state = snapshot()
+        load = replace(state.load, prefill_tokens_per_s=measured)
+        router.update(replica, replace(state, load=load), NOW_S)
+    priced = router.choose(RequestNeed(1280, 1), None, NOW_S).explain()
+    assert {c.replica_id: c.first_token_s for c in priced} == dict.fromkeys(
+        states, pytest.approx(1280 / speed)
+    )
+
+
 def test_other_gateways_reservations_count_and_own_are_not_counted_twice() -> None:
     router = Router(GATEWAY)
     router.update("r", snapshot(total=10), NOW_S)
