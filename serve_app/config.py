@@ -8,7 +8,7 @@ from math import inf
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kvarn.presets import MAX_QUERIES, get_preset
 from kvarn.vllm.slots import Speculation
@@ -22,6 +22,24 @@ TEXT_METHODS = ("ngram", "suffix")  # of speculative decoding: without a drafter
 NGRAM_LENGTHS = {"prompt_lookup_min": 2, "prompt_lookup_max": 4}  # vLLM matches 5 tokens, which is rare
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
+
+
+def _check_absolute(path: str) -> str:
+    if not path.startswith("/"):
+        raise ValueError(
+            f"{path!r} is relative to a directory that nodes do not share: give an absolute path"
+        )
+    return path
+
+
+def _check_http(address: str) -> str:
+    if not address.startswith(("http://", "https://")):
+        raise ValueError(f"{address!r} has no scheme: give an address that begins with http:// or https://")
+    return address
+
+
+AbsolutePath = Annotated[str, AfterValidator(_check_absolute)]
+HttpAddress = Annotated[str, AfterValidator(_check_http)]
 
 
 def is_loopback(host: str) -> bool:
@@ -122,8 +140,8 @@ class SpeculativeConfig(StrictSettings):
 class SharedStoreConfig(StrictSettings):
     """A directory in which all engines of a node store prefixes, and from which they load each other's."""
 
-    directory: str = Field(
-        pattern="^/", description="absolute path on every node with engines; made if it does not exist"
+    directory: AbsolutePath = Field(
+        description="absolute path on every node with engines; made if it does not exist"
     )
     capacity_gib: float = Field(
         gt=0, description="maximum size of all files; the least recently used are removed"
@@ -467,8 +485,8 @@ class GatewayConfig(StrictSettings):
 class TracingConfig(StrictSettings):
     """Export of OpenTelemetry spans."""
 
-    otlp_endpoint: str = Field(
-        pattern="^https?://", description="an OTLP collector's gRPC address, e.g. http://127.0.0.1:4317"
+    otlp_endpoint: HttpAddress = Field(
+        description="an OTLP collector's gRPC address, e.g. http://127.0.0.1:4317"
     )
     sample_ratio: float = Field(
         default=1, ge=0, le=1, description="share of traces to sample, unless the client decides"

@@ -470,6 +470,8 @@ def _first_problem(error: ValidationError) -> str:
     place = ".".join(str(part) for part in ("args", *problem["loc"]))
     if problem["type"] == "extra_forbidden":
         return f"{place}: there is no such setting: correct the name, or remove it"
+    if problem["type"] == "missing":
+        return f"{place} is required: add it"
     return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
 
 

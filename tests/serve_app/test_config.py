@@ -66,7 +66,7 @@ def test_engines_of_both_kinds_are_counted() -> None:
                 ({"cpu_bytes_to_use": -1}, "cpu_bytes_to_use is -1: give a number of bytes"),
             )
         ),
-        ({"engine": {**ON_CPU, "shared_store": {**STORE, "directory": "blocks"}}}, "directory"),
+        ({"engine": {**ON_CPU, "shared_store": {**STORE, "directory": "blocks"}}}, "give an absolute path"),
         ({"engine": {**ON_CPU, "shared_store": {**STORE, "capacity_gib": 0}}}, "capacity_gib"),
         ({"disaggregation": {}}, "hands prompts over in engine.shared_store: set that, too"),
         (
@@ -78,7 +78,10 @@ def test_engines_of_both_kinds_are_counted() -> None:
             {"engine": {"autoscaling": {"max_replicas": 2, "downscale_occupancy": 0.8}}},
             "must be below upscale_occupancy",
         ),
-        ({"observability": {"tracing": {"otlp_endpoint": "localhost:4317"}}}, "should match pattern"),
+        (
+            {"observability": {"tracing": {"otlp_endpoint": "localhost:4317"}}},
+            "give an address that begins with http://",
+        ),
         ({"gateway": {"port": 65536}}, "less than or equal to 65535"),
         ({"gateway": {"port": 8000}}, "port and http.port are both 8000: gRPC and HTTP need different ports"),
         (
