@@ -39,6 +39,7 @@ from kvarn.plan.model_shape import ModelShape
 from kvarn.presets import PRESETS
 from kvarn.vllm.cache_settings import KVarNConfig, num_host_sinks
 from kvarn.vllm.slots import NO_DRAFTS
+from kvarn.vllm.store.block_files import check_directory
 from serve_app.config import GIB, AppConfig, EngineConfig
 from serve_app.local_ray import STOP_TIMEOUT_S, adopt_orphans, end_descendants
 from serve_app.local_ray import start as start_ray
@@ -124,12 +125,19 @@ def check_machine(app: App) -> None:
     """Check that this machine has the ports and resources that the application needs.
 
     Raises:
-        LaunchError: a gateway's port is in use, or the engines need more CPUs, memory or GPUs than there are.
+        LaunchError: a gateway's port is in use, the engines need more CPUs, memory or GPUs than there are, or the
+            shared store's directory cannot be written.
     """
     if app.config.engine.device == "cpu":
         _check_cpus(app.config)
     else:
         _check_gpus(app.config)
+    store = app.config.engine.shared_store
+    if store is not None:
+        try:
+            check_directory(Path(store.directory))
+        except ValueError as error:
+            raise LaunchError(f"args.engine.shared_store.directory: {error}") from None
     gateway = app.config.gateway
     for setting, listener in (("gateway.port", gateway), ("gateway.http.port", gateway.http)):
         if listener.port and not _is_free(listener.host, listener.port):

@@ -36,6 +36,36 @@ class BlockError(OSError):
     """A file does not hold the block that its name says."""
 
 
+def check_directory(root: Path) -> None:
+    """Check that this user can keep blocks below `root`, which need not exist; nothing is made.
+
+    Raises:
+        ValueError: a part of the path is no directory, or not writable, or what is there belongs to another user.
+    """
+    own = root / BLOCKS
+    existing = next(path for path in (own, *own.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise ValueError(f"{existing} is no directory: give another path for the shared store")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{existing} cannot be written by this user: give another path for the shared store, or change "
+            "the directory's permissions"
+        )
+    if existing == own:
+        try:
+            _check_owner(own)
+        except OSError as error:
+            raise ValueError(f"{error.strerror}: give another path for the shared store") from None
+
+
+def _check_owner(directory: Path) -> None:
+    """Raise OSError unless the directory exists, and nobody but this user can put files into it."""
+    status = directory.lstat()
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    if not is_own or status.st_mode & WRITABLE_BY_OTHERS:
+        raise PermissionError(EPERM, f"{directory} is another user's, or others may write to it")
+
+
 class BlockFiles:
     """The files of one kind of blocks, in a directory below `root` that only engines with equal blocks name.
 
@@ -191,12 +221,8 @@ class BlockFiles:
         self._check_owner()
 
     def _check_owner(self) -> None:
-        """Raise OSError unless the directories exist, and nobody but this user can put files into them."""
         for directory in (self._own, self._directory):
-            status = directory.lstat()
-            is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-            if not is_own or status.st_mode & WRITABLE_BY_OTHERS:
-                raise PermissionError(EPERM, f"{directory} is another user's, or others may write to it")
+            _check_owner(directory)
 
     def _remove(self, name: str) -> None:
         for rank in range(self._ranks):

@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 
 from kvarn.vllm.store import fingerprint, hand_over
-from kvarn.vllm.store.block_files import ABANDONED_S, BLOCKS, CLEARED, HEADER, BlockError, BlockFiles
+from kvarn.vllm.store.block_files import (
+    ABANDONED_S,
+    BLOCKS,
+    CLEARED,
+    HEADER,
+    BlockError,
+    BlockFiles,
+    check_directory,
+)
 from kvarn.vllm.store.daemon_threads import DaemonThreads
 from kvarn.vllm.store.hand_over import HandOver
 from kvarn.vllm.store.presence import Presence
@@ -438,3 +446,23 @@ def test_what_was_submitted_runs_before_threads_end_and_gives_its_error() -> Non
     assert (results[0].result(0), results[2].result(0)) == (1, 3)
     with pytest.raises(ValueError, match="invalid literal"):
         results[1].result(0)
+
+
+def test_a_directory_that_cannot_hold_blocks_is_refused_and_nothing_is_made(tmp_path: Path) -> None:
+    check_directory(tmp_path / "new" / "store")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file is no directory: give another path"):
+        check_directory(tmp_path / "file" / "store")
+    (tmp_path / BLOCKS).mkdir(mode=0o700)
+    check_directory(tmp_path)
+    (tmp_path / BLOCKS).chmod(0o770)
+    with pytest.raises(ValueError, match=r"others may write to it: give another path"):
+        check_directory(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_this_user_cannot_write_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="cannot be written by this user"):
+        check_directory(tmp_path / "store")
