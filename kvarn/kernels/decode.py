@@ -36,8 +36,8 @@ from kvarn.kernels.decode_work import (
     row_pointers,
     segment,
 )
-from kvarn.kernels.launch import launch, replayed
 from kvarn.kernels.launch_settings import FEW_ROWS
+from kvarn.kernels.launches import launch, replayed
 from kvarn.kernels.records import (
     E4M3_UNIT,
     bias_rows,
@@ -57,8 +57,7 @@ from kvarn.kernels.records import (
     step_weights,
 )
 from kvarn.kernels.rotate import signs
-from kvarn.kernels.sink_logits import add_sinks
-from kvarn.kernels.soft_cap import soft_capped
+from kvarn.kernels.scores import add_sinks, soft_capped
 from kvarn.tile import TileLayout
 
 FEW_PARTS = 32  # up to this many per pair on average, one program combines them for several query rows

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import check_decode_batch, check_packed
-from kvarn.kernels.launch import launch
+from kvarn.kernels.launches import launch
 
 ROWS_PER_PROGRAM = 128
 

@@ -33,7 +33,7 @@ from kvarn.kernels.record_values import (
     tokens_twice,
 )
 from kvarn.kernels.records import record_at
-from kvarn.kernels.soft_cap import soft_capped
+from kvarn.kernels.scores import soft_capped
 
 
 @triton.jit

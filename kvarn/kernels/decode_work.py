@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import check_packed, check_queries
-from kvarn.kernels.launch import launch
 from kvarn.kernels.launch_settings import FEW_ROWS, DecodeLaunch, decode_launch
+from kvarn.kernels.launches import launch
 from kvarn.tile import TileLayout
 
 MAX_HEADS = 16  # query heads per KV head

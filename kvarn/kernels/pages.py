@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import check_packed, check_rows
-from kvarn.kernels.launch import launch, replayed
+from kvarn.kernels.launches import launch, replayed
 from kvarn.kernels.records import (
     code_words,
     codes,

@@ -14,10 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import check_packed, check_sinks, check_tensor
-from kvarn.kernels.launch import launch
+from kvarn.kernels.launches import launch
 from kvarn.kernels.rotate import float16_rows
-from kvarn.kernels.sink_logits import LOG2_E, add_sinks
-from kvarn.kernels.soft_cap import soft_capped
+from kvarn.kernels.scores import LOG2_E, add_sinks, soft_capped
 
 JOINED_ROWS = 32  # rows of a program that joins parts
 

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import check_packed, check_rows
-from kvarn.kernels.launch import launch, replayed
 from kvarn.kernels.launch_settings import settings_for
+from kvarn.kernels.launches import launch, replayed
 from kvarn.kernels.records import (
     INTERPRETED,
     contracted_place,

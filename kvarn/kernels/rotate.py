@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvarn.checks import MODEL_DTYPES, check_packed, check_rows
-from kvarn.kernels.launch import launch, replayed
+from kvarn.kernels.launches import launch, replayed
 from kvarn.kernels.records import INTERPRETED, to_float16
 from kvarn.reference.hadamard import hadamard_matrix
 

@@ -1,4 +1,4 @@
-"""Learned attention sinks: logits that take their share of a softmax and have no value."""
+"""What models do to attention scores: learned sinks, which take a share of the softmax, and soft caps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOG2_E: tl.constexpr = tl.constexpr(log2(e))
 
 @triton.jit
 def add_sinks(sinks, m, l, acc):
-    """Add a sink to each row of an online softmax in base 2.
+    """Add a sink, a learned logit that has no value, to each row of an online softmax in base 2.
 
     Args:
         sinks: pointers to the logits, [N] or one for all rows.
@@ -26,3 +26,18 @@ def add_sinks(sinks, m, l, acc):
     largest = tl.maximum(m, sink)
     alpha = tl.exp2(m - largest)
     return largest, l * alpha + tl.exp2(sink - largest), acc * alpha[:, None]
+
+
+@triton.jit
+def soft_capped(score, soft_cap: tl.constexpr):
+    """Return `soft_cap` * tanh(score / `soft_cap`); the score itself if `soft_cap` is 0.
+
+    Args:
+        score: float32, in base 2 (times log2(e)), as is the result. It may be infinite.
+        soft_cap: float >= 0, not in base 2.
+    """
+    if soft_cap > 0:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1), where an overflow of exp leaves 1.
+        largest: tl.constexpr = soft_cap * LOG2_E
+        score = 1 / (tl.exp2(score * (2 / soft_cap)) + 1) * (-2 * largest) + largest
+    return score

@@ -13,7 +13,7 @@ from vllm.utils.math_utils import cdiv
 
 from kvarn.kernels import decode, decode_plan, pages, prefill, quantize, rotate
 from kvarn.kernels.decode_work import MAX_HEADS, DecodeShape
-from kvarn.kernels.launch import compiling
+from kvarn.kernels.launches import compiling
 from kvarn.kernels.prefill_plan import PrefillWave, pages_for
 from kvarn.tile import FLOAT16_BYTES, TileLayout
 from kvarn.vllm.cache_settings import MAX_PAGES_BYTES, KVarNConfig

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from kvarn.bench.kernels.kernel_cases import engine_config
 from kvarn.bench.kernels.kernel_settings import PrefillBench
-from kvarn.kernels import decode, pages, quantize, rotate
-from kvarn.kernels import launch as launch_module
-from kvarn.kernels.launch import MAX_REMEMBERED, launch, replayed
+from kvarn.kernels import decode, launches, pages, quantize, rotate
+from kvarn.kernels.launches import MAX_REMEMBERED, launch, replayed
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.access.single_layer import SingleLayer
@@ -155,8 +154,8 @@ def test_a_second_layer_binds_no_kernel_anew(monkeypatch: pytest.MonkeyPatch) ->
     def noting(kernel: Any, *arguments: Any, **constants: Any) -> None:
         """Launch a kernel, and have it remembered as if it were compiled."""
         bound.append(kernel.fn.__name__)
-        launch_module.launch(kernel, *arguments, **constants)
-        if (recorded := launch_module._thread.recorded) is not None:
+        launches.launch(kernel, *arguments, **constants)
+        if (recorded := launches._thread.recorded) is not None:
             _, programs, values = recorded[-1]
             recorded[-1] = (Repeating(kernel.fn.__name__, repeated), programs, values)
 
