@@ -186,15 +186,17 @@ class Prefill:
 
         What another request has computed at this moment is waited for. If no replica takes the rest, or the one that
         does fails or takes too long, all of that remains; so does what the store has not taken.
+
+        Raises:
+            DeadlineError: the request's own deadline came first.
         """
         now_s, prompt = time.monotonic(), generation.prompt
-        limit_s = min(self._config.prefill_timeout_s, generation.deadline_s - now_s)
+        until_s = min(now_s + self._config.prefill_timeout_s, generation.deadline_s)
         chain, tile_tokens = self._router.usable_chain(chosen.replica_id, prompt)
-        if self._running.sharing(chain) is not None:
-            chosen = await self._after_others(generation, chosen, now_s + limit_s)
-            waited_s = time.monotonic() - now_s
-            now_s, limit_s = now_s + waited_s, limit_s - waited_s
-        if limit_s <= 0 or chosen.uncached_tokens < self._config.min_prompt_tokens:
+        if has_waited := self._running.sharing(chain) is not None:
+            chosen = await self._after_others(generation, chosen, until_s)
+            now_s = time.monotonic()
+        if now_s >= until_s or chosen.uncached_tokens < self._config.min_prompt_tokens:
             return chosen
         key = new_key()
         prefill = self._router.admit(
@@ -205,15 +207,21 @@ class Prefill:
             return chosen
         cached_tiles = (len(prompt) - chosen.uncached_tokens) // tile_tokens
         self._router.expect(generation.key, len(prompt) - len(chain) * tile_tokens, now_s)
+        is_late, has_deadline = False, until_s == generation.deadline_s
         with self._running.computing(chosen.replica_id, chain[cached_tiles:]) as running:
             try:
-                last = await self._compute(generation, key, prefill, limit_s)
-            except (ReplicaError, RequestError, TimeoutError):
+                is_whole = not (has_waited or has_deadline)
+                last = await self._compute(generation, key, prefill, until_s - now_s, is_whole)
+            except (ReplicaError, RequestError):
                 last = None
+            except TimeoutError:
+                last, is_late = None, has_deadline
             stored = 0 if last is None else min(last.stored_tiles, len(chain))
             running.stored_tiles.set_result(stored)
         is_done = last is not None and stored == len(chain)
         self._observer.recorder.add(metrics.PREFILLS, 1, result="done" if is_done else "failed")
+        if is_late:  # the clock may show a little less yet, for which no answer is begun
+            raise DeadlineError(_TOO_LATE)
         if last is not None and is_done and generation.prefill_cached_tokens is None:
             generation.prefill_cached_tokens = last.cached_tokens
         left = min(chosen.uncached_tokens, len(prompt) - stored * tile_tokens)
@@ -245,12 +253,17 @@ class Prefill:
         return chosen
 
     async def _compute(
-        self, generation: Generation, key: str, prefill: Candidate, limit_s: float
+        self, generation: Generation, key: str, prefill: Candidate, limit_s: float, is_whole: bool
     ) -> engine_pb2.EngineDelta:
         """Call the replica `prefill`, which holds the reservation `key`, and wait until it has stored the prompt.
 
+        It is the replica's failure if `limit_s` is the `is_whole` time that a prompt may take, and that passes.
+
         Returns:
             The last delta, which says how much of the prompt is stored.
+
+        Raises:
+            TimeoutError: it takes longer than `limit_s`.
         """
         try:
             call = EngineCall(
@@ -269,7 +282,7 @@ class Prefill:
             async with asyncio.timeout(limit_s):
                 return [delta async for delta in call][-1]
         except TimeoutError:
-            if limit_s >= self._config.prefill_timeout_s:  # not if the request had waited, or is late itself
+            if is_whole:
                 self._router.failed(key, time.monotonic())
             raise
         finally:
