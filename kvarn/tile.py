@@ -281,8 +281,8 @@ class TileLayout:
     @classmethod
     @cache
     def of_heads(cls, preset: Preset, head_size: int) -> "TileLayout":
-        """Return the layout for heads of `head_size` channels, padded with zeros to the next head_dim: for alike heads
-        the same object.
+        """Return the layout for heads of `head_size` channels, padded with zeros to the next head_dim; the same
+        object for equal arguments.
 
         Raises:
             ValueError: if head_size is more than 256.

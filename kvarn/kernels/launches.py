@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, ParamSpec
 from torch import Tensor
 from triton import AsyncCompileMode
 
-ALIGNMENT = 16  # bytes; Triton compiles a kernel apart for addresses that are multiples of it
+ALIGNMENT = 16  # bytes; Triton compiles a kernel separately for addresses that are multiples of it
 MAX_REMEMBERED = 16  # calls per function; a step makes few that differ
 
 P = ParamSpec("P")
@@ -51,7 +51,7 @@ class _Call(NamedTuple):
 
 
 class _Thread(threading.local):
-    """What launches of this thread do beside running.
+    """What launches of this thread do besides running.
 
     Attributes:
         compiles: whether they compile their kernels and do not run them.
@@ -97,19 +97,20 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
 
 
 def replayed(function: Callable[P, None]) -> Callable[P, None]:
-    """Let a function that checks its arguments and calls `launch` do both once for arguments alike, and then repeat
-    the launches alone.
+    """Let a function that checks its arguments and calls `launch` do both once for equivalent arguments, and then
+    repeat the launches alone.
 
-    Arguments are alike if tensors agree in shape, strides, dtype, device and alignment, numbers in value, and other
-    objects are the same; tuples of them are looked into. What is launched may depend on nothing else, and may read and
-    write nothing but tensors among the arguments and memory that outlives the call. Calls with keyword arguments are
-    not remembered, nor are those in Triton's interpreter and those that only compile.
+    Arguments are equivalent if tensors agree in shape, strides, dtype, device and alignment, numbers in value, and
+    other objects are the same; tuples of them are looked into. What is launched may depend on nothing else, and may
+    read and write nothing but tensors among the arguments and memory that outlives the call. Not remembered are calls
+    with keyword arguments or with one tensor in two places, in Triton's interpreter, that only compile, and of one
+    such function by another.
     """
     calls: dict[tuple[Any, ...], _Call] = {}
 
     @wraps(function)
     def call(*arguments: P.args, **keywords: P.kwargs) -> None:
-        if keywords or _thread.compiles:
+        if keywords or _thread.compiles or _thread.recorded is not None:
             function(*arguments, **keywords)
             return
         key: list[Any] = []
@@ -139,7 +140,7 @@ def replayed(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def _describe(arguments: tuple[Any, ...], key: list[Any], addresses: list[int]) -> None:
-    """Append to `key` what makes arguments alike, see `replayed`, and to `addresses` those of their tensors."""
+    """Append to `key` what makes arguments equivalent, see `replayed`, and to `addresses` those of their tensors."""
     for x in arguments:
         if isinstance(x, Tensor):
             address = x.data_ptr()
@@ -171,6 +172,7 @@ def _remember(arguments: tuple[Any, ...], launches: list[tuple[Any, int, list[An
                 return None
             if owners:
                 addresses.append((at, owners[0], x.data_ptr() - tensors[owners[0]].data_ptr()))
+                values[at] = None  # the tensor must not outlive its call
             else:
                 call.kept.append(x)
                 values[at] = x.data_ptr()
@@ -183,9 +185,8 @@ def _flattened(arguments: tuple[Any, ...]) -> list[Any]:
 
 
 def _owners(x: Tensor, tensors: list[Tensor]) -> list[int]:
-    """Return the index of `x` among `tensors`, else the indices of those whose memory it views."""
-    for index, tensor in enumerate(tensors):
-        if x is tensor:
-            return [index]
+    """Return the indices of `tensors` that are `x`, else of those whose memory it views."""
+    if same := [index for index, tensor in enumerate(tensors) if x is tensor]:
+        return same
     memory = x.untyped_storage().data_ptr()
     return [index for index, tensor in enumerate(tensors) if tensor.untyped_storage().data_ptr() == memory]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvarn.kernels import decode, decode_work, pages, quantize, rotate
+from kvarn.kernels.launches import launch
 from kvarn.presets import get_preset
 from kvarn.reference import codec, hadamard
 from kvarn.tile import TileLayout
@@ -73,19 +74,26 @@ def test_decode_over_a_million_tokens_in_a_cache_beyond_32_bits() -> None:
     assert (error < 6e-3).all()
 
 
-def test_calls_that_are_repeated_for_another_layer_write_what_first_calls_write() -> None:
+def test_calls_that_are_repeated_for_another_layer_write_what_first_calls_write(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
     group, head_dim, tokens = LAYOUT.group, LAYOUT.head_dim, 300
-    at = torch.arange(tokens, dtype=torch.int32, device=device)
-    tiles = torch.arange(3, dtype=torch.int32, device=device)
-    into = pages.PageTiles(tiles, tiles, torch.tensor([-1, 1, -1], dtype=torch.int32, device=device))
+    launched = []
 
-    def random(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+    def counting(*arguments: Any, **constants: Any) -> None:
+        launched.append(arguments[0])
+        launch(*arguments, **constants)
+
+    for module in (pages, quantize, rotate):
+        monkeypatch.setattr(module, "launch", counting)
+
+    def numbers(count: int) -> torch.Tensor:
+        return torch.arange(count, dtype=torch.int32, device=device)
 
     def layer(packed: torch.Tensor, remembered: bool) -> list[torch.Tensor]:
         """Run a layer whose tensors are its own; calls with keyword arguments are not remembered."""
-        query, key, value = packed.split([HEADS * PER_HEAD, HEADS, HEADS], dim=1)
+        query, key, value = packed.split_with_sizes([HEADS * PER_HEAD, HEADS, HEADS], dim=1)
         rotated = torch.zeros(tokens, HEADS * PER_HEAD, head_dim, dtype=torch.float16, device=device)
         pool = torch.zeros(4, 2, HEADS, group, head_dim, dtype=torch.float16, device=device)
         raw, read = (
@@ -93,10 +101,17 @@ def test_calls_that_are_repeated_for_another_layer_write_what_first_calls_write(
         )
         cache = torch.zeros(3, HEADS, LAYOUT.nbytes, dtype=torch.uint8, device=device)
         out = packed[:, : HEADS * PER_HEAD].contiguous()
+        into = pages.PageTiles(
+            numbers(3), numbers(3), torch.tensor([-1, 1, -1], dtype=torch.int32, device=device)
+        )
         calls: list[tuple[Callable[..., None], tuple[Any, ...], dict[str, Any]]] = [
-            (rotate.rotate_store, (query, key, value, rotated, pool, at, raw), {"page_rows": at}),
-            (quantize.quantize_pages, (raw, tiles, tiles, cache), {"layout": LAYOUT}),
-            (quantize.quantize_slots, (pool, tiles[1:2], tiles[1:2], cache), {"layout": LAYOUT}),
+            (
+                rotate.rotate_store,
+                (query, key, value, rotated, pool, numbers(tokens), raw),
+                {"page_rows": numbers(tokens)},
+            ),
+            (quantize.quantize_pages, (raw, numbers(3), numbers(3), cache), {"layout": LAYOUT}),
+            (quantize.quantize_slots, (pool, numbers(2)[1:], numbers(2)[1:], cache), {"layout": LAYOUT}),
             (pages.fill_pages, (cache, pool, read, into), {"layout": LAYOUT}),
             (rotate.unrotate, (), {"out": out}),
         ]
@@ -107,7 +122,10 @@ def test_calls_that_are_repeated_for_another_layer_write_what_first_calls_write(
                 function(*arguments, **last)
         return [rotated, pool, raw, cache, read, out]
 
-    for _ in range(3):
-        packed = random(tokens, HEADS * (PER_HEAD + 2), head_dim, dtype=torch.bfloat16)
+    layers = 3
+    for _ in range(layers):
+        shape = (tokens, HEADS * (PER_HEAD + 2), head_dim)
+        packed = torch.randn(shape, generator=generator, device=device).bfloat16()
         for ours, expected in zip(layer(packed, True), layer(packed, False), strict=True):
             assert torch.equal(ours, expected)
+    assert len(launched) == 5 + 5 * layers  # the remembered ones once

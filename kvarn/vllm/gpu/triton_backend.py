@@ -129,10 +129,10 @@ class TritonLayer(KVarNLayer):
         )
         self.scratch_bytes = self.page_attention.scratch_bytes
         if self.workspace.is_new:
-            self.workspace.is_new = False
             with compiling():
                 self._launch_kernels(act_dtype)
             self._launch_kernels(act_dtype)
+            self.workspace.is_new = False
 
     def _launch_kernels(self, dtype: torch.dtype) -> None:
         """Launch every variant of every kernel once, so that none is compiled or loaded while requests wait."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from kvarn.bench.kernels.kernel_cases import engine_config
 from kvarn.bench.kernels.kernel_settings import PrefillBench
 from kvarn.kernels import decode, launches, pages, quantize, rotate
-from kvarn.kernels.launches import MAX_REMEMBERED, launch, replayed
+from kvarn.kernels.launches import MAX_REMEMBERED, compiling, launch, replayed
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
 from kvarn.vllm.access.single_layer import SingleLayer
@@ -22,13 +23,14 @@ class Kernel:
     """A stand-in for a compiled function of Triton, which notes its grids and arguments.
 
     Attributes:
-        bound: launches that Triton would have bound and compiled itself.
+        bound: launches that Triton would have bound itself.
+        compiled: compilations without a launch.
         launched: (programs, tensors' addresses and other arguments) of every launch.
     """
 
     def __init__(self, interpreted: bool = False) -> None:
         self.arg_names = ["X", "Y", "scale", "BLOCK"]
-        self.bound = 0
+        self.bound = self.compiled = 0
         self.launched: list[tuple[int, list[Any]]] = []
         self._interpreted = interpreted
 
@@ -39,6 +41,9 @@ class Kernel:
             return None if self._interpreted else Compiled(self)
 
         return run
+
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], BLOCK: int, num_warps: int) -> None:
+        self.compiled += 1
 
     def _note(self, grid: tuple[int, ...], *arguments: Any) -> None:
         self.launched.append((grid[0], [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]))
@@ -67,7 +72,7 @@ def scaling(kernel: Kernel, constant: Tensor | None = None) -> Callable[..., Non
     return scale
 
 
-def test_a_call_alike_launches_the_same_at_its_own_tensors() -> None:
+def test_an_equivalent_call_launches_the_same_at_its_own_tensors() -> None:
     kernel = Kernel()
     scale = scaling(kernel)
     calls = [(torch.zeros(4, 8).half(), torch.zeros(3)) for _ in range(3)]
@@ -137,6 +142,62 @@ def test_few_calls_are_remembered() -> None:
         for _ in range(2):
             scale(torch.zeros(rows, 8).half(), torch.zeros(3), 0.5)
     assert kernel.bound == MAX_REMEMBERED + 2
+    scale(torch.zeros(2, 8).half(), torch.zeros(3), 0.5)
+    assert kernel.bound == MAX_REMEMBERED + 3
+
+
+def test_one_tensor_in_two_places_is_not_taken_for_two() -> None:
+    kernel = Kernel()
+
+    @replayed
+    def both(x: Tensor, y: Tensor) -> None:
+        launch(kernel, 1, x, y, 0.5, BLOCK=8, num_warps=4)
+
+    twice, first, second = (torch.zeros(8) for _ in range(3))
+    both(twice, twice)
+    both(first, second)
+    assert kernel.launched[-1][1][:2] == [first.data_ptr(), second.data_ptr()]
+
+
+def test_what_is_remembered_keeps_no_tensor_of_its_call() -> None:
+    scale = scaling(Kernel())
+    x, y = torch.zeros(4, 8).half(), torch.zeros(3)
+    tensors = [weakref.ref(x), weakref.ref(y)]
+    scale(x, y, 0.5)
+    del x, y
+    assert [tensor() for tensor in tensors] == [None, None]
+
+
+def test_a_remembered_function_may_call_another() -> None:
+    kernel = Kernel()
+    inner = scaling(kernel)
+
+    @replayed
+    def outer(x: Tensor, y: Tensor) -> None:
+        inner(x, y, 0.5)
+        launch(kernel, 2, x, y, 0.5, BLOCK=8, num_warps=4)
+
+    for _ in range(2):
+        outer(torch.zeros(4, 8).half(), torch.zeros(3))
+    assert [programs for programs, _ in kernel.launched] == [4, 2, 4, 2]
+    assert kernel.bound == 2
+
+
+def test_compiling_launches_nothing_and_ends_with_its_block() -> None:
+    kernel = Kernel()
+    scale = scaling(kernel)
+    arguments = torch.zeros(4, 8).half(), torch.zeros(3), 0.5
+
+    def fail_after_compiling() -> None:
+        with compiling():
+            scale(*arguments)
+            scale(arguments[0].float(), *arguments[1:])
+
+    with pytest.raises(ValueError, match="x is not float16"):
+        fail_after_compiling()
+    assert (kernel.compiled, kernel.launched) == (1, [])
+    scale(*arguments)
+    assert len(kernel.launched) == 1
 
 
 def test_a_second_layer_binds_no_kernel_anew(monkeypatch: pytest.MonkeyPatch) -> None:
