@@ -333,7 +333,7 @@ class Router:
             pending_tokens=self._others(load.pending_prefill_tokens)
             + self._reservations.pending_tokens(replica_id),
             starting_requests=self._reservations.starting(replica_id),
-            fleet_tokens_per_s=0.0 if load.prefill_tokens_per_s else self._fleet_tokens_per_s(),
+            fleet_tokens_per_s=0.0 if load.prefill_tokens_per_s else self._fleet_tokens_per_s(replica),
             slowness=_faded(replica.slowness, now_s - replica.slowness_s),
             recompute_rate=self.index.recompute_rate(replica_id),
             staleness_s=max(now_s - replica.heard_s - LATE_S, 0.0),
@@ -341,10 +341,16 @@ class Router:
             breaker=replica.breaker.state(now_s),
         )
 
-    def _fleet_tokens_per_s(self) -> float:
-        """Return the mean prefill speed of the replicas that have measured theirs, 0 if none has."""
-        speeds = [replica.snapshot.load.prefill_tokens_per_s for replica in self._replicas.values()]
-        measured = [speed for speed in speeds if speed]
+    def _fleet_tokens_per_s(self, like: _Replica) -> float:
+        """Return the mean prefill speed of the replicas with the task of `like` that have measured theirs, 0 if none
+        has."""
+        is_prefill = like.snapshot.capacity.is_prefill
+        measured = [
+            speed
+            for replica in self._replicas.values()
+            if (speed := replica.snapshot.load.prefill_tokens_per_s)
+            and replica.snapshot.capacity.is_prefill == is_prefill
+        ]
         return sum(measured) / len(measured) if measured else 0.0
 
     def _others(self, by_gateway: Mapping[str, int]) -> int:

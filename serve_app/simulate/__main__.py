@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from serve_app.simulate.policies import POLICIES
 from serve_app.simulate.results import plot, result_of, table
-from serve_app.simulate.scenarios import Scenario, SimulationRun
+from serve_app.simulate.scenarios import AGENTS_PER_REPLICA, Scenario, SimulationRun
 from serve_app.simulate.simulated_engine import EngineModel
 from serve_app.simulate.trace import TraceError, read_trace
 
@@ -30,7 +30,8 @@ def main(
     load: Annotated[
         list[float],
         typer.Option(
-            help="Arrival rate, as a multiple of the trace's, or of 24 agents per replica; may be repeated."
+            help=f"Load, as a multiple of the trace's arrival rate or of {AGENTS_PER_REPLICA} agents per replica; may "
+            "be repeated."
         ),
     ] = [1.0],  # noqa: B006
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}, or all.")] = "all",
@@ -49,7 +50,7 @@ def main(
         float, typer.Option(min=1, help="Prefill throughput per replica, in tokens per second.")
     ] = DEFAULTS.prefill_tokens_per_s,
     step: Annotated[
-        float, typer.Option(min=0, help="Duration of a step beside its tokens, in seconds.")
+        float, typer.Option(min=0, help="Duration of a step without its tokens, in seconds.")
     ] = DEFAULTS.step_s,
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum tokens per step.")
@@ -91,7 +92,8 @@ def main(
     with Progress(console=console, transient=True) as progress:
         for run in runs:
             task = progress.add_task(
-                f"{run.scenario} x{run.load:g} {run.policy}", total=len(requests) or None
+                f"{run.scenario} x{run.load:g} {run.policy}",
+                total=None if run.scenario is Scenario.AGENTS else len(requests),
             )
             cluster = run.simulate(requests, lambda ended, task=task: progress.update(task, completed=ended))  # type: ignore[misc]
             results.append(result_of(cluster, run.scenario, run.policy, run.load, deadline))

@@ -52,7 +52,7 @@ class SimulationRun:
             engine = replace(engine, cache_dtype="auto", cache_tokens=tokens)
         agents = None
         if self.scenario is Scenario.AGENTS:
-            agents = AgentTurns(round(AGENTS_PER_REPLICA * self.replicas * self.load), random)
+            agents = AgentTurns(max(1, round(AGENTS_PER_REPLICA * self.replicas * self.load)), random)
             requests = agents.first_turns()
         else:
             requests = speed_up(_varied(self.scenario, trace, random), self.load)

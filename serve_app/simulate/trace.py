@@ -139,8 +139,8 @@ def conversations(random: Random, count: int, rate: float, units: int = 6) -> li
 class AgentTurns:
     """The turns of agents in a closed loop: each arrives a pause after the end of the one before, which it extends.
 
-    Sizes are those of the coding agents of `kvarn bench agents`, in units of `UNIT_TOKENS`: 3,072 shared tokens, 4,096
-    own ones at the first turn, 1,536 more per turn, 150 out, pauses of 1 s on average.
+    Sizes are those of the coding agents of `kvarn bench agents`, rounded to units of `UNIT_TOKENS`: 3,072 shared
+    tokens, 4,096 own ones at the first turn, 1,536 more per turn, 150 out, pauses of 1 s on average.
     """
 
     shared, first, more, turns, output_tokens, pause_s = 6, 8, 3, 12, 150, 1.0

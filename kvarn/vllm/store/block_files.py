@@ -45,7 +45,7 @@ def check_directory(root: Path) -> None:
     own = root / BLOCKS
     existing = next(path for path in (own, *own.parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise ValueError(f"{existing} is no directory: give another path for the shared store")
+        raise ValueError(f"{existing} is not a directory: give another path for the shared store")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(
             f"{existing} cannot be written by this user: give another path for the shared store, or change "

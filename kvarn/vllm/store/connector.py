@@ -15,12 +15,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.logger import init_logger
 
 from kvarn.vllm.store.block_files import BlockFiles, check_directory
 from kvarn.vllm.store.fingerprint import fingerprint, identity
 from kvarn.vllm.store.store_scheduler import StoreScheduler, Transfers
 from kvarn.vllm.store.store_settings import StoreSettings
 from kvarn.vllm.store.store_worker import StoreWorker
+
+logger = init_logger(__name__)
 
 
 class SharedStoreConnector(KVConnectorBase_V1, SupportsHMA):
@@ -35,7 +38,11 @@ class SharedStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._settings = StoreSettings.of(vllm_config)
-        check_directory(Path(self._settings.directory))
+        if role == KVConnectorRole.SCHEDULER:
+            try:
+                check_directory(Path(self._settings.directory))
+            except ValueError as error:
+                logger.warning("Prefixes are computed, not shared: %s.", error)
         self._ranks = vllm_config.parallel_config.tensor_parallel_size
         self._started_ns = time.time_ns()
         self._identity = identity(vllm_config) if role == KVConnectorRole.SCHEDULER else {}

@@ -82,7 +82,7 @@ def test_a_log_shows_start_progress():
         ({"max_length": 1}, "args.engine.max_length: there is no such setting"),
         (
             {"shared_store": {"capacity_gib": 1, "directory": f"{__file__}/blocks"}},
-            "test_serve.py is no directory: give another path for the shared store",
+            "test_serve.py is not a directory: give another path for the shared store",
         ),
         ({"shared_store": {"capacity_gib": 1}}, "args.engine.shared_store.directory is required: add it"),
         ({"kv_cache_dtype": "kvarn_k9v9"}, "args.engine.kv_cache_dtype: unknown KVarN preset 'kvarn_k9v9'"),

@@ -452,7 +452,7 @@ def test_a_directory_that_cannot_hold_blocks_is_refused_and_nothing_is_made(tmp_
     check_directory(tmp_path / "new" / "store")
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"file is no directory: give another path"):
+    with pytest.raises(ValueError, match=r"file is not a directory: give another path"):
         check_directory(tmp_path / "file" / "store")
     (tmp_path / BLOCKS).mkdir(mode=0o700)
     check_directory(tmp_path)
