@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from statistics import median
 
 import torch
@@ -50,6 +51,17 @@ class Clock:
             end.record()
         torch.cuda.synchronize(self._device)
         return median(start.elapsed_time(end) * 1e3 for start, end in zip(starts, ends, strict=True))
+
+    def host_us(self, launch: Launch) -> float:
+        """Microseconds of the host until `launch`, which has run before, has enqueued its work."""
+        times = []
+        for _ in range(self._repeats):
+            torch.cuda.synchronize(self._device)
+            begin = time.perf_counter()
+            launch()
+            times.append((time.perf_counter() - begin) * 1e6)
+        torch.cuda.synchronize(self._device)
+        return median(times)
 
     def copy_bytes_per_s(self) -> float:
         """Bytes read and written per second by a kernel that copies 2 GiB of float32 plus one, or what fits.

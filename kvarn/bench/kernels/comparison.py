@@ -28,6 +28,7 @@ class KernelMeasurement:
     Attributes:
         us: microseconds, or None if it did not run; `reason` then says why.
         bytes_moved, amount: see `Contender`.
+        host_us: microseconds until the host has enqueued it, for steps with prompt chunks, which no CUDA graph holds.
     """
 
     case: str
@@ -36,6 +37,7 @@ class KernelMeasurement:
     bytes_moved: int
     amount: int
     reason: str | None = None
+    host_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,19 @@ def run(bench: KernelBench, progress: Progress) -> KernelReport:
     progress("copy bandwidth", 0, 1)
     copy_bytes_per_s = clock.copy_bytes_per_s()
     progress("copy bandwidth", 1, 1)
-    measurements = measure(cases(bench, device), clock.median_us, progress)
+    has_chunks = isinstance(bench, PrefillBench)
+    measurements = measure(
+        cases(bench, device), clock.median_us, progress, clock.host_us if has_chunks else None
+    )
     planned = planning.run(bench, progress) if isinstance(bench, PrefillBench) else []
     return KernelReport(bench, copy_bytes_per_s, measurements, planned)
 
 
 def measure(
-    cases: list[Case], median_us: Callable[[Launch], float], progress: Progress
+    cases: list[Case],
+    median_us: Callable[[Launch], float],
+    progress: Progress,
+    host_us: Callable[[Launch], float] | None = None,
 ) -> list[KernelMeasurement]:
     """Measure every contender of every case, one at a time.
 
@@ -118,6 +126,7 @@ def measure(
         cases: the cases; a rival that cannot run is listed with the reason.
         median_us: times a launch, in microseconds.
         progress: see `run`.
+        host_us: times what the host does for a launch, in microseconds.
 
     Raises:
         BenchError: the GPU has too little memory for our own kernels.
@@ -128,9 +137,11 @@ def measure(
     for case in cases:
         for done, contender in enumerate(case.contenders):
             progress(case.label, done, len(case.contenders))
-            us, reason = None, None
+            us, of_host_us, reason = None, None, None
             try:
-                us = median_us(contender.prepare())
+                launch = contender.prepare()
+                us = median_us(launch)
+                of_host_us = None if host_us is None else host_us(launch)
             except torch.OutOfMemoryError:
                 if contender.name == OURS:
                     raise BenchError(
@@ -143,7 +154,13 @@ def measure(
                 reason = _first_line(error)
             measurements.append(
                 KernelMeasurement(
-                    case.label, contender.name, us, contender.bytes_moved, contender.amount, reason
+                    case.label,
+                    contender.name,
+                    us,
+                    contender.bytes_moved,
+                    contender.amount,
+                    reason,
+                    of_host_us,
                 )
             )
         progress(case.label, len(case.contenders), len(case.contenders))
@@ -161,7 +178,8 @@ def table(report: KernelReport) -> Table:
     absent = dict.fromkeys(f"{m.contender} did not run: {m.reason}" for m in report.measurements if m.reason)
     made = Table(title=title, caption=Text("\n".join(["floor: its bytes at copy bandwidth", *absent])))
     made.add_column("case\n  kernel", no_wrap=True)
-    for heading in ("us", "floor\nus"):
+    has_host = any(m.host_us is not None for m in report.measurements)
+    for heading in ("us", *(["host\nus"] if has_host else []), "floor\nus"):
         made.add_column(heading, justify="right", no_wrap=True)
     for heading in ("of copy", bench.rate_unit, "vs FA3 fp16"):
         made.add_column(heading, justify="right")
@@ -171,6 +189,7 @@ def table(report: KernelReport) -> Table:
             made.add_row(
                 f"  {m.contender}",
                 _shown(m.us, ".1f"),
+                *([_shown(m.host_us, ".0f")] if has_host else []),
                 f"{report.floor_us(m):.1f}",
                 _shown(report.of_copy_bandwidth(m), ".0%"),
                 _shown(report.rate(m), ".2f"),

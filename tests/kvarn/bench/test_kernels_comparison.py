@@ -268,6 +268,14 @@ class TestMeasure:
         ]
         assert seen == [("one", 0, 2), ("one", 1, 2), ("one", 2, 2)]
 
+    def test_times_the_host_of_what_ran(self) -> None:
+        def missing() -> None:
+            raise ImportError("no vLLM")
+
+        case = Case("one", [Contender("rival", 1, 2, missing), Contender(OURS, 3, 4, lambda: list)])
+        measured = comparison.measure([case], lambda launch: 7.0, lambda *progress: None, lambda launch: 9.0)
+        assert [m.host_us for m in measured] == [None, 9.0]
+
     def test_says_when_memory_is_short(self) -> None:
         def too_large() -> None:
             raise torch.OutOfMemoryError
@@ -308,6 +316,18 @@ class TestOutput:
         text = capture.get()
         assert "4.00x" in text
         assert "ImportError: no vLLM" in text
+        assert "host" not in text
+
+    def test_table_shows_the_host_where_it_was_timed(self) -> None:
+        from rich.console import Console
+
+        report = made_up(PrefillBench())
+        timed = [replace(m, host_us=None if m.us is None else 321.4) for m in report.measurements]
+        console = Console(width=200)
+        with console.capture() as capture:
+            console.print(comparison.table(replace(report, measurements=timed)))
+        assert "host" in capture.get()
+        assert "321 " in capture.get()
 
     @pytest.mark.parametrize("with_baseline", [True, False])
     @pytest.mark.parametrize("name", ["out.png", "out.svg"])
