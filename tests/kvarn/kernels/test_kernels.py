@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvarn.kernels import decode, decode_plan, decode_work, pages, prefill, quantize, rotate, soft_cap
+from kvarn.kernels import decode, decode_plan, decode_work, pages, prefill, quantize, rotate, scores
 from kvarn.presets import PRESETS, get_preset
 from kvarn.reference import attention, codec, hadamard
 from kvarn.tile import TileLayout
@@ -556,7 +556,7 @@ class TestDecode:
 def _cap_scores(Scores, Out, N: tl.constexpr, CAP: tl.constexpr):
     """Write the soft-capped scores [N], in base 2."""
     at = tl.arange(0, N)
-    tl.store(Out + at, soft_cap.soft_capped(tl.load(Scores + at), CAP))
+    tl.store(Out + at, scores.soft_capped(tl.load(Scores + at), CAP))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # in the interpreter
