@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -12,6 +13,19 @@ from kvarn.bench.kernels.contenders import Launch
 WARM_UPS = 3
 COPIED_BYTES = 2 * 2**30
 READ_BETWEEN_BYTES = 256 * 2**20  # more than any GPU's L2 cache holds
+
+
+def host_times(call: Callable[[], object], repeats: int, device: torch.device) -> tuple[float, float]:
+    """Median seconds until `call` returns, on an idle `device`: wall-clock and processor time of this thread."""
+    wall_s, cpu_s = [], []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        wall, cpu = time.perf_counter(), time.thread_time()
+        call()
+        wall_s.append(time.perf_counter() - wall)
+        cpu_s.append(time.thread_time() - cpu)
+    return median(wall_s), median(cpu_s)
 
 
 class Clock:
@@ -54,14 +68,8 @@ class Clock:
 
     def host_us(self, launch: Launch) -> float:
         """Microseconds of the host until `launch`, which has run before, has enqueued its work."""
-        times = []
-        for _ in range(self._repeats):
-            torch.cuda.synchronize(self._device)
-            begin = time.perf_counter()
-            launch()
-            times.append((time.perf_counter() - begin) * 1e6)
-        torch.cuda.synchronize(self._device)
-        return median(times)
+        wall_s, _ = host_times(launch, self._repeats, self._device)
+        return wall_s * 1e6
 
     def copy_bytes_per_s(self) -> float:
         """Bytes read and written per second by a kernel that copies 2 GiB of float32 plus one, or what fits.

@@ -106,10 +106,8 @@ def run(bench: KernelBench, progress: Progress) -> KernelReport:
     progress("copy bandwidth", 0, 1)
     copy_bytes_per_s = clock.copy_bytes_per_s()
     progress("copy bandwidth", 1, 1)
-    has_chunks = isinstance(bench, PrefillBench)
-    measurements = measure(
-        cases(bench, device), clock.median_us, progress, clock.host_us if has_chunks else None
-    )
+    host_us = clock.host_us if isinstance(bench, PrefillBench) else None
+    measurements = measure(cases(bench, device), clock.median_us, progress, host_us)
     planned = planning.run(bench, progress) if isinstance(bench, PrefillBench) else []
     return KernelReport(bench, copy_bytes_per_s, measurements, planned)
 

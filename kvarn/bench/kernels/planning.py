@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from rich.table import Table
 
 from kvarn.bench.bench_settings import Progress
+from kvarn.bench.kernels.clock import host_times
 from kvarn.bench.kernels.kernel_settings import PrefillBench, StepShape
 from kvarn.environment import machine, versions
 from kvarn.kernels.prefill_plan import Chunks, PrefillWave, pages_for, plan_prefill
@@ -65,15 +64,8 @@ def _time(bench: PrefillBench, step: StepShape, device: torch.device) -> PlanTim
     plan = _planner(bench, step, device)
     for _ in range(WARM_UPS):
         waves = plan()
-    wall_ms, cpu_ms = [], []
-    for _ in range(bench.repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        wall, cpu = time.perf_counter(), time.thread_time()
-        plan()
-        wall_ms.append((time.perf_counter() - wall) * 1e3)
-        cpu_ms.append((time.thread_time() - cpu) * 1e3)
-    return PlanTime(step.label, len(waves), median(wall_ms), median(cpu_ms))
+    wall_s, cpu_s = host_times(plan, bench.repeats, device)
+    return PlanTime(step.label, len(waves), wall_s * 1e3, cpu_s * 1e3)
 
 
 def _planner(bench: PrefillBench, step: StepShape, device: torch.device) -> Callable[[], list[PrefillWave]]:
