@@ -87,7 +87,7 @@ class Cluster:
         replicas: dict[str, EngineModel],
         policy: Policy,
         faults: Sequence[Fault] = (),
-        after: Callable[[SimulatedOutcome], TraceRequest | None] = lambda _: None,
+        after: Callable[[SimulatedOutcome], TraceRequest | None] | None = None,
         on_progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.outcomes: list[SimulatedOutcome] = []
@@ -274,7 +274,7 @@ class Cluster:
         outcome.end_s = self.now_s
         outcome.ends += 1
         self._ended += 1
-        if (following := self._after(outcome)) is not None:
+        if self._after is not None and (following := self._after(outcome)) is not None:
             self._expect(following)
         if not self._ended % 100:
             self._on_progress(self._ended)

@@ -50,16 +50,15 @@ class SimulationRun:
         if self.scenario is Scenario.FP16:
             tokens = int(engine.cache_tokens / FP16_TILES_PER_K4V2)
             engine = replace(engine, cache_dtype="auto", cache_tokens=tokens)
-        agents = None
+        after = None
         if self.scenario is Scenario.AGENTS:
             agents = AgentTurns(max(1, round(AGENTS_PER_REPLICA * self.replicas * self.load)), random)
-            requests = agents.first_turns()
+            requests, after = agents.first_turns(), agents.after
         else:
             requests = speed_up(_varied(self.scenario, trace, random), self.load)
         replicas = dict.fromkeys(names(self.replicas), engine)
         policy = make_policy(self.policy, engine.cache_tokens // engine.tile_tokens, self.gateways)
         faults = _faults(requests, replicas, random) if self.scenario is Scenario.FAULTS else ()
-        after = agents.after if agents is not None else lambda _: None
         cluster = Cluster(requests, replicas, policy, faults, after, on_progress)
         cluster.run()
         return cluster
