@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from kvarn.presets import MAX_QUERIES, get_preset
 from kvarn.vllm.slots import Speculation
+from kvarn.vllm.store.store_settings import check_absolute
 
 Host = Annotated[str, Field(min_length=1)]
 AdapterName = Annotated[str, Field(min_length=1, max_length=128)]
@@ -24,21 +25,12 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 
 
-def _check_absolute(path: str) -> str:
-    if not path.startswith("/"):
-        raise ValueError(
-            f"{path!r} is relative to a directory that nodes do not share: give an absolute path"
-        )
-    return path
-
-
 def _check_http(address: str) -> str:
     if not address.startswith(("http://", "https://")):
         raise ValueError(f"{address!r} has no scheme: give an address that begins with http:// or https://")
     return address
 
 
-AbsolutePath = Annotated[str, AfterValidator(_check_absolute)]
 HttpAddress = Annotated[str, AfterValidator(_check_http)]
 
 
@@ -140,7 +132,7 @@ class SpeculativeConfig(StrictSettings):
 class SharedStoreConfig(StrictSettings):
     """A directory in which all engines of a node store prefixes, and from which they load each other's."""
 
-    directory: AbsolutePath = Field(
+    directory: Annotated[str, AfterValidator(check_absolute)] = Field(
         description="absolute path on every node with engines; made if it does not exist"
     )
     capacity_gib: float = Field(

@@ -12,6 +12,13 @@ CONNECTOR = "SharedStoreConnector"
 MODULE = "kvarn.vllm.store.connector"
 
 
+def check_absolute(directory: str) -> str:
+    """Return a store's `directory`, or raise a ValueError unless it is an absolute path."""
+    if not isinstance(directory, str) or not directory.startswith("/"):
+        raise ValueError(f"directory is {directory!r}; give an absolute path.")
+    return directory
+
+
 @dataclass(frozen=True)
 class StoreSettings:
     """Where the blocks are, and how much they may take.
@@ -27,8 +34,7 @@ class StoreSettings:
     load_timeout_s: float = 10.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.directory, str) or not self.directory.startswith("/"):
-            raise ValueError(f"directory is {self.directory!r}; give an absolute path.")
+        check_absolute(self.directory)
         for name, unit in (
             ("capacity_gib", "a size in GiB > 0"),
             ("load_timeout_s", "a time in seconds > 0"),
