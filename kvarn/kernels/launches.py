@@ -19,7 +19,7 @@ from torch import Tensor
 from triton import AsyncCompileMode
 
 ALIGNMENT = 16  # bytes; Triton compiles a kernel separately for addresses that are multiples of it
-MAX_REMEMBERED = 16  # calls per function; a step makes few that differ
+MAX_REMEMBERED = 256  # calls per function; more than a step makes that differ, or every layer would bind anew
 
 P = ParamSpec("P")
 
