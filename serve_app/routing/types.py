@@ -140,9 +140,10 @@ class ReplicaState(NamedTuple):
 
     `reserved_blocks` and `pending_tokens` count the requests of all gateways; `starting_requests` are this gateway's
     own that have no slot yet. `fleet_tokens_per_s` is the mean prefill speed of the replicas that have measured theirs,
-    0 if none has. `slowness` is the ratio of actual to predicted times to first token, `recompute_rate`
-    the share of evicted tiles that are computed again, `staleness_s` the price of its silence. A replica that is
-    `broken` gets no request now, by its `breaker`; one that `is_full` has rejected a request for lack of blocks.
+    for one that has not; 0 if none has. `slowness` is the ratio of actual to predicted times to first token,
+    `recompute_rate` the share of evicted tiles that are computed again, `staleness_s` the price of its silence. A
+    replica that is `broken` gets no request now, by its `breaker`; one that `is_full` has rejected a request for lack
+    of blocks.
     """
 
     replica_id: str
