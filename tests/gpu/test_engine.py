@@ -39,6 +39,9 @@ SETTINGS: dict[str, Any] = {
 }
 WITHOUT_COMPILATION: dict[str, Any] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 RESIDUES = [2 * TILE + residue for residue in range(TILE)]
+# Of the 130 first tokens that an unquantized cache reports for every fifth of `RESIDUES`, those that the preset's cache
+# reports too, in float32 on a CPU. Unrelated prompts share 3; a fifth less allows for a GPU's rounding.
+SHARED_ON_CPU = {"kvarn_k4v3_g128": 71, "kvarn_k4v4_g64": 63, "kvarn_k5v4_g128": 91}
 
 
 def prompt(tokens: int, seed: int = 1) -> list[int]:
@@ -123,7 +126,7 @@ def test_speculation_changes_nothing(
     assert 5 in seen
 
 
-@pytest.mark.parametrize("preset", ["kvarn_k4v3_g128", "kvarn_k4v4_g64", "kvarn_k5v4_g128"])
+@pytest.mark.parametrize("preset", SHARED_ON_CPU)
 def test_a_preset_answers_alike_however_it_is_served(
     model: Path, monkeypatch: pytest.MonkeyPatch, preset: str
 ) -> None:
@@ -133,8 +136,8 @@ def test_a_preset_answers_alike_however_it_is_served(
         cold = [ask_cold(llm, tokens) for tokens in prompts]
         assert_served_alike(llm, prompts, cold)
     with engine(monkeypatch, model, **{**settings, "kv_cache_dtype": "auto"}) as llm:
-        differences = first_differences(cold, [ask_cold(llm, tokens) for tokens in prompts])
-    assert sum(differences) / len(differences) < 0.2
+        shared = first_differences(cold, [ask_cold(llm, tokens) for tokens in prompts])
+    assert len(shared) > 0.8 * SHARED_ON_CPU[preset]
 
 
 def test_a_raw_chunk_reads_nothing_through_records(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
