@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from kvarn.v1 import engine_pb2_grpc
 from kvarn.vllm.access.cache_events import CacheEvent, read_cache_events
 from kvarn.vllm.access.constraints import choose_backend
 from kvarn.vllm.access.telemetry import CacheState, read_cache_state
+from kvarn.vllm.hooks import first_text
 from kvarn.vllm.store.hand_over import HandOver
 from kvarn.vllm.store.store_settings import CONNECTOR, MODULE
 from serve_app.config import EngineConfig, ObservabilityConfig, is_loopback
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from vllm.config import KVTransferConfig
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
+
+logger = logging.getLogger(__name__)
 
 MAX_ADAPTERS_PER_STEP = 8  # on the device at once, where each takes the memory of the largest rank
 LAME_DUCK_S = 0.2  # between announcing that this replica drains and rejecting calls
@@ -73,6 +77,8 @@ class Engine:
 
         self._config = config
         _bind_threads(config, is_prefill)
+        if (difference := first_text.attach()) is not None:
+            logger.warning("First tokens wait until vLLM has decoded their prompts: %s", difference)
         with surfacing_core_errors():
             self._engine = AsyncLLM.from_engine_args(engine_args(model, config, reasoning_parser))
         adapters = await load_adapters(self._engine, config)

@@ -21,6 +21,7 @@ from kvarn.model import kv_shape
 from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
 from kvarn.vllm.access.cache_events import read_cache_events
 from kvarn.vllm.access.telemetry import CacheState, read_cache_state
+from kvarn.vllm.hooks import first_text
 from kvarn.vllm.kept_prefixes import kept_tokens
 from serve_app.config import EngineConfig
 from serve_app.engine.cache_monitor import CacheMonitor
@@ -108,6 +109,7 @@ async def serving(model_dir: Path, **settings: Any) -> AsyncIterator[Replica]:
         "enforce_eager": True,
     }
     config = EngineConfig(**{**defaults, **settings})
+    assert first_text.attach() is None
     engine = AsyncLLM.from_engine_args(engine_args(str(model_dir), config, "deepseek_r1"))
     adapters = await load_adapters(engine, config)
     log: list[TileLog] = []
@@ -209,6 +211,13 @@ async def test_characters_of_several_tokens_are_not_split(replica: Replica) -> N
         replica, prompt, temperature=0, max_tokens=12, ignore_eos=True, allowed_token_ids=allowed
     )
     assert any(not delta.text for delta in whole)  # a character was incomplete
+
+
+async def test_a_prompt_that_ends_inside_a_character_is_no_part_of_the_output(replica: Replica) -> None:
+    prompt = replica.tokenizer.encode("Repeat: 🦙🧮")
+    end = prompt.pop()
+    deltas = await replica.ask(prompt, temperature=0, max_tokens=1, ignore_eos=True, allowed_token_ids=[end])
+    assert "".join(delta.text for delta in deltas) == "🧮"
 
 
 async def test_min_tokens_and_stop_token_ids_count_resumed_tokens(replica: Replica) -> None:
