@@ -256,6 +256,11 @@ class EngineConfig(StrictSettings):
             raise ValueError(
                 f"shared_store needs a quantized cache, not kv_cache_dtype {self.kv_cache_dtype}"
             )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}: give at least max_num_seqs, "
+                f"{self.max_num_seqs}, a token for each request of a step"
+            )
         if self.device == "cpu" and self.kv_cache_memory_gib is None:
             raise ValueError(
                 "kv_cache_memory_gib must be set when device is cpu, e.g. kv_cache_memory_gib: 1"

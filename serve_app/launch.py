@@ -47,6 +47,15 @@ from serve_app.request.parser_choice import NONE, parsers_of
 
 BUILDER = "serve_app.app:build"
 POLL_S = 0.5
+# Keys of Serve's schema, which this process cannot import: Ray reads on import whether it needs a token.
+SERVE_KEYS = {
+    "applications", "controller_options", "grpc_options", "http_options", "logging_config", "proxy_location",
+    "target_capacity", "tracing_config",
+}  # fmt: skip
+APPLICATION_KEYS = {
+    "args", "autoscaling_policy", "deployments", "external_scaler_enabled", "host", "import_path",
+    "logging_config", "name", "port", "route_prefix", "runtime_env",
+}  # fmt: skip
 _EXCEPTION = re.compile(r"^(?:ray\.exceptions\.)?[A-Za-z_][\w.]*(?:Error|Exception)(?:\(\w+\))?: (.+)$")
 
 
@@ -103,22 +112,65 @@ def read_app(path: Path) -> App:
             not valid.
     """
     try:
-        schema = yaml.safe_load(path.read_text())
+        schema = yaml.load(path.read_text(), _UniqueKeys)
     except OSError as error:
         raise LaunchError(f"{path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise LaunchError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise LaunchError(f"{path} is not valid YAML{_yaml_problem(error)}") from None
     applications = schema.get("applications") if isinstance(schema, dict) else None
     if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
         raise LaunchError(f"{path} must hold exactly one application: a list `applications` with one entry")
     application = applications[0]
     if application.get("import_path") != BUILDER:
         raise LaunchError(f"{path}: import_path is {application.get('import_path')!r}, expected {BUILDER!r}")
+    _check_keys(path, schema, application)
     try:
         config = AppConfig.model_validate(application.get("args") or {})
     except ValidationError as error:
         raise LaunchError(f"{path}: {_first_problem(error)}") from None
     return App(application.get("name", "default"), config, schema)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Loads YAML without duplicate keys, of which PyYAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Construct a dict.
+
+        Raises:
+            yaml.MarkedYAMLError: a key stands twice.
+        """
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"{key.value} stands twice: keep one"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """The place of an error in YAML and what is wrong there."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f": {' '.join(str(error).split())}"
+    return f": line {error.problem_mark.line + 1}: {error.problem}"
+
+
+def _check_keys(path: Path, schema: dict[str, Any], application: dict[str, Any]) -> None:
+    """Check the keys around `args`, which are Serve's: it would ignore those that it does not know.
+
+    Raises:
+        LaunchError: Serve has no such key.
+    """
+    for place, given, known in (
+        ("", schema, SERVE_KEYS),
+        ("applications.0.", application, APPLICATION_KEYS),
+    ):
+        for name in given.keys() - known:
+            raise LaunchError(
+                f"{path}: {place}{name}: Serve has no such key, expected one of {', '.join(sorted(known))}"
+            )
 
 
 def check_machine(app: App) -> None:
@@ -128,10 +180,7 @@ def check_machine(app: App) -> None:
         LaunchError: a gateway's port is in use, the engines need more CPUs, memory or GPUs than there are, or the
             shared store's directory cannot be written.
     """
-    if app.config.engine.device == "cpu":
-        _check_cpus(app.config)
-    else:
-        _check_gpus(app.config)
+    check_room(app.config)
     store = app.config.engine.shared_store
     if store is not None:
         try:
@@ -248,6 +297,18 @@ def _quiet() -> None:
             os.dup2(nowhere.fileno(), output)
 
 
+def check_room(config: AppConfig) -> None:
+    """Check that this machine has the CPUs and memory, or the GPUs, that the engines need at least.
+
+    Raises:
+        LaunchError: it has fewer.
+    """
+    if config.engine.device == "cpu":
+        _check_cpus(config)
+    else:
+        _check_gpus(config)
+
+
 def _check_cpus(config: AppConfig) -> None:
     engine = config.engine
     needed, present = config.least_engines * engine.cpus_per_replica, os.cpu_count() or 1
@@ -287,8 +348,18 @@ def limits_of(app: App) -> EngineLimits | None:
 
     Raises:
         ModelError, PlanError: there is no such model, or its attention is not supported.
-        LaunchError: the side pool is too small for one request.
+        LaunchError: the side pool or the cache is too small for one request.
     """
+    limits = _engine_limits(app)
+    if limits is not None and limits.longest_requests == 0:
+        raise LaunchError(
+            f"args.engine.kv_cache_memory_gib is {app.config.engine.kv_cache_memory_gib:g}: no request of "
+            f"max_model_len, {limits.max_model_len:,} tokens, fits; raise it, or lower engine.max_model_len"
+        )
+    return limits
+
+
+def _engine_limits(app: App) -> EngineLimits | None:
     engine = app.config.engine
     if engine.kv_cache_dtype not in PRESETS:
         return None

@@ -28,7 +28,7 @@ from rich.progress import (
 from rich.table import Table
 
 from kvarn.cli.chat import Answer, answer_table, stream_answer
-from kvarn.cli.connection import ApiKeyOption, serving_errors
+from kvarn.cli.connection import ApiKeyOption, Connection, serving_errors
 from kvarn.cli.output import CommandError, err, fail, missing_packages, out
 from kvarn.model import kv_shape
 
@@ -65,13 +65,14 @@ def _serve(
     """Check and start the application, report it, and wait for an interrupt."""
     with missing_packages():
         from serve_app.client import Client
-        from serve_app.launch import check_machine, check_model, check_parsers, read_app, running
+        from serve_app.launch import check_machine, check_model, check_parsers, limits_of, read_app, running
     launched = read_app(config)
     check_machine(launched)
     reachable = launched.lets_in(api_key)
     if say is not None and not reachable:
         fail("--say cannot be answered: the gateways have TLS or require an API key; use `kvarn chat` later")
     model_dir = check_model(launched)
+    limits_of(launched)
     check_parsers(launched, model_dir)
     with ExitStack() as stack:
         state = None
@@ -130,7 +131,8 @@ class TextReporter:
         out.print(
             f"Update the application with `{dashboard.deploy_command}`", highlight=False, soft_wrap=True
         )
-        out.print(f"Serving on {app.address}. Talk to it with `kvarn chat`; Ctrl-C stops it.")
+        chat = "kvarn chat" if app.address == Connection.address else f"kvarn chat --address {app.address}"
+        out.print(f"Serving on {app.address}. Talk to it with `{chat}`; Ctrl-C stops it.", soft_wrap=True)
 
     def stopped(self) -> None:
         """Print nothing: the shell's prompt shows it."""

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import FrameType
 
 import pytest
 import yaml
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 from typer.testing import CliRunner
 
 from kvarn import cli
@@ -19,6 +21,8 @@ from kvarn.cli.serve import Started, TextReporter, _start_progress
 from kvarn.v1 import cache_pb2, cluster_pb2
 from serve_app.config import AppConfig
 from serve_app.launch import (
+    APPLICATION_KEYS,
+    SERVE_KEYS,
     App,
     Dashboard,
     Deployment,
@@ -86,6 +90,11 @@ def test_a_log_shows_start_progress():
         ),
         ({"shared_store": {"capacity_gib": 1}}, "args.engine.shared_store.directory is required: add it"),
         ({"kv_cache_dtype": "kvarn_k9v9"}, "args.engine.kv_cache_dtype: unknown KVarN preset 'kvarn_k9v9'"),
+        (
+            {"kv_cache_memory_gib": 0.001},
+            "args.engine.kv_cache_memory_gib is 0.001: no request of max_model_len, 8,192 tokens, fits",
+        ),
+        ({"max_num_batched_tokens": 8}, "max_num_batched_tokens is 8: give at least max_num_seqs, 16"),
     ],
 )
 def test_what_this_machine_cannot_run_is_rejected_before_anything_starts(tmp_path, capfd, engine, words):
@@ -94,6 +103,47 @@ def test_what_this_machine_cannot_run_is_rejected_before_anything_starts(tmp_pat
     assert words in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert capfd.readouterr() == ("", "")  # of other processes
+
+
+def test_serves_keys_are_those_of_its_schema():
+    assert set(ServeDeploySchema.model_fields) == SERVE_KEYS
+    assert set(ServeApplicationSchema.model_fields) == APPLICATION_KEYS
+
+
+def test_reading_an_application_imports_no_ray():
+    program = (
+        "import pathlib, sys; from serve_app.launch import read_app; read_app(pathlib.Path(sys.argv[1]))"
+    )
+    checked = f"{program}; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", checked, str(APP_YAML)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "words"),
+    [
+        ("    args:", "    arg:", "applications.0.arg: Serve has no such key, expected one of args, "),
+        (
+            "applications:",
+            "http_option: {}\napplications:",
+            "http_option: Serve has no such key, expected one of",
+        ),
+        (
+            "      model:",
+            "      model: a\n      model:",
+            "is not valid YAML: line 13: model stands twice: keep one",
+        ),
+        ("    args:", "\targs:", "is not valid YAML: line "),
+        ("applications:", "applications: [", "is not valid YAML: line "),
+    ],
+)
+def test_what_is_around_our_settings_is_checked(tmp_path, was, becomes, words):
+    path = tmp_path / "app.yaml"
+    path.write_text(APP_YAML.read_text().replace(was, becomes, 1))
+    for command in ("serve", "doctor"):
+        result = CliRunner().invoke(cli.app, [command, str(path)])
+        assert result.exit_code == 1
+        assert words in result.stderr
+        assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
