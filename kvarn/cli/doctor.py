@@ -38,7 +38,7 @@ def doctor(
     limits = None if app is None else _limits_of(app)
     with err.status("checking versions and hooks, testing the cache (10 to 30 seconds)"):
         parsers = [] if app is None else [check_parsers(app)]
-        report = examine(limits, parsers, 1 if app is None else app.config.least_engines)
+        report = examine(limits, parsers, app)
     if as_json:
         out.print_json(json.dumps({**asdict(report), "ok": report.ok}))
     else:
@@ -95,31 +95,46 @@ class Diagnosis:
         return all(check.ok for check in (*self.hooks, *self.self_test, *self.parsers))
 
 
-def examine(limits: EngineLimits | None = None, parsers: Sequence[Check] = (), engines: int = 1) -> Diagnosis:
+def examine(
+    limits: EngineLimits | None = None, parsers: Sequence[Check] = (), app: App | None = None
+) -> Diagnosis:
     """Run all checks; takes some seconds, mostly to import vLLM.
 
     Args:
-        limits: of each of the engines that are to run here, if known.
-        parsers: checks of their parsers, if known.
-        engines: how many are to run here at least.
+        limits: of each of the application's engines, if its cache is quantized.
+        parsers: checks of its parsers.
+        app: the application that is to run here, if any.
     """
     tests = [self_test(preset) for preset in PRESETS.values()]
     return Diagnosis(
-        versions(), machine(), check_hooks(), tests, limits, list(parsers), warnings(limits, engines)
+        versions(), machine(), check_hooks(), tests, limits, list(parsers), warnings(limits, app)
     )
 
 
-def warnings(limits: EngineLimits | None = None, engines: int = 1) -> list[str]:
+def warnings(limits: EngineLimits | None = None, app: App | None = None) -> list[str]:
     """Return one sentence for each thing about this machine that slows applications down or does not fit them.
 
     Args:
-        limits: of each of the engines that are to run here, if known.
-        engines: how many are to run here at least.
+        limits: of each of the application's engines, if its cache is quantized.
+        app: the application that is to run here, if any.
     """
     found = [_warning_of_niceness(ray_worker_niceness())]
-    if limits is not None:
-        found.append(_warning_of_host_memory(limits.host_bytes, engines, memory_bytes()))
+    if app is not None:
+        found.append(_warning_of_room(app))
+        if limits is not None:
+            engines = app.config.least_engines
+            found.append(_warning_of_host_memory(limits.host_bytes, engines, memory_bytes()))
     return [warning for warning in found if warning]
+
+
+def _warning_of_room(app: App) -> str:
+    from serve_app.launch import LaunchError, check_room
+
+    try:
+        check_room(app.config)
+    except LaunchError as error:
+        return f"`kvarn serve` would refuse this application on this machine, though a cluster may have room: {error}"
+    return ""
 
 
 def _warning_of_host_memory(each: int, engines: int, present: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,13 @@ def test_the_doctor_counts_host_memory_beside_a_connector(monkeypatch: pytest.Mo
         "kv_connector": "OffloadingConnector",
         "kv_connector_extra_config": {"cpu_bytes_to_use": 2 * GIB},
     }
-    engine = app.config.engine.model_copy(update={"kv_transfer_config": transfer, "host_sinks": 100})
-    made = limits_of(replace(app, config=app.config.model_copy(update={"engine": engine})))
+
+    def of(engines: int) -> App:
+        changed = {"kv_transfer_config": transfer, "host_sinks": 100, "num_replicas": engines}
+        engine = app.config.engine.model_copy(update=changed)
+        return replace(app, config=app.config.model_copy(update={"engine": engine}))
+
+    made = limits_of(of(1))
     assert made is not None
     record = 30 * 3 * 6912
     assert (made.tier_tokens, made.host_sink_bytes) == (
@@ -137,14 +143,15 @@ def test_the_doctor_counts_host_memory_beside_a_connector(monkeypatch: pytest.Mo
         100 * SLOT,
     )
     monkeypatch.setattr(doctor, "ray_worker_niceness", lambda: 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
     monkeypatch.setattr(doctor, "memory_bytes", lambda: made.host_bytes)
-    assert doctor.warnings(made) == []
+    assert doctor.warnings(made, of(1)) == []
     monkeypatch.setattr(doctor, "memory_bytes", lambda: made.host_bytes - 1)
-    (warning,) = doctor.warnings(made)
+    (warning,) = doctor.warnings(made, of(1))
     assert "takes 2.3 GiB of host memory" in warning
     monkeypatch.setattr(doctor, "memory_bytes", lambda: 3 * made.host_bytes - 1)
-    assert doctor.warnings(made, engines=2) == []
-    (warning,) = doctor.warnings(made, engines=3)
+    assert doctor.warnings(made, of(2)) == []
+    (warning,) = doctor.warnings(made, of(3))
     assert "takes 2.3 GiB of host memory for its tier and for raw first tiles, 3 engines 6.8 GiB" in warning
     with out.capture() as shown:
         out.print(render(Diagnosis({}, {}, [], [], made)))

@@ -1,8 +1,10 @@
 """`kvarn doctor` passes on a sound installation and fails on wrong arithmetic or a hook that does not fit."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -69,6 +71,41 @@ def test_parsers_of_a_yaml_are_shown_or_refused(
     check = doctor.check_parsers(App("kvarn", config, {}))
     assert check.ok == ok
     assert check.detail.startswith(detail)
+
+
+STORE = {"directory": "/dev/shm/kvarn", "capacity_gib": 1}
+
+
+def warnings_of(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> list[str]:
+    monkeypatch.setattr(psutil, "process_iter", lambda: ())
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    return doctor.warnings(app=App("app", AppConfig.model_validate(settings), {}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "lack"),
+    [
+        ({"engine": {"cpus_per_replica": 4096, "kv_cache_memory_gib": 1}}, "need 4096 CPUs"),
+        ({"engine": {"kv_cache_memory_gib": 1 << 20}}, "need 1048576.0 GiB"),
+        ({"engine": {"device": "cuda", "tensor_parallel_size": 4096}}, "need 4096 GPUs"),
+        (
+            {
+                "engine": {"kv_cache_memory_gib": 0.1, "shared_store": STORE},
+                "disaggregation": {"prefill_replicas": 9},
+            },
+            "need 10 CPUs and this machine has 8",
+        ),
+    ],
+)
+def test_a_machine_without_room_for_the_engines_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], lack: str
+) -> None:
+    (warning,) = warnings_of(monkeypatch, settings)
+    assert lack in warning
+
+
+def test_a_machine_with_room_for_the_engines_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert warnings_of(monkeypatch, {"engine": {"kv_cache_memory_gib": 0.1}}) == []
 
 
 @pytest.mark.parametrize(("niceness", "is_warned"), [(0, False), (3, True)])
