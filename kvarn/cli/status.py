@@ -127,6 +127,7 @@ def table(
     for replica in rows:
         made.add_row(*_row(replica))
     lines = ["cache: █ live ▒ evictable · free"] if rows else [NO_REPLICA]
+    lines += [f"{row.replica_id}: {', '.join(notes)}" for row in rows if (notes := [*_notes(row)])]
     if queue.requests:
         wait = f"{queue.requests:,} requests wait in this gateway"
         lines.append(f"{wait}, for {queue.tokens:,} tokens of cache")
@@ -153,11 +154,28 @@ def _row(replica: cluster_pb2.ReplicaCache) -> Iterator[RenderableType]:
         load.evictable_blocks,
         sum(load.reserved_blocks.values()),
     )
-    yield from (f"{count * tile:,}" for count in blocks)
+    yield from (_tokens(count * tile) for count in blocks)
     yield f"{load.tail_slots_used}/{capacity.total_slots}"
     yield f"{load.sink_slots_used}+{load.sink_slots_idle}"
     yield f"{load.running_requests}"
     yield _waiting(load)
+
+
+def _tokens(count: int) -> str:
+    """A number of tokens in at most six characters, up to a billion, as rows must fit 80 columns."""
+    if count < 100_000:
+        return f"{count:,}"
+    return f"{count / 1e3:.0f}k" if count < 999_500 else f"{count / 1e6:.{2 if count < 99_995_000 else 0}f}M"
+
+
+def _notes(replica: cluster_pb2.ReplicaCache) -> Iterator[str]:
+    """Figures of a replica that have no column."""
+    load = replica.cache.load
+    if load.loaded_tokens:
+        speed = f" ({_tokens(round(load.loaded_tokens / load.loading_s))}/s)" if load.loading_s else ""
+        yield f"{_tokens(load.loaded_tokens)} tokens loaded{speed}"
+    if load.drafts_proposed:
+        yield f"{load.drafts_accepted / load.drafts_proposed:.0%} of drafts accepted"
 
 
 def _waiting(load: cache_pb2.CacheLoad) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 
+import pytest
 from rich.console import Console
 
-from kvarn.cli.status import BAR_CELLS, as_json, follow, table
+from kvarn.cli.status import BAR_CELLS, _tokens, as_json, follow, table
 from kvarn.v1 import cache_pb2, cluster_pb2
 
 EMPTY = cluster_pb2.QueueState()
@@ -23,7 +24,7 @@ def replica(replica_id: str, used: int, evictable: int) -> cluster_pb2.ReplicaCa
             load=cache_pb2.CacheLoad(
                 used_blocks=used,
                 evictable_blocks=evictable,
-                free_blocks=1000 - used - evictable,
+                free_blocks=max(1000 - used - evictable, 0),
                 reserved_blocks={"a": 300, "b": 20},
             ),
         ),
@@ -42,7 +43,7 @@ def rendered(
 def test_a_row_shows_tokens_and_a_bar() -> None:
     row = next(line for line in rendered(replica("one", 250, 500)).splitlines() if "one" in line)
     assert "█" * (BAR_CELLS // 4) + "▒" * (BAR_CELLS // 2) + "·" * (BAR_CELLS // 4) in row
-    for shown in ("ready", "128,000", "32,000", "64,000", "40,960", "0/16"):
+    for shown in ("ready", "128k", "32,000", "64,000", "40,960", "0/16"):
         assert shown in row
 
 
@@ -60,18 +61,53 @@ def test_a_little_is_not_nothing_and_all_is_not_more() -> None:
 def test_nothing_is_cut_off_in_a_narrow_terminal() -> None:
     one = replica("xws91wo7", 250, 500)
     row = next(line for line in rendered(one, width=110).splitlines() if "xws" in line)
-    for shown in ("ready", "█", "128,000", "32,000", "64,000", "40,960", "0/16", "0+0"):
+    for shown in ("ready", "█", "128k", "32,000", "64,000", "40,960", "0/16", "0+0"):
         assert shown in row
     assert "…" not in rendered(one, width=80)
 
 
-def test_a_replica_of_the_default_size_takes_one_line_of_80_columns() -> None:
-    one = replica("xws91wo7", 500, 0)
-    one.cache.capacity.total_blocks, one.cache.capacity.total_slots = 1725, 48
+@pytest.mark.parametrize(
+    ("blocks", "used", "slots", "requests", "shown"),
+    [
+        (1725, 500, 48, 0, "221k 64,000 0 40,960 0/48 0+0 0 0"),
+        (16040, 11718, 144, 24, "2.05M 1.50M 0 40,960 0/144 0+0 24 24"),
+    ],
+)
+def test_a_replica_takes_one_line_of_80_columns(
+    blocks: int, used: int, slots: int, requests: int, shown: str
+) -> None:
+    one = replica("xws91wo7", used, 0)
+    one.cache.capacity.total_blocks, one.cache.capacity.total_slots = blocks, slots
+    one.cache.load.running_requests = one.cache.load.waiting_requests = requests
     head, _, row = rendered(one, width=80).splitlines()[1:4]
     headings = " ".join(head.split())
     assert headings == "replica status cache tokens live evictable reserved tails sinks run wait"
-    assert " ".join(row.split()[3:]) == "220,800 64,000 0 40,960 0/48 0+0 0 0"
+    assert " ".join(row.split()[3:]) == shown
+
+
+def test_loads_and_drafts_are_shown_once_there_are_any() -> None:
+    one, two = replica("one", 1, 1), replica("xws91wo7", 1, 1)
+    two.cache.load.loaded_tokens, two.cache.load.loading_s = 12_000_000, 40
+    two.cache.load.drafts_proposed, two.cache.load.drafts_accepted = 200, 104
+    lines = rendered(one, two, width=80).splitlines()
+    assert [line.rstrip() for line in lines if ": " in line][2:] == [
+        "xws91wo7: 12.00M tokens loaded (300k/s), 52% of drafts accepted"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (99_999, "99,999"),
+        (100_000, "100k"),
+        (999_499, "999k"),
+        (999_500, "1.00M"),
+        (99_994_999, "99.99M"),
+        (99_995_000, "100M"),
+    ],
+)
+def test_numbers_of_tokens_take_six_characters(count: int, shown: str) -> None:
+    assert _tokens(count) == shown
 
 
 def test_the_absence_of_replicas_is_reported() -> None:
