@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def summarize(run: LoadRun, objectives: Objectives) -> Summary:
         answered=len(answered),
         failed=failures.total(),
         failures=dict(failures.most_common()),
-        said={outcome.failure: outcome.said for outcome in reversed(run.outcomes) if outcome.said},
+        said=first_messages(run.outcomes),
         duration_s=run.duration_s,
         requests_per_s=len(answered) / run.duration_s,
         goodput_per_s=sum(is_good(outcome, objectives) for outcome in answered) / run.duration_s,
@@ -124,9 +124,18 @@ def render(bench: ServeBench, summary: Summary) -> RenderableType:
 def reasons(summary: Summary) -> str:
     """Reasons of failures with counts, on one line."""
     return "; ".join(
-        f"{count} {reason}" + (f" ({summary.said[reason]})" if reason in summary.said else "")
-        for reason, count in summary.failures.items()
+        f"{count} {reason_with_message(reason, summary.said)}" for reason, count in summary.failures.items()
     )
+
+
+def first_messages(outcomes: Iterable[CallOutcome]) -> dict[str, str]:
+    """Return by reason of failure the server's message to the first request that failed for it, if any."""
+    return {outcome.failure: outcome.said for outcome in reversed([*outcomes]) if outcome.said}
+
+
+def reason_with_message(reason: str, said: Mapping[str, str]) -> str:
+    """A reason of failures and, in brackets, the server's message."""
+    return f"{reason} ({said[reason]})" if reason in said else reason
 
 
 def _table(summary: Summary) -> Table:

@@ -10,9 +10,10 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from kvarn.bench.bench_settings import Progress
+from kvarn.bench.bench_settings import BenchError, Progress
 from kvarn.bench.shapes import model_directory
 from kvarn.environment import machine, versions
+from kvarn.model import context_limit, read_config
 from kvarn.result_files import write_results
 from serve_app.bench.agents.agent_sessions import (
     PromptWriter,
@@ -110,6 +111,7 @@ def measure_agents(
         return
     comparison = bench.comparison
     with model_directory(comparison.compare_model, comparison.shape, tokenizer=True) as model_dir:
+        _check_context(model_dir, _max_model_len(sessions))
         for spec in comparison.compare:
             progress(f"start {spec.label}", 0, 1)
             with running_server(spec, comparison, model_dir, _max_model_len(sessions)) as server:
@@ -148,6 +150,20 @@ def _runs(
     asyncio.run(warm())
     for agents in sessions:
         yield asyncio.run(run(agents))
+
+
+def _check_context(model_dir: Path, tokens: int) -> None:
+    """Check that the model holds the longest turn.
+
+    Raises:
+        BenchError: it does not.
+    """
+    limit = context_limit(read_config(model_dir))
+    if limit is not None and tokens > limit:
+        raise BenchError(
+            f"the longest turn takes {tokens:,} tokens and the model holds {limit:,}: "
+            "lower --turns, --first-tokens or --turn-tokens, or give another --compare-model or --shape"
+        )
 
 
 def _max_model_len(sessions: dict[int, list[Session]]) -> int:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from serve_app.bench.agents.agents_load import AgentsRun
-from serve_app.bench.summary import LatencySummary
+from serve_app.bench.summary import LatencySummary, first_messages, reason_with_message
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +30,7 @@ class AgentsSummary:
         agents: number of agents.
         start_s: seconds until the server was ready; None if it was not started here.
         answered, failed: numbers of turns; `failures` counts failed ones by reason.
+        said: by reason, the server's message to the first turn that failed for it, if any.
         duration_s: from the first request to the last answer.
         turns_per_s: rate of answered turns.
         output_tokens_per_s: over answered turns.
@@ -44,6 +45,7 @@ class AgentsSummary:
     answered: int
     failed: int
     failures: dict[str, int]
+    said: dict[str, str]
     duration_s: float
     turns_per_s: float
     output_tokens_per_s: float
@@ -69,6 +71,7 @@ def summarize_agents(server: str, start_s: float | None, run: AgentsRun) -> Agen
         answered=len(answered),
         failed=failures.total(),
         failures=dict(failures.most_common()),
+        said=first_messages(turn.call for turn in run.turns),
         duration_s=run.duration_s,
         turns_per_s=len(answered) / run.duration_s,
         output_tokens_per_s=sum(call.completion_tokens for call in answered) / run.duration_s,
@@ -198,5 +201,8 @@ def _notes(summaries: Sequence[AgentsSummary]) -> list[str]:
         of = (
             f"{summary.answered + summary.failed} turns of {summary.agents} agents on {summary.server} failed"
         )
-        notes += [f"{count} of {of}: {reason}" for reason, count in summary.failures.items()]
+        notes += [
+            f"{count} of {of}: {reason_with_message(reason, summary.said)}"
+            for reason, count in summary.failures.items()
+        ]
     return notes

@@ -21,9 +21,10 @@ from serve_app.bench.agents.agent_sessions import (
     make_sessions,
     warm_up_session,
 )
+from serve_app.bench.agents.agents_benchmark import measure_agents
 from serve_app.bench.agents.agents_load import AgentsRun, TurnOutcome
 from serve_app.bench.agents.agents_settings import WORKLOADS, AgentsBench
-from serve_app.bench.agents.agents_summary import summarize_agents
+from serve_app.bench.agents.agents_summary import agents_table, summarize_agents
 from serve_app.bench.agents.compared_servers import (
     CompareSettings,
     ServerKind,
@@ -208,16 +209,30 @@ def test_a_summary_counts_what_was_answered() -> None:
         CallOutcome(0.0, [0.2, 0.5], 2, 100, 60),
         CallOutcome(0.0, [1.0, 2.0], 2, 100, 0),
         CallOutcome(failure="timeout"),
+        CallOutcome(failure="HTTP 400", said="The prompt is too long: shorten it."),
+        CallOutcome(failure="HTTP 400", said="Another sentence."),
     ]
-    run = AgentsRun(3, [TurnOutcome(agent, 0, 1.0, call) for agent, call in enumerate(calls)], 4.0)
+    run = AgentsRun(5, [TurnOutcome(agent, 0, 1.0, call) for agent, call in enumerate(calls)], 4.0)
     summary = summarize_agents("here", None, run)
-    assert (summary.answered, summary.failed, summary.failures) == (2, 1, {"timeout": 1})
+    assert (summary.answered, summary.failed) == (2, 3)
+    assert summary.failures == {"HTTP 400": 2, "timeout": 1}
+    assert str(agents_table("", [summary]).caption).splitlines()[-2:] == [
+        "2 of 5 turns of 5 agents on here failed: HTTP 400 (The prompt is too long: shorten it.)",
+        "1 of 5 turns of 5 agents on here failed: timeout",
+    ]
     assert (summary.turns_per_s, summary.output_tokens_per_s, summary.cached_share) == (0.5, 1.0, 0.3)
     assert summary.ttft_ms is not None
     assert summary.turn_ms is not None
     assert summary.ttft_ms.percentiles["p50"] == pytest.approx(600)
     assert summary.turn_ms.percentiles["p50"] == pytest.approx(1250)
-    assert [turn.end_s for turn in run.turns] == [1.5, 3.0, 1.0]
+    assert [turn.end_s for turn in run.turns] == [1.5, 3.0, 1.0, 1.0, 1.0]
+
+
+def test_a_model_that_cannot_hold_the_longest_turn_is_refused_before_a_server_starts(model_dir: Path) -> None:
+    comparison = CompareSettings(parse_servers("vllm:auto"), compare_model=str(model_dir))
+    measured = measure_agents(AgentsBench(comparison=comparison), None, "", lambda *_: None)
+    with pytest.raises(BenchError, match="takes 27,894 tokens and the model holds 8,192: lower --turns"):
+        next(measured)
 
 
 @pytest.mark.parametrize(
