@@ -212,6 +212,7 @@ class Gateway:
         disaggregation: DisaggregationConfig | None = None,
         prefills: DeploymentHandle | None = None,
     ) -> None:
+        self._tasks: list[asyncio.Task[None]] = []
         gateway_id = serve.get_replica_context().replica_id.unique_id
         scales_to_zero = autoscaling is not None and autoscaling.min_replicas == 0
         parts = self._parts = wire_gateway(
