@@ -424,11 +424,16 @@ def not_json(found: json.JSONDecodeError) -> str:
 
 
 def _deepest(errors: Sequence[Any], body: Any) -> tuple[Place, list[Any]]:
-    """Return the first error's place and all errors there; for a union, where its best branch failed."""
-    places = [_place(error, body) for error in errors]
-    below = [place for place in places if place[: len(places[0])] == places[0]]
-    deepest = max(below, key=len)
-    return deepest, [error for error, place in zip(errors, places, strict=True) if place == deepest]
+    """Return the first error's place and all errors there; for a union, where its best branch failed.
+
+    That is a branch whose types fit if there is one, or else the one that failed deepest.
+    """
+    placed = [(_place(error, body), error) for error in errors]
+    outer, _ = placed[0]
+    below = [(place, error) for place, error in placed if place[: len(outer)] == outer]
+    fitting = [(place, error) for place, error in below if error["type"] == "value_error"]
+    deepest, _ = max(fitting or below, key=lambda one: len(one[0]))
+    return deepest, [error for place, error in fitting or placed if place == deepest]
 
 
 def _place(error: Any, body: Any) -> Place:

@@ -53,6 +53,15 @@ async def rejected(path: str, content: bytes) -> dict[str, Any]:
             "stream_options may be set only if stream is true.",
         ),
         (CHAT, {"tool_choice": "auto"}, "tool_choice", "tool_choice auto needs tools: set tools."),
+        *[
+            (TEXT, {"prompt": prompt}, param, f"{param}: token ids must be from 0 to 4294967295.")
+            for prompt, param in (
+                ([1, -2], "prompt"),
+                ([-1, 2], "prompt"),
+                ([1, 1 << 32], "prompt"),
+                ([[1, 2], [3, -4]], "prompt.1"),
+            )
+        ],
         (TEXT, {"best_of": 2}, "best_of", "best_of must equal n, since every choice is returned."),
         (
             CHAT,
