@@ -3,6 +3,7 @@
 import json
 import socket
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import grpc
@@ -239,3 +240,8 @@ def test_the_error_for_a_rejected_key_names_its_variable(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Client, "cache_state", refuse)
     assert_refused(run("status"), "An API key is needed.", "KVARN_API_KEY")
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"kvarn {version('kvarn')}\n")
