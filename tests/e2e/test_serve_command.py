@@ -121,17 +121,8 @@ def test_sigterm_interrupts_a_start(tmp_path, kvarn):
     assert not alive
 
 
-@pytest.mark.parametrize(
-    ("engine", "words"),
-    [
-        ({"max_num_batched_tokens": 2}, "max_num_batched_tokens"),
-        (
-            {"kv_cache_memory_gib": 0.005},
-            "KV cache is needed, which is larger than the available KV cache memory",
-        ),
-    ],
-)
-def test_an_engine_that_cannot_start_is_reported_in_one_sentence(tmp_path, kvarn, engine, words):
+def test_an_engine_that_cannot_start_is_reported_in_one_sentence(tmp_path, kvarn):
+    engine = {"kv_cache_dtype": "auto", "kv_cache_memory_gib": 0.005}  # whose limits vLLM alone knows
     process = kvarn("serve", "--json", write_app(tmp_path / "app.yaml", **engine))
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 1
@@ -139,5 +130,5 @@ def test_an_engine_that_cannot_start_is_reported_in_one_sentence(tmp_path, kvarn
     error = json.loads(output)
     assert error["event"] == "error"
     assert error["message"] in errors
-    assert words in errors
+    assert "KV cache is needed, which is larger than the available KV cache memory" in errors
     assert "Traceback" not in errors
