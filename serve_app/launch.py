@@ -26,7 +26,7 @@ from kvarn.adapters import read_adapter
 from kvarn.dtypes import check_cache_dtype
 from kvarn.engine_limits import EngineLimits, engine_limits
 from kvarn.errors import KVarNError
-from kvarn.layer_kinds import smallest_block
+from kvarn.layer_kinds import STATES, layer_kinds, smallest_block
 from kvarn.model import (
     KvShape,
     check_tokenizer,
@@ -34,6 +34,7 @@ from kvarn.model import (
     context_limit,
     read_config,
     resolve_model,
+    text_config,
 )
 from kvarn.plan.model_shape import ModelShape
 from kvarn.presets import PRESETS
@@ -341,6 +342,18 @@ def _numbers_of_engines(config: AppConfig) -> str:
         "engine.num_replicas" if config.engine.autoscaling is None else "engine.autoscaling.min_replicas"
     )
     return replicas if config.disaggregation is None else f"{replicas}, disaggregation.prefill_replicas"
+
+
+def check_limits(app: App) -> None:
+    """Check that each engine's side pool and cache hold a request; see `limits_of`.
+
+    vLLM sizes the states of models that keep some, and this process must not import it before it knows Ray's mode.
+    """
+    kinds = layer_kinds(text_config(resolve_model(app.config.model)))
+    if set(STATES).isdisjoint(kinds):
+        limits_of(app)
+    else:
+        _check_in_another_process("args.engine", limits_of, app)
 
 
 def limits_of(app: App) -> EngineLimits | None:

@@ -65,14 +65,21 @@ def _serve(
     """Check and start the application, report it, and wait for an interrupt."""
     with missing_packages():
         from serve_app.client import Client
-        from serve_app.launch import check_machine, check_model, check_parsers, limits_of, read_app, running
+        from serve_app.launch import (
+            check_limits,
+            check_machine,
+            check_model,
+            check_parsers,
+            read_app,
+            running,
+        )
     launched = read_app(config)
     check_machine(launched)
     reachable = launched.lets_in(api_key)
     if say is not None and not reachable:
         fail("--say cannot be answered: the gateways have TLS or require an API key; use `kvarn chat` later")
     model_dir = check_model(launched)
-    limits_of(launched)
+    check_limits(launched)
     check_parsers(launched, model_dir)
     with ExitStack() as stack:
         state = None

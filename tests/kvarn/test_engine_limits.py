@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,22 @@ def test_the_doctor_shows_them_for_a_yaml() -> None:
     assert "36 slots" in text
     assert "1,725 blocks" in text
     assert "limits first" in text
+
+
+def test_limits_of_a_model_with_states_are_checked_without_vllm_in_this_process(tmp_path: Path) -> None:
+    model = make_config(tmp_path, FAMILIES["Falcon-H1"])
+    program = "\n    ".join(
+        (
+            "if __name__ == '__main__':",
+            "import sys",
+            "from serve_app.config import AppConfig",
+            "from serve_app.launch import App, check_limits",
+            "engine = {'kv_cache_memory_gib': 1, 'max_model_len': 512}",
+            "check_limits(App('app', AppConfig(model=sys.argv[1], engine=engine), {}))",
+            "assert not {'ray', 'vllm.config'} & sys.modules.keys()",
+        )
+    )
+    subprocess.run([sys.executable, "-c", program, str(model)], check=True)
 
 
 def test_the_doctor_counts_host_memory_beside_a_connector(monkeypatch: pytest.MonkeyPatch) -> None:
