@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from kvarn.vllm.access.detokenizer import make_detokenizer
 from kvarn.vllm.hooks import Hook
 
 if TYPE_CHECKING:
@@ -111,8 +111,8 @@ def install() -> None:
 def probe() -> str | None:
     """Check that the text after a prompt that ends inside a character is the character."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
     from vllm import SamplingParams
-    from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
@@ -121,10 +121,9 @@ def probe() -> str | None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     *prompt, last = tokenizer.encode("of a café").ids
-    fields = {"request_id": "probe", "prompt_token_ids": prompt, "prompt_embeds": None}
-    request: Any = SimpleNamespace(**fields, sampling_params=SamplingParams())
-    wrapped: Any = SimpleNamespace(_tokenizer=tokenizer)
-    text = FastIncrementalDetokenizer(wrapped, request).decode_next(last)
+    fast: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    detokenizer: Any = make_detokenizer(fast, "probe", prompt, SamplingParams())
+    text = detokenizer.decode_next(last)
     return None if text == "é" else f"the text after a prompt begins with {text!r}"
 
 
