@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Collection
@@ -25,6 +26,7 @@ WAKE_S = 0.002  # changes within this time are handled together
 INTERVAL_WEIGHT = 0.1
 QUEUE_REASONS = ("blocks", "slots", "batch", "replicas", "turn")
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 30.0
+HANDOVER_S = 10.0  # in which another replica may take over from the last ready one, as in a rolling update
 
 
 @dataclass(slots=True)
@@ -53,6 +55,7 @@ class AdmissionQueue:
         self._interval_s = 0.0
         self._last_taken_s = 0.0
         self._waking: asyncio.TimerHandle | None = None
+        self._ready_s = -math.inf
 
     def __len__(self) -> int:
         """Return the number of requests that wait."""
@@ -69,13 +72,16 @@ class AdmissionQueue:
 
     def wake(self) -> None:
         """Schedule another attempt to admit waiting requests, after a replica or a reservation changed."""
+        if self._router.is_ready():
+            self._ready_s = time.monotonic()
         if self._waking is None and self._queue:
             self._waking = asyncio.get_running_loop().call_later(WAKE_S, self._pump)
 
     async def admit(self, generation: Generation, tried: Collection[str] = ()) -> Decision:
         """Reserve room for `generation` on a replica not in `tried`, waiting for it if necessary.
 
-        While no replica is ready, a generation that was already sent to one waits; a new one is rejected.
+        While no replica is ready, a generation that was already sent to one waits; a new one waits if a replica was
+        ready in the last `HANDOVER_S` seconds, and is rejected otherwise.
 
         Raises:
             RequestError: it can never fit, the queue is full, it waited too long, or its deadline cannot be met.
@@ -87,7 +93,9 @@ class AdmissionQueue:
                 self._check_deadline(generation, decision)
                 return decision
             if not (tried or generation.output or generation.attempts > 1 or _may_fit_later(decision)):
-                raise rejection_error(decision, generation.need, self._router.max_model_len())
+                error = rejection_error(decision, generation.need, self._router.max_model_len())
+                if not (isinstance(error, ReplicaUnavailableError) and self._is_handover()):
+                    raise error
         if generation.queue_entry is None:
             self._check_wait(generation)
         return await self._wait(generation, tried)
@@ -116,6 +124,8 @@ class AdmissionQueue:
                 return waiter.admitted.result()
             if time.monotonic() >= generation.deadline_s:
                 raise DeadlineError(_LATE) from None
+            if not self._router.is_ready():
+                raise ReplicaUnavailableError(NOT_READY) from None
             raise self._no_room(generation, f"waited {self._patience_s:g} seconds") from None
         except asyncio.CancelledError:
             self._router.release(generation.key)
@@ -124,6 +134,9 @@ class AdmissionQueue:
             generation.queued_s = time.monotonic() - now_s
             self._queue.remove(entry)
             del self._waiters[generation.key]
+
+    def _is_handover(self) -> bool:
+        return time.monotonic() - self._ready_s < HANDOVER_S
 
     def _pump(self) -> None:
         self._waking = None

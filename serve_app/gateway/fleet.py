@@ -79,6 +79,12 @@ class Fleet:
             self._router.mark_reachable(replica_id, False)
             self._on_change(replica_id)
 
+    @property
+    def is_connecting(self) -> bool:
+        """Whether the first state of a replica is still to come."""
+        now_s = time.monotonic()
+        return any(self._router.replica(replica_id, now_s) is None for replica_id in self._connections)
+
     async def close(self) -> None:
         """Disconnect from all replicas, and wait for their calls to end."""
         self._listening.cancel()

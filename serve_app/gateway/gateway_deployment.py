@@ -34,8 +34,8 @@ from serve_app.request.prompts import PromptEncoder
 from serve_app.routing import TILE_BYTES, Router
 
 logger = logging.getLogger("ray.serve")  # written to the replica's log
-# For the first state of replicas that already run, which takes seconds on a busy machine.
-STARTUP_WAIT_S = 10.0
+STARTUP_WAIT_S = 10.0  # for the list of the replicas that already run, and their first states
+CONNECTING_WAIT_S = 50.0  # more, for the first states of listed replicas on a busy machine
 
 
 class Readiness:
@@ -230,6 +230,8 @@ class Gateway:
             membership.listen(prefills, partial(parts.fleet.set_members, deployment=prefills.deployment_name))
         # Clients may connect as soon as the port is shared: in a rolling update, those of the gateway replaced.
         await parts.readiness.wait(STARTUP_WAIT_S)
+        if parts.fleet.is_connecting:
+            await parts.readiness.wait(CONNECTING_WAIT_S)
         await parts.servers.start()
         gauges = GatewayGauges(parts.observer, parts.queue, parts.router)
         self._tasks = [

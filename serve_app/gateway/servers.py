@@ -41,7 +41,7 @@ class GatewayServers:
         encoder: the model's tokenizer.
         parsers: for the model's output.
         feed: state of the replicas, and its changes.
-        max_model_len: returns the longest context of any replica in tokens, 0 while there is none.
+        max_model_len: returns the longest context of any replica in tokens, 0 before the first one.
         is_ready: whether requests are taken.
         on_rejection: called with the reason of each request rejected before it reaches the dispatcher.
         routers: additional HTTP routes.

@@ -60,7 +60,7 @@ def openai_api(
 
     Args:
         model_names: the served model, then its LoRA adapters.
-        max_model_len: returns the longest context of any replica in tokens, 0 while there is none.
+        max_model_len: returns the longest context of any replica in tokens, 0 before the first one.
         chat: handles chat completions.
         completions: handles text completions.
         access: authenticates callers and applies their rate limits.

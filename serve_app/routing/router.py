@@ -146,7 +146,7 @@ class Router:
         )
 
     def max_model_len(self) -> int:
-        """Longest context of any replica in tokens, 0 without replicas."""
+        """Longest context of any replica in tokens; without replicas, of the last ones; 0 before the first."""
         return self._max_model_len
 
     def need(self, prompt_tokens: int, max_tokens: int) -> RequestNeed:
@@ -367,7 +367,7 @@ class Router:
         """Recompute what depends on the set of replicas, which changes far less often than requests come."""
         self._kinds = {replica.kind for replica in self._replicas.values()}
         lengths = (replica.snapshot.capacity.max_model_len for replica in self._replicas.values())
-        self._max_model_len = max(lengths, default=0)
+        self._max_model_len = max(lengths, default=self._max_model_len)
 
     def _root(self, kind: TileKind, prompt: Prompt) -> int:
         if prompt.salt or prompt.adapter:

@@ -15,7 +15,7 @@ import pytest
 
 from kvarn.v1 import engine_pb2, inference_pb2, sampling_pb2
 from serve_app.config import RoutingConfig
-from serve_app.gateway import fleet
+from serve_app.gateway import admission_queue, fleet
 from serve_app.gateway.admission_queue import WAKE_S, AdmissionQueue
 from serve_app.gateway.dispatcher import Dispatcher
 from serve_app.gateway.engine_stream import CallError
@@ -285,6 +285,39 @@ async def test_a_request_whose_replica_is_removed_before_its_call_waits_for_anot
     assert [answer.replica_id for answer in answers] == ["another"]
 
 
+async def test_a_request_between_the_last_ready_replica_and_the_next_waits() -> None:
+    """In a rolling update, an old replica may be gone before the new one's state has arrived."""
+    router = Router("gateway")
+    replica = Replica(router, 0)
+    router.update("old", state(1, 100), time.monotonic())
+    replica.queue.wake()
+    router.remove("old")
+    replica.queue.wake()
+    answer = asyncio.create_task(anext(gateway_of(replica).generate(REQUEST, None, Caller("tenant"))))
+    await asyncio.sleep(0.01)
+    assert len(replica.queue) == 1
+    router.update("new", state(1, 100), time.monotonic())
+    replica.queue.wake()
+    assert (await answer).replica_id == "new"
+
+
+async def test_a_request_long_after_the_last_ready_replica_is_rejected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    router = Router("gateway")
+    replica = Replica(router, 0, patience_s=0.05)
+    router.update("old", state(1, 100), time.monotonic())
+    replica.queue.wake()
+    router.remove("old")
+    with pytest.raises(ReplicaUnavailableError):  # no replacement came
+        await anext(gateway_of(replica).generate(REQUEST, None, Caller("tenant")))
+    monkeypatch.setattr(admission_queue, "HANDOVER_S", 0)
+    replica = Replica(router, 0, patience_s=3600)
+    with pytest.raises(ReplicaUnavailableError):
+        await anext(gateway_of(replica).generate(REQUEST, None, Caller("tenant")))
+    assert not len(replica.queue)
+
+
 async def test_prefixes_of_different_salts_are_counted_apart() -> None:
     router = Router("gateway")
     router.update("one", state(1, 100), time.monotonic())
@@ -329,9 +362,11 @@ async def test_an_update_after_its_removal_does_not_bring_a_replica_back(
     members = fleet.Fleet(router, lambda replica_id: None, drain_s=1, silence_s=10)
     address: Any = Address()
     members.set_members([Endpoint("one", address, {})])
+    assert members.is_connecting
     states.put_nowait(update(1))
     await asyncio.sleep(0.01)
     assert router.is_ready()
+    assert not members.is_connecting
     states.put_nowait(update(2))
     members.set_members([])
     await asyncio.sleep(0.05)
