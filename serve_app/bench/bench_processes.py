@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import random
+import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,23 @@ from typing import Any
 import uvloop
 
 START_S = 120.0  # imports included
+HOST = "127.0.0.1"
+SERVER_PORTS = range(20_000, 32_768)  # above those of Ray's workers, below those of outgoing connections
+
+
+def free_port() -> int:
+    """Return a loopback port for a server that starts later.
+
+    The system's own choice would be a port that an outgoing connection may take before the server listens.
+
+    Raises:
+        RuntimeError: every port that was tried is in use.
+    """
+    for port in random.sample(SERVER_PORTS, 100):
+        with socket.socket() as probe:
+            if probe.connect_ex((HOST, port)):
+                return port
+    raise RuntimeError(f"no free port found between {SERVER_PORTS[0]} and {SERVER_PORTS[-1]}")
 
 
 @dataclass(frozen=True)

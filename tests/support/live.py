@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,9 +15,11 @@ from ray import serve
 
 from kvarn.v1 import cluster_pb2
 from serve_app.app import build
+from serve_app.bench.bench_processes import free_port
 from serve_app.client import Client, UnavailableError
 from serve_app.config import AppConfig
 
+LOG_LINES_SHOWN = 8
 APP_YAML = Path(__file__).parents[2] / "cluster" / "app.yaml"
 
 
@@ -29,9 +30,20 @@ def serving(**resources: Any) -> Iterator[None]:
     serve.start(proxy_location="Disabled")
     try:
         yield
+    except BaseException:
+        print(serve.status(), *_log_ends(), sep="\n")
+        raise
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _log_ends() -> Iterator[str]:
+    """Yield the ends of the logs of Serve and of Ray's workers: CI keeps what a test prints, and no log."""
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    for log in sorted([*logs.glob("serve/*.log"), *logs.glob("worker-*.err"), *logs.glob("raylet.*")]):
+        yield f"{log.name}:"
+        yield from log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
 
 
 def _start_ray(**resources: Any) -> None:
@@ -58,12 +70,6 @@ def deploy(app: str, config: AppConfig) -> None:
     """Start application `app`, or update it; its replicas start in the background."""
     target = serve.RunTarget(build(config), name=app, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_app(path: Path, **engine: object) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -37,8 +36,8 @@ from kvarn.engine_limits import engine_limits
 from kvarn.model import DEFAULT_MODEL, kv_shape
 from kvarn.presets import PRESETS
 from kvarn.worker import log_tail
+from serve_app.bench.bench_processes import HOST, free_port
 
-HOST = "127.0.0.1"
 START_S = 1200.0  # weights, compilation and CUDA graphs included
 STOP_S = 60.0
 POLL_S = 0.25
@@ -162,7 +161,7 @@ def running_server(
     """
     launch = _Launch(spec, settings, model_dir, max_model_len)
     with tempfile.TemporaryDirectory(prefix="kvarn-bench-") as directory, tempfile.TemporaryFile("w+") as log:
-        port = _free_port()
+        port = free_port()
         if spec.kind == "kvarn":
             command, environment = launch.application(port, Path(directory)), {}
         else:
@@ -203,7 +202,7 @@ class _Launch:
             "enforce_eager": settings.enforce_eager,
             **({"kv_transfer_config": self._connector()} if self.spec.offloads else {}),
         }
-        gateway = {"port": _free_port(), "http": {"port": port}}
+        gateway = {"port": free_port(), "http": {"port": port}}
         application = {
             "name": "kvarn",
             "import_path": "serve_app.app:build",
@@ -323,9 +322,3 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
