@@ -272,6 +272,13 @@ class MessageToolCall(Model):
 class Message(Model):
     """One message of a conversation."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"role": {"const": "assistant"}}},
+            "else": {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
+        }
+    )
+
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     name: str | None = None
@@ -286,6 +293,13 @@ class Message(Model):
     thinking_blocks: Ignored = None
     audio: Unsupported = None
     function_call: Unsupported = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        """Only an assistant's message may lack content: it may hold tool calls or reasoning alone."""
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role!r} needs content: text, or a list of parts")
+        return self
 
 
 class Function(Model):

@@ -60,7 +60,8 @@ class Variations:
             return schema["enum"][0]
         match schema.get("type"):
             case "object":
-                return {name: self._valid(schema["properties"][name]) for name in schema.get("required", ())}
+                required = [*schema.get("required", ()), *schema.get("else", {}).get("required", ())]
+                return {name: self._valid(schema["properties"][name]) for name in required}
             case "array":
                 return [self._valid(schema["items"])] * schema.get("minItems", 0)
             case "string":

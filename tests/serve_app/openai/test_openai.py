@@ -464,6 +464,14 @@ async def test_bad_requests_are_one_sentence(front: Running, path: str, change: 
             "messages.0.tool_calls: List should have at most 128 items",
         ),
         (
+            {"messages": [{"role": "user"}]},
+            "messages.0: a message of role 'user' needs content: text, or a list of parts.",
+        ),
+        (
+            {"messages": [{"role": "tool", "tool_call_id": "1", "content": None}]},
+            "messages.0: a message of role 'tool' needs content",
+        ),
+        (
             {"messages": [{"role": "user", "content": 5}]},
             "messages.0.content: Input should be a valid string",
         ),
