@@ -40,6 +40,29 @@ RETRY_S = 30.0
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 1.0
 NO_CONNECTION = "failed to connect"  # gRPC's words
 NO_HOST = re.compile(r"errors resolving (\S+): .*hostname lookup error")
+_GRPC_SENTENCES = [  # what gRPC says, and what to say instead; the first that is found counts
+    (
+        re.compile("Failed parsing HTTP/2"),
+        "What answers there is not a gateway's gRPC server: give the address of gateway.port, not gateway.http.port.",
+    ),
+    (
+        re.compile(rf"(.*{NO_CONNECTION}.*)", re.DOTALL),
+        r"No gateway answers there: start one, or check host:port and TLS (\1)",
+    ),
+    (NO_HOST, r"The host name in \1 cannot be resolved: check the gateway's address (--address)"),
+    (
+        re.compile(r"larger than max \((\d+) vs\. (\d+)\)"),
+        r"The request has \1 bytes, above the gateway's limit of \2: shorten it, or raise gateway.max_message_bytes.",
+    ),
+    (
+        re.compile("^Method not found!$"),
+        "The gRPC server there does not know this call: check that it is a gateway of this version.",
+    ),
+    (
+        re.compile("^Deadline Exceeded$"),
+        "The deadline passed before the answer was complete: allow more time.",
+    ),
+]
 
 
 class ServingError(Exception):
@@ -491,7 +514,13 @@ def _prompt(prompt: Prompt) -> inference_pb2.Prompt:
     if isinstance(prompt, inference_pb2.Chat):
         return inference_pb2.Prompt(chat=prompt)
     if prompt and isinstance(prompt[0], Mapping):
-        messages = [inference_pb2.ChatMessage(**message) for message in prompt]  # type: ignore[arg-type]
+        try:
+            messages = [inference_pb2.ChatMessage(**message) for message in prompt]  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"A message of the prompt cannot be sent: {str(error).rstrip('.')}.",
+            ) from error
         return inference_pb2.Prompt(chat=inference_pb2.Chat(messages=messages))
     try:
         return inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=prompt))  # type: ignore[arg-type]
@@ -506,7 +535,8 @@ def _sampling(parameters: dict[str, Any]) -> sampling_pb2.SamplingParams:
         return sampling_pb2.SamplingParams(**parameters)
     except (TypeError, ValueError) as error:
         raise InvalidRequestError(
-            grpc.StatusCode.INVALID_ARGUMENT, f"The sampling parameters cannot be sent: {error}."
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"The sampling parameters cannot be sent: {str(error).rstrip('.')}.",
         ) from error
 
 
@@ -520,14 +550,15 @@ def _errors() -> Iterator[None]:
 
 def _serving_error(error: grpc.RpcError) -> ServingError:
     kind = _ERRORS.get(error.code(), ServingError)
-    sentence = error.details() or ""
-    if NO_CONNECTION in sentence:
-        sentence = f"No gateway answers there: start one, or check host:port and TLS ({sentence})"
-    elif unknown := NO_HOST.search(sentence):
-        sentence = (
-            f"The host name in {unknown[1]} cannot be resolved: check the gateway's address (--address)"
-        )
-    return kind(error.code(), sentence, _retry_after_s(error))
+    return kind(error.code(), _in_our_words(error.details() or ""), _retry_after_s(error))
+
+
+def _in_our_words(details: str) -> str:
+    """Return a gateway's own sentence as it is, and what to change in place of one of gRPC's."""
+    for pattern, sentence in _GRPC_SENTENCES:
+        if found := pattern.search(details):
+            return found.expand(sentence)
+    return details
 
 
 def _is_serving(response: health_pb2.HealthCheckResponse) -> bool:

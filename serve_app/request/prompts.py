@@ -232,6 +232,11 @@ def _check_messages(chat: inference_pb2.Chat) -> None:
         raise BadRequestError(
             f"prompt.chat must hold at most {MAX_MESSAGES} messages, got {len(chat.messages)}."
         )
+    for place, message in enumerate(chat.messages):
+        if not message.role:
+            raise BadRequestError(
+                f"prompt.chat.messages[{place}] needs a role, such as user, assistant, system or tool."
+            )
 
 
 def _check_unicode(text: str) -> None:

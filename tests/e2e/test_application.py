@@ -380,7 +380,7 @@ def test_a_client_that_dies_frees_its_blocks(app: App, client: Client) -> None:
         ),
         ("Hi", {"model": "gpt-2"}, UnknownModelError, "The model 'gpt-2' is not served here"),
         ("Hi", {"model": "x" * 100_000}, UnknownModelError, "is not served here"),
-        ("x" * (2 << 20), {}, NoRoomError, "larger than max"),
+        ("x" * (2 << 20), {}, NoRoomError, "above the gateway's limit of "),
     ],
 )
 def test_bad_requests_get_one_sentence(

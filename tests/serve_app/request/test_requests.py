@@ -10,6 +10,7 @@ from kvarn.v1 import inference_pb2
 from kvarn.v1.sampling_pb2 import Choice, SamplingParams, StructuredOutputs
 from serve_app.client import InvalidRequestError, _request
 from serve_app.gateway.admission_queue import rejection_error
+from serve_app.request.prompts import PromptEncoder
 from serve_app.request.request_errors import (
     BadRequestError,
     CapacityError,
@@ -221,3 +222,9 @@ def test_arguments_for_the_reasoning_parser_are_checked() -> None:
     wanted = StructuredOutputs(regex="x", chat_template_kwargs="[]")
     with pytest.raises(BadRequestError, match="chat_template_kwargs must be a JSON object"):
         check_sampling(SamplingParams(structured_outputs=wanted), VOCAB)
+
+
+async def test_a_message_without_a_role_is_refused(encoder: PromptEncoder) -> None:
+    chat = inference_pb2.Chat(messages=[{"role": "user"}, {"content": "Hi"}])
+    with pytest.raises(BadRequestError, match=r"^prompt\.chat\.messages\[1\] needs a role, such as user"):
+        await encoder.encode(inference_pb2.Prompt(chat=chat))
