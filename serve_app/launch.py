@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -53,6 +55,7 @@ SERVE_KEYS = {
     "applications", "controller_options", "grpc_options", "http_options", "logging_config", "proxy_location",
     "target_capacity", "tracing_config",
 }  # fmt: skip
+PROXY_LOCATIONS = ("Disabled", "EveryNode", "HeadOnly")
 APPLICATION_KEYS = {
     "args", "autoscaling_policy", "deployments", "external_scaler_enabled", "host", "import_path",
     "logging_config", "name", "port", "route_prefix", "runtime_env",
@@ -159,10 +162,10 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 
 def _check_keys(path: Path, schema: dict[str, Any], application: dict[str, Any]) -> None:
-    """Check the keys around `args`, which are Serve's: it would ignore those that it does not know.
+    """Check what is around `args`, which is Serve's: it would ignore unknown keys, and refuse values once it runs.
 
     Raises:
-        LaunchError: Serve has no such key.
+        LaunchError: Serve has no such key, or does not take its value.
     """
     for place, given, known in (
         ("", schema, SERVE_KEYS),
@@ -172,6 +175,9 @@ def _check_keys(path: Path, schema: dict[str, Any], application: dict[str, Any])
             raise LaunchError(
                 f"{path}: {place}{name}: Serve has no such key, expected one of {', '.join(sorted(known))}"
             )
+    location = schema.get("proxy_location", PROXY_LOCATIONS[0])
+    if location not in PROXY_LOCATIONS:
+        raise LaunchError(f"{path}: proxy_location is {location!r}, expected {', '.join(PROXY_LOCATIONS)}")
 
 
 def check_machine(app: App) -> None:
@@ -427,7 +433,8 @@ class Dashboard:
     def deploy_command(self) -> str:
         """Shell command that updates the application."""
         mode = "RAY_AUTH_MODE=token " if self.needs_token else ""
-        return f"{mode}serve deploy -a {self.url} FILE"
+        serve = "serve" if shutil.which("serve") else Path(sysconfig.get_path("scripts"), "serve")
+        return f"{mode}{serve} deploy -a {self.url} FILE"
 
 
 @dataclass(frozen=True)

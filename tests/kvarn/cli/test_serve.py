@@ -11,6 +11,7 @@ from types import FrameType
 
 import pytest
 import yaml
+from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 from typer.testing import CliRunner
 
@@ -22,6 +23,7 @@ from kvarn.v1 import cache_pb2, cluster_pb2
 from serve_app.config import AppConfig
 from serve_app.launch import (
     APPLICATION_KEYS,
+    PROXY_LOCATIONS,
     SERVE_KEYS,
     App,
     Dashboard,
@@ -108,6 +110,17 @@ def test_what_this_machine_cannot_run_is_rejected_before_anything_starts(tmp_pat
 def test_serves_keys_are_those_of_its_schema():
     assert set(ServeDeploySchema.model_fields) == SERVE_KEYS
     assert set(ServeApplicationSchema.model_fields) == APPLICATION_KEYS
+    assert {location.value for location in ProxyLocation} == set(PROXY_LOCATIONS)
+
+
+def test_the_printed_deploy_command_runs_in_a_shell_without_the_environment(monkeypatch):
+    dashboard = Dashboard("http://127.0.0.1:8265", needs_token=False)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert dashboard.deploy_command == "serve deploy -a http://127.0.0.1:8265 FILE"
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    command, *arguments = dashboard.deploy_command.split()
+    assert os.access(command, os.X_OK)
+    assert arguments == ["deploy", "-a", "http://127.0.0.1:8265", "FILE"]
 
 
 def test_reading_an_application_imports_no_ray():
@@ -134,6 +147,11 @@ def test_reading_an_application_imports_no_ray():
         ),
         ("    args:", "\targs:", "is not valid YAML: line "),
         ("applications:", "applications: [", "is not valid YAML: line "),
+        (
+            "proxy_location: Disabled",
+            "proxy_location: None",
+            "proxy_location is 'None', expected Disabled, EveryNode, HeadOnly",
+        ),
     ],
 )
 def test_what_is_around_our_settings_is_checked(tmp_path, was, becomes, words):
