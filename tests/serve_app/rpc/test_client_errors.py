@@ -43,24 +43,30 @@ async def silent_server() -> AsyncIterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "kind", "sentence"),
+    ("prompt", "timeout_s", "kind", "sentence"),
     [
         (
             "x" * 2000,
+            60,
             NoRoomError,
             "bytes, above the gateway's limit of 1000: shorten it, or raise gateway.",
         ),
-        ("Hi", DeadlineExceededError, "The deadline passed before the answer was complete: allow more time."),
-        ([{"rol": "user"}], InvalidRequestError, 'has no "rol" field. [INVALID_ARGUMENT]'),
-        ([{"role": 5}], InvalidRequestError, "A message of the prompt cannot be sent: "),
+        (
+            "Hi",
+            0.2,
+            DeadlineExceededError,
+            "The deadline passed before the answer was complete: allow more time.",
+        ),
+        ([{"rol": "user"}], 60, InvalidRequestError, 'has no "rol" field. [INVALID_ARGUMENT]'),
+        ([{"role": 5}], 60, InvalidRequestError, "A message of the prompt cannot be sent: "),
     ],
 )
 async def test_what_grpc_reports_is_said_in_a_sentence(
-    prompt: Any, kind: type[ServingError], sentence: str
+    prompt: Any, timeout_s: float, kind: type[ServingError], sentence: str
 ) -> None:
     async with silent_server() as address, AsyncClient(address) as client:
         with pytest.raises(kind) as raised:
-            await client.generate_once(prompt, max_tokens=1, timeout_s=0.2)
+            await client.generate_once(prompt, max_tokens=1, timeout_s=timeout_s)
     assert sentence in str(raised.value)
     assert ".." not in str(raised.value)
 
