@@ -26,13 +26,13 @@ def free_port() -> int:
     The system's own choice would be a port that an outgoing connection may take before the server listens.
 
     Raises:
-        RuntimeError: every port that was tried is in use.
+        RuntimeError: all are in use.
     """
-    for port in random.sample(SERVER_PORTS, 100):
+    for port in random.sample(SERVER_PORTS, len(SERVER_PORTS)):
         with socket.socket() as probe:
             if probe.connect_ex((HOST, port)):
                 return port
-    raise RuntimeError(f"no free port found between {SERVER_PORTS[0]} and {SERVER_PORTS[-1]}")
+    raise RuntimeError(f"no port from {SERVER_PORTS[0]} to {SERVER_PORTS[-1]} is free")
 
 
 @dataclass(frozen=True)
