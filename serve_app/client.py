@@ -514,30 +514,26 @@ def _prompt(prompt: Prompt) -> inference_pb2.Prompt:
     if isinstance(prompt, inference_pb2.Chat):
         return inference_pb2.Prompt(chat=prompt)
     if prompt and isinstance(prompt[0], Mapping):
-        try:
+        with _protobuf_errors("A message of the prompt cannot be sent"):
             messages = [inference_pb2.ChatMessage(**message) for message in prompt]  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            raise InvalidRequestError(
-                grpc.StatusCode.INVALID_ARGUMENT,
-                f"A message of the prompt cannot be sent: {str(error).rstrip('.')}.",
-            ) from error
         return inference_pb2.Prompt(chat=inference_pb2.Chat(messages=messages))
-    try:
+    with _protobuf_errors("The prompt must hold token ids from 0 to 2^32 - 1"):
         return inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=prompt))  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise InvalidRequestError(
-            grpc.StatusCode.INVALID_ARGUMENT, f"The prompt must hold token ids from 0 to 2^32 - 1: {error}."
-        ) from error
 
 
 def _sampling(parameters: dict[str, Any]) -> sampling_pb2.SamplingParams:
-    try:
+    with _protobuf_errors("The sampling parameters cannot be sent"):
         return sampling_pb2.SamplingParams(**parameters)
+
+
+@contextmanager
+def _protobuf_errors(problem: str) -> Iterator[None]:
+    """Raise InvalidRequestError with `problem` and protobuf's reason where a message cannot hold its values."""
+    try:
+        yield
     except (TypeError, ValueError) as error:
-        raise InvalidRequestError(
-            grpc.StatusCode.INVALID_ARGUMENT,
-            f"The sampling parameters cannot be sent: {str(error).rstrip('.')}.",
-        ) from error
+        sentence = f"{problem}: {str(error).rstrip('.')}."
+        raise InvalidRequestError(grpc.StatusCode.INVALID_ARGUMENT, sentence) from error
 
 
 @contextmanager
