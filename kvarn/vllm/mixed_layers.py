@@ -309,11 +309,30 @@ class StatePages:
 def state_pages(vllm_config: Any) -> StatePages:
     """Choose the smallest blocks that hold the state of any layer: short sequences fill few tiles."""
     layers = vllm_config.compilation_config.static_forward_context.values()
+    state = _ceil_div(max(map(_state_bytes, layers)), STATE_ALIGNMENT) * STATE_ALIGNMENT
+    return StatePages(_ceil_div(state, _tile_of_all_layers(layers)), state)
+
+
+def tile_distance(vllm_config: Any) -> int | None:
+    """Bytes between the tiles of a quantized layer whose blocks its kernels count, None where they are adjacent.
+
+    Beside states, the one tile of each layer in a block is followed by those of the others. Where a block has several,
+    a layer's are adjacent, and its kernels count tiles.
+    """
+    pages = pages_of(vllm_config)
+    if pages is not None:
+        return pages.nbytes
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    if any(map(_state_bytes, layers)) and state_pages(vllm_config).tiles == 1:
+        return _tile_of_all_layers(layers)
+    return None
+
+
+def _tile_of_all_layers(layers: Iterable[Any]) -> int:
+    """Bytes of a tile over all quantized layers."""
     quantized = [layer for layer in layers if is_quantized(layer)]
     layout = TileLayout.of_heads(get_preset(quantized[0].kv_cache_dtype), quantized[0].head_size)
-    tile = len(quantized) * quantized[0].num_kv_heads * layout.nbytes
-    state = _ceil_div(max(map(_state_bytes, layers)), STATE_ALIGNMENT) * STATE_ALIGNMENT
-    return StatePages(_ceil_div(state, tile), state)
+    return len(quantized) * int(quantized[0].num_kv_heads) * layout.nbytes
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention, PrefillPrefixLMAttention
-from vllm.model_executor.layers.mamba.abstract import MambaBase
-from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.models import llama
 
 from kvarn.layer_kinds import smallest_block
@@ -37,6 +35,7 @@ from tests.support.engines import (
     ask_cold,
     assert_nothing_left,
     chunks_of,
+    end_passes_at_states,
     engine,
     first_differences,
     make_llama,
@@ -165,15 +164,6 @@ def assert_blocks_as_limited(model: Path, llm: Any) -> None:
         specs = [group.kv_cache_spec for group in groups if group is not groups[scheduler.cache_group]]
         most = (spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes for spec in specs)
         assert use.others == sum(most)
-
-
-def end_passes_at_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    """End each pass at a state that vLLM keeps: its CPU kernel for Mamba 2 returns none from within a pass."""
-
-    def get_kv_cache_spec(self: MambaMixer2, vllm_config: Any) -> Any:
-        return MambaBase.get_kv_cache_spec(self, vllm_config)
-
-    monkeypatch.setattr(MambaMixer2, "get_kv_cache_spec", get_kv_cache_spec)
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -15,7 +15,7 @@ from vllm import LLM
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.metrics.reader import Counter
 
-from kvarn.kernels import prefill, quantize
+from kvarn.kernels import decode, decode_plan, decode_work, launches, pages, prefill, quantize, rotate
 from kvarn.vllm.gpu import triton_backend
 from kvarn.vllm.gpu.triton_plan import TritonMetadata, TritonMetadataBuilder
 from tests.support.engines import (
@@ -23,11 +23,12 @@ from tests.support.engines import (
     ask,
     ask_cold,
     assert_nothing_left,
+    end_passes_at_states,
     engine,
     make_llama,
     use_triton_backend,
 )
-from tests.support.families import EXPERTS, make_model
+from tests.support.families import EXPERTS, FAMILIES, make_family, make_model
 
 PRESET = "kvarn_k4v2_g64"
 GROUP, LAYERS = 64, 2
@@ -176,6 +177,36 @@ def test_windows_beside_tiles_with_sinks_or_soft_caps_answer_as_on_the_cpu_backe
         use_triton_backend(monkeypatch)
     for expected, answer in zip(*answers, strict=True):
         answer.assert_same(expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma 3", "Falcon-H1"])
+def test_every_variant_that_serves_was_launched_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """A variant is what Triton compiles apart; layers with windows or states put distances between tiles."""
+    seen: set[tuple[Any, ...]] = set()
+
+    def noted(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        kinds = (x.dtype if isinstance(x, torch.Tensor) else type(x) for x in arguments)
+        seen.add((kernel.__name__, *kinds, *sorted(constants.items())))
+        launches.launch(kernel, programs, *arguments, **constants)
+
+    for module in (decode, decode_plan, decode_work, pages, prefill, quantize, rotate):
+        monkeypatch.setattr(module, "launch", noted)
+    use_triton_backend(monkeypatch)
+    settings = {
+        **SETTINGS,
+        "kv_cache_dtype": "kvarn_k4v4_g128",
+    }  # a tile of all layers is larger than a state
+    end_passes_at_states(monkeypatch)
+    with engine(monkeypatch, make_family(tmp_path, FAMILIES[family]), **settings) as llm:
+        at_start = set(seen)
+        seen.clear()
+        ask(llm, [prompt(300)], max_tokens=1)
+        (again,) = ask(llm, [prompt(300)], max_tokens=2)
+    assert again.cached == 256
+    assert {variant[0] for variant in seen} > {"_rotate_store", "_fill_pages", "_decode_part"}
+    assert seen <= at_start, seen - at_start
 
 
 @pytest.fixture(scope="module")

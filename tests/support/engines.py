@@ -18,6 +18,8 @@ from llvmlite.binding import ffi
 from transformers import LlamaConfig
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from kvarn.vllm import backend
@@ -93,6 +95,15 @@ def make_matmuls_row_invariant(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.cat(parts)[: len(rows)].reshape(*x.shape[:-1], -1)
 
     monkeypatch.setattr(vllm_ops, "onednn_mm", onednn_mm)
+
+
+def end_passes_at_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """End each pass at a state that vLLM keeps: its CPU kernel for Mamba 2 returns none from within a pass."""
+
+    def get_kv_cache_spec(self: MambaMixer2, vllm_config: Any) -> Any:
+        return MambaBase.get_kv_cache_spec(self, vllm_config)
+
+    monkeypatch.setattr(MambaMixer2, "get_kv_cache_spec", get_kv_cache_spec)
 
 
 @lru_cache

@@ -26,7 +26,7 @@ from kvarn.vllm.gpu.triton_plan import (
     query_counts,
 )
 from kvarn.vllm.layer import KVarNLayer
-from kvarn.vllm.mixed_layers import pages_of
+from kvarn.vllm.mixed_layers import tile_distance
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -138,8 +138,7 @@ class TritonLayer(KVarNLayer):
         """Launch every variant of every kernel once, so that none is compiled or loaded while requests wait."""
         work, layout = self.workspace, self.layout
         rotate.warm_up(work.rotated, self.pool, work.pages, dtype)
-        shared = pages_of(self._vllm_config)
-        page_bytes = None if shared is None else shared.nbytes
+        page_bytes = tile_distance(self._vllm_config)
         quantize.warm_up(self.pool, work.pages, layout, page_bytes)
         pages.warm_up(self.pool, work.pages, layout, page_bytes)
         self.page_attention.warm_up(work.rotated, work.pages, in_parts=work.part_out is not None)
