@@ -21,7 +21,7 @@ ShapeName = Annotated[
     Option(help=f"Use random weights in this shape instead of --model: {', '.join(SHAPES)}."),
 ]
 ModelDtype = Annotated[str, Option(help="Dtype of weights and activations.")]
-EnforceEager = Annotated[bool, Option(help="Do not compile the model.")]
+EnforceEager = Annotated[bool, Option("--enforce-eager", help="Do not compile the model.")]
 
 
 class BenchError(KVarNError):

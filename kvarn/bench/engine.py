@@ -97,7 +97,7 @@ class EngineBench:
         Option(
             parser=parse_workloads,
             help="Comma-separated workloads: requests x prompt tokens + output tokens, each a number or "
-            "lognormal(MEDIAN,SIGMA), e.g. 64xlognormal(3000,1.2)+lognormal(200,0.8).",
+            "lognormal(MEDIAN,SIGMA), e.g. 64xlognormal(3000,1.2)+200.",
         ),
     ] = (Workload(4, 1000, 64), Workload(8, Lognormal(500, 0.8), Lognormal(48, 0.8)))
     seed: Annotated[int, Option(help="Seed of drawn lengths.")] = 0

@@ -53,7 +53,8 @@ def _parameters(settings: type[Any]) -> Iterator[Parameter]:
             if option.parser is not None:
                 kind, option = str, copy.copy(option)
                 option.parser = None
-                default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+                if isinstance(default, tuple):  # help wraps at spaces, and cuts a word that is too long
+                    default = ", ".join(map(str, default))
             yield Parameter(
                 field.name,
                 Parameter.KEYWORD_ONLY,

@@ -104,7 +104,7 @@ class CompareSettings:
         Option(
             parser=parse_servers,
             help="Comma-separated servers to start and measure in turn, kvarn:CACHE_DTYPE or vllm:CACHE_DTYPE, e.g. "
-            "vllm:auto,vllm:fp8,kvarn:kvarn_k4v2_g128; ratios are to the first. With +offload after the dtype, vLLM's "
+            "vllm:fp8,kvarn:kvarn_k4v2_g128; ratios are to the first. With +offload after the dtype, vLLM's "
             "OffloadingConnector keeps evicted blocks in host memory.",
         ),
     ] = ()

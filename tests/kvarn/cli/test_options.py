@@ -52,6 +52,13 @@ def command(path: str) -> Any:
     return found
 
 
+def pages(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The paths of `group` and of all commands below it."""
+    yield path
+    for name, below in getattr(group, "commands", {}).items():
+        yield from pages(below, (*path, name))
+
+
 def names(settings: type[Any]) -> Iterator[str]:
     """The names of all fields, those of nested settings included."""
     for field in fields(settings):
@@ -66,6 +73,13 @@ def test_each_field_is_an_option_with_a_help_text(path: str, settings: type[Any]
         flags = {f"--{name.replace('_', '-')}", FLAGS.get(name)}
         assert flags & set(parameters[name].opts), name
         assert parameters[name].help, name
+
+
+@pytest.mark.parametrize("path", [" ".join(page) for page in pages(command(""))])
+def test_names_are_not_cut_at_80_columns(path: str) -> None:
+    page = CliRunner().invoke(app, [*path.split(), "--help"], env={"COLUMNS": "80"}).output
+    options = {option for parameter in command(path).params for option in parameter.opts}
+    assert {option for option in options if option.startswith("--")} <= {*page.replace(",", " ").split()}
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,7 @@ def test_a_command_gets_its_settings(arguments: list[str], expected: Settings) -
     result = CliRunner().invoke(app, [*arguments, "--other", "one"])
     assert result.exit_code == 0, result.output
     assert seen == [(expected, "one")]
-    assert "1x2+3,4x5+6" in CliRunner().invoke(app, ["--help"]).output
+    assert "1x2+3, 4x5+6" in CliRunner().invoke(app, ["--help"]).output
 
 
 @pytest.mark.parametrize(
