@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from random import Random
 
+from kvarn.bench.agent_shapes import AGENTS
 from serve_app.simulate.cluster import Cluster, Fault
 from serve_app.simulate.policies import make_policy
 from serve_app.simulate.simulated_engine import EngineModel
@@ -52,7 +53,8 @@ class SimulationRun:
             engine = replace(engine, cache_dtype="auto", cache_tokens=tokens)
         after = None
         if self.scenario is Scenario.AGENTS:
-            agents = AgentTurns(max(1, round(AGENTS_PER_REPLICA * self.replicas * self.load)), random)
+            count = max(1, round(AGENTS_PER_REPLICA * self.replicas * self.load))
+            agents = AgentTurns(count, AGENTS["coding"], random)
             requests, after = agents.first_turns(), agents.after
         else:
             requests = speed_up(_varied(self.scenario, trace, random), self.load)

@@ -10,6 +10,8 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
+from kvarn.bench.agent_shapes import AgentShape
+
 if TYPE_CHECKING:
     from serve_app.simulate.cluster import SimulatedOutcome
 
@@ -139,15 +141,18 @@ def conversations(random: Random, count: int, rate: float, units: int = 6) -> li
 class AgentTurns:
     """The turns of agents in a closed loop: each arrives a pause after the end of the one before, which it extends.
 
-    Sizes are those of the coding agents of `kvarn bench agents`, rounded to units of `UNIT_TOKENS`: 3,072 shared
-    tokens, 4,096 own ones at the first turn, 1,536 more per turn, 150 out, pauses of 1 s on average.
+    Args:
+        agents: number of agents.
+        shape: their conversations; prompts grow by whole units of `UNIT_TOKENS`, at least one.
+        random: draws the pauses.
     """
 
-    shared, first, more, turns, output_tokens, pause_s = 6, 8, 3, 12, 150, 1.0
-
-    def __init__(self, agents: int, random: Random) -> None:
-        self._agents, self._random = agents, random
-        self._own_units = self.first + self.more * (self.turns - 1)
+    def __init__(self, agents: int, shape: AgentShape, random: Random) -> None:
+        self._agents, self._shape, self._random = agents, shape, random
+        self._shared = _units(shape.system_tokens)
+        self._first = _units(shape.first_tokens)
+        self._more = _units(shape.output_tokens + shape.turn_tokens)
+        self._own_units = self._first + self._more * (shape.turns - 1)
 
     def first_turns(self) -> list[TraceRequest]:
         """Return the first turn of every agent."""
@@ -156,20 +161,24 @@ class AgentTurns:
     def after(self, outcome: SimulatedOutcome) -> TraceRequest | None:
         """Return the turn after the one that has ended, or None if it was the agent's last."""
         ids = outcome.request.hash_ids
-        agent, last = divmod(ids[-1] - self.shared, self._own_units)
-        turn = (last + 1 - self.first) // self.more + 1
-        return self._turn(agent, turn, outcome.end_s) if turn < self.turns else None
+        agent, last = divmod(ids[-1] - self._shared, self._own_units)
+        turn = (last + 1 - self._first) // self._more + 1
+        return self._turn(agent, turn, outcome.end_s) if turn < self._shape.turns else None
 
     def _turn(self, agent: int, turn: int, from_s: float) -> TraceRequest:
-        begin = self.shared + agent * self._own_units
-        ids = (*range(self.shared), *range(begin, begin + self.first + self.more * turn))
+        begin = self._shared + agent * self._own_units
+        ids = (*range(self._shared), *range(begin, begin + self._first + self._more * turn))
         return TraceRequest(
-            from_s + self._random.expovariate(1 / self.pause_s),
+            from_s + self._random.expovariate(1 / self._shape.pause_s),
             len(ids) * UNIT_TOKENS,
-            self.output_tokens,
-            self.output_tokens,
+            self._shape.output_tokens,
+            self._shape.output_tokens,
             ids,
         )
+
+
+def _units(tokens: int) -> int:
+    return max(1, round(tokens / UNIT_TOKENS))
 
 
 def names(count: int) -> Iterator[str]:

@@ -9,8 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from kvarn.bench.agent_shapes import AgentShape
 from kvarn.bench.bench_settings import BenchError
-from serve_app.bench.agents.agents_settings import AgentsBench, AgentShape, Content
+from serve_app.bench.agents.agents_settings import AgentsBench, Content
 from serve_app.bench.targets import LoadPrompt
 from serve_app.bench.workload import TRACE_BLOCK_TOKENS, WORDS, read_trace
 

@@ -9,40 +9,12 @@ from typing import Annotated, Literal, cast, get_args
 
 from typer import Option
 
+from kvarn.bench.agent_shapes import AGENTS, AgentShape
 from kvarn.bench.bench_settings import BenchError, check_at_least, whole_numbers
 from serve_app.bench.agents.compared_servers import CompareSettings
 from serve_app.bench.load_settings import ServedModel, check_timeout
 
 Content = Literal["text", "ids", "chat"]
-
-
-@dataclass(frozen=True)
-class AgentShape:
-    """The conversation of each agent; lengths are in tokens.
-
-    Attributes:
-        turns: requests of each agent, one after another.
-        system_tokens: system prompt that all agents share.
-        first_tokens: own context at the first turn.
-        turn_tokens: context that each later turn adds to the previous answer, e.g. results of tools.
-        output_tokens: length of each answer.
-        pause_s: mean of the exponentially distributed pauses before turns.
-    """
-
-    turns: int
-    system_tokens: int
-    first_tokens: int
-    turn_tokens: int
-    output_tokens: int
-    pause_s: float
-
-
-WORKLOADS = {
-    "coding": AgentShape(12, 3000, 4000, 1500, 150, 1.0),
-    "research": AgentShape(8, 1500, 1000, 6000, 600, 3.0),
-    "chat": AgentShape(10, 500, 200, 100, 250, 30.0),
-}
-"""Agents by name: a coding agent, deep research with long documents, and people who chat with long pauses."""
 
 
 def _parse_content(name: str) -> Content:
@@ -63,7 +35,7 @@ class AgentsBench(ServedModel):
     """
 
     workload: Annotated[
-        str, Option(help=f"Conversations: {', '.join(WORKLOADS)}; the next options change them.")
+        str, Option(help=f"Conversations: {', '.join(AGENTS)}; the next options change them.")
     ] = "coding"
     turns: Annotated[int | None, Option(help="Requests of each agent.")] = None
     system_tokens: Annotated[int | None, Option(help="System prompt that all agents share, in tokens.")] = (
@@ -103,8 +75,8 @@ class AgentsBench(ServedModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.workload not in WORKLOADS:
-            raise BenchError(f"workload is {self.workload!r}, expected {', '.join(WORKLOADS)}")
+        if self.workload not in AGENTS:
+            raise BenchError(f"workload is {self.workload!r}, expected {', '.join(AGENTS)}")
         changed = self._changed()
         for name, value in changed.items():
             if name == "pause_s":
@@ -125,7 +97,7 @@ class AgentsBench(ServedModel):
     @property
     def shape(self) -> AgentShape:
         """The conversation, with changed values."""
-        return replace(WORKLOADS[self.workload], **self._changed())  # type: ignore[arg-type]
+        return replace(AGENTS[self.workload], **self._changed())  # type: ignore[arg-type]
 
     def _changed(self) -> dict[str, float]:
         """The values that replace those of the workload."""

@@ -12,6 +12,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from kvarn import cli
+from kvarn.bench.agent_shapes import AGENTS
 from kvarn.bench.bench_settings import BenchError
 from kvarn.v1 import inference_pb2
 from serve_app.bench.agents.agent_sessions import (
@@ -23,7 +24,7 @@ from serve_app.bench.agents.agent_sessions import (
 )
 from serve_app.bench.agents.agents_benchmark import measure_agents
 from serve_app.bench.agents.agents_load import AgentsRun, TurnOutcome
-from serve_app.bench.agents.agents_settings import WORKLOADS, AgentsBench
+from serve_app.bench.agents.agents_settings import AgentsBench
 from serve_app.bench.agents.agents_summary import agents_table, summarize_agents
 from serve_app.bench.agents.compared_servers import (
     CompareSettings,
@@ -199,7 +200,7 @@ def test_both_kinds_of_servers_keep_evicted_blocks_in_as_much_memory(tmp_path: P
 
 
 def test_named_workloads_are_those_of_the_documents() -> None:
-    coding = WORKLOADS["coding"]
+    coding = AGENTS["coding"]
     assert coding.turn_tokens + coding.output_tokens == 1650
     assert longest_tokens(make_sessions(AgentsBench(), 1)) == 3000 + 4000 + 11 * 1650 + 150
 

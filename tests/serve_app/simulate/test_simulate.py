@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 
+from kvarn.bench.agent_shapes import AGENTS, AgentShape
 from serve_app.simulate.cluster import Cluster, Fault
 from serve_app.simulate.policies import POLICIES, Routed, make_policy
 from serve_app.simulate.results import Result, result_of
@@ -119,9 +120,27 @@ def test_agents_stay_where_their_contexts_are() -> None:
     )
     by_policy = results(Scenario.AGENTS, 1.0, list(POLICIES), engine)
     ours = by_policy["ours"]
-    assert ours.requests == 8 * AGENTS_PER_REPLICA * AgentTurns.turns
+    assert ours.requests == 8 * AGENTS_PER_REPLICA * AGENTS["coding"].turns
     assert ours.hit_rate > 0.85
     assert all(ours.goodput > 1.3 * other.goodput for other in by_policy.values() if other is not ours)
+
+
+def test_agents_have_the_lengths_of_their_shape() -> None:
+    shape = AgentShape(3, system_tokens=1000, first_tokens=500, turn_tokens=900, output_tokens=100, pause_s=1)
+    agents = AgentTurns(2, shape, Random(0))
+    cluster = Cluster(
+        agents.first_turns(),
+        {"r": EngineModel()},
+        make_policy("ours", 0, 1),
+        (),
+        agents.after,
+        lambda _: None,
+    )
+    cluster.run()
+    turns = [outcome.request for outcome in cluster.outcomes]
+    assert sorted(turn.prompt_tokens for turn in turns) == [1536, 1536, 2560, 2560, 3584, 3584]
+    assert {turn.output_tokens for turn in turns} == {100}
+    assert len(set.intersection(*(set(turn.hash_ids) for turn in turns))) == 2
 
 
 def test_without_shared_prefixes_routing_costs_nothing() -> None:
