@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from kvarn.counts import counted
 from kvarn.model import KvShape
 from kvarn.presets import get_preset
 from kvarn.tile import TileLayout
@@ -62,15 +63,15 @@ class EngineLimits:
     @property
     def sentence(self) -> str:
         """The tightest limit, and what to change to raise it."""
-        at_once = self.requests_at_once
+        at_once = counted(self.requests_at_once, "request")
         if self.first == "blocks":
             return (
-                f"Blocks limit first: {at_once} requests run at once only if each has at most {self.tokens_each:,} "
-                f"tokens, and {self.longest_requests} of {self.max_model_len:,}. For more, raise the cache's memory."
+                f"Blocks limit first, to {at_once} at once if each has at most {self.tokens_each:,} tokens, and to "
+                f"{self.longest_requests} of {self.max_model_len:,}. For more, raise the cache's memory."
             )
         more = "raise max_num_seqs" if self.first == "max_num_seqs" else "raise side_pool_gib"
         blocks = "" if self.blocks is None else f", each of up to {self.max_model_len:,} tokens"
-        return f"{self.first} limits first: {at_once} requests run at once{blocks}. For more, {more}."
+        return f"{self.first} limits first, to {at_once} at once{blocks}. For more, {more}."
 
 
 def engine_limits(
@@ -152,22 +153,22 @@ def limits_table(limits: EngineLimits) -> Table:
     """The limits, with the tightest in the caption."""
     made = Table(title="concurrent requests per engine", title_justify="left", show_header=False)
     made.add_row("max_num_seqs", f"{limits.max_num_seqs:,}", "")
-    pool = f"{limits.slots:,} slots, {limits.side_pool_bytes / 2**20:,.0f} MiB per rank"
+    pool = f"{counted(limits.slots, 'slot')}, {limits.side_pool_bytes / 2**20:,.0f} MiB per rank"
     made.add_row("side pool", f"{limits.requests_in_slots:,}", pool)
     if limits.blocks is not None:
-        cache = f"{limits.blocks:,} blocks, {limits.cache_tokens:,} tokens"
+        cache = f"{counted(limits.blocks, 'block')}, {limits.cache_tokens:,} tokens"
         if limits.other_blocks:
             cache += f"; each request holds up to {limits.other_blocks:,} for windows or states"
         made.add_row(f"blocks, at {limits.max_model_len:,} tokens", f"{limits.longest_requests:,}", cache)
     if limits.host_sinks:
         made.add_row(
-            "first tiles in host memory", "", _host_memory(limits.host_sinks, "tiles", limits.host_sink_bytes)
+            "first tiles in host memory", "", _host_memory(limits.host_sinks, "tile", limits.host_sink_bytes)
         )
     if limits.tier_bytes:
-        made.add_row("tier in host memory", "", _host_memory(limits.tier_tokens, "tokens", limits.tier_bytes))
+        made.add_row("tier in host memory", "", _host_memory(limits.tier_tokens, "token", limits.tier_bytes))
     made.caption, made.caption_justify = limits.sentence, "left"
     return made
 
 
 def _host_memory(count: int, unit: str, nbytes: int) -> str:
-    return f"{count:,} {unit}, {nbytes / GIB:,.1f} GiB"
+    return f"{counted(count, unit)}, {nbytes / GIB:,.1f} GiB"

@@ -564,5 +564,5 @@ def _is_serving(response: health_pb2.HealthCheckResponse) -> bool:
 def _raise_not_ready(timeout_s: float) -> NoReturn:
     raise DeadlineExceededError(
         grpc.StatusCode.DEADLINE_EXCEEDED,
-        f"No replica was ready within {timeout_s:g} seconds: check the server's log, or allow more time.",
+        f"No replica was ready within {timeout_s:g} s: check the server's log, or allow more time.",
     )

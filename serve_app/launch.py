@@ -25,6 +25,7 @@ import yaml
 from pydantic import ValidationError
 
 from kvarn.adapters import read_adapter
+from kvarn.counts import counted
 from kvarn.dtypes import check_cache_dtype
 from kvarn.engine_limits import EngineLimits, engine_limits
 from kvarn.errors import KVarNError
@@ -337,8 +338,8 @@ def _check_gpus(config: AppConfig) -> None:
     needed, present = config.least_engines * engine.tensor_parallel_size, torch.cuda.device_count()
     if needed > present:
         raise LaunchError(
-            f"the engines need {needed} GPUs and this machine has {present}: lower {_numbers_of_engines(config)} or "
-            "engine.tensor_parallel_size, or set engine.device: cpu"
+            f"the engines need {counted(needed, 'GPU')} and this machine has {present}: "
+            f"lower {_numbers_of_engines(config)} or engine.tensor_parallel_size, or set engine.device: cpu"
         )
 
 
@@ -527,7 +528,7 @@ def _deploy(
         if details.get("status") == "RUNNING":
             return
         if time.monotonic() > deadline:
-            raise LaunchError(f"the application was not ready within {timeout_s:g} seconds: allow more time")
+            raise LaunchError(f"the application was not ready within {timeout_s:g} s: allow more time")
         time.sleep(POLL_S)
 
 

@@ -33,6 +33,7 @@ from kvarn.bench.bench_settings import (
     whole_numbers,
 )
 from kvarn.bench.shapes import model_directory
+from kvarn.counts import counted
 from kvarn.dtypes import check_cache_dtype, check_model_dtype, comma_separated
 from kvarn.environment import machine, versions
 from kvarn.model import DEFAULT_MODEL
@@ -356,7 +357,9 @@ def _drafts(bench: EngineBench, result: EngineResult) -> list[str]:
         return []
     measured = [at.tokens_per_step for at in result.workloads if at.tokens_per_step]
     per_step = f"; {sum(measured) / len(measured):.2f} tokens per step" if measured else ""
-    return [f"{bench.drafts} drafts, each accepted with probability {bench.acceptance:g}{per_step}"]
+    return [
+        f"{counted(bench.drafts, 'draft')}, accepted with probability {bench.acceptance:g} each{per_step}"
+    ]
 
 
 def record(bench: EngineBench, results: list[EngineResult]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from rich.table import Table
 from kvarn.cli.chat import Answer, answer_table, stream_answer
 from kvarn.cli.connection import ApiKeyOption, Connection, serving_errors
 from kvarn.cli.output import CommandError, err, fail, missing_packages, out
+from kvarn.counts import counted
 from kvarn.model import kv_shape
 
 if TYPE_CHECKING:
@@ -215,8 +216,8 @@ def cache_table(state: cluster_pb2.GetCacheStateResponse, model_dir: Path) -> Ta
         if capacity.other_blocks:
             made.caption = (
                 "Tokens of the layers with full attention. In addition, a sequence of "
-                f"{capacity.other_tokens:,} tokens or more holds {capacity.other_blocks:,} blocks for layers with "
-                "windows or states."
+                f"{capacity.other_tokens:,} tokens or more holds {counted(capacity.other_blocks, 'block')} for layers "
+                "with windows or states."
             )
             made.caption_justify = "left"
     return made

@@ -18,6 +18,7 @@ from rich.text import Text
 from kvarn.cli.connection import Connection, serving_errors
 from kvarn.cli.options import options_of
 from kvarn.cli.output import out
+from kvarn.counts import counted
 
 if TYPE_CHECKING:
     from kvarn.v1 import cache_pb2, cluster_pb2
@@ -129,8 +130,8 @@ def table(
     lines = ["cache: █ live ▒ evictable · free"] if rows else [NO_REPLICA]
     lines += [f"{row.replica_id}: {', '.join(notes)}" for row in rows if (notes := [*_notes(row)])]
     if queue.requests:
-        wait = f"{queue.requests:,} requests wait in this gateway"
-        lines.append(f"{wait}, for {queue.tokens:,} tokens of cache")
+        tokens = counted(queue.tokens, "token")
+        lines.append(f"waiting in this gateway: {counted(queue.requests, 'request')}, for {tokens} of cache")
     return Group(made, Text("\n".join(lines), style="dim"))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from kvarn.counts import counted
 from kvarn.plan.hardware import ATTENTION_OF_COPY, COPY_PART, GPUS, WEIGHTS_OF_COPY, Gpu
 from kvarn.plan.model_shape import ModelShape, PlanError
 from kvarn.presets import MAX_QUERIES, PRESETS, get_preset
@@ -269,7 +270,7 @@ class _Planner:
             pool = pages + self.slots_per_sequence * slot_bytes * self.max_num_seqs
             if pool > available:
                 refused = (
-                    f"a side pool for {self.max_num_seqs:,} sequences takes {pool / 2**30:,.1f} GiB of the "
+                    f"a side pool for {counted(self.max_num_seqs, 'sequence')} takes {pool / 2**30:,.1f} GiB of the "
                     f"{available / 2**30:.1f} GiB left: lower --max-num-seqs"
                 )
                 return PlanRow(dtype, 0, 0, 0, 0, 0, 0, 0, 0, None, refused)
@@ -382,7 +383,7 @@ def table(plan: Plan) -> Table:
     where = f"{plan.tensor_parallel} x {plan.gpu}" if plan.tensor_parallel > 1 else plan.gpu
     if plan.pipeline_parallel > 1:
         where = f"{plan.pipeline_parallel} stages of {where}"
-    made = Table(title=f"{plan.model} on {where}, {plan.context:,} tokens per sequence")
+    made = Table(title=f"{plan.model} on {where}, {counted(plan.context, 'token')} per sequence")
     made.add_column("cache dtype", no_wrap=True)
     made.add_column("tokens held", justify="right", overflow="fold")
     headings = ["seqs", "side\npool", "step\nms", "tok/s"]
@@ -420,7 +421,9 @@ def table(plan: Plan) -> Table:
         made.caption += f"; {_held_beside(plan)}"
     made.caption += f"; {_held_by_hosts(plan)}"
     if plan.drafts:
-        made.caption += f"; {plan.drafts} drafts, each accepted with probability {plan.acceptance:g}"
+        made.caption += (
+            f"; {counted(plan.drafts, 'draft')}, accepted with probability {plan.acceptance:g} each"
+        )
     return made
 
 

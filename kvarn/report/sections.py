@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from kvarn.counts import counted
 from kvarn.quality import charts as quality_plot
 from kvarn.quality import frontier
 from kvarn.quality.differences import of_presets
@@ -99,7 +100,7 @@ def _plan(record: Record) -> Iterator[str]:
     stages = record.get("pipeline_parallel", 1)  # not in records of earlier versions
     where = f"{stages * record['tensor_parallel']} x {record['gpu']}"
     yield f"<h2>Capacity: {escape(record['model'])} on {escape(where)}</h2>"
-    yield f"<p>{record['context']:,} tokens per sequence; decode times from memory bandwidth alone.</p>"
+    yield f"<p>{counted(record['context'], 'token')} per sequence; decode times from memory bandwidth alone.</p>"
     rows = [row for row in record["rows"] if not row["refused"]]
     yield chart(
         _bars([row["dtype"] for row in rows], [row["tokens"] for row in rows], "tokens held"), "tokens held"

@@ -25,6 +25,7 @@ import uvloop
 from rich.table import Table
 
 from kvarn.bench.bench_settings import Progress
+from kvarn.counts import counted
 from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2, inference_pb2_grpc
 from serve_app.bench import token_cost
 from serve_app.bench.bench_gateway import serve_gateway
@@ -294,7 +295,7 @@ def _table(report: OverheadReport) -> Table:
     made = Table(
         "measurement", "p50", "p99", "calls/s", "CPU per call", title="routing", title_justify="left"
     )
-    size = f"{report.prompt_tokens} tokens x {report.replicas} replicas"
+    size = f"{counted(report.prompt_tokens, 'token')} x {counted(report.replicas, 'replica')}"
     rows = {
         f"decision, {size}": report.decision,
         "the same in CPU time": report.decision_cpu,

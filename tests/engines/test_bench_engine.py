@@ -74,7 +74,7 @@ def test_drafts_are_accepted_as_set(shallow_model_dir):
     with console.capture() as capture:
         console.print(engine.table(bench, [result]))
     shown = " ".join(capture.get().split())  # a title wraps where the model's path is long
-    assert "3 drafts, each accepted with probability 1; 4.00 tokens per step" in shown
+    assert "3 drafts, accepted with probability 1 each; 4.00 tokens per step" in shown
 
 
 def test_engines_get_further_arguments(shallow_model_dir):

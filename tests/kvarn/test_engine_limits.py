@@ -46,14 +46,15 @@ def limits(max_num_seqs: int = 16, cache_gib: float | None = 1, **settings: floa
 def test_each_of_the_three_may_come_first() -> None:
     plenty = limits(cache_gib=4)
     assert (plenty.first, plenty.requests_at_once, plenty.slots) == ("max_num_seqs", 16, 36)
-    assert "16 requests run at once, each of up to 8,192 tokens" in plenty.sentence
+    assert "limits first, to 16 requests at once, each of up to 8,192 tokens" in plenty.sentence
+    assert "to 1 request at once" in limits(max_num_seqs=1, cache_gib=4).sentence
     pool = limits(side_pool_gib=12 * SLOT / GIB)
     assert (pool.first, pool.requests_at_once, pool.side_pool_bytes) == ("side pool", 6, 12 * SLOT)
     assert "raise side_pool_gib" in pool.sentence
     cache = limits(max_num_seqs=64)
     assert (cache.first, cache.requests_at_once, cache.longest_requests) == ("blocks", 64, 1725 // 64)
     assert (cache.blocks, cache.cache_tokens, cache.tokens_each) == (1725, 220_800, 1725 // 64 * 128)
-    assert "64 requests run at once only if each has at most 3,328 tokens, and 26 of 8,192" in cache.sentence
+    assert "to 64 requests at once if each has at most 3,328 tokens, and to 26 of 8,192" in cache.sentence
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from kvarn.bench.kernels.kernel_settings import (
 )
 from kvarn.bench.kernels.rivals import RIVALS, Rival
 from kvarn.bench.shapes import LLAMA, write_shape
+from kvarn.counts import counted
 from kvarn.kernels import decode, decode_work, quantize
 from kvarn.kernels.launch_settings import DecodeLaunch
 from kvarn.presets import get_preset
@@ -114,7 +115,7 @@ class QuantizeCase:
         for rival in RIVALS:
             stored = tokens * bench.kv_heads * rival.token_bytes(bench.head_dim)
             contenders.append(Contender(rival.name, fp16 + stored, fp16, partial(self.prepare_rival, rival)))
-        return Case(f"{self.count} tiles", contenders)
+        return Case(counted(self.count, "tile"), contenders)
 
     def prepare_ours(self, registers: int | None = None) -> Launch:
         """Our kernel; see `quantize.quantize_slots` for `registers`."""

@@ -11,6 +11,7 @@ from typer import Option
 
 from kvarn.bench.batch_lengths import BATCHES, BatchShape, parse_batches
 from kvarn.bench.bench_settings import BenchError, check_at_least, check_preset, whole_numbers
+from kvarn.counts import counted
 from kvarn.dtypes import comma_separated
 from kvarn.presets import MAX_QUERIES, PRESETS, get_preset
 from kvarn.tile import HEAD_DIMS
@@ -165,8 +166,8 @@ class DecodeBench(AttentionBench):
         for batch in self.cases:
             if self.query_tokens > min(batch.lengths):
                 raise BenchError(
-                    f"case {batch} has a sequence of {min(batch.lengths)} tokens: give at least query_tokens "
-                    f"({self.query_tokens})"
+                    f"case {batch} has a sequence of {counted(min(batch.lengths), 'token')}: "
+                    f"give at least query_tokens ({self.query_tokens})"
                 )
 
 

@@ -18,6 +18,7 @@ from kvarn.bench.kernels.clock import Clock
 from kvarn.bench.kernels.contenders import Launch
 from kvarn.bench.kernels.kernel_cases import DecodeCase, QuantizeCase
 from kvarn.bench.kernels.kernel_settings import DecodeBench, QuantizeBench, TuneBench
+from kvarn.counts import counted
 from kvarn.environment import machine, versions
 from kvarn.kernels.decode_work import max_rows
 from kvarn.kernels.launch_settings import (
@@ -206,7 +207,15 @@ def _settings(settings: LaunchSettings) -> dict[str, Any]:
 
 
 def _name(key: Setting) -> str:
-    return "quantize" if key is None else f"decode {key.preset}, head_dim {key.head_dim}, {key.columns} rows"
+    if key is None:
+        return "quantize"
+    return f"decode {key.preset}, head_dim {key.head_dim}, {counted(key.columns, 'row')}"
+
+
+def _shown(value: Value) -> str:
+    if isinstance(value, int):
+        return f"{value} registers"
+    return f"{value.programs} x {counted(value.warps, 'warp')}"
 
 
 def table(tuning: Tuning) -> Table:
@@ -215,10 +224,8 @@ def table(tuning: Tuning) -> Table:
     for heading in ("setting", "value", "us", ""):
         made.add_column(heading, justify="left" if heading in ("setting", "") else "right")
     for result in tuning.results:
-        value = result.value
-        shown = f"{value} registers" if isinstance(value, int) else f"{value.programs} x {value.warps} warps"
         marks = [
             mark for mark, of in (("in use", tuning.in_use(result)), ("best", tuning.is_best(result))) if of
         ]
-        made.add_row(_name(result.key), shown, f"{result.us:.1f}", ", ".join(marks))
+        made.add_row(_name(result.key), _shown(result.value), f"{result.us:.1f}", ", ".join(marks))
     return made

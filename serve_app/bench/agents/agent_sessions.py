@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from kvarn.bench.agent_shapes import AgentShape
 from kvarn.bench.bench_settings import BenchError
+from kvarn.counts import counted
 from serve_app.bench.agents.agents_settings import AgentsBench, Content
 from serve_app.bench.targets import LoadPrompt
 from serve_app.bench.workload import TRACE_BLOCK_TOKENS, WORDS, read_trace
@@ -129,7 +130,7 @@ def _replayed(path: Path, agents: int, pause_s: float, draw: random.Random) -> l
     found = [lines for lines in _conversations(path) if len(lines) > 1][:agents]
     if len(found) < agents:
         raise BenchError(
-            f"--trace {path} has {len(found)} conversations of two turns or more: give --agents at most that"
+            f"--trace {path} has {counted(len(found), 'conversation')} of two turns or more: give --agents at most that"
         )
     return [
         [

@@ -12,6 +12,7 @@ from rich.console import RenderableType
 
 from kvarn.bench.bench_settings import BenchError, Progress
 from kvarn.bench.shapes import model_directory
+from kvarn.counts import counted
 from kvarn.environment import machine, versions
 from kvarn.model import context_limit, read_config
 from kvarn.result_files import write_results
@@ -81,7 +82,7 @@ class AgentsReport:
             return f"agents that replay {bench.trace.name}, pauses of {shape.pause_s:g} s"
         return (
             f"{bench.workload} agents: {shape.system_tokens} shared and {shape.first_tokens} own tokens, "
-            f"{shape.turn_tokens} more per turn, {shape.output_tokens} out, {shape.turns} turns, "
+            f"{shape.turn_tokens} more per turn, {shape.output_tokens} out, {counted(shape.turns, 'turn')}, "
             f"pauses of {shape.pause_s:g} s"
         )
 
@@ -143,7 +144,7 @@ def _runs(
     async def run(agents: int) -> AgentsRun:
         async with target(bench, tls, api_key) as server:
             await server.prepare()
-            what = f"{label}, {agents} agents"
+            what = f"{label}, {counted(agents, 'agent')}"
             return await play(server, sessions[agents], writer, bench.timeout_s, what, progress)
 
     writer = PromptWriter(bench.content, bench.seed)

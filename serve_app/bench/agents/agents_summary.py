@@ -12,6 +12,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from kvarn.counts import counted
 from serve_app.bench.agents.agents_load import AgentsRun
 from serve_app.bench.summary import LatencySummary, first_messages, reason_with_message
 
@@ -141,7 +142,7 @@ def plot_agents(path: Path, title: str, results: Sequence[tuple[AgentsSummary, A
     columns["first"].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     columns["first"].yaxis.set_major_formatter(FormatStrFormatter("%g"))
     columns["first"].yaxis.set_minor_formatter(NullFormatter())
-    columns["first"].set_xlabel(f"seconds since the start, {most} agents")
+    columns["first"].set_xlabel(f"seconds since the start, {counted(most, 'agent')}")
     columns["running"].legend(fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
@@ -196,11 +197,11 @@ def _notes(summaries: Sequence[AgentsSummary]) -> list[str]:
     started = {s.server: s.start_s for s in summaries if s.start_s is not None}
     notes += [f"{server} was ready {start_s:.0f} s after its start" for server, start_s in started.items()]
     if not any(summary.failures for summary in summaries):
-        return [*notes, f"all {sum(summary.answered for summary in summaries)} turns were answered"]
+        answered = counted(sum(summary.answered for summary in summaries), "turn")
+        return [*notes, f"{answered} answered, none failed"]
     for summary in summaries:
-        of = (
-            f"{summary.answered + summary.failed} turns of {summary.agents} agents on {summary.server} failed"
-        )
+        turns = counted(summary.answered + summary.failed, "turn")
+        of = f"{turns} of {counted(summary.agents, 'agent')} on {summary.server} failed"
         notes += [
             f"{count} of {of}: {reason_with_message(reason, summary.said)}"
             for reason, count in summary.failures.items()

@@ -87,7 +87,7 @@ def warnings_of(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> li
     [
         ({"engine": {"cpus_per_replica": 4096, "kv_cache_memory_gib": 1}}, "need 4096 CPUs"),
         ({"engine": {"kv_cache_memory_gib": 1 << 20}}, "need 1048576.0 GiB"),
-        ({"engine": {"device": "cuda", "tensor_parallel_size": 4096}}, "need 4096 GPUs"),
+        ({"engine": {"device": "cuda", "tensor_parallel_size": 4096}}, "need 4,096 GPUs"),
         (
             {
                 "engine": {"kv_cache_memory_gib": 0.1, "shared_store": STORE},

@@ -122,8 +122,8 @@ def test_waiting_requests_are_shown_by_place_and_reason_beside_failing_replicas(
     shown = rendered(one, queue=cluster_pb2.QueueState(requests=7, tokens=12_345))
     assert "5 (3 for slots, 1 for prefix)" in shown
     assert "ready, failing" in shown
-    assert "7 requests wait in this gateway, for 12,345 tokens of cache" in shown
-    assert "wait in this gateway" not in rendered(replica("one", 1, 1))
+    assert "waiting in this gateway: 7 requests, for 12,345 tokens of cache" in shown
+    assert "waiting in this gateway" not in rendered(replica("one", 1, 1))
 
 
 def test_following_a_watch_keeps_all_replicas() -> None:

@@ -127,7 +127,7 @@ def test_a_trace_is_replayed_by_conversation(tmp_path: Path) -> None:
     words = [str(writer.write(turn)).split() for turn in session]
     assert words[1][:1024] == words[0][:1024]
     assert words[2][:2048] == words[1][:2048]
-    with pytest.raises(BenchError, match="has 1 conversations of two turns or more: give --agents at most"):
+    with pytest.raises(BenchError, match="has 1 conversation of two turns or more: give --agents at most"):
         make_sessions(AgentsBench(trace=path), 2)
 
 
@@ -229,6 +229,18 @@ def test_a_summary_counts_what_was_answered() -> None:
     assert [turn.end_s for turn in run.turns] == [1.5, 3.0, 1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("call", "note"),
+    [
+        (CallOutcome(0.0, [0.2], 1, 9, 0), "1 turn answered, none failed"),
+        (CallOutcome(failure="timeout"), "1 of 1 turn of 1 agent on here failed: timeout"),
+    ],
+)
+def test_one_of_something_is_singular(call: CallOutcome, note: str) -> None:
+    summary = summarize_agents("here", None, AgentsRun(1, [TurnOutcome(0, 0, 1.0, call)], 4.0))
+    assert str(agents_table("", [summary]).caption).splitlines()[-1] == note
+
+
 def test_a_model_that_cannot_hold_the_longest_turn_is_refused_before_a_server_starts(model_dir: Path) -> None:
     comparison = CompareSettings(parse_servers("vllm:auto"), compare_model=str(model_dir))
     measured = measure_agents(AgentsBench(comparison=comparison), None, "", lambda *_: None)
@@ -255,7 +267,7 @@ async def test_agents_over_both_protocols(
     options = [part for item in files.items() for part in item]
     result = await kvarn(target, *QUICK, "--content", content, "--agents", "1,2", *options)
     assert result.exit_code == 0, result.output
-    assert "all 9 turns were answered" in result.stdout
+    assert "9 turns answered, none failed" in result.stdout
     written = json.loads(files["--json"].read_text())
     assert [(each["summary"]["agents"], each["summary"]["answered"]) for each in written["results"]] == [
         (1, 3),
