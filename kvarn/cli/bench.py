@@ -27,6 +27,7 @@ from kvarn.cli.output import (
     missing_packages,
     out,
 )
+from kvarn.counts import counted
 from kvarn.model import resolve_model
 from serve_app.bench.agents.agents_settings import AgentsBench
 from serve_app.bench.load_settings import ServeBench
@@ -66,7 +67,7 @@ def bench_agents(
 ) -> None:
     """Measure agents in a closed loop, on a running server or on several that are started here and compared.
 
-    --json is rewritten after each run; a failure or Ctrl-C still prints the results so far.
+    --json is rewritten after each run; a failure or Ctrl-C still prints the results so far. Exits 1 if a turn failed.
     """
     with serving_errors():
         with missing_packages():
@@ -88,6 +89,9 @@ def bench_agents(
             fail("no turn was answered")
         if plot_path is not None:
             report.plot(plot_path)
+        if report.failed:
+            turns = counted(report.answered + report.failed, "turn")
+            fail(f"{report.failed:,} of {turns} failed, for the reasons below the table")
 
 
 @bench_app.command("route")

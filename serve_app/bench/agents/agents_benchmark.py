@@ -48,6 +48,11 @@ class AgentsReport:
         """Turns answered in all."""
         return sum(summary.answered for summary, _ in self.results)
 
+    @property
+    def failed(self) -> int:
+        """Turns that failed in all."""
+        return sum(summary.failed for summary, _ in self.results)
+
     def render(self) -> RenderableType:
         """The results as a table for a terminal."""
         return agents_table(self._title(), [summary for summary, _ in self.results])

@@ -313,6 +313,18 @@ async def test_failed_turns_are_counted_with_their_reasons_and_agents_go_on(fron
     assert "no turn was answered" in result.stderr
 
 
+async def test_one_failed_turn_is_a_failure_after_the_results(front: Running, tmp_path: Path) -> None:
+    front.script.context_tokens = 40  # the third turn has 48
+    files = tmp_path / "out.json", tmp_path / "out.svg"
+    options = ("--content", "ids", "--warmup", 0, "--json", files[0], "--plot", files[1])
+    result = await kvarn(front.address, *QUICK, *options)
+    assert result.exit_code == 1
+    assert "2 of 6 turns of 2 agents" in " ".join(result.stdout.split())
+    assert result.stderr.endswith("error: 2 of 6 turns failed, for the reasons below the table\n")
+    assert json.loads(files[0].read_text())["results"][0]["summary"]["answered"] == 4
+    assert files[1].exists()
+
+
 async def test_a_wrong_setting_is_reported_before_the_load(front: Running) -> None:
     result = await kvarn(front.address, *QUICK, "--model", "large")
     assert result.exit_code == 1
