@@ -26,7 +26,9 @@ def chat(
     connection: Connection,
     prompt: Annotated[str | None, typer.Argument(help="Answer only this message, then exit.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 512,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum tokens per answer; by default the server decides.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer to PROMPT as JSON.")] = False,
 ) -> None:
     """Chat with a served model; Ctrl-C stops an answer, Ctrl-D exits."""
@@ -57,8 +59,10 @@ class Answer:
     tokens_per_s: float
 
 
-def stream_answer(client: Client, messages: Sequence[Message], console: Console, max_tokens: int) -> Answer:
-    """Print the answer to a conversation as it is generated.
+def stream_answer(
+    client: Client, messages: Sequence[Message], console: Console, max_tokens: int | None
+) -> Answer:
+    """Print the answer to a conversation as it is generated; without `max_tokens`, the server limits its length.
 
     Raises:
         ServingError: the call failed.
@@ -87,7 +91,7 @@ def stream_answer(client: Client, messages: Sequence[Message], console: Console,
     )
 
 
-def converse(client: Client, console: Console, system: str | None, max_tokens: int) -> None:
+def converse(client: Client, console: Console, system: str | None, max_tokens: int | None) -> None:
     """Chat until end of input; an error ends the turn, not the conversation."""
     from serve_app.client import ServingError
 
