@@ -85,11 +85,13 @@ class App:
         name: the application's name.
         config: its settings.
         schema: the whole YAML, in Serve's schema.
+        path: the file; None if the application was not read from one.
     """
 
     name: str
     config: AppConfig
     schema: dict[str, Any]
+    path: Path | None = None
 
     @property
     def address(self) -> str:
@@ -102,6 +104,10 @@ class App:
         gateway = self.config.gateway
         scheme = "https" if gateway.security.tls else "http"
         return f"{scheme}://{gateway.http.host}:{gateway.http.port}/"
+
+    def place(self, setting: str) -> str:
+        """A setting's place, for errors: the file and the path in it, without the leading "args"."""
+        return f"args.{setting}" if self.path is None else f"{self.path}: args.{setting}"
 
     def lets_in(self, api_key: str) -> bool:
         """Whether a client on this machine needs at most `api_key` to call the gateways."""
@@ -133,7 +139,7 @@ def read_app(path: Path) -> App:
         config = AppConfig.model_validate(application.get("args") or {})
     except ValidationError as error:
         raise LaunchError(f"{path}: {_first_problem(error)}") from None
-    return App(application.get("name", "default"), config, schema)
+    return App(application.get("name", "default"), config, schema, path)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -194,7 +200,7 @@ def check_machine(app: App) -> None:
         try:
             check_directory(Path(store.directory))
         except ValueError as error:
-            raise LaunchError(f"args.engine.shared_store.directory: {error}") from None
+            raise LaunchError(f"{app.place('engine.shared_store.directory')}: {error}") from None
     gateway = app.config.gateway
     for setting, listener in (("gateway.port", gateway), ("gateway.http.port", gateway.http)):
         if listener.port and not _is_free(listener.host, listener.port):
@@ -220,24 +226,27 @@ def check_model(app: App) -> Path:
     for name, path in app.config.engine.lora.items():
         read_adapter(name, path)
     if limit is not None and asked is not None and asked > limit:
-        raise LaunchError(f"engine.max_model_len is {asked}: this model holds 1 to {limit} tokens")
+        raise LaunchError(
+            f"{app.place('engine.max_model_len')} is {asked}: this model holds 1 to {limit} tokens"
+        )
     cache_dtype = app.config.engine.kv_cache_dtype
     if cache_dtype not in PRESETS:
-        _check_in_another_process("args.engine.kv_cache_dtype", check_cache_dtype, cache_dtype)
-    _check_with_vllm(app.config)
+        _check_in_another_process(app.place("engine.kv_cache_dtype"), check_cache_dtype, cache_dtype)
+    _check_with_vllm(app)
     return directory
 
 
-def _check_with_vllm(config: AppConfig) -> None:
+def _check_with_vllm(app: App) -> None:
     """Have vLLM check the engines' drafter and KV connector where the engines' device is present."""
-    drafter, engine = config.engine.speculative, config.engine
+    engine = app.config.engine
+    drafter = engine.speculative
     if drafter is not None and drafter.model is not None and engine.load_format != "dummy":
         check_weights(resolve_model(drafter.model))
     checked = ("speculative", "kv_transfer_config", "shared_store")
     given = [name for name in checked if getattr(engine, name) is not None]
     if given and (engine.device == "cpu" or torch.cuda.device_count()):
-        place = f"args.engine.{' and '.join(given)}"
-        _check_in_another_process(place, _check_engine_config, config.model, engine)
+        place = app.place(f"engine.{' and '.join(given)}")
+        _check_in_another_process(place, _check_engine_config, app.config.model, engine)
 
 
 def _check_engine_config(model: str, engine: EngineConfig) -> None:
@@ -256,7 +265,7 @@ def check_parsers(app: App, model_dir: Path) -> None:
     gateway = app.config.gateway
     if not {gateway.tool_parser, gateway.reasoning_parser} <= {None, NONE}:
         _check_in_another_process(
-            "args.gateway", parsers_of, model_dir, gateway.tool_parser, gateway.reasoning_parser
+            app.place("gateway"), parsers_of, model_dir, gateway.tool_parser, gateway.reasoning_parser
         )
 
 
@@ -360,7 +369,7 @@ def check_limits(app: App) -> None:
     if set(STATES).isdisjoint(kinds):
         limits_of(app)
     else:
-        _check_in_another_process("args.engine", limits_of, app)
+        _check_in_another_process(app.place("engine"), limits_of, app)
 
 
 def limits_of(app: App) -> EngineLimits | None:
@@ -373,7 +382,7 @@ def limits_of(app: App) -> EngineLimits | None:
     limits = _engine_limits(app)
     if limits is not None and limits.longest_requests == 0:
         raise LaunchError(
-            f"args.engine.kv_cache_memory_gib is {app.config.engine.kv_cache_memory_gib:g}: no request of "
+            f"{app.place('engine.kv_cache_memory_gib')} is {app.config.engine.kv_cache_memory_gib:g}: no request of "
             f"max_model_len, {limits.max_model_len:,} tokens, fits; raise it, or lower engine.max_model_len"
         )
     return limits
@@ -403,7 +412,7 @@ def _engine_limits(app: App) -> EngineLimits | None:
             tier_bytes=engine.tier_bytes,
         )
     except ValueError as error:
-        raise LaunchError(str(error)) from None
+        raise LaunchError(f"{app.place('engine')}: {error}") from None
 
 
 def _drafter_shape(config: AppConfig, target: ModelShape) -> KvShape | None:

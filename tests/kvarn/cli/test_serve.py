@@ -107,6 +107,28 @@ def test_what_this_machine_cannot_run_is_rejected_before_anything_starts(tmp_pat
     assert capfd.readouterr() == ("", "")  # of other processes
 
 
+@pytest.mark.parametrize("command", ["serve", "doctor"])
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ({"max_model_len": 8193}, "args.engine.max_model_len is 8193"),
+        ({"kv_cache_memory_gib": 0.001}, "args.engine.kv_cache_memory_gib is 0.001"),
+        (
+            {
+                "kv_transfer_config": {"kv_connector": "OffloadingConnector"},
+                "kv_cache_dtype": "kvarn_k4v2_g128",
+            },
+            "args.engine.kv_transfer_config: ",
+        ),
+    ],
+)
+def test_errors_about_settings_begin_with_the_file(tmp_path, command, engine, words):
+    path = write_app(tmp_path / "app.yaml", **engine)
+    result = CliRunner().invoke(cli.app, [command, str(path)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {path}: {words}")
+
+
 def test_serves_keys_are_those_of_its_schema():
     assert set(ServeDeploySchema.model_fields) == SERVE_KEYS
     assert set(ServeApplicationSchema.model_fields) == APPLICATION_KEYS
