@@ -88,6 +88,15 @@ class CountTokensRequest(TranslatedRequest):
     def _thinks(self) -> bool:
         return self.thinking is not None and self.thinking.type != "disabled"
 
+    def _names(self) -> dict[str, str]:
+        is_configured = self.output_config is not None and self.output_config.format is not None
+        form = "output_config.format" if is_configured else "output_format"
+        return {
+            "response_format": form,
+            "response_format.json_schema.schema": f"{form}.schema",
+            "stop": "stop_sequences",
+        }
+
     def _translated(self) -> ChatCompletionRequest:
         turns = _turns(self)
         last = turns.last

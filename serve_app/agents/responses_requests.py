@@ -170,6 +170,13 @@ class ResponsesRequest(TranslatedRequest):
             else:
                 yield None, tool
 
+    def _names(self) -> dict[str, str]:
+        return {
+            "max_completion_tokens": "max_output_tokens",
+            "response_format": "text.format",
+            "response_format.json_schema.schema": "text.format.schema",
+        }
+
     def _translated(self) -> ChatCompletionRequest:
         same: dict[str, Any] = {name: getattr(self, name) for name in _SAME_NAME}
         with_logprobs = bool(self.top_logprobs) or self.includes(LOGPROBS)

@@ -24,9 +24,14 @@ class TranslatedRequest(Model):
         """Translate here, since large bodies are validated in a thread."""
         try:
             self._chat = self._translated()
+            self._chat.translated_from(self._names())
         except ValidationError as error:
             raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
         return self
+
+    def _names(self) -> dict[str, str]:
+        """Names of this request's fields by those of the chat completion's, where they differ."""
+        raise NotImplementedError
 
     def _translated(self) -> ChatCompletionRequest:
         raise NotImplementedError

@@ -21,7 +21,7 @@ from serve_app.openai.schema import ChatCompletionRequest
 from serve_app.openai.tools import ToolParsers
 from serve_app.request.event_relay import EventRelay, event_text
 from serve_app.request.handler import RequestHandler
-from serve_app.request.request_errors import counting_rejections
+from serve_app.request.request_errors import counting_rejections, naming_fields
 from serve_app.request.structured_outputs import place_constraint
 from serve_app.routing import Caller
 
@@ -119,22 +119,25 @@ class ChatService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        requests = self._requests(request, head)
-        if self._reasoning.is_on or context_tokens is not None or request.generations > 1:
-            await encode_once(self._dispatcher, requests, caller)
-        self._reasoning.open_answer(request, requests[0])
-        if context_tokens is not None:
-            _limit(requests[0], context_tokens())
-        readers = self._readers(request, requests[0])
-        relayed = None
-        if relay is not None and rendering is not None:
-            relayed = _RelayedChoice(readers[0], rendering)
-            relay.render = relayed.render
-        async with aclosing(generate_all(self._dispatcher, requests, len(readers), caller, relay)) as pieces:
-            async for index, piece in pieces:
-                if relayed is not None and relayed.error is not None:
-                    raise relayed.error
-                yield readers[index].read(piece)
+        with naming_fields(request.field_names):
+            requests = self._requests(request, head)
+            if self._reasoning.is_on or context_tokens is not None or request.generations > 1:
+                await encode_once(self._dispatcher, requests, caller)
+            self._reasoning.open_answer(request, requests[0])
+            if context_tokens is not None:
+                _limit(requests[0], context_tokens())
+            readers = self._readers(request, requests[0])
+            relayed = None
+            if relay is not None and rendering is not None:
+                relayed = _RelayedChoice(readers[0], rendering)
+                relay.render = relayed.render
+            async with aclosing(
+                generate_all(self._dispatcher, requests, len(readers), caller, relay)
+            ) as pieces:
+                async for index, piece in pieces:
+                    if relayed is not None and relayed.error is not None:
+                        raise relayed.error
+                    yield readers[index].read(piece)
 
     async def count(self, request: ChatCompletionRequest, head: Head, caller: Caller) -> int:
         """Return the number of tokens of the request's prompt.
@@ -142,8 +145,9 @@ class ChatService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        (counted,) = self._requests(request, head)
-        return len(await self._dispatcher.encode(counted, caller))
+        with naming_fields(request.field_names):
+            (counted,) = self._requests(request, head)
+            return len(await self._dispatcher.encode(counted, caller))
 
     def logprobs(
         self, request: ChatCompletionRequest, positions: Iterable[inference_pb2.PositionLogprobs]

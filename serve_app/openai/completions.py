@@ -18,7 +18,7 @@ from serve_app.openai.responses import Head
 from serve_app.openai.schema import CompletionRequest
 from serve_app.request.event_relay import EventRelay, event_text
 from serve_app.request.handler import RequestHandler
-from serve_app.request.request_errors import counting_rejections
+from serve_app.request.request_errors import counting_rejections, naming_fields
 from serve_app.routing import Caller
 
 
@@ -55,15 +55,16 @@ class CompletionService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        requests, choices = await self._requests(request, head, caller), request.n or 1
-        states = [TextState(TextLogprobs(self._vocabulary)) for _ in range(len(requests) * choices)]
-        async with aclosing(generate_all(self._dispatcher, requests, choices, caller)) as pieces:
-            async for index, piece in pieces:
-                state = states[index]
-                state.text.append(piece.text)
-                state.logprobs += piece.logprobs
-                state.finish_reason = piece.finish_reason
-                state.usage = piece.usage
+        with naming_fields(request.field_names):
+            requests, choices = await self._requests(request, head, caller), request.n or 1
+            states = [TextState(TextLogprobs(self._vocabulary)) for _ in range(len(requests) * choices)]
+            async with aclosing(generate_all(self._dispatcher, requests, choices, caller)) as pieces:
+                async for index, piece in pieces:
+                    state = states[index]
+                    state.text.append(piece.text)
+                    state.logprobs += piece.logprobs
+                    state.finish_reason = piece.finish_reason
+                    state.usage = piece.usage
         made = [self._choice(request, index, state) for index, state in enumerate(states)]
         return responses.completion(head, made, _counted(request, states))
 
@@ -75,19 +76,20 @@ class CompletionService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        requests, choices = await self._requests(request, head, caller), request.n or 1
-        states = [TextState(TextLogprobs(self._vocabulary)) for _ in range(len(requests) * choices)]
-        chunks = responses.CompletionChunks(head)
-        if relay is not None and request.logprobs is None:
-            template = chunks.text(0)
-            relay.render = lambda delta: event_text(template.render(delta.text)) if delta.text else ""
-        async with aclosing(generate_all(self._dispatcher, requests, choices, caller, relay)) as pieces:
-            async for index, piece in pieces:
-                state = states[index]
-                state.usage = piece.usage
-                if piece.text or piece.finish_reason or piece.logprobs:
-                    logprobs = self._logprobs(request, state, list(piece.logprobs))
-                    yield chunks.next(index, piece.text, piece.finish_reason, logprobs)
+        with naming_fields(request.field_names):
+            requests, choices = await self._requests(request, head, caller), request.n or 1
+            states = [TextState(TextLogprobs(self._vocabulary)) for _ in range(len(requests) * choices)]
+            chunks = responses.CompletionChunks(head)
+            if relay is not None and request.logprobs is None:
+                template = chunks.text(0)
+                relay.render = lambda delta: event_text(template.render(delta.text)) if delta.text else ""
+            async with aclosing(generate_all(self._dispatcher, requests, choices, caller, relay)) as pieces:
+                async for index, piece in pieces:
+                    state = states[index]
+                    state.usage = piece.usage
+                    if piece.text or piece.finish_reason or piece.logprobs:
+                        logprobs = self._logprobs(request, state, list(piece.logprobs))
+                        yield chunks.next(index, piece.text, piece.finish_reason, logprobs)
         if request.stream_options and request.stream_options.include_usage:
             yield chunks.usage(_counted(request, states))
 

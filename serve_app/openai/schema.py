@@ -8,7 +8,7 @@ since clients send them by default; null means that a field is not set.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
@@ -18,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    PrivateAttr,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -174,6 +175,11 @@ class Sampling(Model):
     def generations(self) -> int:
         """Number of requested outputs: choices times prompts."""
         return self.n or 1
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """Names of this request's fields by those of the gateway's sampling parameters, where they differ."""
+        return {"structured_outputs.json_schema": "structured_outputs.json"}
 
     @model_validator(mode="after")
     def _usage_of_streams_only(self) -> Self:
@@ -395,6 +401,33 @@ class ChatCompletionRequest(Sampling):
     continue_final_message: bool | None = Field(
         default=None, description="continue the last message, which must be the assistant's"
     )
+    _names_sent: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def requires_calls(self) -> bool:
+        """Whether the output must be tool calls."""
+        return bool(self.tools) and self.tool_choice not in (None, "auto", "none")
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """Names of the fields that were sent by those of the gateway's sampling parameters, where they differ."""
+        names = super().field_names
+        if self.max_tokens is None or self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        if self.requires_calls:
+            names |= {"structured_outputs": "tool_choice", "structured_outputs.json_schema": "tools"}
+        elif self.response_format is not None and self.response_format.type != "text":
+            names |= {
+                "structured_outputs": "response_format",
+                "structured_outputs.json_object": "response_format",
+                "structured_outputs.json_schema": "response_format.json_schema.schema",
+            }
+        sent = self._names_sent
+        return {**sent, **{path: sent.get(name, name) for path, name in names.items()}}
+
+    def translated_from(self, names: Mapping[str, str]) -> None:
+        """Take the names that a request of another protocol has for fields of this one, where they differ."""
+        self._names_sent = {**names}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -20,8 +20,9 @@ def check_tools(tools: Sequence[Tool]) -> None:
     Raises:
         BadRequestError: names the tool.
     """
-    for index, tool in enumerate(tools):
-        check_nesting(tool.function.parameters, f"tools.{index}.function.parameters", MAX_TOOL_NESTING)
+    for tool in tools:
+        schema = f"The schema of function {tool.function.name!r}"
+        check_nesting(tool.function.parameters, schema, MAX_TOOL_NESTING)
 
 
 def arguments_schema(function: Function) -> dict[str, Any]:

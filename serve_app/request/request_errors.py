@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import grpc
@@ -115,6 +116,22 @@ class DeadlineError(RequestError):
 
     status = grpc.StatusCode.DEADLINE_EXCEEDED
     reason = "deadline"
+
+
+@contextmanager
+def naming_fields(names: Mapping[str, str]) -> Iterator[None]:
+    """Name fields as the caller does in each `RequestError` raised in this block, by gateways or by engines.
+
+    Args:
+        names: the caller's name of a field by the field's path in requests of gateways, where they differ.
+    """
+    try:
+        yield
+    except RequestError as error:
+        paths = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        if paths:
+            error.sentence = re.sub(rf"(?<![\w.])({paths})(?!\w)", lambda at: names[at[0]], error.sentence)
+        raise
 
 
 @contextmanager

@@ -1,0 +1,125 @@
+"""Errors name the fields that were sent, in every protocol, from gateways and engines."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.request.json_schemas import MAX_NESTING
+from serve_app.request.request_errors import BadRequestError, CapacityError
+from tests.support.gateway_servers import MODEL, Running
+
+ASK = [{"role": "user", "content": "Hi"}]
+CLOCK = {"name": "clock", "parameters": {"type": "object"}}
+SCHEMA: dict[str, Any] = {"type": "object"}
+FORMAT = {"type": "json_schema", "schema": SCHEMA}
+CHAT, TEXT = "chat/completions", "completions"
+
+
+def nested(schema: Any = "x") -> dict[str, Any]:
+    for _ in range(MAX_NESTING + 1):
+        schema = {"not": schema}
+    return schema
+
+
+async def said(front: Running, path: str, fields: dict[str, Any]) -> str:
+    """Return the message of the error that a request gets, as a response or an event."""
+    prompts = {TEXT: {"prompt": "Hi"}, "responses": {"input": "Hi"}}
+    body = {"model": MODEL, **prompts.get(path, {"messages": ASK}), **fields}
+    async with httpx.AsyncClient() as http:
+        answer = await http.post(f"{front.url}/v1/{path}", json=body)
+    text = answer.text
+    if answer.headers["content-type"].startswith("text/event-stream"):
+        text = next(line for line in text.splitlines() if "lower" in line).removeprefix("data: ")
+    found = json.loads(text)
+    message: str = found.get("response", found)["error"]["message"]
+    return message
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize(
+    ("path", "fields", "name"),
+    [
+        (TEXT, {"max_tokens": 9}, "max_tokens"),
+        (CHAT, {"max_tokens": 9}, "max_tokens"),
+        (CHAT, {"max_completion_tokens": 9}, "max_completion_tokens"),
+        (CHAT, {"max_completion_tokens": 9, "max_tokens": 8}, "max_completion_tokens"),
+        (CHAT, {}, "max_completion_tokens"),
+        ("responses", {"max_output_tokens": 9}, "max_output_tokens"),
+        ("responses", {}, "max_output_tokens"),
+        ("messages", {"max_tokens": 9}, "max_tokens"),
+    ],
+)
+async def test_the_limit_of_an_answer(
+    front: Running, path: str, fields: dict[str, Any], name: str, at: int, is_streamed: bool
+) -> None:
+    front.script.error_after = (
+        at,
+        CapacityError("max_tokens is 9: lower max_tokens, or default_max_tokens."),
+    )
+    wanted = f"{name} is 9: lower {name}, or default_max_tokens."
+    assert await said(front, path, {**fields, "stream": is_streamed}) == wanted
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "name"),
+    [
+        (TEXT, {"structured_outputs": {"json": nested()}}, "structured_outputs.json"),
+        (CHAT, {"structured_outputs": {"json": nested()}}, "structured_outputs.json"),
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": nested()}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            "responses",
+            {"text": {"format": {**FORMAT, "name": "x", "schema": nested()}}},
+            "text.format.schema",
+        ),
+        (
+            "messages",
+            {"max_tokens": 9, "output_config": {"format": {**FORMAT, "schema": nested()}}},
+            "output_config.format.schema",
+        ),
+        (
+            "messages",
+            {"max_tokens": 9, "output_format": {**FORMAT, "schema": nested()}},
+            "output_format.schema",
+        ),
+    ],
+)
+async def test_a_schema_that_a_gateway_refuses(
+    front: Running, path: str, fields: dict[str, Any], name: str
+) -> None:
+    assert (await said(front, path, fields)).startswith(f"{name} is nested too deeply")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "name"),
+    [
+        (CHAT, {"structured_outputs": {"regex": "x"}}, "structured_outputs"),
+        (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+        (
+            CHAT,
+            {"tools": [{"type": "function", "function": CLOCK}], "tool_choice": "required"},
+            "tool_choice",
+        ),
+        ("responses", {"text": {"format": {**FORMAT, "name": "x"}}}, "text.format"),
+        ("responses", {"tools": [{"type": "function", **CLOCK}], "tool_choice": "required"}, "tool_choice"),
+        ("messages", {"max_tokens": 9, "output_config": {"format": FORMAT}}, "output_config.format"),
+    ],
+)
+async def test_a_constraint_that_an_engine_refuses(
+    front: Running, path: str, fields: dict[str, Any], name: str
+) -> None:
+    front.script.error_after = (0, BadRequestError("No token satisfies structured_outputs."))
+    assert await said(front, path, fields) == f"No token satisfies {name}."
+
+
+async def test_stop_sequences(front: Running) -> None:
+    sentence = "stop_sequences must hold strings of at least one character, got an empty one."
+    assert await said(front, "messages", {"max_tokens": 9, "stop_sequences": [""]}) == sentence
