@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from math import ceil, inf
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kvarn.counts import counted
@@ -383,9 +384,11 @@ def table(plan: Plan) -> Table:
     where = f"{plan.tensor_parallel} x {plan.gpu}" if plan.tensor_parallel > 1 else plan.gpu
     if plan.pipeline_parallel > 1:
         where = f"{plan.pipeline_parallel} stages of {where}"
-    made = Table(title=f"{plan.model} on {where}, {counted(plan.context, 'token')} per sequence")
+    title = f"{plan.model} on {where}, {counted(plan.context, 'token')} per sequence"
+    made = Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     made.add_column("cache dtype", no_wrap=True)
-    made.add_column("tokens held", justify="right", overflow="fold")
+    longest = max(row.tokens for row in plan.rows)
+    made.add_column("tokens held", justify="right", min_width=len(f"{longest:,}"))
     headings = ["seqs", "side\npool", "step\nms", "tok/s"]
     if plan.rate is not None:
         headings.append(f"at\n{plan.rate:.3g}/s")

@@ -213,6 +213,20 @@ def test_the_command_prints_what_a_tier_holds(llama_8b: str) -> None:
     assert "tier of 64 GiB of host memory, and up to 2.0 GiB of host memory for raw first tiles" in text
 
 
+def test_every_number_is_whole_in_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small model holds tens of millions of tokens."""
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "config.json").write_text(
+        json.dumps({**LLAMA_8B, "num_hidden_layers": 8, "num_key_value_heads": 4})
+    )
+    options = ["plan", "--model", str(tmp_path), "--gpu", "h200", "--rate", "20", "--tier-gib", "64"]
+    shown = CliRunner().invoke(app, options).stdout
+    printed = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
+    for row in printed["rows"]:
+        assert f"{row['tokens']:,}" in shown
+        assert f"{row['tier_tokens']:,}" in shown
+
+
 def test_a_rate_keeps_more_running_where_steps_are_longer(llama_8b: str) -> None:
     plans = [rows(model=llama_8b, gpu="h200", rate=rate)["kvarn_k4v2_g128"].running for rate in (1.0, 2.0)]
     assert 2 * plans[0] < plans[1]
