@@ -395,7 +395,7 @@ def table(plan: Plan) -> Table:
     if plan.tier_gib is not None:
         headings.append("tokens\nin tier")
     for heading in headings:
-        made.add_column(heading, justify="right", no_wrap=True)
+        made.add_column(heading, justify="right", overflow="fold")
     first = plan.rows[0]
     for row in plan.rows:
         if row.refused:

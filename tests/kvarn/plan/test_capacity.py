@@ -1,6 +1,7 @@
 """Capacity plans: arithmetic, refusals, and the command."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -213,18 +214,22 @@ def test_the_command_prints_what_a_tier_holds(llama_8b: str) -> None:
     assert "tier of 64 GiB of host memory, and up to 2.0 GiB of host memory for raw first tiles" in text
 
 
-def test_every_number_is_whole_in_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small model holds tens of millions of tokens."""
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize("context", ["8k", "1"])
+def test_every_digit_is_printed_in_80_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, context: str
+) -> None:
+    """A small model holds tens of millions of tokens, in as many sequences if they are short."""
     (tmp_path / "config.json").write_text(
         json.dumps({**LLAMA_8B, "num_hidden_layers": 8, "num_key_value_heads": 4})
     )
     options = ["plan", "--model", str(tmp_path), "--gpu", "h200", "--rate", "20", "--tier-gib", "64"]
-    shown = CliRunner().invoke(app, options).stdout
-    printed = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
-    for row in printed["rows"]:
-        assert f"{row['tokens']:,}" in shown
-        assert f"{row['tier_tokens']:,}" in shown
+    shown = {}
+    for columns in ("80", "300"):
+        monkeypatch.setenv("COLUMNS", columns)
+        shown[columns] = CliRunner().invoke(app, [*options, "--context", context]).stdout
+    assert Counter(filter(str.isdigit, shown["80"])) == Counter(filter(str.isdigit, shown["300"]))
+    printed = json.loads(CliRunner().invoke(app, [*options, "--context", context, "--json"]).stdout)
+    assert all(f"{row['tokens']:,}" in shown["80"] for row in printed["rows"])
 
 
 def test_a_rate_keeps_more_running_where_steps_are_longer(llama_8b: str) -> None:
