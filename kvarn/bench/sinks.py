@@ -105,7 +105,7 @@ def run(bench: SinksBench, progress: Progress) -> list[SinkResult]:
     ids = AutoTokenizer.from_pretrained(directory)(bench.text.read_text(encoding="utf-8")).input_ids
     needed = bench.passages * bench.passage_tokens
     if len(ids) < needed:
-        raise BenchError(f"{bench.text} has {counted(len(ids), 'token')}: give a text of at least {needed}")
+        raise BenchError(f"{bench.text} has {counted(len(ids), 'token')}: give a text of at least {needed:,}")
     passages = torch.tensor(ids[:needed]).view(bench.passages, 1, bench.passage_tokens)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     config = model.config
@@ -184,7 +184,7 @@ def _read_rule(layout: TileLayout, sink_tokens: int, raw_dtype: str) -> Callable
 def table(bench: SinksBench, results: list[SinkResult]) -> Table:
     """Divergence and memory of each number of raw first tokens."""
     made = Table(
-        title=f"{bench.preset}, {counted(bench.passages, 'passage')} of {bench.passage_tokens} tokens"
+        title=f"{bench.preset}, {counted(bench.passages, 'passage')} of {bench.passage_tokens:,} tokens"
     )
     for heading in ("raw dtype", "raw first tokens", "KLD, nats", "99th percentile", "MiB per sequence"):
         made.add_column(heading, justify="right")

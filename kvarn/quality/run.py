@@ -88,11 +88,12 @@ def _sequences(settings: QualityRun, model: Path) -> list[list[int]]:
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < context:
         raise QualityError(
-            f"the text has {counted(len(ids), 'token')}: give one of at least {context} tokens, or a smaller --context"
+            f"the text has {counted(len(ids), 'token')}: give one of at least {context:,} tokens, "
+            "or a smaller --context"
         )
     if len(ids) < settings.num_sequences * context:
         raise QualityError(
-            f"the text has {counted(len(ids), 'token')}, but --tokens is {settings.tokens}: "
+            f"the text has {counted(len(ids), 'token')}, but --tokens is {settings.tokens:,}: "
             "give a longer text or fewer tokens"
         )
     return [ids[i * context : (i + 1) * context] for i in range(settings.num_sequences)]

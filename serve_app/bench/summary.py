@@ -210,14 +210,14 @@ def _title(bench: ServeBench) -> str:
     if bench.trace is not None:
         return f"{bench.target}, trace {bench.trace.name}"
     rate = "all at once" if math.isinf(bench.rate_per_s) else f"{bench.rate_per_s:g}/s, {bench.arrivals}"
-    shared = f", {bench.prefix_tokens} of them shared" if bench.prefix_tokens else ""
-    return f"{bench.target}: {rate}, {counted(bench.input_tokens, 'token')} in{shared}, {bench.output_tokens} out"
+    shared = f", {bench.prefix_tokens:,} of them shared" if bench.prefix_tokens else ""
+    return f"{bench.target}: {rate}, {counted(bench.input_tokens, 'token')} in{shared}, {bench.output_tokens:,} out"
 
 
 def _lines(summary: Summary) -> list[str]:
     total = summary.answered + summary.failed
     lines = [
-        f"{summary.answered} of {counted(total, 'request')} answered in {summary.duration_s:.1f} s: "
+        f"{summary.answered:,} of {counted(total, 'request')} answered in {summary.duration_s:.1f} s: "
         f"{summary.requests_per_s:.2f}/s, goodput {summary.goodput_per_s:.2f}/s",
         f"{summary.output_tokens_per_s:.1f} output tokens/s; {summary.prompt_tokens} input tokens, "
         f"{summary.cached_tokens} of them from the prefix cache",

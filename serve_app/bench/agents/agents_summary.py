@@ -203,7 +203,7 @@ def _notes(summaries: Sequence[AgentsSummary]) -> list[str]:
         turns = counted(summary.answered + summary.failed, "turn")
         of = f"{turns} of {counted(summary.agents, 'agent')} on {summary.server} failed"
         notes += [
-            f"{count} of {of}: {reason_with_message(reason, summary.said)}"
+            f"{count:,} of {of}: {reason_with_message(reason, summary.said)}"
             for reason, count in summary.failures.items()
         ]
     return notes

@@ -211,7 +211,7 @@ def test_bad_input_is_one_sentence(options: list[str], sentence: str) -> None:
 def test_a_text_shorter_than_a_sequence_is_refused(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Far too little.")
-    with pytest.raises(QualityError, match="give one of at least 1024 tokens"):
+    with pytest.raises(QualityError, match="give one of at least 1,024 tokens"):
         run.run(QualityRun(text=short), None, lambda *_: None)
 
 
