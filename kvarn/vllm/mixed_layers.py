@@ -314,10 +314,10 @@ def state_pages(vllm_config: Any) -> StatePages:
 
 
 def tile_distance(vllm_config: Any) -> int | None:
-    """Bytes between the tiles of a quantized layer whose blocks its kernels count, None where they are adjacent.
+    """Distance in bytes between consecutive tiles of a quantized layer, as its kernels count them; None: adjacent.
 
-    Beside states, the one tile of each layer in a block is followed by those of the others. Where a block has several,
-    a layer's are adjacent, and its kernels count tiles.
+    Beside states, a block that has one tile of each layer has those of the others after it. Where a block has several,
+    a layer's are adjacent, and its kernels count tiles (`tile_stride`).
     """
     pages = pages_of(vllm_config)
     if pages is not None:

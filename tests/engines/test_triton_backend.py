@@ -183,7 +183,8 @@ def test_windows_beside_tiles_with_sinks_or_soft_caps_answer_as_on_the_cpu_backe
 def test_every_variant_that_serves_was_launched_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """A variant is what Triton compiles apart; layers with windows or states put distances between tiles."""
+    """Variants differ in constants, such as the distance that layers with windows or states put between tiles, and in
+    dtypes; what Triton makes of numbers and of addresses is not seen here."""
     seen: set[tuple[Any, ...]] = set()
 
     def noted(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:

@@ -22,6 +22,7 @@ from kvarn.vllm.mixed_layers import (
     share_pages,
     splits_quantized,
     state_pages,
+    tile_distance,
     tile_stride,
 )
 from kvarn.vllm.spec import KVarNSpec
@@ -95,6 +96,17 @@ def test_a_block_beside_states_has_the_fewest_tiles_that_hold_one(attention: int
     pages = state_pages(_state_model(attention, state_floats))
     assert 42 + 4 * state_floats <= pages.state_bytes < 42 + 4 * state_floats + 64
     assert (pages.tiles - 1) * attention * tile < pages.state_bytes <= pages.tiles * attention * tile
+
+
+@pytest.mark.parametrize(
+    ("state_floats", "tiles_apart"), [(10, 6), (10**6, None)], ids=["one tile per block", "several"]
+)
+def test_tiles_are_apart_where_a_block_has_one_of_each_layer(
+    state_floats: int, tiles_apart: int | None
+) -> None:
+    tile = 8 * TileLayout(get_preset("kvarn_k4v2_g128"), 128).nbytes
+    distance = tile_distance(_state_model(6, state_floats))
+    assert distance == (tiles_apart and tiles_apart * tile)
 
 
 @pytest.mark.parametrize("others", [0, 3])
