@@ -26,7 +26,7 @@ class AgentShape:
     pause_s: float
 
 
-AGENTS = {
+AGENT_WORKLOADS = {
     "coding": AgentShape(12, 3000, 4000, 1500, 150, 1.0),
     "research": AgentShape(8, 1500, 1000, 6000, 600, 3.0),
     "chat": AgentShape(10, 500, 200, 100, 250, 30.0),

@@ -27,7 +27,8 @@ def chat(
     prompt: Annotated[str | None, typer.Argument(help="Answer only this message, then exit.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Maximum tokens per answer; by default the server decides.")
+        int | None,
+        typer.Option(min=1, help="Maximum tokens per answer; by default the gateway's default_max_tokens."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer to PROMPT as JSON.")] = False,
 ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from random import Random
 
-from kvarn.bench.agent_shapes import AGENTS
+from kvarn.bench.agent_shapes import AGENT_WORKLOADS
 from serve_app.simulate.cluster import Cluster, Fault
 from serve_app.simulate.policies import make_policy
 from serve_app.simulate.simulated_engine import EngineModel
@@ -54,7 +54,7 @@ class SimulationRun:
         after = None
         if self.scenario is Scenario.AGENTS:
             count = max(1, round(AGENTS_PER_REPLICA * self.replicas * self.load))
-            agents = AgentTurns(count, AGENTS["coding"], random)
+            agents = AgentTurns(count, AGENT_WORKLOADS["coding"], random)
             requests, after = agents.first_turns(), agents.after
         else:
             requests = speed_up(_varied(self.scenario, trace, random), self.load)

@@ -143,7 +143,8 @@ class AgentTurns:
 
     Args:
         agents: number of agents.
-        shape: their conversations; prompts grow by whole units of `UNIT_TOKENS`, at least one.
+        shape: their conversations, with pauses above 0; prompts begin with and grow by whole units of `UNIT_TOKENS`, at
+            least one.
         random: draws the pauses.
     """
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, cast, get_args
 
 from typer import Option
 
-from kvarn.bench.agent_shapes import AGENTS, AgentShape
+from kvarn.bench.agent_shapes import AGENT_WORKLOADS, AgentShape
 from kvarn.bench.bench_settings import BenchError, check_at_least, whole_numbers
 from serve_app.bench.agents.compared_servers import CompareSettings
 from serve_app.bench.load_settings import ServedModel, check_timeout
@@ -35,7 +35,7 @@ class AgentsBench(ServedModel):
     """
 
     workload: Annotated[
-        str, Option(help=f"Conversations: {', '.join(AGENTS)}; the next options change them.")
+        str, Option(help=f"Conversations: {', '.join(AGENT_WORKLOADS)}; the next options change them.")
     ] = "coding"
     turns: Annotated[int | None, Option(help="Requests of each agent.")] = None
     system_tokens: Annotated[int | None, Option(help="System prompt that all agents share, in tokens.")] = (
@@ -75,8 +75,8 @@ class AgentsBench(ServedModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.workload not in AGENTS:
-            raise BenchError(f"workload is {self.workload!r}, expected {', '.join(AGENTS)}")
+        if self.workload not in AGENT_WORKLOADS:
+            raise BenchError(f"workload is {self.workload!r}, expected {', '.join(AGENT_WORKLOADS)}")
         changed = self._changed()
         for name, value in changed.items():
             if name == "pause_s":
@@ -97,7 +97,7 @@ class AgentsBench(ServedModel):
     @property
     def shape(self) -> AgentShape:
         """The conversation, with changed values."""
-        return replace(AGENTS[self.workload], **self._changed())  # type: ignore[arg-type]
+        return replace(AGENT_WORKLOADS[self.workload], **self._changed())  # type: ignore[arg-type]
 
     def _changed(self) -> dict[str, float]:
         """The values that replace those of the workload."""

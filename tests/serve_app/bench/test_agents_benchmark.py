@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from kvarn import cli
-from kvarn.bench.agent_shapes import AGENTS
+from kvarn.bench.agent_shapes import AGENT_WORKLOADS
 from kvarn.bench.bench_settings import BenchError
 from kvarn.v1 import inference_pb2
 from serve_app.bench.agents.agent_sessions import (
@@ -200,7 +200,7 @@ def test_both_kinds_of_servers_keep_evicted_blocks_in_as_much_memory(tmp_path: P
 
 
 def test_named_workloads_are_those_of_the_documents() -> None:
-    coding = AGENTS["coding"]
+    coding = AGENT_WORKLOADS["coding"]
     assert coding.turn_tokens + coding.output_tokens == 1650
     assert longest_tokens(make_sessions(AgentsBench(), 1)) == 3000 + 4000 + 11 * 1650 + 150
 
@@ -313,7 +313,7 @@ async def test_failed_turns_are_counted_with_their_reasons_and_agents_go_on(fron
     assert "no turn was answered" in result.stderr
 
 
-async def test_one_failed_turn_is_a_failure_after_the_results(front: Running, tmp_path: Path) -> None:
+async def test_failed_turns_are_a_failure_after_the_results(front: Running, tmp_path: Path) -> None:
     front.script.context_tokens = 40  # the third turn has 48
     files = tmp_path / "out.json", tmp_path / "out.svg"
     options = ("--content", "ids", "--warmup", 0, "--json", files[0], "--plot", files[1])

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from kvarn.bench.agent_shapes import AGENTS, AgentShape
+from kvarn.bench.agent_shapes import AGENT_WORKLOADS, AgentShape
 from serve_app.simulate.cluster import Cluster, Fault
 from serve_app.simulate.policies import POLICIES, Routed, make_policy
 from serve_app.simulate.results import Result, result_of
@@ -120,7 +120,7 @@ def test_agents_stay_where_their_contexts_are() -> None:
     )
     by_policy = results(Scenario.AGENTS, 1.0, list(POLICIES), engine)
     ours = by_policy["ours"]
-    assert ours.requests == 8 * AGENTS_PER_REPLICA * AGENTS["coding"].turns
+    assert ours.requests == 8 * AGENTS_PER_REPLICA * AGENT_WORKLOADS["coding"].turns
     assert ours.hit_rate > 0.85
     assert all(ours.goodput > 1.3 * other.goodput for other in by_policy.values() if other is not ours)
 
