@@ -123,11 +123,15 @@ def read_app(path: Path) -> App:
             not valid.
     """
     try:
-        schema = yaml.load(path.read_text(), _UniqueKeys)
+        schema = yaml.load(path.read_text("utf-8"), _UniqueKeys)
     except OSError as error:
         raise LaunchError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise LaunchError(f"{path} is not UTF-8 text: save it in that encoding") from None
     except yaml.YAMLError as error:
         raise LaunchError(f"{path} is not valid YAML{_yaml_problem(error)}") from None
+    except ValueError as error:  # a date or number that Python does not have
+        raise LaunchError(f"{path} is not valid YAML: {error}") from None
     applications = schema.get("applications") if isinstance(schema, dict) else None
     if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
         raise LaunchError(f"{path} must hold exactly one application: a list `applications` with one entry")

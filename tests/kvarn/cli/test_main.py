@@ -117,6 +117,28 @@ def test_serve_refuses_a_file_that_is_not_a_serve_yaml(tmp_path, text):
     assert_refused(run("serve", path), "app.yaml")
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("# caf\u00e9".encode("latin-1"), "is not UTF-8 text: save it in that encoding"),
+        ("# caf\u00e9".encode("utf-16"), "is not UTF-8 text: save it in that encoding"),
+        (b"\x7fELF\x02\x01\x01\x00\xff", "is not UTF-8 text: save it in that encoding"),
+        (b"\x00\x01", "is not valid YAML: "),
+        (b"since: 2026-13-01", "is not valid YAML: month must be in 1..12"),
+    ],
+    ids=["latin-1", "utf-16", "binary", "control characters", "no date"],
+)
+def test_a_file_that_is_not_text_is_one_sentence_and_an_event(tmp_path, content, problem):
+    path = tmp_path / "app.yaml"
+    path.write_bytes(content)
+    assert_refused(run("doctor", path), f"{path} {problem}")
+    refused = run("serve", "--json", path)
+    assert_refused(refused, f"{path} {problem}")
+    event = json.loads(refused.stdout)
+    assert event["event"] == "error"
+    assert event["message"].startswith(f"{path} {problem}")
+
+
 def test_serve_refuses_another_application(write_app):
     assert_refused(run("serve", write_app(import_path="other:app")), "other:app", "serve_app.app:build")
 
