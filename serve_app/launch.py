@@ -62,6 +62,7 @@ APPLICATION_KEYS = {
     "logging_config", "name", "port", "route_prefix", "runtime_env",
 }  # fmt: skip
 _EXCEPTION = re.compile(r"^(?:ray\.exceptions\.)?[A-Za-z_][\w.]*(?:Error|Exception)(?:\(\w+\))?: (.+)$")
+_FINDING = re.compile(r".+ \[type=\w+, input_value=")
 
 
 class LaunchError(KVarNError):
@@ -570,12 +571,23 @@ def _sentence(message: str) -> str:
     """Return the message of the last exception in a traceback, or else the last line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     raised = [index for index, line in enumerate(lines) if _EXCEPTION.match(line)]
+    if (finding := _pydantic_finding(lines[raised[-1] if raised else 0 :])) is not None:
+        return finding
     if not raised:
         return (lines or ["no reason was given"])[-1]
-    last = _EXCEPTION.sub(r"\1", lines[raised[-1]])
-    if "validation error" in last:  # pydantic reports the problems on the following lines
-        last = next((line for line in lines[raised[-1] + 1 :] if "error, " in line), last)
-    return last.partition(" [type=")[0].removeprefix("Value error, ")
+    return _EXCEPTION.sub(r"\1", lines[raised[-1]])
+
+
+def _pydantic_finding(lines: list[str]) -> str | None:
+    """Return the first finding of a report by pydantic, with the field if it is about one; None without a report.
+
+    A report has one line for all findings, then for each the field, unless it is about all, and the reason.
+    """
+    for before, place, reason in zip(lines, lines[1:], [*lines[2:], ""], strict=False):
+        if "validation error" in before:
+            found = place if _FINDING.match(place) else f"{place}: {reason}"
+            return found.partition(" [type=")[0].replace("Value error, ", "", 1)
+    return None
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -115,6 +115,7 @@ def _stop_ray() -> bool:
     import ray
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it reports that no application runs
     deadline_s = time.monotonic() + SHUTDOWN_TIMEOUT_S
     return _finishes(serve.shutdown, deadline_s, while_=_core_runs) and _finishes(ray.shutdown, deadline_s)
 

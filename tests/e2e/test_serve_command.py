@@ -117,6 +117,7 @@ def test_sigterm_interrupts_a_start(tmp_path, kvarn):
     assert process.returncode == 0
     assert output == '{"event": "stopped"}\n'
     assert "Traceback" not in errors
+    assert "Nothing to shut down" not in errors
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
 

@@ -8,9 +8,11 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 import pytest
 import yaml
+from pydantic import BaseModel, ValidationError, model_validator
 from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 from typer.testing import CliRunner
@@ -31,6 +33,7 @@ from serve_app.launch import (
     LaunchError,
     RunningApp,
     _deferred_signals,
+    _sentence,
     check_machine,
     read_app,
 )
@@ -127,6 +130,58 @@ def test_errors_about_settings_begin_with_the_file(tmp_path, command, engine, wo
     result = CliRunner().invoke(cli.app, [command, str(path)])
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: {path}: {words}")
+
+
+class Limits(BaseModel):
+    requests: int = 1
+
+    @model_validator(mode="after")
+    def _odd(self) -> Self:
+        if self.requests % 2 == 0:
+            raise ValueError("give an odd number of requests")
+        return self
+
+
+class Settings(BaseModel):
+    name: str
+    limits: Limits = Limits()
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"name": 3}, "name: Input should be a valid string"),
+        ({"name": "a", "limits": {"requests": "x"}}, "limits.requests: Input should be a valid integer"),
+        ({"name": "a", "limits": {"requests": 2}}, "limits: give an odd number of requests"),
+        ({"limits": 3}, "name: Field required"),
+    ],
+)
+def test_a_report_by_pydantic_is_one_sentence_with_the_field_and_the_reason(given, sentence):
+    with pytest.raises(ValidationError) as found:
+        Settings.model_validate(given)
+    report = repr(found.value)
+    assert _sentence(f"Request failed with status code 400: {report}.").startswith(sentence)
+    traceback = f"Traceback (most recent call last):\n  File\npydantic_core.ValidationError: {report}"
+    assert _sentence(traceback).startswith(sentence)
+    assert _sentence(f"{traceback}\n\nRuntimeError: the engine stopped") == "the engine stopped"
+
+
+def test_a_report_about_all_of_a_model_is_its_reason():
+    with pytest.raises(ValidationError) as found:
+        Limits(requests=2)
+    assert _sentence(f"ValidationError: {found.value}") == "give an odd number of requests"
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        ("", "no reason was given"),
+        ("it\nstopped", "stopped"),
+        ("Traceback\nray.exceptions.RayTaskError(ValueError): ray::f()\nValueError: too small", "too small"),
+    ],
+)
+def test_other_errors_are_their_last_exception_or_line(message, sentence):
+    assert _sentence(message) == sentence
 
 
 def test_serves_keys_are_those_of_its_schema():
