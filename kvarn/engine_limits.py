@@ -105,7 +105,8 @@ def engine_limits(
         tier_bytes: host memory of vLLM's OffloadingConnector, 0 without it.
 
     Raises:
-        ValueError: the side pool is too small for one request, or the heads do not fit a record.
+        SidePoolError: the side pool is too small for one request.
+        ValueError: the heads do not fit a record.
     """
     group = get_preset(cache_dtype).group
     slot, uses = 0, []

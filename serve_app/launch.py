@@ -41,7 +41,7 @@ from kvarn.model import (
 )
 from kvarn.plan.model_shape import ModelShape
 from kvarn.presets import PRESETS
-from kvarn.vllm.cache_settings import KVarNConfig, num_host_sinks
+from kvarn.vllm.cache_settings import KVarNConfig, SidePoolError, num_host_sinks
 from kvarn.vllm.slots import NO_DRAFTS
 from kvarn.vllm.store.block_files import check_directory
 from serve_app.config import GIB, AppConfig, EngineConfig
@@ -416,6 +416,8 @@ def _engine_limits(app: App) -> EngineLimits | None:
             host_sinks=num_host_sinks(settings, engine.max_num_seqs),
             tier_bytes=engine.tier_bytes,
         )
+    except SidePoolError as error:
+        raise LaunchError(f"{app.place('engine.side_pool_gib')} {error.problem}") from None
     except ValueError as error:
         raise LaunchError(f"{app.place('engine')}: {error}") from None
 

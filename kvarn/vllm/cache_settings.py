@@ -29,6 +29,21 @@ DRAFT_MODEL_METHODS = ("draft_model", "eagle", "eagle3", "mtp")
 """Methods of vLLM's speculative decoding whose drafter has layers with a cache."""
 
 
+class SidePoolError(ValueError):
+    """The side pool's memory cap does not hold one request.
+
+    Attributes:
+        problem: what is wrong, to follow the setting's name where the user gave it.
+    """
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"kvarn.side_pool_gib {self.problem}."
+
+
 @dataclass(frozen=True)
 class KVarNConfig:
     """Settings of the quantized cache and its scheduler.
@@ -198,7 +213,7 @@ def slots_within(config: KVarNConfig, max_num_seqs: int, one_slot: int, tails: i
         tails: maximum slots for tiles that one request fills at once, without its first tile.
 
     Raises:
-        ValueError: if the cap does not hold one request.
+        SidePoolError: the cap does not hold one request.
     """
     retained = (
         math.ceil(RETAINED_SINKS_PER_SEQUENCE * max_num_seqs)
@@ -212,8 +227,8 @@ def slots_within(config: KVarNConfig, max_num_seqs: int, one_slot: int, tails: i
     held = int(config.side_pool_gib * GIB // one_slot)
     if held < one_request:
         needed = one_request * one_slot / GIB
-        raise ValueError(
-            f"kvarn.side_pool_gib is {config.side_pool_gib!r}, which holds {held} slots of this model, and one request "
-            f"may need {one_request}; give at least {needed:.4f}."
+        raise SidePoolError(
+            f"is {config.side_pool_gib!r}, which holds {held} slots of this model, and one request "
+            f"may need {one_request}; give at least {needed:.4f}"
         )
     return min(wanted, held)
