@@ -44,7 +44,7 @@ from kvarn.presets import PRESETS
 from kvarn.vllm.cache_settings import KVarNConfig, SidePoolError, num_host_sinks
 from kvarn.vllm.slots import NO_DRAFTS
 from kvarn.vllm.store.block_files import check_directory
-from serve_app.config import GIB, AppConfig, EngineConfig
+from serve_app.config import GIB, AppConfig, EngineConfig, GatewayConfig, HttpConfig
 from serve_app.local_ray import STOP_TIMEOUT_S, adopt_orphans, end_descendants
 from serve_app.local_ray import start as start_ray
 from serve_app.request.parser_choice import NONE, parsers_of
@@ -121,7 +121,7 @@ def read_app(path: Path) -> App:
 
     Raises:
         LaunchError: the file cannot be read, does not hold exactly one application of ours, or a setting is
-            not valid.
+            not valid here.
     """
     try:
         schema = yaml.load(path.read_text("utf-8"), _UniqueKeys)
@@ -144,7 +144,25 @@ def read_app(path: Path) -> App:
         config = AppConfig.model_validate(application.get("args") or {})
     except ValidationError as error:
         raise LaunchError(f"{path}: {_first_problem(error)}") from None
-    return App(application.get("name", "default"), config, schema, path)
+    app = App(application.get("name", "default"), config, schema, path)
+    _check_ports(app)
+    return app
+
+
+def _check_ports(app: App) -> None:
+    """Check that clients can know the gateways' ports.
+
+    Raises:
+        LaunchError: a port is 0, for which each gateway would take one that nothing reports.
+    """
+    for setting, listener in _listeners(app.config).items():
+        if listener.port == 0:
+            raise LaunchError(f"{app.place(setting)} is 0: give the port that clients connect to, 1 to 65535")
+
+
+def _listeners(config: AppConfig) -> dict[str, GatewayConfig | HttpConfig]:
+    """The settings of the gateways' servers, by those of their ports."""
+    return {"gateway.port": config.gateway, "gateway.http.port": config.gateway.http}
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -206,9 +224,8 @@ def check_machine(app: App) -> None:
             check_directory(Path(store.directory))
         except ValueError as error:
             raise LaunchError(f"{app.place('engine.shared_store.directory')}: {error}") from None
-    gateway = app.config.gateway
-    for setting, listener in (("gateway.port", gateway), ("gateway.http.port", gateway.http)):
-        if listener.port and not _is_free(listener.host, listener.port):
+    for setting, listener in _listeners(app.config).items():
+        if not _is_free(listener.host, listener.port):
             raise LaunchError(
                 f"{listener.host}:{listener.port} is in use: "
                 f"stop the process that listens there, or set another {setting}"

@@ -16,6 +16,7 @@ from kvarn import cli
 from kvarn.cli import doctor
 from kvarn.cli.connection import Credentials
 from kvarn.cli.doctor import Check, Diagnosis
+from serve_app.bench.bench_processes import free_port
 from serve_app.client import RETRY_S, Client, UnauthenticatedError
 from serve_app.rpc.channels import Tls
 
@@ -58,6 +59,11 @@ def write_app(tmp_path: Path):
         return path
 
     return write
+
+
+def free_ports() -> dict[str, object]:
+    """Settings of gateways that collide with no other process."""
+    return {"port": free_port(), "http": {"port": free_port()}}
 
 
 @pytest.mark.parametrize(
@@ -162,14 +168,14 @@ def test_serve_refuses_more_cpus_than_there_are(write_app):
 @pytest.mark.parametrize("cache", ["auto", "kvarn_k4v2_g128"])
 def test_requests_longer_than_the_model_holds_are_refused(write_app, command, cache):
     engine = {"num_replicas": 1, "max_model_len": 8193, "kv_cache_dtype": cache}
-    path = write_app(engine=engine, gateway={"port": 0, "http": {"port": 0}})
+    path = write_app(engine=engine, gateway=free_ports())
     assert_refused(run(command, path), "engine.max_model_len is 8193: this model holds 1 to 8192 tokens")
 
 
 @pytest.mark.parametrize("command", ["serve", "doctor"])
 def test_a_model_whose_config_is_broken_is_refused(write_app, command, tmp_path):
     (tmp_path / "config.json").write_text("{")
-    path = write_app(engine={"num_replicas": 1}, gateway={"port": 0, "http": {"port": 0}})
+    path = write_app(engine={"num_replicas": 1}, gateway=free_ports())
     path.write_text(path.read_text().replace("smollm2-135m-instruct", str(tmp_path)))
     assert_refused(run(command, path), f"{tmp_path}/config.json is not JSON")
 
@@ -178,6 +184,14 @@ def test_a_start_takes_some_time():
     result = run("serve", APP_YAML, "--timeout-s", -1)
     assert result.exit_code == 2
     assert "--timeout-s" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "doctor"])
+@pytest.mark.parametrize("setting", ["port", "http.port"])
+def test_a_port_that_no_client_could_know_is_refused(write_app, command, setting):
+    ports = {**free_ports(), **({"port": 0} if setting == "port" else {"http": {"port": 0}})}
+    path = write_app(engine={"num_replicas": 1}, gateway=ports)
+    assert_refused(run(command, path), f"{path}: args.gateway.{setting} is 0: give the port that clients")
 
 
 def test_serve_refuses_a_taken_port(write_app):
@@ -190,7 +204,7 @@ def test_serve_refuses_a_taken_port(write_app):
 
 
 def test_serve_refuses_a_missing_model(write_app):
-    content = write_app(engine={"num_replicas": 1}, gateway={"port": 0})
+    content = write_app(engine={"num_replicas": 1}, gateway=free_ports())
     content.write_text(content.read_text().replace("smollm2-135m-instruct", "no/such/model"))
     assert_refused(run("serve", content), "no/such/model")
 
@@ -250,9 +264,7 @@ def test_an_answer_has_at_least_one_token() -> None:
 
 def test_serve_says_nothing_through_tls(write_app):
     files = {"certificate": "c.pem", "private_key": "k.pem"}
-    path = write_app(
-        gateway={"port": 0, "http": {"port": 0}, "security": {"tls": files}}, engine={"num_replicas": 1}
-    )
+    path = write_app(gateway={**free_ports(), "security": {"tls": files}}, engine={"num_replicas": 1})
     assert_refused(run("serve", path, "--say", "Hi"), "--say cannot be answered: the gateways have TLS")
 
 
