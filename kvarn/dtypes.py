@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from kvarn.errors import did_you_mean
 from kvarn.presets import PRESETS
 
 MODEL_DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -32,4 +33,6 @@ def check_cache_dtype(name: str, others: Collection[str] = ()) -> None:
 
     known = tuple(dict.fromkeys([*stock_cache_dtypes(), *PRESETS]))
     if name not in known:
-        raise ValueError(f"unknown cache dtype {name!r}: choose from {', '.join(known)}")
+        raise ValueError(
+            f"unknown cache dtype {name!r}{did_you_mean(name, known)}: choose from {', '.join(known)}"
+        )

@@ -1,5 +1,18 @@
-"""The base of every error that a user can act on."""
+"""The base of every error that a user can act on, and a phrase of errors about names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+LEAST_ALIKE = 0.7  # of difflib: between names of settings, a lower ratio is chance
 
 
 class KVarNError(Exception):
     """An error that a user can act on; its message says in one sentence what was wrong and what to change."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the known name nearest to an unknown one, as " (did you mean 'hermes'?)"; empty if none is near."""
+    nearest = get_close_matches(name, list(known), 1, LEAST_ALIKE)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from kvarn.errors import did_you_mean
+
 # Other groups need multiples of BLOCK in kvarn/kernels/prefill.py, an entry in kvarn/reference/rtn.py, and tests.
 GROUPS = (64, 128)
 BITS = (2, 3, 4, 5)
@@ -65,5 +67,7 @@ def get_preset(name: str) -> Preset:
         ValueError: if there is no such preset; the message lists the existing ones.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown KVarN preset {name!r}: choose one of {', '.join(PRESETS)}")
+        raise ValueError(
+            f"unknown KVarN preset {name!r}{did_you_mean(name, PRESETS)}: choose one of {', '.join(PRESETS)}"
+        )
     return PRESETS[name]

@@ -11,13 +11,13 @@ import socket
 import subprocess
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import psutil
 import torch
@@ -28,7 +28,7 @@ from kvarn.adapters import read_adapter
 from kvarn.counts import counted
 from kvarn.dtypes import check_cache_dtype
 from kvarn.engine_limits import EngineLimits, engine_limits
-from kvarn.errors import KVarNError
+from kvarn.errors import KVarNError, did_you_mean
 from kvarn.layer_kinds import STATES, layer_kinds, smallest_block
 from kvarn.model import (
     KvShape,
@@ -203,7 +203,8 @@ def _check_keys(path: Path, schema: dict[str, Any], application: dict[str, Any])
     ):
         for name in given.keys() - known:
             raise LaunchError(
-                f"{path}: {place}{name}: Serve has no such key, expected one of {', '.join(sorted(known))}"
+                f"{path}: {place}{name}: Serve has no such key{did_you_mean(str(name), known)}, expected one of "
+                f"{', '.join(sorted(known))}"
             )
     location = schema.get("proxy_location", PROXY_LOCATIONS[0])
     if location not in PROXY_LOCATIONS:
@@ -613,10 +614,21 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     place = ".".join(str(part) for part in ("args", *problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        return f"{place}: there is no such setting: correct the name, or remove it"
+        nearest = did_you_mean(str(problem["loc"][-1]), _settings_at(problem["loc"][:-1]))
+        return f"{place}: there is no such setting{nearest}: correct the name, or remove it"
     if problem["type"] == "missing":
         return f"{place} is required: add it"
     return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _settings_at(place: Iterable[str | int]) -> Iterable[str]:
+    """The names of the settings at a place in `args`."""
+    fields = AppConfig.model_fields
+    for part in place:
+        if part in fields:
+            kinds = (fields[str(part)].annotation, *get_args(fields[str(part)].annotation))
+            fields = next((kind.model_fields for kind in kinds if hasattr(kind, "model_fields")), {})
+    return fields
 
 
 def _is_free(host: str, port: int) -> bool:

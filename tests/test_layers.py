@@ -17,7 +17,8 @@ MAX_FILES = 15  # Python files in one folder
 # Lowest layer first: a module imports only from rows listed before its own, never from its neighbors in a row.
 # docs/architecture.md draws the same layers, highest first.
 LAYERS = (
-    ("kvarn.errors", "kvarn.presets", "kvarn.address", "kvarn.worker", "kvarn.environment", "kvarn.counts"),
+    ("kvarn.errors",),
+    ("kvarn.presets", "kvarn.address", "kvarn.worker", "kvarn.environment", "kvarn.counts"),
     ("kvarn.tile", "kvarn.layer_kinds", "kvarn.result_files"),
     ("kvarn.checks", "kvarn.reference", "kvarn.model"),
     ("kvarn.adapters",),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvarn.errors import did_you_mean
 from kvarn.vllm.access.output_parsers import MarkedParts, check_reads_output, is_engine_based, misfits
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ def find_reasoning_parser(name: str) -> type[ReasoningParser]:
 
     known = reasoning_parser_names()
     if name not in known:
-        raise ValueError(f"reasoning_parser is {name!r}, expected one of {', '.join(known)} or none")
+        raise ValueError(
+            f"reasoning_parser is {name!r}{did_you_mean(name, known)}, expected one of {', '.join(known)} or none"
+        )
     return ReasoningParserManager.get_reasoning_parser(name)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvarn.errors import did_you_mean
 from kvarn.vllm.access.output_parsers import check_reads_output, is_engine_based, misfits
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ def find_tool_parser(name: str) -> type[ToolParser]:
     try:
         return ToolParserManager.get_tool_parser(name)
     except KeyError:
-        known = ", ".join(tool_parser_names())
-        raise ValueError(f"tool_parser is {name!r}, expected one of {known} or none") from None
+        known = tool_parser_names()
+        raise ValueError(
+            f"tool_parser is {name!r}{did_you_mean(name, known)}, expected one of {', '.join(known)} or none"
+        ) from None
 
 
 def check_tool_parser(name: str, tokenizer: Any) -> None:

@@ -61,7 +61,11 @@ def test_missing_vllm_is_one_failed_check(monkeypatch):
             "tool parser hermes, reasoning parser none",
         ),
         ({"tool_parser": "x"}, False, "tool_parser is 'x', expected one of "),
-        ({"reasoning_parser": "ernie46"}, False, "reasoning_parser is 'ernie46', expected one of "),
+        (
+            {"reasoning_parser": "ernie46"},
+            False,
+            "reasoning_parser is 'ernie46' (did you mean 'ernie45'?), expected one of ",
+        ),
     ],
 )
 def test_parsers_of_a_yaml_are_shown_or_refused(

@@ -87,14 +87,28 @@ def test_a_log_shows_start_progress():
             "the engines' caches need 1048576.0 GiB and this machine has",
         ),
         ({"dtype": "float8"}, "args.engine.dtype: Input should be 'auto', "),
-        ({"kv_cache_dtype": "fp8x"}, "args.engine.kv_cache_dtype: unknown cache dtype 'fp8x'"),
-        ({"max_length": 1}, "args.engine.max_length: there is no such setting"),
+        (
+            {"kv_cache_dtype": "fp8x"},
+            "args.engine.kv_cache_dtype: unknown cache dtype 'fp8x' (did you mean 'fp8'?): choose from auto, ",
+        ),
+        ({"colour": 1}, "args.engine.colour: there is no such setting: correct the name, or remove it"),
+        (
+            {"max_num_seq": 1},
+            "args.engine.max_num_seq: there is no such setting (did you mean 'max_num_seqs'?): correct",
+        ),
+        (
+            {"autoscaling": {"max_replicas": 1, "min_replica": 1}},
+            "args.engine.autoscaling.min_replica: there is no such setting (did you mean 'min_replicas'?): ",
+        ),
         (
             {"shared_store": {"capacity_gib": 1, "directory": f"{__file__}/blocks"}},
             "test_serve.py is not a directory: give another path for the shared store",
         ),
         ({"shared_store": {"capacity_gib": 1}}, "args.engine.shared_store.directory is required: add it"),
-        ({"kv_cache_dtype": "kvarn_k9v9"}, "args.engine.kv_cache_dtype: unknown KVarN preset 'kvarn_k9v9'"),
+        (
+            {"kv_cache_dtype": "kvarn_k4v9_g64"},
+            "args.engine.kv_cache_dtype: unknown KVarN preset 'kvarn_k4v9_g64' (did you mean 'kvarn_k4v",
+        ),
         (
             {"kv_cache_memory_gib": 0.001},
             "args.engine.kv_cache_memory_gib is 0.001: no request of max_model_len, 8,192 tokens, fits",
@@ -211,11 +225,15 @@ def test_reading_an_application_imports_no_ray():
 @pytest.mark.parametrize(
     ("was", "becomes", "words"),
     [
-        ("    args:", "    arg:", "applications.0.arg: Serve has no such key, expected one of args, "),
+        (
+            "    args:",
+            "    arg:",
+            "applications.0.arg: Serve has no such key (did you mean 'args'?), expected one of args, ",
+        ),
         (
             "applications:",
             "http_option: {}\napplications:",
-            "http_option: Serve has no such key, expected one of",
+            "http_option: Serve has no such key (did you mean 'http_options'?), expected one of ",
         ),
         (
             "      model:",
@@ -316,7 +334,9 @@ def test_serve_refuses_an_unknown_parser(tmp_path, model_dir, setting):
     path = _write(tmp_path, model=str(model_dir), gateway={setting: "hermess"})
     result = CliRunner().invoke(cli.app, ["serve", str(path)])
     assert result.exit_code == 1
-    assert f"args.gateway: {setting} is 'hermess', expected one of " in result.stderr
+    assert f"args.gateway: {setting} is 'hermess'" in result.stderr
+    assert ", expected one of " in result.stderr
+    assert ("'hermess' (did you mean 'hermes'?)" in result.stderr) == (setting == "tool_parser")
 
 
 def _write(directory: Path, gateway: dict[str, object] | None = None, **arguments: object) -> Path:
