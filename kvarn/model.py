@@ -207,6 +207,26 @@ def head_size(config: dict[str, Any]) -> int:
     return int(named or config["hidden_size"] // config["num_attention_heads"])
 
 
+def check_tensor_parallel(setting: str, size: int, heads: int, kv_heads: int) -> None:
+    """Check that the attention heads divide among `size` ranks, of which several may share a KV head.
+
+    Args:
+        setting: the setting of `size`, for errors.
+        size: number of ranks.
+        heads: query heads of the model.
+        kv_heads: KV heads of the model; with multi-head latent attention one, which every rank has.
+
+    Raises:
+        ModelError: vLLM cannot divide them.
+    """
+    if size < 1 or heads % size:
+        raise ModelError(f"{setting} is {size}: give a divisor of the model's {heads} attention heads")
+    if kv_heads % size and size % kv_heads:
+        raise ModelError(
+            f"{setting} is {size}: give a divisor or a multiple of the model's {kv_heads} KV heads"
+        )
+
+
 def context_limit(config: dict[str, Any]) -> int | None:
     """Maximum sequence length in tokens by a model's config.json, as vLLM computes it; None without such an entry."""
     config = _decoder_entries(config)

@@ -32,6 +32,7 @@ from kvarn.errors import KVarNError, did_you_mean
 from kvarn.layer_kinds import STATES, layer_kinds, smallest_block
 from kvarn.model import (
     KvShape,
+    check_tensor_parallel,
     check_tokenizer,
     check_weights,
     context_limit,
@@ -237,7 +238,8 @@ def check_model(app: App) -> Path:
     """Check the application's model against the engines' settings; return the model's directory.
 
     Raises:
-        ModelError: there is no such model or LoRA adapter, or it lacks a file or has one that cannot be read.
+        ModelError: there is no such model or LoRA adapter, or it lacks a file or has one that cannot be read; or its
+            attention heads do not divide among engine.tensor_parallel_size ranks.
         LaunchError: engine.max_model_len exceeds the model's context limit, or vLLM does not know
             engine.kv_cache_dtype.
     """
@@ -252,11 +254,24 @@ def check_model(app: App) -> Path:
         raise LaunchError(
             f"{app.place('engine.max_model_len')} is {asked}: this model holds 1 to {limit} tokens"
         )
+    _check_ranks(app, directory)
     cache_dtype = app.config.engine.kv_cache_dtype
     if cache_dtype not in PRESETS:
         _check_in_another_process(app.place("engine.kv_cache_dtype"), check_cache_dtype, cache_dtype)
     _check_with_vllm(app)
     return directory
+
+
+def _check_ranks(app: App, model_dir: Path) -> None:
+    """Check that the model's attention heads divide among the ranks of an engine, where its config states them."""
+    ranks = app.config.engine.tensor_parallel_size
+    if ranks == 1:
+        return
+    config = text_config(model_dir)
+    heads = config.get("num_attention_heads")
+    kv_heads = 1 if "kv_lora_rank" in config else config.get("num_key_value_heads") or heads
+    if isinstance(heads, int) and isinstance(kv_heads, int):
+        check_tensor_parallel(app.place("engine.tensor_parallel_size"), ranks, heads, kv_heads)
 
 
 def _check_with_vllm(app: App) -> None:

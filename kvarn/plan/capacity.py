@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kvarn.counts import counted
+from kvarn.model import check_tensor_parallel
 from kvarn.plan.hardware import ATTENTION_OF_COPY, COPY_PART, GPUS, WEIGHTS_OF_COPY, Gpu
 from kvarn.plan.model_shape import ModelShape, PlanError
 from kvarn.presets import MAX_QUERIES, PRESETS, get_preset
@@ -123,7 +124,7 @@ def make_plan(
         tier_gib: host memory of an engine's KV connector in GiB; None without one.
 
     Raises:
-        ModelError: there is no such model.
+        ModelError: there is no such model, or its heads do not divide among the GPUs.
         PlanError: a number is out of range, or the weights do not fit.
     """
     shape = ModelShape.read(model, context, max(tensor_parallel, 1))
@@ -186,10 +187,7 @@ def make_plan(
 def _check(shape: ModelShape, gpu: str, tensor_parallel: int, context: int, utilization: float) -> None:
     if gpu not in GPUS:
         raise PlanError(f"unknown GPU {gpu!r}: choose from {', '.join(GPUS)}")
-    if tensor_parallel < 1 or shape.heads % tensor_parallel:
-        raise PlanError(
-            f"--tp is {tensor_parallel}: give a divisor of the model's {shape.heads} attention heads"
-        )
+    check_tensor_parallel("--tp", tensor_parallel, shape.heads, shape.kv_heads)
     if not 1 <= context <= shape.context_limit:
         raise PlanError(f"--context is {context}: this model supports 1 to {shape.context_limit} tokens")
     if not 0 < utilization <= 1:

@@ -23,6 +23,7 @@ from kvarn.layer_kinds import quantized_layers
 from kvarn.model import (
     DEFAULT_MODEL,
     ModelError,
+    check_tensor_parallel,
     check_tokenizer,
     check_weights,
     context_limit,
@@ -33,6 +34,24 @@ from kvarn.model import (
 @pytest.fixture(scope="module")
 def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "problem"),
+    [
+        (1, ""),
+        (3, ""),
+        (4, "is 4: give a divisor or a multiple of the model's 6 KV heads"),
+        (5, "is 5: give a divisor of the model's 12 attention heads"),
+        (6, ""),
+        (12, ""),  # two ranks share a KV head
+        (24, "is 24: give a divisor of the model's 12 attention heads"),
+    ],
+)
+def test_the_heads_divide_among_the_ranks(ranks: int, problem: str) -> None:
+    refused = pytest.raises(ModelError, match=f"^--tp {problem}$") if problem else nullcontext()
+    with refused:
+        check_tensor_parallel("--tp", ranks, heads=12, kv_heads=6)
 
 
 @pytest.fixture(scope="module")

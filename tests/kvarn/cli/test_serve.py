@@ -131,6 +131,14 @@ def test_what_this_machine_cannot_run_is_rejected_before_anything_starts(tmp_pat
         ({"max_model_len": 8193}, "args.engine.max_model_len is 8193"),
         ({"kv_cache_memory_gib": 0.001}, "args.engine.kv_cache_memory_gib is 0.001"),
         (
+            {"tensor_parallel_size": 5},
+            "args.engine.tensor_parallel_size is 5: give a divisor of the model's 9 attention heads",
+        ),
+        (
+            {"tensor_parallel_size": 2, "kv_cache_dtype": "auto"},
+            "args.engine.tensor_parallel_size is 2: give a divisor of the model's 9 attention heads",
+        ),
+        (
             {
                 "kv_transfer_config": {"kv_connector": "OffloadingConnector"},
                 "kv_cache_dtype": "kvarn_k4v2_g128",

@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from kvarn.cli import app
+from kvarn.errors import KVarNError
 from kvarn.plan.capacity import make_plan
 from kvarn.plan.hardware import GPUS
 from kvarn.plan.model_shape import ModelShape, PlanError
@@ -242,7 +243,7 @@ def test_a_rate_keeps_more_running_where_steps_are_longer(llama_8b: str) -> None
     ("options", "sentence"),
     [
         ({"gpu": "h9"}, "unknown GPU 'h9'"),
-        ({"tensor_parallel": 3}, "--tp is 3"),
+        ({"tensor_parallel": 3}, "--tp is 3: give a divisor of the model's 32 attention heads"),
         ({"pipeline_parallel": 33}, "--pp is 33: give 1 to 32 stages"),
         ({"pipeline_parallel": 2, "drafts": 3}, "a pipeline does not support drafts"),
         ({"context": 10**6}, "--context is 1000000"),
@@ -260,7 +261,7 @@ def test_a_rate_keeps_more_running_where_steps_are_longer(llama_8b: str) -> None
     ],
 )
 def test_bad_input_is_refused(llama_8b: str, options: dict, sentence: str) -> None:
-    with pytest.raises(PlanError, match=sentence):
+    with pytest.raises(KVarNError, match=sentence):
         make_plan(**{"model": llama_8b, "gpu": "h200", **options})
 
 
