@@ -49,6 +49,8 @@ from serve_app.config import GIB, AppConfig, EngineConfig, GatewayConfig, HttpCo
 from serve_app.local_ray import STOP_TIMEOUT_S, adopt_orphans, end_descendants
 from serve_app.local_ray import start as start_ray
 from serve_app.request.parser_choice import NONE, parsers_of
+from serve_app.security.api_keys import KeyFileError, read_keys
+from serve_app.security.tls import ServerTls, TlsError
 
 BUILDER = "serve_app.app:build"
 POLL_S = 0.5
@@ -292,6 +294,25 @@ def _check_engine_config(model: str, engine: EngineConfig) -> None:
     from serve_app.engine.engine_deployment import check_engine_config
 
     check_engine_config(model, engine)
+
+
+def check_security(app: App) -> None:
+    """Check the files of the gateways' access control, which each gateway reads when it starts.
+
+    Raises:
+        LaunchError: a file cannot be read, or does not hold API keys, or certificates that fit the private key.
+    """
+    security = app.config.gateway.security
+    try:
+        if security.api_keys is not None:
+            read_keys(security.api_keys)
+    except KeyFileError as error:
+        raise LaunchError(f"{app.place('gateway.security.api_keys')}: {error}") from None
+    try:
+        if security.tls is not None:
+            ServerTls(security.tls)
+    except TlsError as error:
+        raise LaunchError(f"{app.place('gateway.security.tls')}: {error}") from None
 
 
 def check_parsers(app: App, model_dir: Path) -> None:

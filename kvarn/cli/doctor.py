@@ -48,11 +48,12 @@ def doctor(
 
 
 def _read(config: Path) -> App:
-    """The application of a Serve YAML; end the command if the YAML or its model is invalid."""
+    """The application of a Serve YAML; end the command if the YAML, its model or a file that it names is invalid."""
     with serving_errors():
         with missing_packages():
-            from serve_app.launch import check_model, read_app
+            from serve_app.launch import check_model, check_security, read_app
         app = read_app(config)
+        check_security(app)
         check_model(app)
         return app
 

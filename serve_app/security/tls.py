@@ -77,7 +77,8 @@ def _context(config: TlsConfig) -> ssl.SSLContext:
     context.options |= ssl.OP_NO_TICKET
     context.num_tickets = 0
     try:
-        context.load_cert_chain(config.certificate, config.private_key)
+        # without a password, OpenSSL prompts for that of an encrypted key
+        context.load_cert_chain(config.certificate, config.private_key, password="")
         if config.client_ca is not None:
             context.verify_mode = ssl.CERT_REQUIRED
             context.load_verify_locations(config.client_ca)

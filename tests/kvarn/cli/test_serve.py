@@ -337,6 +337,26 @@ def test_an_adapter_needs_a_directory_weights_and_a_name_of_its_own(tmp_path):
         assert words in " ".join(result.stderr.split())
 
 
+@pytest.mark.parametrize("command", ["serve", "doctor"])
+@pytest.mark.parametrize(
+    ("security", "words"),
+    [
+        ({"api_keys": "/nope"}, "args.gateway.security.api_keys: /nope cannot be read: No such file"),
+        ({"api_keys": __file__}, f"args.gateway.security.api_keys: {__file__}"),
+        (
+            {"tls": {"certificate": "/nope", "private_key": __file__}},
+            f"args.gateway.security.tls: the TLS files /nope, {__file__} cannot be used: ",
+        ),
+    ],
+)
+def test_files_of_access_control_that_cannot_be_used_are_refused(tmp_path, command, security, words):
+    path = _write(tmp_path, gateway={"security": security})
+    result = CliRunner().invoke(cli.app, [command, str(path)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {path}: {words}")
+    assert len(result.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("setting", ["tool_parser", "reasoning_parser"])
 def test_serve_refuses_an_unknown_parser(tmp_path, model_dir, setting):
     path = _write(tmp_path, model=str(model_dir), gateway={setting: "hermess"})
