@@ -54,16 +54,6 @@ from serve_app.security.tls import ServerTls, TlsError
 
 BUILDER = "serve_app.app:build"
 POLL_S = 0.5
-# Keys of Serve's schema, which this process cannot import: Ray reads on import whether it needs a token.
-SERVE_KEYS = {
-    "applications", "controller_options", "grpc_options", "http_options", "logging_config", "proxy_location",
-    "target_capacity", "tracing_config",
-}  # fmt: skip
-PROXY_LOCATIONS = ("Disabled", "EveryNode", "HeadOnly")
-APPLICATION_KEYS = {
-    "args", "autoscaling_policy", "deployments", "external_scaler_enabled", "host", "import_path",
-    "logging_config", "name", "port", "route_prefix", "runtime_env",
-}  # fmt: skip
 _EXCEPTION = re.compile(r"^(?:ray\.exceptions\.)?[A-Za-z_][\w.]*(?:Error|Exception)(?:\(\w+\))?: (.+)$")
 _FINDING = re.compile(r".+ \[type=\w+, input_value=")
 
@@ -142,7 +132,6 @@ def read_app(path: Path) -> App:
     application = applications[0]
     if application.get("import_path") != BUILDER:
         raise LaunchError(f"{path}: import_path is {application.get('import_path')!r}, expected {BUILDER!r}")
-    _check_keys(path, schema, application)
     try:
         config = AppConfig.model_validate(application.get("args") or {})
     except ValidationError as error:
@@ -194,24 +183,21 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return f": line {error.problem_mark.line + 1}: {error.problem}"
 
 
-def _check_keys(path: Path, schema: dict[str, Any], application: dict[str, Any]) -> None:
-    """Check what is around `args`, which is Serve's: it would ignore unknown keys, and refuse values once it runs.
+def check_schema(app: App) -> None:
+    """Check what is around `args`, which is Serve's, where it would ignore unknown keys and refuse values late.
 
     Raises:
         LaunchError: Serve has no such key, or does not take its value.
     """
-    for place, given, known in (
-        ("", schema, SERVE_KEYS),
-        ("applications.0.", application, APPLICATION_KEYS),
-    ):
-        for name in given.keys() - known:
-            raise LaunchError(
-                f"{path}: {place}{name}: Serve has no such key{did_you_mean(str(name), known)}, expected one of "
-                f"{', '.join(sorted(known))}"
-            )
-    location = schema.get("proxy_location", PROXY_LOCATIONS[0])
-    if location not in PROXY_LOCATIONS:
-        raise LaunchError(f"{path}: proxy_location is {location!r}, expected {', '.join(PROXY_LOCATIONS)}")
+    deployments = ("Engine", "Gateway", *(["Prefill"] if app.config.disaggregation is not None else []))
+    _check_in_another_process(str(app.path), _check_schema, app.schema, deployments)
+
+
+def _check_schema(content: dict[str, Any], deployments: tuple[str, ...]) -> None:
+    """See `serve_schema.check_schema`; its module imports Ray, which this one must not before it knows Ray's mode."""
+    from serve_app import serve_schema
+
+    serve_schema.check_schema(content, deployments)
 
 
 def check_machine(app: App) -> None:

@@ -28,7 +28,7 @@ LAYERS = (
     ("kvarn.engine_limits", "kvarn.plan", "kvarn.bench", "kvarn.quality"),
     ("kvarn.report",),
     ("serve_app.routing",),
-    ("serve_app.config", "serve_app.request", "serve_app.local_ray"),
+    ("serve_app.config", "serve_app.request", "serve_app.local_ray", "serve_app.serve_schema"),
     ("serve_app.observability",),
     ("serve_app.rpc",),
     ("serve_app.security", "serve_app.client"),

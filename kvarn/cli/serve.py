@@ -71,6 +71,7 @@ def _serve(
             check_machine,
             check_model,
             check_parsers,
+            check_schema,
             check_security,
             read_app,
             running,
@@ -80,6 +81,7 @@ def _serve(
     reachable = launched.lets_in(api_key)
     if say is not None and not reachable:
         fail("--say cannot be answered: the gateways have TLS or require an API key; use `kvarn chat` later")
+    check_schema(launched)
     check_security(launched)
     model_dir = check_model(launched)
     check_limits(launched)
