@@ -42,6 +42,7 @@ NOT_AN_OBJECT = "The body must be a JSON object."
 NOT_SENT_AS_JSON = "The body must be sent as JSON: set the header `content-type: application/json`."
 _EXPECTED = "Input should be "
 _OBJECT_TYPES = ("dict_type", "model_type", "model_attributes_type")
+_FITTING = ("value_error", "too_long")  # errors of values whose types fit
 
 
 def _or(sentence: str) -> WrapValidator:
@@ -478,7 +479,7 @@ def _deepest(errors: Sequence[Any], body: Any) -> tuple[Place, list[Any]]:
     placed = [(_place(error, body), error) for error in errors]
     outer, _ = placed[0]
     below = [(place, error) for place, error in placed if place[: len(outer)] == outer]
-    fitting = [(place, error) for place, error in below if error["type"] == "value_error"]
+    fitting = [(place, error) for place, error in below if error["type"] in _FITTING]
     deepest, _ = max(fitting or below, key=lambda one: len(one[0]))
     return deepest, [error for place, error in fitting or placed if place == deepest]
 
@@ -517,5 +518,7 @@ def _message(error: Any) -> str:
         return f"{_EXPECTED}a JSON object"
     if error["type"] == "union_tag_invalid":
         return f"{error['ctx']['discriminator']} should be one of {error['ctx']['expected_tags']}"
+    if error["type"] == "too_long":  # pydantic counts no further than to the first item too many
+        return f"{error['ctx']['field_type']} should have at most {error['ctx']['max_length']} items"
     message: str = error["msg"]
     return message

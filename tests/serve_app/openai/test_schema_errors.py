@@ -10,7 +10,7 @@ import pytest
 
 from serve_app.http.asgi_app import http_app
 from serve_app.openai.api import openai_api
-from serve_app.openai.schema import NOT_JSON
+from serve_app.openai.schema import MAX_PROMPTS, NOT_JSON
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 TEXT: dict[str, Any] = {"prompt": "Hi"}
@@ -61,6 +61,11 @@ async def rejected(path: str, content: bytes) -> dict[str, Any]:
                 ([1, 1 << 32], "prompt"),
                 ([[1, 2], [3, -4]], "prompt.1"),
             )
+        ],
+        *[
+            (TEXT, {"prompt": [one] * count}, "prompt", "prompt: List should have at most 128 items.")
+            for one in ("Hi", [1])
+            for count in (MAX_PROMPTS + 1, MAX_PROMPTS + 2)
         ],
         (TEXT, {"best_of": 2}, "best_of", "best_of must equal n, since every choice is returned."),
         (
