@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMClientError
 from vllm.inputs import tokens_input
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
+from kvarn.v1 import engine_pb2, engine_pb2_grpc, inference_pb2, sampling_pb2
 from kvarn.vllm.access.constraints import ConstraintChecks, ConstraintError
 from kvarn.vllm.kept_prefixes import keep_tokens
 from kvarn.vllm.store.hand_over import HandOver
@@ -170,7 +170,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                     delta.finish_reason == inference_pb2.FINISH_REASON_ERROR
                     and params.structured_outputs is not None
                 ):
-                    raise BadRequestError(_UNMET)
+                    raise _unmet(request.sampling_params)
                 if resumption is not None:
                     resumption.write_text(delta)
                 if hand_over is not None and delta.finish_reason:
@@ -310,10 +310,20 @@ def _invalid(error: Exception) -> BadRequestError:
     return BadRequestError(" ".join(str(error).split())[:MAX_SENTENCE_CHARACTERS])
 
 
-_UNMET = (
-    "No token satisfies both structured_outputs and the other sampling parameters: change the constraint, "
-    "or omit allowed_token_ids, min_tokens and ignore_eos."
-)
+def _unmet(params: sampling_pb2.SamplingParams) -> BadRequestError:
+    """Return the error of an output that ended where the constraint and the other parameters left no token."""
+    sent = {field.name for field, value in params.ListFields() if value}
+    if others := " and ".join(name for name in _LIMITS_TOKENS if name in sent):
+        return BadRequestError(
+            f"No token satisfies both structured_outputs and {others}: change the constraint, or omit {others}."
+        )
+    return BadRequestError(
+        "structured_outputs cannot be enforced: the constraint is too large, or no token satisfies it; "
+        "make it smaller, or change it."
+    )
+
+
+_LIMITS_TOKENS = ("allowed_token_ids", "min_tokens", "ignore_eos")
 _ENGINE_LOST = "The engine of this replica has stopped: send the request again."
 
 

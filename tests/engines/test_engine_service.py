@@ -274,7 +274,14 @@ async def test_no_constraint_decides_which_others_are_enforced(replica: Replica,
 @pytest.mark.parametrize(
     ("sampling", "reason"),
     [
-        ({"structured_outputs": {"choice": {"options": ["yes"]}}, "allowed_token_ids": [5]}, ""),
+        (
+            {"structured_outputs": {"choice": {"options": ["yes"]}}, "allowed_token_ids": [5]},
+            " and allowed_token_ids: change the constraint, or omit allowed_token_ids.$",
+        ),
+        (
+            {"structured_outputs": {"regex": "(a{1000}){1000}"}},
+            "the constraint is too large, or no token satisfies it; make it smaller, or change it.$",
+        ),
         ({"structured_outputs": {"json_schema": '{"$ref": "#"}'}}, "json_schema.*: no output satisfies it"),
         ({"structured_outputs": schema(propertyNames={"pattern": "^a"})}, "json_schema.*propertyNames"),
         ({"structured_outputs": {"json_schema": '{"not": {"type": "null"}}'}}, '"not"'),
