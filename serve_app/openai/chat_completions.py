@@ -18,7 +18,7 @@ from serve_app.openai.reasoning import ReasoningParsers
 from serve_app.openai.requests import chat_prompt, chat_sampling, one_per_prompt, valid_unicode
 from serve_app.openai.responses import ChatState, ChoiceReader, Head
 from serve_app.openai.schema import ChatCompletionRequest
-from serve_app.openai.tools import ToolParsers
+from serve_app.openai.tools import ToolParsers, naming_function
 from serve_app.request.event_relay import EventRelay, event_text
 from serve_app.request.handler import RequestHandler
 from serve_app.request.request_errors import counting_rejections, naming_fields
@@ -131,9 +131,8 @@ class ChatService:
             if relay is not None and rendering is not None:
                 relayed = _RelayedChoice(readers[0], rendering)
                 relay.render = relayed.render
-            async with aclosing(
-                generate_all(self._dispatcher, requests, len(readers), caller, relay)
-            ) as pieces:
+            pieces_of_all = generate_all(self._dispatcher, requests, len(readers), caller, relay)
+            async with naming_function(request), aclosing(pieces_of_all) as pieces:
                 async for index, piece in pieces:
                     if relayed is not None and relayed.error is not None:
                         raise relayed.error

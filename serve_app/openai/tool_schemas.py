@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,21 @@ def check_tools(tools: Sequence[Tool]) -> None:
     for tool in tools:
         schema = f"The schema of function {tool.function.name!r}"
         check_nesting(tool.function.parameters, schema, MAX_TOOL_NESTING)
+
+
+def refused_function(functions: Sequence[Function]) -> str | None:
+    """Return the sentence about the first function whose own schema cannot be enforced; None if all seem to be.
+
+    This takes up to a second per function with a large schema.
+    """
+    from kvarn.vllm.access.constraints import schema_problem
+
+    strict = any(function.strict for function in functions)  # as in `calls_schema`
+    for function in functions:
+        schema = json.dumps(arguments_schema(function.model_copy(update={"strict": strict})))
+        if problem := schema_problem(schema):
+            return f"The schema of function {function.name!r} cannot be enforced: {problem}."
+    return None
 
 
 def arguments_schema(function: Function) -> dict[str, Any]:

@@ -6,16 +6,18 @@ one of vLLM's tool parsers reads the model's own notation.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvarn.v1 import sampling_pb2
 from serve_app.openai.required_calls import CallPart, CallScanner
-from serve_app.openai.schema import ChatCompletionRequest, NamedToolChoice
-from serve_app.openai.tool_schemas import arguments_schema, calls_schema, check_tools
+from serve_app.openai.schema import ChatCompletionRequest, Function, NamedToolChoice
+from serve_app.openai.tool_schemas import arguments_schema, calls_schema, check_tools, refused_function
 from serve_app.request import harmony
 from serve_app.request.request_errors import BadRequestError
 
@@ -171,11 +173,9 @@ class ToolParsers:
         if not request.tools or request.tool_choice == "none":
             return
         check_tools(request.tools)
-        functions = [tool.function for tool in request.tools]
+        functions = _choosable(request)
         if isinstance(request.tool_choice, NamedToolChoice):
-            name = request.tool_choice.function.name
-            (function,) = (function for function in functions if function.name == name)
-            params.structured_outputs.json_schema = json.dumps(arguments_schema(function))
+            params.structured_outputs.json_schema = json.dumps(arguments_schema(functions[0]))
         elif request.tool_choice == "required":
             several = request.parallel_tool_calls is not False
             params.structured_outputs.json_schema = json.dumps(calls_schema(functions, several))
@@ -209,6 +209,30 @@ class ToolParsers:
         if request.stream:
             return StreamReader(StreamedToolCalls(*arguments))
         return WholeReader(WholeToolCalls(*arguments))
+
+
+@asynccontextmanager
+async def naming_function(request: ChatCompletionRequest) -> AsyncIterator[None]:
+    """Name the function in each `BadRequestError` raised in this block because of the schema of required calls.
+
+    Engines refuse the schema of all functions together, with its paths.
+    """
+    try:
+        yield
+    except BadRequestError as error:
+        if request.requires_calls and error.sentence.startswith("structured_outputs.json_schema "):
+            sentence = await asyncio.to_thread(refused_function, _choosable(request))
+            error.sentence = sentence or error.sentence
+        raise
+
+
+def _choosable(request: ChatCompletionRequest) -> list[Function]:
+    """Return the functions that the model may call."""
+    functions = [tool.function for tool in request.tools or ()]
+    if not isinstance(request.tool_choice, NamedToolChoice):
+        return functions
+    name = request.tool_choice.function.name
+    return [function for function in functions if function.name == name]
 
 
 def _required_delta(part: CallPart) -> CallDelta:

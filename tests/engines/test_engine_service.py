@@ -286,6 +286,10 @@ async def test_no_constraint_decides_which_others_are_enforced(replica: Replica,
         ({"structured_outputs": schema(propertyNames={"pattern": "^a"})}, "json_schema.*propertyNames"),
         ({"structured_outputs": {"json_schema": '{"not": {"type": "null"}}'}}, '"not"'),
         ({"structured_outputs": {"json_schema": '{"$ref": "#/nowhere"}'}}, "/nowhere"),
+        (
+            {"structured_outputs": {"json_schema": '{"$ref": "other.json#/a"}'}},
+            "'other.json' is outside the schema: references must be within it.$",
+        ),
         ({"structured_outputs": {"regex": "(?=a)b"}}, "regex cannot be enforced: look-around"),
         (
             {"structured_outputs": {"regex": "(" * 3000 + "a" + ")" * 3000}},

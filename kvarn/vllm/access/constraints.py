@@ -25,6 +25,7 @@ _PLACE = re.compile(
     r"^(Grammar error|Invalid grammar specification|Failed to transform.*?): |\[[\d:]+\] /\S+: "
 )
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_OUTSIDE = re.compile(r"Resource '(?:json-schema:///)?(.*?)' is not present in a registry")
 _LIMITS = re.compile(r"panic|too (big|large|many)|fuel|limit|recursion", re.IGNORECASE)
 
 
@@ -39,6 +40,17 @@ def choose_backend(tokenizer: Any) -> Backend:
     added = tokenizer.added_tokens_decoder.values()
     has_special_bytes = any(token.special and _BYTE.fullmatch(token.content) for token in added)
     return "guidance" if tokenizer.is_fast and not has_special_bytes else "xgrammar"
+
+
+def schema_problem(schema: str) -> str | None:
+    """Return why a JSON schema, given as text, cannot be enforced, without a full stop; None if it seems that it can.
+
+    The answer is llguidance's, and takes it up to a second for a large schema.
+    """
+    from llguidance import LLMatcher
+
+    error = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema))
+    return _reason(error) if error else None
 
 
 class ConstraintError(ValueError):
@@ -133,6 +145,9 @@ def _reason(error: str) -> str:
     error = _PLACE.sub("", error)
     if "NoExtension" in error:
         return "no output satisfies it"
+    if outside := _OUTSIDE.search(error):
+        place = outside[1][:MAX_REASON_CHARACTERS]
+        return f"{place!r} is outside the schema: references must be within it"
     if cause := re.search(r"^error: (.+)$", error, re.MULTILINE):
         return cause[1][:MAX_REASON_CHARACTERS]
     if _LIMITS.search(error):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from serve_app.openai.required_calls import CallScanner
 from serve_app.openai.schema import Function
 from serve_app.openai.tool_schemas import MAX_TOOL_NESTING, arguments_schema, calls_schema
 from serve_app.request.prompts import PromptEncoder
+from serve_app.request.request_errors import BadRequestError
 from tests.support.gateway_servers import MODEL, Running, running_servers
 
 ASK = [{"role": "user", "content": "What is the weather?"}]
@@ -159,6 +161,50 @@ async def test_an_output_without_required_calls_is_text(
     front.script.answer = "I cannot do that: [sorry]"
     content, calls, reason = await answered(client, stream, tools=[tool("f")], tool_choice="required")
     assert (content, calls, reason) == (front.script.answer, [], "stop")
+
+
+LOST = {"properties": {"x": {"$ref": "#/$defs/Nope"}}}
+NO_SUCH = "Pointer '/$defs/Nope' does not exist"
+OUTSIDE = "'https://example.com/x.json' is outside the schema: references must be within it"
+MAY_NOT_REPEAT = {"properties": {"x": {"type": "array", "uniqueItems": True}}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("parameters", "is_strict", "choice", "reason"),
+    [
+        (LOST, False, "required", NO_SUCH),
+        (LOST, False, {"type": "function", "function": {"name": "f"}}, NO_SUCH),
+        ({"$ref": "https://example.com/x.json"}, False, "required", OUTSIDE),
+        (MAY_NOT_REPEAT, True, "required", 'Unimplemented keys: ["uniqueItems"]'),
+    ],
+)
+async def test_a_schema_that_an_engine_refuses_is_named_by_its_function(
+    front: Running,
+    client: AsyncOpenAI,
+    parameters: dict[str, Any],
+    is_strict: bool,
+    choice: Any,
+    reason: str,
+    stream: bool,
+) -> None:
+    front.script.error_after = (0, BadRequestError("structured_outputs.json_schema cannot be enforced: no."))
+    refused = tool("f")
+    refused["function"] |= {"parameters": parameters, "strict": is_strict}
+    with pytest.raises(openai.BadRequestError, match=re.escape(f"'f' cannot be enforced: {reason}.")):
+        await client.chat.completions.create(
+            model=MODEL, messages=ASK, tools=[tool("g"), refused], tool_choice=choice, stream=stream
+        )
+
+
+async def test_schemas_that_are_refused_only_together_are_named_together(
+    front: Running, client: AsyncOpenAI
+) -> None:
+    front.script.error_after = (0, BadRequestError("structured_outputs.json_schema cannot be enforced: no."))
+    with pytest.raises(openai.BadRequestError, match=r"tools cannot be enforced: no\."):
+        await client.chat.completions.create(
+            model=MODEL, messages=ASK, tools=[tool("g"), tool("f")], tool_choice="required"
+        )
 
 
 def tool(name: str) -> dict[str, Any]:
