@@ -119,7 +119,7 @@ class ChatService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        with naming_fields(request.field_names):
+        with naming_fields(request.field_names, type(request).model_fields):
             requests = self._requests(request, head)
             if self._reasoning.is_on or context_tokens is not None or request.generations > 1:
                 await encode_once(self._dispatcher, requests, caller)
@@ -144,7 +144,7 @@ class ChatService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        with naming_fields(request.field_names):
+        with naming_fields(request.field_names, type(request).model_fields):
             (counted,) = self._requests(request, head)
             return len(await self._dispatcher.encode(counted, caller))
 

@@ -55,7 +55,7 @@ class CompletionService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        with naming_fields(request.field_names):
+        with naming_fields(request.field_names, type(request).model_fields):
             requests, choices = await self._requests(request, head, caller), request.n or 1
             states = [TextState(TextLogprobs(self._vocabulary)) for _ in range(len(requests) * choices)]
             async with aclosing(generate_all(self._dispatcher, requests, choices, caller)) as pieces:
@@ -76,7 +76,7 @@ class CompletionService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        with naming_fields(request.field_names):
+        with naming_fields(request.field_names, type(request).model_fields):
             requests, choices = await self._requests(request, head, caller), request.n or 1
             states = [TextState(TextLogprobs(self._vocabulary)) for _ in range(len(requests) * choices)]
             chunks = responses.CompletionChunks(head)

@@ -73,7 +73,7 @@ def retry_headers(error: request_errors.RequestError) -> dict[str, str]:
 def error_body(error: request_errors.RequestError) -> dict[str, object]:
     """Return the error as a response body or a stream event."""
     kind = _kind(error)
-    return body(error.sentence, kind.type, code=kind.code)
+    return body(error.sentence, kind.type, error.param, kind.code)
 
 
 def invalid(sentence: str, status: int = 400, param: str | None = None) -> JSONResponse:

@@ -219,6 +219,10 @@ class CompletionRequest(Sampling):
     def generations(self) -> int:
         return super().generations * max(len(self.prompts), 1)
 
+    @property
+    def field_names(self) -> dict[str, str]:
+        return {**super().field_names, "prompt.token_ids": "prompt"}
+
     @model_validator(mode="after")
     def _every_choice_returned(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 
 import grpc
@@ -21,10 +21,12 @@ class RequestError(Exception):
     Attributes:
         status: the gRPC status.
         reason: label of the error in metrics, logs and traces.
+        param: path of the field that the sentence is about, as the caller wrote it; None if it is not known.
     """
 
     status = grpc.StatusCode.INTERNAL
     reason = "internal"
+    param: str | None = None
 
     def __init__(self, sentence: str, retry_after_s: float | None = None) -> None:
         super().__init__(sentence)
@@ -89,6 +91,7 @@ class ModelNotFoundError(RequestError):
 
     status = grpc.StatusCode.NOT_FOUND
     reason = "unknown_model"
+    param = "model"
 
 
 class CapacityError(RequestError):
@@ -119,11 +122,14 @@ class DeadlineError(RequestError):
 
 
 @contextmanager
-def naming_fields(names: Mapping[str, str]) -> Iterator[None]:
+def naming_fields(names: Mapping[str, str], fields: Container[str]) -> Iterator[None]:
     """Name fields as the caller does in each `RequestError` raised in this block, by gateways or by engines.
+
+    Sentences about a field begin with its name, which becomes the error's `param`.
 
     Args:
         names: the caller's name of a field by the field's path in requests of gateways, where they differ.
+        fields: the caller's other names of fields.
     """
     try:
         yield
@@ -131,6 +137,9 @@ def naming_fields(names: Mapping[str, str]) -> Iterator[None]:
         paths = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
         if paths:
             error.sentence = re.sub(rf"(?<![\w.])({paths})(?!\w)", lambda at: names[at[0]], error.sentence)
+        path = error.sentence.partition(" ")[0]
+        if path.partition(".")[0] in fields or path in names.values():
+            error.param = path
         raise
 
 

@@ -25,8 +25,8 @@ def nested(schema: Any = "x") -> dict[str, Any]:
     return schema
 
 
-async def said(front: Running, path: str, fields: dict[str, Any]) -> str:
-    """Return the message of the error that a request gets, as a response or an event."""
+async def failed(front: Running, path: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the error that a request gets, as a response or an event."""
     prompts = {TEXT: {"prompt": "Hi"}, "responses": {"input": "Hi"}}
     body = {"model": MODEL, **prompts.get(path, {"messages": ASK}), **fields}
     async with httpx.AsyncClient() as http:
@@ -35,7 +35,13 @@ async def said(front: Running, path: str, fields: dict[str, Any]) -> str:
     if answer.headers["content-type"].startswith("text/event-stream"):
         text = next(line for line in text.splitlines() if "lower" in line).removeprefix("data: ")
     found = json.loads(text)
-    message: str = found.get("response", found)["error"]["message"]
+    error: dict[str, Any] = found.get("response", found)["error"]
+    return error
+
+
+async def said(front: Running, path: str, fields: dict[str, Any]) -> str:
+    """Return the message of the error that a request gets."""
+    message: str = (await failed(front, path, fields))["message"]
     return message
 
 
@@ -123,3 +129,57 @@ async def test_a_constraint_that_an_engine_refuses(
 async def test_stop_sequences(front: Running) -> None:
     sentence = "stop_sequences must hold strings of at least one character, got an empty one."
     assert await said(front, "messages", {"max_tokens": 9, "stop_sequences": [""]}) == sentence
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        *[
+            (path, {name: value}, name)
+            for path in (TEXT, CHAT)
+            for name, value in (
+                ("temperature", 3),
+                ("top_p", 0),
+                ("stop", [""]),
+                ("min_tokens", 50),
+                ("allowed_token_ids", [1 << 30]),
+                ("model", "other"),
+            )
+        ],
+        (TEXT, {"prompt": []}, "prompt"),
+        (TEXT, {"prompt": [1 << 30]}, "prompt"),
+        (TEXT, {"prompt": ""}, None),
+        (TEXT, {"structured_outputs": {"json": nested()}}, "structured_outputs.json"),
+        ("responses", {"temperature": 3}, "temperature"),
+        (
+            "responses",
+            {"text": {"format": {**FORMAT, "name": "x", "schema": nested()}}},
+            "text.format.schema",
+        ),
+    ],
+)
+async def test_a_field_that_a_sentence_begins_with_is_the_param(
+    front: Running, path: str, fields: dict[str, Any], param: str | None
+) -> None:
+    error = await failed(front, path, {"max_tokens": 9, **fields} if path != "responses" else fields)
+    assert error["param"] == param
+    assert param is None or param in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+            "response_format.json_schema.schema",
+        ),
+        ("responses", {"text": {"format": {**FORMAT, "name": "x"}}}, "text.format.schema"),
+    ],
+)
+async def test_a_schema_that_an_engine_refuses(
+    front: Running, path: str, fields: dict[str, Any], param: str
+) -> None:
+    front.script.error_after = (0, BadRequestError("structured_outputs.json_schema cannot be enforced: no."))
+    error = await failed(front, path, fields)
+    assert (error["message"], error["param"]) == (f"{param} cannot be enforced: no.", param)
