@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvarn.address import is_address
+from kvarn.address import address_problem
 from kvarn.cli.output import fail, missing_packages, one_sentence_errors
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def _address(given: str) -> str:
-    if not is_address(given):
-        raise typer.BadParameter(f"expected host:port, without http://, got {given}")
+    if problem := address_problem(given):
+        raise typer.BadParameter(problem)
     return given
 
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from typer import Argument, Option
 
-from kvarn.address import is_address
+from kvarn.address import address_problem
 from kvarn.bench.bench_settings import BenchError
 
 Protocol = Literal["grpc", "openai"]
@@ -54,7 +54,7 @@ class ServedModel:
         return "openai" if "://" in self.target else "grpc"
 
     def __post_init__(self) -> None:
-        if not (is_address(self.target) if self.protocol == "grpc" else _is_url(self.target)):
+        if address_problem(self.target) if self.protocol == "grpc" else not _is_url(self.target):
             raise BenchError(
                 f"the target is {self.target}, expected host:port of a gateway, "
                 "or the URL of an OpenAI API such as http://127.0.0.1:8000/v1"
