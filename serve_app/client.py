@@ -29,13 +29,16 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kvarn.address import address_problem
 from kvarn.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc, sampling_pb2
 from serve_app.rpc.channels import KEEPALIVE, HeaderChannel, Tls, caller_headers
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]] | inference_pb2.Chat
 _RequestT = TypeVar("_RequestT", inference_pb2.GenerateRequest, inference_pb2.GenerateOnceRequest)
+_TimeoutT = TypeVar("_TimeoutT", bound=float | None)
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 POLL_S = 0.25
+PROBE_S = 5.0
 RETRY_S = 30.0
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 1.0
 NO_CONNECTION = "failed to connect"  # gRPC's words
@@ -49,7 +52,7 @@ _GRPC_SENTENCES = [  # what gRPC says, and what to say instead; the first that i
         re.compile(rf"(.*{NO_CONNECTION}.*)", re.DOTALL),
         r"No gateway answers there: start one, or check host:port and TLS (\1)",
     ),
-    (NO_HOST, r"The host name in \1 cannot be resolved: check the gateway's address (--address)"),
+    (NO_HOST, r"The host name in \1 cannot be resolved: check the gateway's address"),
     (
         re.compile(r"larger than max \((\d+) vs\. (\d+)\)"),
         r"The request has \1 bytes, above the gateway's limit of \2: shorten it, or raise gateway.max_message_bytes.",
@@ -144,8 +147,15 @@ class _ClientBase:
             tenant, priority: the caller's identity. Gateways with API keys take it from the key, and let the
                 caller only lower its own priority.
             retry_s: how long a broken stream or call is retried before it fails; 0 disables retries.
+
+        Raises:
+            ValueError: `address` is not an address.
         """
+        if problem := address_problem(address):
+            raise ValueError(f"The address of a gateway is invalid: {problem}.")
+        self._address = address
         self._retry_s = retry_s
+        self._is_closed = False
         self._connected = threading.Event()
         if tls is None:
             self._channel = self._grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
@@ -158,7 +168,23 @@ class _ClientBase:
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
     def _attempts(self, timeout_s: float | None) -> _Attempts:
-        return _Attempts(timeout_s, self._retry_s, self._connected)
+        return _Attempts(self._checked(timeout_s), self._retry_s, self._connected)
+
+    def _checked(self, timeout_s: _TimeoutT) -> _TimeoutT:
+        """Return the timeout of a call that is about to begin.
+
+        Raises:
+            ServingError: the client is closed.
+            ValueError: no call can end within that time.
+        """
+        if timeout_s is not None and not timeout_s > 0:
+            raise ValueError(f"timeout_s must be above 0, or None for no limit, got {timeout_s:g}.")
+        if self._is_closed:
+            raise ServingError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "This client is closed: make another one for further calls.",
+            )
+        return timeout_s
 
 
 class Client(_ClientBase):
@@ -174,6 +200,7 @@ class Client(_ClientBase):
 
     def close(self) -> None:
         """Close the connection; running calls are cancelled."""
+        self._is_closed = True
         self._channel.close()
 
     def generate(
@@ -233,11 +260,13 @@ class Client(_ClientBase):
     def cache_state(self, timeout_s: float | None = 10) -> cluster_pb2.GetCacheStateResponse:
         """Return the caches of all replicas as the gateway knows them."""
         with _errors():
-            return self._cluster.GetCacheState(cluster_pb2.GetCacheStateRequest(), timeout=timeout_s)
+            return self._cluster.GetCacheState(
+                cluster_pb2.GetCacheStateRequest(), timeout=self._checked(timeout_s)
+            )
 
     def watch_cache(self, timeout_s: float | None = None) -> Iterator[cluster_pb2.WatchCacheResponse]:
         """Yield a snapshot of all replicas' caches, then every change."""
-        call = self._cluster.WatchCache(cluster_pb2.WatchCacheRequest(), timeout=timeout_s)
+        call = self._cluster.WatchCache(cluster_pb2.WatchCacheRequest(), timeout=self._checked(timeout_s))
         try:
             with _errors():
                 yield from call
@@ -257,15 +286,11 @@ class Client(_ClientBase):
         """Return which replica a request would go to now, and every replica's terms."""
         request = _explain_request(prompt, model, cache_salt, session_id, sampling)
         with _errors():
-            return self._cluster.ExplainRoute(request, timeout=timeout_s)
+            return self._cluster.ExplainRoute(request, timeout=self._checked(timeout_s))
 
-    def is_ready(self, timeout_s: float = 5) -> bool:
+    def is_ready(self, timeout_s: float = PROBE_S) -> bool:
         """Whether the gateway answers and has a replica that takes requests."""
-        try:
-            response = self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
-        except grpc.RpcError:
-            return False
-        return _is_serving(response)
+        return self._not_ready_because(timeout_s) is None
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until `is_ready`.
@@ -273,11 +298,19 @@ class Client(_ClientBase):
         Raises:
             DeadlineExceededError: it was not within `timeout_s` seconds.
         """
-        deadline = time.monotonic() + timeout_s
-        while not self.is_ready():
+        deadline = time.monotonic() + self._checked(timeout_s)
+        while reason := self._not_ready_because(PROBE_S):
             if time.monotonic() > deadline:
-                _raise_not_ready(timeout_s)
+                _raise_not_ready(self._address, timeout_s, reason)
             time.sleep(POLL_S)
+
+    def _not_ready_because(self, timeout_s: float) -> str | None:
+        """Return a sentence that says why the gateway is not ready; None if it is."""
+        request, timeout_s = health_pb2.HealthCheckRequest(), self._checked(timeout_s)
+        try:
+            return _unready(self._health.Check(request, timeout=timeout_s))
+        except grpc.RpcError as error:
+            return _serving_error(error).sentence
 
 
 class AsyncClient(_ClientBase):
@@ -293,6 +326,7 @@ class AsyncClient(_ClientBase):
 
     async def close(self) -> None:
         """Close the connection; running calls are cancelled."""
+        self._is_closed = True
         await self._channel.close()
 
     async def generate(
@@ -352,13 +386,15 @@ class AsyncClient(_ClientBase):
     async def cache_state(self, timeout_s: float | None = 10) -> cluster_pb2.GetCacheStateResponse:
         """Return the caches of all replicas as the gateway knows them."""
         with _errors():
-            return await self._cluster.GetCacheState(cluster_pb2.GetCacheStateRequest(), timeout=timeout_s)
+            return await self._cluster.GetCacheState(
+                cluster_pb2.GetCacheStateRequest(), timeout=self._checked(timeout_s)
+            )
 
     async def watch_cache(
         self, timeout_s: float | None = None
     ) -> AsyncIterator[cluster_pb2.WatchCacheResponse]:
         """Yield a snapshot of all replicas' caches, then every change."""
-        call = self._cluster.WatchCache(cluster_pb2.WatchCacheRequest(), timeout=timeout_s)
+        call = self._cluster.WatchCache(cluster_pb2.WatchCacheRequest(), timeout=self._checked(timeout_s))
         try:
             with _errors():
                 async for event in call:
@@ -379,15 +415,11 @@ class AsyncClient(_ClientBase):
         """Return which replica a request would go to now, and every replica's terms."""
         request = _explain_request(prompt, model, cache_salt, session_id, sampling)
         with _errors():
-            return await self._cluster.ExplainRoute(request, timeout=timeout_s)
+            return await self._cluster.ExplainRoute(request, timeout=self._checked(timeout_s))
 
-    async def is_ready(self, timeout_s: float = 5) -> bool:
+    async def is_ready(self, timeout_s: float = PROBE_S) -> bool:
         """Whether the gateway answers and has a replica that takes requests."""
-        try:
-            response = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
-        except grpc.RpcError:
-            return False
-        return _is_serving(response)
+        return await self._not_ready_because(timeout_s) is None
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until `is_ready`.
@@ -395,11 +427,19 @@ class AsyncClient(_ClientBase):
         Raises:
             DeadlineExceededError: it was not within `timeout_s` seconds.
         """
-        deadline = time.monotonic() + timeout_s
-        while not await self.is_ready():
+        deadline = time.monotonic() + self._checked(timeout_s)
+        while reason := await self._not_ready_because(PROBE_S):
             if time.monotonic() > deadline:
-                _raise_not_ready(timeout_s)
+                _raise_not_ready(self._address, timeout_s, reason)
             await asyncio.sleep(POLL_S)
+
+    async def _not_ready_because(self, timeout_s: float) -> str | None:
+        """Return a sentence that says why the gateway is not ready; None if it is."""
+        request, timeout_s = health_pb2.HealthCheckRequest(), self._checked(timeout_s)
+        try:
+            return _unready(await self._health.Check(request, timeout=timeout_s))
+        except grpc.RpcError as error:
+            return _serving_error(error).sentence
 
 
 _CHANNEL_OPTIONS = [
@@ -487,32 +527,40 @@ def _request(
     session_id: str,
     sampling: dict[str, Any],
 ) -> _RequestT:
-    return kind(
-        model=model,
-        request_id=request_id,
-        session_id=session_id,
-        prompt=_prompt(prompt),
-        sampling_params=_sampling(sampling),
-    )
+    with _protobuf_errors("The request cannot be sent"):
+        return kind(
+            model=model,
+            request_id=request_id,
+            session_id=session_id,
+            prompt=_prompt(prompt),
+            sampling_params=_sampling(sampling),
+        )
 
 
 def _explain_request(
     prompt: Prompt, model: str, cache_salt: str, session_id: str, sampling: dict[str, Any]
 ) -> cluster_pb2.ExplainRouteRequest:
-    return cluster_pb2.ExplainRouteRequest(
-        prompt=_prompt(prompt),
-        sampling_params=_sampling(sampling),
-        cache_salt=cache_salt,
-        session_id=session_id,
-        model=model,
-    )
+    with _protobuf_errors("The request cannot be sent"):
+        return cluster_pb2.ExplainRouteRequest(
+            prompt=_prompt(prompt),
+            sampling_params=_sampling(sampling),
+            cache_salt=cache_salt,
+            session_id=session_id,
+            model=model,
+        )
 
 
 def _prompt(prompt: Prompt) -> inference_pb2.Prompt:
     if isinstance(prompt, str):
-        return inference_pb2.Prompt(text=prompt)
+        with _protobuf_errors("The prompt cannot be sent"):
+            return inference_pb2.Prompt(text=prompt)
     if isinstance(prompt, inference_pb2.Chat):
         return inference_pb2.Prompt(chat=prompt)
+    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+        raise InvalidRequestError(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"The prompt must be text, a list of token ids or a list of messages, got {type(prompt).__name__}.",
+        )
     if prompt and isinstance(prompt[0], Mapping):
         with _protobuf_errors("A message of the prompt cannot be sent"):
             messages = [inference_pb2.ChatMessage(**message) for message in prompt]  # type: ignore[arg-type]
@@ -531,6 +579,9 @@ def _protobuf_errors(problem: str) -> Iterator[None]:
     """Raise InvalidRequestError with `problem` and protobuf's reason where a message cannot hold its values."""
     try:
         yield
+    except UnicodeEncodeError as error:
+        sentence = f"{problem}: it holds a lone surrogate (\\ud800 to \\udfff), which is not valid Unicode."
+        raise InvalidRequestError(grpc.StatusCode.INVALID_ARGUMENT, sentence) from error
     except (TypeError, ValueError) as error:
         sentence = f"{problem}: {str(error).rstrip('.')}."
         raise InvalidRequestError(grpc.StatusCode.INVALID_ARGUMENT, sentence) from error
@@ -557,12 +608,13 @@ def _in_our_words(details: str) -> str:
     return details
 
 
-def _is_serving(response: health_pb2.HealthCheckResponse) -> bool:
-    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+def _unready(response: health_pb2.HealthCheckResponse) -> str | None:
+    if response.status == health_pb2.HealthCheckResponse.SERVING:
+        return None
+    return "No replica is ready: check the server's log, or allow more time."
 
 
-def _raise_not_ready(timeout_s: float) -> NoReturn:
+def _raise_not_ready(address: str, timeout_s: float, reason: str) -> NoReturn:
     raise DeadlineExceededError(
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-        f"No replica was ready within {timeout_s:g} s: check the server's log, or allow more time.",
+        grpc.StatusCode.DEADLINE_EXCEEDED, f"Not ready at {address} within {timeout_s:g} s: {reason}"
     )

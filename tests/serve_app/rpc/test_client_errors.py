@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from fastapi import FastAPI
 from kvarn.v1 import inference_pb2_grpc
 from serve_app.client import (
     AsyncClient,
+    Client,
     DeadlineExceededError,
     InvalidRequestError,
     NoRoomError,
@@ -59,6 +61,25 @@ async def silent_server() -> AsyncIterator[str]:
         ),
         ([{"rol": "user"}], 60, InvalidRequestError, 'has no "rol" field. [INVALID_ARGUMENT]'),
         ([{"role": 5}], 60, InvalidRequestError, "A message of the prompt cannot be sent: "),
+        (
+            {"role": "user"},
+            60,
+            InvalidRequestError,
+            "The prompt must be text, a list of token ids or a list of",
+        ),
+        (b"Hi", 60, InvalidRequestError, "list of messages, got bytes. [INVALID_ARGUMENT]"),
+        (
+            "\ud800",
+            60,
+            InvalidRequestError,
+            "The prompt cannot be sent: it holds a lone surrogate (\\ud800 to",
+        ),
+        (
+            [{"role": "user", "content": "\ud800"}],
+            60,
+            InvalidRequestError,
+            "A message of the prompt cannot be sent: it holds a lone surrogate",
+        ),
     ],
 )
 async def test_what_grpc_reports_is_said_in_a_sentence(
@@ -82,3 +103,64 @@ async def test_other_servers_are_named_as_such() -> None:
                 await client.generate_once("Hi", max_tokens=1, timeout_s=10)
     finally:
         await server.stop()
+
+
+@pytest.mark.parametrize("timeout_s", [-1, 0, float("nan")])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client, timeout_s: client.generate_once("Hi", timeout_s=timeout_s),
+        lambda client, timeout_s: client.cache_state(timeout_s),
+        lambda client, timeout_s: client.explain_route("Hi", timeout_s=timeout_s),
+        lambda client, timeout_s: client.is_ready(timeout_s),
+        lambda client, timeout_s: client.wait_ready(timeout_s),
+        lambda client, timeout_s: next(client.generate("Hi", timeout_s=timeout_s)),
+        lambda client, timeout_s: next(client.watch_cache(timeout_s)),
+    ],
+)
+def test_a_timeout_is_above_0(call: Any, timeout_s: float) -> None:
+    with (
+        Client("127.0.0.1:1") as client,
+        pytest.raises(ValueError, match=r"^timeout_s must be above 0, .*\.$"),
+    ):
+        call(client, timeout_s)
+
+
+async def test_a_closed_client_says_so() -> None:
+    client, other = AsyncClient("127.0.0.1:1"), Client("127.0.0.1:1")
+    await client.close()
+    other.close()
+    for call in (other.is_ready, lambda: other.generate_once("Hi"), lambda: next(other.generate("Hi"))):
+        with pytest.raises(ServingError, match=r"^This client is closed: "):
+            call()
+    for waiting in (client.is_ready(), client.generate_once("Hi"), anext(client.generate("Hi"))):
+        with pytest.raises(ServingError, match=r"^This client is closed: "):
+            await waiting
+
+
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        ("", "expected host:port, got an empty address"),
+        ("http://127.0.0.1:50051", "expected host:port, without http://, got http://127.0.0.1:50051"),
+        ("127.0.0.1", "expected host:port, got 127.0.0.1"),
+        ("127.0.0.1:99999", "expected a port from 1 to 65535, got 127.0.0.1:99999"),
+    ],
+)
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_an_invalid_address_is_refused(kind: type[Client], address: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=f"^The address of a gateway is invalid: {problem}.$"):
+        kind(address)
+
+
+async def test_waiting_where_nothing_listens_says_so() -> None:
+    """The socket keeps the port from other servers."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        said = f"^Not ready at {address} within 0.1 s: No gateway answers there: start one"
+        with Client(address) as client, pytest.raises(DeadlineExceededError, match=said):
+            await asyncio.to_thread(client.wait_ready, 0.1)
+        async with AsyncClient(address) as waiting:
+            with pytest.raises(DeadlineExceededError, match=said):
+                await waiting.wait_ready(0.1)
