@@ -6,9 +6,9 @@
             print(delta.text, end="")
 
 A prompt is a string, a sequence of token ids, or a sequence of chat messages ({"role": ..., "content": ...}).
-Sampling parameters are keyword arguments with vLLM's names (`kvarn.v1.SamplingParams`). `AsyncClient` has the
-same methods as coroutines and asynchronous iterators. Leaving an iteration early cancels the request on the
-server.
+Sampling parameters are keyword arguments with vLLM's names (`kvarn.v1.SamplingParams`); structured_outputs is a
+dictionary, such as {"choice": ["yes", "no"]} or {"json": {"type": "object"}}. `AsyncClient` has the same methods as
+coroutines and asynchronous iterators. Leaving an iteration early cancels the request on the server.
 
 If the connection to a gateway breaks, `generate` resumes its stream through the next gateway that responds,
 without losing or repeating a token, and `generate_once` retries the call.
@@ -17,6 +17,7 @@ without losing or repeating a token, and `generate_once` retries the call.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import re
 import threading
@@ -570,8 +571,30 @@ def _prompt(prompt: Prompt) -> inference_pb2.Prompt:
 
 
 def _sampling(parameters: dict[str, Any]) -> sampling_pb2.SamplingParams:
-    with _protobuf_errors("The sampling parameters cannot be sent"):
-        return sampling_pb2.SamplingParams(**parameters)
+    made = sampling_pb2.SamplingParams()
+    for name, value in parameters.items():
+        if name not in sampling_pb2.SamplingParams.DESCRIPTOR.fields_by_name:
+            raise InvalidRequestError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"There is no sampling parameter {name!r}: use those of kvarn.v1.SamplingParams.",
+            )
+        given = _constraint(value) if name == "structured_outputs" else value
+        with _protobuf_errors(f"The sampling parameter {name!r} cannot be sent"):
+            made.MergeFrom(sampling_pb2.SamplingParams(**{name: given}))
+    return made
+
+
+def _constraint(given: Any) -> Any:
+    """Return a constraint in vLLM's form, a list of choices or a schema under the name json, in the gateway's."""
+    if not isinstance(given, Mapping):
+        return given
+    made = dict(given)
+    if isinstance(made.get("choice"), list | tuple):
+        made["choice"] = {"options": made["choice"]}
+    schema = made.pop("json", None)
+    if schema is not None:
+        made["json_schema"] = schema if isinstance(schema, str) else json.dumps(schema)
+    return made
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from fastapi import FastAPI
 
-from kvarn.v1 import inference_pb2_grpc
+from kvarn.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
 from serve_app.client import (
     AsyncClient,
     Client,
@@ -34,10 +34,20 @@ class Silent(inference_pb2_grpc.InferenceServicer):
         await asyncio.Event().wait()
 
 
+class Asked(inference_pb2_grpc.InferenceServicer):
+    """A service that keeps the sampling parameters of its last call."""
+
+    async def GenerateOnce(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.sampling_params = request.sampling_params
+        return inference_pb2.GenerateOnceResponse()
+
+
 @asynccontextmanager
-async def silent_server() -> AsyncIterator[str]:
+async def one_service(
+    servicer: inference_pb2_grpc.InferenceServicer | None = None,
+) -> AsyncIterator[str]:
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", 1000)])
-    inference_pb2_grpc.add_InferenceServicer_to_server(Silent(), server)
+    inference_pb2_grpc.add_InferenceServicer_to_server(servicer or Silent(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield f"127.0.0.1:{port}"
@@ -85,7 +95,7 @@ async def silent_server() -> AsyncIterator[str]:
 async def test_what_grpc_reports_is_said_in_a_sentence(
     prompt: Any, timeout_s: float, kind: type[ServingError], sentence: str
 ) -> None:
-    async with silent_server() as address, AsyncClient(address) as client:
+    async with one_service() as address, AsyncClient(address) as client:
         with pytest.raises(kind) as raised:
             await client.generate_once(prompt, max_tokens=1, timeout_s=timeout_s)
     assert sentence in str(raised.value)
@@ -93,7 +103,7 @@ async def test_what_grpc_reports_is_said_in_a_sentence(
 
 
 async def test_other_servers_are_named_as_such() -> None:
-    async with silent_server() as address, AsyncClient(address) as client:
+    async with one_service() as address, AsyncClient(address) as client:
         with pytest.raises(ServingError, match="does not know this call"):
             await client.cache_state()
     server = HttpServer(FastAPI(), "127.0.0.1", 0)
@@ -164,3 +174,38 @@ async def test_waiting_where_nothing_listens_says_so() -> None:
         async with AsyncClient(address) as waiting:
             with pytest.raises(DeadlineExceededError, match=said):
                 await waiting.wait_ready(0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ({"choice": ["yes", "no"]}, {"choice": {"options": ["yes", "no"]}}),
+        ({"choice": {"options": ["yes"]}}, {"choice": {"options": ["yes"]}}),
+        ({"json": {"type": "object"}}, {"json_schema": '{"type": "object"}'}),
+        ({"json": '{"type": "object"}'}, {"json_schema": '{"type": "object"}'}),
+        ({"json_schema": "{}", "after_reasoning": True}, {"json_schema": "{}", "after_reasoning": True}),
+        ({"regex": "a+"}, {"regex": "a+"}),
+        (sampling_pb2.StructuredOutputs(regex="a+"), {"regex": "a+"}),
+        (None, None),
+    ],
+)
+async def test_constraints_have_the_form_of_vllm_or_of_gateways(given: Any, sent: Any) -> None:
+    asked = Asked()
+    async with one_service(asked) as address, AsyncClient(address) as client:
+        await client.generate_once("Hi", max_tokens=1, structured_outputs=given)
+    assert asked.sampling_params == sampling_pb2.SamplingParams(max_tokens=1, structured_outputs=sent)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"n": 2}, "There is no sampling parameter 'n': use those of kvarn.v1.SamplingParams."),
+        ({"temperature": "hot"}, "The sampling parameter 'temperature' cannot be sent: "),
+        ({"max_tokens": -1}, "The sampling parameter 'max_tokens' cannot be sent: "),
+        ({"structured_outputs": {"jso": 1}}, "The sampling parameter 'structured_outputs' cannot be sent: "),
+    ],
+)
+def test_a_sampling_parameter_that_cannot_be_sent_is_named(parameters: Any, sentence: str) -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(InvalidRequestError) as raised:
+        client.generate_once("Hi", **parameters)
+    assert raised.value.sentence.startswith(sentence)
