@@ -94,7 +94,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
 async def _invalid_body(request: Request, error: Exception) -> Response:
     assert isinstance(error, InvalidBodyError)
     request.app.state.on_rejection(BadRequestError.reason)
-    return invalid_at(request.url.path, error.sentence, param=error.param)
+    return invalid_at(request.url.path, error.sentence, error.status_code, error.param)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -12,7 +12,16 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import request_response
 
-from serve_app.openai.schema import NOT_AN_OBJECT, NOT_JSON, NOT_SENT_AS_JSON, not_json, problem
+from serve_app.openai.schema import (
+    EMPTY,
+    LONG_NUMBER,
+    NOT_JSON,
+    NOT_SENT_AS_JSON,
+    TOO_DEEP,
+    not_json,
+    not_utf8,
+    problem,
+)
 from serve_app.request.prompts import LONE_SURROGATE
 
 # Larger bodies are validated in a thread: the event loop then waits for single steps that hold the GIL.
@@ -21,6 +30,7 @@ LARGE_BODY_BYTES = 64 << 10
 MAX_CONTAINERS = 16 << 10  # lists and objects
 MAX_STRINGS = 128 << 10  # names of fields included
 MAX_ITEMS = 1 << 20  # of all lists and objects together
+_LIMITS = {"recursion limit exceeded": TOO_DEEP, "number out of range": LONG_NUMBER}  # by pydantic's words
 MAX_ERRORS = 1024  # pydantic formats all errors or none
 
 
@@ -30,10 +40,11 @@ class InvalidBodyError(HTTPException):
     Args:
         sentence: what was wrong.
         param: path of the offending field, if there is one.
+        status: the HTTP status.
     """
 
-    def __init__(self, sentence: str, param: str | None = None) -> None:
-        super().__init__(400, sentence)
+    def __init__(self, sentence: str, param: str | None = None, status: int = 400) -> None:
+        super().__init__(status, sentence)
         self.sentence = sentence
         self.param = param
 
@@ -62,7 +73,12 @@ class BodyRoute(APIRoute):
 async def _received(model: TypeAdapter[Any], request: Request) -> Any:
     body = await request.body()
     if not body:
-        raise InvalidBodyError(NOT_AN_OBJECT)
+        raise InvalidBodyError(EMPTY)
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise InvalidBodyError(
+            f"Bodies with content-encoding {encoding[:32]!r} are not supported: send plain JSON.", status=415
+        )
     if not _is_json(request.headers.get("content-type", "")):
         raise InvalidBodyError(NOT_SENT_AS_JSON)
     if len(body) <= LARGE_BODY_BYTES:
@@ -112,18 +128,29 @@ def _invalid(error: ValidationError, body: bytes) -> InvalidBodyError:
         return InvalidBodyError(f"The body has {count} invalid fields or items: see /openapi.json.")
     errors: list[Any] = error.errors(include_url=False)
     if errors[0]["type"] == "json_invalid":
-        return InvalidBodyError(_not_json(body))
+        return InvalidBodyError(_not_json(body, errors[0]["ctx"]["error"]))
     for one in errors:
         one["loc"] = ("body", *one["loc"])
     return InvalidBodyError(*problem(errors, json.loads(body)))
 
 
-def _not_json(body: bytes) -> str:
-    """Return where and why the body is not JSON, in the words of the json module where it agrees."""
+def _not_json(body: bytes, reason: str) -> str:
+    """Return where and why the body is not JSON, in the words of the json module where it agrees with pydantic.
+
+    Args:
+        body: what was received.
+        reason: pydantic's, whose limits are lower.
+    """
+    for limit, sentence in _LIMITS.items():
+        if reason.startswith(limit):
+            return sentence
     try:
+        body.decode()
         json.dumps(json.loads(body), ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         return not_json(error)
+    except UnicodeDecodeError as error:
+        return not_utf8(error)
     except UnicodeEncodeError:
         return LONE_SURROGATE
     except (ValueError, RecursionError):

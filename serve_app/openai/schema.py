@@ -37,7 +37,10 @@ MAX_PARTS = 128  # per message
 MAX_PROMPTS = 128
 MAX_TOOLS = 128
 MAX_PARAM_CHARACTERS = 128  # of a field's path in an error response
-NOT_JSON = "The body is not valid UTF-8 JSON, or its nesting or a number exceeds the supported limits."
+NOT_JSON = "The body is not valid JSON."
+TOO_DEEP = "The body nests lists and objects too deeply: send a flatter one."
+LONG_NUMBER = "A number in the body has too many digits: send a shorter one."
+EMPTY = "The body is empty: send a JSON object."
 NOT_AN_OBJECT = "The body must be a JSON object."
 NOT_SENT_AS_JSON = "The body must be sent as JSON: set the header `content-type: application/json`."
 _EXPECTED = "Input should be "
@@ -473,6 +476,11 @@ def problem(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
 def not_json(found: json.JSONDecodeError) -> str:
     """Return where and why a body is not JSON."""
     return f"The body is not valid JSON at line {found.lineno}, column {found.colno}: {found.msg}."
+
+
+def not_utf8(found: UnicodeDecodeError) -> str:
+    """Return where a body is not UTF-8."""
+    return f"The body is not valid UTF-8 at byte {found.start}: send JSON in UTF-8."
 
 
 def _deepest(errors: Sequence[Any], body: Any) -> tuple[Place, list[Any]]:

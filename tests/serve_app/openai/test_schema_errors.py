@@ -10,7 +10,7 @@ import pytest
 
 from serve_app.http.asgi_app import http_app
 from serve_app.openai.api import openai_api
-from serve_app.openai.schema import MAX_PROMPTS, NOT_JSON
+from serve_app.openai.schema import LONG_NUMBER, MAX_PROMPTS, TOO_DEEP
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 TEXT: dict[str, Any] = {"prompt": "Hi"}
@@ -121,6 +121,26 @@ async def test_a_json_syntax_error_has_its_position(content: bytes, where: str) 
     assert (error["param"], error["message"]) == (None, f"The body is not valid JSON at {where}.")
 
 
-@pytest.mark.parametrize("content", [b'{"prompt": "\xff"}', b"[" * 10_000, b"9" * 10_000])
-async def test_other_invalid_bodies_get_one_sentence(content: bytes) -> None:
-    assert (await rejected("completions", content))["message"] == NOT_JSON
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b'{"prompt": "\xff"}', "The body is not valid UTF-8 at byte 12: send JSON in UTF-8."),
+        ('{"prompt": "Hi"}'.encode("utf-16"), "The body is not valid UTF-8 at byte 0: send JSON in UTF-8."),
+        (b"[" * 300 + b"]" * 300, TOO_DEEP),
+        (b"[" * 10_000, TOO_DEEP),
+        (b'{"prompt": "Hi", "seed": ' + b"9" * 10_000 + b"}", LONG_NUMBER),
+    ],
+)
+async def test_other_invalid_bodies_get_a_sentence_for_each_cause(content: bytes, sentence: str) -> None:
+    assert (await rejected("completions", content))["message"] == sentence
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 415), ("br, gzip", 415), ("Identity", 400)])
+async def test_encoded_bodies_are_refused(encoding: str, status: int) -> None:
+    app = http_app([openai_api(["small"], None, None, None, None)])  # type: ignore[arg-type]  # never called
+    headers = {"content-type": "application/json", "content-encoding": encoding}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here/v1/") as http:
+        answer = await http.post("completions", content=b"{", headers=headers)
+    assert answer.status_code == status
+    said = f"content-encoding {encoding!r} are not supported: send plain JSON."
+    assert (said in answer.json()["error"]["message"]) == (status == 415)
