@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Route
@@ -128,9 +127,14 @@ async def _described(request: Request) -> Response:
 
 
 def _served(app: FastAPI) -> str:
-    """List the methods and paths of all routes."""
-    routes = [route for route in app.routes if isinstance(route, APIRoute)]
-    names = [f"{method} {route.path_format}" for route in routes for method in sorted(route.methods)]
+    """List the methods and paths of all routes; HEAD goes where GET does."""
+    routes = [route for route in app.routes if isinstance(route, Route)]
+    names = [
+        f"{method} {route.path_format}"
+        for route in routes
+        for method in sorted(route.methods or ())
+        if method != "HEAD"
+    ]
     return ", ".join(names[:-1]) + f" and {names[-1]}"
 
 

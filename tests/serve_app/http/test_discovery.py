@@ -37,7 +37,8 @@ async def test_unknown_paths_say_what_is_served(front: Running, path: str) -> No
     error = answer.json()["error"]
     assert error["message"].startswith(f"POST {path}: Not Found. Served are ")
     named = set(re.findall(r"([A-Z]+) (/[^\s,]*[^\s,.])", error["message"].partition("Served are")[2]))
-    assert named == {(method.upper(), path) for path, methods in described.items() for method in methods}
+    routes = {(method.upper(), path) for path, methods in described.items() for method in methods}
+    assert named == {*routes, ("GET", "/openapi.json")}
 
 
 async def test_head_has_the_headers_of_get_and_no_body(front: Running) -> None:
