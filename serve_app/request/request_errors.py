@@ -125,7 +125,8 @@ class DeadlineError(RequestError):
 def naming_fields(names: Mapping[str, str], fields: Container[str]) -> Iterator[None]:
     """Name fields as the caller does in each `RequestError` raised in this block, by gateways or by engines.
 
-    Sentences about a field begin with its name, which becomes the error's `param`.
+    Sentences about a field begin with its name, which becomes the error's `param`. What they quote keeps its words, and
+    so do names that are words of English anywhere but at the beginning.
 
     Args:
         names: the caller's name of a field by the field's path in requests of gateways, where they differ.
@@ -134,13 +135,19 @@ def naming_fields(names: Mapping[str, str], fields: Container[str]) -> Iterator[
     try:
         yield
     except RequestError as error:
-        paths = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        paths = "|".join(map(_field_pattern, sorted(names, key=len, reverse=True)))
         if paths:
-            error.sentence = re.sub(rf"(?<![\w.])({paths})(?!\w)", lambda at: names[at[0]], error.sentence)
+            error.sentence = re.sub(paths, lambda at: names[at[0]], error.sentence)
         path = error.sentence.partition(" ")[0]
         if path.partition(".")[0] in fields or path in names.values():
             error.param = path
         raise
+
+
+def _field_pattern(path: str) -> str:
+    """Return a regular expression for a field's path in a sentence."""
+    before = "^" if path.isalpha() else r"""(?<![\w.'"/])"""
+    return rf"""{before}{re.escape(path)}(?![\w'"/])"""
 
 
 @contextmanager

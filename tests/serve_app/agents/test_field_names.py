@@ -183,3 +183,29 @@ async def test_a_schema_that_an_engine_refuses(
     front.script.error_after = (0, BadRequestError("structured_outputs.json_schema cannot be enforced: no."))
     error = await failed(front, path, fields)
     assert (error["message"], error["param"]) == (f"{param} cannot be enforced: no.", param)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "quoted"),
+    [
+        ("messages", {"tools": [{"name": "stop", "input_schema": nested()}]}, "function 'stop'"),
+        ("messages", {"model": "stop"}, "'stop'"),
+        (CHAT, {"model": "max_tokens"}, "'max_tokens'"),
+    ],
+)
+async def test_what_a_sentence_quotes_keeps_its_words(
+    front: Running, path: str, fields: dict[str, Any], quoted: str
+) -> None:
+    error = await failed(front, path, {"max_tokens": 9, **fields} if path == "messages" else fields)
+    assert quoted in error["message"]
+
+
+async def test_paths_in_a_schema_keep_their_words(front: Running) -> None:
+    reason = "Pointer '/$defs/max_tokens' does not exist, see \"max_tokens\""
+    front.script.error_after = (
+        0,
+        BadRequestError(f"structured_outputs.json_schema cannot be enforced: {reason}."),
+    )
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    error = await failed(front, CHAT, {"response_format": form})
+    assert error["message"] == f"response_format.json_schema.schema cannot be enforced: {reason}."
