@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -74,8 +75,12 @@ def missing_packages() -> Iterator[None]:
 
 
 def quiet_vllm() -> None:
-    """Keep vLLM's log off standard output, where it writes from its import on."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    """Keep vLLM's log, errors excepted, out of a command's output; VLLM_LOGGING_LEVEL shows it.
+
+    vLLM reads the variable on import, from 0.32 on only once it makes an engine.
+    """
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(level.upper())
 
 
 def check_directory(option: str, path: Path | None) -> None:

@@ -1,7 +1,10 @@
 """The command line: bad input is one sentence and exit code 1; JSON output is clean."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -290,3 +293,12 @@ def test_the_error_for_a_rejected_key_names_its_variable(monkeypatch: pytest.Mon
 def test_the_version_is_that_of_the_package() -> None:
     result = CliRunner().invoke(cli.app, ["--version"])
     assert (result.exit_code, result.stdout) == (0, f"kvarn {version('kvarn')}\n")
+
+
+def test_vllm_warns_of_nothing_in_a_commands_output() -> None:
+    """Of a Triton without a backend for CPUs, for one, as soon as it is imported."""
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_LOGGING_LEVEL"}
+    program = "from kvarn.cli.output import quiet_vllm; quiet_vllm(); import vllm.triton_utils"
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
