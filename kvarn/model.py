@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
 
-from kvarn.counts import counted
 from kvarn.errors import KVarNError
 from kvarn.layer_kinds import quantized_layers
 
@@ -107,9 +106,9 @@ def check_weights(model_dir: Path) -> None:
     }
     if lacking and all(lacking.values()):  # models may be published in two formats, and one is enough
         index, missing = next(iter(lacking.items()))
+        which = "which" if len(missing) == 1 else f"one of {len(missing):,} missing files that"
         raise ModelError(
-            f"model directory {str(model_dir)!r} lacks {missing[0]}, one of "
-            f"{counted(len(missing), 'missing file')} that {index} lists: download the model again"
+            f"model directory {str(model_dir)!r} lacks {missing[0]}, {which} {index} lists: download the model again"
         )
     if not any(name.endswith(_WEIGHT_SUFFIXES) for name in present):
         raise ModelError(

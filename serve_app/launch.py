@@ -100,7 +100,7 @@ class App:
         return f"{scheme}://{gateway.http.host}:{gateway.http.port}/"
 
     def place(self, setting: str) -> str:
-        """A setting's place, for errors: the file and the path in it, without the leading "args"."""
+        """The file and the path in it of a setting, such as "engine.max_model_len", for errors."""
         return f"args.{setting}" if self.path is None else f"{self.path}: args.{setting}"
 
     def lets_in(self, api_key: str) -> bool:
