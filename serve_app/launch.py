@@ -183,6 +183,17 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return f": line {error.problem_mark.line + 1}: {error.problem}"
 
 
+def check_app(app: App) -> Path:
+    """Check all that `read_app` does not, and that needs no more than the files; return the model's directory.
+
+    Raises:
+        LaunchError, ModelError: see `check_schema`, `check_security` and `check_model`.
+    """
+    check_schema(app)
+    check_security(app)
+    return check_model(app)
+
+
 def check_schema(app: App) -> None:
     """Check what is around `args`, which is Serve's, where it would ignore unknown keys and refuse values late.
 

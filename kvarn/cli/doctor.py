@@ -51,11 +51,9 @@ def _read(config: Path) -> App:
     """The application of a Serve YAML; end the command if the YAML, its model or a file that it names is invalid."""
     with serving_errors():
         with missing_packages():
-            from serve_app.launch import check_model, check_schema, check_security, read_app
+            from serve_app.launch import check_app, read_app
         app = read_app(config)
-        check_schema(app)
-        check_security(app)
-        check_model(app)
+        check_app(app)
         return app
 
 

@@ -67,12 +67,10 @@ def _serve(
     with missing_packages():
         from serve_app.client import Client
         from serve_app.launch import (
+            check_app,
             check_limits,
             check_machine,
-            check_model,
             check_parsers,
-            check_schema,
-            check_security,
             read_app,
             running,
         )
@@ -81,9 +79,7 @@ def _serve(
     reachable = launched.lets_in(api_key)
     if say is not None and not reachable:
         fail("--say cannot be answered: the gateways have TLS or require an API key; use `kvarn chat` later")
-    check_schema(launched)
-    check_security(launched)
-    model_dir = check_model(launched)
+    model_dir = check_app(launched)
     check_limits(launched)
     check_parsers(launched, model_dir)
     with ExitStack() as stack:
