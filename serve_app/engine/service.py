@@ -310,6 +310,9 @@ def _invalid(error: Exception) -> BadRequestError:
     return BadRequestError(" ".join(str(error).split())[:MAX_SENTENCE_CHARACTERS])
 
 
+_LIMITS_TOKENS = ("allowed_token_ids", "min_tokens", "ignore_eos")
+
+
 def _unmet(params: sampling_pb2.SamplingParams) -> BadRequestError:
     """Return the error of an output that ended where the constraint and the other parameters left no token."""
     sent = {field.name for field, value in params.ListFields() if value}
@@ -323,7 +326,6 @@ def _unmet(params: sampling_pb2.SamplingParams) -> BadRequestError:
     )
 
 
-_LIMITS_TOKENS = ("allowed_token_ids", "min_tokens", "ignore_eos")
 _ENGINE_LOST = "The engine of this replica has stopped: send the request again."
 
 

@@ -21,7 +21,7 @@ from serve_app.openai.schema import ChatCompletionRequest
 from serve_app.openai.tools import ToolParsers, naming_function
 from serve_app.request.event_relay import EventRelay, event_text
 from serve_app.request.handler import RequestHandler
-from serve_app.request.request_errors import counting_rejections, naming_fields
+from serve_app.request.request_errors import counting_rejections
 from serve_app.request.structured_outputs import place_constraint
 from serve_app.routing import Caller
 
@@ -119,7 +119,7 @@ class ChatService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        with naming_fields(request.field_names, type(request).model_fields):
+        with request.naming_fields():
             requests = self._requests(request, head)
             if self._reasoning.is_on or context_tokens is not None or request.generations > 1:
                 await encode_once(self._dispatcher, requests, caller)
@@ -144,7 +144,7 @@ class ChatService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        with naming_fields(request.field_names, type(request).model_fields):
+        with request.naming_fields():
             (counted,) = self._requests(request, head)
             return len(await self._dispatcher.encode(counted, caller))
 

@@ -18,7 +18,7 @@ from serve_app.openai.responses import Head
 from serve_app.openai.schema import CompletionRequest
 from serve_app.request.event_relay import EventRelay, event_text
 from serve_app.request.handler import RequestHandler
-from serve_app.request.request_errors import counting_rejections, naming_fields
+from serve_app.request.request_errors import counting_rejections
 from serve_app.routing import Caller
 
 
@@ -55,7 +55,7 @@ class CompletionService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        with naming_fields(request.field_names, type(request).model_fields):
+        with request.naming_fields():
             requests, choices = await self._requests(request, head, caller), request.n or 1
             states = [TextState(TextLogprobs(self._vocabulary)) for _ in range(len(requests) * choices)]
             async with aclosing(generate_all(self._dispatcher, requests, choices, caller)) as pieces:
@@ -76,7 +76,7 @@ class CompletionService:
         Raises:
             RequestError: with the sentence for the caller.
         """
-        with naming_fields(request.field_names, type(request).model_fields):
+        with request.naming_fields():
             requests, choices = await self._requests(request, head, caller), request.n or 1
             states = [TextState(TextLogprobs(self._vocabulary)) for _ in range(len(requests) * choices)]
             chunks = responses.CompletionChunks(head)

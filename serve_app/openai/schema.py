@@ -8,7 +8,8 @@ since clients send them by default; null means that a field is not set.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
@@ -27,6 +28,7 @@ from pydantic import (
 )
 
 from serve_app.request.prompts import MAX_MESSAGES
+from serve_app.request.request_errors import RequestError
 from serve_app.request.structured_outputs import MAX_OPTIONS
 
 MAX_CHOICES = 16
@@ -184,6 +186,15 @@ class Sampling(Model):
     def field_names(self) -> dict[str, str]:
         """Names of this request's fields by those of the gateway's sampling parameters, where they differ."""
         return {"structured_outputs.json_schema": "structured_outputs.json"}
+
+    @contextmanager
+    def naming_fields(self) -> Iterator[None]:
+        """Name fields as they were sent in each `RequestError` raised in this block, by gateways or by engines."""
+        try:
+            yield
+        except RequestError as error:
+            error.name_fields(self.field_names, type(self).model_fields)
+            raise
 
     @model_validator(mode="after")
     def _usage_of_streams_only(self) -> Self:

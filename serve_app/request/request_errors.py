@@ -33,6 +33,29 @@ class RequestError(Exception):
         self.sentence = sentence
         self.retry_after_s = retry_after_s
 
+    def name_fields(self, names: Mapping[str, str], fields: Container[str]) -> None:
+        """Name fields as the caller does.
+
+        Sentences about a field begin with its name, which becomes `param`. What they quote keeps its words, and so do
+        names that are words of English anywhere but at the beginning.
+
+        Args:
+            names: the caller's name of a field by the field's path in requests of gateways, where they differ.
+            fields: the caller's other names of fields.
+        """
+        paths = "|".join(map(_field_pattern, sorted(names, key=len, reverse=True)))
+        if paths:
+            self.sentence = re.sub(paths, lambda at: names[at[0]], self.sentence)
+        path = self.sentence.partition(" ")[0]
+        if path.partition(".")[0] in fields or path in names.values():
+            self.param = path
+
+
+def _field_pattern(path: str) -> str:
+    """Return a regular expression for a field's path in a sentence."""
+    before = "^" if path.isalpha() else r"""(?<![\w.'"/])"""
+    return rf"""{before}{re.escape(path)}(?![\w'"/])"""
+
 
 class BadRequestError(RequestError):
     """The request is invalid: sending it again cannot succeed."""
@@ -119,35 +142,6 @@ class DeadlineError(RequestError):
 
     status = grpc.StatusCode.DEADLINE_EXCEEDED
     reason = "deadline"
-
-
-@contextmanager
-def naming_fields(names: Mapping[str, str], fields: Container[str]) -> Iterator[None]:
-    """Name fields as the caller does in each `RequestError` raised in this block, by gateways or by engines.
-
-    Sentences about a field begin with its name, which becomes the error's `param`. What they quote keeps its words, and
-    so do names that are words of English anywhere but at the beginning.
-
-    Args:
-        names: the caller's name of a field by the field's path in requests of gateways, where they differ.
-        fields: the caller's other names of fields.
-    """
-    try:
-        yield
-    except RequestError as error:
-        paths = "|".join(map(_field_pattern, sorted(names, key=len, reverse=True)))
-        if paths:
-            error.sentence = re.sub(paths, lambda at: names[at[0]], error.sentence)
-        path = error.sentence.partition(" ")[0]
-        if path.partition(".")[0] in fields or path in names.values():
-            error.param = path
-        raise
-
-
-def _field_pattern(path: str) -> str:
-    """Return a regular expression for a field's path in a sentence."""
-    before = "^" if path.isalpha() else r"""(?<![\w.'"/])"""
-    return rf"""{before}{re.escape(path)}(?![\w'"/])"""
 
 
 @contextmanager
