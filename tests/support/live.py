@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +23,68 @@ from serve_app.client import Client, UnavailableError
 from serve_app.config import AppConfig
 
 LOG_LINES_SHOWN = 8
+NODE_START_S = 120
+NODE_END_S = 10
 APP_YAML = Path(__file__).parents[2] / "cluster" / "app.yaml"
 
 
 @contextmanager
-def serving(**resources: Any) -> Iterator[None]:
-    """Run Ray on one node, and Serve without its proxy; `resources` are arguments of `ray.init`."""
-    _start_ray(**resources)
-    serve.start(proxy_location="Disabled")
-    try:
-        yield
-    except BaseException:
-        print(serve.status(), *_log_ends(), sep="\n")
-        raise
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+def serving(**resources: int) -> Iterator[None]:
+    """Run Ray on one node with `resources`, such as `num_cpus`, and Serve without its proxy."""
+    with _ray_node(**resources) as address:
+        ray.init(address, log_to_driver=False)
+        serve.start(proxy_location="Disabled")
+        try:
+            yield
+        except BaseException:
+            print(serve.status(), *_log_ends(), sep="\n")
+            raise
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+@contextmanager
+def _ray_node(**resources: int) -> Iterator[str]:
+    """Start a Ray node by its command, and yield its address; on leaving, none of its processes is left.
+
+    `ray.init` would fork the node's processes from this one, whose threads in gRPC make forks hang now and then.
+    """
+    arguments = [f"--{name.replace('_', '-')}={number}" for name, number in resources.items()]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0"]
+    command += [
+        "--node-ip-address=127.0.0.1",
+        "--include-dashboard=false",
+        "--disable-usage-stats",
+        *arguments,
+    ]
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "disabled",
+    }  # a node with tokens is for a driver that has them
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        log, address = Path(folder, "start.log"), Path(folder, "ray_current_cluster")  # written once it is up
+        with log.open("w") as output:
+            node = psutil.Popen(
+                [*command, f"--temp-dir={folder}"], env=environment, stdout=output, stderr=output
+            )
+        try:
+            wait_for(lambda: address.exists() or node.poll() is not None, NODE_START_S)
+            assert address.exists(), log.read_text()
+            yield address.read_text().strip()
+        finally:
+            started = descendants(node.pid)
+            _end([node])  # it ends what it has started
+            _end(started)
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """End processes, and wait for them: by SIGTERM, and by SIGKILL what is left of them."""
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                end(process)
+        _, processes = psutil.wait_procs(processes, timeout=NODE_END_S)
 
 
 def _log_ends() -> Iterator[str]:
@@ -44,26 +93,6 @@ def _log_ends() -> Iterator[str]:
     for log in sorted([*logs.glob("serve/*.log"), *logs.glob("worker-*.err"), *logs.glob("raylet.*")]):
         yield f"{log.name}:"
         yield from log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
-
-
-def _start_ray(**resources: Any) -> None:
-    """Start Ray, a second time if its GCS hangs: Ray forks it from this process, whose other threads may be in gRPC."""
-    options = {
-        "include_dashboard": False,
-        "_node_ip_address": "127.0.0.1",
-        "log_to_driver": False,
-        **resources,
-    }
-    before = psutil.Process().children(recursive=True)
-    try:
-        ray.init("local", **options)
-    except RuntimeError as error:
-        if "gcs_server_port" not in str(error):
-            raise
-        for process in psutil.Process().children(recursive=True):
-            if process not in before:
-                process.kill()
-        ray.init("local", **options)
 
 
 def deploy(app: str, config: AppConfig) -> None:
