@@ -44,7 +44,10 @@ def bench_serve(
     json_path: JsonOption = None,
     plot_path: PlotOption = None,
 ) -> None:
-    """Measure latency and goodput of a served model under open-loop load, over gRPC or OpenAI's HTTP API."""
+    """Measure latency and goodput of a served model under open-loop load, over gRPC or OpenAI's HTTP API.
+
+    Exits 1 if a request failed.
+    """
     with serving_errors():
         with missing_packages():
             from serve_app.bench import load_benchmark
@@ -55,6 +58,7 @@ def bench_serve(
         report.write(json_path, plot_path)
         if not report.summary.answered:
             fail(f"no request was answered: {report.reasons()}")
+        _check_all_answered(report.summary.answered, report.summary.failed, "request")
 
 
 @bench_app.command("agents")
@@ -89,9 +93,7 @@ def bench_agents(
             fail("no turn was answered")
         if plot_path is not None:
             report.plot(plot_path)
-        if report.failed:
-            turns = counted(report.answered + report.failed, "turn")
-            fail(f"{report.failed:,} of {turns} failed, for the reasons below the table")
+        _check_all_answered(report.answered, report.failed, "turn")
 
 
 @bench_app.command("route")
@@ -239,6 +241,12 @@ def _bench_kernels(bench: KernelBench, json_path: Path | None, plot_path: Path |
         comparison.write(json_path, report)
     if plot_path is not None:
         plot.draw(plot_path, report)
+
+
+def _check_all_answered(answered: int, failed: int, noun: str) -> None:
+    """End the command with exit code 1 if requests or turns, as `noun` says, failed."""
+    if failed:
+        fail(f"{failed:,} of {counted(answered + failed, noun)} failed, for the reasons below the table")
 
 
 def _check_outputs(json_path: Path | None, plot_path: Path | None) -> None:

@@ -143,6 +143,18 @@ async def test_a_server_that_refuses_everything_is_a_failure_with_its_reason(
     assert f"no request was answered: 3 {reason} (Full.)" in result.stderr
 
 
+async def test_failed_requests_are_a_failure_after_the_results(front: Running, tmp_path: Path) -> None:
+    front.script.context_tokens = 40
+    lines = [{"timestamp": 0, "input_length": length, "output_length": 2} for length in (20, 20, 80)]
+    trace, written = tmp_path / "trace.jsonl", tmp_path / "out.json"
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    result = await kvarn(front.address, "--trace", trace, "--warmup", 0, "--json", written)
+    assert result.exit_code == 1
+    assert "2 of 3 requests answered" in result.stdout
+    assert result.stderr.endswith("error: 1 of 3 requests failed, for the reasons below the table\n")
+    assert json.loads(written.read_text())["summary"]["failed"] == 1
+
+
 @pytest.mark.parametrize(("protocol", "reason"), [("grpc", "NOT_FOUND"), ("openai", "HTTP 404")])
 async def test_a_wrong_setting_is_reported_before_the_load_with_the_servers_message(
     front: Running, protocol: str, reason: str
