@@ -192,11 +192,19 @@ def _whole(block: Block, head: Head) -> dict[str, Any]:
 
 
 def _arguments(text: str) -> dict[str, Any]:
-    """Return a call's arguments; of an output that was cut off, what is there of them."""
+    """Return a call's arguments; of an output that was cut off, those before the last, whose value may be cut too."""
     try:
-        value = from_json(text or "{}", allow_partial="trailing-strings")
+        return _object(from_json(text or "{}"))
+    except ValueError:
+        pass
+    try:
+        begun = _object(from_json(text, allow_partial="trailing-strings"))
     except ValueError:
         return {}
+    return dict([*begun.items()][:-1])
+
+
+def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 

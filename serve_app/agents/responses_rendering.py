@@ -96,7 +96,7 @@ class ResponseObjects:
             case "text":
                 made |= {"type": "message", "role": "assistant", "content": [self.part(block)]}
             case "call":
-                arguments = block.text or _NO_ARGUMENTS
+                arguments = block.text or ("" if status == "incomplete" else _NO_ARGUMENTS)
                 made |= {"type": "function_call", "arguments": arguments, **self.named(block)}
         return made
 
@@ -187,7 +187,7 @@ class ResponseEvents:
         is_cut = self._is_cut and block is self._output.blocks[-1]
         item = self._objects.item(block, "incomplete" if is_cut else "completed")
         if block.kind == "call":
-            if not block.parts:
+            if not block.parts and not is_cut:
                 self.grew(block, _NO_ARGUMENTS, ())
             self._add(
                 "response.function_call_arguments.done",

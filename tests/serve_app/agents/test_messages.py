@@ -200,14 +200,25 @@ async def test_no_tool(front: Running, client: AsyncAnthropic) -> None:
     assert not front.script.chats[-1].tools
 
 
-async def test_a_call_that_is_cut_off(front: Running, client: AsyncAnthropic) -> None:
-    begun = '{"city": "Par'
+@pytest.mark.parametrize(
+    ("begun", "complete"),
+    [
+        ('{"days": 12, "city": "Par', {"days": 12}),
+        ('{"city": "Paris", "days": 12', {"city": "Paris"}),
+        ('{"city": "Paris", "days": [1, 2', {"city": "Paris"}),
+        ('{"city": "Paris"}', {"city": "Paris"}),
+        ('{"ci', {}),
+    ],
+)
+async def test_a_call_that_is_cut_off(
+    front: Running, client: AsyncAnthropic, begun: str, complete: dict[str, Any]
+) -> None:
     front.script.answer, front.script.finish_reason = begun, inference_pb2.FINISH_REASON_LENGTH
     wanted: Any = {"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "weather"}}
     message = await ask(client, False, **wanted)
     (call,) = message.content
     assert call.type == "tool_use"
-    assert call.input == {"city": "Par"}
+    assert call.input == complete
     assert message.stop_reason == "max_tokens"
     made = [data["delta"] for name, data in await events(front, **wanted) if name == "content_block_delta"]
     assert "".join(delta["partial_json"] for delta in made) == begun

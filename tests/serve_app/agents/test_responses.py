@@ -304,6 +304,21 @@ async def test_an_incomplete_response(front: Running, client: AsyncOpenAI) -> No
     ]
 
 
+@pytest.mark.parametrize("begun", ["", '{"city": "Par'])
+async def test_a_call_that_is_cut_off(front: Running, client: AsyncOpenAI, begun: str) -> None:
+    front.script.pieces, front.script.padding = 1, begun
+    front.script.finish_reason = inference_pb2.FINISH_REASON_LENGTH
+    wanted: Any = {"tools": [WEATHER], "tool_choice": {"type": "function", "name": "weather"}}
+    response = await ask(client, False, **wanted)
+    (call,) = response.output
+    assert call.type == "function_call"
+    assert (call.arguments, call.status, response.status) == (begun, "incomplete", "incomplete")
+    made = await events(front, **wanted)
+    assert "".join(event["delta"] for event in made if event["type"].endswith("arguments.delta")) == begun
+    (done,) = [event["item"] for event in made if event["type"].endswith("item.done")]
+    assert (done["arguments"], done["status"]) == (begun, "incomplete")
+
+
 @pytest.mark.parametrize("is_streamed", [False, True])
 async def test_log_probabilities(front: Running, client: AsyncOpenAI, is_streamed: bool) -> None:
     response = await ask(client, is_streamed, include=["message.output_text.logprobs"], top_logprobs=2)
