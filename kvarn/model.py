@@ -130,6 +130,28 @@ def check_tokenizer(model_dir: Path) -> None:
         )
 
 
+def check_generates(model_dir: Path) -> None:
+    """Check that a model generates text, as far as `transformers` knows the architecture.
+
+    Raises:
+        ModelError: it does not, as an encoder.
+    """
+    architectures = read_config(model_dir).get("architectures") or []
+    if architectures and not any(_generates(str(name)) for name in architectures):
+        raise ModelError(
+            f"{model_dir / 'config.json'} describes {architectures[0]}, which generates no text: "
+            "give a causal language model, such as LlamaForCausalLM"
+        )
+
+
+def _generates(architecture: str) -> bool:
+    """Whether an architecture generates text, which is assumed of those that `transformers` does not have."""
+    import transformers
+
+    can_generate = getattr(getattr(transformers, architecture, None), "can_generate", None)
+    return can_generate is None or can_generate()
+
+
 def read_config(model_dir: Path) -> dict[str, Any]:
     """Read a model's config.json.
 

@@ -32,6 +32,7 @@ from kvarn.errors import KVarNError, did_you_mean
 from kvarn.layer_kinds import STATES, layer_kinds, smallest_block
 from kvarn.model import (
     KvShape,
+    check_generates,
     check_tensor_parallel,
     check_tokenizer,
     check_weights,
@@ -237,12 +238,13 @@ def check_model(app: App) -> Path:
     """Check the application's model against the engines' settings; return the model's directory.
 
     Raises:
-        ModelError: there is no such model or LoRA adapter, or it lacks a file or has one that cannot be read; or its
-            attention heads do not divide among engine.tensor_parallel_size ranks.
+        ModelError: there is no such model or LoRA adapter, or it lacks a file or has one that cannot be read; it
+            generates no text; or its attention heads do not divide among engine.tensor_parallel_size ranks.
         LaunchError: engine.max_model_len exceeds the model's context limit, or vLLM does not know
             engine.kv_cache_dtype.
     """
     directory = resolve_model(app.config.model)
+    check_generates(directory)
     limit, asked = context_limit(read_config(directory)), app.config.engine.max_model_len
     if app.config.engine.load_format != "dummy":
         check_weights(directory)

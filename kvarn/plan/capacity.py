@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kvarn.counts import counted
-from kvarn.model import check_tensor_parallel
+from kvarn.model import check_generates, check_tensor_parallel, resolve_model
 from kvarn.plan.hardware import ATTENTION_OF_COPY, COPY_PART, GPUS, WEIGHTS_OF_COPY, Gpu
 from kvarn.plan.model_shape import ModelShape, PlanError
 from kvarn.presets import MAX_QUERIES, PRESETS, get_preset
@@ -124,9 +124,10 @@ def make_plan(
         tier_gib: host memory of an engine's KV connector in GiB; None without one.
 
     Raises:
-        ModelError: there is no such model, or its heads do not divide among the GPUs.
+        ModelError: there is no such model, it generates no text, or its heads do not divide among the GPUs.
         PlanError: a number is out of range, or the weights do not fit.
     """
+    check_generates(resolve_model(model))
     shape = ModelShape.read(model, context, max(tensor_parallel, 1))
     _check(shape, gpu, tensor_parallel, context, utilization)
     _check_stages(shape, pipeline_parallel, drafts)

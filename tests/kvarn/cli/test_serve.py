@@ -277,6 +277,15 @@ def test_the_advice_for_a_small_machine_names_every_number_of_engines(engine):
         check_machine(App("app", config, {}))
 
 
+def test_serve_and_doctor_refuse_a_model_that_generates_no_text(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    path = _write(tmp_path, model=str(tmp_path))
+    for command in ("serve", "doctor"):
+        result = CliRunner().invoke(cli.app, [command, str(path)])
+        assert result.exit_code == 1
+        assert "describes BertModel, which generates no text" in result.stderr
+
+
 def test_serve_and_doctor_refuse_a_model_without_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "tokenizer.json").touch()

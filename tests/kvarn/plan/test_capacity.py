@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from kvarn.cli import app
 from kvarn.errors import KVarNError
+from kvarn.model import ModelError
 from kvarn.plan.capacity import make_plan
 from kvarn.plan.hardware import GPUS
 from kvarn.plan.model_shape import ModelShape, PlanError
@@ -298,6 +299,18 @@ def test_a_side_pool_that_does_not_fit_is_a_row_that_says_so(llama_8b: str) -> N
     assert refused.startswith("a side pool for 100,000,000 sequences takes")
     assert refused.endswith("lower --max-num-seqs")
     assert planned["auto"].tokens > 0
+
+
+@pytest.mark.parametrize("architecture", ["BertModel", "XLMRobertaForSequenceClassification"])
+def test_a_model_that_generates_no_text_is_refused(tmp_path: Path, architecture: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "architectures": [architecture]}))
+    with pytest.raises(ModelError, match=f"describes {architecture}, which generates no text: give a causal"):
+        make_plan(str(tmp_path), "h200")
+
+
+def test_an_architecture_that_is_not_known_is_planned(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "architectures": ["OwnModel"]}))
+    assert rows(model=str(tmp_path), gpu="h200")["auto"].tokens > 0
 
 
 def test_other_attention_is_refused(tmp_path: Path) -> None:
