@@ -22,17 +22,22 @@ def check_model_dtype(name: str) -> None:
         raise ValueError(f"unknown dtype {name!r}: choose from {', '.join(MODEL_DTYPES)}")
 
 
-def check_cache_dtype(name: str, others: Collection[str] = ()) -> None:
-    """Raise ValueError, listing the known dtypes, unless `name` is a preset, one of `others` or one of vLLM's.
+def check_cache_dtype(name: str, others: Collection[str] = (), device: str = "cuda") -> None:
+    """Raise ValueError, listing the choices, unless `name` is a preset, one of `others` or one of vLLM's.
 
+    On `device` "cpu", only those of vLLM's are taken that its CPU attention takes: others may give wrong answers.
     vLLM's are checked last: its import takes seconds.
     """
     if name == UNQUANTIZED or name in PRESETS or name in others:
         return
-    from kvarn.vllm.access.cache_dtypes import stock_cache_dtypes
+    from kvarn.vllm.access.cache_dtypes import cpu_cache_dtypes, stock_cache_dtypes
 
     known = tuple(dict.fromkeys([*stock_cache_dtypes(), *PRESETS]))
     if name not in known:
         raise ValueError(
             f"unknown cache dtype {name!r}{did_you_mean(name, known)}: choose from {', '.join(known)}"
+        )
+    if device == "cpu" and name not in (taken := cpu_cache_dtypes()):
+        raise ValueError(
+            f"vLLM has no cache dtype {name!r} on a CPU: choose from {', '.join([*taken, *PRESETS])}"
         )

@@ -240,8 +240,8 @@ def check_model(app: App) -> Path:
     Raises:
         ModelError: there is no such model or LoRA adapter, or it lacks a file or has one that cannot be read; it
             generates no text; or its attention heads do not divide among engine.tensor_parallel_size ranks.
-        LaunchError: engine.max_model_len exceeds the model's context limit, or vLLM does not know
-            engine.kv_cache_dtype.
+        LaunchError: engine.max_model_len exceeds the model's context limit, or vLLM does not have
+            engine.kv_cache_dtype on the engines' device.
     """
     directory = resolve_model(app.config.model)
     check_generates(directory)
@@ -256,9 +256,7 @@ def check_model(app: App) -> Path:
             f"{app.place('engine.max_model_len')} is {asked}: this model holds 1 to {limit} tokens"
         )
     _check_ranks(app, directory)
-    cache_dtype = app.config.engine.kv_cache_dtype
-    if cache_dtype not in PRESETS:
-        _check_in_another_process(app.place("engine.kv_cache_dtype"), check_cache_dtype, cache_dtype)
+    _check_cache_dtype(app)
     _check_with_vllm(app)
     return directory
 
@@ -273,6 +271,14 @@ def _check_ranks(app: App, model_dir: Path) -> None:
     kv_heads = 1 if "kv_lora_rank" in config else config.get("num_key_value_heads") or heads
     if isinstance(heads, int) and isinstance(kv_heads, int):
         check_tensor_parallel(app.place("engine.tensor_parallel_size"), ranks, heads, kv_heads)
+
+
+def _check_cache_dtype(app: App) -> None:
+    """Check that vLLM has the cache dtype, on the engines' device, unless it is a preset."""
+    engine = app.config.engine
+    if engine.kv_cache_dtype not in PRESETS:
+        place = app.place("engine.kv_cache_dtype")
+        _check_in_another_process(place, check_cache_dtype, engine.kv_cache_dtype, (), engine.device)
 
 
 def _check_with_vllm(app: App) -> None:

@@ -134,6 +134,10 @@ def test_what_this_machine_cannot_run_is_rejected_before_anything_starts(tmp_pat
             "args.engine.tensor_parallel_size is 2: give a divisor of the model's 9 attention heads",
         ),
         (
+            {"kv_cache_dtype": "nvfp4"},
+            "args.engine.kv_cache_dtype: vLLM has no cache dtype 'nvfp4' on a CPU: choose from auto, fp8, ",
+        ),
+        (
             {
                 "kv_transfer_config": {"kv_connector": "OffloadingConnector"},
                 "kv_cache_dtype": "kvarn_k4v2_g128",
