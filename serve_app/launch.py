@@ -28,7 +28,7 @@ from kvarn.adapters import read_adapter
 from kvarn.counts import counted
 from kvarn.dtypes import check_cache_dtype
 from kvarn.engine_limits import EngineLimits, engine_limits
-from kvarn.errors import KVarNError, did_you_mean
+from kvarn.errors import KVarNError, did_you_mean, first_problem
 from kvarn.layer_kinds import STATES, layer_kinds, smallest_block
 from kvarn.model import (
     KvShape,
@@ -653,13 +653,12 @@ def _pydantic_finding(lines: list[str]) -> str | None:
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
-    place = ".".join(str(part) for part in ("args", *problem["loc"]))
-    if problem["type"] == "extra_forbidden":
-        nearest = did_you_mean(str(problem["loc"][-1]), _settings_at(problem["loc"][:-1]))
-        return f"{place}: there is no such setting{nearest}: correct the name, or remove it"
-    if problem["type"] == "missing":
-        return f"{place} is required: add it"
-    return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
+    if problem["type"] != "extra_forbidden":
+        return first_problem(error, "args")
+    *place, name = problem["loc"]
+    nearest = did_you_mean(str(name), _settings_at(place))
+    where = ".".join(str(part) for part in ("args", *place, name))
+    return f"{where}: there is no such setting{nearest}: correct the name, or remove it"
 
 
 def _settings_at(place: Iterable[str | int]) -> Iterable[str]:

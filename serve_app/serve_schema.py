@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from ray.runtime_env import RuntimeEnv
 from ray.serve.schema import ServeDeploySchema
 
-from kvarn.errors import did_you_mean
+from kvarn.errors import did_you_mean, first_problem
 
 
 def check_schema(content: dict[str, Any], deployments: Collection[str]) -> None:
@@ -28,7 +28,7 @@ def check_schema(content: dict[str, Any], deployments: Collection[str]) -> None:
     try:
         schema = ServeDeploySchema.model_validate(deepcopy(content))  # validators change what they get
     except ValidationError as error:
-        raise ValueError(_first_problem(error)) from None
+        raise ValueError(first_problem(error)) from None
     _check_names("", content, schema)
     _check_route(schema.applications[0].route_prefix)
     _check_environment(schema.applications[0].runtime_env)
@@ -86,10 +86,3 @@ def _refuse_key(place: str, name: str, known: Collection[str]) -> None:
     raise ValueError(
         f"{place}: Serve has no such key{did_you_mean(name, known)}, expected one of {', '.join(sorted(known))}"
     )
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{place}: {message}" if place else message

@@ -48,7 +48,7 @@ def content(top: dict[str, Any], application: dict[str, Any]) -> dict[str, Any]:
             {"deployments": ["Engine"]},
             "applications.0.deployments.0 is 'Engine': give a mapping with the name",
         ),
-        ({"deployments": [{}]}, "applications.0.deployments.0.name: Field required"),
+        ({"deployments": [{}]}, "applications.0.deployments.0.name is required: add it"),
         (
             {"deployments": [{"name": "Engines"}]},
             "applications.0.deployments.0.name is 'Engines' (did you mean 'Engine'?), expected one of Engine, ",
