@@ -126,6 +126,7 @@ class StreamedToolCalls(_ToolCalls):
         self._ids: list[int] = []
         self._content = ""
         self._last_call: int | None = None
+        self._arguments = ""  # returned of the last call
 
     def feed(self, text: str, token_ids: Sequence[int]) -> ParsedOutput:
         """Return the content and the parts of calls that the next piece of the output adds."""
@@ -139,8 +140,10 @@ class StreamedToolCalls(_ToolCalls):
         self._ids_before += token_ids
         found = _parsed(delta)
         self._content += found.content
-        if found.calls:
-            self._last_call = found.calls[-1].index
+        for call in found.calls:
+            if call.index != self._last_call:
+                self._last_call, self._arguments = call.index, ""
+            self._arguments += call.arguments
         return found
 
     def finish(self) -> ParsedOutput:
@@ -149,6 +152,8 @@ class StreamedToolCalls(_ToolCalls):
             return _parsed(self._parser.finish_streaming())
         if self._last_call is not None:
             rest = self._parser.get_remaining_unstreamed_args()
+            if not any(self._parser.streamed_args_for_tool[-1:]):  # xlam and hunyuan_a13b do not count them
+                rest = rest.removeprefix(self._arguments)
             return ParsedOutput(calls=[ParsedCall(self._last_call, rest)] if rest else [])
         is_prefix = self._text.startswith(self._content)  # else the parser has changed the content
         return ParsedOutput(self._text[len(self._content) :] if is_prefix else "")

@@ -289,6 +289,24 @@ async def test_a_tool_that_is_nested_too_deeply_is_refused_by_name(
         )
 
 
+@pytest.mark.parametrize(
+    ("parser", "call"),
+    [
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'),
+        ("hunyuan_a13b", '<tool_calls>[{"name": "f", "arguments": {"a": 1}}]</tool_calls>'),
+        ("pythonic", "[f(a=1)]"),
+        ("xlam", '[{"name": "f", "arguments": {"a": 1}}]'),
+    ],
+)
+def test_arguments_are_streamed_once(encoder: PromptEncoder, parser: str, call: str) -> None:
+    from kvarn.vllm.access.tool_parsers import StreamedToolCalls, find_tool_parser
+
+    calls = StreamedToolCalls(find_tool_parser(parser), encoder.tokenizer, MODEL, [tool("f")])
+    outputs = [calls.feed(character, encoder.tokenizer.encode(character)) for character in call]
+    parts = [part for output in [*outputs, calls.finish()] for part in output.calls]
+    assert "".join(part.arguments for part in parts) == '{"a": 1}'
+
+
 def test_a_parser_sees_all_ids_of_a_stream_without_a_copy_per_piece(encoder: PromptEncoder) -> None:
     from kvarn.vllm.access.tool_parsers import StreamedToolCalls, find_tool_parser
 
