@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 LEAST_ALIKE = 0.7  # of difflib: between names of settings, a lower ratio is chance
 
@@ -28,5 +29,10 @@ def first_problem(error: ValidationError, *within: str) -> str:
     place = ".".join(str(part) for part in (*within, *problem["loc"]))
     if problem["type"] == "missing":
         return f"{place} is required: add it"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = finding_message(problem)
     return f"{place}: {message}" if place else message
+
+
+def finding_message(problem: ErrorDetails) -> str:
+    """Return the message of one of pydantic's findings, without what it puts before those of our validators."""
+    return problem["msg"].removeprefix("Value error, ")

@@ -6,6 +6,7 @@ from typing import Self
 
 from pydantic import PrivateAttr, ValidationError, model_validator
 
+from kvarn.errors import finding_message
 from serve_app.openai.schema import ChatCompletionRequest, Model
 
 
@@ -26,7 +27,7 @@ class TranslatedRequest(Model):
             self._chat = self._translated()
             self._chat.translated_from(self._names())
         except ValidationError as error:
-            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+            raise ValueError(finding_message(error.errors()[0])) from None
         return self
 
     def _names(self) -> dict[str, str]:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ray import serve
 
 from kvarn.adapters import read_adapter, reserved_rank
+from kvarn.errors import finding_message
 from kvarn.model import kv_shape, resolve_model
 from kvarn.v1 import engine_pb2_grpc
 from kvarn.vllm.access.cache_events import CacheEvent, read_cache_events
@@ -261,7 +262,7 @@ def _first_problem(error: ValidationError) -> str:
     """One sentence for the first of vLLM's findings, with the field's name where the finding lacks it."""
     first = error.errors()[0]
     names = [str(part) for part in first["loc"]]
-    message = first["msg"].removeprefix("Value error, ")
+    message = finding_message(first)
     return message if first["type"] == "value_error" else ": ".join([*names, message])
 
 

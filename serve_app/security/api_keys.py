@@ -21,9 +21,8 @@ from typing import Annotated, Self
 
 import yaml
 from pydantic import AfterValidator, Field, StringConstraints, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
-from kvarn.errors import KVarNError
+from kvarn.errors import KVarNError, finding_message
 from serve_app.config import StrictSettings
 from serve_app.request.request_errors import AuthenticationError
 
@@ -114,7 +113,7 @@ def read_keys(path: Path) -> KeyFile:
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"])) or "content"
-        raise KeyFileError(f"{path}: {place}: {_message(problem)}") from None
+        raise KeyFileError(f"{path}: {place}: {finding_message(problem)}") from None
 
 
 def create_key(path: Path, tenant: str, **limits: object) -> tuple[str, ApiKey]:
@@ -132,7 +131,7 @@ def create_key(path: Path, tenant: str, **limits: object) -> tuple[str, ApiKey]:
     except ValidationError as error:
         problem = error.errors()[0]
         option = f"--{problem['loc'][0]}".replace("_", "-")
-        raise KeyFileError(f"{option} is {problem['input']!r}: {_message(problem)}") from None
+        raise KeyFileError(f"{option} is {problem['input']!r}: {finding_message(problem)}") from None
     with _changing(path) as file:
         held = read_keys(file) if file.exists() else KeyFile()
         _write(file, KeyFile(keys=(*held.keys, key)))
@@ -153,10 +152,6 @@ def revoke_key(path: Path, identifier: str) -> None:
                 f"{path} holds no key with id {identifier!r}: list them with `kvarn keys list`"
             )
         _write(file, KeyFile(keys=left))
-
-
-def _message(problem: ErrorDetails) -> str:
-    return problem["msg"].removeprefix("Value error, ")
 
 
 def _hash(presented: str) -> str:
