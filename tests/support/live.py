@@ -33,8 +33,8 @@ def serving(**resources: int) -> Iterator[None]:
     """Run Ray on one node with `resources`, such as `num_cpus`, and Serve without its proxy."""
     with _ray_node(**resources) as address:
         ray.init(address, log_to_driver=False)
-        serve.start(proxy_location="Disabled")
         try:
+            serve.start(proxy_location="Disabled")
             yield
         except BaseException:
             print(serve.status(), *_log_ends(), sep="\n")
@@ -52,21 +52,14 @@ def _ray_node(**resources: int) -> Iterator[str]:
     """
     arguments = [f"--{name.replace('_', '-')}={number}" for name, number in resources.items()]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0"]
-    command += [
-        "--node-ip-address=127.0.0.1",
-        "--include-dashboard=false",
-        "--disable-usage-stats",
-        *arguments,
-    ]
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "disabled",
-    }  # a node with tokens is for a driver that has them
+    command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats"]
+    # Otherwise the node requires a token if this user has one, which a driver of this process would not send.
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         log, address = Path(folder, "start.log"), Path(folder, "ray_current_cluster")  # written once it is up
         with log.open("w") as output:
             node = psutil.Popen(
-                [*command, f"--temp-dir={folder}"], env=environment, stdout=output, stderr=output
+                [*command, *arguments, f"--temp-dir={folder}"], env=environment, stdout=output, stderr=output
             )
         try:
             wait_for(lambda: address.exists() or node.poll() is not None, NODE_START_S)
